@@ -1,0 +1,228 @@
+"""BERT as ALBEF uses it (Section 3.1): the lower layers encode text, the upper ones fuse it with an image by cross-attention.
+
+Parameter names are those of Hugging Face's BertModel and of the released ALBEF checkpoints.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Embeddings(nn.Module):
+    """Word, position and token-type embeddings: input_ids [B, L] -> [B, L, C]."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config["hidden_size"]
+        self.word_embeddings = nn.Embedding(config["vocab_size"], width, padding_idx=config.get("pad_token_id", 0))
+        self.position_embeddings = nn.Embedding(config["max_position_embeddings"], width)
+        self.token_type_embeddings = nn.Embedding(config["type_vocab_size"], width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.register_buffer("position_ids", torch.arange(config["max_position_embeddings"])[None])
+
+    def forward(self, input_ids):
+        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # [L, C]
+        embeds = self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
+        return self.dropout(self.LayerNorm(embeds))
+
+
+class MultiHeadAttention(nn.Module):
+    """Query, key and value projections around fused attention; keys and values may come from another width."""
+
+    def __init__(self, config, source_width):
+        super().__init__()
+        width = config["hidden_size"]
+        self.num_heads = config["num_attention_heads"]
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+        self.dropout_prob = config["attention_probs_dropout_prob"]
+
+    def _heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, C] -> [B, h, L, d]
+
+    def keys_values(self, source):
+        """source [B, N, source_width] -> keys and values, each [B, h, N, d]."""
+        return self._heads(self.key(source)), self._heads(self.value(source))
+
+    def attend(self, query, keys, values, mask=None):
+        """query [B, h, L, d], keys and values [B, h, N, d], mask broadcastable to [B, h, L, N] -> [B, h, L, d]."""
+        dropout = self.dropout_prob if self.training else 0.0
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
+
+    def forward(self, hidden, mask):
+        """Self-attention: hidden [B, L, C], mask bool [B, 1, 1, L] -> [B, L, C]."""
+        context = self.attend(self._heads(self.query(hidden)), *self.keys_values(hidden), mask)
+        return context.transpose(1, 2).flatten(2)
+
+    def cross(self, hidden, keys, values, extra_index):
+        """Cross-attention of R text rows to B images without copying an image's keys and values for its rows.
+
+        hidden [R, L, C]; keys, values [B, h, N, d]. The last len(extra_index) rows attend to the images that
+        extra_index names. The rows before them are whole groups of B, row i of a group attending to image i:
+        their queries are laid side by side, so that each image is visited once for all its rows.
+        """
+        query = self._heads(self.query(hidden))
+        rows, heads, length, dim = query.shape
+        images = keys.shape[0]
+        extra = 0 if extra_index is None else extra_index.shape[0]
+        groups = (rows - extra) // images
+        side_by_side = query[: rows - extra].unflatten(0, (groups, images)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        context = self.attend(side_by_side, keys, values)  # [B, h, G * L, d]
+        context = context.unflatten(2, (groups, length)).permute(2, 0, 3, 1, 4).reshape(-1, length, heads * dim)
+        if extra:
+            extra_context = self.attend(query[rows - extra:], keys[extra_index], values[extra_index])
+            context = torch.cat([context, extra_context.transpose(1, 2).flatten(2)])
+        return context
+
+
+class ResidualOutput(nn.Module):
+    """Dense, dropout, then LayerNorm of the sum with the residual (BERT normalizes after the sum)."""
+
+    def __init__(self, config, width_in):
+        super().__init__()
+        self.dense = nn.Linear(width_in, config["hidden_size"])
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+
+    def forward(self, hidden, residual):
+        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, source_width):
+        super().__init__()
+        self.self = MultiHeadAttention(config, source_width)
+        self.output = ResidualOutput(config, config["hidden_size"])
+
+
+class Intermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+
+    def forward(self, hidden):
+        return F.gelu(self.dense(hidden))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention to an image in the multimodal layers, feed-forward (Figure 1)."""
+
+    def __init__(self, config, cross_attention):
+        super().__init__()
+        self.attention = Attention(config, config["hidden_size"])
+        if cross_attention:
+            self.crossattention = Attention(config, config["encoder_width"])
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, config["intermediate_size"])
+
+    def forward(self, hidden, mask, image_keys=None, image_values=None, extra_index=None):
+        hidden = self.attention.output(self.attention.self(hidden, mask), hidden)
+        if image_keys is not None:
+            context = self.crossattention.self.cross(hidden, image_keys, image_values, extra_index)
+            hidden = self.crossattention.output(context, hidden)
+        return self.output(self.intermediate(hidden), hidden)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList(
+            Layer(config, cross_attention=i >= config["fusion_layer"]) for i in range(config["num_hidden_layers"])
+        )
+
+
+class BertModel(nn.Module):
+    """Layers 0 .. fusion_layer - 1 are the text encoder, the rest the multimodal encoder.
+
+    config: the Hugging Face keys plus fusion_layer and encoder_width (the width of the image embeddings).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.fusion_layer = config["fusion_layer"]
+        self.gradient_checkpointing = False
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+        self.apply(lambda module: init_weights(module, config["initializer_range"]))
+
+    def _run(self, layer, *inputs):
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def encode_text(self, input_ids, attention_mask):
+        """input_ids, attention_mask [B, L] -> text_embeds [B, L, C]."""
+        hidden = self.embeddings(input_ids)
+        mask = attention_mask.bool()[:, None, None]
+        for layer in self.encoder.layer[: self.fusion_layer]:
+            hidden = self._run(layer, hidden, mask)
+        return hidden
+
+    def image_keys_values(self, image_embeds):
+        """image_embeds [B, 1+N, C] -> for each multimodal layer the image's keys and values, each [B, h, 1+N, d]."""
+        return [layer.crossattention.self.keys_values(image_embeds) for layer in self.encoder.layer[self.fusion_layer:]]
+
+    def fuse(self, text_embeds, attention_mask, image_keys_values, extra_index=None):
+        """The multimodal encoder over R text rows and B images.
+
+        text_embeds [R, L, C], attention_mask [R, L], image_keys_values from `image_keys_values`. The last
+        len(extra_index) rows attend to the images that extra_index [R'] names, the rows before them are whole groups
+        of B rows, row i of each group with image i. Returns [R, L, C].
+        """
+        hidden = text_embeds
+        mask = attention_mask.bool()[:, None, None]
+        for layer, (keys, values) in zip(self.encoder.layer[self.fusion_layer:], image_keys_values):
+            hidden = self._run(layer, hidden, mask, keys, values, extra_index)
+        return hidden
+
+
+class PredictionTransform(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config["hidden_size"], config["hidden_size"])
+        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
+
+    def forward(self, hidden):
+        return self.LayerNorm(F.gelu(self.dense(hidden)))
+
+
+class PredictionHead(nn.Module):
+    """hidden [..., C] -> vocabulary logits [..., V]; the decoder's weight is the word embedding."""
+
+    def __init__(self, config, word_embeddings):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config["vocab_size"]))
+        self.transform = PredictionTransform(config)
+        self.decoder = nn.Linear(config["hidden_size"], config["vocab_size"])
+        self.transform.apply(lambda module: init_weights(module, config["initializer_range"]))
+        self.decoder.weight = word_embeddings.weight
+        self.decoder.bias = self.bias
+
+    def forward(self, hidden):
+        return self.decoder(self.transform(hidden))
+
+
+class MaskedLMHead(nn.Module):
+    def __init__(self, config, word_embeddings):
+        super().__init__()
+        self.predictions = PredictionHead(config, word_embeddings)
+
+
+class BertForMaskedLM(nn.Module):
+    """BertModel with the vocabulary head of masked language modeling."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.bert = BertModel(config)
+        self.cls = MaskedLMHead(config, self.bert.embeddings.word_embeddings)
+
+
+def init_weights(module, std):
+    """BERT's initialization: normal weights, zero biases, unit LayerNorm."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

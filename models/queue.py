@@ -1,0 +1,28 @@
+"""Queues of the most recent momentum features of all processes (Section 3.2), which serve as contrastive negatives."""
+
+import torch
+import torch.distributed as dist
+
+
+def gather(rows):
+    """rows [n, ...] of this process -> [world * n, ...] in the order of the ranks. No gradient flows through."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def enqueue_(queues, rows, ptr):
+    """Writes the rows of all processes at the pointer, oldest entries first, around the end if need be.
+
+    queues: tensors [D, Q]; rows: for each queue this process's [n, D]; ptr: int64 [1], moved in place. Any n works:
+    of more than Q rows the last Q stay.
+    """
+    size = queues[0].shape[1]
+    for queue, new in zip(queues, rows):
+        new = gather(new)
+        slots = (ptr + torch.arange(new.shape[0], device=ptr.device)) % size
+        queue.index_copy_(1, slots[-size:], new[-size:].T.to(queue.dtype))
+    ptr.copy_((ptr + new.shape[0]) % size)

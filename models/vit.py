@@ -1,0 +1,20 @@
+"""The image encoder (Section 3.1): timm's VisionTransformer without its classification head."""
+
+from timm.models.vision_transformer import VisionTransformer
+
+
+def build_vit(config):
+    """A ViT from the keys image_res, patch_size, vision_width, vision_depth, vision_heads.
+
+    The model maps images [B, 3, image_res, image_res] to image_embeds [B, 1+N, vision_width], [CLS] first, by
+    `forward_features`.
+    """
+    return VisionTransformer(
+        img_size=config["image_res"],
+        patch_size=config["patch_size"],
+        embed_dim=config["vision_width"],
+        depth=config["vision_depth"],
+        num_heads=config["vision_heads"],
+        num_classes=0,
+        global_pool="",
+    )

@@ -1,0 +1,46 @@
+"""Learning-rate and distillation-weight schedules as pure functions of (epoch, iteration)."""
+
+import math
+
+from utils import InputError
+
+WARMUP_STEP = 100  # iterations between two learning rates of the released warm-up
+
+
+def check_schedule(scheduler):
+    """Raises InputError for a schedule this project does not have."""
+    if scheduler["sched"] != "cosine":
+        raise InputError(f"scheduler: sched is {scheduler['sched']!r}, only cosine is supported")
+
+
+def _cosine(scheduler, progress):
+    lr, min_lr = scheduler["lr"], scheduler["min_lr"]
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def learning_rate(scheduler, epoch, iteration, iterations):
+    """The learning rate of an iteration (an optimizer step) of an epoch that has `iterations` of them.
+
+    The released schedule: in epoch 0 a warm-up from warmup_lr to lr in `warmup_epochs` steps of 100 iterations, then a rate
+    that is constant within an epoch and follows the cosine from epoch to epoch. With warmup_iters the smooth one: linear
+    warm-up over that many iterations, then the cosine from iteration to iteration down to min_lr.
+    """
+    lr, warmup_lr = scheduler["lr"], scheduler["warmup_lr"]
+    if scheduler["warmup_iters"] is not None:
+        done, warmup, total = epoch * iterations + iteration, scheduler["warmup_iters"], scheduler["epochs"] * iterations
+        if done < warmup:
+            return warmup_lr + (lr - warmup_lr) * done / warmup
+        return _cosine(scheduler, (done - warmup) / max(1, total - warmup))
+    if epoch > 0:
+        return _cosine(scheduler, epoch / scheduler["epochs"])
+    steps = scheduler["warmup_epochs"]
+    # the released loop steps its schedule after iterations 0, 100, 200, ..., so a new rate holds from the next one on
+    step = max(0, iteration - 1) // WARMUP_STEP
+    return lr if step >= steps else warmup_lr + (lr - warmup_lr) * step / steps
+
+
+def distillation_weight(config, epoch, iteration, iterations):
+    """alpha, ramped linearly from 0 within the first epoch if warm_up is on (Section 3.5)."""
+    if config["warm_up"] and epoch == 0:
+        return config["alpha"] * min(1.0, iteration / iterations)
+    return config["alpha"]

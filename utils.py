@@ -1,0 +1,350 @@
+"""Process group, seeds, logging, configuration loading and checking."""
+
+import argparse
+import difflib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+# the data workers tokenize, each in one thread; without this the library warns at every fork
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: the file, key or line, and the remedy.
+
+    Scripts print it without a stack trace and exit with status 2. A data worker hands its errors over wrapped in a
+    stack trace, of which the last line is the message.
+    """
+
+    def __init__(self, message):
+        super().__init__(message.strip().splitlines()[-1].removeprefix("utils.InputError: "))
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on (a loss is not finite, too many broken images). Scripts exit with status 1."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the run was saved and leaves with the signal's exit status."""
+
+    def __init__(self, signum, message):
+        super().__init__(message)
+        self.signum = signum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configuration
+
+# every key of every task with its default; None: no default, a task that needs the key says so
+DEFAULTS = {
+    # data
+    "train_file": None, "val_file": None, "test_file": None, "image_root": "", "vqa_root": None, "vg_root": None,
+    "answer_list": None, "refcoco_data": None, "det_file": None, "coco_file": None, "image_res": None, "hflip": True,
+    "max_skipped": 0.01, "num_workers": None,
+    # model
+    "bert_config": None, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
+    "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": None,
+    # method
+    "objectives": ["itc", "mlm", "itm"], "hard_negatives": True, "distill": True, "alpha": 0.4, "warm_up": True,
+    "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "eos": "[SEP]",
+    # training
+    "batch_size": None, "batch_size_train": None, "batch_size_test": 64, "accumulate": 1, "clip_grad": None,
+    "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
+    "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02},
+    "scheduler": {
+        "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1, "warmup_lr": 1e-5,
+        "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": None,
+    },
+    # accepted because released files have it, without effect
+    "eval_ema": None,
+}  # fmt: skip
+RENAMED = {"schedular": "scheduler"}
+CHOICES = {"precision": ["fp32", "bf16"]}
+OBJECTIVES = ["itc", "mlm", "itm"]
+LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
+
+
+def _unknown(key, known, where):
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
+    return InputError(f"{where}: unknown key {key!r}, {hint}")
+
+
+def _check_value(key, value, default, where):
+    number = (int, float)
+    if default is None or value is None:
+        return
+    if isinstance(default, bool):
+        wanted = None if isinstance(value, bool) or key == "distill" else "true or false"
+    elif isinstance(default, number):
+        # YAML reads 1e-4 as a number but "1e-4" and 1,000 as text
+        fits = isinstance(value, number) and not isinstance(value, bool) and value >= 0
+        wanted = None if fits and (isinstance(default, float) or value == int(value)) else "a number, not negative"
+        if wanted is None and isinstance(default, int) and not isinstance(value, int):
+            wanted = "a whole number"
+    elif isinstance(default, dict):
+        wanted = None if isinstance(value, dict) else "a mapping"
+    else:
+        wanted = None if isinstance(value, type(default)) else "a list" if isinstance(default, list) else "a string"
+    if key == "k_test":
+        wanted = None if isinstance(value, list) else wanted
+    if wanted:
+        raise InputError(f"{where}: {key} is {value!r}, it must be {wanted}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InputError(f"{where}: {key} is {value!r}, it must be one of {', '.join(CHOICES[key])}")
+
+
+def with_defaults(config, where="config"):
+    """A checked copy of a task's configuration with every default filled in.
+
+    Released spellings (schedular) are accepted. Raises InputError for an unknown key, naming the nearest one, and for a
+    value of the wrong kind; where names the file in the message.
+    """
+    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    result = {}
+    for key, value in config.items():
+        if key not in DEFAULTS:
+            raise _unknown(key, [*DEFAULTS, *RENAMED], where)
+        _check_value(key, value, DEFAULTS[key], where)
+        if isinstance(DEFAULTS[key], dict):
+            for inner in value:
+                if inner not in DEFAULTS[key]:
+                    raise _unknown(inner, list(DEFAULTS[key]), f"{where}: {key}")
+                _check_value(f"{key}.{inner}", value[inner], DEFAULTS[key][inner], where)
+        result[key] = value
+    for key, default in DEFAULTS.items():
+        if isinstance(default, dict):
+            result[key] = {**default, **result.get(key, {})}
+        else:
+            result.setdefault(key, default)
+    for key in ("objectives", "distill"):
+        wrong = [name for name in result[key] if name not in OBJECTIVES] if isinstance(result[key], list) else []
+        if wrong:
+            raise InputError(f"{where}: {key} has {wrong[0]!r}, it may hold {', '.join(OBJECTIVES)}")
+    if not result["objectives"]:
+        raise InputError(f"{where}: objectives is empty, name at least one of {', '.join(OBJECTIVES)}")
+    for key in LISTS_OR_STRINGS:
+        if isinstance(result[key], str):
+            result[key] = [result[key]]
+    return result
+
+
+def _parse_override(text):
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"--set {text}: write it as key=value")
+    return key.split("."), YAML(typ="safe").load(value)
+
+
+def load_config(path, overrides=()):
+    """Reads a YAML file, applies key=value overrides (dots reach into optimizer and scheduler), checks and completes it."""
+    try:
+        config = YAML(typ="safe").load(Path(path))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror}") from None
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: a configuration is a mapping of keys to values")
+    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    for override in overrides:
+        (*outer, key), value = _parse_override(override)
+        target = config
+        for name in outer:
+            target = target.setdefault(RENAMED.get(name, name), {})
+            if not isinstance(target, dict):
+                raise InputError(f"--set {override}: {name} has no keys of its own")
+        target[RENAMED.get(key, key) if not outer else key] = value
+    return with_defaults(config, path)
+
+
+def require(config, *keys):
+    """Raises InputError for a key that the task needs and the configuration lacks."""
+    for key in keys:
+        if config[key] is None:
+            raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
+
+
+def save_config(config, output_dir):
+    """The snapshot config.yaml of the configuration as it runs, defaults and overrides included."""
+    with atomic_write(Path(output_dir) / "config.yaml", "w") as file:
+        YAML(typ="safe").dump(config, file)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def _flag(text):
+    """A boolean flag that may stand alone or carry a word, as the released --resume True."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def argument_parser(description, config, output_dir):
+    """The flags that every task script has; config and output_dir are the task's defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", default=config)
+    parser.add_argument("--output_dir", default=output_dir)
+    parser.add_argument("--checkpoint", default="", help="start from the weights of this file")
+    parser.add_argument("--text_encoder", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
+    parser.add_argument("--tokenizer", help="vocab file, folder or hub name; text_encoder's by default")
+    parser.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, default=False, type=_flag,
+        help="continue the run in output_dir exactly where it was saved (or the one saved in --checkpoint)",
+    )  # fmt: skip
+    parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
+    ignored = "accepted for released command lines, without effect: the launcher decides"
+    for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
+        parser.add_argument(name, help=ignored)
+    return parser
+
+
+def run_script(main):
+    """Runs a script's main function and turns the errors a user can do something about into one line and a status."""
+    try:
+        main()
+    except (InputError, TrainingStopped, Interrupted) as error:
+        print(f"error: {error}" if not isinstance(error, Interrupted) else error, file=sys.stderr)
+        status = {InputError: 2, TrainingStopped: 1}.get(type(error)) or 128 + error.signum
+        sys.stderr.flush()
+        # other processes of the group may still wait in a collective call, which a normal exit would wait for as well
+        os._exit(status) if is_distributed() else sys.exit(status)
+    finally:
+        if is_distributed():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes and seeds
+
+
+def is_distributed():
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size():
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def local_rank():
+    """Rank within this machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def _slurm_to_environment():
+    """Translates Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "SLURM_PROCID" not in os.environ:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        os.environ["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def init_process_group(device):
+    """Joins the process group of the launcher, if there is one, and returns this process's device."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
+    _slurm_to_environment()
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+@contextmanager
+def first_on_machine():
+    """The first process of each machine runs the block before the others do: it fills caches that they then read."""
+    if is_distributed() and local_rank() > 0:
+        dist.barrier()
+    yield
+    if is_distributed() and local_rank() == 0:
+        dist.barrier()
+
+
+def seed_of(*coordinates):
+    """A well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration, rank)."""
+    return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_everything(*coordinates):
+    """Seeds Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
+    value = seed_of(*coordinates)
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """Opens a temporary file beside path and renames it to path when the block ends well: never a half-written file."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        os.chmod(name, 0o666 & ~_umask())
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def make_output_dir(path):
+    """Creates output_dir and checks that it can be written to, before anything expensive. Raises InputError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(f"--output_dir {path}: cannot write there ({error.strerror}), name another folder") from None
