@@ -1,0 +1,46 @@
+"""Image-text retrieval data: images with all their captions."""
+
+import os
+
+from torch.utils.data import Dataset
+
+from dataset.annotations import check_entry, read_json_list, where
+from dataset.text import pre_caption
+from dataset.transforms import load_image
+from utils import InputError
+
+
+class RetrievalTestSet(Dataset):
+    """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R, R].
+
+    images: path of each image, as in the file; texts: all captions, cleaned up; img2txt: for each image the list of its
+    texts; txt2img: for each text its image. Raises InputError for an entry without image or captions.
+    """
+
+    def __init__(self, files, image_root, transform, max_words=30):
+        self.image_root = image_root
+        self.transform = transform
+        self.images, self.texts, self.img2txt, self.txt2img = [], [], [], []
+        for path in files:
+            for number, entry in read_json_list(path):
+                check_entry(entry, {"image": str, "caption": list}, path, number)
+                texts = [pre_caption(caption, max_words) for caption in entry["caption"]]
+                if not all(texts):
+                    raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it")
+                self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
+                self.txt2img.extend([len(self.images)] * len(texts))
+                self.images.append(entry["image"])
+                self.texts.extend(texts)
+
+    def path(self, index):
+        """Full path of an image."""
+        return os.path.join(self.image_root, self.images[index])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            return self.transform(load_image(self.path(index)))
+        except OSError as error:
+            raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None

@@ -1,0 +1,387 @@
+"""The one training loop: precision, accumulation, schedule, logging, saving, exact resuming."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dataset import EpochBatches, train_loader
+from models.checkpoint import load_weights, read_weights
+from optim import create_optimizer
+from scheduler import check_schedule, distillation_weight, learning_rate
+from utils import (
+    InputError, Interrupted, TrainingStopped, atomic_write, is_distributed, is_main, rank, seed_everything, world_size,
+)  # fmt: skip
+
+# dense bf16 matrix-product peak in FLOP/s, by a part of the device's name
+PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
+SKIPPED_IN_LOG = 100  # names of unusable files an epoch's entry in log.txt lists; skipped.txt has them all
+
+
+class Position(NamedTuple):
+    """Where a run stands: the next iteration to do, and what the epoch has summed up so far."""
+
+    epoch: int = 0
+    iteration: int = 0
+    sums: dict = {}  # name -> sum over the epoch's iterations, equal on all processes
+    skipped: list = []  # why entries could not be used, of this epoch, as far as this process saw
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C, and lets all processes agree on the iteration after which they stop.
+
+    The agreement is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to
+    iteration i is read after iteration i + 1.
+    """
+
+    def __enter__(self):
+        self.signum, self._pending = 0, None
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, _):
+        self.signum = signum
+
+    def agreed(self):
+        """The signal to stop for, 0 for none; the same on all processes. To be called after every iteration."""
+        if self._group is None:
+            return self.signum
+        answer = 0
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(self.signum)
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+
+def autocast(config, device):
+    """The context of the forward pass: bf16 autocast if the configuration and the device have it."""
+    enabled = config["precision"] == "bf16" and (device.type != "cuda" or torch.cuda.is_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def compile_layers(model):
+    """Compiles every transformer layer in place; names in the state dict stay as they are."""
+    for module in model.modules():
+        if type(module).__name__ in ("Block", "Layer"):
+            module.compile()
+
+
+def device_peak(device, config):
+    """bf16 matrix-product peak of the device in FLOP/s, None where it is not known."""
+    if device.type != "cuda" or config["precision"] != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, model, optimizer, config, position, seed, lr):
+    """Writes the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming, atomically.
+
+    epoch is the last one that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything).
+    """
+    done = position.iteration == 0
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"lr": lr},
+        "config": config,
+        "epoch": position.epoch - 1 if done else position.epoch,
+        "resume": {**position._asdict(), "seed": seed, "world_size": world_size()},
+    }
+    try:
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except OSError as error:
+        raise TrainingStopped(f"cannot write {path}: {error.strerror}; earlier checkpoints are untouched") from None
+
+
+def _link_or_copy(source, target):
+    """Makes target the same file as source, atomically, without writing it again where the file system allows."""
+    temporary = target.with_name(f".{target.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+
+
+def resume(path, model, optimizer, config, seed):
+    """Restores model, optimizer and position of a saved run. Raises InputError if the file is not one of a run."""
+    model_state = read_weights(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    lacking = [key for key in ("optimizer", "resume", "config") if key not in state]
+    if lacking:
+        raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
+                         "its weights")
+    load_weights(model, model_state, path)
+    optimizer.load_state_dict(state["optimizer"])
+    saved = state["resume"]
+    for key, now in {"seed": seed, "world_size": world_size()}.items():
+        if saved.pop(key) != now and is_main():
+            print(f"note: {key} differs from the saved run's, the trajectory will not be the same")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if changed and is_main():
+        print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
+    return Position(**saved)
+
+
+def find_resume_file(output_dir, checkpoint, wanted):
+    """The file that --resume continues from, None for a new run. Raises InputError where a new run would overwrite one."""
+    last = Path(output_dir) / "checkpoint_last.pth"
+    if wanted:
+        if checkpoint:
+            return Path(checkpoint)
+        if not last.exists() and is_main():
+            print(f"--resume: {last} does not exist yet, starting from the beginning")
+        return last if last.exists() else None
+    if last.exists():
+        raise InputError(f"--output_dir {output_dir} holds a run already: add --resume to continue it, name another folder, "
+                         "or remove it")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what an epoch records
+
+
+class Recorder:
+    """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard."""
+
+    def __init__(self, position, config, device, output_dir, iterations, batch_samples):
+        self.sums, self.skipped = dict(position.sums), list(position.skipped)
+        self.config, self.device, self.output_dir = config, device, Path(output_dir)
+        self.iterations, self.epoch, self.batch_samples = iterations, position.epoch, batch_samples
+        self.iteration, self.new_skipped, self.pending = position.iteration, [], []
+        # on a CPU there is nothing to wait for
+        self.every = config["log_every"] if device.type == "cuda" else 1
+        self.peak, self.flops = device_peak(device, config), None
+        self.bar = tqdm(
+            total=iterations, initial=position.iteration, desc=f"epoch {position.epoch}", disable=not is_main(),
+            file=sys.stdout, dynamic_ncols=True, mininterval=1,
+        )  # fmt: skip
+        self.writer = None
+        if is_main():
+            step = position.epoch * iterations + position.iteration
+            self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=step)
+        self.clock = time.perf_counter()
+
+    def add(self, values, lr, files, skipped):
+        """values: name -> scalar tensor on the device; files: this process's; skipped: reasons."""
+        self.pending.append((values, files))
+        self.new_skipped += skipped
+        self.lr = lr
+        self.iteration += 1
+        if len(self.pending) >= self.every or self.iteration == self.iterations:
+            self.fetch()
+
+    def fetch(self):
+        """Brings what is pending to the host, averaged over the processes. Raises TrainingStopped."""
+        if not self.pending:
+            return
+        names = list(self.pending[0][0])
+        local = torch.stack([torch.stack([values[n].detach().float() for n in names]) for values, _ in self.pending])
+        count = torch.tensor([len(self.skipped) + len(self.new_skipped)], device=self.device)
+        mean = local.clone()
+        if is_distributed():
+            dist.all_reduce(mean)
+            dist.all_reduce(count)
+            mean /= world_size()
+        rows = mean.double().cpu()
+        if not rows.isfinite().all():
+            self._stop_for_nonfinite(names, rows, local.cpu())
+        for name, total in zip(names, rows.sum(dim=0).tolist()):
+            self.sums[name] = self.sums.get(name, 0.0) + total
+        self._note_skipped(int(count))
+        self._show(dict(zip(names, rows.mean(dim=0).tolist())), len(rows))
+        self.pending = []
+
+    def _stop_for_nonfinite(self, names, rows, local):
+        row = int((~rows.isfinite()).any(dim=1).nonzero()[0])
+        bad = [name for name, value in zip(names, rows[row]) if not value.isfinite()]
+        iteration = self.iteration - len(self.pending) + row
+        mine = not local[row].isfinite().all()
+        files = self.pending[row][1]
+        if mine or is_main():
+            where = f"files of this step on process {rank()}: {', '.join(files)}" if mine else "not on this process"
+            last = self.output_dir / "checkpoint_last.pth"
+            kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
+            raise TrainingStopped(f"{', '.join(bad)} not finite in epoch {self.epoch} iteration {iteration}; {kept}; {where}")
+        raise TrainingStopped(f"{', '.join(bad)} not finite in epoch {self.epoch} iteration {iteration}")
+
+    def _note_skipped(self, count):
+        if self.new_skipped:
+            with open(self.output_dir / "skipped.txt", "a") as file:
+                file.writelines(f"epoch {self.epoch}: {reason}\n" for reason in self.new_skipped)
+            self.skipped += self.new_skipped
+            self.new_skipped = []
+        samples = self.iterations * self.batch_samples
+        if count > self.config["max_skipped"] * samples:
+            raise TrainingStopped(
+                f"{count} entries could not be used, more than {self.config['max_skipped']:.1%} (max_skipped) of an epoch's "
+                f"{samples}; they are listed in {self.output_dir / 'skipped.txt'}, the last: {(self.skipped or ['?'])[-1]}"
+            )
+
+    def _show(self, means, iterations):
+        now = time.perf_counter()
+        seconds, self.clock = (now - self.clock) / iterations, now
+        if self.writer is None:
+            return
+        step = self.epoch * self.iterations + self.iteration
+        rate = self.batch_samples / seconds
+        shown = {**means, "lr": self.lr, "samples_per_s": rate}
+        if self.flops and self.peak:
+            shown["mfu"] = self.flops / seconds / self.peak
+        for name, value in shown.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        left = (self.config["scheduler"]["epochs"] * self.iterations - step) * seconds
+        text = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss_"))
+        mfu = f" MFU {shown['mfu']:.1%}" if "mfu" in shown else ""
+        eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
+        self.bar.set_postfix_str(f"{text} lr {self.lr:.1e} {rate:.1f} samples/s{mfu} run ETA {eta}", refresh=False)
+        self.bar.update(iterations)
+
+    def position(self):
+        """Where the run stands after the iterations recorded so far; fetches them first."""
+        self.fetch()
+        return Position(self.epoch, self.iteration, dict(self.sums), list(self.skipped))
+
+    def summary(self):
+        """The epoch's means for log.txt, keys train_*."""
+        means = {f"train_{name}": total / self.iterations for name, total in self.sums.items()}
+        counts = torch.tensor([len(self.skipped)], device=self.device)
+        if is_distributed():
+            dist.all_reduce(counts)
+        if count := int(counts):
+            means["train_skipped"] = count
+            means["train_skipped_entries"] = self.skipped[:SKIPPED_IN_LOG]
+        return means
+
+    def close(self):
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def write_log(output_dir, epoch, **values):
+    """Appends one JSON object to log.txt on the main process."""
+    if is_main():
+        with open(Path(output_dir) / "log.txt", "a") as file:
+            file.write(json.dumps({**values, "epoch": epoch}) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def iterate(model, wrapped, optimizer, batches, step, config, device, coordinates, alpha, count_flops):
+    """One optimizer step over config["accumulate"] batches. Returns (values, files, skipped reasons, FLOPs or None).
+
+    step(model, batch, alpha, update_momentum) returns the losses by name; their sum is minimized. coordinates: (seed,
+    epoch, iteration), which together with rank and batch seed everything random.
+    """
+    totals, files, skipped = {}, [], []
+    accumulate = config["accumulate"]
+    with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
+        for micro in range(accumulate):
+            batch = next(batches)
+            seed_everything(*coordinates, micro, rank())
+            last = micro == accumulate - 1
+            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
+                with autocast(config, device):
+                    losses = step(wrapped, batch, alpha, micro == 0)
+                (sum(losses.values()) / accumulate).backward()
+            for name, value in {**losses, **getattr(model, "extra_metrics", dict)()}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / accumulate
+            files += batch.files
+            skipped += batch.skipped
+    if config["clip_grad"]:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return totals, files, skipped, counter.get_total_flops() if counter else None
+
+
+def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None):
+    """Trains for scheduler.epochs epochs; leaves checkpoint_%02d.pth, checkpoint_last.pth, log.txt and TensorBoard files.
+
+    step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file. Raises
+    Interrupted after saving on SIGTERM or Ctrl-C, TrainingStopped when a loss is not finite or too much data unusable.
+    """
+    check_schedule(config["scheduler"])
+    optimizer = create_optimizer(config["optimizer"], model)
+    position = resume(resume_from, model, optimizer, config, seed) if resume_from else Position()
+    sampler = EpochBatches(len(dataset), config["batch_size"], seed, rank(), world_size())
+    loader = train_loader(dataset, sampler, tokenizer, config, device)
+    iterations = len(sampler) // config["accumulate"]
+    if not iterations:
+        raise InputError(f"accumulate {config['accumulate']}: an epoch has only {len(sampler)} batches, lower it")
+    if config["compile"]:
+        compile_layers(model)
+    wrapped = model
+    if is_distributed():
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    samples = config["batch_size"] * config["accumulate"] * world_size()
+    output_dir = Path(output_dir)
+
+    with StopSignal() as stop:
+        for epoch in range(position.epoch, config["scheduler"]["epochs"]):
+            model.train()
+            sampler.epoch = dataset.epoch = epoch
+            sampler.start = position.iteration * config["accumulate"]
+            batches = iter(loader)
+            recorder = Recorder(position, config, device, output_dir, iterations, samples)
+            with contextlib.closing(recorder):
+                for iteration in range(position.iteration, iterations):
+                    lr = learning_rate(config["scheduler"], epoch, iteration, iterations)
+                    alpha = distillation_weight(config, epoch, iteration, iterations)
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    count_flops = recorder.peak is not None and recorder.flops is None and not config["compile"]
+                    values, files, skipped, flops = iterate(
+                        model, wrapped, optimizer, batches, step, config, device, (seed, epoch, iteration), alpha, count_flops
+                    )
+                    recorder.flops = flops or recorder.flops
+                    recorder.add(values, lr, files, skipped)
+                    signum = stop.agreed()
+                    due = config["save_every"] and (iteration + 1) % config["save_every"] == 0
+                    if (signum or due) and iteration + 1 < iterations:
+                        position = recorder.position()
+                        if is_main():
+                            save_checkpoint(output_dir / "checkpoint_last.pth", model, optimizer, config, position, seed, lr)
+                    if signum and iteration + 1 < iterations:
+                        raise Interrupted(signum, f"{signal.Signals(signum).name}: saved {output_dir / 'checkpoint_last.pth'} "
+                                          f"in epoch {epoch} after iteration {iteration}; continue with --resume")
+                summary = recorder.summary()
+            position = Position(epoch + 1)
+            write_log(output_dir, epoch, train_lr=lr, **summary)
+            if is_main():
+                path = output_dir / f"checkpoint_{epoch:02d}.pth"
+                save_checkpoint(path, model, optimizer, config, position, seed, lr)
+                _link_or_copy(path, output_dir / "checkpoint_last.pth")
+            if stop.signum and epoch + 1 < config["scheduler"]["epochs"]:
+                raise Interrupted(stop.signum, f"saved after epoch {epoch}; continue with --resume")

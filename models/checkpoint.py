@@ -1,0 +1,232 @@
+"""Every conversion of foreign or older weights: released checkpoints, Hugging Face BERT, timm and DeiT ViT.
+
+Most failed reproductions come from weights that silently did not load. So whatever is loaded is reported by name, and what
+is missing unexpectedly is an error.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from models.hub import hub_file
+from models.momentum import copy_to_momentum_
+from utils import InputError
+
+# what a released or older file may lack: buffers that the model itself makes, and what no file knows
+ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^queue_ptr$"
+WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
+
+
+class LoadReport(NamedTuple):
+    """What became of every tensor, by name in the model (ignored: by name in the file)."""
+
+    source: str
+    loaded: list
+    converted: list  # loaded under another name than in the file, as "name in file -> name in model"
+    resized: list  # position embeddings interpolated to another image_res
+    copied: list  # momentum weights that the file lacks, copied from the base weights
+    new: list  # left at their initialization
+    ignored: list  # in the file, not in the model
+
+    def __str__(self):
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        for name in ("converted", "resized", "copied", "new", "ignored"):
+            names = getattr(self, name)
+            if names:
+                lines.append(f"  {len(names)} {name}: {', '.join(condense(names))}")
+        return "\n".join(lines)
+
+
+def condense(names):
+    """Names that differ only in their numbers become one: layer.0.x, layer.1.x -> layer.{0-1}.x, in order."""
+    groups = {}
+    for name in names:
+        groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    condensed = []
+    for pattern, members in groups.items():
+        for column in zip(*(map(int, re.findall(r"\d+", member)) for member in members)):
+            low, high = min(column), max(column)
+            pattern = pattern.replace("#", str(low) if low == high else f"{{{low}-{high}}}", 1)
+        condensed.append(pattern)
+    return condensed
+
+
+def read_weights(path):
+    """The tensors of a .pth, .bin or .safetensors file by name, on the CPU; unwraps {"model": ...} and the like.
+
+    Reads with weights_only: code in a pickle is never run. Raises InputError for what cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist: check the path")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {_first_line(error)}") from None
+    except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
+        raise InputError(
+            f"checkpoint {path} holds more than tensors, numbers and text, and is not run: {_first_line(error)}"
+        ) from None
+    for wrapper in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"checkpoint {path} holds no named tensors")
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def interpolate_pos_embed(pos_embed, tokens):
+    """Position embeddings [1, 1+N, C] -> [1, tokens, C]: the square grid bicubically, the [CLS] position unchanged."""
+    old, new = round((pos_embed.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
+    if old == new:
+        return pos_embed
+    grid = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def _resize(name, value, target):
+    """value, fitted to target's shape if it is a position embedding of a square grid; else value itself."""
+    if name.endswith("pos_embed") and value.ndim == 3 and value.shape[2] == target.shape[2]:
+        if round((value.shape[1] - 1) ** 0.5) ** 2 == value.shape[1] - 1:
+            return interpolate_pos_embed(value, target.shape[1])
+    return value
+
+
+@torch.no_grad()
+def load_weights(model, state, source, new="$^", original=None, allow_missing=False):
+    """Copies the tensors of state into the model and says what became of each.
+
+    state: by name in the model; source: the file, for messages; new: regular expression of the names that may be missing;
+    original: name in the model -> name in the file, where they differ. Raises InputError for a tensor of another shape and,
+    unless allow_missing, for one that is missing unexpectedly.
+    """
+    targets, original = model.state_dict(keep_vars=True), original or {}
+    loaded, resized, copied, left_new, missing = [], [], [], [], []
+    for name, target in targets.items():
+        base = re.sub(r"_m(?=\.)", "", name, count=1)
+        if name in state:
+            value = _resize(name, state[name], target)
+            if value.shape != target.shape and not re.search(ALWAYS_NEW, name):
+                raise InputError(
+                    f"{source}: {original.get(name, name)} has shape {list(value.shape)} and the model's {name} "
+                    f"{list(target.shape)}: the file belongs to another configuration (image_res, vision_width, "
+                    "embed_dim, bert_config)"
+                )
+            if value.shape != target.shape:
+                left_new.append(name)
+                continue
+            if value is not state[name]:
+                resized.append(name)
+            target.copy_(value)
+            loaded.append(name)
+        elif base != name and base in state:
+            target.copy_(_resize(base, state[base], target))
+            copied.append(name)
+        elif re.search(new, name) or re.search(ALWAYS_NEW, name):
+            left_new.append(name)
+        else:
+            missing.append(name)
+    if missing and not allow_missing:
+        raise InputError(
+            f"{source} lacks {len(missing)} tensors of the model: {', '.join(condense(missing))}; "
+            "is it the right file? --allow_missing leaves them at their initialization"
+        )
+    converted = [f"{original[name]} -> {name}" for name in loaded if original.get(name, name) != name]
+    ignored = [original.get(name, name) for name in state if name not in targets]
+    return LoadReport(str(source), loaded, converted, resized, copied, left_new + missing, ignored)
+
+
+def load_checkpoint(model, path, allow_missing=False):
+    """Loads the weights of a checkpoint file into a model of any task, converting what needs it.
+
+    Position embeddings are interpolated to the model's image_res and momentum weights that the file lacks are copied from
+    the base. Returns a LoadReport; raises InputError as read_weights and load_weights do.
+    """
+    return load_weights(model, read_weights(path), path, allow_missing=allow_missing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# initialization of pre-training
+
+
+def _local_or_hub(source, key):
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"{key}: folder {source} has no {' or '.join(WEIGHT_FILES)}")
+        return found[0]
+    return path if path.is_file() else hub_file(source, WEIGHT_FILES, key)
+
+
+def bert_names(state):
+    """Renames the tensors of a Hugging Face BERT: with or without the prefix bert., LayerNorm gamma and beta.
+
+    Returns (state by name in the pre-training model, new name -> old name).
+    """
+    renamed, original = {}, {}
+    for old, value in state.items():
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", old)
+        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+        if re.match(r"(embeddings|encoder)\.", name):
+            name = f"bert.{name}"
+        name = f"text_encoder.{name}"
+        renamed[name], original[name] = value, old
+    prefix = "text_encoder.cls.predictions."
+    tied = {"decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight", "decoder.bias": f"{prefix}bias"}
+    for name, twin in tied.items():
+        if twin in renamed:
+            renamed[prefix + name], original[prefix + name] = renamed[twin], original[twin]
+    return renamed, original
+
+
+def load_text_encoder(model, source):
+    """Initializes a pre-training model's text and multimodal encoders with BERT (Section 3.1).
+
+    source: a folder, a .bin or .safetensors file, or a hub name. Layers below fusion_layer become the text encoder, the
+    rest the multimodal encoder; cross-attention is new, and so is the MLM head where the file has none.
+    """
+    path = _local_or_hub(source, "text_encoder")
+    state, original = bert_names(read_weights(path))
+    return _load_part(model, state, path, "text_encoder", r"crossattention|\.cls\.predictions\.", original)
+
+
+def load_vision_encoder(model, source):
+    """Initializes a model's image encoder with a DeiT or timm ViT (Section 3.1), position embeddings resized.
+
+    source: a local file, a folder, or a name of timm (or any timm hub repository).
+    """
+    if not Path(source).exists() and timm.is_model(source):
+        pretrained = timm.get_pretrained_cfg(source)
+        if pretrained is None or not pretrained.hf_hub_id:
+            raise InputError(f"vision_encoder: timm has no pre-trained weights named {source}")
+        source = pretrained.hf_hub_id
+    path = _local_or_hub(source, "vision_encoder")
+    state = read_weights(path)
+    if "dist_token" in state:
+        raise InputError(f"vision_encoder: {path} is a distilled DeiT with a second class token; use the plain DeiT")
+    renamed = {f"visual_encoder.{name}": value for name, value in state.items()}
+    original = {f"visual_encoder.{name}": name for name in state}
+    return _load_part(model, renamed, path, "visual_encoder", "$^", original)
+
+
+def _load_part(model, state, path, part, new, original):
+    """load_weights for one part of the model; the rest of the model is not expected in the file."""
+    rest = rf"^(?!{part}\.)"
+    report = load_weights(model, state, path, new=f"{new}|{rest}", original=original)
+    copy_to_momentum_(model)
+    inside = [name for name in report.new if name.startswith(f"{part}.")]
+    return report._replace(new=inside, copied=[])

@@ -1,0 +1,111 @@
+"""WordPiece tokenization as the released checkpoints were trained with: [CLS] and word pieces, no [SEP].
+
+`python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from tokenizers import BertWordPieceTokenizer, Tokenizer, models, processors
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from transformers import PreTrainedTokenizerFast
+
+from models.hub import hub_file
+from utils import InputError, atomic_write, run_script
+
+FILES = ["vocab.txt", "tokenizer.json"]
+SPECIAL = {
+    "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
+}  # fmt: skip
+
+
+def build_tokenizer(source):
+    """The tokenizer of a vocab file, of a folder that holds vocab.txt or tokenizer.json, or of a hub name.
+
+    Called on a list of texts with padding, truncation and max_length as any transformers tokenizer; its ids begin with
+    [CLS] and have no [SEP]. Raises InputError where there is no usable vocabulary or the hub is out of reach.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise InputError(f"tokenizer: folder {source} has no {' or '.join(FILES)}")
+        path = found[0]
+    elif not path.is_file():
+        path = Path(hub_file(source, FILES, "tokenizer"))
+    if path.suffix == ".json":
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **SPECIAL)
+    else:
+        tokenizer = _from_vocab(path)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
+    )
+    return tokenizer
+
+
+def _from_vocab(path):
+    try:
+        tokens = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"tokenizer: cannot read {path} as a vocab file, one word piece a line: {error}") from None
+    vocab = {token: i for i, token in enumerate(tokens)}
+    missing = [token for token in SPECIAL.values() if token not in vocab]
+    if missing:
+        raise InputError(f"tokenizer: vocab file {path} lacks {', '.join(missing)}")
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend.normalizer = BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def check_vocab_size(tokenizer, bert_config, source):
+    """Raises InputError where the vocabulary and bert_config disagree about its size."""
+    if len(tokenizer) != bert_config["vocab_size"]:
+        raise InputError(
+            f"tokenizer {source} has {len(tokenizer)} word pieces and bert_config has vocab_size "
+            f"{bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set vocab_size to {len(tokenizer)}"
+        )
+
+
+def captions_of(files):
+    """Yields every caption of annotation files whose entries have `caption`, a string or a list of strings."""
+    for path in files:
+        try:
+            entries = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a JSON list: {error}") from None
+        for number, entry in enumerate(entries, 1):
+            if not isinstance(entry, dict) or "caption" not in entry:
+                raise InputError(f"{path}: entry {number} has no 'caption'")
+            yield from [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+
+
+def train_vocab(captions, size, min_frequency=2):
+    """Trains a WordPiece vocabulary of at most `size` pieces on an iterable of captions; returns the pieces in order."""
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(
+        captions, vocab_size=size, min_frequency=min_frequency, special_tokens=list(SPECIAL.values()), show_progress=False
+    )
+    vocab = trainer.get_vocab()
+    return sorted(vocab, key=vocab.get)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train a WordPiece vocabulary on the captions of annotation files.")
+    parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
+    parser.add_argument("--output", required=True, help="the vocab file to write, one word piece a line")
+    parser.add_argument("--size", type=int, default=30522, help="number of word pieces at most")
+    args = parser.parse_args()
+    pieces = train_vocab(captions_of(args.files), args.size)
+    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+    with atomic_write(args.output, "w") as file:
+        file.write("".join(f"{piece}\n" for piece in pieces))
+    print(f"{args.output}: {len(pieces)} word pieces; set vocab_size to it in bert_config")
+
+
+if __name__ == "__main__":
+    run_script(main)
