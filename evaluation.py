@@ -44,7 +44,7 @@ def evaluate_retrieval(model, dataset, tokenizer, config, device):
     """Ranks a RetrievalTestSet by ITC, then its k_test best candidates by ITM.
 
     Returns (metrics, rankings): metrics has recall_at_k's numbers after re-ranking, and with the prefix itc_ those before;
-    rankings holds for each query its ten best candidates as result/retrieval.json has them.
+    rankings as the function of that name gives them.
     """
     model.eval()
     image_embeds, image_feat = encode_images(model, dataset, config, device)
@@ -57,12 +57,21 @@ def evaluate_retrieval(model, dataset, tokenizer, config, device):
     itc = recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)
     metrics = recall_at_k(scores_i2t.cpu(), scores_t2i.cpu(), dataset.txt2img, dataset.img2txt)
     metrics.update({f"itc_{name}": value for name, value in itc.items()})
-    return metrics, {"image_to_text": _top(scores_i2t), "text_to_image": _top(scores_t2i)}
+    return metrics, rankings(scores_i2t, scores_t2i, dataset)
 
 
-def _top(scores):
-    values, indices = scores.topk(min(10, scores.shape[1]), dim=1)
-    return [
-        [{"index": i, "score": round(v, 4)} for i, v in zip(row_i, row_v)]
-        for row_i, row_v in zip(indices.tolist(), values.tolist())
-    ]  # fmt: skip
+def rankings(scores_i2t, scores_t2i, dataset, top=10):
+    """For each query of both directions its `top` best candidates with scores, as result/retrieval.json holds them."""
+    def best(scores, key, names, is_hit):
+        values, indices = scores.topk(min(top, scores.shape[1]), dim=1)
+        return [
+            [{key: names[i], "score": round(v, 4), "hit": is_hit(query, i)} for i, v in zip(row_i, row_v)]
+            for query, (row_i, row_v) in enumerate(zip(indices.tolist(), values.tolist()))
+        ]  # fmt: skip
+
+    texts = best(scores_i2t, "caption", dataset.texts, lambda image, text: dataset.txt2img[text] == image)
+    images = best(scores_t2i, "image", dataset.images, lambda text, image: dataset.txt2img[text] == image)
+    return {
+        "image_to_text": [{"image": image, "results": row} for image, row in zip(dataset.images, texts)],
+        "text_to_image": [{"caption": text, "results": row} for text, row in zip(dataset.texts, images)],
+    }

@@ -1,0 +1,359 @@
+"""Annotation files: a streaming reader of JSON lists, and image-caption lists in buffers shared by all processes.
+
+A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here it
+is one read-only file, mapped into memory, whose pages all processes of a machine share:
+
+    magic, position of the layout   2 x 8 bytes
+    text                            UTF-8 of image path, caption 1, caption 2, ... of each entry, without separators
+    offsets                         where each string starts in the file, and the end of the last one
+    first                           number of each entry's first string; not stored if all have one caption
+    layout                          JSON: type, length and position of both arrays, number of entries of each file
+
+The file is built once from the annotation files and kept in a cache folder.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import mmap
+import os
+import re
+import reprlib
+import tempfile
+import uuid
+from array import array
+
+import numpy as np
+
+from utils import InputError
+
+PAIR_KEYS = {"image": str, "caption": (str, list)}
+
+_CHUNK = 1 << 22  # characters of an annotation file in memory at a time
+_BATCH = 1 << 14  # strings that are written at a time
+_UINT32_END = 1 << 32  # larger offsets take 8 bytes each
+_MAGIC = int.from_bytes(b"ALBEFan1", "little")  # its last digit is the version of the cache format
+_HEADER_BYTES = 16
+_LONGEST_TOKEN = 16  # characters, more than in any token or escape sequence that the end of a chunk can cut
+
+_DECODER = json.JSONDecoder()
+_OPENING = re.compile(r"\s*\[\s*(\]?)")
+_SEPARATOR = re.compile(r"[ \t\n\r]*([,\]]?)[ \t\n\r]*")
+_TYPE_NAMES = {str: "a string", list: "a non-empty list of strings", int: "an integer", dict: "an object"}
+
+
+def read_json_list(path):
+    """Yield (number, entry) for the objects of a JSON list, counted from 0, without holding the file in memory.
+
+    Raises InputError if the file cannot be read, is not valid JSON, not a list or empty, or if an entry is not an
+    object.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for number, entry in enumerate(_decode_list(file, path)):
+                if type(entry) is not dict:
+                    raise InputError(f"{where(path, number)} is {reprlib.repr(entry)}, not an object; every entry "
+                                     f"must be like {{\"image\": ..., ...}}")
+                yield number, entry
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: this annotation file is not UTF-8 text; save it as UTF-8 JSON") from None
+
+
+def check_entry(entry, keys, path, number):
+    """Raise InputError unless `entry` has every key of `keys`, {key: type or tuple of types}.
+
+    A list must hold strings, at least one.
+    """
+    for key, types in keys.items():
+        value = entry.get(key)
+        if isinstance(value, types) and (type(value) is not list or _is_list_of_strings(value)):
+            continue
+        if key not in entry:
+            raise InputError(f"{where(path, number)} has no '{key}', {_describe(types)}; it has "
+                             f"{reprlib.repr(list(entry))}: correct or remove the entry")
+        raise InputError(f"{where(path, number)}: '{key}' is {reprlib.repr(value)}, but must be {_describe(types)}")
+
+
+def where(path, number):
+    """How error messages name an entry of an annotation file."""
+    return f"{path}: entry {number} (counting from 0)"
+
+
+class Annotations:
+    """Image paths and captions of image-caption lists, in a memory-mapped file. Made by `load_annotations`.
+
+    Processes that hold the same lists share the memory. A pickle holds only the names of the files.
+    """
+
+    def __init__(self, cache_path, files):
+        self._cache_path, self._files = cache_path, files
+        with open(cache_path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        magic, position = np.frombuffer(self._map, "<u8", 2).tolist()
+        if magic != _MAGIC:
+            raise ValueError(f"{cache_path} is not an annotation cache")
+        layout = json.loads(self._map[position:])
+        self._offsets = np.frombuffer(self._map, *layout["offsets"])
+        self._first = np.frombuffer(self._map, *layout["first"]) if layout["first"] else None
+        self._ends = list(itertools.accumulate(layout["entries"]))
+
+    def __reduce__(self):
+        return Annotations, (self._cache_path, self._files)
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def image(self, i):
+        """Image path of entry i, as written in the annotation file."""
+        return self._string(self._strings(i)[0])
+
+    def captions(self, i):
+        """Captions of entry i, a list of at least one string."""
+        first, end = self._strings(i)
+        return [self._string(k) for k in range(first + 1, end)]
+
+    def where(self, i):
+        """File and number of entry i, for error messages."""
+        file = next(file for file, end in enumerate(self._ends) if i < end)
+        return where(self._files[file], i - (self._ends[file - 1] if file else 0))
+
+    def _strings(self, i):
+        if not 0 <= i < self._ends[-1]:
+            raise IndexError(f"entry {i} of {len(self)}")
+        if self._first is None:
+            return 2 * i, 2 * i + 2
+        return int(self._first[i]), int(self._first[i + 1])
+
+    def _string(self, k):
+        return self._map[self._offsets[k]:self._offsets[k + 1]].decode("utf-8", "surrogatepass")
+
+
+def load_annotations(files):
+    """Annotations of one or several JSON lists of {"image": str, "caption": str or list of str}, joined in order.
+
+    The first call checks every entry and writes the cache, later ones open it, until one of the files changes.
+    The cache folder is ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache; if that cannot be written, it is in
+    the temporary folder.
+    Raises InputError for what `read_json_list` and `check_entry` refuse, or if the cache cannot be written.
+    """
+    files = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else [os.fspath(file) for file in files]
+    if not files:
+        raise InputError("train_file: no annotation file is given; name at least one in the config")
+    folder = _cache_folder()
+    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files)}.bin")
+    if annotations := _open_cache(cache_path, files):
+        return annotations
+    with _locked(folder):
+        # The process that had the lock before may have built it, and a second copy would not share its memory.
+        if annotations := _open_cache(cache_path, files):
+            return annotations
+        _build_cache(cache_path, files)
+    return Annotations(cache_path, files)
+
+
+def check_images(annotations, image_root, sample=1000):
+    """Raise InputError unless `image_root` and the images of `sample` evenly spaced entries exist.
+
+    `image_root` may be None or empty if the annotation files hold absolute paths; those win over it.
+    """
+    if image_root and not os.path.isdir(image_root):
+        raise InputError(f"image_root: folder {image_root} does not exist; set image_root to the folder that the "
+                         f"image paths of the annotation files start from")
+    checked = np.linspace(0, len(annotations) - 1, min(sample, len(annotations))).astype(int).tolist()
+    paths = [os.path.join(image_root or "", annotations.image(i)) for i in checked]
+    missing = [(i, path) for i, path in zip(checked, paths) if not os.path.isfile(path)]
+    if missing:
+        i, path = missing[0]
+        share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
+        raise InputError(f"{annotations.where(i)}: image {path} does not exist ({share}); correct image_root "
+                         f"({image_root or 'not set'}), or remove such entries from the annotation file")
+
+
+def _unreadable(path, error):
+    return InputError(f"{path}: cannot read this annotation file ({error.strerror}); correct its path in the config "
+                      f"(relative paths start at the folder you run in)")
+
+
+def _decode_list(file, path):
+    """Yield the elements of the JSON list in a text file, reading it in chunks."""
+    text = file.read(_CHUNK)
+    at_end = not text
+    while len(text.strip()) < 2 and not at_end:
+        more = file.read(_CHUNK)
+        text, at_end = text + more, not more
+    pos = _opening(text, path)
+    line = column = 1  # of text[0]
+    while True:
+        problem = None
+        try:
+            entry, end = _DECODER.raw_decode(text, pos)
+            separator = _SEPARATOR.match(text, end)
+            end = separator.end()
+            complete = end < len(text) or at_end
+        except json.JSONDecodeError as error:
+            problem, end = error.msg, error.pos
+            # A chunk may end inside the entry: then the error is at its end, or a string has no end yet.
+            cut = end > len(text) - _LONGEST_TOKEN or problem.startswith("Unterminated string")
+            complete = at_end or not cut
+        if not complete:
+            line, column = _advance(text, pos, line, column)
+            more = file.read(max(_CHUNK, len(text) - pos))  # doubling, so that a long entry takes linear time
+            text, pos, at_end = text[pos:] + more, 0, not more
+            continue
+        if problem is None:
+            yield entry
+            pos = end
+            if separator[1] == ",":
+                continue
+            if separator[1] and end == len(text):
+                return
+            problem = "Extra data after the list" if separator[1] else "Expecting ',' or ']'"
+        line, column = _advance(text, end, line, column)
+        cut_short = at_end and not text.rstrip().endswith("]")
+        remedy = "the file seems cut short: copy it again" if cut_short else "correct it there"
+        raise InputError(f"{path}: invalid JSON at line {line} column {column} ({problem}); {remedy}")
+
+
+def _opening(text, path):
+    """Position of the first element of the JSON list that `text` begins with."""
+    opening = _OPENING.match(text)
+    if opening and not opening[1]:
+        return opening.end()
+    start = text.lstrip()[:1]
+    if start == "{":
+        raise InputError(f"{path}: holds a JSON object, not a list of entries; if it is JSON lines (an object a "
+                         f"line), convert it: jq -s . {path} > list.json")
+    found = "is an empty list" if opening else "is not a JSON list" if start else "is empty"
+    raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]')
+
+
+def _advance(text, pos, line, column):
+    """Line and column of text[pos], given those of text[0]."""
+    newlines = text.count("\n", 0, pos)
+    return line + newlines, pos - text.rfind("\n", 0, pos) if newlines else column + pos
+
+
+def _is_list_of_strings(value):
+    return bool(value) and all(isinstance(item, str) for item in value)
+
+
+def _describe(types):
+    return " or ".join(_TYPE_NAMES[kind] for kind in (types if isinstance(types, tuple) else (types,)))
+
+
+def _cache_folder():
+    wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef")
+    for folder in wanted, os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}"):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    raise InputError(f"ALBEF_CACHE: cannot write to the cache folder {wanted}; set the environment variable "
+                     f"ALBEF_CACHE to a folder on a local disk")
+
+
+def _fingerprint(files):
+    """Hash of names, sizes and times of the files: a changed file gets another cache."""
+    versions = [_MAGIC]
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        versions.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(json.dumps(versions).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # Some network file systems cannot lock; then several processes may build the file, each a complete one.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _open_cache(cache_path, files):
+    """Annotations in the cache, or None if there are none, or damaged ones."""
+    try:
+        return Annotations(cache_path, files)
+    except (OSError, ValueError):
+        return None
+
+
+def _build_cache(cache_path, files):
+    # Renamed when complete, so that no process ever opens half a cache.
+    temporary = f"{cache_path}.{uuid.uuid4().hex}"
+    try:
+        with open(temporary, "wb") as out:
+            _write_cache(out, files)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, cache_path)
+    except OSError as error:
+        raise InputError(f"{cache_path}: cannot write the annotation cache ({error.strerror}); free some space, or "
+                         f"set the environment variable ALBEF_CACHE to another folder") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def _write_cache(out, files):
+    out.write(bytes(_HEADER_BYTES))
+    lengths, counts, entries = array("I"), array("I"), []  # bytes of strings, strings of entries, entries of files
+    for path in files:
+        before = len(counts)
+        for strings, string_counts in _encoded_batches(path):
+            out.write(b"".join(strings))
+            lengths.extend(map(len, strings))
+            counts.extend(string_counts)
+        entries.append(len(counts) - before)
+    dtype = "<u4" if out.tell() < _UINT32_END else "<u8"
+    one_caption = len(lengths) == 2 * len(counts)
+    layout = {
+        "entries": entries,
+        "offsets": _write_sums(out, lengths, _HEADER_BYTES, dtype),
+        "first": None if one_caption else _write_sums(out, counts, 0, dtype),
+    }
+    position = out.tell()
+    out.write(json.dumps(layout).encode())
+    out.seek(0)
+    out.write(np.array([_MAGIC, position], "<u8").tobytes())
+
+
+def _encoded_batches(path):
+    """Yield (strings, counts): UTF-8 of image path, caption 1, ... of some entries; number of strings of each."""
+    strings, counts = [], array("I")
+    for number, entry in read_json_list(path):
+        check_entry(entry, PAIR_KEYS, path, number)
+        captions = entry["caption"]
+        captions = [captions] if type(captions) is str else captions
+        # JSON can hold halves of surrogate pairs. In a path they stand for bytes that are not UTF-8 and must stay;
+        # in a caption they are a broken character, which a tokenizer would refuse: it becomes "?".
+        strings.append(entry["image"].encode("utf-8", "surrogatepass"))
+        strings += [caption.encode("utf-8", "replace") for caption in captions]
+        counts.append(1 + len(captions))
+        if len(strings) >= _BATCH:
+            yield strings, counts
+            strings, counts = [], array("I")
+    if strings:
+        yield strings, counts
+
+
+def _write_sums(out, numbers, start, dtype):
+    """Write `start` and its running sums with the numbers. Returns (dtype, count, position) for np.frombuffer."""
+    position = out.seek(-out.tell() % 8, os.SEEK_CUR)  # aligned
+    out.write(np.array([start], dtype).tobytes())
+    for i in range(0, len(numbers), _BATCH):
+        sums = start + np.cumsum(numbers[i:i + _BATCH], dtype=np.uint64)
+        start = int(sums[-1])
+        out.write(sums.astype(dtype).tobytes())
+    return dtype, 1 + len(numbers), position
