@@ -1,0 +1,52 @@
+import os
+import sys
+from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the golden values and bitwise comparisons are the CPU's
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Loads a file of tests/golden."""
+    return lambda name: torch.load(ROOT / "tests/golden" / name, weights_only=True)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A small folder of the built-in data set."""
+    from dataset.shapes import write_dataset
+
+    folder = tmp_path_factory.mktemp("shapes")
+    write_dataset(folder, train=48, val=4, test=12, noise=0.1, seed=0, image_size=48, captions=3)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(shapes):
+    """A configuration that trains a tiny model on the shapes in a second."""
+    from utils import with_defaults
+
+    vocab = (shapes / "vocab.txt").read_text().splitlines()
+    bert = {
+        "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "hidden_size": 16, "initializer_range": 0.02,
+        "intermediate_size": 32, "layer_norm_eps": 1e-12, "max_position_embeddings": 40, "num_attention_heads": 2,
+        "num_hidden_layers": 4, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": len(vocab), "fusion_layer": 2,
+        "encoder_width": 16,
+    }  # fmt: skip
+    return with_defaults({
+        "train_file": str(shapes / "pretrain.json"), "test_file": str(shapes / "test.json"), "image_root": str(shapes),
+        "bert_config": bert, "tokenizer": str(shapes / "vocab.txt"), "text_encoder": "random", "vision_encoder": "random",
+        "image_res": 32, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "vision_heads": 2, "embed_dim": 8,
+        "queue_size": 20, "batch_size": 8, "num_workers": 0, "k_test": 4,
+        "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
+    })  # fmt: skip

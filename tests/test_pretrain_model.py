@@ -1,0 +1,225 @@
+"""The pre-training model against the released implementation's numbers, the plain path, and its own edge cases."""
+
+import json
+
+import pytest
+import torch
+
+from models import build_model
+from models.albef import Text
+from plain import pretrain_losses, unfuse
+
+BERT = "tests/golden/bert.json"
+
+
+def assert_close(name, ours, theirs, relative, absolute):
+    gap = (ours - theirs).abs().max().item()
+    assert gap <= relative * theirs.abs().max().item() + absolute, f"{name}: off by {gap}"
+
+
+@pytest.fixture
+def step(golden):
+    data = golden("pretrain.pt")
+    model = build_model("pretrain", {**data["config"], "bert_config": BERT})
+    model.load_state_dict(data["state_dict"], strict=True)
+    text = Text(data["input_ids"], data["attention_mask"])
+    return data, model.train(), text, (data["masked_input_ids"], data["labels"])
+
+
+def test_losses_gradients_and_state_are_the_released_ones(step):
+    data, model, text, masked = step
+    losses = model(data["image"], text, alpha=data["alpha"], masked=masked)
+    assert set(losses) == {"loss_mlm", "loss_ita", "loss_itm"}
+    for name, loss in losses.items():
+        assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
+    sum(losses.values()).backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert grads.keys() == data["grads"].keys()
+    for name, grad in data["grads"].items():
+        assert_close(name, grads[name], grad, 1e-3, 1e-6)
+    state = model.state_dict()
+    for name, value in data["state_dict_after"].items():
+        assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+
+
+def test_features_are_the_released_ones(step, golden):
+    _, model, _, _ = step
+    data = golden("features.pt")
+    text = Text(data["input_ids"], data["attention_mask"])
+    real = text.attention_mask.bool()
+    with torch.no_grad():
+        image_embeds, image_feat = model.eval().encode_image(data["image"])
+        text_embeds, text_feat = model.encode_text(text)
+        fused = model.fuse(text_embeds, text.attention_mask, image_embeds)
+        ours = {
+            "image_embeds": image_embeds, "image_feat": image_feat, "text_feat": text_feat,
+            "itm_logits": model.itm_logits(fused), "text_embeds": text_embeds[real], "fusion_embeds": fused[real],
+            "mlm_logits": model.mlm_logits(fused)[real],
+        }  # fmt: skip
+    for name, value in ours.items():
+        theirs = data[name][real] if value.ndim == 2 and data[name].ndim == 3 else data[name]
+        assert_close(name, value, theirs, 1e-4, 1e-5)
+
+
+def test_full_size_keys_shapes_and_parameter_counts():
+    released = json.load(open("tests/golden/state_dict_keys.json"))
+    with torch.device("meta"):
+        model = build_model("pretrain", {"image_res": 256, "bert_config": "configs/config_bert.json"})
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == released["Pretrain"]
+    counts = released["Pretrain.__parameters__"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
+    assert sum(p.numel() for p in model.parameters()) == counts["all"]
+
+
+def random_batch(batch, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(5, 61, (batch, length), generator=generator)
+    input_ids[:, 0] = 2
+    lengths = torch.randint(3, length + 1, (batch,), generator=generator)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    labels = torch.where((torch.rand(batch, length, generator=generator) < 0.3) & (mask == 1), input_ids, -100)
+    image = torch.randn(batch, 3, 48, 48, generator=generator)
+    return image, Text(input_ids * mask, mask), (torch.where(labels != -100, 4, input_ids * mask), labels)
+
+
+def gradients(model, losses):
+    model.zero_grad()
+    sum(losses.values()).backward()
+    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+
+
+def test_fast_step_equals_plain_step(step):
+    data, model, _, _ = step
+    image, text, masked = random_batch(5)
+    results = []
+    for losses_of in (lambda *a: model(*a[:2], alpha=0.4, masked=a[2]), lambda *a: pretrain_losses(model, *a[:2], 0.4, a[2])):
+        model.load_state_dict(data["state_dict"])
+        torch.manual_seed(1)
+        losses = losses_of(image, text, masked)
+        results.append((losses, gradients(model, losses), model.image_queue.clone()))
+        unfuse(model)
+    (fast, fast_grads, fast_queue), (plain, plain_grads, plain_queue) = results
+    for name in plain:
+        assert_close(name, fast[name].detach(), plain[name].detach(), 1e-5, 1e-6)
+    assert fast_grads.keys() == plain_grads.keys()
+    for name in plain_grads:
+        assert_close(name, fast_grads[name], plain_grads[name], 1e-4, 1e-6)
+    assert_close("image_queue", fast_queue, plain_queue, 1e-5, 1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(golden):
+    data = golden("pretrain.pt")
+    results = []
+    for flag in (False, True):
+        model = build_model("pretrain", {**data["config"], "bert_config": BERT, "gradient_checkpointing": flag})
+        model.load_state_dict(data["state_dict"])
+        torch.manual_seed(0)
+        image, text, masked = random_batch(3)
+        results.append(gradients(model.train(), model(image, text, masked=masked)))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+TABLE_1 = {
+    "MLM + ITM": {"objectives": ["mlm", "itm"], "distill": False},
+    "ITC + MLM + ITM": {"hard_negatives": False, "distill": False},
+    "ITC + MLM + ITM_hard": {"distill": False},
+    "ITC_MoD + MLM + ITM_hard": {"distill": ["itc"]},
+    "Full": {},
+    "ITC alone": {"objectives": ["itc"]},
+    "ITM alone": {"objectives": ["itm"]},
+    "MLM alone": {"objectives": ["mlm"]},
+}
+
+
+@pytest.mark.parametrize("row", TABLE_1)
+def test_rows_of_table_1_are_configurations(golden, row):
+    data = golden("pretrain.pt")
+    model = build_model("pretrain", {**data["config"], **TABLE_1[row], "bert_config": BERT})
+    model.load_state_dict(data["state_dict"])
+    image, text, masked = random_batch(4)
+    losses = model.train()(image, text, alpha=0.4, masked=masked)
+    names = {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}
+    assert set(losses) == {names[name] for name in model.objectives}
+    grads = gradients(model, losses)
+    # data parallelism waits for the gradient of every trained parameter
+    assert set(grads) == {name for name, param in model.named_parameters() if param.requires_grad}
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_distillation_is_off_per_objective(golden):
+    data = golden("pretrain.pt")
+    image, text, masked = random_batch(4)
+
+    def losses(alpha, **keys):
+        model = build_model("pretrain", {**data["config"], **keys, "bert_config": BERT})
+        model.load_state_dict(data["state_dict"])
+        torch.manual_seed(0)
+        return {name: loss.item() for name, loss in model(image, text, alpha=alpha, masked=masked).items()}
+
+    plain, only_itc, full = losses(0.0), losses(0.4, distill=["itc"]), losses(0.4)
+    assert only_itc["loss_mlm"] == pytest.approx(plain["loss_mlm"], rel=1e-6)
+    assert only_itc["loss_ita"] == pytest.approx(full["loss_ita"], rel=1e-6)
+    assert full["loss_mlm"] != pytest.approx(plain["loss_mlm"], rel=1e-4)
+    off = losses(0.4, distill=False)
+    assert off == pytest.approx(plain, rel=1e-6)
+
+
+def test_batch_of_one_has_no_negatives_and_one_image_twice_is_fine(step):
+    data, model, _, _ = step
+    image, text, masked = random_batch(1)
+    losses = model(image, text, masked=masked)
+    assert losses["loss_itm"].item() == 0.0
+    grads = gradients(model, losses)
+    assert all(grad.isfinite().all() for grad in grads.values())
+    assert grads["itm_head.weight"].abs().max() == 0
+    image, text, masked = random_batch(2)
+    losses = model(image[:1].expand(2, -1, -1, -1), text, masked=masked)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_text_without_a_masked_token_gives_an_exact_zero(step):
+    _, model, text, _ = step
+    image, text, _ = random_batch(2)
+    losses = model(image, text, masked=(text.input_ids, torch.full_like(text.input_ids, -100)))
+    assert losses["loss_mlm"].item() == 0.0
+    assert all(grad.isfinite().all() for grad in gradients(model, losses).values())
+
+
+def test_mutual_information_bound_comes_from_the_onehot_loss(step):
+    data, model, text, masked = step
+    onehot = model(data["image"], text, alpha=0.0, masked=masked)["loss_ita"].item()
+    bound = torch.log(torch.tensor(2.0 + model.image_queue.shape[1])).item() - onehot
+    assert model.mi_bound.item() == pytest.approx(bound, abs=1e-5)
+    model.load_state_dict(data["state_dict"])
+    model(data["image"], text, alpha=0.4, masked=masked)
+    assert model.mi_bound.item() == pytest.approx(bound, abs=1e-5)
+
+
+def test_losses_stay_in_float32_under_bf16_autocast(step):
+    data, model, text, masked = step
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(data["image"], text, alpha=0.4, masked=masked)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(data[name], rel=0.03)
+    assert model.image_queue.dtype == torch.float32
+
+
+def test_rerank_scores_only_candidates_and_equals_scoring_pairs_one_by_one(step):
+    _, model, _, _ = step
+    image, text, _ = random_batch(7)
+    images = image[:4]
+    with torch.no_grad():
+        image_embeds, image_feat = model.eval().encode_image(images)
+        text_embeds, text_feat = model.encode_text(text)
+        i2t, t2i = model.rerank(image_embeds, image_feat, text_embeds, text_feat, text.attention_mask, k=3, rows=2)
+        sim = image_feat @ text_feat.T
+        for scores, order in ((i2t, sim.topk(3, dim=1).indices), (t2i.T, sim.T.topk(3, dim=1).indices.T)):
+            candidates = torch.zeros_like(sim, dtype=torch.bool).scatter_(1 if scores is i2t else 0, order, True)
+            for i in range(4):
+                for j in range(7):
+                    fused = model.fuse(text_embeds[j : j + 1], text.attention_mask[j : j + 1], image_embeds[i : i + 1])
+                    expected = model.itm_logits(fused)[0, 1] if candidates[i, j] else torch.tensor(-100.0)
+                    assert scores[i, j].item() == pytest.approx(expected.item(), abs=1e-5)
+        everything, _ = model.rerank(image_embeds, image_feat, text_embeds, text_feat, text.attention_mask, k=99)
+    assert (everything > -100).all()

@@ -1,0 +1,210 @@
+"""The fast image path gives the pixels of Pillow and torchvision, and bad files raise OSError."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.dataloader import obvious_stages, photo, pillow_operation
+from dataset import transforms as T
+
+GOLDEN = Path(__file__).parent / "golden"
+AFFINE = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return photo(torch.Generator().manual_seed(0))
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_pillow(image):
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def difference(a, b):
+    return (a.int() - b.int()).abs()
+
+
+@pytest.mark.parametrize(
+    "mode, name, options",
+    [
+        ("RGB", "a.jpg", {}),
+        ("RGB", "a.jpg", {"quality": 95, "subsampling": "4:4:4"}),
+        ("RGB", "a.jpg", {"progressive": True}),
+        ("RGB", "a.jpg", {"keep_rgb": True}),
+        ("RGB", "jpeg_called.png", {"format": "JPEG"}),
+        ("L", "a.jpg", {}),
+        ("CMYK", "a.jpg", {}),
+        ("RGB", "a.png", {}),
+        ("RGBA", "a.png", {}),
+        ("LA", "a.png", {}),
+        ("P", "a.png", {}),
+        ("1", "a.png", {}),
+        ("P", "a.gif", {}),
+    ],
+)
+def test_load_image_equals_pillow(tmp_path, picture, mode, name, options):
+    path = tmp_path / name
+    picture.crop((0, 0, 61, 43)).convert(mode).save(path, **options)
+    image = T.load_image(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 43, 61)
+    with Image.open(path) as expected:
+        assert torch.equal(image, to_tensor(expected.convert("RGB")))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_truncated_files_raise(tmp_path, picture, format):
+    buffer = io.BytesIO()
+    picture.crop((0, 0, 120, 90)).save(buffer, format)
+    data = buffer.getvalue()
+    path = tmp_path / "truncated"
+    for length in (0, 1, 5, 30, len(data) // 3, len(data) // 2, len(data) * 9 // 10):
+        path.write_bytes(data[:length])
+        with pytest.raises(OSError, match=str(path)):
+            T.load_image(path)
+
+
+def test_damaged_jpeg_raises_but_stray_bytes_do_not(tmp_path, picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG")
+    data = buffer.getvalue()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data[: len(data) // 2] + b"\xff\xd9")  # ends properly, but half of it is missing
+    with pytest.raises(OSError, match=f"{path}.*premature end"):
+        T.load_image(path)
+    scan = data.index(b"\xff\xda")
+    path.write_bytes(data[:scan] + b"stray" + data[scan:] + b"trailing")
+    assert torch.equal(T.load_image(path), to_tensor(Image.open(io.BytesIO(data))))
+
+
+def test_unreadable_files_raise(tmp_path):
+    text = tmp_path / "text.jpg"
+    text.write_text("<html>404 Not Found</html>")
+    fake = tmp_path / "fake.jpg"
+    fake.write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
+    for path in (text, fake, tmp_path / "missing.jpg", tmp_path):
+        with pytest.raises(OSError, match=str(path)):
+            T.load_image(path)
+
+
+def test_test_transform_matches_released_values():
+    golden = torch.load(GOLDEN / "transform.pt", weights_only=True)["tensor"]
+    image = T.test_transform(48)(T.load_image(GOLDEN / "photo.png"))
+    assert image.dtype == torch.uint8 and image.is_contiguous()
+    torch.testing.assert_close(T.normalize(image), golden, rtol=0, atol=1e-4 * golden.abs().max().item())
+
+
+def test_normalize_batch():
+    images = torch.randint(256, (2, 3, 5, 5), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (T.MEAN, T.STD))
+    torch.testing.assert_close(T.normalize(images), (images / 255 - mean) / std)
+
+
+def test_crop_and_resize_equals_pillow(tmp_path, picture):
+    path = tmp_path / "a.jpg"
+    picture.save(path, quality=90)
+    decode, crop_and_flip, _, _ = obvious_stages(96, 0.2)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        expected = to_tensor(crop_and_flip(decode(path)))
+        torch.manual_seed(seed)
+        image = T.random_hflip(T.random_resized_crop(T.load_image(path), 96, 0.2))
+        assert image.is_contiguous()
+        # torch keeps its bicubic weights in 16 bits: each of the two passes may round the other way
+        assert difference(image, expected).max() <= 2
+        assert (difference(image, expected) > 0).float().mean() < 0.08
+
+
+@pytest.mark.parametrize("direction", [1, -1])
+@pytest.mark.parametrize("name", T.OPERATIONS)
+def test_operation_equals_pillow(picture, name, direction):
+    size = 64
+    colorful = T.test_transform(size)(to_tensor(picture))
+    dull = (colorful * 0.5 + 40).to(torch.uint8)
+    one_color_channel = dull.clone()
+    one_color_channel[1] = 77
+    blended = torch.zeros(size, size, dtype=torch.bool)
+    if name in AFFINE:  # at the edge of the picture we blend with the gray around it, like OpenCV; Pillow does not
+        white = T.OPERATIONS[name](torch.full((3, size, size), 255, dtype=torch.uint8), direction)[0]
+        blended = (white != 255) & (white != T.FILL)
+        assert blended.float().mean() < 0.06 and (white == T.FILL).float().mean() > 0.02
+    for image in (colorful, dull, one_color_channel):
+        before = image.clone()
+        result = T.OPERATIONS[name](image, direction)
+        expected = to_tensor(pillow_operation(name, direction, size)(to_pillow(image)))
+        assert result.dtype == torch.uint8 and torch.equal(image, before)
+        assert difference(result, expected)[:, ~blended].max() <= 1
+        if name not in ("Identity", "AutoContrast"):
+            assert difference(result, image).float().mean() > 0.5
+
+
+def test_autocontrast_of_every_range():
+    for low, high in [(0, 255), (0, 1), (3, 3), (254, 255), (10, 17), (5, 248), (100, 199), (0, 0), (255, 255)]:
+        image = torch.arange(low, high + 1, dtype=torch.uint8).expand(3, 1, -1)
+        expected = to_tensor(pillow_operation("AutoContrast", 1, 1)(to_pillow(image)))
+        assert difference(T.autocontrast(image), expected).max() <= 1
+
+
+def test_whole_chain_equals_pillow(tmp_path, picture):
+    path = tmp_path / "a.jpg"
+    picture.save(path, quality=90)
+    transform = T.train_transform(64, 0.2)
+    stages = obvious_stages(64, 0.2)
+    errors = []
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = path
+        for stage in stages:
+            expected = stage(expected)
+        torch.manual_seed(seed)
+        errors.append((T.normalize(transform(T.load_image(path))) - expected).abs().mean().item())
+    # in units of the normalized image: one gray level is 0.015. Edge blending and Pillow's truncation remain
+    assert np.mean(errors) < 0.015 and max(errors) < 0.08
+
+
+def test_seed_decides_the_result(picture):
+    transform = T.train_transform(32, 0.2)
+    image = to_tensor(picture)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(transform(image))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("hflip, low, high", [(True, 0.3, 0.7), (False, 0, 0)])
+def test_share_of_flipped_images(hflip, low, high):
+    torch.manual_seed(0)
+    left_to_right = torch.linspace(0, 255, 64).to(torch.uint8).expand(3, 64, 64)
+    transform = T.train_transform(32, 0.5, hflip)
+    images = [transform(left_to_right).float() for _ in range(100)]
+    flipped = np.mean([bool(image[..., 8:16].mean() > image[..., 16:24].mean()) for image in images])
+    assert low <= flipped <= high
+
+
+def test_operations_are_drawn_uniformly_and_kept_half_the_time():
+    torch.manual_seed(0)
+    rounds = 4000
+    draws = [draw for _ in range(rounds) for draw in T.draw_operations()]
+    assert abs(len(draws) / (2 * rounds) - 0.5) < 0.02
+    for name in T.OPERATIONS:
+        directions = [direction for drawn, direction in draws if drawn == name]
+        assert abs(len(directions) / len(draws) - 0.1) < 0.02
+        assert abs(np.mean(directions)) < 0.2
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (2, 300), (300, 2), (31, 33)])
+def test_images_of_any_shape(height, width):
+    torch.manual_seed(0)
+    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
+    for transform in (T.train_transform(32, 0.2), T.test_transform(32)):
+        result = transform(image)
+        assert result.shape == (3, 32, 32) and result.dtype == torch.uint8
