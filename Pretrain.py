@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
-
 from dataset import build_dataset
 from dataset.transforms import normalize
 from engine import find_resume_file, train, write_log

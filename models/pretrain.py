@@ -53,6 +53,10 @@ class Pretrain(ALBEF):
         vocab_size, probability = self.bert_config["vocab_size"], self.config["mlm_probability"]
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 
+    def extra_metrics(self):
+        """Tensors worth logging beside the losses, of the last step."""
+        return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}
+
     def forward(self, image, text, alpha=0.4, masked=None, update_momentum=True):
         """One step's losses (Equation 5), any of loss_mlm, loss_ita, loss_itm as the configuration has them on.
 

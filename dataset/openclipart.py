@@ -1,0 +1,399 @@
+"""Real, noisy image-text pairs: Debian's openclipart packages -> JPEG files and caption annotations.
+
+    python -m dataset.openclipart --output data/openclipart
+
+The packages openclipart-png and openclipart-svg hold the same public-domain drawings, by many hands; the RDF in
+the SVG files has titles, descriptions and keywords. Much of that is not about the drawing: titles that name a
+whole collection, place-holders such as HASH(0x8a4caac), stamps and authors in file names. Near-duplicates
+(numbered variants, repeated drawings) stay on one side of the train / val / test split.
+"""
+import argparse
+import functools
+import html
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from utils import InputError
+
+PACKAGES = ("openclipart-png", "openclipart-svg")
+WORKERS = 2  # a drawing of 89 million pixels (Pillow's limit) takes half a gigabyte while it is read
+TRAIN_WORDS = 30  # what pre-training keeps of a caption
+TEST_WORDS = 25
+HASH_SIZE = 16
+SAME_PICTURE = 0.02  # squared distance over the product of norms; beyond it, distinct flags and icons merge
+SERIES_LIMIT = 32  # 1,375 of the drawings are one program's stars: a series must not fill the training batches
+HELD_OUT_SERIES = 4  # larger series stay in training, since all but one member of a held-out one go unused
+
+SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
+RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"}
+MARKUP = re.compile(r"<!--.*?-->|<[^>]*>|[\x00-\x1f\x7f-\x9f\ufffd]", re.DOTALL)
+BOILERPLATE = re.compile("|".join([
+    r"[(\[]?(?:https?://|www\.)[^\s\])]+[\])]?", r"\S+@\S+",
+    r"\((?:mon|tue|wed|thu|fri|sat|sun) [^)]*\)", r"\bhash ?\(0x[0-9a-f]+\)", r"\b0x[0-9a-f]{5,}\b",
+    r"\b(?:(?:this (?:work|image|file) is|made by [^.]*?\.) )?(?:hereby )?(?:released (?:in|und)|dedicat)\w+ "
+    r"(?:to )?(?:the )?public domain.*", r"\b(?:e-?mail|contact)\s*:", r"\bdata from\s*:.*",
+    r"\beps converted from\b", r"\bpart of (?:the )?",
+    r"\b(?:by |from )?(?:the )?open ?clip ?art(?: library)?\b", r"\bwmf2svg\b",
+    r",? ?(?:and )?\b(?:created?|made|drawn|converted to [\w ]+?) (?:with|in) (?:the )?(?:inkscape|sodipodi)\b"
+    r"(?: with the new trace tool)?", r"\bexploring inkscape capabilities\b",
+]), re.IGNORECASE)
+PLACEHOLDERS = {"hash", "untitled", "unnamed", "none", "title", "no title", "new document", "drawing", "magick",
+                "unsorted", "duplicates", "special", "examples", "clipart", "openclipart", "various cliparts",
+                "r16 sibmission"}
+BY_AUTHOR = re.compile(r"^clip ?art by .*? - ", re.IGNORECASE)
+
+
+class Drawing(NamedTuple):
+    """What the metadata say of a drawing. `key` is its path below the package's folder, without suffix."""
+    key: str
+    title: str = ""
+    description: str = ""
+    keywords: tuple[str, ...] = ()
+    creator: str = ""
+
+
+def clean_text(text: str, creator: str = "") -> str:
+    """Text without markup, addresses, file stamps, tool boilerplate, repeated words and the author's name."""
+    text = html.unescape(html.unescape(text))  # some were escaped twice
+    # Some UTF-8 was taken for Latin-1: "L\xc3\xa9zard".
+    text = re.sub("[\xc2-\xc3][\x80-\xbf]", lambda match: match[0].encode("latin-1").decode(), text)
+    text = MARKUP.sub(" ", text)
+    text = BOILERPLATE.sub(" ", re.sub(r"[_\s]+", " ", text))
+    if " " in creator:  # a single word may be an ordinary one
+        text = re.sub(rf"(?:\bby )?{re.escape(creator)}", " ", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", text)  # FlowerAndPot
+    text = re.sub(r"(?<![\d.])0\d+\b", " ", text)  # the counter of "Woman Police 01"
+    text = re.sub(r"(?<=[a-z]{4})\d\b", " ", text)  # motorcycle1
+    text = re.sub(r"\b(?:b and w|bw)\b", "black and white", text, flags=re.IGNORECASE)
+    text = re.sub(r"\b(\w+)(?:\W+\1\b)+", r"\1", text, flags=re.IGNORECASE)
+    text = re.sub(r"\(\s*\)|\[\s*\]", " ", text)
+    text = re.sub(r"\s+", " ", text).strip(" -,.;:!#*/\"'")
+    return "" if text.lower() in PLACEHOLDERS or not re.search(r"\w", text) else text
+
+
+def clean_file_name(stem: str, creator: str = "") -> str:
+    """Words of a file name without counters ("_01", "1-4") and without the (often cut) name of its author."""
+    card = re.fullmatch(r"[a-z]+_([cdhs])_(\d+|[ajqk])", stem)
+    if card:
+        return f"{RANKS.get(card[2], card[2])} of {SUITS[card[1]]}"
+    stem = re.sub(r"(?:^|(?<=_))jk(?=_)", "joker", stem)
+    stem = re.sub(r"(?:[_\-\s]*\d+[a-z]?)+$|_r?$", "", stem)
+    author = re.sub(r"[\W_]+", "_", creator.lower())
+    for match in re.finditer(r"_", stem):
+        tail = re.sub(r"[\W_]+", "_", stem[match.end():].lower())
+        if len(tail) > 2 and (author.startswith(tail) or author.endswith("_" + tail)):
+            stem = stem[:match.start()]
+            break
+    stem = re.sub(r"^star_0?(\d+)pt0?(\d+)step$", r"star with \1 points, step \2", stem)
+    return clean_text(re.sub(r"[_\-.\s]+", " ", stem))
+
+
+def parse_metadata(key: str, svg: Path) -> Drawing:
+    """The drawing's metadata as they stand in the RDF of its SVG file; empty where the file is broken."""
+    try:
+        root = ElementTree.parse(svg).getroot()
+    except (ElementTree.ParseError, OSError, ValueError, LookupError):  # LookupError: an unknown encoding
+        return Drawing(key)
+    work = root.find(".//{*}Work")
+    work = root if work is None else work
+
+    def first(tag, parent):
+        texts = (" ".join("".join(element.itertext()).split()) for element in parent.iterfind("{*}" + tag))
+        return next(filter(None, texts), "")
+
+    keywords = tuple(item.text.strip() for item in work.iterfind("{*}subject//{*}li") if item.text)
+    return Drawing(key, first("title", work) or first("title", root),
+                   first("description", work) or first("desc", root), keywords, first("creator", work))
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation: what a caption clean-up leaves."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def cut(text: str, max_words: int) -> str:
+    """The first words of a text, without punctuation left dangling at the end."""
+    return " ".join(text.split()[:max_words]).rstrip(" ,:;-(")
+
+
+def categories(key: str) -> list[str]:
+    """Folder names of a drawing, the most specific first: animals/big_cats/x -> big cats, animals."""
+    folders = (clean_text(re.sub(r"^\d+_|[_\-]+", " ", folder)) for folder in reversed(key.split("/")[:-1]))
+    return [folder for folder in folders if folder]
+
+
+def name_and_collection(drawing: Drawing, title_count: int) -> tuple[str, str]:
+    """What a drawing shows, and the collection it belongs to, perhaps "".
+
+    A title that several drawings share names a collection ("Lemon SVG theme") or another drawing ("Clipart by
+    ... - pear", on an orange) unless the file name agrees with it; then the file name tells what is shown.
+    """
+    by_author = BY_AUTHOR.match(drawing.title)
+    title = clean_text(BY_AUTHOR.sub("", drawing.title), drawing.creator)
+    stem = drawing.key.rpartition("/")[2]
+    file_name = clean_file_name(stem, drawing.creator)
+    agreeing = sum(word in words(f"{file_name} {re.sub(r'[0-9]+', ' ', stem)}") for word in words(title))
+    if title and (title_count == 1 or (not by_author and 2 * agreeing > len(words(title)))):
+        return title, ""
+    collection = title if title_count > 2 and not by_author else ""
+    short = collection and file_name and re.fullmatch(r"[^\W\d]{2,}", stem)  # "tv", but not "sm_006"
+    if short or re.search(r"[^\W\d_]{3}", file_name):
+        return file_name, collection
+    return next(filter(None, ["" if by_author else title, *categories(drawing.key)]), ""), ""
+
+
+def captions(drawing: Drawing, title_count: int, keyword_counts: Counter) -> tuple[str, list[str], str]:
+    """(name, the training captions, the one test caption) of a drawing; no captions if nothing is known of it.
+
+    The test caption holds all that is known: name, collection, keywords from rare to frequent, category and
+    description. The training captions are different views: name, name and category, all but the description,
+    name and description.
+    """
+    name, collection = name_and_collection(drawing, title_count)
+    folders = categories(drawing.key)
+    description = clean_text(drawing.description, drawing.creator)
+    keywords = sorted({clean_text(keyword.lower(), drawing.creator.lower()) for keyword in drawing.keywords},
+                      key=lambda keyword: (keyword_counts[keyword], keyword))
+    parts, seen = [name], {word.rstrip("s") for word in words(name)}
+    for part in (collection, *keywords[:8], *folders):  # only what adds a word, other than a number or a plural
+        new = {word.rstrip("s") for word in words(part) if not word.isdigit()} - seen
+        if new:
+            parts.append(part)
+            seen |= new
+    everything = ", ".join(parts)
+    if {word.rstrip("s") for word in words(description)} <= seen:
+        description = ""
+    views = [name, f"a drawing of {', '.join([name, *folders[:2]])}", everything]
+    if description:
+        views.append(f"{name}. {description}")
+        everything = f"{everything}. {description}"
+    distinct = {}
+    for view in views if words(name) else ():
+        distinct.setdefault(" ".join(words(view)), cut(view, TRAIN_WORDS))
+    return name, list(distinct.values()), cut(everything, TEST_WORDS)
+
+
+def render(paths: tuple[Path, Path], image_res: int) -> np.ndarray | None:
+    """Write one PNG as a square JPEG with sides of `image_res` pixels, centered on white.
+
+    Returns its ink (255 - value) on a 16x16 grid, uint8 [16, 16, 3], or None if it cannot be read or is empty.
+    """
+    png, jpeg = paths
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(png) as image:
+                image = image.convert("RGBA")
+            image = image.crop(image.getbbox())  # a transparent margin belongs to the page, not to the drawing
+            image = ImageOps.contain(image, (image_res, image_res), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError, ArithmeticError, RuntimeWarning, Image.DecompressionBombError):
+        return None
+    canvas = Image.new("RGB", (image_res, image_res), "white")
+    canvas.paste(image, ((image_res - image.width) // 2, (image_res - image.height) // 2), image)
+    if min(low for low, _ in canvas.getextrema()) > 250:
+        return None
+    jpeg.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(jpeg, quality=90)
+    return 255 - np.asarray(canvas.resize((HASH_SIZE, HASH_SIZE), Image.Resampling.BOX))
+
+
+def duplicate_groups(inks: np.ndarray, series: list[str]) -> list[int]:
+    """Group drawings [N, ...] with nearly the same picture or the same series name; returns N group labels."""
+    parent = list(range(len(series)))
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first = {}
+    for i, name in enumerate(series):
+        parent[i] = first.setdefault(name, i)
+    flat = inks.reshape(len(inks), -1).astype(np.float32)
+    norm = np.maximum(np.linalg.norm(flat, axis=1), 1e-6)
+    for start in range(0, len(flat), 1024):  # blocks bound the memory of the N x N distances
+        block = slice(start, start + 1024)
+        ratio = norm[block, None] / norm
+        distance = ratio + 1 / ratio - 2 * (flat[block] / norm[block, None]) @ (flat / norm[:, None]).T
+        for i, j in np.argwhere(distance < SAME_PICTURE):
+            parent[find(int(i) + start)] = find(int(j))
+    return [find(i) for i in range(len(series))]
+
+
+def series_name(key: str, name: str) -> str:
+    """Equal for the variants of a drawing within a folder: "Pear", "Pear 2", "Pear (sliced)"."""
+    name = re.sub(r"\(.*?\)|black and white", " ", name.lower())
+    return key.rpartition("/")[0] + "/" + " ".join(re.findall(r"[^\W\d_]+|^\d+ of", name))
+
+
+def split_groups(groups: list[int], test_captions: list[str], sizes: dict[str, int], seed: int) -> dict:
+    """Indices of each split: "test", "val" of the given sizes, one drawing a group, no caption twice; "train".
+
+    The other members of a held-out group, and those beyond SERIES_LIMIT of a training group, are in no split.
+    Raises InputError if there are too few groups.
+    """
+    rng = random.Random(seed)
+    members = defaultdict(list)
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    rest = list(members.values())
+    rng.shuffle(rest)
+    splits = {"test": [], "val": [], "train": []}
+    for split in ("test", "val"):
+        remaining, seen = [], set()
+        for group in rest:
+            chosen = rng.choice(group)
+            caption = " ".join(words(test_captions[chosen]))
+            if len(splits[split]) < sizes[split] and len(group) <= HELD_OUT_SERIES and caption not in seen:
+                splits[split].append(chosen)
+                seen.add(caption)
+            else:
+                remaining.append(group)
+        if len(splits[split]) < sizes[split]:
+            raise InputError(f"--{split} {sizes[split]}: there are only {len(splits[split])}; ask for fewer")
+        rest = remaining
+    for group in rest:
+        splits["train"] += rng.sample(group, min(len(group), SERIES_LIMIT))
+    return {split: sorted(indices) for split, indices in splits.items()}
+
+
+def fetch_packages(folder: Path) -> list[Path]:
+    """Download and unpack the Debian packages below `folder`, unless that is done; raises InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+    for package in PACKAGES:
+        target, partial = folder / package, folder / f"{package}.partial"
+        if target.is_dir():
+            continue
+        try:
+            if not list(folder.glob(f"{package}_*.deb")):
+                run(["apt-get", "download", package], cwd=folder)
+            shutil.rmtree(partial, ignore_errors=True)
+            run(["dpkg-deb", "-x", max(folder.glob(f"{package}_*.deb")), partial])
+        except FileNotFoundError as error:
+            raise InputError(f"{error.filename} is missing: install Debian's apt tools, or pass "
+                             f"--packages with the folders of unpacked {' and '.join(PACKAGES)}") from None
+        except subprocess.CalledProcessError as error:
+            reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"{error.cmd[0]} failed on {package} ({reason}): run `apt-get update`, remove "
+                             f"broken .deb files from {folder}, or pass --packages") from None
+        os.replace(partial, target)
+    return [folder / package for package in PACKAGES]
+
+
+def find_drawings(folders: list[Path]) -> dict[str, tuple[Path, Path]]:
+    """(png, svg) of every drawing that has both, by key; links, which repeat a drawing, are left out."""
+    found = {"png": {}, "svg": {}}
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"--packages {folder}: no such folder; give the folders that `dpkg-deb -x` wrote")
+        for root in (folder, *folder.rglob("openclipart")):
+            for kind, paths in found.items():
+                for path in (root / kind).rglob(f"*.{kind}"):
+                    if kind == "svg" or not path.is_symlink():
+                        paths[path.relative_to(root / kind).with_suffix("").as_posix()] = path
+    keys = sorted(found["png"].keys() & found["svg"].keys())
+    if not keys:
+        raise InputError(f"--packages {' '.join(map(str, folders))}: no drawing has both openclipart/png/*.png "
+                         "and openclipart/svg/*.svg; give the folders of both unpacked packages")
+    return {key: (found["png"][key], found["svg"][key]) for key in keys}
+
+
+def image_names(keys: list[str]) -> list[str]:
+    """Unique ASCII names images/<folders>/<name>.jpg, also where a file system ignores case."""
+    names, used = [], set()
+    for key in keys:
+        name = base = re.sub(r"[^A-Za-z0-9_/\-]+", "_", key)
+        while name.lower() in used:
+            name = f"{base}_{len(used)}"
+        used.add(name.lower())
+        names.append(f"images/{name}.jpg")
+    return names
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON so that the file is never half written."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, int], seed: int) -> dict:
+    """Write images and annotations below `output`; returns counts for the summary. Raises InputError."""
+    paths = find_drawings(folders)
+    keys = list(paths)
+    drawings = [parse_metadata(key, svg) for key, (_, svg) in paths.items()]
+    titles = [clean_text(drawing.title).lower() for drawing in drawings]
+    title_counts = Counter(titles)
+    keyword_counts = Counter(clean_text(word.lower()) for drawing in drawings for word in set(drawing.keywords))
+    texts = [captions(drawing, title_counts[title], keyword_counts) for drawing, title in zip(drawings, titles)]
+    names = image_names(keys)
+    jobs = [(paths[key][0], output / name) for key, name in zip(keys, names)]
+    with multiprocessing.Pool(WORKERS) as pool:
+        inks = list(tqdm(pool.imap(functools.partial(render, image_res=image_res), jobs, chunksize=8),
+                         total=len(jobs), desc="drawings", unit="img"))
+    kept = [i for i, ink in enumerate(inks) if ink is not None and texts[i][1]]
+    if not kept:
+        raise InputError(f"{folders[0]}: no drawing of {len(keys)} can be read; unpack the packages again")
+    series = [series_name(keys[i], texts[i][0]) for i in kept]
+    groups = duplicate_groups(np.stack([inks[i] for i in kept]), series)
+    splits = split_groups(groups, [texts[i][2] for i in kept], sizes, seed)
+    annotations = {split: [{"image": names[kept[i]], "caption": texts[kept[i]][1] if split == "train"
+                            else [texts[kept[i]][2]]} for i in indices] for split, indices in splits.items()}
+    for split, annotation in annotations.items():
+        write_json(output / f"{split}.json", annotation)
+    lengths = [len(words(caption)) for entry in annotations["train"] for caption in entry["caption"]]
+    return {"drawings": len(keys), "skipped": len(keys) - len(kept), "groups": len(set(groups)),
+            "left out": len(kept) - sum(map(len, annotations.values())),
+            **{split: len(annotation) for split, annotation in annotations.items()},
+            "captions in train": len(lengths), "words a caption": round(sum(lengths) / max(len(lengths), 1), 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("data/openclipart"), help="the configs' image_root")
+    parser.add_argument("--packages", type=Path, nargs="+", metavar="DIR", help="folders of unpacked packages")
+    parser.add_argument("--image_res", type=int, default=256)
+    parser.add_argument("--test", type=int, default=500, help="held-out drawings for the test")
+    parser.add_argument("--val", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.image_res < HASH_SIZE:
+        parser.error(f"--image_res must be at least {HASH_SIZE}")
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "packages")}
+    summary = args.output / "summary.json"
+    try:
+        complete = all((args.output / f"{name}.json").is_file() for name in ("train", "val", "test", "summary"))
+        if complete and json.loads(summary.read_text())["settings"] == settings:
+            print(f"{args.output} is complete; remove {summary} to prepare it again")
+            return 0
+        args.output.mkdir(parents=True, exist_ok=True)
+        summary.unlink(missing_ok=True)
+        folders = args.packages or fetch_packages(args.output / "packages")
+        counts = prepare(args.output, folders, args.image_res, {"test": args.test, "val": args.val}, args.seed)
+        write_json(summary, {"settings": settings, "counts": counts})
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(", ".join(f"{name} {count}" for name, count in counts.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Image decoding and transforms, on uint8 tensors, tuned for one CPU core.
+
+The pixels are those of the usual Pillow and torchvision chain within rounding; benchmarks/dataloader.py has both chains.
+Images stay uint8 until `normalize`, which the training step calls on the device: a quarter of the bytes to move.
+All randomness comes from torch's default CPU generator.
+"""
+
+import io
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import RandomResizedCrop
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+ASPECT_RATIO = (3 / 4, 4 / 3)
+NUM_OPERATIONS = 2
+FILL = 128
+
+
+def load_image(path):
+    """Decode an image file of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last in memory.
+
+    Raises OSError, with the path in the message, for a file that is missing, unreadable, corrupt or truncated.
+    """
+    data = Path(path).read_bytes()
+    try:
+        image = _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
+        return _decode_with_pillow(data) if image is None else image
+    except UnidentifiedImageError:
+        raise OSError(f"{path}: not an image that Pillow can read") from None
+    except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
+        raise OSError(f"{path}: broken image: {error}") from error
+
+
+def _decode_jpeg(data):
+    """The same pixels as Pillow's, faster; None for the uncommon encodings that are left to Pillow (CMYK for one)."""
+    try:
+        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in ("YCbCr", "RGB", "Gray"):
+            return None
+        return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+    except ValueError as error:
+        if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
+            raise  # Pillow may accept such a file and fill what is missing with gray
+        return None
+
+
+def _decode_with_pillow(data):
+    with Image.open(io.BytesIO(data)) as image:
+        return _from_pillow(image.convert("RGB"))
+
+
+def _from_pillow(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def train_transform(image_res, min_scale, hflip=True):
+    """RandomResizedCrop, horizontal flip and RandAugment: uint8 [3, H, W] -> uint8 [3, image_res, image_res].
+
+    min_scale is the smallest share of the image's area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
+    """
+
+    def transform(image):
+        image = random_resized_crop(image, image_res, min_scale)
+        if hflip:
+            image = random_hflip(image)
+        return randaugment(image)
+
+    return transform
+
+
+def test_transform(image_res):
+    """Bicubic resize by Pillow, bit for bit: uint8 [3, H, W] -> uint8 [3, image_res, image_res]."""
+
+    def transform(image):
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        return _from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
+
+    return transform
+
+
+def normalize(images):
+    """uint8 [..., 3, H, W] -> float32, (images / 255 - MEAN) / STD, on the images' device."""
+    scale, offset = _scale_and_offset(images.device)
+    return images.float().mul_(scale).add_(offset)
+
+
+@lru_cache
+def _scale_and_offset(device):
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
+    return 1 / (255 * std), -mean / std
+
+
+def random_resized_crop(image, size, min_scale):
+    """Crop a share of min_scale to 1 of the area, aspect ratio 3/4 to 4/3, and resize it, antialiased bicubic.
+
+    uint8 [3, H, W] -> uint8 [3, size, size]. The copy is worth it: channels-last uint8 images have a fast kernel.
+    """
+    top, left, height, width = RandomResizedCrop.get_params(image, (min_scale, 1.0), ASPECT_RATIO)
+    crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
+
+
+def random_hflip(image):
+    """Mirror left and right with probability 0.5."""
+    return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+def randaugment(image):
+    """RandAugment on a uint8 [3, R, R] image: apply the operations of `draw_operations` in turn."""
+    for name, direction in draw_operations():
+        image = OPERATIONS[name](image, direction)
+    return image
+
+
+def draw_operations():
+    """Draw operations with replacement, keep each with probability 0.5 -> [(name, direction 1 or -1), ...]."""
+    names = [list(OPERATIONS)[i] for i in torch.randint(len(OPERATIONS), (NUM_OPERATIONS,)).tolist()]
+    draws = (torch.rand(NUM_OPERATIONS, 2) < 0.5).tolist()
+    return [(name, 1 if forward else -1) for name, (keep, forward) in zip(names, draws) if keep]
+
+
+def autocontrast(image):
+    """Stretch each channel of a uint8 [3, H, W] image to 0..255; a channel of one value stays as it is."""
+    low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
+    constant = low == high
+    scale = torch.where(constant, 1, 255 / (high - low))
+    return _to_uint8(image.float().sub_(low.masked_fill(constant, 0)).mul_(scale))
+
+
+def equalize(image):
+    """Flatten the histogram of each channel of a uint8 [3, H, W] image, with Pillow's integer rule."""
+    pixels = image.flatten(1)
+    histogram = torch.stack([channel.bincount(minlength=256) for channel in pixels])
+    brightest = histogram.gather(1, pixels.amax(1, keepdim=True).long())
+    step = (pixels.shape[1] - brightest) // 255
+    table = (step // 2 + histogram.cumsum(1) - histogram) // step.clamp(min=1)
+    table = torch.where(step > 0, table.clamp_(max=255), torch.arange(256)).byte().numpy()
+    # bytes.translate is the fastest table look-up there is for bytes
+    channels = [channel.tobytes().translate(row.tobytes()) for channel, row in zip(image.numpy(), table)]
+    return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view_as(image)
+
+
+def brightness(image, factor):
+    """Multiply a uint8 [3, H, W] image by factor."""
+    return _to_uint8(image.float().mul_(factor).clamp_(max=255))
+
+
+def sharpness(image, factor):
+    """Extrapolate a uint8 [3, H, W] image away from its 3x3 smoothing (center weight 5 of 13); borders are kept."""
+    wide = image.to(torch.int16)
+    rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
+    box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    center = wide[:, 1:-1, 1:-1]
+    smooth = (box + 4 * center).float().mul_(1 / 13).round_()
+    image = image.clone()
+    image[:, 1:-1, 1:-1] = _to_uint8(smooth.lerp_(center.float(), factor).clamp_(0, 255))
+    return image
+
+
+def translate(image, x, y):
+    """Shift a uint8 [3, H, W] image by whole pixels, right by x and down by y; the rest is gray."""
+    return F.pad(image, (x, -x, y, -y), value=FILL)
+
+
+def shear(image, x, y):
+    """out(i, j) = image(i + x j, j + y i) for a square uint8 image: about the origin, as in the released code."""
+    return _affine(image, ((1, x, 0), (y, 1, 0)))
+
+
+def rotate(image, degrees):
+    """Turn a square uint8 [3, R, R] image about the pixel (R / 2, R / 2)."""
+    cos, sin, center = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), image.shape[-1] / 2
+    shift_x, shift_y = center - cos * center - sin * center, center + sin * center - cos * center
+    return _affine(image, ((cos, sin, shift_x), (-sin, cos, shift_y)))
+
+
+def _affine(image, matrix):
+    """out(x, y) = image(matrix @ (x, y, 1)), in pixel indices, bilinear, gray outside; square uint8 images."""
+    grid = _sampling_grid(image.shape[-1], matrix)
+    values = F.grid_sample(image.float().sub_(FILL)[None], grid, align_corners=False)[0]
+    return _to_uint8(values.add_(FILL + 0.5))
+
+
+@lru_cache(maxsize=16)
+def _sampling_grid(size, matrix):
+    """The 6 transforms of RandAugment are fixed once the size is: their grids are computed once."""
+    pixels = torch.arange(size, dtype=torch.float64)
+    y, x = torch.meshgrid(pixels, pixels, indexing="ij")
+    source = torch.stack([x, y, torch.ones_like(x)], -1) @ torch.tensor(matrix, dtype=torch.float64).T
+    return ((2 * source + 1) / size - 1).float()[None]
+
+
+def _to_uint8(values):
+    return values.to(torch.int16).to(torch.uint8)  # torch has no vectorized float -> uint8
+
+
+# Magnitude 7 of 10. None changes the color: the caption may name it.
+OPERATIONS = {
+    "Identity": lambda image, direction: image,
+    "AutoContrast": lambda image, direction: autocontrast(image),
+    "Equalize": lambda image, direction: equalize(image),
+    "Brightness": lambda image, direction: brightness(image, 1.36),
+    "Sharpness": lambda image, direction: sharpness(image, 1.36),
+    "ShearX": lambda image, direction: shear(image, 0.21 * direction, 0),
+    "ShearY": lambda image, direction: shear(image, 0, 0.21 * direction),
+    "TranslateX": lambda image, direction: translate(image, 7 * direction, 0),
+    "TranslateY": lambda image, direction: translate(image, 0, 7 * direction),
+    "Rotate": lambda image, direction: rotate(image, 21 * direction),
+}

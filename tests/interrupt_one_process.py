@@ -1,0 +1,29 @@
+"""Pretrain.py whose process 1 gets SIGTERM in its 8th step. Started by test_engine.py under torchrun."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import Pretrain
+from utils import run_script
+
+plain = Pretrain.step
+calls = iter(range(1, 1000))
+
+
+def step(device):
+    losses = plain(device)
+
+    def stepped(*args):
+        if next(calls) == 8 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*args)
+
+    return stepped
+
+
+Pretrain.step = step
+run_script(Pretrain.main)
