@@ -46,28 +46,28 @@ class Interrupted(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # configuration
 
-# every key of every task with its default; None: no default, a task that needs the key says so
+# every key of every task with its default; a type stands for a key without one, a task that needs the key says so
 DEFAULTS = {
     # data
-    "train_file": None, "val_file": None, "test_file": None, "image_root": "", "vqa_root": None, "vg_root": None,
-    "answer_list": None, "refcoco_data": None, "det_file": None, "coco_file": None, "image_res": None, "hflip": True,
-    "max_skipped": 0.01, "num_workers": None,
+    "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
+    "answer_list": str, "refcoco_data": str, "det_file": str, "coco_file": str, "image_res": int, "hflip": True,
+    "max_skipped": 0.01, "num_workers": int,
     # model
-    "bert_config": None, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
-    "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": None,
+    "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
+    "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": str,
     # method
     "objectives": ["itc", "mlm", "itm"], "hard_negatives": True, "distill": True, "alpha": 0.4, "warm_up": True,
     "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "eos": "[SEP]",
     # training
-    "batch_size": None, "batch_size_train": None, "batch_size_test": 64, "accumulate": 1, "clip_grad": None,
+    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
     "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
     "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02},
     "scheduler": {
-        "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1, "warmup_lr": 1e-5,
-        "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": None,
+        "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1.0, "warmup_lr": 1e-5,
+        "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": int,
     },
     # accepted because released files have it, without effect
-    "eval_ema": None,
+    "eval_ema": object,
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
 CHOICES = {"precision": ["fp32", "bf16"]}
@@ -82,24 +82,19 @@ def _unknown(key, known, where):
 
 
 def _check_value(key, value, default, where):
-    number = (int, float)
-    if default is None or value is None:
-        return
-    if isinstance(default, bool):
-        wanted = None if isinstance(value, bool) or key == "distill" else "true or false"
-    elif isinstance(default, number):
-        # YAML reads 1e-4 as a number but "1e-4" and 1,000 as text
-        fits = isinstance(value, number) and not isinstance(value, bool) and value >= 0
-        wanted = None if fits and (isinstance(default, float) or value == int(value)) else "a number, not negative"
-        if wanted is None and isinstance(default, int) and not isinstance(value, int):
-            wanted = "a whole number"
-    elif isinstance(default, dict):
-        wanted = None if isinstance(value, dict) else "a mapping"
-    else:
-        wanted = None if isinstance(value, type(default)) else "a list" if isinstance(default, list) else "a string"
-    if key == "k_test":
-        wanted = None if isinstance(value, list) else wanted
-    if wanted:
+    """Raises InputError for a value of another kind than the key's default has."""
+    kind = default if isinstance(default, type) else type(default)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    fits, wanted = {
+        bool: (isinstance(value, bool) or (key == "distill" and isinstance(value, list)), "true or false"),
+        int: (number and isinstance(value, int) or (key == "k_test" and isinstance(value, list)), "a whole number"),
+        float: (number, "a number, not negative"),  # YAML reads "1e-4" in quotes and 1,000 as text
+        str: (isinstance(value, str), "a string"),
+        list: (isinstance(value, list) or (key in LISTS_OR_STRINGS and isinstance(value, str)), "a list"),
+        dict: (isinstance(value, dict), "a mapping of keys to values"),
+        object: (True, ""),
+    }[kind]
+    if not fits and not (value is None and isinstance(default, type)):
         raise InputError(f"{where}: {key} is {value!r}, it must be {wanted}")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"{where}: {key} is {value!r}, it must be one of {', '.join(CHOICES[key])}")
@@ -125,9 +120,10 @@ def with_defaults(config, where="config"):
         result[key] = value
     for key, default in DEFAULTS.items():
         if isinstance(default, dict):
-            result[key] = {**default, **result.get(key, {})}
+            filled = {inner: None if isinstance(value, type) else value for inner, value in default.items()}
+            result[key] = {**filled, **result.get(key, {})}
         else:
-            result.setdefault(key, default)
+            result.setdefault(key, None if isinstance(default, type) else default)
     for key in ("objectives", "distill"):
         wrong = [name for name in result[key] if name not in OBJECTIVES] if isinstance(result[key], list) else []
         if wrong:
@@ -288,16 +284,6 @@ def init_process_group(device):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
-
-@contextmanager
-def first_on_machine():
-    """The first process of each machine runs the block before the others do: it fills caches that they then read."""
-    if is_distributed() and local_rank() > 0:
-        dist.barrier()
-    yield
-    if is_distributed() and local_rank() == 0:
-        dist.barrier()
 
 
 def seed_of(*coordinates):

@@ -1,10 +1,10 @@
 """Images a second on one CPU core: decode, pre-training transform, normalization.
 
-    python benchmarks/dataloader.py               # the obvious Pillow and torchvision path against dataset/transforms.py
+    python benchmarks/dataloader.py               # the obvious Pillow and torchvision path, dataset/transforms.py
     python benchmarks/dataloader.py --workers 2   # also a DataLoader with 2 worker processes, end to end
 
-The paths take turns, a pass over the images each, with the same random draws: the same work under the same load. Times
-are CPU times: what another process takes of the core does not count. The DataLoader's rate is by the clock.
+The paths take turns, a pass over the images each, with the same random draws: the same work under the same load.
+Times are CPU times: what another process takes of the core does not count. The DataLoader's rate is by the clock.
 """
 
 import argparse
@@ -29,7 +29,7 @@ STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
 def pillow_affine(matrix):
-    """out(x, y) = image(matrix @ (x, y, 1)) in pixel indices; Pillow counts from pixel corners, half a pixel off."""
+    """out(x, y) = image(matrix @ (x, y, 1)) in pixel indices (Pillow's own are half a pixel off)."""
     (a, b, c), (d, e, f) = matrix
     coefficients = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)
     gray = (fast.FILL,) * 3
@@ -151,16 +151,17 @@ class Photos(Dataset):
 
 
 def measure_loader(paths, image_res, min_scale, workers, batch_size=64, batches=40):
-    """Images a second from a DataLoader, normalization included; the workers' start is not counted."""
-    repeats = math.ceil(batch_size * batches / len(paths))
+    """Images a second from a DataLoader in its steady state, normalization included."""
+    prefetched = 2 * workers  # batches: as many wait in the queue when the clock stops as when it starts
+    repeats = math.ceil(batch_size * (batches + 2 * prefetched) / len(paths))
     photos = Photos(paths, repeats, fast.train_transform(image_res, min_scale))
-    loader = iter(DataLoader(photos, batch_size, num_workers=workers, drop_last=True))
-    prefetched = 2 * workers
+    loader = iter(DataLoader(photos, batch_size, num_workers=workers))
     for _ in range(prefetched):
         next(loader)
     start = time.perf_counter()
-    count = sum(len(fast.normalize(batch)) for batch in loader)
-    return count / (time.perf_counter() - start)
+    for _ in range(batches):
+        fast.normalize(next(loader))
+    return batch_size * batches / (time.perf_counter() - start)
 
 
 def print_table(obvious, ours):
@@ -176,7 +177,8 @@ def print_table(obvious, ours):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--image_res", type=int, default=256)
     parser.add_argument("--min_scale", type=float, default=0.2)
     parser.add_argument("--images", type=int, default=64)
@@ -189,7 +191,7 @@ def main():
         paths = write_photos(folder, args.images)
         kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1000
         print(f"{args.images} JPEG files of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB each on average")
-        print(f"pre-training transform at {args.image_res} px, min_scale {args.min_scale}, one core, {args.rounds} rounds")
+        print(f"transform at {args.image_res} px, min_scale {args.min_scale}, one core, {args.rounds} rounds")
         chains = [stages(args.image_res, args.min_scale) for stages in (obvious_stages, fast_stages)]
         print_table(*measure(chains, paths, args.rounds))
         if args.workers:

@@ -11,7 +11,7 @@ from dataset.annotations import check_images, load_annotations
 from dataset.caption import CaptionDataset, collate_pretrain
 from dataset.retrieval import RetrievalTestSet
 from dataset.transforms import test_transform, train_transform
-from utils import InputError, first_on_machine, require, seed_of
+from utils import InputError, require, seed_of
 
 
 def build_dataset(name, config, seed=0):
@@ -19,8 +19,7 @@ def build_dataset(name, config, seed=0):
     image_root = config["image_root"]
     if name == "pretrain":
         require(config, "train_file", "image_res")
-        with first_on_machine():
-            annotations = load_annotations(config["train_file"])
+        annotations = load_annotations(config["train_file"])
         check_images(annotations, image_root)
         transform = train_transform(config["image_res"], min_scale=0.2, hflip=config["hflip"])
         return CaptionDataset(annotations, image_root, transform, seed)

@@ -1,7 +1,8 @@
 """Image decoding and transforms, on uint8 tensors, tuned for one CPU core.
 
-The pixels are those of the usual Pillow and torchvision chain within rounding; benchmarks/dataloader.py has both chains.
-Images stay uint8 until `normalize`, which the training step calls on the device: a quarter of the bytes to move.
+The pixels are those of the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py has
+both), but for the edge of sheared and turned images, which blends into the gray around as in the released code.
+Images stay uint8 until `normalize`, which the training step calls on the device: a quarter of the bytes.
 All randomness comes from torch's default CPU generator.
 """
 
@@ -42,7 +43,7 @@ def load_image(path):
 
 
 def _decode_jpeg(data):
-    """The same pixels as Pillow's, faster; None for the uncommon encodings that are left to Pillow (CMYK for one)."""
+    """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for one."""
     try:
         _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
@@ -66,7 +67,7 @@ def _from_pillow(image):
 def train_transform(image_res, min_scale, hflip=True):
     """RandomResizedCrop, horizontal flip and RandAugment: uint8 [3, H, W] -> uint8 [3, image_res, image_res].
 
-    min_scale is the smallest share of the image's area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
+    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
     """
 
     def transform(image):
@@ -103,10 +104,11 @@ def _scale_and_offset(device):
 def random_resized_crop(image, size, min_scale):
     """Crop a share of min_scale to 1 of the area, aspect ratio 3/4 to 4/3, and resize it, antialiased bicubic.
 
-    uint8 [3, H, W] -> uint8 [3, size, size]. The copy is worth it: channels-last uint8 images have a fast kernel.
+    uint8 [3, H, W] -> uint8 [3, size, size], within 2 gray levels of Pillow: torch rounds the weights to 16 bits.
     """
     top, left, height, width = RandomResizedCrop.get_params(image, (min_scale, 1.0), ASPECT_RATIO)
-    crop = image[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    crop = image[None, :, top : top + height, left : left + width]
+    crop = crop.contiguous(memory_format=torch.channels_last)  # uint8 has a fast kernel for this layout
     return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
@@ -156,7 +158,7 @@ def brightness(image, factor):
 
 
 def sharpness(image, factor):
-    """Extrapolate a uint8 [3, H, W] image away from its 3x3 smoothing (center weight 5 of 13); borders are kept."""
+    """Extrapolate a uint8 [3, H, W] image from its 3x3 smoothing (center weight 5 of 13); borders are kept."""
     wide = image.to(torch.int16)
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
@@ -193,7 +195,7 @@ def _affine(image, matrix):
 
 @lru_cache(maxsize=16)
 def _sampling_grid(size, matrix):
-    """The 6 transforms of RandAugment are fixed once the size is: their grids are computed once."""
+    """Cached: RandAugment has 6 such matrices."""
     pixels = torch.arange(size, dtype=torch.float64)
     y, x = torch.meshgrid(pixels, pixels, indexing="ij")
     source = torch.stack([x, y, torch.ones_like(x)], -1) @ torch.tensor(matrix, dtype=torch.float64).T

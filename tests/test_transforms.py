@@ -131,7 +131,7 @@ def test_operation_equals_pillow(picture, name, direction):
     one_color_channel = dull.clone()
     one_color_channel[1] = 77
     blended = torch.zeros(size, size, dtype=torch.bool)
-    if name in AFFINE:  # at the edge of the picture we blend with the gray around it, like OpenCV; Pillow does not
+    if name in AFFINE:  # edges blend into the gray around, as in OpenCV; Pillow's do not
         white = T.OPERATIONS[name](torch.full((3, size, size), 255, dtype=torch.uint8), direction)[0]
         blended = (white != 255) & (white != T.FILL)
         assert blended.float().mean() < 0.06 and (white == T.FILL).float().mean() > 0.02

@@ -1,0 +1,102 @@
+"""Pre-training samples and batches, retrieval test sets, and metrics."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import EpochBatches, build_dataset, train_loader
+from metrics import recall_at_k
+from models.tokenizer import build_tokenizer
+from utils import InputError
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
+    tokenizer = build_tokenizer(tiny_config["tokenizer"])
+    batches = []
+    for workers in (0, 2):
+        dataset = build_dataset("pretrain", tiny_config, seed=3)
+        sampler = EpochBatches(len(dataset), 8, seed=3)
+        dataset.epoch = sampler.epoch = 1
+        loader = train_loader(dataset, sampler, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"))
+        batches.append(list(loader))
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.image, other.image) and torch.equal(one.input_ids, other.input_ids)
+        assert one.files == other.files
+    assert batches[0][0].image.dtype == torch.uint8 and batches[0][0].image.shape == (8, 3, 32, 32)
+    dataset.epoch = 2
+    assert not torch.equal(dataset[0].image, build_dataset("pretrain", tiny_config, seed=3)[0].image)
+
+
+def test_processes_share_the_batches_of_one_process():
+    def batches(batch_size, rank=0, world=1, start=0):
+        sampler = EpochBatches(53, batch_size, seed=1, rank=rank, world_size=world)
+        sampler.epoch, sampler.start = 4, start
+        return list(sampler)
+
+    whole = batches(8)
+    parts = [batches(4, rank, 2) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+    assert len({i for batch in whole for i in batch}) == 48
+    assert batches(8, start=2) == whole[2:]
+    with pytest.raises(InputError, match="lower batch_size"):
+        EpochBatches(7, 4, seed=0, world_size=2)
+
+
+def test_captions_empty_after_clean_up_are_skipped(tiny_config, shapes, tmp_path):
+    entries = json.loads((shapes / "pretrain.json").read_text())
+    entries[5]["caption"] = "?!"
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(entries))
+    dataset = build_dataset("pretrain", {**tiny_config, "train_file": [str(path)]})
+    sample = dataset[5]
+    assert sample.caption and len(sample.skipped) == 1
+    assert "entry 5" in sample.skipped[0] and "empty" in sample.skipped[0]
+
+
+def test_retrieval_test_set(tiny_config, shapes):
+    dataset = build_dataset("retrieval_test", tiny_config)
+    entries = json.loads((shapes / "test.json").read_text())
+    assert len(dataset) == len(entries) == 12
+    assert [len(texts) for texts in dataset.img2txt] == [len(entry["caption"]) for entry in entries]
+    assert all(dataset.txt2img[text] == image for image, texts in enumerate(dataset.img2txt) for text in texts)
+    assert dataset[0].shape == (3, 32, 32)
+
+
+def test_retrieval_test_set_errors(tiny_config, shapes, tmp_path):
+    def build(entries):
+        path = tmp_path / "test.json"
+        path.write_text(json.dumps(entries))
+        return build_dataset("retrieval_test", {**tiny_config, "test_file": [str(path)]})
+
+    image = json.loads((shapes / "test.json").read_text())[0]["image"]
+    with pytest.raises(InputError, match="entry 1.*no 'caption'"):
+        build([{"image": image, "caption": ["a"]}, {"image": image}])
+    with pytest.raises(InputError, match="entry 0.*empty after clean-up"):
+        build([{"image": image, "caption": ["a", "..."]}])
+    with pytest.raises(InputError, match="absent.jpg does not exist.*image_root"):
+        build([{"image": "absent.jpg", "caption": ["a"]}])
+
+
+def test_recall_at_k_against_a_count_by_hand():
+    # 3 images; image 0 has texts 0 and 1, image 1 text 2, image 2 none
+    i2t = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.6], [1.0, 1.0, 1.0]])
+    t2i = np.array([[0.9, 0.1, 0.2], [0.1, 0.2, 0.3], [0.5, 0.4, 0.1]])
+    result = recall_at_k(i2t, t2i, txt2img=[0, 0, 1], img2txt=[[0, 1], [2], []])
+    assert result["txt_r1"] == 50.0 and result["txt_r5"] == 100.0
+    assert result["img_r1"] == pytest.approx(100 / 3) and result["img_r5"] == 100.0
+    assert result["txt_r_mean"] == pytest.approx((50 + 100 + 100) / 3)
+    assert result["r_mean"] == pytest.approx((result["txt_r_mean"] + result["img_r_mean"]) / 2)
+
+
+def test_ties_do_not_depend_on_order():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 3, (20, 20)).astype(float)
+    own = list(range(20))
+    order = rng.permutation(20)
+    result = recall_at_k(scores, scores.T, own, [[i] for i in own])
+    shuffled = scores[order][:, order]
+    assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == result
+    constant = np.zeros((20, 20))
+    assert recall_at_k(constant, constant, own, [[i] for i in own])["txt_r5"] == 0.0

@@ -1,0 +1,124 @@
+"""What Pretrain.py says about bad input: one line, exit status 2, nothing written is lost."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import Pretrain
+from models import build_model
+from utils import run_script
+
+
+@pytest.fixture
+def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
+    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status, stderr)."""
+
+    def call(*flags, **keys):
+        (tmp_path / "bert.json").write_text(json.dumps(tiny_config["bert_config"]))
+        config = {**tiny_config, "bert_config": str(tmp_path / "bert.json"), **keys}
+        YAML(typ="safe").dump(config, tmp_path / "config.yaml")
+        argv = ["Pretrain.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        try:
+            run_script(Pretrain.main)
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    return call
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+GOOD = {"image": "images/train/000000.jpg", "caption": "a red circle"}
+CASES = {
+    "missing annotation file": (lambda d: {"train_file": str(d / "no.json")}, ["no.json"]),
+    "annotation file is a folder": (lambda d: {"train_file": str(d)}, ["cannot"]),
+    "not a list": (lambda d: {"train_file": write(d / "a.json", {"image": 1})}, ["a.json", "list"]),
+    "cut off": (lambda d: {"train_file": write(d / "a.json", '[{"image": "x", "capt')}, ["a.json"]),
+    "entry without caption": (lambda d: {"train_file": write(d / "a.json", [GOOD, {"image": "x"}])}, ["a.json", "entry 1", "'caption'"]),
+    "entry without image": (lambda d: {"train_file": write(d / "a.json", [{"caption": "x"}])}, ["a.json", "entry 0", "'image'"]),
+    "missing image_root": (lambda d: {"image_root": str(d / "nowhere")}, ["image_root", "nowhere"]),
+    "missing image": (lambda d: {"train_file": write(d / "a.json", [GOOD, {**GOOD, "image": "x.jpg"}])}, ["a.json", "entry 1", "x.jpg", "image_root"]),
+    "misspelled key": (lambda d: {"quue_size": 3}, ["quue_size", "queue_size"]),
+    "wrong vocab": (lambda d: {"tokenizer": "tests/golden/vocab.txt"}, ["166", "vocab_size"]),
+    "no network for BERT": (lambda d: {"text_encoder": "some-lab/some-bert"}, ["text_encoder: some-lab/some-bert", "local copy"]),
+    "no network for ViT": (lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"}, ["vision_encoder", "local copy"]),
+    "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
+    "too small a data set": (lambda d: {"batch_size": 500}, ["batch_size"]),
+    "unknown schedule": (lambda d: {"scheduler": {"sched": "tanh"}}, ["tanh", "cosine"]),
+    "no batch size": (lambda d: {"batch_size": None}, ["batch_size"]),
+    "widths differ": (lambda d: {"vision_width": 32}, ["vision_width 32", "encoder_width"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_status_2(pretrain, tmp_path, monkeypatch, case):
+    keys, words = CASES[case]
+    monkeypatch.setattr("models.hub._check_network", offline)
+    status, message = pretrain(**keys(tmp_path))
+    lines = message.strip().splitlines()
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("error: "), message
+    assert all(word in message for word in words), message
+    assert not list((tmp_path / "out").glob("checkpoint*"))
+
+
+def offline(message):
+    from utils import InputError
+
+    raise InputError(message)
+
+
+def test_checkpoint_of_another_shape(pretrain, tiny_config, tmp_path):
+    other = build_model("pretrain", {**tiny_config, "embed_dim": 4})
+    torch.save({"model": other.state_dict()}, tmp_path / "other.pth")
+    status, message = pretrain("--checkpoint", tmp_path / "other.pth")
+    assert status == 2 and "vision_proj.weight" in message and "embed_dim" in message
+
+
+def test_output_dir_not_writable(pretrain, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, message = pretrain("--output_dir", tmp_path / "file/out")
+    assert status == 2 and "--output_dir" in message and "another folder" in message
+
+
+def test_unknown_device(pretrain):
+    status, message = pretrain("--device", "abacus")
+    assert status == 2 and "--device abacus" in message
+
+
+def test_resume_from_bare_weights(pretrain, tiny_config, tmp_path):
+    torch.save(build_model("pretrain", tiny_config).state_dict(), tmp_path / "bare.pth")
+    status, message = pretrain("--resume", "--checkpoint", tmp_path / "bare.pth")
+    assert status == 2 and "has no optimizer" in message
+
+
+def test_evaluate_without_checkpoint(pretrain):
+    status, message = pretrain("--evaluate")
+    assert status == 2 and "--checkpoint" in message
+
+
+def test_whole_program_trains_evaluates_and_resumes_when_finished(pretrain, tmp_path, capsys):
+    status, _ = pretrain("--resume", "True")
+    assert status == 0
+    out = tmp_path / "out"
+    log = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert log[-1].keys() >= {"test_txt_r1", "test_img_r1", "test_itc_txt_r1", "test_itc_img_r10", "epoch"}
+    rankings = json.loads((out / "result/retrieval.json").read_text())
+    assert len(rankings["image_to_text"]) == 12
+    assert sum(result["hit"] for query in rankings["text_to_image"] for result in query["results"]) > 0
+    assert Path(out / "config.yaml").exists()
+    before = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
+    assert pretrain("--resume")[0] == 0
+    after = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # without --resume the finished run is safe
+    status, message = pretrain()
+    assert status == 2 and "--resume" in message
