@@ -360,7 +360,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
                     lr = learning_rate(config["scheduler"], epoch, iteration, iterations)
                     alpha = distillation_weight(config, epoch, iteration, iterations)
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = lr * group.get("lr_scale", 1)
                     count_flops = recorder.peak is not None and recorder.flops is None and not config["compile"]
                     values, files, skipped, flops = iterate(
                         model, wrapped, optimizer, batches, step, config, device, (seed, epoch, iteration), alpha, count_flops

@@ -51,6 +51,7 @@ DEFAULTS = {
     # data
     "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
     "answer_list": str, "refcoco_data": str, "det_file": str, "coco_file": str, "image_res": int, "hflip": True,
+    "min_scale": 0.2,
     "max_skipped": 0.01, "num_workers": int,
     # model
     "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
@@ -61,7 +62,7 @@ DEFAULTS = {
     # training
     "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
     "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
-    "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02},
+    "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1.0},
     "scheduler": {
         "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1.0, "warmup_lr": 1e-5,
         "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": int,

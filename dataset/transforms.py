@@ -9,7 +9,7 @@ All randomness comes from torch's default CPU generator.
 import io
 import math
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -69,24 +69,24 @@ def train_transform(image_res, min_scale, hflip=True):
 
     min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
     """
+    return partial(_augment, image_res=image_res, min_scale=min_scale, hflip=hflip)
 
-    def transform(image):
-        image = random_resized_crop(image, image_res, min_scale)
-        if hflip:
-            image = random_hflip(image)
-        return randaugment(image)
 
-    return transform
+def _augment(image, image_res, min_scale, hflip):
+    image = random_resized_crop(image, image_res, min_scale)
+    if hflip:
+        image = random_hflip(image)
+    return randaugment(image)
 
 
 def test_transform(image_res):
     """Bicubic resize by Pillow, bit for bit: uint8 [3, H, W] -> uint8 [3, image_res, image_res]."""
+    return partial(_resize_as_pillow, image_res=image_res)
 
-    def transform(image):
-        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-        return _from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
 
-    return transform
+def _resize_as_pillow(image, image_res):
+    pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return _from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
 
 
 def normalize(images):

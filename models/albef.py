@@ -70,7 +70,7 @@ class ALBEF(nn.Module):
         self.special_ids = SpecialIds()
         if tokenizer is not None:
             self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id)
-        self.visual_encoder = build_vit(config)
+        self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)
         self.vision_proj = nn.Linear(vision_width, config["embed_dim"])
         self.text_proj = nn.Linear(width, config["embed_dim"])

@@ -6,18 +6,29 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from utils import InputError
 
 
-def parameter_groups(model, weight_decay):
-    """Two groups: biases and one-dimensional parameters without weight decay, then all others with it."""
-    plain, decayed = [], []
+def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
+    """Two groups: biases and one-dimensional parameters without weight decay, then all others with it.
+
+    temp gets a third group if its learning rate is scaled: Adam moves it by about the learning rate in every step, which at
+    rates far above the paper's 1e-4 makes it collapse before the features have learned anything.
+    """
+    plain, decayed, temp = [], [], []
     for name, param in model.named_parameters():
-        if param.requires_grad:
+        if not param.requires_grad:
+            continue
+        if name == "temp" and temp_lr_scale != 1:
+            temp.append(param)
+        else:
             (plain if param.ndim == 1 or name.endswith(".bias") else decayed).append(param)
-    return [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decayed, "weight_decay": weight_decay}]
+    if temp:
+        groups.append({"params": temp, "weight_decay": weight_decay, "lr_scale": temp_lr_scale})
+    return groups
 
 
 def create_optimizer(config, model):
-    """The optimizer of the key `optimizer` {opt, lr, weight_decay}: fused AdamW, any other name from timm's factory."""
-    groups = parameter_groups(model, config["weight_decay"])
+    """The optimizer of the key `optimizer` {opt, lr, weight_decay, temp_lr_scale}: fused AdamW, others from timm's factory."""
+    groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=config["lr"], fused=True)

@@ -29,7 +29,7 @@ def test_pretraining_config_is_the_papers_recipe():
     expected = {"batch_size": 64, "image_res": 256, "queue_size": 65536, "momentum": 0.995, "alpha": 0.4, "temp": 0.07,
                 "mlm_probability": 0.15, "embed_dim": 256, "vision_width": 768}
     assert {key: config[key] for key in expected} == expected
-    assert config["optimizer"] == {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02}
+    assert config["optimizer"] == {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1.0}
     rates = [learning_rate(config["scheduler"], epoch, i, 3000) for epoch, i in ((0, 0), (0, 1001), (29, 0))]
     assert rates == pytest.approx([1e-5, 1e-4, 1.02465e-5], rel=1e-4)
 
@@ -110,9 +110,9 @@ def test_weight_decay_spares_biases_and_one_dimensional_parameters(golden):
 
 def test_optimizers_and_schedules_by_name():
     model = torch.nn.Linear(2, 2)
-    assert type(create_optimizer({"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0}, model)).__name__ == "Lamb"
+    assert type(create_optimizer({"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)).__name__ == "Lamb"
     with pytest.raises(InputError, match="adamZ"):
-        create_optimizer({"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0}, model)
+        create_optimizer({"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)
     with pytest.raises(InputError, match="step"):
         check_schedule({"sched": "step"})
 
