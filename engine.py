@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dataset import EpochBatches, train_loader
-from models.checkpoint import load_weights, read_weights
+from models.checkpoint import load_weights, named_tensors, read_checkpoint
 from optim import create_optimizer
 from scheduler import check_schedule, distillation_weight, learning_rate
 from utils import (
@@ -73,10 +73,14 @@ class StopSignal:
         return answer
 
 
+def has_bf16(device):
+    """Whether the device computes in bf16; every CPU does, some of them slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def autocast(config, device):
     """The context of the forward pass: bf16 autocast if the configuration and the device have it."""
-    enabled = config["precision"] == "bf16" and (device.type != "cuda" or torch.cuda.is_bf16_supported())
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16" and has_bf16(device))
 
 
 def compile_layers(model):
@@ -115,8 +119,8 @@ def save_checkpoint(path, model, optimizer, config, position, seed, lr):
     try:
         with atomic_write(path) as file:
             torch.save(state, file)
-    except OSError as error:
-        raise TrainingStopped(f"cannot write {path}: {error.strerror}; earlier checkpoints are untouched") from None
+    except (OSError, RuntimeError) as error:
+        raise TrainingStopped(f"cannot write {path}: {error}; earlier checkpoints are untouched") from None
 
 
 def _link_or_copy(source, target):
@@ -132,13 +136,12 @@ def _link_or_copy(source, target):
 
 def resume(path, model, optimizer, config, seed):
     """Restores model, optimizer and position of a saved run. Raises InputError if the file is not one of a run."""
-    model_state = read_weights(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_checkpoint(path)
     lacking = [key for key in ("optimizer", "resume", "config") if key not in state]
     if lacking:
         raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
                          "its weights")
-    load_weights(model, model_state, path)
+    load_weights(model, named_tensors(state, path), path)
     optimizer.load_state_dict(state["optimizer"])
     saved = state["resume"]
     for key, now in {"seed": seed, "world_size": world_size()}.items():
@@ -172,10 +175,11 @@ def find_resume_file(output_dir, checkpoint, wanted):
 class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard."""
 
-    def __init__(self, position, config, device, output_dir, iterations, batch_samples):
+    def __init__(self, position, config, device, output_dir, iterations, writer):
         self.sums, self.skipped = dict(position.sums), list(position.skipped)
         self.config, self.device, self.output_dir = config, device, Path(output_dir)
-        self.iterations, self.epoch, self.batch_samples = iterations, position.epoch, batch_samples
+        self.iterations, self.epoch = iterations, position.epoch
+        self.batch_samples = config["batch_size"] * config["accumulate"] * world_size()
         self.iteration, self.new_skipped, self.pending = position.iteration, [], []
         # on a CPU there is nothing to wait for
         self.every = config["log_every"] if device.type == "cuda" else 1
@@ -184,10 +188,7 @@ class Recorder:
             total=iterations, initial=position.iteration, desc=f"epoch {position.epoch}", disable=not is_main(),
             file=sys.stdout, dynamic_ncols=True, mininterval=1,
         )  # fmt: skip
-        self.writer = None
-        if is_main():
-            step = position.epoch * iterations + position.iteration
-            self.writer = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=step)
+        self.writer = writer
         self.clock = time.perf_counter()
 
     def add(self, values, lr, files, skipped):
@@ -223,15 +224,17 @@ class Recorder:
     def _stop_for_nonfinite(self, names, rows, local):
         row = int((~rows.isfinite()).any(dim=1).nonzero()[0])
         bad = [name for name, value in zip(names, rows[row]) if not value.isfinite()]
-        iteration = self.iteration - len(self.pending) + row
-        mine = not local[row].isfinite().all()
-        files = self.pending[row][1]
-        if mine or is_main():
-            where = f"files of this step on process {rank()}: {', '.join(files)}" if mine else "not on this process"
-            last = self.output_dir / "checkpoint_last.pth"
-            kept = f"the last good checkpoint is {last}" if last.exists() else "there is no checkpoint yet"
-            raise TrainingStopped(f"{', '.join(bad)} not finite in epoch {self.epoch} iteration {iteration}; {kept}; {where}")
-        raise TrainingStopped(f"{', '.join(bad)} not finite in epoch {self.epoch} iteration {iteration}")
+        files = [] if local[row].isfinite().all() else self.pending[row][1]
+        if is_distributed():
+            gathered = [None] * world_size()
+            dist.all_gather_object(gathered, files)
+            files = sum(gathered, [])
+        last = self.output_dir / "checkpoint_last.pth"
+        raise TrainingStopped(
+            f"{', '.join(bad)} not finite in epoch {self.epoch} iteration {self.iteration - len(self.pending) + row}; "
+            f"{f'the last good checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'}; "
+            f"files of this step: {', '.join(files)}"
+        )
 
     def _note_skipped(self, count):
         if self.new_skipped:
@@ -283,47 +286,97 @@ class Recorder:
 
     def close(self):
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
 
 
 def write_log(output_dir, epoch, **values):
-    """Appends one JSON object to log.txt on the main process."""
-    if is_main():
-        with open(Path(output_dir) / "log.txt", "a") as file:
-            file.write(json.dumps({**values, "epoch": epoch}) + "\n")
+    """Appends one JSON object to log.txt on the main process, in place of one that says the same of the same epoch."""
+    if not is_main():
+        return
+    path, entry = Path(output_dir) / "log.txt", {**values, "epoch": epoch}
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    kept = [other for other in old if other["epoch"] != epoch or other.keys() != entry.keys()]
+    with atomic_write(path, "w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*kept, entry])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
-def iterate(model, wrapped, optimizer, batches, step, config, device, coordinates, alpha, count_flops):
+class Run(NamedTuple):
+    """What stays the same throughout a run."""
+
+    model: torch.nn.Module
+    wrapped: torch.nn.Module  # model, or its DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    step: Callable
+    config: dict
+    device: torch.device
+    seed: int
+    output_dir: Path
+    iterations: int  # optimizer steps in an epoch
+
+    def save(self, name, position, lr):
+        """Writes a checkpoint on the main process; returns its path."""
+        path = self.output_dir / name
+        if is_main():
+            save_checkpoint(path, self.model, self.optimizer, self.config, position, self.seed, lr)
+        return path
+
+
+def iterate(run, batches, epoch, iteration, alpha, count_flops=False):
     """One optimizer step over config["accumulate"] batches. Returns (values, files, skipped reasons, FLOPs or None).
 
-    step(model, batch, alpha, update_momentum) returns the losses by name; their sum is minimized. coordinates: (seed,
-    epoch, iteration), which together with rank and batch seed everything random.
+    The sum of the losses that run.step(model, batch, alpha, update_momentum) returns is minimized; values has them and the
+    model's extra metrics by name. (seed, epoch, iteration, batch, rank) seed everything random.
     """
     totals, files, skipped = {}, [], []
-    accumulate = config["accumulate"]
+    accumulate, clip_grad = run.config["accumulate"], run.config["clip_grad"]
     with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
         for micro in range(accumulate):
             batch = next(batches)
-            seed_everything(*coordinates, micro, rank())
+            seed_everything(run.seed, epoch, iteration, micro, rank())
             last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
-                with autocast(config, device):
-                    losses = step(wrapped, batch, alpha, micro == 0)
+            with contextlib.nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():
+                with autocast(run.config, run.device):
+                    losses = run.step(run.wrapped, batch, alpha, micro == 0)
                 (sum(losses.values()) / accumulate).backward()
-            for name, value in {**losses, **getattr(model, "extra_metrics", dict)()}.items():
+            for name, value in {**losses, **run.model.extra_metrics()}.items():
                 totals[name] = totals.get(name, 0) + value.detach() / accumulate
             files += batch.files
             skipped += batch.skipped
-    if config["clip_grad"]:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config["clip_grad"])
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if clip_grad:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), clip_grad)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     return totals, files, skipped, counter.get_total_flops() if counter else None
+
+
+def train_epoch(run, loader, position, recorder, stop):
+    """The rest of an epoch from a position on. Returns the last learning rate; raises Interrupted after saving."""
+    config, epoch, iterations = run.config, position.epoch, run.iterations
+    batches = iter(loader)
+    lr = None
+    for iteration in range(position.iteration, iterations):
+        lr = learning_rate(config["scheduler"], epoch, iteration, iterations)
+        alpha = distillation_weight(config, epoch, iteration, iterations)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1)
+        count_flops = recorder.peak is not None and recorder.flops is None and not config["compile"]
+        values, files, skipped, flops = iterate(run, batches, epoch, iteration, alpha, count_flops)
+        recorder.flops = flops or recorder.flops
+        recorder.add(values, lr, files, skipped)
+
+        signum = stop.agreed()
+        due = config["save_every"] and (iteration + 1) % config["save_every"] == 0
+        if (signum or due) and iteration + 1 < iterations:
+            path = run.save("checkpoint_last.pth", recorder.position(), lr)
+            if signum:
+                if is_distributed():
+                    dist.barrier()  # the launcher ends all processes as soon as one has left, the saving one too
+                raise Interrupted(signum, f"{signal.Signals(signum).name}: saved {path} in epoch {epoch} after iteration "
+                                  f"{iteration}; continue with --resume")
+    return lr
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None):
@@ -333,6 +386,8 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     Interrupted after saving on SIGTERM or Ctrl-C, TrainingStopped when a loss is not finite or too much data unusable.
     """
     check_schedule(config["scheduler"])
+    if config["precision"] == "bf16" and not has_bf16(device) and is_main():
+        print("note: this device has no bf16, training in fp32")
     optimizer = create_optimizer(config["optimizer"], model)
     position = resume(resume_from, model, optimizer, config, seed) if resume_from else Position()
     sampler = EpochBatches(len(dataset), config["batch_size"], seed, rank(), world_size())
@@ -345,43 +400,24 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     wrapped = model
     if is_distributed():
         wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    samples = config["batch_size"] * config["accumulate"] * world_size()
-    output_dir = Path(output_dir)
+    run = Run(model, wrapped, optimizer, step, config, device, seed, Path(output_dir), iterations)
+    # what a stopped run had drawn beyond its checkpoint is drawn anew
+    begun = position.epoch * iterations + position.iteration
+    writer = SummaryWriter(str(run.output_dir / "tensorboard"), purge_step=begun + 1 if begun else None) if is_main() else None
 
-    with StopSignal() as stop:
-        for epoch in range(position.epoch, config["scheduler"]["epochs"]):
+    with StopSignal() as stop, contextlib.closing(writer) if writer else contextlib.nullcontext():
+        epochs = config["scheduler"]["epochs"]
+        for epoch in range(position.epoch, epochs):
             model.train()
             sampler.epoch = dataset.epoch = epoch
             sampler.start = position.iteration * config["accumulate"]
-            batches = iter(loader)
-            recorder = Recorder(position, config, device, output_dir, iterations, samples)
-            with contextlib.closing(recorder):
-                for iteration in range(position.iteration, iterations):
-                    lr = learning_rate(config["scheduler"], epoch, iteration, iterations)
-                    alpha = distillation_weight(config, epoch, iteration, iterations)
-                    for group in optimizer.param_groups:
-                        group["lr"] = lr * group.get("lr_scale", 1)
-                    count_flops = recorder.peak is not None and recorder.flops is None and not config["compile"]
-                    values, files, skipped, flops = iterate(
-                        model, wrapped, optimizer, batches, step, config, device, (seed, epoch, iteration), alpha, count_flops
-                    )
-                    recorder.flops = flops or recorder.flops
-                    recorder.add(values, lr, files, skipped)
-                    signum = stop.agreed()
-                    due = config["save_every"] and (iteration + 1) % config["save_every"] == 0
-                    if (signum or due) and iteration + 1 < iterations:
-                        position = recorder.position()
-                        if is_main():
-                            save_checkpoint(output_dir / "checkpoint_last.pth", model, optimizer, config, position, seed, lr)
-                    if signum and iteration + 1 < iterations:
-                        raise Interrupted(signum, f"{signal.Signals(signum).name}: saved {output_dir / 'checkpoint_last.pth'} "
-                                          f"in epoch {epoch} after iteration {iteration}; continue with --resume")
+            with contextlib.closing(Recorder(position, config, device, run.output_dir, iterations, writer)) as recorder:
+                lr = train_epoch(run, loader, position, recorder, stop)
                 summary = recorder.summary()
             position = Position(epoch + 1)
-            write_log(output_dir, epoch, train_lr=lr, **summary)
+            write_log(run.output_dir, epoch, train_lr=lr, **summary)
+            path = run.save(f"checkpoint_{epoch:02d}.pth", position, lr)
             if is_main():
-                path = output_dir / f"checkpoint_{epoch:02d}.pth"
-                save_checkpoint(path, model, optimizer, config, position, seed, lr)
-                _link_or_copy(path, output_dir / "checkpoint_last.pth")
-            if stop.signum and epoch + 1 < config["scheduler"]["epochs"]:
-                raise Interrupted(stop.signum, f"saved after epoch {epoch}; continue with --resume")
+                _link_or_copy(path, run.output_dir / "checkpoint_last.pth")
+        if stop.signum:
+            raise Interrupted(stop.signum, "training was complete and is saved; --resume goes on to the evaluation")

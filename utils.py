@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -51,7 +52,7 @@ DEFAULTS = {
     # data
     "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
     "answer_list": str, "refcoco_data": str, "det_file": str, "coco_file": str, "image_res": int, "hflip": True,
-    "min_scale": 0.2,
+    "min_scale": 0.2, "randaugment": True,
     "max_skipped": 0.01, "num_workers": int,
     # model
     "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
@@ -221,15 +222,25 @@ def run_script(main):
     """Runs a script's main function and turns the errors a user can do something about into one line and a status."""
     try:
         main()
-    except (InputError, TrainingStopped, Interrupted) as error:
-        print(f"error: {error}" if not isinstance(error, Interrupted) else error, file=sys.stderr)
-        status = {InputError: 2, TrainingStopped: 1}.get(type(error)) or 128 + error.signum
-        sys.stderr.flush()
-        # other processes of the group may still wait in a collective call, which a normal exit would wait for as well
-        os._exit(status) if is_distributed() else sys.exit(status)
-    finally:
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    except Interrupted as error:
+        status, message = 128 + error.signum, error
+    except TrainingStopped as error:
+        status, message = 1, f"error: {error}"
+    except InputError as error:
+        status, message = 2, f"error: {error}"
+        if rank() > 0:
+            time.sleep(1)  # most likely all processes say the same; the launcher ends this one once the first has left
+    else:
         if is_distributed():
             dist.destroy_process_group()
+        return
+    if is_main() or status == 2:
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    # other processes of a group may wait in a collective operation for this one, which a normal exit would wait for
+    os._exit(status) if is_distributed() else sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 import Pretrain
 from dataset.caption import PretrainBatch
-from engine import compile_layers, iterate
+from engine import Run, compile_layers, iterate
 from models import build_model
 from models.albef import Text
 from optim import create_optimizer
@@ -98,8 +98,10 @@ def measure(path, precision, compiled, batch_size, steps):
     if path == "plain":
         unfuse(model)
 
+    run = Run(model, model, optimizer, step, config, device, seed=0, output_dir=None, iterations=1)
+
     def train_step(number, count_flops=False):
-        return iterate(model, model, optimizer, iter([batch]), step, config, device, (0, 0, number), 0.4, count_flops)
+        return iterate(run, iter([batch]), 0, number, 0.4, count_flops)
 
     flops = train_step(0, count_flops=True)[-1]  # before compiling: the counter sees single operations
     if compiled:

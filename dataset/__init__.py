@@ -21,7 +21,7 @@ def build_dataset(name, config, seed=0):
         require(config, "train_file", "image_res")
         annotations = load_annotations(config["train_file"])
         check_images(annotations, image_root)
-        transform = train_transform(config["image_res"], min_scale=config["min_scale"], hflip=config["hflip"])
+        transform = train_transform(config["image_res"], config["min_scale"], config["hflip"], config["randaugment"])
         return CaptionDataset(annotations, image_root, transform, seed)
     if name == "retrieval_test":
         require(config, "test_file", "image_res")

@@ -64,7 +64,7 @@ RGB = {"red": (222, 36, 36), "orange": (255, 140, 0), "yellow": (245, 208, 10), 
        "blue": (45, 85, 235), "cyan": (30, 205, 215), "purple": (135, 45, 175), "pink": (250, 130, 190),
        "white": (248, 248, 248), "beige": (226, 207, 172), "gray": (165, 165, 165), "navy": (16, 22, 66),
        "black": (10, 10, 10)}
-COUNT_WEIGHTS = (15, 35, 30, 12, 8)     # of 1 to 5 objects
+COUNT_WEIGHTS = (22, 40, 23, 9, 6)     # of 1 to 5 objects
 REPEAT = 0.1                            # probability that an object has an earlier one's color and shape
 FILL_WEIGHTS = (60, 20, 20)             # of FILLS
 EXTENT = {"small": (0.19, 0.24), "large": (0.34, 0.42)}     # longer side of an object, in sides of the image

@@ -64,19 +64,19 @@ def _from_pillow(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def train_transform(image_res, min_scale, hflip=True):
-    """RandomResizedCrop, horizontal flip and RandAugment: uint8 [3, H, W] -> uint8 [3, image_res, image_res].
+def train_transform(image_res, min_scale, hflip=True, augment=True):
+    """RandomResizedCrop, horizontal flip and RandAugment (unless switched off): uint8 [3, H, W] -> uint8 [3, image_res, image_res].
 
     min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
     """
-    return partial(_augment, image_res=image_res, min_scale=min_scale, hflip=hflip)
+    return partial(_train, image_res=image_res, min_scale=min_scale, hflip=hflip, augment=augment)
 
 
-def _augment(image, image_res, min_scale, hflip):
+def _train(image, image_res, min_scale, hflip, augment):
     image = random_resized_crop(image, image_res, min_scale)
     if hflip:
         image = random_hflip(image)
-    return randaugment(image)
+    return randaugment(image) if augment else image.contiguous()
 
 
 def test_transform(image_res):

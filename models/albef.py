@@ -144,7 +144,8 @@ class ALBEF(nn.Module):
                 bucket = torch.tensor(candidates[start : start + rows], device=attention_mask.device)
                 length = lengths[candidates[min(start + rows, len(candidates)) - 1]]
                 embeds = text_embeds[bucket.to(text_embeds.device)][:, :length].to(sim.device)
-                fused = self.bert.fuse(embeds, attention_mask[bucket, :length].to(sim.device), keys_values)
+                mask = attention_mask[bucket, :length].to(sim.device)
+                fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
                 scores[image, bucket.to(sim.device)] = self.itm_logits(fused)[:, 1].float()
         if world > 1:
             dist.all_reduce(scores, op=dist.ReduceOp.MAX)

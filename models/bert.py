@@ -52,9 +52,9 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout_prob if self.training else 0.0
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
 
-    def forward(self, hidden, mask):
-        """Self-attention: hidden [B, L, C], mask bool [B, 1, 1, L] -> [B, L, C]."""
-        context = self.attend(self._heads(self.query(hidden)), *self.keys_values(hidden), mask)
+    def forward(self, hidden, mask, queries):
+        """Self-attention of the first `queries` positions: hidden [B, L, C], mask bool [B, 1, 1, L] -> [B, queries, C]."""
+        context = self.attend(self._heads(self.query(hidden[:, :queries])), *self.keys_values(hidden), mask)
         return context.transpose(1, 2).flatten(2)
 
     def cross(self, hidden, keys, values, extra_index):
@@ -118,8 +118,9 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config, config["intermediate_size"])
 
-    def forward(self, hidden, mask, image_keys=None, image_values=None, extra_index=None):
-        hidden = self.attention.output(self.attention.self(hidden, mask), hidden)
+    def forward(self, hidden, mask, queries=None, image_keys=None, image_values=None, extra_index=None):
+        """hidden [R, L, C] -> [R, L, C], or [R, queries, C] where only the first `queries` positions are wanted."""
+        hidden = self.attention.output(self.attention.self(hidden, mask, queries), hidden[:, :queries])
         if image_keys is not None:
             context = self.crossattention.self.cross(hidden, image_keys, image_values, extra_index)
             hidden = self.crossattention.output(context, hidden)
@@ -165,18 +166,41 @@ class BertModel(nn.Module):
         """image_embeds [B, 1+N, C] -> for each multimodal layer the image's keys and values, each [B, h, 1+N, d]."""
         return [layer.crossattention.self.keys_values(image_embeds) for layer in self.encoder.layer[self.fusion_layer:]]
 
-    def fuse(self, text_embeds, attention_mask, image_keys_values, extra_index=None):
+    def fuse(self, text_embeds, attention_mask, image_keys_values, extra_index=None, cls_only=False):
         """The multimodal encoder over R text rows and B images.
 
         text_embeds [R, L, C], attention_mask [R, L], image_keys_values from `image_keys_values`. The last
         len(extra_index) rows attend to the images that extra_index [R'] names, the rows before them are whole groups
-        of B rows, row i of each group with image i. Returns [R, L, C].
+        of B rows, row i of each group with image i. Returns [R, L, C]; with cls_only [R, 1, C], the last layer being computed for [CLS] alone.
         """
-        hidden = text_embeds
+        layers = self.encoder.layer[self.fusion_layer :]
+        return self._fuse(layers, text_embeds, attention_mask, image_keys_values, extra_index, 1 if cls_only else None)
+
+    def _fuse(self, layers, hidden, attention_mask, image_keys_values, extra_index, last_queries):
         mask = attention_mask.bool()[:, None, None]
-        for layer, (keys, values) in zip(self.encoder.layer[self.fusion_layer:], image_keys_values):
-            hidden = self._run(layer, hidden, mask, keys, values, extra_index)
+        for layer, (keys, values) in zip(layers, image_keys_values, strict=True):
+            queries = last_queries if layer is self.encoder.layer[-1] else None
+            hidden = self._run(layer, hidden, mask, queries, keys, values, extra_index)
         return hidden
+
+    def fuse_matched_and_masked(self, matched, matched_mask, masked, masked_mask, image_keys_values, extra_index):
+        """One pass of the multimodal encoder for rows of which only [CLS] is wanted (matched) and rows wanted whole (masked).
+
+        matched [R, L, C] as in `fuse` with extra_index; masked [B, L, C], row i with image i, or no rows at all. The two
+        part ways in the last layer alone. Returns [R, C] and [B, L, C].
+        """
+        *lower, last = self.encoder.layer[self.fusion_layer :]
+        extra = extra_index.shape[0]
+        split = [len(matched) - extra, len(masked), extra]
+        rows = torch.cat([matched[: split[0]], masked, matched[split[0] :]])
+        masks = torch.cat([matched_mask[: split[0]], masked_mask, matched_mask[split[0] :]])
+        hidden = self._fuse(lower, rows, masks, image_keys_values[:-1], extra_index, None)
+        grouped, masked, extra_rows = hidden.split(split)
+        matched = torch.cat([grouped, extra_rows])
+        matched = self._fuse([last], matched, matched_mask, image_keys_values[-1:], extra_index, 1)
+        if len(masked):
+            masked = self._fuse([last], masked, masked_mask, image_keys_values[-1:], None, None)
+        return matched[:, 0], masked
 
 
 class PredictionTransform(nn.Module):

@@ -57,10 +57,10 @@ def condense(names):
     return condensed
 
 
-def read_weights(path):
-    """The tensors of a .pth, .bin or .safetensors file by name, on the CPU; unwraps {"model": ...} and the like.
+def read_checkpoint(path):
+    """What a .pth, .bin or .safetensors file holds, on the CPU. Raises InputError for what cannot be read.
 
-    Reads with weights_only: code in a pickle is never run. Raises InputError for what cannot be read.
+    Reads with weights_only: code in a pickle is never run.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,19 +68,28 @@ def read_weights(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
         raise InputError(
             f"checkpoint {path} holds more than tensors, numbers and text, and is not run: {_first_line(error)}"
         ) from None
+
+
+def named_tensors(state, path):
+    """The tensors of a checkpoint by name; unwraps {"model": ...} and the like. path: for the message of InputError."""
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def read_weights(path):
+    """The tensors of a checkpoint file by name, as read_checkpoint and named_tensors give them."""
+    return named_tensors(read_checkpoint(path), path)
 
 
 def _first_line(error):

@@ -88,13 +88,16 @@ class Pretrain(ALBEF):
         if "itc" in self.objectives:
             losses["loss_ita"], contrast = self._contrastive(image_feat, text_feat, features_m, alpha)
         if "itm" in self.objectives or "mlm" in self.objectives:
-            fused, valid = self._fuse_once(image_embeds, text_embeds, text_embeds_masked, text.attention_mask, contrast)
+            keys_values = self.bert.image_keys_values(image_embeds)  # once for all rows of the step
             if "itm" in self.objectives:
-                losses["loss_itm"] = itm_loss(self.itm_logits(fused[: 3 * batch]), valid)
+                cls, fused, valid = self._match(text_embeds, text_embeds_masked, text.attention_mask, keys_values, contrast)
+                losses["loss_itm"] = itm_loss(self.itm_head(cls), valid)
+            else:
+                fused = self.bert.fuse(text_embeds_masked, text.attention_mask, keys_values)
             if "mlm" in self.objectives:
-                at_masked = fused[-batch:].flatten(0, 1)[masked.positions]  # [M, C]
+                logits = self.mlm_logits(fused.flatten(0, 1)[masked.positions])  # [M, V]
                 labels = masked.labels.flatten()[masked.positions]
-                losses["loss_mlm"] = mlm_loss(self.mlm_logits(at_masked), labels, mlm_logits_m, alpha)
+                losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
         return losses
 
     def _momentum_forward(self, image, text, text_all, masked):
@@ -135,19 +138,17 @@ class Pretrain(ALBEF):
         negative_image, _ = sample_negatives(t2i, itself)
         return negative_text, negative_image, valid
 
-    def _fuse_once(self, image_embeds, text_embeds, text_embeds_masked, attention_mask, contrast):
-        """One pass of the multimodal encoder for all rows of a step; each image's keys and values are computed once.
+    def _match(self, text_embeds, text_embeds_masked, attention_mask, keys_values, contrast):
+        """Fuses matched pairs, their hard negatives and the masked texts in one pass of the multimodal encoder.
 
-        Returns the fused rows, each [L, C], in the order (as far as the objectives are on): B matched pairs, B texts
-        with a negative image, B negative texts, B masked texts; and validity of the negatives [B].
+        Returns the [CLS] embeddings [3B, C] of B matched pairs, B images with a negative text and B texts with a negative
+        image, the fused masked texts [B, L, C] (no rows without MLM), and validity of the negatives [B].
         """
-        batch = image_embeds.shape[0]
-        keys_values = self.bert.image_keys_values(image_embeds)
-        if "itm" not in self.objectives:
-            return self.bert.fuse(text_embeds_masked, attention_mask, keys_values), None
-        negative_text, negative_image, valid = self._negatives(contrast, batch, image_embeds.device)
-        # three groups with the image of their own index, then the texts with a negative image
-        rows = [text_embeds, text_embeds[negative_text], text_embeds_masked, text_embeds]
-        masks = [attention_mask, attention_mask[negative_text], attention_mask[: len(text_embeds_masked)], attention_mask]
-        fused = self.bert.fuse(torch.cat(rows), torch.cat(masks), keys_values, negative_image)
-        return torch.cat([fused[:batch], fused[-batch:], fused[batch:-batch]]), valid
+        negative_text, negative_image, valid = self._negatives(contrast, len(text_embeds), text_embeds.device)
+        rows = torch.cat([text_embeds, text_embeds[negative_text], text_embeds])
+        masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])
+        mlm_mask = attention_mask[: len(text_embeds_masked)]
+        cls, fused = self.bert.fuse_matched_and_masked(
+            rows, masks, text_embeds_masked, mlm_mask, keys_values, negative_image
+        )
+        return cls, fused, valid
