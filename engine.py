@@ -12,12 +12,14 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dataset import EpochBatches, train_loader
+from models.bert import Layer
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
 from optim import create_optimizer
 from scheduler import check_schedule, distillation_weight, learning_rate
@@ -86,7 +88,7 @@ def autocast(config, device):
 def compile_layers(model):
     """Compiles every transformer layer in place; names in the state dict stay as they are."""
     for module in model.modules():
-        if type(module).__name__ in ("Block", "Layer"):
+        if isinstance(module, (Block, Layer)):
             module.compile()
 
 

@@ -13,7 +13,7 @@ from utils import is_main
 
 
 def _bar(iterable, what):
-    return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True)
+    return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1)
 
 
 @torch.no_grad()
