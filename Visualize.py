@@ -74,35 +74,49 @@ def _mark(axis, hit):
         spine.set_linewidth(3.5)
 
 
-def draw_retrieval(rankings, image_root, path, queries=5, top=5):
-    """Text queries with their best images, then image queries with their best captions; green is a hit, red a miss."""
-    t2i, i2t = ([rows[i] for i in np.linspace(0, len(rows) - 1, min(queries, len(rows))).astype(int)]
-                for rows in (rankings["text_to_image"], rankings["image_to_text"]))
-    figure, axes = plt.subplots(
-        len(t2i) + len(i2t), top + 1, figsize=(2.3 * (top + 1) + 1, 2.25 * (len(t2i) + len(i2t))),
-        squeeze=False, layout="constrained", width_ratios=[1.5] + [1] * top,
-    )  # fmt: skip
-    for row, query in zip(axes, t2i):
-        row[0].axis("off")
-        row[0].text(0.5, 0.5, textwrap.fill(query["caption"], 26), ha="center", va="center", fontsize=11)
-        for axis in row[1:]:
+def _pick(rows, count):
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def _open(image_root, name):
+    return Image.open(os.path.join(image_root, name)).convert("RGB")
+
+
+def _draw_text_queries(figure, queries, image_root, top):
+    """A row for each caption: the caption, then its best images."""
+    axes = figure.subplots(len(queries), top + 1, squeeze=False, width_ratios=[1.6] + [1] * top)
+    for row, query in zip(axes, queries):
+        for axis in row:
             axis.axis("off")
+        row[0].text(0.5, 0.5, textwrap.fill(query["caption"], 28), ha="center", va="center", fontsize=11)
         for place, (axis, result) in enumerate(zip(row[1:], query["results"]), 1):
             axis.axis("on")
-            axis.imshow(Image.open(os.path.join(image_root, result["image"])).convert("RGB"))
+            axis.imshow(_open(image_root, result["image"]))
             axis.set_title(f"{place}: {result['score']:.1f}", fontsize=9, color=HIT if result["hit"] else MISS)
             _mark(axis, result["hit"])
-    for row, query in zip(axes[len(t2i) :], i2t):
-        row[0].imshow(Image.open(os.path.join(image_root, query["image"])).convert("RGB"))
-        row[0].axis("off")
-        for axis in row[1:]:
-            axis.axis("off")
+
+
+def _draw_image_queries(figure, queries, image_root, top):
+    """A row for each image: the image, then its best captions."""
+    axes = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1, 5.6])
+    for (picture, captions), query in zip(axes, queries):
+        picture.imshow(_open(image_root, query["image"]))
+        picture.axis("off")
+        captions.axis("off")
         for place, result in enumerate(query["results"][:top]):
-            row[1].text(
-                0.0, 0.9 - 0.8 * place / (top - 1), f"{result['score']:5.1f}  {result['caption']}", fontsize=10, va="center",
-                color=HIT if result["hit"] else MISS, transform=row[1].transAxes,
-            )  # fmt: skip
-    figure.suptitle("queries and their top results with ITM scores: green is right, red is wrong", fontsize=13)
+            caption = textwrap.shorten(result["caption"], 110, placeholder=" ...")
+            captions.text(0.0, 0.9 - 0.8 * place / (top - 1), f"{result['score']:5.1f}  {caption}", fontsize=10, va="center",
+                          color=HIT if result["hit"] else MISS)  # fmt: skip
+
+
+def draw_retrieval(rankings, image_root, path, queries=5, top=5):
+    """Text queries with their best images, then image queries with their best captions; green is a hit, red a miss."""
+    texts, images = _pick(rankings["text_to_image"], queries), _pick(rankings["image_to_text"], queries)
+    figure = plt.figure(figsize=(13, 2.05 * (len(texts) + len(images)) + 0.6), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=[len(texts), len(images)])
+    _draw_text_queries(upper, texts, image_root, top)
+    _draw_image_queries(lower, images, image_root, top)
+    figure.suptitle("queries and their best results with ITM scores: green is right, red is wrong", fontsize=13)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -66,8 +66,8 @@ RGB = {"red": (222, 36, 36), "orange": (255, 140, 0), "yellow": (245, 208, 10), 
        "black": (10, 10, 10)}
 COUNT_WEIGHTS = (25, 45, 20, 6, 4)      # of 1 to 5 objects
 REPEAT = 0.1                            # probability that an object has an earlier one's color and shape
-FILL_WEIGHTS = (60, 20, 20)             # of FILLS
-EXTENT = {"small": (0.19, 0.24), "large": (0.34, 0.42)}     # longer side of an object, in sides of the image
+FILL_WEIGHTS = (70, 15, 15)             # of FILLS
+EXTENT = {"small": (0.25, 0.30), "large": (0.38, 0.46)}     # longer side of an object, in sides of the image
 TRAIN_DETAIL = (0.2, 0.5, 0.8, 1.1)      # of captions, see describe(): one of them at random
 EVAL_DETAIL = (1.6, 1.1, 0.8, 0.5, 0.2)     # for 1 to 5 objects, so that the caption identifies its scene
 PARTIAL = 0.08                          # share of train captions that leave objects out

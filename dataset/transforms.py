@@ -65,7 +65,9 @@ def _from_pillow(image):
 
 
 def train_transform(image_res, min_scale, hflip=True, augment=True):
-    """RandomResizedCrop, horizontal flip and RandAugment (unless switched off): uint8 [3, H, W] -> uint8 [3, image_res, image_res].
+    """RandomResizedCrop, horizontal flip and RandAugment (the latter two unless switched off).
+
+    The transform maps uint8 [3, H, W] to uint8 [3, image_res, image_res].
 
     min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
     """

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
 
 import Pretrain
+import Visualize
 from models import build_model
 from utils import run_script
 
@@ -105,7 +107,7 @@ def test_evaluate_without_checkpoint(pretrain):
     assert status == 2 and "--checkpoint" in message
 
 
-def test_whole_program_trains_evaluates_and_resumes_when_finished(pretrain, tmp_path, capsys):
+def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(pretrain, tmp_path, monkeypatch):
     status, _ = pretrain("--resume", "True")
     assert status == 0
     out = tmp_path / "out"
@@ -115,6 +117,10 @@ def test_whole_program_trains_evaluates_and_resumes_when_finished(pretrain, tmp_
     assert len(rankings["image_to_text"]) == 12
     assert sum(result["hit"] for query in rankings["text_to_image"] for result in query["results"]) > 0
     assert Path(out / "config.yaml").exists()
+    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(out)])
+    Visualize.main()
+    for name in ("curves.png", "retrieval.png"):
+        assert min(Image.open(out / name).size) > 300
     before = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
     assert pretrain("--resume")[0] == 0
     after = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
