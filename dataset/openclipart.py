@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError
+from utils import InputError, atomic_write
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 WORKERS = 2  # a drawing of 89 million pixels (Pillow's limit) takes half a gigabyte while it is read
@@ -328,10 +328,9 @@ def image_names(keys: list[str]) -> list[str]:
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON so that the file is never half written."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=0), encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON as UTF-8 so that the file is never half written."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, ensure_ascii=False, indent=0).encode())
 
 
 def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, int], seed: int) -> dict:

@@ -228,6 +228,7 @@ def say(rng, words):
 
 
 def plural(noun):
+    """The plural of a shape word."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 

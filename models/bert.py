@@ -171,8 +171,8 @@ class BertModel(nn.Module):
 
         text_embeds [R, L, C], attention_mask [R, L], image_keys_values from `image_keys_values`. The last
         len(extra_index) rows attend to the images that extra_index [R'] names, the rows before them are whole groups
-        of B rows, row i of each group with image i. Returns [R, L, C]; with
-        cls_only [R, 1, C], the last layer being computed for [CLS] alone.
+        of B rows, row i of each group with image i. Returns [R, L, C]; with cls_only
+        [R, 1, C], the last layer being computed for [CLS] alone.
         """
         layers = self.encoder.layer[self.fusion_layer :]
         return self._fuse(layers, text_embeds, attention_mask, image_keys_values, extra_index, 1 if cls_only else None)
