@@ -1,9 +1,10 @@
 """ALBEF models by task."""
 
 from models.pretrain import Pretrain
+from models.retrieval import Retrieval
 from utils import InputError, with_defaults
 
-MODELS = {"pretrain": Pretrain}
+MODELS = {"pretrain": Pretrain, "retrieval": Retrieval}
 
 
 def build_model(task, config, tokenizer=None):

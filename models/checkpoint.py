@@ -19,7 +19,7 @@ from models.momentum import copy_to_momentum_
 from utils import InputError
 
 # what a released or older file may lack: buffers that the model itself makes, and what no file knows
-ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^queue_ptr$"
+ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^idx_queue$|^queue_ptr$"
 WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
 
 

@@ -10,6 +10,12 @@ import pytest
 import torch
 
 
+def assert_close(name, ours, theirs, relative, absolute):
+    """Asserts the agreement that tests/golden expects: relative to the largest value of theirs, plus an absolute part."""
+    gap = (ours - theirs).abs().max().item()
+    assert gap <= relative * theirs.abs().max().item() + absolute, f"{name}: off by {gap}"
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a file of tests/golden."""

@@ -5,16 +5,12 @@ import json
 import pytest
 import torch
 
+from conftest import assert_close
 from models import build_model
 from models.albef import Text
 from plain import pretrain_losses, unfuse
 
 BERT = "tests/golden/bert.json"
-
-
-def assert_close(name, ours, theirs, relative, absolute):
-    gap = (ours - theirs).abs().max().item()
-    assert gap <= relative * theirs.abs().max().item() + absolute, f"{name}: off by {gap}"
 
 
 @pytest.fixture

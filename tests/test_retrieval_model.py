@@ -1,0 +1,92 @@
+"""The retrieval model against the released implementation's numbers, and re-ranking against its plain form."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import assert_close
+from models import build_model
+from models.albef import Text
+
+BERT = "tests/golden/bert.json"
+
+
+@pytest.fixture
+def step(golden):
+    """(golden values, function that builds the model with more keys, text)."""
+    data = golden("retrieval.pt")
+
+    def build(**keys):
+        model = build_model("retrieval", {**data["config"], "bert_config": BERT, **keys})
+        model.load_state_dict(data["state_dict"], strict=True)
+        return model.train()
+
+    return data, build, Text(data["input_ids"], data["attention_mask"])
+
+
+def test_losses_gradients_and_state_are_the_released_ones(step):
+    data, build, text = step
+    model = build()
+    losses = model(data["image"], text, idx=data["idx"], alpha=data["alpha"])
+    assert set(losses) == {"loss_ita", "loss_itm"}
+    for name, loss in losses.items():
+        assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
+    sum(losses.values()).backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert grads.keys() == data["grads"].keys()
+    for name, grad in data["grads"].items():
+        assert_close(name, grads[name], grad, 1e-3, 1e-6)
+    state = model.state_dict()
+    for name, value in data["state_dict_after"].items():
+        assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+
+
+def test_losses_without_distillation_are_the_released_ones(step):
+    data, build, text = step
+    losses = build(distill=False)(data["image"], text, idx=data["idx"], alpha=data["alpha"])
+    for name, loss in losses.items():
+        assert_close(name, loss.detach(), torch.tensor(data[f"{name}_no_distill"]), 1e-4, 1e-5)
+
+
+def test_full_size_keys_shapes_and_parameter_counts():
+    released = json.load(open("tests/golden/state_dict_keys.json"))
+    with torch.device("meta"):
+        model = build_model("retrieval", {"image_res": 384, "bert_config": "configs/config_bert.json"})
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == released["Retrieval"]
+    counts = released["Retrieval.__parameters__"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
+    assert sum(p.numel() for p in model.parameters()) == counts["all"]
+
+
+@torch.no_grad()
+def test_evaluation_scores_are_the_released_ones(step, golden):
+    data, build, _ = step
+    data, model = golden("retrieval_eval.pt"), build().eval()
+    image_embeds, image_feat = model.encode_image(data["image"])
+    text_embeds, text_feat = model.encode_text(Text(data["input_ids"], data["attention_mask"]))
+    assert_close("sims", image_feat @ text_feat.T, data["sims"], 1e-4, 1e-5)
+    scores = model.rerank(image_embeds, image_feat, text_embeds, text_feat, data["attention_mask"], data["k_test"])
+    for name, ours in zip(("scores_i2t", "scores_t2i"), scores):
+        assert torch.equal(ours == -100, data[name] == -100)
+        assert_close(name, ours, data[name], 1e-4, 1e-5)
+
+
+def test_images_with_one_id_are_never_each_others_negatives(step):
+    _, build, _ = step
+    model = build()
+    idx = torch.tensor([7, 7, 3, 5])
+    contrast = torch.zeros(4, 4), torch.zeros(4, 4)
+    positives = idx[:, None] == idx
+    for seed in range(50):
+        torch.manual_seed(seed)
+        negative_text, negative_image, valid = model.negatives(contrast, positives)
+        assert valid.all()
+        assert (idx[negative_text] != idx).all() and (idx[negative_image] != idx).all()
+
+
+def test_a_batch_of_one_image_id_has_no_matching_loss(step):
+    data, build, text = step
+    losses = build()(data["image"], text, idx=torch.tensor([4, 4]), alpha=0.4)
+    assert losses["loss_itm"] == 0 and losses["loss_ita"].isfinite()
+    sum(losses.values()).backward()
