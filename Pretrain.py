@@ -1,23 +1,17 @@
 """Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
 
-import json
-from pathlib import Path
-
 from dataset import build_dataset
 from dataset.transforms import normalize
 from engine import find_resume_file, train, write_log
-from evaluation import evaluate_retrieval
+from evaluation import evaluate_retrieval, flat, print_table, save_rankings
 from models import build_model
-from models.albef import Text, read_bert_config
+from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
-from models.tokenizer import build_tokenizer, check_vocab_size
+from models.tokenizer import tokenizer_of
 from utils import (
-    InputError, argument_parser, atomic_write, init_process_group, is_main, load_config, make_output_dir, require, run_script,
-    save_config, seed_everything,
+    InputError, argument_parser, init_process_group, is_main, load_config, make_output_dir, require, run_script, save_config,
+    seed_everything,
 )  # fmt: skip
-
-METRICS = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
-
 
 def step(device):
     """What a training step computes: batch -> losses by name."""
@@ -47,31 +41,6 @@ def initialize(model, args, config):
         print(*reports, sep="\n")
 
 
-def print_results(metrics, test_set):
-    """Recall of ITC alone and after ITM re-ranking, beside what chance would give."""
-    images, texts = len(test_set.images), len(test_set.texts)
-    print(f"zero-shot retrieval, {images} images and {texts} texts, percent")
-    print(f"{'':10}" + "".join(f"{name:>9}" for name in METRICS))
-    for label, prefix in (("ITC", "itc_"), ("ITC + ITM", "")):
-        print(f"{label:10}" + "".join(f"{metrics[prefix + name]:9.1f}" for name in METRICS))
-    chance = {f"{d}_r{k}": chance_recall(test_set, d, k) for d in ("txt", "img") for k in (1, 5, 10)}
-    print(f"{'chance':10}" + "".join(f"{chance[name]:9.1f}" for name in METRICS))
-
-
-def chance_recall(test_set, direction, k):
-    """Recall at k of a random ranking, in percent."""
-    if direction == "img":
-        return 100 * min(1, k / len(test_set.images))
-    texts = len(test_set.texts)
-    misses = []
-    for own in test_set.img2txt:
-        miss = 1.0
-        for draw in range(min(k, texts)):
-            miss *= max(0, texts - len(own) - draw) / (texts - draw)
-        misses.append(miss)
-    return 100 * (1 - sum(misses) / len(misses))
-
-
 def main():
     parser = argument_parser(__doc__, "configs/Pretrain.yaml", "output/Pretrain")
     parser.add_argument("--vision_encoder", help="ViT weights: timm name, folder, .pth, .safetensors, or random")
@@ -84,9 +53,7 @@ def main():
     make_output_dir(args.output_dir)
     resume_from = None if args.evaluate else find_resume_file(args.output_dir, args.checkpoint, args.resume)
 
-    tokenizer_source = config["tokenizer"] or default_tokenizer(config["text_encoder"])
-    tokenizer = build_tokenizer(tokenizer_source)
-    check_vocab_size(tokenizer, read_bert_config(config["bert_config"]), tokenizer_source)
+    tokenizer = tokenizer_of(config)
     train_set = None if args.evaluate else build_dataset("pretrain", config, args.seed)
     test_set = build_dataset("retrieval_test", config) if config["test_file"] else None
     if args.evaluate and not (test_set and args.checkpoint):
@@ -103,19 +70,14 @@ def main():
         train(model, train_set, tokenizer, step(device), config, args.output_dir, device, args.seed, resume_from)
     if test_set is not None:
         metrics, rankings = evaluate_retrieval(model, test_set, tokenizer, config, device)
-        write_log(args.output_dir, config["scheduler"]["epochs"] - 1, **{f"test_{k}": v for k, v in metrics.items()})
+        values = {f"test_{name}": value for name, value in flat(metrics).items()}
+        if args.evaluate:
+            write_log(args.output_dir, None, checkpoint=args.checkpoint, **values)
+        else:
+            write_log(args.output_dir, config["scheduler"]["epochs"] - 1, **values)
         if is_main():
-            (Path(args.output_dir) / "result").mkdir(exist_ok=True)
-            with atomic_write(Path(args.output_dir) / "result/retrieval.json", "w") as file:
-                json.dump(rankings, file)
-            print_results(metrics, test_set)
-
-
-def default_tokenizer(text_encoder):
-    """The tokenizer that belongs to text_encoder: the same hub name or folder, or the folder of a weight file."""
-    if text_encoder == "random":
-        raise InputError("text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub name")
-    return str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
+            save_rankings(args.output_dir, rankings)
+            print_table("zero-shot retrieval", metrics, test_set)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Position(NamedTuple):
     iteration: int = 0
     sums: dict = {}  # name -> sum over the epoch's iterations, equal on all processes
     skipped: list = []  # why entries could not be used, of this epoch, as far as this process saw
+    best: dict = {}  # score and epoch of the best validation so far, if there is validation
 
 
 class StopSignal:
@@ -49,7 +50,7 @@ class StopSignal:
     """
 
     def __enter__(self):
-        self.signum, self._pending = 0, None
+        self.signum, self._pending, self._saved = 0, None, ""
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
@@ -60,6 +61,19 @@ class StopSignal:
 
     def _note(self, signum, _):
         self.signum = signum
+        if self._saved:
+            raise Interrupted(signum, self._saved)
+
+    @contextlib.contextmanager
+    def at_once(self, message):
+        """Within it a signal, also one noted before, ends the process at once: whatever there is to save is saved."""
+        if self.signum:
+            raise Interrupted(self.signum, message)
+        self._saved = message
+        try:
+            yield
+        finally:
+            self._saved = ""
 
     def agreed(self):
         """The signal to stop for, 0 for none; the same on all processes. To be called after every iteration."""
@@ -178,7 +192,7 @@ class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard."""
 
     def __init__(self, position, config, device, output_dir, iterations, writer):
-        self.sums, self.skipped = dict(position.sums), list(position.skipped)
+        self.sums, self.skipped, self.best = dict(position.sums), list(position.skipped), position.best
         self.config, self.device, self.output_dir = config, device, Path(output_dir)
         self.iterations, self.epoch = iterations, position.epoch
         self.batch_samples = config["batch_size"] * config["accumulate"] * world_size()
@@ -273,7 +287,7 @@ class Recorder:
     def position(self):
         """Where the run stands after the iterations recorded so far; fetches them first."""
         self.fetch()
-        return Position(self.epoch, self.iteration, dict(self.sums), list(self.skipped))
+        return Position(self.epoch, self.iteration, dict(self.sums), list(self.skipped), self.best)
 
     def summary(self):
         """The epoch's means for log.txt, keys train_*."""
@@ -291,14 +305,18 @@ class Recorder:
 
 
 def write_log(output_dir, epoch, **values):
-    """Appends one JSON object to log.txt on the main process, in place of one that says the same of the same epoch."""
+    """Adds values to an epoch's JSON object in log.txt, on the main process; epoch None: as an object of its own."""
     if not is_main():
         return
-    path, entry = Path(output_dir) / "log.txt", {**values, "epoch": epoch}
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [other for other in old if other["epoch"] != epoch or other.keys() != entry.keys()]
+    path = Path(output_dir) / "log.txt"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    entry = next((line for line in lines if line["epoch"] == epoch), None) if epoch is not None else None
+    if entry is None:
+        lines.append(entry := {})
+    entry.update(values)
+    entry["epoch"] = entry.pop("epoch", epoch)  # at the end
     with atomic_write(path, "w") as file:
-        file.writelines(json.dumps(line) + "\n" for line in [*kept, entry])
+        file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +376,7 @@ def train_epoch(run, loader, position, recorder, stop):
     """The rest of an epoch from a position on. Returns the last learning rate; raises Interrupted after saving."""
     config, epoch, iterations = run.config, position.epoch, run.iterations
     batches = iter(loader)
-    lr = None
+    lr = learning_rate(config["scheduler"], epoch, iterations - 1, iterations)  # where nothing is left of the epoch
     for iteration in range(position.iteration, iterations):
         lr = learning_rate(config["scheduler"], epoch, iteration, iterations)
         alpha = distillation_weight(config, epoch, iteration, iterations)
@@ -381,11 +399,37 @@ def train_epoch(run, loader, position, recorder, stop):
     return lr
 
 
-def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None):
-    """Trains for scheduler.epochs epochs; leaves checkpoint_%02d.pth, checkpoint_last.pth, log.txt and TensorBoard files.
+def finish_epoch(run, position, lr, validate, stop):
+    """Validates, logs and saves what an epoch has made. Returns the position of the next epoch.
 
-    step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file. Raises
-    Interrupted after saving on SIGTERM or Ctrl-C, TrainingStopped when a loss is not finite or too much data unusable.
+    Without validation every epoch's checkpoint stays, with it the best one.
+    """
+    epoch, following = position.epoch, Position(position.epoch + 1, best=position.best)
+    if validate is None:
+        name = f"checkpoint_{epoch:02d}.pth"
+    else:
+        name = "checkpoint_last.pth"
+        path = run.save(name, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
+        with stop.at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
+            metrics, score = validate()
+        write_log(run.output_dir, epoch, **{f"val_{key}": value for key, value in metrics.items()})
+        if score > position.best.get("score", float("-inf")):
+            following = following._replace(best={"score": score, "epoch": epoch})
+            name = "checkpoint_best.pth"
+    path = run.save(name, following, lr)
+    if is_main() and name != "checkpoint_last.pth":
+        _link_or_copy(path, run.output_dir / "checkpoint_last.pth")
+    return following
+
+
+def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
+    """Trains for scheduler.epochs epochs; leaves checkpoints, log.txt and TensorBoard files in output_dir.
+
+    step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
+    validate() -> (metrics, score), the same on all processes, is called after every epoch. The checkpoints are
+    checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest score as
+    checkpoint_best.pth. Returns {score, epoch} of that one, or {}. Raises Interrupted after saving on SIGTERM or Ctrl-C,
+    TrainingStopped when a loss is not finite or too much data unusable.
     """
     check_schedule(config["scheduler"])
     if config["precision"] == "bf16" and not has_bf16(device) and is_main():
@@ -416,10 +460,9 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
             with contextlib.closing(Recorder(position, config, device, run.output_dir, iterations, writer)) as recorder:
                 lr = train_epoch(run, loader, position, recorder, stop)
                 summary = recorder.summary()
-            position = Position(epoch + 1)
+                position = recorder.position()
             write_log(run.output_dir, epoch, train_lr=lr, **summary)
-            path = run.save(f"checkpoint_{epoch:02d}.pth", position, lr)
-            if is_main():
-                _link_or_copy(path, run.output_dir / "checkpoint_last.pth")
+            position = finish_epoch(run, position, lr, validate, stop)
         if stop.signum:
             raise Interrupted(stop.signum, "training was complete and is saved; --resume goes on to the evaluation")
+    return position.best

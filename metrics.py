@@ -36,3 +36,16 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
         results[f"{name}_r_mean"] = sum(recalls.values()) / 3
     results["r_mean"] = (results["txt_r_mean"] + results["img_r_mean"]) / 2
     return results
+
+
+def chance_recall(images, texts, img2txt):
+    """Expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent."""
+    results = {}
+    for k in (1, 5, 10):
+        misses = []
+        for own in filter(len, img2txt):
+            draws = np.arange(min(k, texts))  # the probability that none of k texts drawn is one of the image's own
+            misses.append(np.prod(np.maximum(0, texts - len(own) - draws) / (texts - draws)))
+        results[f"txt_r{k}"] = float(100 * (1 - np.mean(misses)))
+        results[f"img_r{k}"] = 100 * min(1, k / images)
+    return results

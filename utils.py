@@ -52,14 +52,15 @@ DEFAULTS = {
     # data
     "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
     "answer_list": str, "refcoco_data": str, "det_file": str, "coco_file": str, "image_res": int, "hflip": True,
-    "min_scale": 0.2, "randaugment": True,
+    "min_scale": float, "randaugment": True,
     "max_skipped": 0.01, "num_workers": int,
     # model
     "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
     "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": str,
     # method
     "objectives": ["itc", "mlm", "itm"], "hard_negatives": True, "distill": True, "alpha": 0.4, "warm_up": True,
-    "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "eos": "[SEP]",
+    "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "image_embeds": "host",
+    "eos": "[SEP]",
     # training
     "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
     "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
@@ -72,7 +73,8 @@ DEFAULTS = {
     "eval_ema": object,
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
-CHOICES = {"precision": ["fp32", "bf16"]}
+CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"]}
+AT_LEAST_1 = ("k_test",)
 OBJECTIVES = ["itc", "mlm", "itm"]
 LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
 
@@ -89,7 +91,7 @@ def _check_value(key, value, default, where):
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
     fits, wanted = {
         bool: (isinstance(value, bool) or (key == "distill" and isinstance(value, list)), "true or false"),
-        int: (number and isinstance(value, int) or (key == "k_test" and isinstance(value, list)), "a whole number"),
+        int: (number and isinstance(value, int), "a whole number"),
         float: (number, "a number, not negative"),  # YAML reads "1e-4" in quotes and 1,000 as text
         str: (isinstance(value, str), "a string"),
         list: (isinstance(value, list) or (key in LISTS_OR_STRINGS and isinstance(value, str)), "a list"),
@@ -98,6 +100,8 @@ def _check_value(key, value, default, where):
     }[kind]
     if not fits and not (value is None and isinstance(default, type)):
         raise InputError(f"{where}: {key} is {value!r}, it must be {wanted}")
+    if key in AT_LEAST_1 and value < 1:
+        raise InputError(f"{where}: {key} is {value}, it must be at least 1")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"{where}: {key} is {value!r}, it must be one of {', '.join(CHOICES[key])}")
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 
 import Pretrain
-from dataset.caption import PretrainBatch
+from dataset.caption import CaptionBatch
 from engine import Run, compile_layers, iterate
 from models import build_model
 from models.albef import Text
@@ -73,7 +73,7 @@ def make_batch(batch_size, image_res):
     input_ids = torch.randint(1000, 30000, (batch_size, 25), generator=generator)
     input_ids[:, 0] = 101
     image = torch.randint(256, (batch_size, 3, image_res, image_res), generator=generator, dtype=torch.uint8)
-    return PretrainBatch(image, input_ids * mask, mask, [], [])
+    return CaptionBatch(image, input_ids * mask, mask, torch.full((len(image),), -1), [], [])
 
 
 def plain_step(device):

@@ -8,30 +8,41 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from dataset.annotations import check_images, load_annotations
-from dataset.caption import CaptionDataset, collate_pretrain
+from dataset.caption import CaptionDataset
 from dataset.retrieval import RetrievalTestSet
 from dataset.transforms import test_transform, train_transform
 from utils import InputError, require, seed_of
 
 
+# what tells the training sets of captions apart: token ids of a text, smallest share of the image that a crop keeps
+CAPTIONS = {"pretrain": (25, 0.2), "retrieval_train": (30, 0.5)}
+
+
 def build_dataset(name, config, seed=0):
-    """The data set `name`: pretrain, or retrieval_test (of test_file). All its annotation files are checked here."""
-    image_root = config["image_root"]
-    if name == "pretrain":
-        require(config, "train_file", "image_res")
-        annotations = load_annotations(config["train_file"])
+    """The data set `name`: pretrain or retrieval_train (of train_file), retrieval_val (of val_file), retrieval_test.
+
+    All its annotation files are checked here. Raises InputError.
+    """
+    image_root, image_res = config["image_root"], config["image_res"]
+    require(config, "image_res")
+    if name in CAPTIONS:
+        require(config, "train_file")
+        max_tokens, min_scale = CAPTIONS[name]
+        annotations = load_annotations(config["train_file"], image_ids=name == "retrieval_train")
         check_images(annotations, image_root)
-        transform = train_transform(config["image_res"], config["min_scale"], config["hflip"], config["randaugment"])
-        return CaptionDataset(annotations, image_root, transform, seed)
-    if name == "retrieval_test":
-        require(config, "test_file", "image_res")
-        test_set = RetrievalTestSet(config["test_file"], image_root, test_transform(config["image_res"]))
+        min_scale = min_scale if config["min_scale"] is None else config["min_scale"]
+        transform = train_transform(image_res, min_scale, config["hflip"], config["randaugment"])
+        return CaptionDataset(annotations, image_root, transform, seed, max_tokens)
+    if name in ("retrieval_val", "retrieval_test"):
+        key = name.removeprefix("retrieval_") + "_file"
+        require(config, key)
+        test_set = RetrievalTestSet(config[key], image_root, test_transform(image_res))
         missing = [path for path in map(test_set.path, range(len(test_set))) if not os.path.isfile(path)]
         if missing:
-            raise InputError(f"{config['test_file'][0]}: image {missing[0]} does not exist, nor do {len(missing) - 1} others; "
+            raise InputError(f"{config[key][0]}: image {missing[0]} does not exist, nor do {len(missing) - 1} others; "
                              f"correct image_root ({image_root or 'not set'}) or the file")
         return test_set
-    raise InputError(f"data set {name!r} is unknown, there are pretrain and retrieval_test")
+    raise InputError(f"data set {name!r} is unknown, there are {', '.join(CAPTIONS)}, retrieval_val and retrieval_test")
 
 
 class EpochBatches(Sampler):
@@ -75,11 +86,11 @@ def _ignore_signals(_):
 
 
 def train_loader(dataset, batches, tokenizer, config, device):
-    """A loader of PretrainBatch over EpochBatches; start a new iteration for every epoch."""
+    """A loader of what dataset.collate makes, over EpochBatches; start a new iteration for every epoch."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate_pretrain, tokenizer=tokenizer),
+        collate_fn=functools.partial(dataset.collate, tokenizer=tokenizer),
         num_workers=workers(config),
         pin_memory=device.type == "cuda",
         worker_init_fn=_ignore_signals,

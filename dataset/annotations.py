@@ -7,7 +7,8 @@ is one read-only file, mapped into memory, whose pages all processes of a machin
     text                            UTF-8 of image path, caption 1, caption 2, ... of each entry, without separators
     offsets                         where each string starts in the file, and the end of the last one
     first                           number of each entry's first string; not stored if all have one caption
-    layout                          JSON: type, length and position of both arrays, number of entries of each file
+    groups                          number of each entry's image_id among the different ones, where the task needs them
+    layout                          JSON: type, length and position of the arrays, number of entries of each file
 
 The file is built once from the annotation files and kept in a cache folder.
 """
@@ -27,9 +28,11 @@ from array import array
 
 import numpy as np
 
+from dataset.text import pre_caption
 from utils import InputError
 
 PAIR_KEYS = {"image": str, "caption": (str, list)}
+RETRIEVAL_KEYS = {"image": str, "caption": str, "image_id": (str, int)}
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 14  # strings that are written at a time
@@ -99,6 +102,7 @@ class Annotations:
         layout = json.loads(self._map[position:])
         self._offsets = np.frombuffer(self._map, *layout["offsets"])
         self._first = np.frombuffer(self._map, *layout["first"]) if layout["first"] else None
+        self._groups = np.frombuffer(self._map, *layout["groups"]) if layout["groups"] else None
         self._ends = list(itertools.accumulate(layout["entries"]))
 
     def __reduce__(self):
@@ -116,6 +120,10 @@ class Annotations:
         first, end = self._strings(i)
         return [self._string(k) for k in range(first + 1, end)]
 
+    def image_id(self, i):
+        """A number that entries share if and only if their image_id is the same; -1 where the lists were read without."""
+        return -1 if self._groups is None else int(self._groups[i])
+
     def where(self, i):
         """File and number of entry i, for error messages."""
         file = next(file for file, end in enumerate(self._ends) if i < end)
@@ -132,9 +140,11 @@ class Annotations:
         return self._map[self._offsets[k]:self._offsets[k + 1]].decode("utf-8", "surrogatepass")
 
 
-def load_annotations(files):
+def load_annotations(files, image_ids=False):
     """Annotations of one or several JSON lists of {"image": str, "caption": str or list of str}, joined in order.
 
+    With image_ids they are the lists of retrieval training: {"image": str, "caption": str, "image_id": str or int}, no
+    caption of which may be empty after clean-up.
     The first call checks every entry and writes the cache, later ones open it, until one of the files changes.
     The cache folder is ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache; if that cannot be written, it is in
     the temporary folder.
@@ -144,14 +154,14 @@ def load_annotations(files):
     if not files:
         raise InputError("train_file: no annotation file is given; name at least one in the config")
     folder = _cache_folder()
-    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files)}.bin")
+    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files, image_ids)}.bin")
     if annotations := _open_cache(cache_path, files):
         return annotations
     with _locked(folder):
         # The process that had the lock before may have built it, and a second copy would not share its memory.
         if annotations := _open_cache(cache_path, files):
             return annotations
-        _build_cache(cache_path, files)
+        _build_cache(cache_path, files, image_ids)
     return Annotations(cache_path, files)
 
 
@@ -257,9 +267,9 @@ def _cache_folder():
                      f"ALBEF_CACHE to a folder on a local disk")
 
 
-def _fingerprint(files):
+def _fingerprint(files, image_ids):
     """Hash of names, sizes and times of the files: a changed file gets another cache."""
-    versions = [_MAGIC]
+    versions = [_MAGIC, image_ids]
     for file in files:
         try:
             status = os.stat(file)
@@ -289,12 +299,12 @@ def _open_cache(cache_path, files):
         return None
 
 
-def _build_cache(cache_path, files):
+def _build_cache(cache_path, files, image_ids):
     # Renamed when complete, so that no process ever opens half a cache.
     temporary = f"{cache_path}.{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as out:
-            _write_cache(out, files)
+            _write_cache(out, files, image_ids)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, cache_path)
@@ -306,12 +316,16 @@ def _build_cache(cache_path, files):
             os.remove(temporary)
 
 
-def _write_cache(out, files):
+def _write_cache(out, files, image_ids):
     out.write(bytes(_HEADER_BYTES))
     lengths, counts, entries = array("I"), array("I"), []  # bytes of strings, strings of entries, entries of files
+    numbers, groups = {}, array("I")  # image_id -> its number, numbers of the entries
     for path in files:
         before = len(counts)
-        for strings, string_counts in _encoded_batches(path):
+        checked = read_json_list(path)
+        if image_ids:
+            checked = _with_groups(checked, path, numbers, groups)
+        for strings, string_counts in _encoded_batches(checked, path):
             out.write(b"".join(strings))
             lengths.extend(map(len, strings))
             counts.extend(string_counts)
@@ -322,6 +336,7 @@ def _write_cache(out, files):
         "entries": entries,
         "offsets": _write_sums(out, lengths, _HEADER_BYTES, dtype),
         "first": None if one_caption else _write_sums(out, counts, 0, dtype),
+        "groups": _write_array(out, groups) if image_ids else None,
     }
     position = out.tell()
     out.write(json.dumps(layout).encode())
@@ -329,10 +344,24 @@ def _write_cache(out, files):
     out.write(np.array([_MAGIC, position], "<u8").tobytes())
 
 
-def _encoded_batches(path):
+def _with_groups(entries, path, numbers, groups):
+    """Yield the entries of a retrieval training list, checked; append to groups the number of each one's image_id."""
+    for number, entry in entries:
+        if type(entry.get("caption")) is list and "image_id" not in entry:
+            raise InputError(f"{where(path, number)} has a list of captions and no 'image_id': this is a test or pre-training "
+                             "list; train_file of retrieval needs an entry for each caption, with image_id")
+        check_entry(entry, RETRIEVAL_KEYS, path, number)
+        if not pre_caption(entry["caption"], 1):
+            raise InputError(f"{where(path, number)}: its caption {reprlib.repr(entry['caption'])} is empty after clean-up; "
+                             "correct or remove the entry")
+        groups.append(numbers.setdefault(entry["image_id"], len(numbers)))
+        yield number, entry
+
+
+def _encoded_batches(entries, path):
     """Yield (strings, counts): UTF-8 of image path, caption 1, ... of some entries; number of strings of each."""
     strings, counts = [], array("I")
-    for number, entry in read_json_list(path):
+    for number, entry in entries:
         check_entry(entry, PAIR_KEYS, path, number)
         captions = entry["caption"]
         captions = [captions] if type(captions) is str else captions
@@ -346,6 +375,13 @@ def _encoded_batches(path):
             strings, counts = [], array("I")
     if strings:
         yield strings, counts
+
+
+def _write_array(out, numbers):
+    """Write whole numbers. Returns (dtype, count, position) for np.frombuffer."""
+    position = out.seek(-out.tell() % 8, os.SEEK_CUR)  # aligned
+    out.write(np.asarray(numbers, "<u4").tobytes())
+    return "<u4", len(numbers), position
 
 
 def _write_sums(out, numbers, start, dtype):

@@ -1,4 +1,4 @@
-"""Pre-training data: image-caption pairs, skipping what cannot be read (Section 3.4: web data is noisy)."""
+"""Image-caption pairs to train on, skipping what cannot be read (Section 3.4: web data is noisy)."""
 
 import os
 from typing import NamedTuple
@@ -16,14 +16,16 @@ MAX_ATTEMPTS = 100  # replacements tried for one unusable entry
 class Sample(NamedTuple):
     image: torch.Tensor  # uint8 [3, R, R]
     caption: str
+    image_id: int  # equal for the captions of one image in retrieval training, else -1
     file: str
     skipped: list  # why each entry before this one could not be used
 
 
-class PretrainBatch(NamedTuple):
+class CaptionBatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
     input_ids: torch.Tensor  # [B, L]
     attention_mask: torch.Tensor  # [B, L]
+    idx: torch.Tensor  # image ids [B]
     files: list
     skipped: list
 
@@ -35,11 +37,12 @@ class CaptionDataset(Dataset):
     what came before. An entry whose image cannot be read or whose caption is empty after clean-up is replaced by another.
     """
 
-    def __init__(self, annotations, image_root, transform, seed, max_words=30):
+    def __init__(self, annotations, image_root, transform, seed, max_tokens, max_words=30):
         self.annotations = annotations
         self.image_root = image_root
         self.transform = transform
         self.seed = seed
+        self.max_tokens = max_tokens
         self.max_words = max_words
         self.epoch = 0
 
@@ -56,20 +59,20 @@ class CaptionDataset(Dataset):
             try:
                 if not caption:
                     raise ValueError(f"{self.annotations.where(index)}: a caption is empty after clean-up")
-                return Sample(self.transform(load_image(file)), caption, file, skipped)
+                return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file, skipped)
             except (OSError, ValueError) as error:
                 skipped.append(str(error))
             index = int(torch.randint(len(self), ()))
         raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
 
-
-def collate_pretrain(samples, tokenizer, max_tokens=25):
-    """Samples -> PretrainBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
-    text = tokenizer(
-        [sample.caption for sample in samples],
-        padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt",
-    )  # fmt: skip
-    return PretrainBatch(
-        torch.stack([sample.image for sample in samples]), text["input_ids"], text["attention_mask"],
-        [sample.file for sample in samples], [reason for sample in samples for reason in sample.skipped],
-    )  # fmt: skip
+    def collate(self, samples, tokenizer):
+        """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
+        text = tokenizer(
+            [sample.caption for sample in samples],
+            padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt",
+        )  # fmt: skip
+        return CaptionBatch(
+            torch.stack([sample.image for sample in samples]), text["input_ids"], text["attention_mask"],
+            torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
+            [reason for sample in samples for reason in sample.skipped],
+        )  # fmt: skip

@@ -23,6 +23,9 @@ class RetrievalTestSet(Dataset):
         self.images, self.texts, self.img2txt, self.txt2img = [], [], [], []
         for path in files:
             for number, entry in read_json_list(path):
+                if isinstance(entry.get("caption"), str):
+                    raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
+                                     "test_file need an entry for each image, with the list of its captions")
                 check_entry(entry, {"image": str, "caption": list}, path, number)
                 texts = [pre_caption(caption, max_words) for caption in entry["caption"]]
                 if not all(texts):

@@ -15,6 +15,9 @@ from models.vit import build_vit
 from utils import InputError
 
 
+NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
+
+
 class SpecialIds(NamedTuple):
     """Token ids that the models need to know; the defaults are BERT's."""
 
@@ -130,29 +133,34 @@ class ALBEF(nn.Module):
 
         Returns (scores_i2t [NI, NT], scores_t2i [NT, NI]), -100 where a pair is no candidate of that direction.
         """
-        sim = image_feat @ text_feat.T
-        i2t = _top_candidates(sim, k)
-        t2i = _top_candidates(sim.T, k).T
+        sim = feature_similarity(image_feat, text_feat)
+        i2t = top_candidates(sim, k)
+        t2i = top_candidates(sim.T, k).T
         lengths = attention_mask.sum(dim=1).tolist()
-        scores = torch.full_like(sim, -100.0)
+        scores = torch.full_like(sim, NO_CANDIDATE)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         candidates_of = (i2t | t2i).cpu()
         for image in progress(range(rank, sim.shape[0], world)):
             keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(sim.device))
             candidates = sorted(candidates_of[image].nonzero().squeeze(1).tolist(), key=lengths.__getitem__)
             for start in range(0, len(candidates), rows):
-                bucket = torch.tensor(candidates[start : start + rows], device=attention_mask.device)
+                bucket = torch.tensor(candidates[start : start + rows])
                 length = lengths[candidates[min(start + rows, len(candidates)) - 1]]
-                embeds = text_embeds[bucket.to(text_embeds.device)][:, :length].to(sim.device)
-                mask = attention_mask[bucket, :length].to(sim.device)
+                embeds, mask = (x[bucket, :length].to(sim.device) for x in (text_embeds, attention_mask))
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
                 scores[image, bucket.to(sim.device)] = self.itm_logits(fused)[:, 1].float()
         if world > 1:
             dist.all_reduce(scores, op=dist.ReduceOp.MAX)
-        return scores.masked_fill(~i2t, -100.0), scores.masked_fill(~t2i, -100.0).T
+        return scores.masked_fill(~i2t, NO_CANDIDATE), scores.masked_fill(~t2i, NO_CANDIDATE).T
 
 
-def _top_candidates(sim, k):
+def feature_similarity(image_feat, text_feat):
+    """s(I, T) of projected features: image_feat [NI, D], text_feat [NT, D] -> [NI, NT] in float32, also under autocast."""
+    with torch.autocast(image_feat.device.type, enabled=False):
+        return image_feat @ text_feat.T
+
+
+def top_candidates(sim, k):
     """bool [Q, K]: the k largest of each row, all of them if there are fewer."""
     top = sim.topk(min(k, sim.shape[1]), dim=1).indices
     return torch.zeros_like(sim, dtype=torch.bool).scatter_(1, top, True)

@@ -39,7 +39,8 @@ class LoadReport(NamedTuple):
         for name in ("converted", "resized", "copied", "new", "ignored"):
             names = getattr(self, name)
             if names:
-                lines.append(f"  {len(names)} {name}: {', '.join(condense(names))}")
+                short = condense_renames(names) if name == "converted" else condense(names)
+                lines.append(f"  {len(names)} {name}: {', '.join(short)}")
         return "\n".join(lines)
 
 
@@ -55,6 +56,19 @@ def condense(names):
             pattern = pattern.replace("#", str(low) if low == high else f"{{{low}-{high}}}", 1)
         condensed.append(pattern)
     return condensed
+
+
+def condense_renames(renames):
+    """Renames "old -> new" that change the same part become one: text_encoder.bert.* -> text_encoder.*, in order."""
+    condensed = []
+    for rename in renames:
+        old, new = (name.split(".") for name in rename.split(" -> "))
+        same = 0
+        while same < min(len(old), len(new)) and old[-1 - same] == new[-1 - same]:
+            same += 1
+        star = ["*"] * bool(same)
+        condensed.append(" -> ".join(".".join(name[: len(name) - same] + star) for name in (old, new)))
+    return condense(list(dict.fromkeys(condensed)))
 
 
 def read_checkpoint(path):
@@ -164,7 +178,19 @@ def load_checkpoint(model, path, allow_missing=False):
     Position embeddings are interpolated to the model's image_res and momentum weights that the file lacks are copied from
     the base. Returns a LoadReport; raises InputError as read_weights and load_weights do.
     """
-    return load_weights(model, read_weights(path), path, allow_missing=allow_missing)
+    state, original = task_names(read_weights(path), model)
+    return load_weights(model, state, path, original=original, allow_missing=allow_missing)
+
+
+def task_names(state, model):
+    """Renames pre-trained weights for a task whose text_encoder is the bare BERT: there the prefix bert. is dropped.
+
+    Returns (state by name in the model, new name -> old name).
+    """
+    if any(name.startswith("text_encoder.bert.") for name in model.state_dict()):
+        return state, {}
+    original = {re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name): name for name in state}
+    return {name: state[old] for name, old in original.items()}, original
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from models.albef import read_bert_config
 from models.hub import hub_file
 from utils import InputError, atomic_write, run_script
 
@@ -69,6 +70,22 @@ def check_vocab_size(tokenizer, bert_config, source):
             f"tokenizer {source} has {len(tokenizer)} word pieces and bert_config has vocab_size "
             f"{bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set vocab_size to {len(tokenizer)}"
         )
+
+
+def tokenizer_of(config):
+    """The tokenizer that a task's configuration names, of the size that its bert_config says.
+
+    Without the key tokenizer it is the one that belongs to text_encoder: the same hub name or folder, or the folder of a
+    weight file. Raises InputError.
+    """
+    source, text_encoder = config["tokenizer"], config["text_encoder"]
+    if not source and text_encoder == "random":
+        raise InputError("text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub name")
+    if not source:
+        source = str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
+    tokenizer = build_tokenizer(source)
+    check_vocab_size(tokenizer, read_bert_config(config["bert_config"]), source)
+    return tokenizer
 
 
 def captions_of(files):

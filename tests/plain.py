@@ -100,3 +100,25 @@ def pretrain_losses(model, image, text, alpha, masked):
         "loss_itm": F.cross_entropy(itm_logits.float(), itm_labels),
         "loss_mlm": (1 - alpha) * hard + alpha * distilled,
     }
+
+
+@torch.no_grad()
+def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_mask, k, queries=None):
+    """Re-ranking query by query, first images, then texts: every pair anew, texts padded, all positions computed.
+
+    Arguments and result of ALBEF.rerank; queries: only the first ones of each direction, for timing.
+    """
+
+    def score(text, image):  # as many indices of each
+        fused = fuse(model.bert, text_embeds[text], attention_mask[text], image_embeds[image])
+        return model.itm_logits(fused)[:, 1].float()
+
+    sim = image_feat @ text_feat.T
+    scores_i2t, scores_t2i = torch.full_like(sim, -100.0), torch.full_like(sim.T, -100.0)
+    for image in range(len(sim))[:queries]:
+        texts = sim[image].topk(min(k, sim.shape[1])).indices
+        scores_i2t[image, texts] = score(texts, torch.full_like(texts, image))
+    for text in range(sim.shape[1])[:queries]:
+        images = sim[:, text].topk(min(k, len(sim))).indices
+        scores_t2i[text, images] = score(torch.full_like(images, text), images)
+    return scores_i2t, scores_t2i

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import plain
 from conftest import assert_close
 from models import build_model
 from models.albef import Text
@@ -70,6 +71,25 @@ def test_evaluation_scores_are_the_released_ones(step, golden):
     for name, ours in zip(("scores_i2t", "scores_t2i"), scores):
         assert torch.equal(ours == -100, data[name] == -100)
         assert_close(name, ours, data[name], 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 100])
+@torch.no_grad()
+def test_reranking_equals_the_plain_path(step, k):
+    _, build, _ = step
+    model = build().eval()
+    generator = torch.Generator().manual_seed(k)
+    lengths = torch.randint(2, 15, (23,), generator=generator)
+    mask = (torch.arange(14) < lengths[:, None]).long()
+    text = Text(torch.randint(5, 61, (23, 14), generator=generator) * mask, mask)
+    image_embeds, image_feat = model.encode_image(torch.randn(7, 3, 48, 48, generator=generator))
+    text_embeds, text_feat = model.encode_text(text)
+    arguments = image_embeds, image_feat, text_embeds, text_feat, mask, k
+    for fast, slow in zip(model.rerank(*arguments, rows=4), plain.rerank(model, *arguments)):
+        assert torch.equal(fast == -100, slow == -100)
+        assert (fast - slow).abs().max() < 1e-4
+        top = min(10, k, fast.shape[1])
+        assert torch.equal(fast.topk(top).indices, slow.topk(top).indices)
 
 
 def test_images_with_one_id_are_never_each_others_negatives(step):

@@ -1,0 +1,173 @@
+"""Retrieval.py as a whole: fine-tuning, choosing the best epoch, resuming, evaluation, several processes, bad input."""
+
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+import Retrieval
+import evaluation
+from models import build_model
+from models.checkpoint import load_checkpoint
+from test_engine import assert_same_run, command_line, signal_at, torchrun
+from utils import InputError, Interrupted, seed_everything
+
+
+@pytest.fixture
+def config(tiny_config, shapes):
+    files = {f"{split}_file": [str(shapes / f"{split}.json")] for split in ("val", "test")}
+    train = {"train_file": [str(shapes / "retrieval_train.json")], "batch_size": None, "batch_size_train": 16}
+    return {**tiny_config, **files, **train, "scheduler": {**tiny_config["scheduler"], "epochs": 3}}
+
+
+@pytest.fixture
+def pretrained(tiny_config, tmp_path):
+    """A file of pre-trained weights, as Pretrain.py leaves it."""
+    seed_everything(5)
+    model = build_model("pretrain", tiny_config)
+    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
+    return tmp_path / "pretrained.pth"
+
+
+def run(monkeypatch, config, output_dir, tmp_path, *arguments):
+    command = ["Retrieval.py", *command_line(config, output_dir, tmp_path), *arguments]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    Retrieval.main()
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
+    scores = iter([20.0, 30.0, 10.0, 99.0])
+    real = evaluation.evaluate_retrieval
+
+    def scored(*args):
+        metrics, rankings = real(*args)
+        metrics[max(metrics)]["r_mean"] = next(scores)
+        return metrics, rankings
+
+    monkeypatch.setattr(Retrieval, "evaluate_retrieval", scored)
+    folder = tmp_path / "run"
+    run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
+    entries = log(folder)
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]
+    assert [entry["val_r_mean"] for entry in entries] == [20, 30, 10]
+    assert ["test_r_mean" in entry for entry in entries] == [False, True, False]
+    assert {"train_loss_ita", "train_loss_itm", "train_temp", "val_txt_r1", "val_itc_img_r10"} <= entries[0].keys()
+    best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 1
+    assert torch.load(folder / "checkpoint_last.pth", weights_only=True)["epoch"] == 2
+    assert not (folder / "checkpoint_00.pth").exists()
+    assert "best epoch by val r_mean 30.00: epoch 1" in capsys.readouterr().out.splitlines()[-1]
+    results = json.loads((folder / "result/retrieval.json").read_text())
+    assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
+    assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
+
+
+@pytest.mark.parametrize("where", ["in an epoch", "in a validation"])
+def test_interrupted_and_resumed_equals_uninterrupted(config, pretrained, tmp_path, monkeypatch, where):
+    run(monkeypatch, config, tmp_path / "whole", tmp_path, "--checkpoint", pretrained)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        if where == "in an epoch":
+            patch.setattr(Retrieval, "step", lambda device, step=Retrieval.step: signal_at(9)(step(device)))
+        else:
+            calls = iter(range(1, 100))
+
+            def interrupted(*args, real=evaluation.evaluate_retrieval):
+                if next(calls) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return real(*args)
+
+            patch.setattr(Retrieval, "evaluate_retrieval", interrupted)
+        run(patch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained)
+    run(monkeypatch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_several_k_in_one_run_are_those_of_single_runs(config, pretrained, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, config, tmp_path / "many", tmp_path, "--checkpoint", pretrained, "--evaluate", "--k_test", "100", "2", "12")
+    out = capsys.readouterr().out
+    assert all(f"ITC + ITM, k {k} " in out for k in (2, 12, 100))
+    many = log(tmp_path / "many")[-1]
+    for k, prefix in ((2, "k2_"), (100, "")):
+        run(monkeypatch, config, tmp_path / str(k), tmp_path, "--checkpoint", pretrained, "--evaluate", "--k_test", str(k))
+        one = log(tmp_path / str(k))[-1]
+        assert one["checkpoint"] == str(pretrained)
+        for name in ("txt_r1", "txt_r10", "img_r1", "img_r10", "r_mean"):
+            assert many[f"test_{prefix}{name}"] == one[f"test_{name}"]
+
+
+def test_recomputed_image_embeddings_give_the_same_scores(config, pretrained, tmp_path, monkeypatch):
+    results = []
+    for where in ("host", "recompute"):
+        folder = tmp_path / where
+        run(monkeypatch, {**config, "image_embeds": where, "batch_size_test": 5}, folder, tmp_path,
+            "--checkpoint", pretrained, "--evaluate")  # fmt: skip
+        results.append(json.loads((folder / "result/retrieval.json").read_text()))
+    assert results[0] == results[1]
+
+
+def test_two_processes_evaluate_as_one(config, pretrained, tmp_path, monkeypatch):
+    arguments = ["--checkpoint", pretrained, "--evaluate", "--set", "batch_size_test=5"]
+    run(monkeypatch, config, tmp_path / "one", tmp_path, *arguments)
+    for where in ("host", "recompute"):
+        command = command_line({**config, "image_embeds": where}, tmp_path / where, tmp_path)
+        two = torchrun("Retrieval.py", *command, *arguments)
+        assert two.returncode == 0, two.stderr
+        for entry, same in zip(log(tmp_path / where), log(tmp_path / "one"), strict=True):
+            assert entry == pytest.approx(same)
+        one, two = (json.loads((tmp_path / name / "result/retrieval.json").read_text()) for name in ("one", where))
+        for query, same in zip(one["text_to_image"], two["text_to_image"], strict=True):
+            assert [r["image"] for r in query["results"]] == [r["image"] for r in same["results"]]
+
+
+def test_pre_trained_weights_load_by_their_names(tiny_config, pretrained):
+    model = build_model("retrieval", {**tiny_config, "image_res": 48, "queue_size": 7})
+    report = load_checkpoint(model, pretrained)
+    state = torch.load(pretrained, weights_only=True)["model"]
+    for name in ("embeddings.word_embeddings.weight", "encoder.layer.3.crossattention.self.key.bias"):
+        for copy in ("text_encoder", "text_encoder_m"):
+            assert torch.equal(model.state_dict()[f"{copy}.{name}"], state[f"{copy}.bert.{name}"])
+    assert report.resized == ["visual_encoder.pos_embed", "visual_encoder_m.pos_embed"]
+    assert set(report.new) == {"image_queue", "text_queue", "idx_queue"}
+    assert all("cls.predictions" in name for name in report.ignored)
+
+
+BAD_INPUT = {
+    "k_test 0": ({}, ["--k_test", "0"], "--k_test 0"),
+    "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test 16 many"),
+    "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be at least 1"),
+    "no checkpoint": ({"--checkpoint": None}, [], "--checkpoint is missing"),
+    "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*training list"),
+    "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*test or pre-training list"),
+    "image without caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": []}]}, [], "entry 0.*caption"),
+    "empty test caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": ["?!"]}]}, [], "entry 0.*empty"),
+    "empty train caption": (
+        {"train_file": [{"image": "images/train/000000.jpg", "caption": " .", "image_id": 1}]}, [], "entry 0.*empty"),
+    "no image_id": ({"train_file": [{"image": "images/train/000000.jpg", "caption": "a star"}]}, [], "entry 0.*'image_id'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_and_nothing_is_written(config, shapes, pretrained, tmp_path, monkeypatch, case):
+    keys, arguments, message = BAD_INPUT[case]
+    for key, value in keys.items():
+        if isinstance(value, list):
+            path = tmp_path / "bad.json"
+            path.write_text(json.dumps(value))
+            value = path
+        elif isinstance(value, str):
+            value = shapes / value
+        if key != "--checkpoint":
+            config[key] = value if isinstance(value, int) else [str(value)]
+    if "--checkpoint" not in keys:
+        arguments = [*arguments, "--checkpoint", pretrained]
+    with pytest.raises(InputError, match=message) as error:
+        run(monkeypatch, config, tmp_path / "run", tmp_path, *arguments)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
