@@ -22,6 +22,7 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/dataloader.py
 	$(BIN)/python benchmarks/annotations.py
 	$(BIN)/python benchmarks/pretrain_step.py
+	$(BIN)/python benchmarks/retrieval_eval.py
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
