@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import InputError, load_config, run_script
+from utils import InputError, run_script
 
 HIT, MISS = "#2a9d4a", "#c9302c"
 TITLES = {
@@ -127,14 +127,15 @@ def main():
     parser.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
     args = parser.parse_args()
     folder = Path(args.output_dir)
-    if not (folder / "tensorboard").is_dir():
-        raise InputError(f"--output_dir {folder}: no run there, it has no folder tensorboard")
-    draw_curves(read_curves(folder / "tensorboard"), folder / "curves.png")
-    print(f"wrote {folder / 'curves.png'}")
-    result = folder / "result/retrieval.json"
+    curves, result = folder / "tensorboard", folder / "result/retrieval.json"
+    if not (curves.is_dir() or result.exists()):
+        raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/retrieval.json")
+    if curves.is_dir():
+        draw_curves(read_curves(curves), folder / "curves.png")
+        print(f"wrote {folder / 'curves.png'}")
     if result.exists():
-        config = load_config(folder / "config.yaml")
-        draw_retrieval(json.loads(result.read_text()), config["image_root"], folder / "retrieval.png", args.queries)
+        rankings = json.loads(result.read_text())
+        draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", args.queries)
         print(f"wrote {folder / 'retrieval.png'}")
 
 

@@ -39,6 +39,8 @@ class ImageEmbeds:
     def encode(self, image):
         """image uint8 [B, 3, H, W] -> embeddings and features on the device; keeps the embeddings on the host."""
         embeds, feat = self._model.encode_image(normalize(image.to(self._device, non_blocking=True)))
+        if torch.is_autocast_enabled(self._device.type):
+            embeds = embeds.to(torch.get_autocast_dtype(self._device.type))  # as the keys and values take them anyway
         if self.keep:
             self._kept.append(embeds.cpu())
         return embeds, feat
@@ -143,6 +145,7 @@ def rankings(scores_i2t, scores_t2i, dataset, top=10):
     texts = best(scores_i2t, "caption", dataset.texts, lambda image, text: dataset.txt2img[text] == image)
     images = best(scores_t2i, "image", dataset.images, lambda text, image: dataset.txt2img[text] == image)
     return {
+        "image_root": dataset.image_root,
         "image_to_text": [{"image": image, "results": row} for image, row in zip(dataset.images, texts)],
         "text_to_image": [{"caption": text, "results": row} for text, row in zip(dataset.texts, images)],
     }

@@ -32,6 +32,7 @@ from utils import load_config
 
 CONFIG = str(ROOT / "configs/Pretrain.yaml")
 MATMUL = 4096
+WARM_UP = 3  # steps before the measured ones
 
 
 def synchronize(device):
@@ -66,6 +67,7 @@ def matmul_peak(device, dtype):
 
 
 def make_batch(batch_size, image_res):
+    """A batch of random images and texts of 12 to 25 tokens."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(12, 26, (batch_size,), generator=generator)
     lengths[0] = 25
@@ -106,9 +108,9 @@ def measure(path, precision, compiled, batch_size, steps):
     flops = train_step(0, count_flops=True)[-1]  # before compiling: the counter sees single operations
     if compiled:
         compile_layers(model)
+    for number in range(WARM_UP):  # compilation, and on a CPU the first touch of fresh memory
+        train_step(number)
     if device.type == "cuda":
-        for number in range(5):
-            train_step(number)
         torch.cuda.set_sync_debug_mode("warn" if path == "fast" else "default")  # the fast step waits for nothing
         train_step(0)
         torch.cuda.set_sync_debug_mode("default")

@@ -25,7 +25,7 @@ from utils import InputError, atomic_write, run_script
 
 VERSION = 2         # of the generator: data made by another version is made anew
 SPLITS = ("train", "val", "test")
-MAX_WORDS = 19      # with [CLS] 20 ids: padding to the longest caption is what a text costs
+MAX_WORDS = 16      # with [CLS] 17 ids: padding to the longest caption is what a text costs
 SUPERSAMPLING = 3
 ANNOTATIONS = ("pretrain", "retrieval_train", "val", "test", "scenes_train", "scenes_val", "scenes_test")
 

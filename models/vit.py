@@ -8,9 +8,9 @@ def build_vit(config, initializer_range=0.02):
     """A ViT from the keys image_res, patch_size, vision_width, vision_depth, vision_heads.
 
     The model maps images [B, 3, image_res, image_res] to image_embeds [B, 1+N, vision_width], [CLS] first, by
-    `forward_features`. initializer_range: standard deviation of the random weights of linear layers, patch embedding and
+    `forward_features`. initializer_range: standard deviation of the linear layers' random weights, half that of patch and
     position embeddings; 0.02 suits a width of 768, a small model from random weights learns much faster with about
-    1 / sqrt(width).
+    1 / sqrt(width), and hardly at all if its patch embedding starts small.
     """
     vit = VisionTransformer(
         img_size=config["image_res"],
@@ -21,7 +21,9 @@ def build_vit(config, initializer_range=0.02):
         num_classes=0,
         global_pool="",
     )
-    linear = [module.weight for module in vit.blocks.modules() if isinstance(module, nn.Linear)]
-    for weight in (*linear, vit.patch_embed.proj.weight, vit.pos_embed):
-        nn.init.trunc_normal_(weight, std=initializer_range)
+    for module in vit.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=initializer_range)
+    for weight in (vit.patch_embed.proj.weight, vit.pos_embed):
+        nn.init.trunc_normal_(weight, std=2 * initializer_range)
     return vit

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import Retrieval
+import Visualize
 import evaluation
 from conftest import ROOT
 from models import build_model
@@ -95,10 +96,14 @@ def test_several_k_in_one_run_are_those_of_single_runs(config, pretrained, tmp_p
     out = capsys.readouterr().out
     assert all(f"ITC + ITM, k {k} " in out for k in (2, 12, 100))
     many = log(tmp_path / "many")[-1]
+    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path / "many")])
+    Visualize.main()
+    assert (tmp_path / "many/retrieval.png").stat().st_size > 10_000
     for k, prefix in ((2, "k2_"), (100, "")):
         run(monkeypatch, config, tmp_path / str(k), tmp_path, "--checkpoint", pretrained, "--evaluate", "--k_test", str(k))
         one = log(tmp_path / str(k))[-1]
         assert one["checkpoint"] == str(pretrained)
+        assert not (tmp_path / str(k) / "config.yaml").exists()
         for name in ("txt_r1", "txt_r10", "img_r1", "img_r10", "r_mean"):
             assert many[f"test_{prefix}{name}"] == one[f"test_{name}"]
 
@@ -111,6 +116,18 @@ def test_recomputed_image_embeddings_give_the_same_scores(config, pretrained, tm
             "--checkpoint", pretrained, "--evaluate")  # fmt: skip
         results.append(json.loads((folder / "result/retrieval.json").read_text()))
     assert results[0] == results[1]
+
+
+def test_bf16_scores_are_close_to_those_of_fp32(config, pretrained, tmp_path, monkeypatch):
+    scores = []
+    for precision in ("fp32", "bf16"):
+        keys = {"precision": precision, "k_test": 36}  # all candidates, so that both score the same pairs
+        folder = tmp_path / precision
+        run(monkeypatch, {**config, **keys}, folder, tmp_path, "--checkpoint", pretrained, "--evaluate")
+        queries = json.loads((folder / "result/retrieval.json").read_text())["text_to_image"]
+        scores.append([{r["image"]: r["score"] for r in query["results"]} for query in queries])
+    gaps = [abs(a[name] - b[name]) for a, b in zip(*scores) for name in a.keys() & b.keys()]
+    assert len(gaps) > 200 and 0 < max(gaps) < 0.01
 
 
 def test_two_processes_evaluate_as_one(config, pretrained, tmp_path, monkeypatch):
