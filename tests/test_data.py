@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dataset import EpochBatches, build_dataset, train_loader
-from metrics import recall_at_k
+from metrics import chance_recall, recall_at_k
 from models.tokenizer import build_tokenizer
 from utils import InputError
 
@@ -100,3 +100,10 @@ def test_ties_do_not_depend_on_order():
     assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == result
     constant = np.zeros((20, 20))
     assert recall_at_k(constant, constant, own, [[i] for i in own])["txt_r5"] == 0.0
+
+
+def test_chance_is_that_of_a_random_ranking():
+    chance = chance_recall(4, 12, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
+    assert chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
+    assert chance["txt_r10"] == 100  # of 12 texts only 9 are wrong
+    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is no query
