@@ -73,7 +73,7 @@ GRID = 4                                # cells a side
 EXTENT = {"small": 0.62, "large": 0.92} # longer side of an object, in sides of a cell
 SHIFT = 0.04                            # of an object from the middle of its cell at most; leaves large ones apart
 TRAIN_DETAIL = (0.5, 0.8, 1.1, 1.4)     # of captions, see describe(): one of them at random
-EVAL_DETAIL = (1.6, 1.1, 0.8, 0.5, 0.2)     # for 1 to 5 objects, so that the caption identifies its scene
+EVAL_DETAIL = (1.6, 1.4, 1.2, 0.6, 0.2)     # for 1 to 5 objects, so that the caption identifies its scene
 PARTIAL = 0.08                          # share of train captions that leave objects out
 
 
@@ -397,7 +397,7 @@ def annotations(scenes):
             "pretrain": texts["train"], "retrieval_train": pairs, "val": texts["val"], "test": texts["test"]}
 
 
-def write_dataset(output, train=8000, val=500, test=500, noise=0.1, seed=0, image_size=96, captions=4,
+def write_dataset(output, train=8000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4,
                   progress=False):
     """Write the data set to the folder `output`; a finished one, made with the same arguments, is left alone.
 
@@ -439,7 +439,7 @@ def main():
     parser.add_argument("--train", type=int, default=8000, help="training scenes")
     parser.add_argument("--val", type=int, default=500, help="validation scenes")
     parser.add_argument("--test", type=int, default=500, help="test scenes")
-    parser.add_argument("--noise", type=float, default=0.1, help="share of corrupted pre-training captions")
+    parser.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes from the same split")
     parser.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
     parser.add_argument("--captions", type=int, default=4, help="captions an image")
