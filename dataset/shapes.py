@@ -123,7 +123,8 @@ def place(rng, combination, image_size):
     for (color, shape), number in zip(rng.sample(combination, len(combination)), cells):
         size = rng.choice(list(SIZES))
         angle = round(rng.uniform(-5, 5), 1)
-        w, h = (round(EXTENT[size] * cell * max(axis)) for axis in zip(*outline(shape, angle)))
+        w, h = (min(round(EXTENT[size] * cell * max(axis)), math.floor(EXTENT["large"] * cell))
+                for axis in zip(*outline(shape, angle)))
         x, y = (math.floor((index + 0.5 + rng.uniform(-SHIFT, SHIFT)) * cell - side / 2)
                 for index, side in zip((number % GRID, number // GRID), (w, h)))
         objects.append({"shape": shape, "color": color, "size": size,

@@ -228,3 +228,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert exit_.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert files(tmp_path / "mine") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("image_size", [48, 77, 96, 224])
+def test_objects_lie_within_the_image_and_apart(image_size):
+    for number in range(200):
+        boxes = [o["box"] for o in shapes.draw_scene(random.Random(number), "train", image_size)["objects"]]
+        for i, (x, y, w, h) in enumerate(boxes):
+            assert x >= 0 and y >= 0 and x + w <= image_size and y + h <= image_size
+            for u, v, a, b in boxes[:i]:
+                assert x + w <= u or u + a <= x or y + h <= v or v + b <= y
