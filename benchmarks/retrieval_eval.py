@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--texts", type=int, default=480)
     parser.add_argument("--k", type=int, default=128)
-    parser.add_argument("--plain_queries", type=int, default=8, help="queries of each direction that the plain path is timed on")
+    parser.add_argument("--plain_queries", type=int, default=2, help="queries of each direction that the plain path is timed on")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config(ROOT / "configs/Retrieval_coco.yaml", [f"bert_config={ROOT / 'configs/config_bert.json'}"])

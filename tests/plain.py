@@ -7,6 +7,7 @@ row; the vocabulary head at every position; attention as two matrix products and
 import torch
 import torch.nn.functional as F
 
+from models.albef import feature_similarity
 from models.losses import sample_negatives
 from models.momentum import update_momentum_
 from models.queue import enqueue_
@@ -113,7 +114,7 @@ def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_ma
         fused = fuse(model.bert, text_embeds[text], attention_mask[text], image_embeds[image])
         return model.itm_logits(fused)[:, 1].float()
 
-    sim = image_feat @ text_feat.T
+    sim = feature_similarity(image_feat, text_feat)
     scores_i2t, scores_t2i = torch.full_like(sim, -100.0), torch.full_like(sim.T, -100.0)
     for image in range(len(sim))[:queries]:
         texts = sim[image].topk(min(k, sim.shape[1])).indices
