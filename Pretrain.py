@@ -2,8 +2,8 @@
 
 from dataset import build_dataset
 from dataset.transforms import normalize
-from engine import find_resume_file, train, write_log
-from evaluation import evaluate_retrieval, flat, print_table, save_rankings
+from engine import find_resume_file, train
+from evaluation import evaluate_retrieval, report
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
@@ -12,6 +12,7 @@ from utils import (
     InputError, argument_parser, init_process_group, is_main, load_config, make_output_dir, require, run_script, save_config,
     seed_everything,
 )  # fmt: skip
+
 
 def step(device):
     """What a training step computes: batch -> losses by name."""
@@ -70,14 +71,10 @@ def main():
         train(model, train_set, tokenizer, step(device), config, args.output_dir, device, args.seed, resume_from)
     if test_set is not None:
         metrics, rankings = evaluate_retrieval(model, test_set, tokenizer, config, device)
-        values = {f"test_{name}": value for name, value in flat(metrics).items()}
+        epoch, source = config["scheduler"]["epochs"] - 1, {}
         if args.evaluate:
-            write_log(args.output_dir, None, checkpoint=args.checkpoint, **values)
-        else:
-            write_log(args.output_dir, config["scheduler"]["epochs"] - 1, **values)
-        if is_main():
-            save_rankings(args.output_dir, rankings)
-            print_table("zero-shot retrieval", metrics, test_set)
+            epoch, source = None, {"checkpoint": args.checkpoint}
+        report(args.output_dir, "zero-shot retrieval", "test", epoch, metrics, rankings, test_set, **source)
 
 
 if __name__ == "__main__":

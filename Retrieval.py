@@ -4,8 +4,8 @@ from pathlib import Path
 
 from dataset import build_dataset
 from dataset.transforms import normalize
-from engine import find_resume_file, train, write_log
-from evaluation import evaluate_retrieval, flat, print_table, save_rankings
+from engine import find_resume_file, train
+from evaluation import evaluate_retrieval, flat, report
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint
@@ -64,9 +64,9 @@ def main():
     seed_everything(args.seed)
     model = build_model("retrieval", config, tokenizer)
     if not resume_from:
-        report = load_checkpoint(model, args.checkpoint, args.allow_missing)
+        loaded = load_checkpoint(model, args.checkpoint, args.allow_missing)
         if is_main():
-            print(report)
+            print(loaded)
     model.to(device)
 
     def evaluate(split):
@@ -76,16 +76,10 @@ def main():
         metrics = flat(evaluate("val")[0])
         return metrics, metrics["r_mean"]
 
-    def report_test(title, split, epoch, **values):
-        metrics, rankings = evaluate(split)
-        write_log(args.output_dir, epoch, **values, **{f"{split}_{name}": value for name, value in flat(metrics).items()})
-        if is_main():
-            save_rankings(args.output_dir, rankings)
-            print_table(f"{title}, {split}", metrics, test_sets[split])
-
     if args.evaluate:
-        for split in test_sets:
-            report_test(args.checkpoint, split, None, checkpoint=args.checkpoint)
+        for split, test_set in test_sets.items():
+            title = f"{args.checkpoint}, {split}"
+            report(args.output_dir, title, split, None, *evaluate(split), test_set, checkpoint=args.checkpoint)
         return
     if is_main():
         save_config(config, args.output_dir)
@@ -96,7 +90,8 @@ def main():
         epoch, text = best["epoch"], f"best epoch by val r_mean {best['score']:.2f}"
         load_checkpoint(model, Path(args.output_dir) / "checkpoint_best.pth")
     if "test" in test_sets:
-        report_test("fine-tuned retrieval", "test", epoch)
+        title = "fine-tuned retrieval, test"
+        report(args.output_dir, title, "test", epoch, *evaluate("test"), test_sets["test"])
     if is_main():
         print(f"{text}: epoch {epoch}")
 

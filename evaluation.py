@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from dataset import test_loader
 from dataset.transforms import normalize
-from engine import autocast
+from engine import autocast, write_log
 from metrics import chance_recall, recall_at_k
 from models.albef import NO_CANDIDATE, Text, feature_similarity, top_candidates
 from utils import atomic_write, is_distributed, is_main, rank, world_size
@@ -151,9 +151,16 @@ def rankings(scores_i2t, scores_t2i, dataset, top=10):
     }
 
 
-def save_rankings(output_dir, rankings):
-    """Writes result/retrieval.json."""
+def report(output_dir, title, split, epoch, metrics, rankings, dataset, **values):
+    """Adds what evaluate_retrieval returned, and other values, to log.txt; writes result/retrieval.json; prints the table.
+
+    split: prefix of the metrics in the log; epoch: as write_log takes it. On the main process.
+    """
+    write_log(output_dir, epoch, **values, **{f"{split}_{name}": value for name, value in flat(metrics).items()})
+    if not is_main():
+        return
     folder = Path(output_dir) / "result"
     folder.mkdir(exist_ok=True)
     with atomic_write(folder / "retrieval.json", "w") as file:
         json.dump(rankings, file)
+    print_table(title, metrics, dataset)

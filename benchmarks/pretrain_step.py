@@ -13,7 +13,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,35 +27,12 @@ from models import build_model
 from models.albef import Text
 from optim import create_optimizer
 from plain import pretrain_losses, unfuse
+from stopwatch import seconds
 from utils import load_config
 
 CONFIG = str(ROOT / "configs/Pretrain.yaml")
 MATMUL = 4096
 WARM_UP = 3  # steps before the measured ones
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds(function, device, repeats):
-    """Seconds of each of `repeats` calls: CUDA events on a GPU, the wall clock elsewhere."""
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            synchronize(device)
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            start = time.perf_counter()
-            function()
-            times.append(time.perf_counter() - start)
-    return times
 
 
 def matmul_peak(device, dtype):

@@ -9,7 +9,6 @@ timed on part of the queries. Texts have 7 to 17 tokens, 12 on average. Both pat
 
 import argparse
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,20 +19,11 @@ import torch
 import plain
 from models import build_model
 from models.albef import NO_CANDIDATE, Text
+from stopwatch import seconds
 from utils import load_config
 
 MAX_TOKENS = 30
 DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}  # images, texts, k of the paper
-
-
-def timed(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def delivered(scores):
@@ -56,8 +46,9 @@ def encoded(model, images, texts, device):
     return image_embeds, image_feat, text_embeds, text_feat, text.attention_mask
 
 
-def hours(seconds):
-    return f"{seconds / 3600:.2f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+def duration(time):
+    """Seconds as text."""
+    return f"{time / 3600:.2f} h" if time >= 3600 else f"{time / 60:.1f} min"
 
 
 @torch.no_grad()
@@ -83,18 +74,21 @@ def main():
         for path in ("plain", "fast"):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 if path == "plain":
-                    plain.rerank(model, *inputs, args.k, queries=1)  # once unmeasured
-                    seconds, scores = timed(lambda: plain.rerank(model, *inputs, args.k, queries=args.plain_queries), device)
+                    warm_up = lambda: plain.rerank(model, *inputs, args.k, queries=1)
+                    rerank = lambda: plain.rerank(model, *inputs, args.k, queries=args.plain_queries)
                 else:
-                    model.rerank(*(x[:2] for x in inputs), args.k)
-                    seconds, scores = timed(lambda: model.rerank(*inputs, args.k), device)
+                    warm_up = lambda: model.rerank(*(x[:2] for x in inputs), args.k)
+                    rerank = lambda: model.rerank(*inputs, args.k)
+                warm_up()
+                scores = []
+                (elapsed,) = seconds(lambda: scores.extend(rerank()), device, 1)
             count = delivered(scores)
-            rates[path, precision] = rate = count / seconds
+            rates[path, precision] = rate = count / elapsed
             # each pair is scored once: both directions' candidates without those they share, which only real data can tell
             pairs = int(((scores[0] != NO_CANDIDATE) | (scores[1].T != NO_CANDIDATE)).sum()) if path == "fast" else count
-            at_most = [(images * min(k, texts) + texts * min(k, images)) * seconds / pairs for images, texts, k in DATA_SETS.values()]
-            print(f"{path:8}{precision:>10}{count:9}{seconds:9.1f}{rate:10.1f}{rate / rates['plain', precision]:10.1f}"
-                  f"{rate / rates['plain', 'fp32']:15.1f}" + "".join(f"{hours(value):>14}" for value in at_most), flush=True)
+            at_most = [(images * min(k, texts) + texts * min(k, images)) * elapsed / pairs for images, texts, k in DATA_SETS.values()]
+            print(f"{path:8}{precision:>10}{count:9}{elapsed:9.1f}{rate:10.1f}{rate / rates['plain', precision]:10.1f}"
+                  f"{rate / rates['plain', 'fp32']:15.1f}" + "".join(f"{duration(value):>14}" for value in at_most), flush=True)
     print("the last columns extrapolate to all pairs of both directions; candidates that the two share cost the fast path less")
 
 

@@ -365,6 +365,7 @@ def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, 
 
 
 def main() -> int:
+    """Prepares the data set from the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("data/openclipart"), help="the configs' image_root")
     parser.add_argument("--packages", type=Path, nargs="+", metavar="DIR", help="folders of unpacked packages")

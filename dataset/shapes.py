@@ -434,6 +434,7 @@ def write_dataset(output, train=8000, val=500, test=500, noise=0.05, seed=0, ima
 
 
 def main():
+    """Makes the data set from the command line."""
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Make the shapes data set: images, annotation files, vocabulary.")
     parser.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")

@@ -112,6 +112,7 @@ def train_vocab(captions, size, min_frequency=2):
 
 
 def main():
+    """Trains a vocabulary from the command line."""
     parser = argparse.ArgumentParser(description="Train a WordPiece vocabulary on the captions of annotation files.")
     parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
     parser.add_argument("--output", required=True, help="the vocab file to write, one word piece a line")

@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,29 @@ def assert_close(name, ours, theirs, relative, absolute):
     """Asserts the agreement that tests/golden expects: relative to the largest value of theirs, plus an absolute part."""
     gap = (ours - theirs).abs().max().item()
     assert gap <= relative * theirs.abs().max().item() + absolute, f"{name}: off by {gap}"
+
+
+def assert_released_step(model, losses, data):
+    """Asserts the losses, the gradients of their sum and the state after the step that a file of tests/golden holds."""
+    for name, loss in losses.items():
+        assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
+    sum(losses.values()).backward()
+    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
+    assert grads.keys() == data["grads"].keys()
+    for name, grad in data["grads"].items():
+        assert_close(name, grads[name], grad, 1e-3, 1e-6)
+    state = model.state_dict()
+    for name, value in data["state_dict_after"].items():
+        assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+
+
+def assert_released_size(model, name):
+    """Asserts the keys, shapes and parameter counts that the released checkpoints of a full-size model have."""
+    released = json.loads((ROOT / "tests/golden/state_dict_keys.json").read_text())
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == released[name]
+    counts = released[f"{name}.__parameters__"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
+    assert sum(p.numel() for p in model.parameters()) == counts["all"]
 
 
 @pytest.fixture(scope="session")

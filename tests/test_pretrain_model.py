@@ -1,11 +1,9 @@
 """The pre-training model against the released implementation's numbers, the plain path, and its own edge cases."""
 
-import json
-
 import pytest
 import torch
 
-from conftest import assert_close
+from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
 from models.albef import Text
 from plain import pretrain_losses, unfuse
@@ -26,16 +24,7 @@ def test_losses_gradients_and_state_are_the_released_ones(step):
     data, model, text, masked = step
     losses = model(data["image"], text, alpha=data["alpha"], masked=masked)
     assert set(losses) == {"loss_mlm", "loss_ita", "loss_itm"}
-    for name, loss in losses.items():
-        assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
-    sum(losses.values()).backward()
-    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
-    assert grads.keys() == data["grads"].keys()
-    for name, grad in data["grads"].items():
-        assert_close(name, grads[name], grad, 1e-3, 1e-6)
-    state = model.state_dict()
-    for name, value in data["state_dict_after"].items():
-        assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+    assert_released_step(model, losses, data)
 
 
 def test_features_are_the_released_ones(step, golden):
@@ -58,13 +47,9 @@ def test_features_are_the_released_ones(step, golden):
 
 
 def test_full_size_keys_shapes_and_parameter_counts():
-    released = json.load(open("tests/golden/state_dict_keys.json"))
     with torch.device("meta"):
         model = build_model("pretrain", {"image_res": 256, "bert_config": "configs/config_bert.json"})
-    assert {name: list(value.shape) for name, value in model.state_dict().items()} == released["Pretrain"]
-    counts = released["Pretrain.__parameters__"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
-    assert sum(p.numel() for p in model.parameters()) == counts["all"]
+    assert_released_size(model, "Pretrain")
 
 
 def random_batch(batch, length=9, seed=0):

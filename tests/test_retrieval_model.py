@@ -1,12 +1,10 @@
 """The retrieval model against the released implementation's numbers, and re-ranking against its plain form."""
 
-import json
-
 import pytest
 import torch
 
 import plain
-from conftest import assert_close
+from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
 from models.albef import Text
 
@@ -31,16 +29,7 @@ def test_losses_gradients_and_state_are_the_released_ones(step):
     model = build()
     losses = model(data["image"], text, idx=data["idx"], alpha=data["alpha"])
     assert set(losses) == {"loss_ita", "loss_itm"}
-    for name, loss in losses.items():
-        assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
-    sum(losses.values()).backward()
-    grads = {name: param.grad for name, param in model.named_parameters() if param.requires_grad}
-    assert grads.keys() == data["grads"].keys()
-    for name, grad in data["grads"].items():
-        assert_close(name, grads[name], grad, 1e-3, 1e-6)
-    state = model.state_dict()
-    for name, value in data["state_dict_after"].items():
-        assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+    assert_released_step(model, losses, data)
 
 
 def test_losses_without_distillation_are_the_released_ones(step):
@@ -51,13 +40,9 @@ def test_losses_without_distillation_are_the_released_ones(step):
 
 
 def test_full_size_keys_shapes_and_parameter_counts():
-    released = json.load(open("tests/golden/state_dict_keys.json"))
     with torch.device("meta"):
         model = build_model("retrieval", {"image_res": 384, "bert_config": "configs/config_bert.json"})
-    assert {name: list(value.shape) for name, value in model.state_dict().items()} == released["Retrieval"]
-    counts = released["Retrieval.__parameters__"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
-    assert sum(p.numel() for p in model.parameters()) == counts["all"]
+    assert_released_size(model, "Retrieval")
 
 
 @torch.no_grad()
