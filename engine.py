@@ -434,6 +434,8 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     check_schedule(config["scheduler"])
     if config["precision"] == "bf16" and not has_bf16(device) and is_main():
         print("note: this device has no bf16, training in fp32")
+    for param in model.idle_parameters():
+        param.requires_grad_(False)
     optimizer = create_optimizer(config["optimizer"], model)
     position = resume(resume_from, model, optimizer, config, seed) if resume_from else Position()
     sampler = EpochBatches(len(dataset), config["batch_size"], seed, rank(), world_size())

@@ -13,7 +13,8 @@ from dataset import test_loader
 from dataset.transforms import normalize
 from engine import autocast, write_log
 from metrics import chance_recall, recall_at_k
-from models.albef import NO_CANDIDATE, Text, feature_similarity, top_candidates
+from models.albef import Text
+from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
 from utils import atomic_write, is_distributed, is_main, rank, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]

@@ -60,7 +60,7 @@ DEFAULTS = {
     # method
     "objectives": ["itc", "mlm", "itm"], "hard_negatives": True, "distill": True, "alpha": 0.4, "warm_up": True,
     "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "image_embeds": "host",
-    "eos": "[SEP]",
+    "eos": "[SEP]", "num_beams": 3, "share": "cross_attention",
     # training
     "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
     "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
@@ -73,8 +73,8 @@ DEFAULTS = {
     "eval_ema": object,
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
-CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"]}
-AT_LEAST_1 = ("k_test",)
+CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}
+AT_LEAST_1 = ("k_test", "num_beams")
 OBJECTIVES = ["itc", "mlm", "itm"]
 LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
 

@@ -18,7 +18,8 @@ import torch
 
 import plain
 from models import build_model
-from models.albef import NO_CANDIDATE, Text
+from models.albef import Text
+from models.alignment import NO_CANDIDATE
 from stopwatch import seconds
 from utils import load_config
 

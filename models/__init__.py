@@ -1,10 +1,15 @@
 """ALBEF models by task."""
 
+from models.nlvr import NLVR, TextAssignment
 from models.pretrain import Pretrain
 from models.retrieval import Retrieval
+from models.ve import VE
+from models.vqa import VQA
 from utils import InputError, with_defaults
 
-MODELS = {"pretrain": Pretrain, "retrieval": Retrieval}
+MODELS = {
+    "pretrain": Pretrain, "retrieval": Retrieval, "vqa": VQA, "ve": VE, "nlvr": NLVR, "nlvr_pretrain": TextAssignment,
+}  # fmt: skip
 
 
 def build_model(task, config, tokenizer=None):

@@ -1,15 +1,25 @@
 """Contrastive learning and matching under momentum distillation (Sections 3.2, 3.3): what pre-training and retrieval share."""
 
-import torch
+import math
 
-from models.albef import ALBEF, feature_queue
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from models.albef import ALBEF
 from models.losses import itc_loss, sample_negatives, similarities
 from models.momentum import update_momentum_
 from models.queue import enqueue_
 
 
+NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
+
+
 class Alignment(ALBEF):
-    """An ALBEF with momentum copies of its unimodal encoders, queues of their features, ITC and hard negatives for ITM.
+    """An ALBEF with projections to the contrastive space and the matching head, trained by ITC and ITM with hard negatives.
+
+    Momentum copies of the unimodal encoders and queues of their features come with it.
 
     Keys of the configuration beyond the architecture: objectives, hard_negatives (false: uniform), distill (true, false, or
     the list of objectives to distill), queue_size, momentum. known: the objectives that the task has.
@@ -21,18 +31,40 @@ class Alignment(ALBEF):
         distill = config["distill"]
         self.distilled = distill if isinstance(distill, list) else self.objectives * distill
         self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives
-        self.momentum = config["momentum"]
+        width = self.bert_config["hidden_size"]
+        self.vision_proj = nn.Linear(config["vision_width"], config["embed_dim"])
+        self.text_proj = nn.Linear(width, config["embed_dim"])
+        self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
+        self.itm_head = nn.Linear(width, 2)
         self.add_momentum("visual_encoder", "vision_proj", "text_encoder", "text_proj")
         for queue in ("image_queue", "text_queue"):
             self.register_buffer(queue, feature_queue(config["embed_dim"], config["queue_size"]))
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+
+    def encode_image(self, image, momentum=False):
+        """image [B, 3, H, W] -> image_embeds [B, 1+N, C] and image_feat [B, D], g_v(v_cls) normalized, float32."""
+        encoder = self.visual_encoder_m if momentum else self.visual_encoder
+        proj = self.vision_proj_m if momentum else self.vision_proj
+        image_embeds = encoder.forward_features(image)
+        return image_embeds, F.normalize(proj(image_embeds[:, 0]).float(), dim=-1)
+
+    def encode_text(self, text, momentum=False):
+        """text with input_ids [B, L] -> text_embeds [B, L, C] and text_feat [B, D], g_w(w_cls) normalized, float32."""
+        bert = self.bert_m if momentum else self.bert
+        proj = self.text_proj_m if momentum else self.text_proj
+        text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
+        return text_embeds, F.normalize(proj(text_embeds[:, 0]).float(), dim=-1)
+
+    def itm_logits(self, fused):
+        """fused [B, L, C] -> logits [B, 2] from the [CLS] position: not matched, matched."""
+        return self.itm_head(fused[:, 0])
 
     @torch.no_grad()
     def begin_step(self, update_momentum):
         """Keeps temp in its range and moves the momentum model."""
         self.temp.clamp_(0.001, 0.5)
         if update_momentum:
-            update_momentum_(self, self.momentum)
+            update_momentum_(self, self.config["momentum"])
 
     def contrastive(self, image_feat, text_feat, features_m, targets, alpha):
         """Equations 1, 2 and 6. targets: class indices [B] or distributions [B, B + Q].
@@ -79,11 +111,6 @@ class Alignment(ALBEF):
         )
         return cls, fused, valid
 
-    def freeze(self, parameters):
-        """Takes what no objective reaches out of training, so that data parallelism does not wait for its gradient."""
-        for param in parameters:
-            param.requires_grad_(False)
-
     def idle_parameters(self):
         """Parameters that no objective reaches when ITC or ITM is off."""
         idle = []
@@ -94,3 +121,57 @@ class Alignment(ALBEF):
         if self.objectives == ["itc"]:
             idle += self.bert.encoder.layer[self.bert.fusion_layer :].parameters()
         return idle
+
+    @torch.no_grad()
+    def rerank(self, image_embeds, image_feat, text_embeds, text_feat, attention_mask, k, progress=iter, rows=256):
+        """Matching scores of the k most similar candidates of every image and every text (Section 5, retrieval).
+
+        image_embeds [NI, 1+N, C] and image_feat [NI, D]; text_embeds [NT, L, C], text_feat [NT, D], attention_mask
+        [NT, L]. image_embeds and text_embeds may lie on any device, or be anything that an index or slice turns into
+        such a tensor. The walk goes image by image over the union of both directions' candidates, so that an image's
+        keys and values are computed once and a pair is scored once; texts of similar length share a pass of at most
+        `rows` texts. In a process group the images are divided over the processes. progress wraps the range of images.
+
+        Returns (scores_i2t [NI, NT], scores_t2i [NT, NI]), -100 where a pair is no candidate of that direction.
+        """
+        sim = feature_similarity(image_feat, text_feat)
+        i2t = top_candidates(sim, k)
+        t2i = top_candidates(sim.T, k).T
+        lengths = attention_mask.sum(dim=1).tolist()
+        scores = torch.full_like(sim, NO_CANDIDATE)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        candidates_of = (i2t | t2i).cpu()
+        for image in progress(range(rank, sim.shape[0], world)):
+            keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(sim.device))
+            candidates = sorted(candidates_of[image].nonzero().squeeze(1).tolist(), key=lengths.__getitem__)
+            for start in range(0, len(candidates), rows):
+                bucket = torch.tensor(candidates[start : start + rows])
+                length = lengths[candidates[min(start + rows, len(candidates)) - 1]]
+                embeds, mask = (x[bucket, :length].to(sim.device) for x in (text_embeds, attention_mask))
+                fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
+                scores[image, bucket.to(sim.device)] = self.itm_logits(fused)[:, 1].float()
+        if world > 1:
+            dist.all_reduce(scores, op=dist.ReduceOp.MAX)
+        return scores.masked_fill(~i2t, NO_CANDIDATE), scores.masked_fill(~t2i, NO_CANDIDATE).T
+
+
+def feature_similarity(image_feat, text_feat):
+    """s(I, T) of projected features: image_feat [NI, D], text_feat [NT, D] -> [NI, NT] in float32, also under autocast."""
+    with torch.autocast(image_feat.device.type, enabled=False):
+        return image_feat @ text_feat.T
+
+
+def top_candidates(sim, k):
+    """bool [Q, K]: the k largest of each row, all of them if there are fewer."""
+    top = sim.topk(min(k, sim.shape[1]), dim=1).indices
+    return torch.zeros_like(sim, dtype=torch.bool).scatter_(1, top, True)
+
+
+def feature_queue(embed_dim, size):
+    """A queue [D, size] of random normalized features, to be overwritten by momentum features."""
+    return F.normalize(torch.randn(embed_dim, size), dim=0)
+
+
+def mutual_information_bound(itc_onehot, candidates):
+    """Section 4: InfoNCE bounds the mutual information of image and text from below by log(candidates) - loss."""
+    return math.log(candidates) - itc_onehot.detach()

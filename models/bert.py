@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Embeddings(nn.Module):
-    """Word, position and token-type embeddings: input_ids [B, L] -> [B, L, C]."""
+    """Word, position and token-type embeddings: input_ids [B, L], the first at position `start` -> [B, L, C]."""
 
     def __init__(self, config):
         super().__init__()
@@ -22,8 +22,8 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
         self.register_buffer("position_ids", torch.arange(config["max_position_embeddings"])[None])
 
-    def forward(self, input_ids):
-        positions = self.position_embeddings.weight[: input_ids.shape[1]]  # [L, C]
+    def forward(self, input_ids, start=0):
+        positions = self.position_embeddings.weight[start : start + input_ids.shape[1]]  # [L, C]
         embeds = self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(embeds))
 
@@ -52,30 +52,39 @@ class MultiHeadAttention(nn.Module):
         dropout = self.dropout_prob if self.training else 0.0
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
 
-    def forward(self, hidden, mask, queries):
-        """Self-attention of the first `queries` positions: hidden [B, L, C], mask bool [B, 1, 1, L] -> [B, queries, C]."""
-        context = self.attend(self._heads(self.query(hidden[:, :queries])), *self.keys_values(hidden), mask)
+    def forward(self, hidden, mask, queries=None, keys_values=None):
+        """Self-attention of the first `queries` positions, all by default -> [B, queries, C].
+
+        hidden [B, L, C]; mask bool, broadcastable to [B, h, queries, L]; keys_values: of a longer text that hidden ends, by
+        default hidden's own.
+        """
+        keys, values = keys_values or self.keys_values(hidden)
+        context = self.attend(self._heads(self.query(hidden[:, :queries])), keys, values, mask)
         return context.transpose(1, 2).flatten(2)
 
-    def cross(self, hidden, keys, values, extra_index):
-        """Cross-attention of R text rows to B images without copying an image's keys and values for its rows.
+    def cross(self, hidden, keys, values, extra_index, mask=None):
+        """Cross-attention of R text rows to B sources (images) without copying a source's keys and values for its rows.
 
-        hidden [R, L, C]; keys, values [B, h, N, d]. The last len(extra_index) rows attend to the images that
-        extra_index names. The rows before them are whole groups of B, row i of a group attending to image i:
-        their queries are laid side by side, so that each image is visited once for all its rows.
+        hidden [R, L, C]; keys, values [B, h, N, d]; mask bool [B, 1, 1, N]. The last len(extra_index) rows attend to the
+        sources that extra_index names. The rows before them are whole groups of B, row i of a group attending to source i:
+        their queries are laid side by side, so that each source is visited once for all its rows.
         """
         query = self._heads(self.query(hidden))
         rows, heads, length, dim = query.shape
-        images = keys.shape[0]
+        sources = keys.shape[0]
         extra = 0 if extra_index is None else extra_index.shape[0]
-        groups = (rows - extra) // images
-        side_by_side = query[: rows - extra].unflatten(0, (groups, images)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-        context = self.attend(side_by_side, keys, values)  # [B, h, G * L, d]
-        context = context.unflatten(2, (groups, length)).permute(2, 0, 3, 1, 4).reshape(-1, length, heads * dim)
+        groups = (rows - extra) // sources
+        contexts = []
+        if groups:
+            side_by_side = query[: rows - extra].unflatten(0, (groups, sources)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+            context = self.attend(side_by_side, keys, values, mask)  # [B, h, G * L, d]
+            context = context.unflatten(2, (groups, length)).permute(2, 0, 3, 1, 4)
+            contexts.append(context.reshape(-1, length, heads * dim))
         if extra:
-            extra_context = self.attend(query[rows - extra:], keys[extra_index], values[extra_index])
-            context = torch.cat([context, extra_context.transpose(1, 2).flatten(2)])
-        return context
+            extra_mask = None if mask is None else mask[extra_index]
+            context = self.attend(query[rows - extra :], keys[extra_index], values[extra_index], extra_mask)
+            contexts.append(context.transpose(1, 2).flatten(2))
+        return torch.cat(contexts)
 
 
 class ResidualOutput(nn.Module):
@@ -108,7 +117,10 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention to an image in the multimodal layers, feed-forward (Figure 1)."""
+    """Self-attention, cross-attention to an image in the multimodal layers, feed-forward (Figure 1).
+
+    In the answer decoder cross-attention is to the states of a question.
+    """
 
     def __init__(self, config, cross_attention):
         super().__init__()
@@ -118,11 +130,13 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config, config["intermediate_size"])
 
-    def forward(self, hidden, mask, queries=None, image_keys=None, image_values=None, extra_index=None):
+    def forward(
+        self, hidden, mask, queries=None, cross_keys=None, cross_values=None, extra_index=None, cross_mask=None, keys_values=None
+    ):
         """hidden [R, L, C] -> [R, L, C], or [R, queries, C] where only the first `queries` positions are wanted."""
-        hidden = self.attention.output(self.attention.self(hidden, mask, queries), hidden[:, :queries])
-        if image_keys is not None:
-            context = self.crossattention.self.cross(hidden, image_keys, image_values, extra_index)
+        hidden = self.attention.output(self.attention.self(hidden, mask, queries, keys_values), hidden[:, :queries])
+        if cross_keys is not None:
+            context = self.crossattention.self.cross(hidden, cross_keys, cross_values, extra_index, cross_mask)
             hidden = self.crossattention.output(context, hidden)
         return self.output(self.intermediate(hidden), hidden)
 
@@ -149,7 +163,8 @@ class BertModel(nn.Module):
         self.encoder = Encoder(config)
         self.apply(lambda module: init_weights(module, config["initializer_range"]))
 
-    def _run(self, layer, *inputs):
+    def run(self, layer, *inputs):
+        """layer(*inputs), without keeping its activations where gradient checkpointing is on."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
@@ -159,7 +174,7 @@ class BertModel(nn.Module):
         hidden = self.embeddings(input_ids)
         mask = attention_mask.bool()[:, None, None]
         for layer in self.encoder.layer[: self.fusion_layer]:
-            hidden = self._run(layer, hidden, mask)
+            hidden = self.run(layer, hidden, mask)
         return hidden
 
     def image_keys_values(self, image_embeds):
@@ -179,9 +194,9 @@ class BertModel(nn.Module):
 
     def _fuse(self, layers, hidden, attention_mask, image_keys_values, extra_index, last_queries):
         mask = attention_mask.bool()[:, None, None]
-        for layer, (keys, values) in zip(layers, image_keys_values, strict=True):
-            queries = last_queries if layer is self.encoder.layer[-1] else None
-            hidden = self._run(layer, hidden, mask, queries, keys, values, extra_index)
+        for number, (layer, (keys, values)) in enumerate(zip(layers, image_keys_values, strict=True), 1):
+            queries = last_queries if number == len(layers) else None
+            hidden = self.run(layer, hidden, mask, queries, keys, values, extra_index)
         return hidden
 
     def fuse_matched_and_masked(self, matched, matched_mask, masked, masked_mask, image_keys_values, extra_index):

@@ -2,8 +2,8 @@
 
 import torch
 
-from models.albef import Text, mutual_information_bound
-from models.alignment import Alignment
+from models.albef import Text
+from models.alignment import Alignment, mutual_information_bound
 from models.bert import BertForMaskedLM
 from models.losses import itm_loss, mask_tokens, masked_text, mlm_loss
 
@@ -14,10 +14,6 @@ class Pretrain(Alignment):
     def __init__(self, config, tokenizer=None):
         super().__init__(config, BertForMaskedLM, tokenizer, known=("itc", "mlm", "itm"))
         self.register_buffer("mi_bound", torch.zeros(()), persistent=False)  # Section 4, of the last step
-        idle = self.idle_parameters()
-        if "mlm" not in self.objectives:
-            idle += [self.text_encoder.cls.predictions.bias, *self.text_encoder.cls.predictions.transform.parameters()]
-        self.freeze(idle)
 
     def mlm_logits(self, fused):
         """fused [..., C] -> vocabulary logits [..., V]."""
@@ -28,8 +24,13 @@ class Pretrain(Alignment):
         vocab_size, probability = self.bert_config["vocab_size"], self.config["mlm_probability"]
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 
+    def idle_parameters(self):
+        idle = super().idle_parameters()
+        if "mlm" not in self.objectives:
+            idle += [self.text_encoder.cls.predictions.bias, *self.text_encoder.cls.predictions.transform.parameters()]
+        return idle
+
     def extra_metrics(self):
-        """Tensors worth logging beside the losses, of the last step."""
         return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}
 
     def forward(self, image, text, alpha=0.4, masked=None, update_momentum=True):

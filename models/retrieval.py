@@ -13,10 +13,8 @@ class Retrieval(Alignment):
     def __init__(self, config, tokenizer=None):
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
         self.register_buffer("idx_queue", torch.full((1, config["queue_size"]), -100))
-        self.freeze(self.idle_parameters())
 
     def extra_metrics(self):
-        """Tensors worth logging beside the losses, of the last step."""
         return {"temp": self.temp} if "itc" in self.objectives else {}
 
     def forward(self, image, text, idx, alpha=0.4, update_momentum=True):

@@ -18,7 +18,7 @@ def assert_close(name, ours, theirs, relative, absolute):
 
 
 def assert_released_step(model, losses, data):
-    """Asserts the losses, the gradients of their sum and the state after the step that a file of tests/golden holds."""
+    """Asserts the losses, the gradients of their sum and, if it is there, the state after the step of a file of tests/golden."""
     for name, loss in losses.items():
         assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
     sum(losses.values()).backward()
@@ -27,7 +27,7 @@ def assert_released_step(model, losses, data):
     for name, grad in data["grads"].items():
         assert_close(name, grads[name], grad, 1e-3, 1e-6)
     state = model.state_dict()
-    for name, value in data["state_dict_after"].items():
+    for name, value in data.get("state_dict_after", {}).items():
         assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
 
 

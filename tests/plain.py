@@ -7,7 +7,7 @@ row; the vocabulary head at every position; attention as two matrix products and
 import torch
 import torch.nn.functional as F
 
-from models.albef import feature_similarity
+from models.alignment import feature_similarity
 from models.losses import sample_negatives
 from models.momentum import update_momentum_
 from models.queue import enqueue_
@@ -61,7 +61,7 @@ def pretrain_losses(model, image, text, alpha, masked):
     batch, mask, temp = image.shape[0], text.attention_mask, model.temp
     with torch.no_grad():
         temp.clamp_(0.001, 0.5)
-        update_momentum_(model, model.momentum)
+        update_momentum_(model, model.config["momentum"])
         image_embeds_m = model.visual_encoder_m.forward_features(image)
         image_feat_m = feature(model.vision_proj_m, image_embeds_m)
         text_feat_m = feature(model.text_proj_m, encode_text(model.bert_m, text.input_ids, mask))
@@ -123,3 +123,30 @@ def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_ma
         images = sim[:, text].topk(min(k, len(sim))).indices
         scores_t2i[text, images] = score(torch.full_like(images, text), images)
     return scores_i2t, scores_t2i
+
+
+@torch.no_grad()
+def rank_answers(model, image, question, answer_list, k):
+    """VQA.rank_answers as the released code does it: every candidate whole, with its own copy of the question's states."""
+    mask, decoder = question.attention_mask, model.text_decoder
+    embeds = encode_text(model.bert, question.input_ids, mask)
+    states = fuse(model.bert, embeds, mask, model.visual_encoder.forward_features(image))
+
+    def logits(input_ids, states, states_mask):
+        hidden, length = decoder.bert.embeddings(input_ids), input_ids.shape[1]
+        for layer in decoder.bert.encoder.layer:
+            rows = [attention(layer.attention, hidden[:, : i + 1], hidden[:, : i + 1])[:, i] for i in range(length)]
+            hidden = attention(layer.crossattention, torch.stack(rows, dim=1), states, states_mask)
+            hidden = layer.output(layer.intermediate(hidden), hidden)
+        return decoder.cls.predictions(hidden).float()
+
+    ids = answer_list.input_ids
+    first = logits(ids[:1, :1].repeat(len(image), 1), states, mask)[:, 0].softmax(dim=1)[:, ids[:, 1]]
+    first, candidates = first.topk(min(k, len(ids)), dim=1)
+    scores = []
+    for number, chosen in enumerate(candidates):
+        copies = [x[number : number + 1].repeat(len(chosen), 1, *[1] * (x.ndim - 2)) for x in (states, mask)]
+        log_probs = logits(ids[chosen, :-1], *copies).log_softmax(dim=-1).gather(2, ids[chosen, 1:, None])[..., 0]
+        scores.append(first[number].log() + (log_probs * answer_list.attention_mask[chosen, 1:]).sum(dim=1))
+    probs, order = torch.stack(scores).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    return candidates.gather(1, order), probs

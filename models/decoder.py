@@ -1,0 +1,38 @@
+"""The answer decoder of VQA (Section 5): causal BERT layers that attend to the states of a question."""
+
+import torch
+
+from models.bert import BertForMaskedLM
+
+
+class AnswerDecoder(BertForMaskedLM):
+    """As many layers as the multimodal encoder has, which they are initialized from, and the vocabulary head.
+
+    Names in the state dict are those of a pre-training text_encoder, the layers counted from 0.
+    """
+
+    def __init__(self, config):
+        depth = config["num_hidden_layers"] - config["fusion_layer"]
+        width = config["hidden_size"]
+        super().__init__({**config, "num_hidden_layers": depth, "fusion_layer": 0, "encoder_width": width})
+
+    def forward(self, input_ids, keys_values, mask, past=None, question=None):
+        """Hidden states of tokens that follow a `past`.
+
+        input_ids [R, L]; keys_values: of the states of Q questions, from `bert.image_keys_values`; mask bool [Q, 1, 1, Lq]:
+        their tokens; past: for each layer the self-attention's keys and values of what comes before, each [R, h, P, d];
+        question [R]: the question of each row, or None where the rows are whole groups of Q. Padding at the end does no
+        harm, as nothing before it attends to it. Returns hidden states [R, L, C] and the past of the next call.
+        """
+        before = past[0][0].shape[2] if past else 0
+        length = input_ids.shape[1]
+        causal = torch.ones(length, before + length, dtype=torch.bool, device=input_ids.device).tril(before)
+        hidden = self.bert.embeddings(input_ids, before)
+        following = []
+        for number, (layer, (keys, values)) in enumerate(zip(self.bert.encoder.layer, keys_values, strict=True)):
+            own = layer.attention.self.keys_values(hidden)
+            if past:
+                own = tuple(torch.cat(both, dim=2) for both in zip(past[number], own))
+            hidden = self.bert.run(layer, hidden, causal, None, keys, values, question, mask, own)
+            following.append(own)
+        return hidden, following

@@ -1,0 +1,145 @@
+"""Visual question answering (Section 5): the answer is generated, or chosen by its likelihood from a list."""
+
+import torch
+
+from models.albef import ALBEF
+from models.bert import BertModel
+from models.decoder import AnswerDecoder
+from models.losses import distilled_cross_entropy
+from models.momentum import update_momentum_
+
+
+class VQA(ALBEF):
+    """A question encoded with its image, and a decoder that attends to it; distilled if the configuration says so."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__(config, BertModel, tokenizer)
+        self.text_decoder = AnswerDecoder(self.bert_config)
+        self.text_decoder.bert.gradient_checkpointing = self.bert.gradient_checkpointing
+        if config["distill"]:
+            self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
+
+    def _question(self, visual_encoder, bert, decoder, image, question):
+        """The keys and values of the questions' states for each layer of the decoder, and their mask [B, 1, 1, L]."""
+        text_embeds = bert.encode_text(question.input_ids, question.attention_mask)
+        keys_values = bert.image_keys_values(visual_encoder.forward_features(image))
+        states = bert.fuse(text_embeds, question.attention_mask, keys_values)
+        return decoder.bert.image_keys_values(states), question.attention_mask.bool()[:, None, None]
+
+    def encode_question(self, image, question):
+        """What the decoder attends to: for each of its layers keys and values [B, h, L, d]; their mask [B, 1, 1, L].
+
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L].
+        """
+        return self._question(self.visual_encoder, self.bert, self.text_decoder, image, question)
+
+    def answer_logits(self, question, input_ids, rows, decoder=None):
+        """Vocabulary logits [A, L-1, V] of the tokens that follow each but the last of input_ids [A, L].
+
+        question: from encode_question; rows [A]: the question of each answer; decoder: text_decoder by default.
+        """
+        decoder = decoder or self.text_decoder
+        keys_values, mask = question
+        hidden, _ = decoder(input_ids[:, :-1], keys_values, mask, question=rows)
+        return decoder.cls.predictions(hidden)
+
+    def forward(self, image, question, answer, n, weights, alpha=0.4, update_momentum=True):
+        """The loss of a step: over a question's answers the sum of weight times the answer's token losses; the mean over questions.
+
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer likewise [A, L'], the questions' answers
+        one after another; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
+        """
+        counts = torch.as_tensor(n, device=image.device)
+        rows = torch.repeat_interleave(counts, output_size=len(answer.input_ids))  # the question of each answer
+        logits, logits_m = self.answer_logits(self.encode_question(image, question), answer.input_ids, rows), None
+        if self.config["distill"]:
+            with torch.no_grad():
+                if update_momentum:
+                    update_momentum_(self, self.config["momentum"])
+                decoder = self.text_decoder_m
+                question_m = self._question(self.visual_encoder_m, self.bert_m, decoder, image, question)
+                logits_m = self.answer_logits(question_m, answer.input_ids, rows, decoder).flatten(0, 1)
+        is_token = answer.attention_mask[:, 1:].bool()
+        labels = answer.input_ids[:, 1:].masked_fill(~is_token, -100)
+        losses, _ = distilled_cross_entropy(logits.flatten(0, 1), labels.flatten(), logits_m, alpha)
+        per_answer = (losses.view_as(labels) * is_token).sum(dim=1)
+        return {"loss": (weights * per_answer).sum() / len(image)}
+
+    @torch.no_grad()
+    def rank_answers(self, image, question, answer_list, k):
+        """The k answers of a list with the most probable first token, the likeliest first.
+
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer_list likewise [A, L'], each answer
+        beginning with [CLS] and ending with eos. As released, an answer's score is log p(first token) + sum of log p(all
+        tokens), so that the first token counts twice. Returns indices and probabilities, the softmax of the k scores,
+        both [B, min(k, A)].
+        """
+        k = min(k, len(answer_list.input_ids))
+        keys_values, mask = self.encode_question(image, question)
+        start = answer_list.input_ids[:1, :1].expand(len(image), 1)
+        hidden, past = self.text_decoder(start, keys_values, mask)
+        probs = self.text_decoder.cls.predictions(hidden[:, 0]).float().softmax(dim=1)
+        first, candidates = probs[:, answer_list.input_ids[:, 1]].topk(k, dim=1)  # [B, k]
+        lengths = answer_list.attention_mask.sum(dim=1)
+        scores = 2 * first.log()
+        for number, ids in enumerate(candidates):
+            one = slice(number, number + 1)
+            of_one = [[(keys[one], values[one]) for keys, values in layers] for layers in (keys_values, past)]
+            scores[number] += self._log_prob_after_first(answer_list.input_ids[ids], lengths[ids], mask[one], *of_one)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return candidates.gather(1, order), scores.softmax(dim=1).gather(1, order)
+
+    def _log_prob_after_first(self, ids, lengths, mask, keys_values, past):
+        """Sum of log p of the tokens after the first of one question's candidates: ids [k, L], lengths [k] -> [k].
+
+        Token by token; candidates that begin alike share a row, and what no candidate asks for is not computed: nothing
+        after eos, and no [CLS], whose keys and values are the `past`.
+        """
+        total = torch.zeros(len(ids), device=ids.device)
+        row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # of `past`, for each candidate
+        for position in range(1, ids.shape[1] - 1):
+            alive = (lengths > position + 1).nonzero().squeeze(1)
+            if not len(alive):
+                break
+            prefixes, new_row = ids[alive, : position + 1].unique(dim=0, return_inverse=True)
+            parent = row.new_empty(len(prefixes)).index_copy_(0, new_row, row[alive])
+            past = [(keys[parent], values[parent]) for keys, values in past]
+            hidden, past = self.text_decoder(prefixes[:, -1:], keys_values, mask, past)
+            logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()  # [P, V]
+            total[alive] += logits[new_row, ids[alive, position + 1]] - logits.logsumexp(dim=1)[new_row]
+            row[alive] = new_row
+        return total
+
+    @torch.no_grad()
+    def generate(self, image, question, beams=1, max_length=10):
+        """Free answers: beam search for the most probable sequence of at most max_length tokens, greedy with one beam.
+
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]. Returns for each question the list of its
+        answer's token ids without [CLS] and eos.
+        """
+        keys_values, mask = self.encode_question(image, question)
+        ids = self.special_ids
+        batch, device = len(image), image.device
+        tokens = torch.full((batch, 1, 1), ids.cls, device=device)  # [B, beams, length]
+        scores, past = torch.zeros(batch, 1, device=device), None
+        for _ in range(max_length):
+            rows = torch.arange(batch, device=device).repeat_interleave(tokens.shape[1])
+            hidden, past = self.text_decoder(tokens[:, :, -1].reshape(-1, 1), keys_values, mask, past, rows)
+            log_probs = self.text_decoder.cls.predictions(hidden[:, 0]).float().log_softmax(dim=1).view(batch, -1, self.vocab_size)
+            ended = tokens[:, :, -1] == ids.eos
+            log_probs[ended] = -torch.inf
+            log_probs[..., ids.eos].masked_fill_(ended, 0.0)  # an ended answer stays as it is
+            totals = (scores[..., None] + log_probs).flatten(1)  # [B, beams * V]
+            scores, best = totals.topk(min(beams, totals.shape[1]), dim=1)
+            beam = best // self.vocab_size
+            tokens = torch.cat([tokens.take_along_dim(beam[..., None], 1), (best % self.vocab_size)[..., None]], dim=2)
+            kept = (torch.arange(batch, device=device)[:, None] * log_probs.shape[1] + beam).flatten()
+            past = [(keys[kept], values[kept]) for keys, values in past]
+            if (tokens[:, :, -1] == ids.eos).all():
+                break
+        best = tokens[:, 0, 1:].tolist()
+        return [answer[: answer.index(ids.eos)] if ids.eos in answer else answer for answer in best]
+
+    @property
+    def vocab_size(self):
+        return self.bert_config["vocab_size"]

@@ -1,0 +1,107 @@
+"""The VQA model against the released implementation's numbers, and its ranking and generation against their plain forms."""
+
+import pytest
+import torch
+
+import plain
+from conftest import assert_close, assert_released_size, assert_released_step
+from models import build_model
+from models.albef import Text
+
+BERT = "tests/golden/bert.json"
+
+
+@pytest.fixture
+def step(golden):
+    """(golden values, function that builds the model with more keys, the arguments of a step)."""
+    data = golden("vqa.pt")
+
+    def build(**keys):
+        model = build_model("vqa", {**data["config"], "bert_config": BERT, **keys})
+        missing, unexpected = model.load_state_dict(data["state_dict"], strict=False)
+        assert not missing and all("_m." in name for name in unexpected)
+        return model.train()
+
+    question = Text(data["question_input_ids"], data["question_attention_mask"])
+    answer = Text(data["answer_input_ids"], data["answer_attention_mask"])
+    inputs = {"image": data["image"], "question": question, "answer": answer, "n": data["n"], "weights": data["weights"]}
+    return data, build, {**inputs, "alpha": data["alpha"]}
+
+
+def test_loss_gradients_and_state_are_the_released_ones(step):
+    data, build, inputs = step
+    model = build()
+    assert_released_step(model, model(**inputs), data)
+
+
+def test_loss_without_distillation_is_the_released_one(step):
+    data, build, inputs = step
+    model = build(distill=False)
+    assert not any("_m." in name for name in model.state_dict())
+    assert_close("loss", model(**inputs)["loss"].detach(), torch.tensor(data["loss_no_distill"]), 1e-4, 1e-5)
+
+
+def test_ranking_is_the_released_one(step):
+    data, build, inputs = step
+    answers = Text(data["answer_list_input_ids"], data["answer_list_attention_mask"])
+    ids, probs = build().eval().rank_answers(data["image"], inputs["question"], answers, data["k_test"])
+    assert torch.equal(ids, data["topk_ids"])
+    assert_close("topk_probs", probs, data["topk_probs"], 1e-4, 1e-5)
+
+
+def test_full_size_keys_shapes_and_parameter_counts():
+    with torch.device("meta"):
+        model = build_model("vqa", {"image_res": 384, "bert_config": "configs/config_bert.json"})
+    assert_released_size(model, "VQA")
+
+
+def random_answers(count, longest):
+    """Answers of all lengths that often begin alike: [CLS], tokens, eos, padding."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, longest + 1, (count,), generator=generator)
+    ids = torch.randint(4, 8, (count, longest), generator=generator)
+    places = torch.arange(longest)
+    ids[:, 0], mask = 2, places < lengths[:, None]
+    ids = ids.masked_fill(places == lengths[:, None] - 1, 3).masked_fill(~mask, 0)
+    distinct = ids.unique(dim=0)
+    return Text(distinct, (places < (distinct != 0).sum(dim=1, keepdim=True)).long())
+
+
+@pytest.mark.parametrize("k", [1, 7, 1000])
+def test_ranking_equals_the_plain_form(step, k):
+    data, build, inputs = step
+    model, answers = build().eval(), random_answers(60, 7)
+    ids, probs = model.rank_answers(data["image"], inputs["question"], answers, k)
+    plain_ids, plain_probs = plain.rank_answers(model, data["image"], inputs["question"], answers, k)
+    assert ids.shape == (2, min(k, len(answers.input_ids)))
+    assert_close("probabilities", probs, plain_probs, 1e-4, 1e-5)
+    assert torch.equal(ids, plain_ids)
+
+
+def plain_log_prob(model, inputs, tokens):
+    """log p of a token sequence after [CLS], for the first question."""
+    states = model.encode_question(inputs["image"], inputs["question"])
+    ids = torch.tensor([[model.special_ids.cls, *tokens]])
+    log_probs = model.answer_logits(states, ids, torch.tensor([0])).log_softmax(dim=-1)
+    return log_probs[0, torch.arange(len(tokens)), ids[0, 1:]].sum().item()
+
+
+@torch.no_grad()
+def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step):
+    data, build, inputs = step
+    model, vocab = build().eval(), 61
+    model.special_ids = model.special_ids._replace(cls=2, eos=3)
+    best, best_score = None, float("-inf")
+    for first in range(vocab):
+        for tokens in [[3]] if first == 3 else [[first, second] for second in range(vocab)]:
+            score = plain_log_prob(model, inputs, tokens)
+            if score > best_score:
+                best, best_score = [token for token in tokens if token != 3], score
+    assert model.generate(data["image"], inputs["question"], beams=vocab, max_length=2)[0] == best
+
+    greedy = []
+    states = model.encode_question(data["image"], inputs["question"])
+    while len(greedy) < 4 and 3 not in greedy:
+        ids = torch.tensor([[2, *greedy, 0]])
+        greedy.append(model.answer_logits(states, ids, torch.tensor([0]))[0, -1].argmax().item())
+    assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0] == [t for t in greedy if t != 3]
