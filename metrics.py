@@ -1,6 +1,17 @@
 """Metrics as pure functions."""
 
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+
+from utils import InputError
+
+GROUNDING_SPLITS = ("val", "testA", "testB")
 
 
 def _ranks(scores, positives):
@@ -49,3 +60,211 @@ def chance_recall(images, texts, img2txt):
         results[f"txt_r{k}"] = float(100 * (1 - np.mean(misses)))
         results[f"img_r{k}"] = 100 * min(1, k / images)
     return results
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VQA accuracy, with the oddities of the official evaluation script: the published numbers have them too
+
+_PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
+_DIGITS_WITH_COMMA = re.compile(r"\d,\d")
+_PERIOD = re.compile(r"\.(?!\d)")  # one that is no decimal point
+_ARTICLES = ("a", "an", "the")
+_NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+_NUMBERS["none"] = "0"
+# ending -> the words that take it. Not all that English has: "its" and "id" must stay, and so do words such as "wed".
+_CONTRACTED = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who y'all you",
+    "'ll": "how it somebody someone something they what who why y'all you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'re": "there they what why you",
+    "": "ma'am o'clock 'ow's'at 'twas y'all",
+}
+
+
+def _contractions():
+    """For each contraction, every spelling that lacks one of its apostrophes -> the contraction."""
+    spellings = {"somebody'd": "somebodyd"}  # the wrong way round in the official list
+    for ending, words in _CONTRACTED.items():
+        for full in (word + ending for word in words.split()):
+            spellings.update((full[:i] + full[i + 1:], full) for i, letter in enumerate(full) if letter == "'")
+    return spellings
+
+
+_CONTRACTIONS = _contractions()
+
+
+@cache
+def _without_punctuation(answer):
+    """A mark becomes a space; it goes without one if any such mark in the answer is next to a space, or at "1,000"."""
+    cleaned = answer
+    numeric = _DIGITS_WITH_COMMA.search(answer)
+    for mark in _PUNCTUATION:
+        goes = numeric or f"{mark} " in answer or f" {mark}" in answer
+        cleaned = cleaned.replace(mark, "" if goes else " ")
+    return _PERIOD.sub("", cleaned)
+
+
+@cache
+def _normalized(answer):
+    """A predicted answer as it is compared: no punctuation, lower case, digits, no articles, contractions' apostrophes."""
+    answer = answer.replace("\n", " ").replace("\t", " ").strip()  # before punctuation, which looks at spaces alone
+    words = [_NUMBERS.get(word, word) for word in _without_punctuation(answer).lower().split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _by_question(entries, kind):
+    """{question_id: entry}, refusing a second entry of a question."""
+    questions = {}
+    for entry in entries:
+        if entry["question_id"] in questions:
+            raise InputError(f"question {entry['question_id']} has more than one {kind}: keep one")
+        questions[entry["question_id"]] = entry
+    return questions
+
+
+def _human_answers(annotation):
+    """The annotators' answers, without punctuation unless all are the same."""
+    answers = annotation.get("answers", annotation.get("answer"))
+    if isinstance(answers, list):
+        answers = [given.get("answer") if isinstance(given, dict) else given for given in answers]
+    if not isinstance(answers, list) or not answers or not all(isinstance(given, str) for given in answers):
+        raise InputError(f"question {annotation['question_id']}: its annotation must have the annotators' answers, as "
+                         "answer: [\"yes\", ...] or answers: [{\"answer\": \"yes\"}, ...]")
+    return [_without_punctuation(given) for given in answers] if len(set(answers)) > 1 else answers
+
+
+def vqa_accuracy(predictions, annotations):
+    """The official VQA accuracy, in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+
+    predictions: list of {question_id, answer}; annotations: list of {question_id, the ten annotators' answers as answer
+    (list of str) or answers (list of {answer}), perhaps answer_type}. A prediction scores min(1, m / 3) against nine of the
+    ten, m of which equal it, averaged over the ten ways to leave one out. All numbers are rounded to two digits, as the
+    official script reports them; overall and per type are means of unrounded accuracies.
+
+    The script's normalization is one-sided, and followed here: predictions go through all of it (white space, punctuation,
+    lower case, number words, articles, contractions), annotators' answers only lose their punctuation, and that only
+    where the ten are not all equal. Raises InputError, naming the question_id, where predictions and annotations do not
+    pair up one to one or an annotation has no answers.
+    """
+    predicted, annotated = _by_question(predictions, "prediction"), _by_question(annotations, "annotation")
+    for question_id in annotated:
+        if question_id not in predicted:
+            raise InputError(f"question {question_id} has no prediction ({len(predicted)} predictions, {len(annotated)} "
+                             "annotated questions): predict every question of the annotation file")
+    for question_id in predicted:
+        if question_id not in annotated:
+            raise InputError(f"question {question_id} is predicted but not annotated ({len(predicted)} predictions, "
+                             f"{len(annotated)} annotated questions): use the annotation file of these questions")
+    if not annotated:
+        raise InputError("there are no predictions and no annotations to score")
+    per_question, by_type = {}, defaultdict(list)
+    for question_id, annotation in annotated.items():
+        answer = _normalized(predicted[question_id]["answer"])
+        equal = [given == answer for given in _human_answers(annotation)]
+        accuracy = sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+        per_question[question_id] = accuracy
+        if "answer_type" in annotation:
+            by_type[annotation["answer_type"]].append(accuracy)
+    return {
+        "overall": _percent(per_question.values()),
+        "per_answer_type": {kind: _percent(accuracies) for kind, accuracies in by_type.items()},
+        "per_question": {question_id: _percent([accuracy]) for question_id, accuracy in per_question.items()},
+    }
+
+
+def _percent(accuracies):
+    return round(100 * sum(accuracies) / len(accuracies), 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grounding
+
+
+def box_iou(a, b):
+    """Intersection over union of two boxes [x, y, w, h] in pixels.
+
+    As in REFER's evaluation the last pixel of a box is x + w - 1, and boxes meet only if the first pixel of the
+    overlap comes before its last one: areas are the plain w * h, but an overlap at most one pixel wide or high is none.
+    """
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    if width <= 1 or height <= 1:
+        return 0.0
+    intersection = width * height
+    return float(intersection / (a[2] * a[3] + b[2] * b[3] - intersection))
+
+
+def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
+    """Share of referring expressions whose best detected box is right: {"val_d", "testA_d", "testB_d"}, in [0, 1].
+
+    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): RefCOCO+ has several expressions for a ref, each of which
+    counts. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
+    {height, width}} in pixels; detections: {image_id: list of [x, y, w, h, score]}, the score unused. Ids are integers, or
+    strings of them as JSON has; one call may mix the two.
+
+    A map is resized bicubically to its image, and a detected box scores the map's sum over the box's pixels, divided by
+    (w * h)^alpha (Section 5, Visual Grounding); one without pixels in the image loses to every other. The
+    best, the first of equals, is right if its IoU with the referred box is at least 0.5. Only splits that occur in cams are
+    in the result; other splits (train) are passed over. Raises InputError for a ref_id that refs lacks and for an image
+    without a detected box.
+    """
+    refs, boxes, images, detections = map(_by_id, (refs, boxes, images, detections))
+    hits = defaultdict(list)
+    for ref_id, cam in cams.items() if isinstance(cams, Mapping) else cams:
+        ref_id = int(ref_id)
+        ref = _find_ref(refs, ref_id)
+        if ref["split"] not in GROUNDING_SPLITS:
+            continue
+        candidates = _candidates(detections, ref, ref_id)
+        image = images[int(ref["image_id"])]
+        cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]
+        cam = F.interpolate(cam, (image["height"], image["width"]), mode="bicubic", align_corners=False)[0, 0]
+        best = max(candidates, key=lambda box: _box_score(cam, box, alpha))
+        hits[ref["split"]].append(box_iou(best, boxes[ref_id]) >= 0.5)
+    return {f"{split}_d": float(np.mean(hits[split])) for split in GROUNDING_SPLITS if split in hits}
+
+
+def chance_grounding(refs, boxes, detections, ref_ids=None):
+    """Expected `grounding_accuracy` of detected boxes drawn at random, with its arguments, keys and errors.
+
+    ref_ids: the ref of each expression evaluated (a ref counts as often as it occurs); without it every ref counts once.
+    """
+    refs, boxes, detections = map(_by_id, (refs, boxes, detections))
+    shares = defaultdict(list)
+    for ref_id in refs if ref_ids is None else map(int, ref_ids):
+        ref = _find_ref(refs, ref_id)
+        if ref["split"] in GROUNDING_SPLITS:
+            right = [box_iou(box, boxes[ref_id]) >= 0.5 for box in _candidates(detections, ref, ref_id)]
+            shares[ref["split"]].append(np.mean(right))
+    return {f"{split}_d": float(np.mean(shares[split])) for split in GROUNDING_SPLITS if split in shares}
+
+
+def _by_id(mapping):
+    return {int(key): value for key, value in mapping.items()}
+
+
+def _find_ref(refs, ref_id):
+    if ref_id not in refs:
+        raise InputError(f"ref_id {ref_id} of test_file is not among the refs of RefCOCO+: correct test_file or refcoco_data")
+    return refs[ref_id]
+
+
+def _candidates(detections, ref, ref_id):
+    """The detected boxes of a ref's image."""
+    image_id = int(ref["image_id"])
+    if not detections.get(image_id):
+        raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
+                         f"detections for every image of {', '.join(GROUNDING_SPLITS)}")
+    return detections[image_id]
+
+
+def _box_score(cam, box, alpha):
+    """Sum of a map [H, W] inside a box [x, y, w, h, ...], divided by (w * h)^alpha."""
+    x, y, w, h = box[:4]
+    # a negative start would count from the far edge
+    inside = cam[max(0, int(y)):max(0, int(y + h)), max(0, int(x)):max(0, int(x + w))]
+    return inside.sum().item() / (w * h) ** alpha if inside.numel() else -float("inf")

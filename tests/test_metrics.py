@@ -1,0 +1,226 @@
+"""VQA accuracy, box IoU and grounding accuracy: the released numbers and what the golden files leave open."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT
+from metrics import box_iou, chance_grounding, grounding_accuracy, vqa_accuracy
+from utils import InputError
+
+VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
+GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())
+PARTS = ("cams", "refs", "boxes", "images", "detections")
+
+
+def refusal(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def accuracy(prediction, *answers):
+    """Accuracy of one prediction; the answers are repeated up to ten."""
+    answers = (list(answers) * 10)[:10]
+    return vqa_accuracy([{"question_id": 1, "answer": prediction}], [{"question_id": 1, "answer": answers}])["overall"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VQA
+
+
+@pytest.mark.parametrize("form", ["answer", "answers"])
+def test_vqa_accuracy_is_the_official_one(form):
+    cases = VQA["cases"]
+    predictions = [{"question_id": case["question_id"], "answer": case["prediction"]} for case in reversed(cases)]
+    annotations = [
+        {
+            "question_id": case["question_id"],
+            "answer_type": case["answer_type"],
+            form: case["answers"] if form == "answer" else [{"answer": answer} for answer in case["answers"]],
+        }
+        for case in cases
+    ]
+    result = vqa_accuracy(predictions, annotations)
+    assert result["per_question"] == {case["question_id"]: case["accuracy"] for case in cases}
+    assert result["overall"] == VQA["overall"]
+    assert result["per_answer_type"] == VQA["per_answer_type"]
+
+
+def test_vqa_annotations_may_lack_a_type():
+    predictions = [{"question_id": i, "answer": "yes"} for i in range(3)]
+    answers = [["yes"] * 10, ["no"] * 10, ["no"] * 10]
+    annotations = [{"question_id": i, "answer": given} for i, given in enumerate(answers)]
+    assert vqa_accuracy(predictions, annotations) == {
+        "overall": 33.33, "per_answer_type": {}, "per_question": {0: 100, 1: 0, 2: 0},
+    }  # fmt: skip
+    annotations[1]["answer_type"] = "yes/no"
+    assert vqa_accuracy(predictions, annotations)["per_answer_type"] == {"yes/no": 0}
+
+
+@pytest.mark.parametrize("given, expected", [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)])
+def test_vqa_accuracy_averages_over_leaving_one_out(given, expected):
+    assert accuracy("cat", *["cat"] * given, *["dog"] * (10 - given)) == expected
+
+
+@pytest.mark.parametrize(
+    "prediction, answer",
+    [
+        ("\tA  dog\n", "dog"),
+        ("dont", "don't"),
+        ("couldntve", "couldntve"),  # two apostrophes lack: not in the official list
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("somebodyll", "somebody'll"),
+        ("somebody'd", "somebodyd"),
+        ("y'alld've", "y'all'd've"),
+        ("'ows'at", "'ow's'at"),
+        ("ive", "ive"),  # the official list has a capital I, which no answer has by then
+        ("its", "its"),
+        ("Zero zebras", "0 zebras"),
+        ("eleven", "eleven"),
+        ("u.s.a.", "usa"),
+        ("2.5 feet", "2.5 feet"),
+        ("black/white", "black white"),
+        ("black /white", "black white"),
+        ("1,000,000", "1000000"),
+        ("the", ""),
+    ],
+)
+def test_vqa_predictions_are_normalized(prediction, answer):
+    assert accuracy(prediction, answer) == 100
+
+
+def test_vqa_answers_lose_their_punctuation_only_where_they_differ():
+    assert accuracy("t-shirt", "t-shirt") == 0
+    assert accuracy("t-shirt", "t-shirt", "tee") == 100
+    assert accuracy("a dog", "a dog", "the dog") == 0
+
+
+def test_vqa_accuracy_leaves_its_arguments_as_they_are():
+    annotations = [{"question_id": 1, "answers": [{"answer": "t-shirt"}] * 5 + [{"answer": "tee."}] * 5}]
+    before = json.dumps(annotations)
+    vqa_accuracy([{"question_id": 1, "answer": "Tee."}], annotations)
+    assert json.dumps(annotations) == before
+
+
+def test_vqa_predictions_and_annotations_must_pair_up():
+    def answers(*ids):
+        return [{"question_id": i, "answer": "yes"} for i in ids]
+
+    annotations = [{"question_id": i, "answer": ["yes"] * 10} for i in (7, 8)]
+    assert "question 8 has no prediction" in refusal(vqa_accuracy, answers(7), annotations)
+    assert "question 9 is predicted but not annotated" in refusal(vqa_accuracy, answers(7, 8, 9), annotations)
+    assert "question 8 has more than one prediction" in refusal(vqa_accuracy, answers(7, 8, 8), annotations)
+    assert "question 7 has more than one annotation" in refusal(vqa_accuracy, answers(7, 8), annotations + annotations[:1])
+    assert "no predictions and no annotations" in refusal(vqa_accuracy, [], [])
+
+
+@pytest.mark.parametrize(
+    "annotation", [{}, {"answer": "yes"}, {"answer": []}, {"answer": [3]}, {"answers": [{"text": "yes"}]}, {"answers": None}]
+)
+def test_vqa_annotation_without_answers_is_refused(annotation):
+    message = refusal(vqa_accuracy, [{"question_id": 5, "answer": "yes"}], [{"question_id": 5, **annotation}])
+    assert message.startswith("question 5: its annotation must have the annotators' answers")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grounding
+
+
+@pytest.mark.parametrize("case", GROUNDING["iou"])
+def test_box_iou_is_the_released_one(case):
+    assert box_iou(case["box1"], case["box2"]) == pytest.approx(case["iou"], abs=1e-6)
+    assert box_iou(case["box2"], case["box1"]) == pytest.approx(case["iou"], abs=1e-6)
+
+
+def test_overlap_of_one_pixel_counts_as_none():
+    assert box_iou([0, 0, 10, 10], [9, 0, 10, 10]) == 0
+    assert box_iou([0, 0, 10, 10], [0, 9, 10, 10]) == 0
+    assert box_iou([0, 0, 10, 10], [8, 0, 10, 10]) == 20 / 180
+    assert box_iou([3, 4, 10, 5], [3, 4, 10, 5]) == 1
+    assert box_iou([0, 0, 0, 0], [0, 0, 0, 0]) == 0
+    assert type(box_iou(torch.tensor([0, 0, 4, 4]), np.array([0, 0, 4, 4]))) is float
+
+
+def test_grounding_accuracy_is_the_released_one():
+    assert grounding_accuracy(*(GROUNDING[part] for part in PARTS)) == GROUNDING["accuracy"]
+
+
+def test_ids_may_be_integers_or_strings_and_maps_tensors():
+    cams, *others = ({int(key): value for key, value in GROUNDING[part].items()} for part in PARTS)
+    cams = {key: torch.tensor(cam, dtype=torch.float64) for key, cam in cams.items()}
+    assert grounding_accuracy(cams, *others) == GROUNDING["accuracy"]
+    assert grounding_accuracy({str(key): cam.numpy() for key, cam in cams.items()}, *others) == GROUNDING["accuracy"]
+
+
+def scene(detections, splits=("val",), box=(0, 0, 4, 4)):
+    """Refs 0, 1, ... each in an image 16 x 8 of its own, whose left half alone is hot."""
+    refs = {i: {"image_id": 100 + i, "split": split} for i, split in enumerate(splits)}
+    images = {100 + i: {"height": 8, "width": 16} for i in refs}
+    cam = torch.zeros(4, 4)
+    cam[:, :2] = 1
+    cams = {i: cam for i in refs}
+    return cams, refs, {i: list(box) for i in refs}, images, {100 + i: detections for i in refs}
+
+
+def test_alpha_weighs_the_size_of_a_box():
+    small, large = [0, 0, 4, 4, 0.1], [0, 0, 14, 8, 0.9]
+    assert grounding_accuracy(*scene([small, large]), alpha=1) == {"val_d": 1}
+    assert grounding_accuracy(*scene([small, large]), alpha=0) == {"val_d": 0}
+    assert grounding_accuracy(*scene([small, large], box=(0, 0, 14, 8)), alpha=0) == {"val_d": 1}
+
+
+def test_box_without_pixels_loses_even_to_a_negative_score():
+    cams, *others = scene([[0, 0, 0, 0], [20, 0, 4, 4], [-9, 0, 5, 5], [0.1, 0.1, 0.2, 0.2], [0, 0, 4, 4]])
+    cams[0] = -torch.ones(4, 4)
+    assert grounding_accuracy(cams, *others) == {"val_d": 1}
+    assert grounding_accuracy(*scene([[0, 0, 0, 0]])) == {"val_d": 0}
+
+
+def test_box_that_starts_outside_the_image_counts_its_inside():
+    assert grounding_accuracy(*scene([[12, 4, 4, 4], [-1, -1, 5, 5]])) == {"val_d": 1}
+
+
+def test_only_splits_that_occur_are_reported():
+    hit, miss = [0, 0, 4, 4], [12, 4, 4, 4]
+    arguments = scene([hit], ("testB", "train", "val", "val"))
+    arguments[4][103] = [miss]
+    arguments[4][101] = []
+    assert grounding_accuracy(*arguments) == {"val_d": 0.5, "testB_d": 1}
+    assert list(grounding_accuracy(*arguments)) == ["val_d", "testB_d"]
+    assert grounding_accuracy({}, *arguments[1:]) == {}
+
+
+def test_every_expression_of_a_ref_counts():
+    cams, *others = scene([[0, 0, 4, 4], [12, 4, 4, 4]])
+    right, wrong = cams[0], cams[0].flip(0, 1)
+    expressions = [(0, right), ("0", wrong), (0, right), (0, right)]
+    assert grounding_accuracy(expressions, *others) == {"val_d": 0.75}
+    assert grounding_accuracy(iter(expressions), *others) == {"val_d": 0.75}
+
+
+def test_chance_is_the_share_of_right_boxes():
+    hit, miss = [0, 0, 4, 4, 0.5], [12, 4, 4, 4, 0.9]
+    _, refs, boxes, _, detections = scene([hit, miss, miss, miss], ("val", "val", "testA", "train"))
+    detections[101] = [hit]
+    del detections[103]
+    assert chance_grounding(refs, boxes, detections) == {"val_d": 0.625, "testA_d": 0.25}
+    assert chance_grounding(refs, boxes, detections, ref_ids=[0, 0, 0, 1, "3"]) == {"val_d": 0.4375}
+    strings = [{str(key): value for key, value in part.items()} for part in (refs, boxes, detections)]
+    assert chance_grounding(*strings) == {"val_d": 0.625, "testA_d": 0.25}
+
+
+def test_image_without_detections_and_unknown_ref_are_refused():
+    cams, refs, boxes, images, detections = scene([], ("val", "testA"))
+    message = "det_file has no box for image 100 (ref_id 0, split val): it must hold detections for every image of"
+    assert message in refusal(grounding_accuracy, cams, refs, boxes, images, detections)
+    assert message in refusal(grounding_accuracy, cams, refs, boxes, images, {})
+    assert message in refusal(chance_grounding, refs, boxes, detections)
+    assert "ref_id 9 of test_file is not among the refs" in refusal(
+        grounding_accuracy, {9: cams[0]}, refs, boxes, images, detections)
+    assert "ref_id 9 of test_file is not among the refs" in refusal(chance_grounding, refs, boxes, detections, [9])

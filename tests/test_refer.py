@@ -1,0 +1,282 @@
+"""RefCOCO+ files: what is read, and what is refused without running anything."""
+
+import copyreg
+import json
+import os
+import pickle
+import struct
+
+import pytest
+
+from dataset.refer import load_detections, load_refer
+from utils import InputError
+
+REFS = [
+    {"ref_id": 0, "ann_id": 10, "image_id": 5, "split": "train", "sentences": [{"sent_id": 1, "raw": "caf\xe9"}]},
+    {"ref_id": 1, "ann_id": 11, "image_id": 5, "split": "val", "sent_ids": [2, 3], "file_name": "COCO_5.jpg"},
+    {"ref_id": 2, "ann_id": 12, "image_id": 6, "split": "testB", "category_id": 2**40},
+]
+INSTANCES = {
+    "images": [
+        {"id": 5, "height": 30, "width": 40, "file_name": "5.jpg", "license": 1},
+        {"id": 6, "height": 20, "width": 10, "file_name": "6.jpg"},
+    ],
+    "annotations": [
+        {"id": 10, "bbox": [0, 0, 5, 5], "image_id": 5},
+        {"id": 11, "bbox": [1.5, 2.25, 5, 6], "image_id": 5},
+        {"id": 12, "bbox": [3, 3, 4, 4], "image_id": 6, "segmentation": []},
+    ],
+}
+DETECTIONS = {"5": [[0, 0, 3.5, 4, 0.9], [1, 1, 2, 2]], "6": [[0, 0, 1, 1, 1]], "7": []}
+
+
+def python2_pickle(value, protocol):
+    """What Python 2 writes: strings of bytes, whole numbers as int or long."""
+    def encode(value):
+        if isinstance(value, dict):
+            items = [encode(key) + encode(item) for key, item in value.items()]
+            return b"(d" + b"".join(item + b"s" for item in items) if protocol == 0 else b"}(" + b"".join(items) + b"u"
+        if isinstance(value, list):
+            items = [encode(item) for item in value]
+            return b"(l" + b"".join(item + b"a" for item in items) if protocol == 0 else b"](" + b"".join(items) + b"e"
+        if isinstance(value, str):
+            data = value.encode("latin1")
+            return b"S" + repr(data)[1:].encode() + b"\n" if protocol == 0 else b"U" + bytes([len(data)]) + data
+        if abs(value) >= 2**31:
+            return b"L%dL\n" % value if protocol == 0 else b"\x8a\x08" + struct.pack("<q", value)
+        return b"I%d\n" % value if protocol == 0 else b"J" + struct.pack("<i", value)
+
+    return (b"" if protocol == 0 else b"\x80" + bytes([protocol])) + encode(value) + b"."
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "refcoco+").mkdir()
+    (tmp_path / "refcoco+/refs(unc).p").write_bytes(python2_pickle(REFS, 2))
+    (tmp_path / "refcoco+/instances.json").write_text(json.dumps(INSTANCES))
+    return tmp_path
+
+
+def refusal(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refused_refs(folder, data):
+    """The message on refs(unc).p with this content; it names the file."""
+    path = folder / "refcoco+/refs(unc).p"
+    path.write_bytes(data)
+    message = refusal(load_refer, folder)
+    assert message.startswith(str(path))
+    return message
+
+
+def refused_instances(folder, text):
+    path = folder / "refcoco+/instances.json"
+    path.write_text(text)
+    message = refusal(load_refer, folder)
+    assert message.startswith(str(path))
+    return message
+
+
+@pytest.mark.parametrize("data", [
+    *(python2_pickle(REFS, protocol) for protocol in (0, 2)),
+    *(pickle.dumps(REFS, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)),
+])
+def test_refs_of_every_protocol_are_read(folder, data):
+    (folder / "refcoco+/refs(unc).p").write_bytes(data)
+    refer = load_refer(str(folder))
+    assert refer.refs == {
+        0: {"image_id": 5, "split": "train"}, 1: {"image_id": 5, "split": "val"}, 2: {"image_id": 6, "split": "testB"},
+    }  # fmt: skip
+    assert refer.boxes == {0: [0, 0, 5, 5], 1: [1.5, 2.25, 5, 6], 2: [3, 3, 4, 4]}
+    assert refer.images == {
+        5: {"height": 30, "width": 40, "file_name": "5.jpg"}, 6: {"height": 20, "width": 10, "file_name": "6.jpg"},
+    }  # fmt: skip
+
+
+class Command:
+    """Pickled as a call of os.system, as attacks do."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+class Plain:
+    """Pickled by protocol 2 and later as a new object with a state."""
+
+
+def touching(path):
+    """Pickles of which each creates the file `path` if it is read by pickle.load, with the name each imports."""
+    command = f"touch {path}"
+    calls = {f"{os.name}.system": [pickle.dumps([Command(command)], protocol) for protocol in range(6)]}
+    quoted = repr(command).encode()
+    calls["os.system"] = [
+        b"cos\nsystem\n(S%s\ntR." % quoted,
+        b"(S%s\nios\nsystem\n." % quoted,  # INST
+        b"(cos\nsystem\nS%s\no." % quoted,  # OBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93(S%s\ntR." % quoted,  # STACK_GLOBAL
+    ]
+    return [(data, name) for name, group in calls.items() for data in group]
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_pickle_that_runs_a_command_is_refused(folder, case):
+    data, name = touching(folder / "created")[case]
+    pickle.loads(data)
+    assert (folder / "created").exists()  # the attack works where pickles are trusted
+    (folder / "created").unlink()
+    message = refused_refs(folder, data)
+    assert f"it wants to import and run '{name}'" in message
+    assert "this is not the released RefCOCO+ file, download it again" in message
+    assert not (folder / "created").exists()
+
+
+def test_registered_extension_is_refused_even_if_it_is_cached(folder):
+    path = folder / "created"
+    copyreg.add_extension("os", "system", 200)
+    try:
+        data = b"\x80\x02\x82\xc8(S%s\ntR." % repr(f"touch {path}").encode()
+        pickle.loads(data)
+        assert path.exists()
+        path.unlink()
+        assert "'os.system'" in refused_refs(folder, data)
+    finally:
+        copyreg.remove_extension("os", "system", 200)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("data", [b"Psome id\n.", b"S'some id'\nQ."])
+def test_persistent_id_is_refused(folder, data):
+    assert "it wants the persistent object 'some id'" in refused_refs(folder, data)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_harmless_objects_are_refused_too(folder, protocol):
+    assert "it wants to import and run" in refused_refs(folder, pickle.dumps([Plain()], protocol))
+    assert "'collections.OrderedDict'" in refused_refs(folder, b"ccollections\nOrderedDict\n)R.")
+
+
+@pytest.mark.parametrize("container", [b"}", b"]", b")", b"S'text'\n", b"I1\n", b"N"])
+@pytest.mark.parametrize("operation", [
+    b"}S'x'\nI1\nsb",  # BUILD with a state
+    b"N}S'__class__'\nI1\ns\x86b",  # BUILD with a state of slots
+    b")R",  # REDUCE
+    b")\x81",  # NEWOBJ
+    b")}\x92",  # NEWOBJ_EX
+])
+def test_containers_cannot_be_called_or_given_attributes(folder, container, operation):
+    message = refused_refs(folder, b"\x80\x04" + container + operation + b".")
+    assert "cannot be read" in message and "download it again" in message
+
+
+def test_name_of_an_import_cannot_break_the_message(folder):
+    message = refused_refs(folder, b"\x80\x04\x8c\x05a\nb\x1b[\x8c\x01c\x93.")
+    assert r"'a\nb\x1b[.c'" in message
+
+
+@pytest.mark.parametrize("data", [
+    b"",
+    b"no pickle at all",
+    python2_pickle(REFS, 0)[:-40],
+    python2_pickle(REFS, 2)[:-40],
+    b"\x80\x09.",  # a protocol to come
+    b"<!DOCTYPE html>",
+    b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x",  # a string longer than any memory
+    b"\x80\x02}](I1\nI2\neI3\ns.",  # a list as key
+])
+def test_damaged_pickle_is_refused(folder, data):
+    message = refused_refs(folder, data)
+    assert "cannot be read" in message and message.endswith("download it again")
+
+
+def test_missing_files_are_named_with_their_place(folder):
+    for name in "refs(unc).p", "instances.json":
+        path = folder / "refcoco+" / name
+        content = path.read_bytes()
+        path.unlink()
+        message = refusal(load_refer, folder)
+        assert message.startswith(f"{path} does not exist")
+        assert f"into {folder / 'refcoco+'}" in message and f"refcoco_data ({folder})" in message
+        path.write_bytes(content)
+
+
+def test_refs_of_another_structure_are_refused(folder):
+    def changed(**values):
+        return python2_pickle([REFS[0], {**REFS[1], **values}], 2)
+
+    assert "ref 1: ann_id 99 is not in" in refused_refs(folder, changed(ann_id=99))
+    assert "ref 1: image_id 99 is not in" in refused_refs(folder, changed(image_id=99))
+    assert "ref 0 occurs twice" in refused_refs(folder, changed(ref_id=0))
+    assert "ref 1 has no split (str)" in refused_refs(folder, changed(split=3))
+    assert "ref 'one' has no ref_id (int)" in refused_refs(folder, changed(ref_id="one"))
+    without = {key: value for key, value in REFS[1].items() if key != "ref_id"}
+    assert "entry 1 (counting from 0) has no ref_id" in refused_refs(folder, python2_pickle([REFS[0], without], 2))
+    assert "entry 0 (counting from 0) has no ref_id" in refused_refs(folder, python2_pickle(["text"], 2))
+    for content in {}, [], {"ref_id": 1}:
+        assert "holds no list of refs" in refused_refs(folder, pickle.dumps(content))
+
+
+def test_instances_of_another_structure_are_refused(folder):
+    def changed(part, **values):
+        return json.dumps({**INSTANCES, part: [*INSTANCES[part][:-1], {**INSTANCES[part][-1], **values}]})
+
+    assert "not valid JSON" in refused_instances(folder, json.dumps(INSTANCES)[:-20])
+    for content in {}, [], {"images": []}, {"images": [1], "annotations": []}, {**INSTANCES, "images": [{"id": 5}]}:
+        assert "not a COCO annotation file" in refused_instances(folder, json.dumps(content))
+    assert "bbox of annotation 12 is [1, 2, 3], not 4 numbers" in refused_instances(
+        folder, changed("annotations", bbox=[1, 2, 3]))
+    assert "image 6 has no size in pixels" in refused_instances(folder, changed("images", width=0))
+
+
+@pytest.fixture
+def refer(folder):
+    return load_refer(folder)
+
+
+def detections_file(folder, content):
+    path = folder / "dets.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_detections_are_read(folder, refer):
+    assert load_detections(detections_file(folder, DETECTIONS), refer) == {int(key): DETECTIONS[key] for key in DETECTIONS}
+
+
+def test_images_of_evaluated_refs_need_a_box(folder, refer):
+    for lacking in {"5": DETECTIONS["5"]}, {**DETECTIONS, "6": []}:
+        path = detections_file(folder, lacking)
+        message = refusal(load_detections, path, refer)
+        assert message.startswith(f"{path}: no box for image 6 (ref 2, split testB)")
+    only_train = refer._replace(refs={0: refer.refs[0]})
+    assert load_detections(detections_file(folder, {}), only_train) == {}
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ([], "holds no JSON object"),
+    ('{"5": [[1, 2', "not valid JSON"),
+    ("", "not valid JSON"),
+    ({"COCO_5.jpg": []}, "'COCO_5.jpg' is no image id"),
+    ({"5": [[1, 2, 3]]}, "image 5: [1, 2, 3] is no box of 4 or 5 numbers"),
+    ({"5": [[1, 2, 3, 4, 5, 6]]}, "image 5: [1, 2, 3, 4, 5, 6] is no box"),
+    ({"5": [[1, 2, 3, "4"]]}, "image 5: [1, 2, 3, '4'] is no box"),
+    ({"5": [[1, 2, 3, float("nan")]]}, "image 5: [1, 2, 3, nan] is no box"),
+    ({"5": [1, 2, 3, 4]}, "image 5: 1 is no box"),
+    ({"5": {"box": [1, 2, 3, 4]}}, "image 5: {'box': [1, 2, 3, 4]} is no box"),
+    ({"5": None}, "image 5: None is no box"),
+])
+def test_detections_of_another_structure_are_refused(folder, refer, content, complaint):
+    path = detections_file(folder, content)
+    message = refusal(load_detections, path, refer)
+    assert message.startswith(f"{path}: ") and complaint in message and "{image_id: [[x, y, w, h, score], ...]}" in message
+
+
+def test_missing_detections_are_named(folder, refer):
+    assert refusal(load_detections, folder / "none.json", refer).startswith(f"det_file {folder / 'none.json'} does not exist")
