@@ -1,0 +1,103 @@
+"""Grad-CAM: where in the image a score comes from, by attention maps times their gradients (Section 6, Figures 4 to 6).
+
+A heat map is the mean over heads of an attention map times the positive part of the score's gradient with respect to it,
+on the patch grid of the image, [h, w], rows first. Only the block that is asked for computes its attention unfused.
+"""
+
+import contextlib
+
+import torch
+
+from utils import InputError
+
+
+@contextlib.contextmanager
+def _recorded(*attentions):
+    """Within it the cross-attentions compute their maps [B, heads, L, 1+N] openly, and append them to the list it yields."""
+    maps = []
+
+    def attend(query, keys, values, mask=None):
+        scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5
+        maps.append(scores.softmax(dim=-1))
+        return maps[-1] @ values
+
+    for attention in attentions:
+        attention.attend = attend
+    try:
+        yield maps
+    finally:
+        for attention in attentions:
+            del attention.attend
+
+
+def _heat(attention, gradient, grid):
+    """attention and its gradient [B, heads, ..., 1+N] -> heat maps [B, ..., h, w]."""
+    return (attention * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
+
+
+def _check_block(block_num, first, end, what):
+    if not first <= block_num < end:
+        raise InputError(f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0")
+
+
+def default_block(model):
+    """The block of cross-attention that shows most: the third multimodal layer (8 of 12), the last where there are fewer."""
+    fusion = model.bert.fusion_layer
+    pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
+    return min(fusion + 2 * pair, len(model.bert.encoder.layer) - pair)
+
+
+def cross_gradcam(model, keys_values, text, block_num, score):
+    """Heat maps of a score on the cross-attention of one block, or of a pair of blocks, of the multimodal encoder.
+
+    keys_values: of the images, as the encoder's `fuse` takes them; text with input_ids and attention_mask [B, L]; block_num:
+    a layer from fusion_layer on, in NLVR2 the first of a pair; score(fused [B, L, C]) -> a scalar. Returns (list of
+    [B, L, h, w], one for each image, 0 at padding; the score). Raises InputError if there is no such block.
+    """
+    bert = model.bert
+    _check_block(block_num, bert.fusion_layer, len(bert.encoder.layer), "those with cross-attention")
+    blocks = [block_num]
+    if hasattr(bert, "pair_keys_values"):
+        first = block_num - (block_num - bert.fusion_layer) % 2
+        blocks = [first, first + 1]
+    with torch.enable_grad(), _recorded(*(bert.encoder.layer[number].crossattention.self for number in blocks)) as maps:
+        text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
+        value = score(bert.fuse(text_embeds, text.attention_mask, keys_values))
+        gradients = torch.autograd.grad(value, maps)
+    mask = text.attention_mask[:, None, :, None]
+    grid = model.visual_encoder.patch_embed.grid_size
+    return [_heat(attention.detach() * mask, gradient, grid) for attention, gradient in zip(maps, gradients)], value.detach()
+
+
+def itm_gradcam(model, image, text, block_num):
+    """Heat maps of the matching score on the cross-attention of one multimodal layer, for each token.
+
+    model: of pre-training or retrieval, in eval mode; image [B, 3, H, W]; text with input_ids and attention_mask [B, L];
+    block_num: the layer, from fusion_layer on. Returns [B, L, h, w], 0 at padding; the mean over all L positions is the map
+    of the whole text. Raises InputError if there is no such layer.
+    """
+    with torch.enable_grad():
+        keys_values = model.bert.image_keys_values(model.visual_encoder.forward_features(image))
+    (heat,), _ = cross_gradcam(model, keys_values, text, block_num, lambda fused: model.itm_logits(fused)[:, 1].sum())
+    return heat
+
+
+def itc_gradcam(model, image, text, block_num):
+    """Heat maps of the contrastive similarity on the self-attention of [CLS] in one block of the ViT.
+
+    Arguments as in itm_gradcam, block_num from 0. Returns [B, h, w]. Raises InputError if there is no such block.
+    """
+    encoder = model.visual_encoder
+    _check_block(block_num, 0, len(encoder.blocks), "those of the image encoder")
+    attention, maps = encoder.blocks[block_num].attn, []
+    fused, attention.fused_attn = attention.fused_attn, False
+    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    try:
+        with torch.enable_grad():
+            _, image_feat = model.encode_image(image)
+            _, text_feat = model.encode_text(text)
+            (gradient,) = torch.autograd.grad((image_feat * text_feat).sum() / model.temp, maps)
+    finally:
+        hook.remove()
+        attention.fused_attn = fused
+    return _heat(maps[0].detach()[:, :, 0], gradient[:, :, 0], encoder.patch_embed.grid_size)

@@ -1,0 +1,77 @@
+"""Grad-CAM against the released implementation's maps."""
+
+import pytest
+import torch
+
+from conftest import assert_close
+from models import build_model
+from models.albef import Text
+from models.gradcam import cross_gradcam, default_block, itc_gradcam, itm_gradcam
+from utils import InputError
+
+
+@pytest.fixture
+def retrieval(golden):
+    """(golden maps, the released model, its text)."""
+    data, released = golden("gradcam.pt"), golden("retrieval.pt")
+    model = build_model("retrieval", {**released["config"], "bert_config": "tests/golden/bert.json"})
+    model.load_state_dict(released["state_dict"], strict=True)
+    return data, model.eval(), Text(data["input_ids"], data["attention_mask"])
+
+
+def test_maps_of_matching_are_the_released_ones(retrieval):
+    data, model, text = retrieval
+    cams = itm_gradcam(model, data["image"], text, data["itm_block_num"])
+    assert_close("per token", cams, data["itm_cam_per_token"], 1e-4, 1e-5)
+    assert_close("whole text", cams.mean(dim=1), data["itm_cam"], 1e-4, 1e-5)
+
+
+def test_maps_of_contrastive_similarity_are_the_released_ones(retrieval):
+    data, model, text = retrieval
+    assert_close("itc", itc_gradcam(model, data["image"], text, data["itc_block_num"]), data["itc_cam"], 1e-4, 1e-5)
+
+
+def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retrieval):
+    data, model, text = retrieval
+    together = itm_gradcam(model, data["image"], text, 2)
+    length = int(text.attention_mask[1].sum())
+    alone = itm_gradcam(model, data["image"][1:2], Text(text.input_ids[1:2, :length], text.attention_mask[1:2, :length]), 2)
+    assert_close("one of a batch", together[1:2, :length], alone, 1e-4, 1e-6)
+    assert not together[1, length:].any()
+    itc_gradcam(model, data["image"], text, 0)
+    assert all(block.attn.fused_attn for block in model.visual_encoder.blocks)
+    assert "attend" not in vars(model.bert.encoder.layer[2].crossattention.self)
+    assert all(param.grad is None for param in model.parameters())
+
+
+@torch.no_grad()
+def test_a_pair_of_blocks_has_a_map_for_each_image(golden):
+    data = golden("nlvr.pt")
+    model = build_model("nlvr", {**data["config"], "bert_config": "tests/golden/bert_nlvr.json"}).eval()
+    model.load_state_dict(data["state_dict"], strict=True)
+    text = Text(data["input_ids"], data["attention_mask"])
+
+    def maps(images, block_num):
+        with torch.enable_grad():
+            keys_values = model.keys_values(model.bert, model.visual_encoder.forward_features(images))
+        score = lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
+        return cross_gradcam(model, keys_values, text, block_num, score)
+
+    heats, value = maps(data["image"], 10)
+    assert len(heats) == 2 and heats[0].shape == (2, 9, 3, 3)
+    assert_close("score", value, data["prediction"][:, 1].sum(), 1e-4, 1e-5)
+    same, _ = maps(data["image"], 11)  # either block of a pair names it
+    assert all(torch.equal(left, right) for left, right in zip(heats, same))
+    changed = data["image"].clone()
+    changed[2:] = 0  # the second images
+    assert not torch.allclose(maps(changed, 16)[0][1], maps(data["image"], 16)[0][1])
+    assert default_block(model) == 10
+
+
+def test_blocks_out_of_range_are_named(retrieval):
+    data, model, text = retrieval
+    with pytest.raises(InputError, match="--block_num 1: those with cross-attention are the blocks 2 to 3"):
+        itm_gradcam(model, data["image"], text, 1)
+    with pytest.raises(InputError, match="--block_num 2: those of the image encoder are the blocks 0 to 1"):
+        itc_gradcam(model, data["image"], text, 2)
+    assert default_block(model) == 3
