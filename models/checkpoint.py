@@ -20,6 +20,7 @@ from utils import InputError
 
 # what a released or older file may lack: buffers that the model itself makes, and what no file knows
 ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^idx_queue$|^queue_ptr$"
+HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
 
 
@@ -172,25 +173,63 @@ def load_weights(model, state, source, new="$^", original=None, allow_missing=Fa
     return LoadReport(str(source), loaded, converted, resized, copied, left_new + missing, ignored)
 
 
-def load_checkpoint(model, path, allow_missing=False):
-    """Loads the weights of a checkpoint file into a model of any task, converting what needs it.
+def load_checkpoint(model, path, allow_missing=False, complete=False):
+    """Loads the weights of a checkpoint file of any task into a model of any task, converting what needs it (task_names).
 
     Position embeddings are interpolated to the model's image_res and momentum weights that the file lacks are copied from
-    the base. Returns a LoadReport; raises InputError as read_weights and load_weights do.
+    the base. The head of a task (HEADS) may be new if the file is of another task; not if it has to be complete, for
+    evaluation. Returns a LoadReport; raises InputError as read_weights and load_weights do.
     """
-    state, original = task_names(read_weights(path), model)
-    return load_weights(model, state, path, original=original, allow_missing=allow_missing)
+    state, original, replaced = task_names(read_weights(path), model)
+    new_heads = {name.split(".")[0] for name in model.state_dict()} & set(HEADS) - {name.split(".")[0] for name in state}
+    if complete and new_heads:
+        raise InputError(f"{path} has no {new_heads.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it")
+    new = "|".join([rf"^{head}(_m)?\." for head in new_heads] or ["$^"])
+    report = load_weights(model, state, path, new=new, original=original, allow_missing=allow_missing)
+    return report._replace(ignored=report.ignored + replaced)
 
 
 def task_names(state, model):
-    """Renames pre-trained weights for a task whose text_encoder is the bare BERT: there the prefix bert. is dropped.
+    """Renames the weights of a file for a model of another task.
 
-    Returns (state by name in the model, new name -> old name).
+    - from pre-training, where text_encoder holds the bare BERT as bert: the prefix bert. is dropped
+    - to VQA: the answer decoder's layers are the multimodal encoder's, its embeddings the text encoder's, its head the MLM
+      head, likewise for momentum
+    - from one image to NLVR2: both blocks of a pair are the layer; the momentum model starts as a copy of the base
+
+    Returns (state by name in the model, new name -> old name, names of weights that a copy of others replaces).
     """
-    if any(name.startswith("text_encoder.bert.") for name in model.state_dict()):
-        return state, {}
-    original = {re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name): name for name in state}
-    return {name: state[old] for name, old in original.items()}, original
+    names, fusion = list(model.state_dict()), model.bert.fusion_layer
+    to_decoder = not any(name.startswith("text_decoder.") for name in state)
+    to_pairs = hasattr(model.bert, "pair_keys_values") and _layers(state) < _layers(names)
+    replaced = [name for name in state if re.match(r"\w+_m\.", name)] if to_pairs else []
+    state = {name: value for name, value in state.items() if name not in replaced}
+
+    def source(name):
+        if to_decoder and name.startswith("text_decoder"):
+            name = re.sub(r"(?<=\.layer\.)\d+", lambda number: str(fusion + int(number[0])), name)
+            name = name.replace("text_decoder", "text_encoder", 1)
+        if to_pairs:
+            name = re.sub(r"(?<=\.layer\.)\d+", lambda number: str(_layer_of_block(int(number[0]), fusion)), name)
+        with_bert = re.sub(r"^(text_encoder(_m)?\.)(bert\.)?", r"\1bert.", name)
+        without = re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name)
+        return next((known for known in (name, with_bert, without) if known in state), name)
+
+    original = {name: source(name) for name in names}
+    renamed = {name: state[old] for name, old in original.items() if old in state}
+    used = set(original.values())
+    renamed.update({name: value for name, value in state.items() if name not in used and name not in renamed})
+    return renamed, original, replaced
+
+
+def _layers(names):
+    """Number of BERT layers among the names of tensors."""
+    return max((int(layer[1]) + 1 for name in names if (layer := re.match(r"text_encoder\..*\.layer\.(\d+)\.", name))), default=0)
+
+
+def _layer_of_block(block, fusion):
+    """The layer of the single-image model that a block of the NLVR2 model stands for."""
+    return block if block < fusion else fusion + (block - fusion) // 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -148,3 +148,83 @@ def test_unreadable_files_are_one_line(tmp_path, golden, capsys):
 def test_report_condenses_numbered_names():
     names = [f"layer.{i}.output.weight" for i in range(12)] + ["temp", "block.3.x"]
     assert condense(names) == ["layer.{0-11}.output.weight", "temp", "block.3.x"]
+
+
+@pytest.fixture
+def pretrained_file(golden, tmp_path):
+    """(state, path of a pre-training checkpoint whose momentum weights differ from the base)."""
+    data = golden("pretrain.pt")
+    torch.save({"model": data["state_dict"]}, tmp_path / "pretrained.pth")
+    return data["state_dict"], tmp_path / "pretrained.pth"
+
+
+def of_task(golden, task, bert="bert"):
+    """A model of a task in the size of the golden values, from random weights."""
+    return build_model(task, {**golden("vqa.pt")["config"], "bert_config": f"tests/golden/{bert}.json"})
+
+
+def test_pre_training_fills_the_answer_decoder(golden, pretrained_file):
+    state, path = pretrained_file
+    model = of_task(golden, "vqa")
+    report = load_checkpoint(model, path)
+    loaded = model.state_dict()
+    for copy in ("", "_m"):
+        source = f"text_encoder{copy}.bert.encoder.layer"
+        for layer in (0, 1):  # the multimodal layers are 2 and 3
+            for name in ("attention.self.query.weight", "crossattention.self.key.weight", "output.LayerNorm.bias"):
+                target = loaded[f"text_decoder{copy}.bert.encoder.layer.{layer}.{name}"]
+                assert torch.equal(target, state[f"{source}.{layer + 2}.{name}"])
+        words = "embeddings.word_embeddings.weight"
+        assert torch.equal(loaded[f"text_decoder{copy}.bert.{words}"], state[f"text_encoder{copy}.bert.{words}"])
+        head = "cls.predictions.transform.dense.weight"
+        assert torch.equal(loaded[f"text_decoder{copy}.{head}"], state[f"text_encoder{copy}.{head}"])
+        assert torch.equal(loaded[f"text_encoder{copy}.encoder.layer.3.attention.self.key.bias"],
+                           state[f"{source}.3.attention.self.key.bias"])
+    assert not report.new and not report.copied
+    assert {name.split(".")[0] for name in report.ignored} == {
+        "temp", "image_queue", "text_queue", "queue_ptr", "itm_head", "vision_proj", "vision_proj_m", "text_proj", "text_proj_m",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["nlvr", "nlvr_pretrain"])
+def test_both_blocks_of_a_pair_are_the_layer_and_momentum_starts_as_the_base(golden, pretrained_file, task):
+    state, path = pretrained_file
+    model = of_task(golden, task)
+    report = load_checkpoint(model, path)
+    loaded = model.state_dict()
+    for block, layer in {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3}.items():
+        name = f"encoder.layer.{block}.attention.self.query.weight"
+        assert torch.equal(loaded[f"text_encoder.{name}"], state[f"text_encoder.bert.encoder.layer.{layer}.attention.self.query.weight"])
+        if task == "nlvr":
+            assert torch.equal(loaded[f"text_encoder_m.{name}"], loaded[f"text_encoder.{name}"])
+    assert {name.split(".")[0].removesuffix("_m") for name in report.new} == {"cls_head" if task == "nlvr" else "ta_head"}
+    assert "visual_encoder_m.cls_token" in report.ignored
+
+
+def test_text_assignment_continues_as_nlvr(golden, tmp_path):
+    assigned = of_task(golden, "nlvr_pretrain")
+    torch.save({"model": assigned.state_dict()}, tmp_path / "assigned.pth")
+    model = of_task(golden, "nlvr")
+    report = load_checkpoint(model, tmp_path / "assigned.pth")
+    state = model.state_dict()
+    for name, value in assigned.state_dict().items():
+        if name.startswith(("text_encoder", "visual_encoder")):
+            base, _, rest = name.partition(".")
+            assert torch.equal(state[name], value) and torch.equal(state[f"{base}_m.{rest}"], value)
+    assert not report.converted and set(report.new) == {name for name in state if name.startswith("cls_head")}
+
+
+def test_a_head_may_be_new_in_training_not_in_evaluation(golden, pretrained_file, tmp_path):
+    _, path = pretrained_file
+    model = of_task(golden, "ve")
+    report = load_checkpoint(model, path)
+    assert {name.split(".")[0] for name in report.new} == {"cls_head", "cls_head_m"}
+    with pytest.raises(InputError, match="pretrained.pth has no cls_head.*fine-tuned"):
+        load_checkpoint(model, path, complete=True)
+    torch.save({"model": model.state_dict()}, tmp_path / "ve.pth")
+    assert not load_checkpoint(of_task(golden, "ve"), tmp_path / "ve.pth", complete=True).new
+    state = model.state_dict()
+    del state["cls_head.0.weight"]
+    torch.save({"model": state}, tmp_path / "cut.pth")
+    with pytest.raises(InputError, match="lacks 1 tensors of the model: cls_head.0.weight"):
+        load_checkpoint(model, tmp_path / "cut.pth")
