@@ -1,13 +1,12 @@
 """Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
 
-from dataset import build_dataset
-from dataset.transforms import normalize
-from engine import find_resume_file, train
-from evaluation import evaluate_retrieval, report
+from dataset import build_dataset, to_device
+from engine import find_resume_file, train, write_log
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
 from models.tokenizer import tokenizer_of
+from retrieval_evaluation import evaluate_retrieval, flat, report
 from utils import (
     InputError, argument_parser, init_process_group, is_main, load_config, make_output_dir, require, run_script, save_config,
     seed_everything,
@@ -20,11 +19,10 @@ def step(device):
     def losses(model, batch, alpha, update_momentum):
         albef = getattr(model, "module", model)
         # masking on the host: the number of masked tokens is then known without asking the device
-        masked = albef.mask(batch.input_ids) if "mlm" in albef.objectives else None
-        image = normalize(batch.image.to(device, non_blocking=True))
-        text = Text(batch.input_ids, batch.attention_mask).to(device)
+        masked = albef.mask(batch.text[0]) if "mlm" in albef.objectives else None
+        batch = to_device(batch, device)
         masked = masked and type(masked)(*(x.to(device, non_blocking=True) for x in masked))
-        return model(image, text, alpha=alpha, masked=masked, update_momentum=update_momentum)
+        return model(batch.image, Text(*batch.text), alpha=alpha, masked=masked, update_momentum=update_momentum)
 
     return losses
 
@@ -70,11 +68,12 @@ def main():
             save_config(config, args.output_dir)
         train(model, train_set, tokenizer, step(device), config, args.output_dir, device, args.seed, resume_from)
     if test_set is not None:
-        metrics, rankings = evaluate_retrieval(model, test_set, tokenizer, config, device)
+        metrics, ranked = evaluate_retrieval(model, test_set, tokenizer, config, device)
         epoch, source = config["scheduler"]["epochs"] - 1, {}
         if args.evaluate:
             epoch, source = None, {"checkpoint": args.checkpoint}
-        report(args.output_dir, "zero-shot retrieval", "test", epoch, metrics, rankings, test_set, **source)
+        write_log(args.output_dir, epoch, **source, **{f"test_{name}": value for name, value in flat(metrics).items()})
+        report(args.output_dir, "zero-shot retrieval", metrics, ranked, test_set)
 
 
 if __name__ == "__main__":

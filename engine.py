@@ -412,7 +412,7 @@ def finish_epoch(run, position, lr, validate, stop):
         path = run.save(name, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
         with stop.at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
             metrics, score = validate()
-        write_log(run.output_dir, epoch, **{f"val_{key}": value for key, value in metrics.items()})
+        write_log(run.output_dir, epoch, **metrics)
         if score > position.best.get("score", float("-inf")):
             following = following._replace(best={"score": score, "epoch": epoch})
             name = "checkpoint_best.pth"
@@ -426,7 +426,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     """Trains for scheduler.epochs epochs; leaves checkpoints, log.txt and TensorBoard files in output_dir.
 
     step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
-    validate() -> (metrics, score), the same on all processes, is called after every epoch. The checkpoints are
+    validate() -> (metrics for log.txt, score), the same on all processes, is called after every epoch. The checkpoints are
     checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest score as
     checkpoint_best.pth. Returns {score, epoch} of that one, or {}. Raises Interrupted after saving on SIGTERM or Ctrl-C,
     TrainingStopped when a loss is not finite or too much data unusable.

@@ -1,167 +1,57 @@
-"""Image-text retrieval with a trained model (Section 5): encoding, re-ranking, recall, rankings, tables."""
+"""Evaluation over a data set, divided among the processes without a sample twice, whatever the task."""
 
-import json
+import functools
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dataset import test_loader
-from dataset.transforms import normalize
-from engine import autocast, write_log
-from metrics import chance_recall, recall_at_k
-from models.albef import Text
-from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
-from utils import atomic_write, is_distributed, is_main, rank, world_size
-
-TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
-MAX_TOKENS = 30
+from dataset import test_loader, to_device
+from engine import autocast
+from utils import is_distributed, is_main, rank, world_size
 
 
-def _bar(iterable, what):
+def progress_bar(iterable, what):
+    """iterable with a bar on the main process's screen, gone when it is done."""
     return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1)
 
 
-class ImageEmbeds:
-    """The embeddings of this process's images, every world_size-th of a data set, as model.rerank slices them.
+def divided(dataset, config, device, what, collate=None):
+    """Yields (numbers of the samples, batch) of this process's samples, every world_size-th of the data set.
 
-    They wait in the host's memory, or with keep=False are computed anew, a batch at a time.
+    what: said before the progress bar; collate: as a loader takes it.
     """
-
-    def __init__(self, model, dataset, config, device):
-        self.keep = config["image_embeds"] == "host"
-        self._model, self._dataset, self._device = model, dataset, device
-        self._kept, self._batch_size = [], config["batch_size_test"]
-        self._recomputed = None, None  # number of a batch, its embeddings
-
-    def encode(self, image):
-        """image uint8 [B, 3, H, W] -> embeddings and features on the device; keeps the embeddings on the host."""
-        embeds, feat = self._model.encode_image(normalize(image.to(self._device, non_blocking=True)))
-        if torch.is_autocast_enabled(self._device.type):
-            embeds = embeds.to(torch.get_autocast_dtype(self._device.type))  # as the keys and values take them anyway
-        if self.keep:
-            self._kept.append(embeds.cpu())
-        return embeds, feat
-
-    def __getitem__(self, key):
-        """The embeddings [1, 1+N, C] of one image, key a slice of one number; on the host or the device."""
-        batch, place = divmod(key.start // world_size(), self._batch_size)
-        if self.keep:
-            return self._kept[batch][place : place + 1]
-        if self._recomputed[0] != batch:
-            first = key.start - place * world_size()
-            numbers = range(first, len(self._dataset), world_size())[: self._batch_size]
-            image = torch.stack([self._dataset[number] for number in numbers])
-            self._recomputed = batch, self.encode(image)[0]
-        return self._recomputed[1][place : place + 1]
-
-
-@torch.no_grad()
-def encode_images(model, dataset, config, device):
-    """A data set's images, divided over the processes -> ImageEmbeds and the image_feat [NI, D] of all."""
     mine = range(rank(), len(dataset), world_size())
-    image_embeds = ImageEmbeds(model, dataset, config, device)
-    image_feat = torch.zeros(len(dataset), config["embed_dim"], device=device)
-    done = 0
-    for image in _bar(test_loader(Subset(dataset, mine), config, device), "images"):
-        image_feat[mine[done : done + len(image)]] = image_embeds.encode(image)[1]
-        done += len(image)
+    batch_size = config["batch_size_test"]
+    loader = test_loader(Subset(dataset, mine), config, device, collate)
+    for number, batch in enumerate(progress_bar(loader, what)):
+        yield mine[number * batch_size : (number + 1) * batch_size], batch
+
+
+def gathered(results):
+    """What the processes found for their samples, {number: result} -> that of all samples on every process, in order."""
     if is_distributed():
-        dist.all_reduce(image_feat)
-    return image_embeds, image_feat
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, results)
+        results = {number: result for part in parts for number, result in part.items()}
+    return [results[number] for number in sorted(results)]
 
 
 @torch.no_grad()
-def encode_texts(model, texts, tokenizer, config, device):
-    """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L], L at most 30, on the device."""
-    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
-    tokens = Text(tokens["input_ids"], tokens["attention_mask"]).to(device)
-    lengths = tokens.attention_mask.sum(dim=1)
-    order = lengths.argsort(stable=True)  # texts of one length go together, so that padding costs next to nothing
-    text_embeds, text_feat = None, torch.empty(len(texts), config["embed_dim"], device=device)
-    for start in _bar(range(0, len(texts), 256), "texts"):
-        part = order[start : start + 256]
-        length = int(lengths[part[-1]])
-        embeds, feat = model.encode_text(Text(tokens.input_ids[part, :length], tokens.attention_mask[part, :length]))
-        if text_embeds is None:
-            text_embeds = embeds.new_zeros(*tokens.input_ids.shape, embeds.shape[-1])
-        text_embeds[part, :length] = embeds
-        text_feat[part] = feat
-    return text_embeds, text_feat, tokens.attention_mask
-
-
-@torch.no_grad()
-def evaluate_retrieval(model, dataset, tokenizer, config, device, ks=None):
-    """Ranks a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k of ks (Table 6).
-
-    ks: k_test alone by default; nothing is encoded or scored twice for another k. Returns (metrics by k, rankings): the
-    metrics of recall_at_k after re-ranking, those of ITC alone as k 0; the rankings of the largest k.
-    """
-    model.eval()
-    ks = sorted(ks or [config["k_test"]])
+def class_accuracy(predict, dataset, tokenizer, config, device):
+    """Share of the right classes of a LabeledDataset, in [0, 1], as {"acc"}; predict(batch on the device) -> logits [B, K]."""
+    right = {}
     with autocast(config, device):
-        image_embeds, image_feat = encode_images(model, dataset, config, device)
-        text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
-        scores_i2t, scores_t2i = model.rerank(
-            image_embeds, image_feat, text_embeds, text_feat, mask, ks[-1],
-            progress=lambda images: _bar(images, "re-ranking"),
-        )  # fmt: skip
-    sim = feature_similarity(image_feat, text_feat)
-    metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
-    for k in ks:
-        i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
-        t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
-        metrics[k] = recall_at_k(i2t.cpu(), t2i.cpu(), dataset.txt2img, dataset.img2txt)
-    return metrics, rankings(scores_i2t, scores_t2i, dataset)
+        for numbers, batch in divided(dataset, config, device, "sentences", functools.partial(dataset.collate, tokenizer=tokenizer)):
+            batch = to_device(batch, device)
+            right.update(zip(numbers, (predict(batch).argmax(dim=1) == batch.targets).tolist()))
+    right = gathered(right)
+    return {"acc": sum(right) / len(right)}
 
 
-def flat(metrics):
-    """Metrics by k as log.txt has them: those of the largest k as they are, others as k16_..., ITC alone as itc_..."""
-    prefixes = {k: f"k{k}_" for k in metrics} | {max(metrics): "", 0: "itc_"}
-    return {prefixes[k] + name: value for k, values in metrics.items() for name, value in values.items()}
-
-
-def print_table(title, metrics, dataset):
-    """Recall of ITC alone and after ITM re-ranking, beside what chance would give; metrics by k, dataset as evaluated."""
-    print(f"{title}, {len(dataset.images)} images and {len(dataset.texts)} texts, percent")
-    print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
-    chance = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
-    rows = {"ITC": metrics[0], **{f"ITC + ITM, k {k}": metrics[k] for k in metrics if k}, "chance": chance}
-    for label, values in rows.items():
-        print(f"{label:16}" + "".join(f"{values[name]:9.1f}" for name in TABLE))
-
-
-def rankings(scores_i2t, scores_t2i, dataset, top=10):
-    """For each query of both directions its `top` best re-ranked candidates with scores, as result/retrieval.json has them."""
-    def best(scores, key, names, is_hit):
-        values, indices = scores.topk(min(top, scores.shape[1]), dim=1)
-        return [
-            [{key: names[i], "score": round(v, 4), "hit": is_hit(query, i)} for i, v in zip(row_i, row_v) if v > NO_CANDIDATE]
-            for query, (row_i, row_v) in enumerate(zip(indices.tolist(), values.tolist()))
-        ]  # fmt: skip
-
-    texts = best(scores_i2t, "caption", dataset.texts, lambda image, text: dataset.txt2img[text] == image)
-    images = best(scores_t2i, "image", dataset.images, lambda text, image: dataset.txt2img[text] == image)
-    return {
-        "image_root": dataset.image_root,
-        "image_to_text": [{"image": image, "results": row} for image, row in zip(dataset.images, texts)],
-        "text_to_image": [{"caption": text, "results": row} for text, row in zip(dataset.texts, images)],
-    }
-
-
-def report(output_dir, title, split, epoch, metrics, rankings, dataset, **values):
-    """Adds what evaluate_retrieval returned, and other values, to log.txt; writes result/retrieval.json; prints the table.
-
-    split: prefix of the metrics in the log; epoch: as write_log takes it. On the main process.
-    """
-    write_log(output_dir, epoch, **values, **{f"{split}_{name}": value for name, value in flat(metrics).items()})
-    if not is_main():
-        return
-    folder = Path(output_dir) / "result"
-    folder.mkdir(exist_ok=True)
-    with atomic_write(folder / "retrieval.json", "w") as file:
-        json.dump(rankings, file)
-    print_table(title, metrics, dataset)
+def print_accuracy(title, metrics, dataset, classes):
+    """The accuracy that class_accuracy found, on the main process."""
+    if is_main():
+        print(f"{title}: accuracy {100 * metrics['acc']:.2f}% of {len(dataset)} sentences (chance {100 / classes:.1f}%)")

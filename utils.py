@@ -51,7 +51,7 @@ class Interrupted(Exception):
 DEFAULTS = {
     # data
     "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
-    "answer_list": str, "refcoco_data": str, "det_file": str, "coco_file": str, "image_res": int, "hflip": True,
+    "answer_list": str, "refcoco_data": str, "det_file": str, "image_res": int, "hflip": True,
     "min_scale": float, "randaugment": True,
     "max_skipped": 0.01, "num_workers": int,
     # model
@@ -69,8 +69,8 @@ DEFAULTS = {
         "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1.0, "warmup_lr": 1e-5,
         "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": int,
     },
-    # accepted because released files have it, without effect
-    "eval_ema": object,
+    # accepted because released files have them, without effect
+    "eval_ema": object, "coco_file": str,
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
 CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}

@@ -51,14 +51,14 @@ def make_batch(batch_size, image_res):
     input_ids = torch.randint(1000, 30000, (batch_size, 25), generator=generator)
     input_ids[:, 0] = 101
     image = torch.randint(256, (batch_size, 3, image_res, image_res), generator=generator, dtype=torch.uint8)
-    return CaptionBatch(image, input_ids * mask, mask, torch.full((len(image),), -1), [], [])
+    return CaptionBatch(image, (input_ids * mask, mask), torch.full((len(image),), -1), [], [])
 
 
 def plain_step(device):
     def losses(model, batch, alpha, update_momentum):
-        masked = model.mask(batch.input_ids)
+        masked = model.mask(batch.text[0])
         image = Pretrain.normalize(batch.image.to(device))
-        text = Text(batch.input_ids, batch.attention_mask).to(device)
+        text = Text(*batch.text).to(device)
         return pretrain_losses(model, image, text, alpha, (masked.input_ids.to(device), masked.labels.to(device)))
 
     return losses

@@ -7,42 +7,88 @@ import signal
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dataset.annotations import check_images, load_annotations
+from dataset.annotations import load_annotations
 from dataset.caption import CaptionDataset
+from dataset.grounding import GroundingTestSet
+from dataset.labeled import LabeledDataset
+from dataset.nlvr import nlvr_entry
+from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
-from dataset.transforms import test_transform, train_transform
+from dataset.samples import check_images
+from dataset.transforms import normalize, test_transform, train_transform
+from dataset.ve import ve_entry
+from dataset.vqa import ROOTS, VQADataset, load_answer_list
 from utils import InputError, require, seed_of
 
 
-# what tells the training sets of captions apart: token ids of a text, smallest share of the image that a crop keeps
-CAPTIONS = {"pretrain": (25, 0.2), "retrieval_train": (30, 0.5)}
+# of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
+CAPTIONS = {
+    "pretrain": ("pretrain", 0.2, 25), "nlvr_pretrain_train": ("pretrain", 0.2, 25),
+    "retrieval_train": ("retrieval", 0.5, 30), "grounding_train": ("grounding", None, 30),
+}  # fmt: skip
+FINE_TUNING_SCALE = 0.5
+LABELED = {"ve": ve_entry, "nlvr": nlvr_entry}
+REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
+
+
+def _task_and_split(name):
+    task, _, split = name.rpartition("_")
+    return (task, split) if task else (name, "train")
+
+
+def file_key(name):
+    """The key of the configuration that names the annotation files of data set `name`."""
+    return "test_file" if name == "grounding_val" else f"{_task_and_split(name)[1]}_file"
 
 
 def build_dataset(name, config, seed=0):
-    """The data set `name`: pretrain or retrieval_train (of train_file), retrieval_val (of val_file), retrieval_test.
+    """The data set `name`: pretrain, nlvr_pretrain_train, or {retrieval, vqa, ve, nlvr, grounding}_{train, val, test}.
 
-    All its annotation files are checked here. Raises InputError.
+    All its annotation files are checked here. seed: of the training sets. Raises InputError.
     """
-    image_root, image_res = config["image_root"], config["image_res"]
-    require(config, "image_res")
+    task, split = _task_and_split(name)
+    key, image_root = file_key(name), config["image_root"]
+    require(config, "image_res", key)
+    training = split == "train"
+    scale = CAPTIONS[name][1] if name in CAPTIONS else FINE_TUNING_SCALE
+    transform = test_transform(config["image_res"])
+    if training:
+        scale = scale if config["min_scale"] is None else config["min_scale"]
+        transform = train_transform(config["image_res"], scale, config["hflip"], config["randaugment"])
+    files, own_seed = config[key], seed if training else None
     if name in CAPTIONS:
-        require(config, "train_file")
-        max_tokens, min_scale = CAPTIONS[name]
-        annotations = load_annotations(config["train_file"], image_ids=name == "retrieval_train")
-        check_images(annotations, image_root)
-        min_scale = min_scale if config["min_scale"] is None else config["min_scale"]
-        transform = train_transform(image_res, min_scale, config["hflip"], config["randaugment"])
-        return CaptionDataset(annotations, image_root, transform, seed, max_tokens)
-    if name in ("retrieval_val", "retrieval_test"):
-        key = name.removeprefix("retrieval_") + "_file"
-        require(config, key)
-        test_set = RetrievalTestSet(config[key], image_root, test_transform(image_res))
-        missing = [path for path in map(test_set.path, range(len(test_set))) if not os.path.isfile(path)]
-        if missing:
-            raise InputError(f"{config[key][0]}: image {missing[0]} does not exist, nor do {len(missing) - 1} others; "
-                             f"correct image_root ({image_root or 'not set'}) or the file")
-        return test_set
-    raise InputError(f"data set {name!r} is unknown, there are {', '.join(CAPTIONS)}, retrieval_val and retrieval_test")
+        form, _, max_tokens = CAPTIONS[name]
+        dataset = CaptionDataset(load_annotations(files, form), image_root, transform, seed, max_tokens)
+    elif task == "retrieval":
+        dataset = RetrievalTestSet(files, image_root, transform)
+    elif task in LABELED:
+        dataset = LabeledDataset(files, LABELED[task], image_root, transform, own_seed)
+    elif task == "vqa":
+        roots = {root: config[root] for root in ROOTS.values()}
+        limits = {"max_words": 30, "max_tokens": 25} if training else {"max_words": 50}
+        answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None
+        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, **limits, answer_list=answers)
+        if split == "val" and not dataset.annotations():
+            raise InputError(f"val_file {files[0]} has no answers to compare with: leave val_file out, the last epoch is then "
+                             "the result")
+    elif task == "grounding":
+        refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file")))
+        dataset = GroundingTestSet(files, image_root, transform, refer, detections, REF_SPLITS[split])
+    else:
+        raise InputError(f"data set {name!r} is unknown, there are pretrain and {{retrieval, vqa, ve, nlvr, grounding}}_"
+                         "{train, val, test}")
+    check_images(dataset, 1000 if training else None)
+    return dataset
+
+
+@functools.lru_cache(maxsize=1)
+def grounding_data(refcoco_data, det_file):
+    """RefCOCO+ and the detected boxes, read once for val and test."""
+    for key, value in (("refcoco_data", refcoco_data), ("det_file", det_file)):
+        if value is None:
+            raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
+    refer = load_refer(refcoco_data)
+    return refer, load_detections(det_file, refer)
 
 
 class EpochBatches(Sampler):
@@ -97,9 +143,21 @@ def train_loader(dataset, batches, tokenizer, config, device):
     )
 
 
-def test_loader(dataset, config, device):
-    """A loader of image batches in the order of the data set."""
+def test_loader(dataset, config, device, collate=None):
+    """A loader of batches in the order of the data set."""
     return DataLoader(
         dataset, batch_size=config["batch_size_test"], num_workers=workers(config), pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_ignore_signals, collate_fn=collate,
     )  # fmt: skip
+
+
+def to_device(batch, device):
+    """A NamedTuple of a batch with its tensors, and those of tuples in it, on the device, and its images normalized."""
+
+    def move(value):
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+    moved = {name: move(value) for name, value in batch._asdict().items()}
+    return type(batch)(**{**moved, "image": normalize(moved["image"])})

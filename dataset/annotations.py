@@ -1,4 +1,4 @@
-"""Annotation files: a streaming reader of JSON lists, and image-caption lists in buffers shared by all processes.
+"""Annotation files: a streaming reader of JSON lists, and their entries in buffers that processes share.
 
 A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here it
 is one read-only file, mapped into memory, whose pages all processes of a machine share:
@@ -32,7 +32,10 @@ from dataset.text import pre_caption
 from utils import InputError
 
 PAIR_KEYS = {"image": str, "caption": (str, list)}
-RETRIEVAL_KEYS = {"image": str, "caption": str, "image_id": (str, int)}
+GROUPED_KEYS = {  # of lists whose texts belong together if their images do
+    "retrieval": {"image": str, "caption": str, "image_id": (str, int)},
+    "grounding": {"image": str, "text": str, "ref_id": int},
+}
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 14  # strings that are written at a time
@@ -140,11 +143,41 @@ class Annotations:
         return self._map[self._offsets[k]:self._offsets[k + 1]].decode("utf-8", "surrogatepass")
 
 
-def load_annotations(files, image_ids=False):
+class Entries:
+    """The entries of JSON lists as one buffer, which forked data workers share, where Python objects would be copied.
+
+    check(entry, path, number) raises InputError, or returns what is kept of an entry, None to leave it out.
+    """
+
+    def __init__(self, files, check):
+        encoded, self._ends, self._files, self._numbers = [], [], files, array("I")
+        for path in files:
+            for number, entry in read_json_list(path):
+                if (kept := check(entry, path, number)) is not None:
+                    encoded.append(json.dumps(kept).encode())
+                    self._numbers.append(number)
+            self._ends.append(len(encoded))
+        self._offsets = np.cumsum([0, *map(len, encoded)])
+        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+
+    def __len__(self):
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"entry {i} of {len(self)}")
+        return json.loads(self._bytes[self._offsets[i] : self._offsets[i + 1]].tobytes())
+
+    def where(self, i):
+        """File and number of entry i, for error messages."""
+        return where(next(file for file, end in zip(self._files, self._ends) if i < end), self._numbers[i])
+
+
+def load_annotations(files, form="pretrain"):
     """Annotations of one or several JSON lists of {"image": str, "caption": str or list of str}, joined in order.
 
-    With image_ids they are the lists of retrieval training: {"image": str, "caption": str, "image_id": str or int}, no
-    caption of which may be empty after clean-up.
+    Of the form retrieval they are {"image": str, "caption": str, "image_id": str or int}, of the form grounding {"image":
+    str, "text": str, "ref_id": int}: there no text may be empty after clean-up, and texts of one image share an image_id.
     The first call checks every entry and writes the cache, later ones open it, until one of the files changes.
     The cache folder is ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache; if that cannot be written, it is in
     the temporary folder.
@@ -154,33 +187,15 @@ def load_annotations(files, image_ids=False):
     if not files:
         raise InputError("train_file: no annotation file is given; name at least one in the config")
     folder = _cache_folder()
-    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files, image_ids)}.bin")
+    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files, form)}.bin")
     if annotations := _open_cache(cache_path, files):
         return annotations
     with _locked(folder):
         # The process that had the lock before may have built it, and a second copy would not share its memory.
         if annotations := _open_cache(cache_path, files):
             return annotations
-        _build_cache(cache_path, files, image_ids)
+        _build_cache(cache_path, files, form)
     return Annotations(cache_path, files)
-
-
-def check_images(annotations, image_root, sample=1000):
-    """Raise InputError unless `image_root` and the images of `sample` evenly spaced entries exist.
-
-    `image_root` may be None or empty if the annotation files hold absolute paths; those win over it.
-    """
-    if image_root and not os.path.isdir(image_root):
-        raise InputError(f"image_root: folder {image_root} does not exist; set image_root to the folder that the "
-                         f"image paths of the annotation files start from")
-    checked = np.linspace(0, len(annotations) - 1, min(sample, len(annotations))).astype(int).tolist()
-    paths = [os.path.join(image_root or "", annotations.image(i)) for i in checked]
-    missing = [(i, path) for i, path in zip(checked, paths) if not os.path.isfile(path)]
-    if missing:
-        i, path = missing[0]
-        share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
-        raise InputError(f"{annotations.where(i)}: image {path} does not exist ({share}); correct image_root "
-                         f"({image_root or 'not set'}), or remove such entries from the annotation file")
 
 
 def _unreadable(path, error):
@@ -267,9 +282,9 @@ def _cache_folder():
                      f"ALBEF_CACHE to a folder on a local disk")
 
 
-def _fingerprint(files, image_ids):
+def _fingerprint(files, form):
     """Hash of names, sizes and times of the files: a changed file gets another cache."""
-    versions = [_MAGIC, image_ids]
+    versions = [_MAGIC, form]
     for file in files:
         try:
             status = os.stat(file)
@@ -299,12 +314,12 @@ def _open_cache(cache_path, files):
         return None
 
 
-def _build_cache(cache_path, files, image_ids):
+def _build_cache(cache_path, files, form):
     # Renamed when complete, so that no process ever opens half a cache.
     temporary = f"{cache_path}.{uuid.uuid4().hex}"
     try:
         with open(temporary, "wb") as out:
-            _write_cache(out, files, image_ids)
+            _write_cache(out, files, form)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, cache_path)
@@ -316,15 +331,15 @@ def _build_cache(cache_path, files, image_ids):
             os.remove(temporary)
 
 
-def _write_cache(out, files, image_ids):
+def _write_cache(out, files, form):
     out.write(bytes(_HEADER_BYTES))
     lengths, counts, entries = array("I"), array("I"), []  # bytes of strings, strings of entries, entries of files
     numbers, groups = {}, array("I")  # image_id -> its number, numbers of the entries
     for path in files:
         before = len(counts)
         checked = read_json_list(path)
-        if image_ids:
-            checked = _with_groups(checked, path, numbers, groups)
+        if form in GROUPED_KEYS:
+            checked = _with_groups(checked, form, path, numbers, groups)
         for strings, string_counts in _encoded_batches(checked, path):
             out.write(b"".join(strings))
             lengths.extend(map(len, strings))
@@ -336,7 +351,7 @@ def _write_cache(out, files, image_ids):
         "entries": entries,
         "offsets": _write_sums(out, lengths, _HEADER_BYTES, dtype),
         "first": None if one_caption else _write_sums(out, counts, 0, dtype),
-        "groups": _write_array(out, groups) if image_ids else None,
+        "groups": _write_array(out, groups) if form in GROUPED_KEYS else None,
     }
     position = out.tell()
     out.write(json.dumps(layout).encode())
@@ -344,18 +359,19 @@ def _write_cache(out, files, image_ids):
     out.write(np.array([_MAGIC, position], "<u8").tobytes())
 
 
-def _with_groups(entries, path, numbers, groups):
-    """Yield the entries of a retrieval training list, checked; append to groups the number of each one's image_id."""
+def _with_groups(entries, form, path, numbers, groups):
+    """Yield image and caption of a list of GROUPED_KEYS, checked; append to groups the number of each one's image."""
     for number, entry in entries:
-        if type(entry.get("caption")) is list and "image_id" not in entry:
+        if form == "retrieval" and type(entry.get("caption")) is list and "image_id" not in entry:
             raise InputError(f"{where(path, number)} has a list of captions and no 'image_id': this is a test or pre-training "
                              "list; train_file of retrieval needs an entry for each caption, with image_id")
-        check_entry(entry, RETRIEVAL_KEYS, path, number)
-        if not pre_caption(entry["caption"], 1):
-            raise InputError(f"{where(path, number)}: its caption {reprlib.repr(entry['caption'])} is empty after clean-up; "
+        check_entry(entry, GROUPED_KEYS[form], path, number)
+        caption, image_id = ("caption", "image_id") if form == "retrieval" else ("text", "image")
+        if not pre_caption(entry[caption], 1):
+            raise InputError(f"{where(path, number)}: its {caption} {reprlib.repr(entry[caption])} is empty after clean-up; "
                              "correct or remove the entry")
-        groups.append(numbers.setdefault(entry["image_id"], len(numbers)))
-        yield number, entry
+        groups.append(numbers.setdefault(entry[image_id], len(numbers)))
+        yield number, {"image": entry["image"], "caption": entry[caption]}
 
 
 def _encoded_batches(entries, path):

@@ -1,78 +1,68 @@
-"""Image-caption pairs to train on, skipping what cannot be read (Section 3.4: web data is noisy)."""
+"""Image-caption pairs to train on, in pre-training, retrieval and grounding."""
 
 import os
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import Dataset
 
-from dataset.text import pre_caption
+from dataset.samples import Samples
+from dataset.text import pre_caption, tokenize
 from dataset.transforms import load_image
-from utils import InputError, seed_of
-
-MAX_ATTEMPTS = 100  # replacements tried for one unusable entry
 
 
 class Sample(NamedTuple):
     image: torch.Tensor  # uint8 [3, R, R]
     caption: str
-    image_id: int  # equal for the captions of one image in retrieval training, else -1
+    image_id: int  # equal for the captions of one image in retrieval and grounding, else -1
     file: str
-    skipped: list  # why each entry before this one could not be used
+    skipped: list = []  # why each entry before this one could not be used
 
 
 class CaptionBatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
-    input_ids: torch.Tensor  # [B, L]
-    attention_mask: torch.Tensor  # [B, L]
+    text: tuple  # input_ids and attention_mask [B, L]
     idx: torch.Tensor  # image ids [B]
     files: list
     skipped: list
 
 
-class CaptionDataset(Dataset):
+class CaptionDataset(Samples):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to max_words.
 
-    annotations: from load_annotations. What an index gives depends on (seed, epoch, index) alone, not on the worker or on
-    what came before. An entry whose image cannot be read or whose caption is empty after clean-up is replaced by another.
+    annotations: from load_annotations. A pair cannot be used if its image cannot be read or its caption is empty after
+    clean-up.
     """
 
     def __init__(self, annotations, image_root, transform, seed, max_tokens, max_words=30):
+        super().__init__(seed)
         self.annotations = annotations
-        self.image_root = image_root
+        self.roots = {"image_root": image_root}
         self.transform = transform
-        self.seed = seed
         self.max_tokens = max_tokens
         self.max_words = max_words
-        self.epoch = 0
 
     def __len__(self):
         return len(self.annotations)
 
-    def __getitem__(self, index):
-        torch.manual_seed(seed_of(self.seed, self.epoch, index))
-        skipped = []
-        for _ in range(MAX_ATTEMPTS):
-            captions = self.annotations.captions(index)
-            caption = pre_caption(captions[int(torch.randint(len(captions), ()))], self.max_words)
-            file = os.path.join(self.image_root, self.annotations.image(index))
-            try:
-                if not caption:
-                    raise ValueError(f"{self.annotations.where(index)}: a caption is empty after clean-up")
-                return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file, skipped)
-            except (OSError, ValueError) as error:
-                skipped.append(str(error))
-            index = int(torch.randint(len(self), ()))
-        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
+    def files(self, index):
+        return [os.path.join(self.roots["image_root"] or "", self.annotations.image(index))]
+
+    def where(self, index):
+        return self.annotations.where(index)
+
+    def read(self, index):
+        captions = self.annotations.captions(index)
+        caption = pre_caption(captions[int(torch.randint(len(captions), ()))], self.max_words)
+        if not caption:
+            raise ValueError(f"{self.where(index)}: a caption is empty after clean-up")
+        (file,) = self.files(index)
+        return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file)
 
     def collate(self, samples, tokenizer):
         """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
-        text = tokenizer(
-            [sample.caption for sample in samples],
-            padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt",
-        )  # fmt: skip
         return CaptionBatch(
-            torch.stack([sample.image for sample in samples]), text["input_ids"], text["attention_mask"],
+            torch.stack([sample.image for sample in samples]),
+            tokenize([sample.caption for sample in samples], tokenizer, self.max_tokens),
             torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
             [reason for sample in samples for reason in sample.skipped],
         )  # fmt: skip

@@ -2,15 +2,14 @@
 
 import os
 
-from torch.utils.data import Dataset
-
 from dataset.annotations import check_entry, read_json_list, where
+from dataset.samples import Samples
 from dataset.text import pre_caption
 from dataset.transforms import load_image
 from utils import InputError
 
 
-class RetrievalTestSet(Dataset):
+class RetrievalTestSet(Samples):
     """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R, R].
 
     images: path of each image, as in the file; texts: all captions, cleaned up; img2txt: for each image the list of its
@@ -18,9 +17,10 @@ class RetrievalTestSet(Dataset):
     """
 
     def __init__(self, files, image_root, transform, max_words=30):
-        self.image_root = image_root
+        super().__init__()
+        self.roots = {"image_root": image_root}
         self.transform = transform
-        self.images, self.texts, self.img2txt, self.txt2img = [], [], [], []
+        self.images, self.texts, self.img2txt, self.txt2img, self._where = [], [], [], [], []
         for path in files:
             for number, entry in read_json_list(path):
                 if isinstance(entry.get("caption"), str):
@@ -34,16 +34,17 @@ class RetrievalTestSet(Dataset):
                 self.txt2img.extend([len(self.images)] * len(texts))
                 self.images.append(entry["image"])
                 self.texts.extend(texts)
-
-    def path(self, index):
-        """Full path of an image."""
-        return os.path.join(self.image_root, self.images[index])
+                self._where.append((path, number))
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index):
-        try:
-            return self.transform(load_image(self.path(index)))
-        except OSError as error:
-            raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
+    def files(self, index):
+        return [os.path.join(self.roots["image_root"], self.images[index])]
+
+    def where(self, index):
+        return where(*self._where[index])
+
+    def read(self, index):
+        (file,) = self.files(index)
+        return self.transform(load_image(file))

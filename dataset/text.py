@@ -1,4 +1,4 @@
-"""Clean-up of captions and questions before tokenization, as the released checkpoints were trained."""
+"""Clean-up of captions and questions, as the released checkpoints were trained, and tokenization of a batch."""
 
 import re
 
@@ -26,3 +26,9 @@ def pre_question(question, max_words):
 
 def _first_words(text, max_words):
     return " ".join(text.split(" ")[:max_words])
+
+
+def tokenize(texts, tokenizer, max_tokens=None):
+    """texts -> input_ids and attention_mask [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
+    tokens = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
+    return tokens["input_ids"], tokens["attention_mask"]

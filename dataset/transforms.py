@@ -69,13 +69,14 @@ def train_transform(image_res, min_scale, hflip=True, augment=True):
 
     The transform maps uint8 [3, H, W] to uint8 [3, image_res, image_res].
 
-    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning.
+    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning; None resizes
+    the whole image instead, as grounding does.
     """
     return partial(_train, image_res=image_res, min_scale=min_scale, hflip=hflip, augment=augment)
 
 
 def _train(image, image_res, min_scale, hflip, augment):
-    image = random_resized_crop(image, image_res, min_scale)
+    image = _resize_as_pillow(image, image_res) if min_scale is None else random_resized_crop(image, image_res, min_scale)
     if hflip:
         image = random_hflip(image)
     return randaugment(image) if augment else image.contiguous()

@@ -9,6 +9,7 @@ from utils import InputError, with_defaults
 
 MODELS = {
     "pretrain": Pretrain, "retrieval": Retrieval, "vqa": VQA, "ve": VE, "nlvr": NLVR, "nlvr_pretrain": TextAssignment,
+    "grounding": Retrieval,
 }  # fmt: skip
 
 
@@ -21,3 +22,21 @@ def build_model(task, config, tokenizer=None):
     if task not in MODELS:
         raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")
     return MODELS[task](with_defaults(config), tokenizer)
+
+
+def task_of(state):
+    """The task, a key of MODELS, that a checkpoint's tensors by name belong to, those of grounding to retrieval.
+
+    Raises InputError if they belong to none.
+    """
+    if any(name.startswith("text_decoder.") for name in state):
+        return "vqa"
+    if "ta_head.weight" in state:
+        return "nlvr_pretrain"
+    if "cls_head.2.weight" in state:
+        return "ve" if len(state["cls_head.2.weight"]) == 3 else "nlvr"
+    if any(name.startswith("text_encoder.bert.") for name in state):
+        return "pretrain"
+    if "itm_head.weight" in state:
+        return "retrieval"
+    raise InputError("the checkpoint is of none of the tasks: it has neither text_decoder, ta_head, cls_head nor itm_head")

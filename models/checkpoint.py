@@ -5,6 +5,7 @@ is missing unexpectedly is an error.
 """
 
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,13 +84,20 @@ def read_checkpoint(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        zipped = zipfile.is_zipfile(path)  # as torch writes since 1.6: its tensors are read only when they are used
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
         raise InputError(
             f"checkpoint {path} holds more than tensors, numbers and text, and is not run: {_first_line(error)}"
         ) from None
+
+
+def checkpoint_epoch(path):
+    """The epoch that the weights of a checkpoint file are of, 0 if it does not say."""
+    epoch = read_checkpoint(path).get("epoch")
+    return epoch if isinstance(epoch, int) else 0
 
 
 def named_tensors(state, path):

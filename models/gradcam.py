@@ -18,7 +18,8 @@ def _recorded(*attentions):
 
     def attend(query, keys, values, mask=None):
         scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5
-        maps.append(scores.softmax(dim=-1))
+        probs = scores.softmax(dim=-1)
+        maps.append(probs if probs.requires_grad else probs.requires_grad_())
         return maps[-1] @ values
 
     for attention in attentions:
@@ -76,7 +77,7 @@ def itm_gradcam(model, image, text, block_num):
     block_num: the layer, from fusion_layer on. Returns [B, L, h, w], 0 at padding; the mean over all L positions is the map
     of the whole text. Raises InputError if there is no such layer.
     """
-    with torch.enable_grad():
+    with torch.no_grad():  # the gradient ends at the attention map
         keys_values = model.bert.image_keys_values(model.visual_encoder.forward_features(image))
     (heat,), _ = cross_gradcam(model, keys_values, text, block_num, lambda fused: model.itm_logits(fused)[:, 1].sum())
     return heat

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from tokenizers import BertWordPieceTokenizer, Tokenizer, models, processors
+from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, processors
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
@@ -60,6 +60,7 @@ def _from_vocab(path):
     backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     backend.normalizer = BertNormalizer(lowercase=True)
     backend.pre_tokenizer = BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
@@ -84,7 +85,9 @@ def tokenizer_of(config):
     if not source:
         source = str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
     tokenizer = build_tokenizer(source)
-    check_vocab_size(tokenizer, read_bert_config(config["bert_config"]), source)
+    bert_config = read_bert_config(config["bert_config"])
+    check_vocab_size(tokenizer, bert_config, source)
+    tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
     return tokenizer
 
 

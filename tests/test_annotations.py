@@ -7,7 +7,9 @@ import pickle
 import pytest
 
 from dataset import annotations
-from dataset.annotations import check_entry, check_images, load_annotations, read_json_list
+from dataset.annotations import check_entry, load_annotations, read_json_list
+from dataset.caption import CaptionDataset
+from dataset.samples import check_images
 from utils import InputError
 
 TRICKY = [
@@ -273,13 +275,17 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
     files = [write(tmp_path / "1.json", [{"image": str(root / "0.jpg"), "caption": "absolute"}]),
              write(tmp_path / "2.json", [{"image": f"{i}.jpg", "caption": "a"} for i in range(10)])]
     loaded = load_annotations(files)
-    message = refusal(check_images, loaded, str(root))
+
+    def pairs(annotations, image_root):
+        return CaptionDataset(annotations, image_root, None, seed=0, max_tokens=25)
+
+    message = refusal(check_images, pairs(loaded, str(root)))
     assert message.startswith(f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist")
     assert "(2 of the 11 images checked are missing, 18.2%)" in message and "correct image_root" in message
-    assert "(1 of the 2 images checked" in refusal(check_images, loaded, str(root), 2)
+    assert "(1 of the 2 images checked" in refusal(check_images, pairs(loaded, str(root)), 2)
     (root / "8.jpg").touch()
     (root / "9.jpg").touch()
-    check_images(loaded, str(root))
-    check_images(load_annotations(files[0]), None)
-    message = refusal(check_images, loaded, str(tmp_path / "elsewhere"))
+    check_images(pairs(loaded, str(root)))
+    check_images(pairs(load_annotations(files[0]), None))
+    message = refusal(check_images, pairs(loaded, str(tmp_path / "elsewhere")))
     assert message.startswith(f"image_root: folder {tmp_path / 'elsewhere'} does not exist")

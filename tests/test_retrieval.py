@@ -10,7 +10,7 @@ import torch
 
 import Retrieval
 import Visualize
-import evaluation
+import retrieval_evaluation
 from conftest import ROOT
 from models import build_model
 from models.checkpoint import load_checkpoint
@@ -46,7 +46,7 @@ def log(folder):
 
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
     scores = iter([20.0, 30.0, 10.0, 99.0])
-    real = evaluation.evaluate_retrieval
+    real = retrieval_evaluation.evaluate_retrieval
 
     def scored(*args):
         metrics, rankings = real(*args)
@@ -65,7 +65,7 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     assert best["epoch"] == 1
     assert torch.load(folder / "checkpoint_last.pth", weights_only=True)["epoch"] == 2
     assert not (folder / "checkpoint_00.pth").exists()
-    assert "best epoch by val r_mean 30.00: epoch 1" in capsys.readouterr().out.splitlines()[-1]
+    assert "best epoch by val r_mean 30: epoch 1" in capsys.readouterr().out.splitlines()[-1]
     results = json.loads((folder / "result/retrieval.json").read_text())
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
     assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
@@ -80,7 +80,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, pretrained, tmp_pa
         else:
             calls = iter(range(1, 100))
 
-            def interrupted(*args, real=evaluation.evaluate_retrieval):
+            def interrupted(*args, real=retrieval_evaluation.evaluate_retrieval):
                 if next(calls) == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return real(*args)

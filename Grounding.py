@@ -1,0 +1,74 @@
+"""Fine-tunes ALBEF on image-text pairs and grounds referring expressions by Grad-CAM (Section 5), without any box in training."""
+
+import functools
+
+from dataset import to_device
+from engine import autocast
+from evaluation import divided, gathered
+from finetune import fine_tune
+from metrics import chance_grounding, grounding_accuracy
+from models.albef import Text
+from models.gradcam import default_block, itc_gradcam, itm_gradcam
+from utils import argument_parser, is_main, run_script
+
+
+def step(device):
+    """What a training step computes: batch -> losses by name."""
+
+    def losses(model, batch, alpha, update_momentum):
+        batch = to_device(batch, device)
+        return model(batch.image, Text(*batch.text), idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
+
+    return losses
+
+
+def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
+    """(ref_id, heat map [h, w]) of every expression, on all processes.
+
+    mode: itm, matching on the cross-attention of a multimodal layer, the mean over tokens, or itc, similarity on the
+    self-attention of a ViT block; block_num: the layer, None for the usual one.
+    """
+    model.eval()
+    found = {}
+    collate = functools.partial(dataset.collate, tokenizer=tokenizer)
+    for numbers, batch in divided(dataset, config, device, "expressions", collate):
+        batch = to_device(batch, device)
+        text = Text(*batch.text)
+        with autocast(config, device):
+            if mode == "itm":
+                block = default_block(model) if block_num is None else block_num
+                maps = itm_gradcam(model, batch.image, text, block).mean(dim=1)
+            else:
+                block = len(model.visual_encoder.blocks) - 1 if block_num is None else block_num
+                maps = itc_gradcam(model, batch.image, text, block)
+        found.update(zip(numbers, zip(batch.ref_ids, maps.float().cpu().numpy())))
+    return gathered(found)
+
+
+def evaluate(model, dataset, tokenizer, config, device, mode, block_num):
+    """Share of the expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set."""
+    maps = heat_maps(model, dataset, tokenizer, config, device, mode, block_num)
+    metrics = grounding_accuracy(maps, *dataset.refer, dataset.detections)
+    chance = chance_grounding(dataset.refer.refs, dataset.refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])
+    return metrics, chance
+
+
+def show(output_dir, title, split, epoch, metrics, chance, dataset):
+    """A line for each split."""
+    if is_main():
+        for name, value in metrics.items():
+            print(f"grounding, {title}: {name.removesuffix('_d')} {100 * value:.2f}% (a random box: {100 * chance[name]:.1f}%)")
+
+
+def main():
+    parser = argument_parser(__doc__, "configs/Grounding.yaml", "output/RefCOCO")
+    parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm")
+    parser.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
+                        "(8 of 12) for itm, the last of the ViT for itc")
+    args = parser.parse_args()
+    find = functools.partial(evaluate, mode=args.gradcam_mode, block_num=args.block_num)
+    fine_tune("grounding", args, step, find, "val_d", show)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,25 @@
+"""Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the second, or neither?"""
+
+from dataset import to_device
+from finetune import fine_tune
+from models.albef import Text
+from utils import argument_parser, run_script
+
+
+def step(device):
+    """What a training step computes: batch -> losses by name."""
+
+    def losses(model, batch, alpha, update_momentum):
+        batch = to_device(batch, device)
+        return model(batch.image, Text(*batch.text))
+
+    return losses
+
+
+def main():
+    args = argument_parser(__doc__, "configs/NLVR_pretrain.yaml", "output/NLVR_pretrain").parse_args()
+    fine_tune("nlvr_pretrain", args, step, evaluate=None, score=None, report=None)
+
+
+if __name__ == "__main__":
+    run_script(main)

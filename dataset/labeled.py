@@ -1,0 +1,74 @@
+"""Sentences about one image or two with a label: what the data of VE and NLVR2 have in common."""
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from dataset.annotations import Entries
+from dataset.samples import Samples
+from dataset.text import pre_caption, tokenize
+from dataset.transforms import load_image
+from utils import InputError
+
+
+class Sample(NamedTuple):
+    image: torch.Tensor  # uint8 [images, 3, R, R]
+    sentence: str
+    target: int
+    files: list
+    skipped: list = []
+
+
+class LabeledBatch(NamedTuple):
+    image: torch.Tensor  # uint8 [images * B, 3, R, R], the first images, then the second ones
+    text: tuple  # input_ids and attention_mask [B, L]
+    targets: torch.Tensor  # [B]
+    files: list
+    skipped: list
+
+
+class LabeledDataset(Samples):
+    """Sentences with the paths of their images and their class, cleaned up and cut to max_words.
+
+    check(entry, path, number) -> {"images": paths under image_root, "sentence", "target"} reads an entry of the files or
+    raises InputError.
+    """
+
+    def __init__(self, files, check, image_root, transform, seed=None, max_words=30):
+        super().__init__(seed)
+        self.roots = {"image_root": image_root}
+        self.transform, self.max_words = transform, max_words
+
+        def checked(entry, path, number):
+            kept = check(entry, path, number)
+            kept["sentence"] = pre_caption(kept["sentence"], max_words)
+            if not kept["sentence"]:
+                raise InputError(f"{path}: entry {number} (counting from 0): its sentence is empty after clean-up; correct or "
+                                 "remove the entry")
+            return kept
+
+        self.entries = Entries(files, checked)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def files(self, index):
+        return [os.path.join(self.roots["image_root"], image) for image in self.entries[index]["images"]]
+
+    def where(self, index):
+        return self.entries.where(index)
+
+    def read(self, index):
+        entry, files = self.entries[index], self.files(index)
+        image = torch.stack([self.transform(load_image(file)) for file in files])
+        return Sample(image, entry["sentence"], entry["target"], files)
+
+    def collate(self, samples, tokenizer):
+        """Samples -> LabeledBatch; sentences are padded to the longest of the batch."""
+        return LabeledBatch(
+            torch.stack([sample.image for sample in samples], dim=1).flatten(0, 1),
+            tokenize([sample.sentence for sample in samples], tokenizer),
+            torch.tensor([sample.target for sample in samples]), [file for sample in samples for file in sample.files],
+            [reason for sample in samples for reason in sample.skipped],
+        )  # fmt: skip

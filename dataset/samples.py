@@ -1,0 +1,64 @@
+"""What every data set has: draws that can be repeated, a way with unusable samples, a check that its images exist."""
+
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from utils import InputError, seed_of
+
+MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
+
+
+class Samples(Dataset):
+    """Samples by index, to train on if there is a seed, else to test on.
+
+    In training what an index gives depends on (seed, epoch, index) alone, not on the worker or on what came before, and a
+    sample that cannot be used is replaced by another: web data is noisy (Section 3.4). In testing it is an InputError, as
+    every sample counts.
+
+    A subclass has __len__; read(index), which raises OSError or ValueError for a sample that cannot be used, and in
+    training returns a NamedTuple with a list `skipped`; files(index), the paths of its images; where(index), the entry for
+    error messages; roots, the folders of its images by key of the configuration.
+    """
+
+    def __init__(self, seed=None):
+        self.seed = seed
+        self.epoch = 0
+
+    def __getitem__(self, index):
+        if self.seed is None:
+            try:
+                return self.read(index)
+            except OSError as error:
+                raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
+        torch.manual_seed(seed_of(self.seed, self.epoch, index))
+        skipped = []
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return self.read(index)._replace(skipped=skipped)
+            except (OSError, ValueError) as error:
+                skipped.append(str(error))
+            index = int(torch.randint(len(self), ()))
+        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
+
+
+def check_images(dataset, sample=1000):
+    """Raises InputError unless the image folders and the images of `sample` evenly spaced samples exist (None: of all).
+
+    A root may be None or empty if the annotation files hold absolute paths; those win over it.
+    """
+    for key, root in dataset.roots.items():
+        if root and not os.path.isdir(root):
+            raise InputError(f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
+                             "annotation files start from")
+    count = len(dataset) if sample is None else min(sample, len(dataset))
+    checked = [(i, path) for i in np.linspace(0, len(dataset) - 1, count).astype(int).tolist() for path in dataset.files(i)]
+    missing = [(i, path) for i, path in checked if not os.path.isfile(path)]
+    if missing:
+        i, path = missing[0]
+        share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
+        roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
+        raise InputError(f"{dataset.where(i)}: image {path} does not exist ({share}); correct {roots}, or remove such entries "
+                         "from the annotation file")

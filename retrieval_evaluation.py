@@ -1,0 +1,153 @@
+"""Image-text retrieval with a trained model (Section 5): encoding, re-ranking, recall, rankings, tables."""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from dataset.text import tokenize
+from dataset.transforms import normalize
+from engine import autocast
+from evaluation import divided, progress_bar
+from metrics import chance_recall, recall_at_k
+from models.albef import Text
+from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
+from utils import atomic_write, is_distributed, is_main, world_size
+
+TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
+MAX_TOKENS = 30
+
+
+class ImageEmbeds:
+    """The embeddings of this process's images, every world_size-th of a data set, as model.rerank slices them.
+
+    They wait in the host's memory, or with keep=False are computed anew, a batch at a time.
+    """
+
+    def __init__(self, model, dataset, config, device):
+        self.keep = config["image_embeds"] == "host"
+        self._model, self._dataset, self._device = model, dataset, device
+        self._kept, self._batch_size = [], config["batch_size_test"]
+        self._recomputed = None, None  # number of a batch, its embeddings
+
+    def encode(self, image):
+        """image uint8 [B, 3, H, W] -> embeddings and features on the device; keeps the embeddings on the host."""
+        embeds, feat = self._model.encode_image(normalize(image.to(self._device, non_blocking=True)))
+        if torch.is_autocast_enabled(self._device.type):
+            embeds = embeds.to(torch.get_autocast_dtype(self._device.type))  # as the keys and values take them anyway
+        if self.keep:
+            self._kept.append(embeds.cpu())
+        return embeds, feat
+
+    def __getitem__(self, key):
+        """The embeddings [1, 1+N, C] of one image, key a slice of one number; on the host or the device."""
+        batch, place = divmod(key.start // world_size(), self._batch_size)
+        if self.keep:
+            return self._kept[batch][place : place + 1]
+        if self._recomputed[0] != batch:
+            first = key.start - place * world_size()
+            numbers = range(first, len(self._dataset), world_size())[: self._batch_size]
+            image = torch.stack([self._dataset[number] for number in numbers])
+            self._recomputed = batch, self.encode(image)[0]
+        return self._recomputed[1][place : place + 1]
+
+
+@torch.no_grad()
+def encode_images(model, dataset, config, device):
+    """A data set's images, divided over the processes -> ImageEmbeds and the image_feat [NI, D] of all."""
+    image_embeds = ImageEmbeds(model, dataset, config, device)
+    image_feat = torch.zeros(len(dataset), config["embed_dim"], device=device)
+    for numbers, image in divided(dataset, config, device, "images"):
+        image_feat[numbers] = image_embeds.encode(image)[1]
+    if is_distributed():
+        dist.all_reduce(image_feat)
+    return image_embeds, image_feat
+
+
+@torch.no_grad()
+def encode_texts(model, texts, tokenizer, config, device):
+    """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L], L at most 30, on the device."""
+    tokens = Text(*tokenize(texts, tokenizer, MAX_TOKENS)).to(device)
+    lengths = tokens.attention_mask.sum(dim=1)
+    order = lengths.argsort(stable=True)  # texts of one length go together, so that padding costs next to nothing
+    text_embeds, text_feat = None, torch.empty(len(texts), config["embed_dim"], device=device)
+    for start in progress_bar(range(0, len(texts), 256), "texts"):
+        part = order[start : start + 256]
+        length = int(lengths[part[-1]])
+        embeds, feat = model.encode_text(Text(tokens.input_ids[part, :length], tokens.attention_mask[part, :length]))
+        if text_embeds is None:
+            text_embeds = embeds.new_zeros(*tokens.input_ids.shape, embeds.shape[-1])
+        text_embeds[part, :length] = embeds
+        text_feat[part] = feat
+    return text_embeds, text_feat, tokens.attention_mask
+
+
+@torch.no_grad()
+def evaluate_retrieval(model, dataset, tokenizer, config, device, ks=None):
+    """Ranks a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k of ks (Table 6).
+
+    ks: k_test alone by default; nothing is encoded or scored twice for another k. Returns (metrics by k, rankings): the
+    metrics of recall_at_k after re-ranking, those of ITC alone as k 0; the rankings of the largest k.
+    """
+    model.eval()
+    ks = sorted(ks or [config["k_test"]])
+    with autocast(config, device):
+        image_embeds, image_feat = encode_images(model, dataset, config, device)
+        text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
+        scores_i2t, scores_t2i = model.rerank(
+            image_embeds, image_feat, text_embeds, text_feat, mask, ks[-1],
+            progress=lambda images: progress_bar(images, "re-ranking"),
+        )  # fmt: skip
+    sim = feature_similarity(image_feat, text_feat)
+    metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
+    for k in ks:
+        i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
+        t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
+        metrics[k] = recall_at_k(i2t.cpu(), t2i.cpu(), dataset.txt2img, dataset.img2txt)
+    return metrics, rankings(scores_i2t, scores_t2i, dataset)
+
+
+def flat(metrics):
+    """Metrics by k as log.txt has them: those of the largest k as they are, others as k16_..., ITC alone as itc_..."""
+    prefixes = {k: f"k{k}_" for k in metrics} | {max(metrics): "", 0: "itc_"}
+    return {prefixes[k] + name: value for k, values in metrics.items() for name, value in values.items()}
+
+
+def print_table(title, metrics, dataset):
+    """Recall of ITC alone and after ITM re-ranking, beside what chance would give; metrics by k, dataset as evaluated."""
+    print(f"{title}, {len(dataset.images)} images and {len(dataset.texts)} texts, percent")
+    print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
+    chance = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
+    rows = {"ITC": metrics[0], **{f"ITC + ITM, k {k}": metrics[k] for k in metrics if k}, "chance": chance}
+    for label, values in rows.items():
+        print(f"{label:16}" + "".join(f"{values[name]:9.1f}" for name in TABLE))
+
+
+def rankings(scores_i2t, scores_t2i, dataset, top=10):
+    """For each query of both directions its `top` best re-ranked candidates with scores, as result/retrieval.json has them."""
+    def best(scores, key, names, is_hit):
+        values, indices = scores.topk(min(top, scores.shape[1]), dim=1)
+        return [
+            [{key: names[i], "score": round(v, 4), "hit": is_hit(query, i)} for i, v in zip(row_i, row_v) if v > NO_CANDIDATE]
+            for query, (row_i, row_v) in enumerate(zip(indices.tolist(), values.tolist()))
+        ]  # fmt: skip
+
+    texts = best(scores_i2t, "caption", dataset.texts, lambda image, text: dataset.txt2img[text] == image)
+    images = best(scores_t2i, "image", dataset.images, lambda text, image: dataset.txt2img[text] == image)
+    return {
+        "image_root": dataset.roots["image_root"],
+        "image_to_text": [{"image": image, "results": row} for image, row in zip(dataset.images, texts)],
+        "text_to_image": [{"caption": text, "results": row} for text, row in zip(dataset.texts, images)],
+    }
+
+
+def report(output_dir, title, metrics, ranked, dataset):
+    """Writes result/retrieval.json and prints the table, on the main process; metrics and ranked from evaluate_retrieval."""
+    if not is_main():
+        return
+    folder = Path(output_dir) / "result"
+    folder.mkdir(exist_ok=True)
+    with atomic_write(folder / "retrieval.json", "w") as file:
+        json.dump(ranked, file)
+    print_table(title, metrics, dataset)
