@@ -30,17 +30,16 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     """
     model.eval()
     found = {}
+    block_num = default_block(model, mode) if block_num is None else block_num
     collate = functools.partial(dataset.collate, tokenizer=tokenizer)
     for numbers, batch in divided(dataset, config, device, "expressions", collate):
         batch = to_device(batch, device)
         text = Text(*batch.text)
         with autocast(config, device):
             if mode == "itm":
-                block = default_block(model) if block_num is None else block_num
-                maps = itm_gradcam(model, batch.image, text, block).mean(dim=1)
+                maps = itm_gradcam(model, batch.image, text, block_num).mean(dim=1)
             else:
-                block = len(model.visual_encoder.blocks) - 1 if block_num is None else block_num
-                maps = itc_gradcam(model, batch.image, text, block)
+                maps = itc_gradcam(model, batch.image, text, block_num)
         found.update(zip(numbers, zip(batch.ref_ids, maps.float().cpu().numpy())))
     return gathered(found)
 

@@ -1,27 +1,36 @@
-"""Pictures of a run: curves.png from its TensorBoard files, retrieval.png from its result/retrieval.json."""
+"""Pictures of a run (--output_dir): curves.png from its TensorBoard files, retrieval.png from its result/retrieval.json.
+
+Pictures of what a model sees (--checkpoint): heat maps of its decision on an image and a text (Figures 4 to 6 of the paper),
+and with --pseudo_targets the words and texts that the momentum model proposes (Figure 2).
+"""
 
 import argparse
 import json
 import os
-import textwrap
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from utils import InputError, run_script
+from dataset.annotations import check_entry, read_json_list
+from dataset.text import pre_caption, pre_question
+from dataset.transforms import load_image, normalize, test_transform
+from dataset.vqa import load_answer_list
+from explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
+from models import build_model, task_of
+from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
+from models.tokenizer import tokenizer_of
+from pictures import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
+from utils import InputError, init_process_group, load_config, override, require, run_script
 
-HIT, MISS = "#2a9d4a", "#c9302c"
-TITLES = {
-    "loss_ita": "image-text contrastive loss (Eq. 6)", "loss_itm": "image-text matching loss (Eq. 4)",
-    "loss_mlm": "masked language modeling loss (Eq. 7)", "mi_bound": "mutual information of image and text, at least (nats)",
-    "temp": "temperature", "lr": "learning rate",
-}  # fmt: skip
+ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
+PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images
+MAX_WORDS, MAX_QUESTION_WORDS = 30, 50  # as in evaluation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a run
 
 
 def read_curves(folder):
@@ -35,108 +44,209 @@ def read_curves(folder):
     return curves
 
 
-def smooth(values, window):
-    """Centered moving average whose window shrinks at the ends."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - window // 2, 0), np.minimum(index + window // 2 + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
-
-
-def draw_curves(curves, path):
-    """One panel for each scalar that TITLES knows, the raw values pale behind their moving average."""
-    names = [name for name in TITLES if name in curves]
-    if not names:
-        raise InputError(f"{path.parent / 'tensorboard'}: no curves there yet, train first")
-    rows = (len(names) + 2) // 3
-    figure, axes = plt.subplots(rows, 3, figsize=(14, 3.6 * rows), squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names):
-        steps, values = curves[name]
-        axis.plot(steps, values, color="#9db8d9", linewidth=0.8)
-        axis.plot(steps, smooth(values, max(1, len(values) // 40)), color="#1f4e8c", linewidth=1.8)
-        axis.set_title(TITLES[name], fontsize=11)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-        settled = values[len(values) // 50 :]  # the first steps would squeeze the rest into a line
-        margin = 0.05 * (settled.max() - settled.min() or abs(settled.max()) or 1)
-        axis.set_ylim(settled.min() - margin, settled.max() + margin)
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _mark(axis, hit):
-    axis.set_xticks([])
-    axis.set_yticks([])
-    for spine in axis.spines.values():
-        spine.set_color(HIT if hit else MISS)
-        spine.set_linewidth(3.5)
-
-
-def _pick(rows, count):
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-
-
-def _open(image_root, name):
-    return Image.open(os.path.join(image_root, name)).convert("RGB")
-
-
-def _draw_text_queries(figure, queries, image_root, top):
-    """A row for each caption: the caption, then its best images."""
-    axes = figure.subplots(len(queries), top + 1, squeeze=False, width_ratios=[1.6] + [1] * top)
-    for row, query in zip(axes, queries):
-        for axis in row:
-            axis.axis("off")
-        row[0].text(0.5, 0.5, textwrap.fill(query["caption"], 28), ha="center", va="center", fontsize=11)
-        for place, (axis, result) in enumerate(zip(row[1:], query["results"]), 1):
-            axis.axis("on")
-            axis.imshow(_open(image_root, result["image"]))
-            axis.set_title(f"{place}: {result['score']:.1f}", fontsize=9, color=HIT if result["hit"] else MISS)
-            _mark(axis, result["hit"])
-
-
-def _draw_image_queries(figure, queries, image_root, top):
-    """A row for each image: the image, then its best captions."""
-    axes = figure.subplots(len(queries), 2, squeeze=False, width_ratios=[1, 5.6])
-    for (picture, captions), query in zip(axes, queries):
-        picture.imshow(_open(image_root, query["image"]))
-        picture.axis("off")
-        captions.axis("off")
-        for place, result in enumerate(query["results"][:top]):
-            caption = textwrap.shorten(result["caption"], 110, placeholder=" ...")
-            captions.text(0.0, 0.9 - 0.8 * place / (top - 1), f"{result['score']:5.1f}  {caption}", fontsize=10, va="center",
-                          color=HIT if result["hit"] else MISS)  # fmt: skip
-
-
-def draw_retrieval(rankings, image_root, path, queries=5, top=5):
-    """Text queries with their best images, then image queries with their best captions; green is a hit, red a miss."""
-    texts, images = _pick(rankings["text_to_image"], queries), _pick(rankings["image_to_text"], queries)
-    figure = plt.figure(figsize=(13, 2.05 * (len(texts) + len(images)) + 0.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[len(texts), len(images)])
-    _draw_text_queries(upper, texts, image_root, top)
-    _draw_image_queries(lower, images, image_root, top)
-    figure.suptitle("queries and their best results with ITM scores: green is right, red is wrong", fontsize=13)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output_dir", required=True, help="the folder of the run")
-    parser.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
-    args = parser.parse_args()
-    folder = Path(args.output_dir)
-    curves, result = folder / "tensorboard", folder / "result/retrieval.json"
-    if not (curves.is_dir() or result.exists()):
+def picture_run(folder, queries):
+    """Draws curves.png and retrieval.png of a run, as far as it has what they show."""
+    tensorboard, result = folder / "tensorboard", folder / "result/retrieval.json"
+    if not (tensorboard.is_dir() or result.exists()):
         raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/retrieval.json")
-    if curves.is_dir():
-        draw_curves(read_curves(curves), folder / "curves.png")
+    if tensorboard.is_dir():
+        curves = read_curves(tensorboard)
+        if not TITLES.keys() & curves.keys():
+            raise InputError(f"{tensorboard}: no curves there yet, train first")
+        draw_curves(curves, folder / "curves.png")
         print(f"wrote {folder / 'curves.png'}")
     if result.exists():
         rankings = json.loads(result.read_text())
-        draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", args.queries)
+        draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", queries)
         print(f"wrote {folder / 'retrieval.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a model
+
+
+def check_flags(args, task, state):
+    """Raises InputError where the flags do not go with the task of the checkpoint, before anything slow."""
+    where = f"checkpoint {args.checkpoint} is of task {task}"
+    count = 2 if task in PAIRED else 1
+    if len(args.image) != count:
+        raise InputError(f"--image: {where}, which takes {count} image{'s' * (count - 1)}; {len(args.image)} given")
+    if args.pseudo_targets:
+        if task != "pretrain":
+            raise InputError(f"--pseudo_targets: {where}; only pre-training has a momentum model of words and texts")
+        if not any(name.startswith("text_encoder_m.") for name in state):
+            raise InputError(f"--pseudo_targets: checkpoint {args.checkpoint} has no momentum model (text_encoder_m.*)")
+    wanted, other = ("question", "text") if task == "vqa" else ("text", "question")
+    if getattr(args, other) is not None:
+        raise InputError(f"--{other}: {where}; pass --{wanted} instead")
+    if getattr(args, wanted) is None:
+        raise InputError(f"--{wanted} is missing: {where}")
+    if args.answer and task != "vqa":
+        raise InputError(f"--answer: {where}; only VQA has answers")
+    if args.gradcam_mode == "itc" and task not in ALIGNED:
+        raise InputError(f"--gradcam_mode itc: {where}; only pre-training and retrieval have a contrastive similarity")
+
+
+def checkpoint_config(args, saved):
+    """The configuration of --config, else the saved one of the checkpoint, with the overrides of --set."""
+    if args.config:
+        return load_config(args.config, args.set)
+    if not isinstance(saved, dict):
+        raise InputError(f"checkpoint {args.checkpoint} holds no configuration: name the YAML file of its training by --config")
+    return override(saved, args.set, f"configuration of {args.checkpoint}")
+
+
+def load_model(args):
+    """The task, the model in eval mode on --device, and the tokenizer of --checkpoint."""
+    device = init_process_group(args.device)
+    file = read_checkpoint(args.checkpoint)
+    state = named_tensors(file, args.checkpoint)
+    task = task_of(state)
+    check_flags(args, task, state)
+    config = checkpoint_config(args, file.get("config"))
+    del file, state  # load_checkpoint reads the file again
+    require(config, "bert_config", "image_res")
+    tokenizer = tokenizer_of(config)
+    model = build_model(task, config, tokenizer)
+    print(load_checkpoint(model, args.checkpoint, args.allow_missing, complete=True))
+    return task, model.to(device).eval(), tokenizer
+
+
+def read_images(paths):
+    """Images of --image: list of uint8 [3, H, W]."""
+    try:
+        return [load_image(path) for path in paths]
+    except OSError as error:
+        raise InputError(f"--image: {error}") from None
+
+
+def read_texts(path):
+    """The texts of a file, cleaned up, each once: captions of a JSON list, else the lines."""
+    if Path(path).suffix == ".json":
+        texts = []
+        for number, entry in read_json_list(path):
+            check_entry(entry, {"caption": (str, list)}, path, number)
+            texts += [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+    else:
+        try:
+            texts = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--texts {path}: cannot be read as text, one a line: {error}") from None
+    texts = list(dict.fromkeys(pre_caption(text, MAX_WORDS) for text in texts))
+    return [text for text in texts if text]
+
+
+def candidate_texts(args, config):
+    """The texts to compare an image with: of --texts, else of the configuration's test_file; none if it is out of reach."""
+    if args.texts:
+        texts = read_texts(args.texts)
+        if not texts:
+            raise InputError(f"--texts {args.texts}: no text in it")
+        return texts
+    files = [path for path in config["test_file"] or [] if Path(path).is_file()]
+    if not files:
+        print("note: no texts to compare with, as --texts is not given and the checkpoint's test_file is out of reach")
+    return list(dict.fromkeys(text for path in files for text in read_texts(path)))
+
+
+def candidate_answers(args, config):
+    """The answers to choose from: --answer, else those of the configuration's answer_list; none if it is out of reach."""
+    if args.answer:
+        return [args.answer]
+    path = config["answer_list"]
+    if not path or not Path(path).is_file():
+        print("note: the answer is generated, as --answer is not given and the checkpoint's answer_list is out of reach")
+        return []
+    return load_answer_list(path)
+
+
+def read_phrase(args, model, tokenizer):
+    """The text or question as the model reads it. Raises InputError where clean-up leaves nothing of it."""
+    text = pre_caption(args.text, MAX_WORDS) if args.text is not None else pre_question(args.question, MAX_QUESTION_WORDS)
+    phrase = split_words(text, model, tokenizer)
+    if not phrase.words:
+        flag, given = ("text", args.text) if args.text is not None else ("question", args.question)
+        raise InputError(f"--{flag} {given!r}: nothing is left of it after clean-up, give a text with words")
+    return phrase
+
+
+def picture_heat_maps(args, images, image, task, model, tokenizer):
+    """Draws the heat maps of a decision. images: as read_images gives them; image [I, 3, R, R]: as the model takes them."""
+    phrase = read_phrase(args, model, tokenizer)
+    if args.gradcam_mode == "itc":
+        maps = explain_similarity(model, image, phrase, args.block_num)
+    elif task == "vqa":
+        answers = candidate_answers(args, model.config)
+        maps = explain_answer(model, image, phrase, answers, tokenizer, args.block_num)
+    else:
+        maps = explain_class(task, model, image, phrase, args.block_num)
+    whole, by_word = maps.whole.cpu().numpy(), maps.by_word.cpu().numpy()
+    panels = [(f"whole {'question' if task == 'vqa' else 'text'}", whole)]
+    panels += [(word, by_word[:, number]) for number, word in enumerate(phrase.words[: by_word.shape[1]])]
+    pictures = [picture.permute(1, 2, 0).numpy() for picture in images]
+    draw_heat_maps(pictures, panels, [phrase.text.strip(), maps.verdict], args.to)
+
+
+def picture_pseudo_targets(args, images, image, model, tokenizer):
+    """Draws the momentum model's words and texts for an image and its caption. Arguments as in picture_heat_maps."""
+    phrase = read_phrase(args, model, tokenizer)
+    texts = candidate_texts(args, model.config)
+    with torch.no_grad():
+        image_embeds, image_feat = model.encode_image(image, momentum=True)
+    words = list(zip(phrase.words, word_targets(model, image_embeds, phrase, tokenizer)))
+    best = text_targets(model, image_feat, texts, phrase.text, tokenizer) if texts else []
+    title = [f"caption: {phrase.text}", "what the momentum model expects in place of each word:"]
+    texts_title = f"the most similar of {len(texts)} texts:"
+    draw_pseudo_targets(images[0].permute(1, 2, 0).numpy(), words, best, title, texts_title, args.to)
+
+
+def picture_model(args):
+    """Draws what a checkpoint makes of an image and a text."""
+    args.to = Path(args.to or ("pseudo_targets.png" if args.pseudo_targets else "heatmap.png"))
+    if args.to.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise InputError(f"--to {args.to}: the name of a picture ends in .png, .jpg, .pdf or .svg")
+    if args.to.is_dir() or not os.access(args.to.parent, os.W_OK):
+        raise InputError(f"--to {args.to}: cannot write there, name a file in a folder that exists")
+    if not args.image:
+        raise InputError("--image is missing: name the image to explain")
+    images = read_images(args.image)
+    task, model, tokenizer = load_model(args)
+    resize = test_transform(model.config["image_res"])
+    image = normalize(torch.stack([resize(picture) for picture in images])).to(next(model.parameters()).device)
+    if args.pseudo_targets:
+        picture_pseudo_targets(args, images, image, model, tokenizer)
+    else:
+        picture_heat_maps(args, images, image, task, model, tokenizer)
+    print(f"wrote {args.to}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
+    parser.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
+    parser.add_argument("--checkpoint", help="the weights to explain, of any task")
+    parser.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")
+    parser.add_argument("--text", help="the text to explain, or the caption of --pseudo_targets")
+    parser.add_argument("--question", help="for VQA, in place of --text")
+    parser.add_argument("--answer", help="explain this answer; else the best of the answer list, else a generated one")
+    parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
+                        help="itm: cross-attention, a map for each word; itc: the image encoder's self-attention")  # fmt: skip
+    parser.add_argument("--block_num", type=int, help="the layer, counted from 0: by default the third with cross-attention "
+                        "(8 of 12), for itc the last of the image encoder")  # fmt: skip
+    parser.add_argument("--pseudo_targets", action="store_true", help="the momentum model's words and texts for an image")
+    parser.add_argument("--texts", help="texts to choose from: one a line, or a JSON list with captions; test_file by default")
+    parser.add_argument("--to", help="the picture to write: heatmap.png or pseudo_targets.png by default")
+    parser.add_argument("--config", help="for a checkpoint without one: the YAML file it was trained with")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
+    parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay random")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if bool(args.output_dir) == bool(args.checkpoint):
+        raise InputError("name either --output_dir, a run to draw, or --checkpoint, a model to explain")
+    if args.output_dir:
+        picture_run(Path(args.output_dir), args.queries)
+    else:
+        picture_model(args)
 
 
 if __name__ == "__main__":

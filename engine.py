@@ -278,7 +278,7 @@ class Recorder:
         for name, value in shown.items():
             self.writer.add_scalar(f"train/{name}", value, step)
         left = (self.config["scheduler"]["epochs"] * self.iterations - step) * seconds
-        text = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss_"))
+        text = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss"))
         mfu = f" MFU {shown['mfu']:.1%}" if "mfu" in shown else ""
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
         self.bar.set_postfix_str(f"{text} lr {self.lr:.1e} {rate:.1f} samples/s{mfu} run ETA {eta}", refresh=False)

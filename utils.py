@@ -149,8 +149,22 @@ def _parse_override(text):
     return key.split("."), YAML(typ="safe").load(value)
 
 
+def override(config, overrides, where):
+    """config with key=value overrides (dots reach into optimizer and scheduler), checked and completed as by with_defaults."""
+    config = {RENAMED.get(key, key): dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for text in overrides:
+        (*outer, key), value = _parse_override(text)
+        target = config
+        for name in outer:
+            target = target.setdefault(RENAMED.get(name, name), {})
+            if not isinstance(target, dict):
+                raise InputError(f"--set {text}: {name} has no keys of its own")
+        target[RENAMED.get(key, key) if not outer else key] = value
+    return with_defaults(config, where)
+
+
 def load_config(path, overrides=()):
-    """Reads a YAML file, applies key=value overrides (dots reach into optimizer and scheduler), checks and completes it."""
+    """Reads a YAML file and applies overrides as `override` does."""
     try:
         config = YAML(typ="safe").load(Path(path))
     except OSError as error:
@@ -161,16 +175,7 @@ def load_config(path, overrides=()):
         raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: a configuration is a mapping of keys to values")
-    config = {RENAMED.get(key, key): value for key, value in config.items()}
-    for override in overrides:
-        (*outer, key), value = _parse_override(override)
-        target = config
-        for name in outer:
-            target = target.setdefault(RENAMED.get(name, name), {})
-            if not isinstance(target, dict):
-                raise InputError(f"--set {override}: {name} has no keys of its own")
-        target[RENAMED.get(key, key) if not outer else key] = value
-    return with_defaults(config, path)
+    return override(config, overrides, path)
 
 
 def require(config, *keys):

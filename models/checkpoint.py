@@ -89,9 +89,9 @@ def read_checkpoint(path):
     except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {_first_line(error)}") from None
     except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
-        raise InputError(
-            f"checkpoint {path} holds more than tensors, numbers and text, and is not run: {_first_line(error)}"
-        ) from None
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f": it wants {wanted[1]}" if wanted else ", or is no checkpoint"
+        raise InputError(f"checkpoint {path} holds more than tensors, numbers and text{what}; it was not run") from None
 
 
 def checkpoint_epoch(path):

@@ -41,11 +41,12 @@ def _check_block(block_num, first, end, what):
         raise InputError(f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0")
 
 
-def default_block(model):
-    """The block of cross-attention that shows most: the third multimodal layer (8 of 12), the last where there are fewer."""
-    fusion = model.bert.fusion_layer
+def default_block(model, mode="itm"):
+    """The block to look at: for itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the ViT's last."""
+    if mode == "itc":
+        return len(model.visual_encoder.blocks) - 1
     pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
-    return min(fusion + 2 * pair, len(model.bert.encoder.layer) - pair)
+    return min(model.bert.fusion_layer + 2 * pair, len(model.bert.encoder.layer) - pair)
 
 
 def cross_gradcam(model, keys_values, text, block_num, score):

@@ -1,0 +1,177 @@
+"""What a trained model makes of a picture and a text: heat maps of its decision, pseudo-targets of its momentum model."""
+
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dataset import nlvr, ve
+from dataset.text import tokenize
+from models.albef import Text
+from models.alignment import feature_similarity
+from models.gradcam import cross_gradcam, default_block, itc_gradcam
+
+# the head on the multimodal [CLS] and its classes in order
+HEADS = {
+    "pretrain": ("itm_head", ("not matched", "matched")),
+    "retrieval": ("itm_head", ("not matched", "matched")),
+    "ve": ("cls_head", tuple(ve.LABELS)),
+    "nlvr": ("cls_head", tuple(nlvr.LABELS)),
+    "nlvr_pretrain": ("ta_head", ("first", "second", "neither")),
+}
+TOP = 5  # candidates that pseudo-targets show, as in Figure 2
+BATCH = 256  # texts encoded at a time
+
+
+class Phrase(NamedTuple):
+    """A text as a model reads it, and its words."""
+
+    text: str  # after clean-up
+    tokens: Text  # [1, L]: [CLS] and word pieces
+    words: list  # the W words of the text
+    pieces: list  # for each word the positions of its pieces, in 1 .. L-1
+
+
+class HeatMaps(NamedTuple):
+    """Where in I images a decision comes from, on their patch grids."""
+
+    whole: torch.Tensor  # [I, h, w], the text as a whole
+    by_word: torch.Tensor  # [I, W, h, w]
+    verdict: str  # the decision and its score
+
+
+class Candidate(NamedTuple):
+    """A word or text that the momentum model proposes."""
+
+    text: str
+    score: float  # probability of a word, similarity of a text
+    hit: bool  # it is what the caption has
+
+
+def split_words(text, model, tokenizer):
+    """A cleaned-up text -> Phrase, on the model's device; of a text longer than the model's positions only the beginning.
+
+    Words are those of BERT's pre-tokenizer: separated by blanks, what clean-up has left of symbols by itself.
+    """
+    tokens = tokenizer([text], truncation=True, max_length=model.bert_config["max_position_embeddings"])
+    pieces = {}
+    for position, word in enumerate(tokens.word_ids(0)):
+        if word is not None:
+            pieces.setdefault(word, []).append(position)
+    spans = [tokens.word_to_chars(0, word) for word in pieces]
+    ids = torch.tensor(tokens["input_ids"], device=model.bert.embeddings.position_ids.device)
+    return Phrase(text, Text(ids, torch.ones_like(ids)), [text[a:b] for a, b in spans], list(pieces.values()))
+
+
+def join_pieces(heat, pieces):
+    """Heat maps of tokens [I, L, h, w] -> of words [I, W, h, w], each the mean over the positions of its pieces."""
+    return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
+
+
+@torch.no_grad()
+def _cross_attention_maps(model, image, phrase, block_num, score):
+    """Heat maps of score(fused [1, L, C]) on I images [I, 3, H, W]: of the whole text and by word. Returns also the score."""
+    image_embeds = model.visual_encoder.forward_features(image)
+    if len(image) == 2:
+        keys_values = model.bert.pair_keys_values(image_embeds, slice(1), slice(1, 2))
+    else:
+        keys_values = model.bert.image_keys_values(image_embeds)
+    block_num = default_block(model) if block_num is None else block_num
+    maps, value = cross_gradcam(model, keys_values, phrase.tokens, block_num, score)
+    heat = torch.cat(maps)  # [I, L, h, w]
+    return heat.mean(dim=1), join_pieces(heat, phrase.pieces), value
+
+
+def explain_class(task, model, image, phrase, block_num=None):
+    """Heat maps of the most probable class, in pre-training and retrieval of "matched" -> HeatMaps.
+
+    model: in eval mode, of a task in HEADS; image [I, 3, H, W], two for pairs, else one; block_num: as cross_gradcam takes it.
+    """
+    head, names = HEADS[task]
+    logits = []
+
+    def score(fused):
+        logits.append(getattr(model, head)(fused[0, 0]))
+        return logits[0][1 if head == "itm_head" else logits[0].argmax()]
+
+    whole, by_word, _ = _cross_attention_maps(model, image, phrase, block_num, score)
+    probs = logits[0].detach().softmax(dim=0)
+    shown = 1 if head == "itm_head" else int(probs.argmax())
+    return HeatMaps(whole, by_word, f"{names[shown]}, probability {probs[shown]:.3f}")
+
+
+@torch.no_grad()
+def explain_similarity(model, image, phrase, block_num=None):
+    """Heat map of the contrastive similarity on a block of the ViT, the last by default -> HeatMaps without words.
+
+    model: of pre-training or retrieval, in eval mode; image [1, 3, H, W].
+    """
+    block_num = default_block(model, "itc") if block_num is None else block_num
+    heat = itc_gradcam(model, image, phrase.tokens, block_num)
+    similarity = feature_similarity(model.encode_image(image)[1], model.encode_text(phrase.tokens)[1]).item()
+    return HeatMaps(heat, heat.new_zeros(1, 0, *heat.shape[1:]), f"similarity {similarity:.3f}")
+
+
+def find_answer(model, image, phrase, answers, tokenizer):
+    """The likeliest answer of a list, or without a list the one that beam search finds -> (answer, token ids [1, L']).
+
+    model: of VQA, in eval mode; image [1, 3, H, W]. The ids begin with [CLS] and end with eos.
+    """
+    device = image.device
+    if answers:
+        listed = Text(*tokenize([answer + model.config["eos"] for answer in answers], tokenizer)).to(device)
+        best = int(model.rank_answers(image, phrase.tokens, listed, model.config["k_test"])[0][0, 0])
+        return answers[best], listed.input_ids[best : best + 1, : int(listed.attention_mask[best].sum())]
+    ids = model.generate(image, phrase.tokens, beams=model.config["num_beams"])[0]
+    special = model.special_ids
+    return tokenizer.decode(ids), torch.tensor([[special.cls, *ids, special.eos]], device=device)
+
+
+def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
+    """Heat maps of log p of an answer's tokens, that of find_answer -> HeatMaps. Arguments as there."""
+    answer, ids = find_answer(model, image, phrase, answers, tokenizer)
+
+    def score(fused):
+        states = model.text_decoder.bert.image_keys_values(fused), phrase.tokens.attention_mask.bool()[:, None, None]
+        log_probs = model.answer_logits(states, ids, ids.new_zeros(1)).log_softmax(dim=-1)  # [1, L'-1, V]
+        return log_probs.gather(2, ids[:, 1:, None]).sum()
+
+    whole, by_word, log_prob = _cross_attention_maps(model, image, phrase, block_num, score)
+    return HeatMaps(whole, by_word, f"answer: {answer or '(empty)'}, log p {log_prob:.2f}")
+
+
+@torch.no_grad()
+def word_targets(model, image_embeds, phrase, tokenizer):
+    """The momentum model's candidates for each word of a caption, all of the word's pieces being masked.
+
+    model: of pre-training, in eval mode; image_embeds [1, 1+N, C]: of the momentum image encoder. What is predicted is the
+    first piece. Returns for each word a list of TOP Candidates, the most probable first.
+    """
+    ids, rows = phrase.tokens.input_ids, len(phrase.words)
+    masked, mask = ids.repeat(rows, 1), phrase.tokens.attention_mask.expand(rows, -1)
+    for row, positions in zip(masked, phrase.pieces):
+        row[positions] = model.special_ids.mask
+    bert = model.bert_m
+    fused = bert.fuse(bert.encode_text(masked, mask), mask, bert.image_keys_values(image_embeds))  # [W, L, C]
+    first = torch.tensor([positions[0] for positions in phrase.pieces], device=ids.device)
+    hidden = fused[torch.arange(rows, device=ids.device), first]
+    probs, best = model.text_encoder_m.cls.predictions(hidden).softmax(dim=1).topk(TOP, dim=1)  # [W, TOP]
+    return [
+        [Candidate(tokenizer.convert_ids_to_tokens(i), p, i == true) for i, p in zip(*candidates)]
+        for true, *candidates in zip(ids[0, first].tolist(), best.tolist(), probs.tolist())
+    ]
+
+
+@torch.no_grad()
+def text_targets(model, image_feat, texts, caption, tokenizer):
+    """The TOP texts of a list that the momentum model finds most similar to an image, a list of Candidates.
+
+    model: of pre-training, in eval mode; image_feat [1, D]: of the momentum image encoder; texts: cleaned up, none twice.
+    """
+    similarities = []
+    for start in tqdm(range(0, len(texts), BATCH), desc="texts", leave=False, disable=None):
+        batch = texts[start : start + BATCH]
+        tokens = Text(*tokenize(batch, tokenizer, model.bert_config["max_position_embeddings"])).to(image_feat.device)
+        similarities.append(feature_similarity(image_feat, model.encode_text(tokens, momentum=True)[1])[0])
+    values, best = torch.cat(similarities).topk(min(TOP, len(texts)))
+    return [Candidate(texts[i], value, texts[i] == caption) for value, i in zip(values.tolist(), best.tolist())]

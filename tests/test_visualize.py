@@ -1,0 +1,315 @@
+"""Visualize.py on checkpoints: a picture for every task, words and pieces, candidates of the momentum model, bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import Visualize
+from conftest import ROOT
+from explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
+from models import build_model, task_of
+from models.albef import Text
+from models.gradcam import default_block, itm_gradcam
+from models.tokenizer import build_tokenizer
+from pictures import overlay
+from utils import InputError, run_script, seed_everything
+
+VOCAB = ROOT / "tests/golden/vocab.txt"
+TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
+TEXT = {task: ["--text", "Two surfing dogs!"] for task in TASKS} | {"vqa": ["--question", "what is the dog riding?"]}
+
+
+@pytest.fixture
+def config(tiny_config):
+    """A tiny configuration with a vocabulary that is known here."""
+    size = len(VOCAB.read_text().splitlines())
+    bert = {**tiny_config["bert_config"], "vocab_size": size}
+    return {**tiny_config, "bert_config": bert, "tokenizer": str(VOCAB)}
+
+
+@pytest.fixture
+def tokenizer():
+    return build_tokenizer(str(VOCAB))
+
+
+@pytest.fixture
+def make(config, tokenizer):
+    """Builds the random tiny model of a task in eval mode, with more keys of the configuration."""
+
+    def build(task, **keys):
+        seed_everything(1)
+        return build_model(task, {**config, **keys}, tokenizer).eval()
+
+    return build
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A landscape and a portrait photo."""
+    random = np.random.default_rng(0)
+    for name, size in (("wide.jpg", (40, 90, 3)), ("tall.jpg", (120, 60, 3))):
+        Image.fromarray(random.integers(0, 255, size, dtype=np.uint8)).save(tmp_path / name)
+    return [str(tmp_path / "wide.jpg"), str(tmp_path / "tall.jpg")]
+
+
+@pytest.fixture
+def visualize(make, pictures, tmp_path, monkeypatch, capsys):
+    """Runs Visualize.py on a task's checkpoint and fitting images; returns (exit status, stdout, stderr)."""
+
+    def call(task, *flags, images=None, keys=(), checkpoint=None):
+        if checkpoint is None:
+            model = make(task, **dict(keys))
+            checkpoint = {"model": model.state_dict(), "config": model.config}
+        torch.save(checkpoint, tmp_path / f"{task}.pth")
+        images = pictures[: 2 if "nlvr" in task else 1] if images is None else images
+        argv = ["Visualize.py", "--checkpoint", tmp_path / f"{task}.pth", "--image", *images, "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        monkeypatch.chdir(tmp_path)
+        status = 0
+        try:
+            run_script(Visualize.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_gives_a_picture(visualize, tmp_path, task):
+    status, out, err = visualize(task, *TEXT[task])
+    assert status == 0, err
+    assert out.splitlines()[-1] == "wrote heatmap.png"
+    width, height = Image.open(tmp_path / "heatmap.png").size
+    assert width > 500 and height > 150
+
+
+def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
+    status, _, err = visualize("retrieval", *TEXT["retrieval"], "--gradcam_mode", "itc", "--block_num", "0", "--to", "itc.pdf")
+    assert status == 0, err
+    assert (tmp_path / "itc.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_overrides_reach_the_saved_configuration(visualize):
+    status, out, err = visualize("ve", *TEXT["ve"], "--set", "image_res=48")
+    assert status == 0 and "resized: visual_encoder.pos_embed" in out, err
+    status, _, err = visualize("ve", *TEXT["ve"], "--set", "image_rse=48")
+    assert status == 2 and "ve.pth" in err and "did you mean image_res?" in err
+
+
+def test_a_bare_state_dict_needs_a_configuration(visualize, make, tmp_path):
+    state = make("retrieval").state_dict()
+    status, _, err = visualize("retrieval", "--text", "dog", checkpoint=state)
+    assert status == 2 and "holds no configuration" in err and "--config" in err
+    (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config))  # JSON is YAML
+    status, _, err = visualize("retrieval", "--text", "dog", "--config", "config.yaml", checkpoint=state)
+    assert status == 0, err
+
+
+def test_pictures_of_pseudo_targets(visualize, tmp_path):
+    status, out, err = visualize("pretrain", "--pseudo_targets", "--text", "two red dogs")
+    assert status == 0 and out.splitlines()[-1] == "wrote pseudo_targets.png" and "note" not in out, err
+    with_texts = Image.open(tmp_path / "pseudo_targets.png").size
+    status, out, err = visualize("pretrain", "--pseudo_targets", "--text", "two red dogs", keys={"test_file": None})
+    assert status == 0 and "note: no texts" in out, err
+    assert Image.open(tmp_path / "pseudo_targets.png").height < with_texts[1]
+
+
+def test_texts_are_lines_or_captions(tmp_path):
+    (tmp_path / "texts.txt").write_text("A red dog!\n\n ?\na red dog\ntwo cats\n")
+    assert Visualize.read_texts(tmp_path / "texts.txt") == ["a red dog", "two cats"]
+    (tmp_path / "texts.json").write_text(json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}]))
+    assert Visualize.read_texts(tmp_path / "texts.json") == ["a dog", "a cat"]
+    (tmp_path / "texts.json").write_text(json.dumps([{"text": "a dog"}]))
+    with pytest.raises(InputError, match="texts.json: entry 0 .* no 'caption'"):
+        Visualize.read_texts(tmp_path / "texts.json")
+
+
+def test_the_pieces_of_a_word_are_joined(make, tokenizer):
+    phrase = split_words("the unableness is $5", make("retrieval"), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(phrase.tokens.input_ids[0]) == [
+        "[CLS]", "the", "un", "##able", "##ness", "is", "$", "5",
+    ]  # fmt: skip
+    assert phrase.words == ["the", "unableness", "is", "$", "5"]
+    assert phrase.pieces == [[1], [2, 3, 4], [5], [6], [7]]
+    heat = torch.arange(8.0)[None, :, None, None].expand(2, 8, 3, 3)
+    joined = join_pieces(heat, phrase.pieces)
+    assert joined.shape == (2, 5, 3, 3)
+    assert joined[1, :, 2, 2].tolist() == [1, 3, 5, 6, 7]
+
+
+def test_maps_of_matching_are_those_of_the_released_function(make, tokenizer):
+    model, image = make("retrieval"), torch.randn(1, 3, 32, 32)
+    phrase = split_words("two dogs walking", model, tokenizer)
+    maps = explain_class("retrieval", model, image, phrase)
+    heat = itm_gradcam(model, image, phrase.tokens, default_block(model))
+    assert torch.equal(maps.whole, heat.mean(dim=1))
+    assert torch.equal(maps.by_word, join_pieces(heat, phrase.pieces))
+    with torch.no_grad():
+        fused = model.fuse(model.encode_text(phrase.tokens)[0], phrase.tokens.attention_mask, model.encode_image(image)[0])
+        prob = model.itm_logits(fused).softmax(dim=1)[0, 1]
+    assert maps.verdict == f"matched, probability {prob:.3f}"
+
+
+@pytest.mark.parametrize("task, names", [("ve", ["contradiction", "neutral", "entailment"]), ("nlvr", ["False", "True"]),
+                                         ("nlvr_pretrain", ["first", "second", "neither"])])  # fmt: skip
+def test_the_verdict_is_the_prediction(make, tokenizer, task, names):
+    model = make(task)
+    images = torch.randn(2 if "nlvr" in task else 1, 3, 32, 32)
+    phrase = split_words("a dog", model, tokenizer)
+    maps = explain_class(task, model, images, phrase)
+    assert maps.by_word.shape == (len(images), 2, 2, 2)
+    with torch.no_grad():
+        probs = model.predict(*images[:, None], phrase.tokens).softmax(dim=1)[0]
+    assert maps.verdict == f"{names[probs.argmax()]}, probability {probs.max():.3f}"
+
+
+@torch.no_grad()
+def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
+    model, image = make("vqa", k_test=3), torch.randn(1, 3, 32, 32)
+    question = split_words("what is red", model, tokenizer)
+    answers = ["two dogs", "red", "surfboard"]
+    listed = tokenizer([f"{answer}[SEP]" for answer in answers], padding=True, return_tensors="pt")
+    best = model.rank_answers(image, question.tokens, Text(listed["input_ids"], listed["attention_mask"]), 3)[0][0, 0]
+    answer, ids = find_answer(model, image, question, answers, tokenizer)
+    assert answer == answers[best]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["[CLS]", *tokenizer.tokenize(answer), "[SEP]"]
+
+    states = model.encode_question(image, question.tokens)
+    ids = tokenizer("two dogs[SEP]", return_tensors="pt")["input_ids"]
+    log_probs = model.answer_logits(states, ids, torch.tensor([0]))[0].log_softmax(dim=1)
+    log_p = log_probs[range(ids.shape[1] - 1), ids[0, 1:]].sum()
+    maps = explain_answer(model, image, question, ["two dogs"], tokenizer)
+    assert maps.verdict == f"answer: two dogs, log p {log_p:.2f}"
+
+    model.generate = lambda image, question, beams: [tokenizer("blue", add_special_tokens=False)["input_ids"]]
+    answer, ids = find_answer(model, image, question, [], tokenizer)
+    assert answer == "blue" and tokenizer.convert_ids_to_tokens(ids[0]) == ["[CLS]", "blue", "[SEP]"]
+
+
+def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
+    (tmp_path / "answers.json").write_text('["red", "blue"]')
+    answers = {"answer_list": str(tmp_path / "answers.json")}
+    assert "generated" in visualize("vqa", "--question", "what color")[1]
+    assert "generated" not in visualize("vqa", "--question", "what color", keys=answers)[1]
+    assert "generated" not in visualize("vqa", "--question", "what color", "--answer", "red")[1]
+    (tmp_path / "answers.json").write_text('{"red": 1}')
+    status, _, err = visualize("vqa", "--question", "what color", keys=answers)
+    assert status == 2 and "answers.json is no list" in err
+
+
+@torch.no_grad()
+def test_words_of_a_hand_made_head(make, tokenizer):
+    """The head of the momentum model maps a token's embedding to its bias alone; then the words are those of the bias."""
+    model = make("pretrain")
+    head = model.text_encoder_m.cls.predictions
+    head.transform.LayerNorm.weight.zero_()
+    head.transform.LayerNorm.bias.zero_()
+    expected = ["dog", "cat", "##ness", "water", "ball"]
+    head.bias[tokenizer.convert_tokens_to_ids(expected)] = torch.tensor([9.0, 8, 7, 6, 5])
+    seen = []
+    encode_text = model.bert_m.encode_text
+    model.bert_m.encode_text = lambda ids, mask: seen.append(ids) or encode_text(ids, mask)
+    phrase = split_words("unableness of cat", model, tokenizer)
+    embeds, _ = model.encode_image(torch.randn(1, 3, 32, 32), momentum=True)
+    words = word_targets(model, embeds, phrase, tokenizer)
+    assert [[candidate.text for candidate in row] for row in words] == [expected] * 3
+    assert [[candidate.hit for candidate in row] for row in words] == [[False] * 5, [False] * 5, [False, True] + [False] * 3]
+    assert words[0][0].score == pytest.approx(head.bias.softmax(dim=0).max().item())
+    assert [" ".join(tokenizer.convert_ids_to_tokens(row)) for row in seen[0]] == [
+        "[CLS] [MASK] [MASK] [MASK] of cat", "[CLS] un ##able ##ness [MASK] cat", "[CLS] un ##able ##ness of [MASK]",
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_masked_word_is_predicted_from_its_own_position(make, tokenizer):
+    model = make("pretrain")
+    phrase = split_words("two unable dogs", model, tokenizer)
+    embeds, _ = model.encode_image(torch.randn(1, 3, 32, 32), momentum=True)
+    masked = phrase.tokens.input_ids.clone()
+    masked[0, [2, 3]] = tokenizer.mask_token_id  # "unable"
+    mask, bert = phrase.tokens.attention_mask, model.bert_m
+    fused = bert.fuse(bert.encode_text(masked, mask), mask, bert.image_keys_values(embeds))
+    probs = model.text_encoder_m.cls.predictions(fused[0, 2]).softmax(dim=0)
+    found = word_targets(model, embeds, phrase, tokenizer)[1]
+    assert [c.score for c in found] == pytest.approx(probs.topk(5).values.tolist(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
+    model = make("pretrain")
+    texts = [f"{color} {animal}" for color in ("red", "blue", "green") for animal in ("dog", "cat", "tail walking slowly")]
+    feats = torch.cat([model.encode_text(split_words(text, model, tokenizer).tokens, momentum=True)[1] for text in texts])
+    image_feat = feats[7:8]  # an image whose feature is that of text 7
+    found = text_targets(model, image_feat, texts, texts[7], tokenizer)
+    assert len(found) == 5 and found[0].text == texts[7] and found[0].hit and not found[1].hit
+    values, best = (feats @ image_feat[0]).topk(5)
+    assert [candidate.text for candidate in found] == [texts[i] for i in best]
+    assert [candidate.score for candidate in found] == pytest.approx(values.tolist(), abs=1e-5)
+    assert len(text_targets(model, image_feat, texts[:2], "", tokenizer)) == 2
+
+
+def test_a_heat_map_is_stretched_over_an_image():
+    image = np.full((40, 80, 3), 128, np.uint8)
+    heat = np.zeros((2, 4), np.float32)
+    heat[0, 3] = 7
+    shown = overlay(image, heat)
+    assert shown.shape == image.shape
+    assert (shown[30:, :30] == 128).all()  # cold: the image
+    red, green, blue = shown[3, 77].astype(int)
+    assert red > green + 50 and red > blue + 50  # hot
+    assert (overlay(image, np.zeros((2, 4))) == image).all()
+
+
+def test_the_task_is_read_from_the_tensors(make):
+    for task in TASKS:
+        assert task_of(make(task).state_dict()) == task
+    with pytest.raises(InputError, match="none of the tasks"):
+        task_of({"cls_token": torch.zeros(1)})
+
+
+CASES = {
+    "missing image": ("ve", ["--text", "dog"], {"images": ["no.jpg"]}, ["--image", "no.jpg"]),
+    "unknown block": ("ve", ["--text", "dog", "--block_num", "1"], {}, ["--block_num 1", "2 to 3"]),
+    "unknown block of the ViT": ("pretrain", ["--text", "dog", "--gradcam_mode", "itc", "--block_num", "2"], {}, ["0 to 1"]),
+    "question for VE": ("ve", ["--question", "dog?"], {}, ["--question", "task ve", "--text instead"]),
+    "text for VQA": ("vqa", ["--text", "dog"], {}, ["--text", "task vqa", "--question instead"]),
+    "no text": ("retrieval", [], {}, ["--text is missing"]),
+    "answer for VE": ("ve", ["--text", "dog", "--answer", "cat"], {}, ["--answer", "only VQA"]),
+    "one image for NLVR2": ("nlvr", ["--text", "dog"], {"images": ["wide.jpg"]}, ["task nlvr", "takes 2 images", "1 given"]),
+    "two images for VE": ("ve", ["--text", "dog"], {"images": ["wide.jpg", "tall.jpg"]}, ["takes 1 image;", "2 given"]),
+    "pseudo-targets of VE": ("ve", ["--text", "dog", "--pseudo_targets"], {}, ["--pseudo_targets", "task ve"]),
+    "similarity of VE": ("ve", ["--text", "dog", "--gradcam_mode", "itc"], {}, ["--gradcam_mode itc", "only pre-training and"]),
+    "empty text": ("ve", ["--text", " ?! "], {}, ["--text ' ?! '", "nothing is left"]),
+    "empty question": ("vqa", ["--question", "?"], {}, ["--question '?'", "nothing is left"]),
+    "nowhere to write": ("ve", ["--text", "dog", "--to", "no/x.png"], {}, ["--to no/x.png"]),
+    "no picture format": ("ve", ["--text", "dog", "--to", "x.txt"], {}, ["--to x.txt", ".png"]),
+    "missing texts": ("pretrain", ["--text", "dog", "--pseudo_targets", "--texts", "no.txt"], {}, ["--texts no.txt"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line(visualize, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    task, flags, more, words = CASES[case]
+    status, _, err = visualize(task, *flags, **more)
+    assert status == 2 and len(err.splitlines()) == 1, err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "heatmap.png").exists()
+
+
+def test_pseudo_targets_need_momentum_weights(visualize, make):
+    model = make("pretrain")
+    state = {name: value for name, value in model.state_dict().items() if "_m." not in name}
+    checkpoint = {"model": state, "config": model.config}
+    status, _, err = visualize("pretrain", "--text", "dog", "--pseudo_targets", checkpoint=checkpoint)
+    assert status == 2 and "no momentum model" in err
+
+
+def test_a_run_or_a_checkpoint_must_be_named(visualize):
+    status, _, err = visualize("ve", "--text", "dog", "--output_dir", "run")
+    assert status == 2 and "either --output_dir" in err
