@@ -467,4 +467,6 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
             position = finish_epoch(run, position, lr, validate, stop)
         if stop.signum:
             raise Interrupted(stop.signum, "training was complete and is saved; --resume goes on to the evaluation")
+    if is_distributed():
+        dist.barrier()  # whoever goes on to read the best checkpoint finds it written
     return position.best

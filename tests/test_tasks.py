@@ -1,0 +1,224 @@
+"""VQA.py, VE.py, NLVR.py, Pretrain_nlvr.py and Grounding.py as a whole: training, resuming, evaluation, bad input."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+
+from models import build_model
+from models.checkpoint import load_checkpoint
+from test_engine import assert_same_run, command_line, signal_at, torchrun
+from utils import InputError, Interrupted, TrainingStopped, seed_everything
+
+# script: the keys of the configuration that hold its data, by file name in the folder of shapes; metrics of its log
+TASKS = {
+    "VQA": (
+        {"train_file": ["vqa_train.json"], "val_file": ["vqa_val.json"], "test_file": ["vqa_test.json"],
+         "answer_list": "answer_list.json", "vqa_root": ""},
+        {"val_acc", "test_acc", "test_acc_yes/no", "test_acc_number", "test_acc_other"}),
+    "VE": (
+        {"train_file": ["ve_train.json"], "val_file": ["ve_val.json"], "test_file": ["ve_test.json"]},
+        {"val_acc", "test_acc"}),
+    "NLVR": (
+        {"train_file": ["nlvr_train.json"], "val_file": ["nlvr_dev.json"], "test_file": ["nlvr_test.json"]},
+        {"val_acc", "test_acc"}),
+    "Pretrain_nlvr": ({"train_file": ["pretrain.json"], "test_file": None}, set()),
+    "Grounding": (
+        {"train_file": ["grounding_train.json"], "test_file": ["grounding_test.json"], "refcoco_data": "",
+         "det_file": "refcoco+/dets.json"},
+        {"val_d", "testA_d", "testB_d"}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pretrained(tiny_config, tmp_path):
+    """A file of pre-trained weights, as Pretrain.py leaves it."""
+    seed_everything(5)
+    model = build_model("pretrain", tiny_config)
+    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
+    return tmp_path / "pretrained.pth"
+
+
+@pytest.fixture
+def program(tiny_config, shapes, pretrained, tmp_path, monkeypatch):
+    """(configuration of a script's data, function that runs a script on a configuration)."""
+
+    def config_of(script):
+        paths = {}
+        for key, value in TASKS[script][0].items():
+            if isinstance(value, list):
+                paths[key] = [str(shapes / name) for name in value]
+            else:
+                paths[key] = None if value is None else str(shapes / value)
+        keys = {"scheduler": {**tiny_config["scheduler"], "epochs": 2}, "batch_size_test": 5, "max_skipped": 0.0}
+        return {**tiny_config, **paths, **keys}
+
+    def run(script, config, output_dir, *arguments, checkpoint=pretrained):
+        command = [f"{script}.py", *command_line(config, output_dir, tmp_path), "--checkpoint", checkpoint, *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        importlib.import_module(script).main()
+
+    return config_of, run
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeypatch, script):
+    config_of, run = program
+    config, module = config_of(script), importlib.import_module(script)
+    run(script, config, tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(module, "step", lambda device, step=module.step: signal_at(4)(step(device)))
+        run(script, config, tmp_path / "parts")
+    run(script, config, tmp_path / "parts", "--resume", "True")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+    entries = log(tmp_path / "whole")
+    assert [entry["epoch"] for entry in entries] == [0, 1]
+    assert TASKS[script][1] <= set().union(*entries)
+    validated = "val_acc" in entries[0] or "val_d" in entries[0]
+    kept = {path.name for path in (tmp_path / "whole").glob("checkpoint_*.pth")}
+    expected = {"checkpoint_best.pth"} if validated else {"checkpoint_00.pth", "checkpoint_01.pth"}
+    assert kept == expected | {"checkpoint_last.pth"}
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, script):
+    config_of, run = program
+    config = {**config_of(script), "val_file": None, "scheduler": {"lr": 1e-3, "epochs": 1, "warmup_iters": 2}}
+    command = command_line(config, tmp_path / "two", tmp_path)
+    two = torchrun(f"{script}.py", *command, "--checkpoint", tmp_path / "pretrained.pth")
+    assert two.returncode == 0, two.stderr
+    (entry,) = log(tmp_path / "two")
+    assert entry["train_loss" if script != "Grounding" else "train_loss_itm"] > 0
+    if TASKS[script][1]:
+        name = "best" if script == "Grounding" else "last"
+        run(script, config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / f"two/checkpoint_{name}.pth")
+        alone = {key: value for found in log(tmp_path / "one") for key, value in found.items() if key not in ("checkpoint", "epoch")}
+        assert alone and alone == pytest.approx({key: entry[key] for key in alone})
+
+
+def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_path, capsys):
+    config_of, run = program
+    config = config_of("VQA")
+    run("VQA", {**config, "val_file": None}, tmp_path / "run")
+    assert "VQA accuracy overall" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run/result/vqa_result_epoch1.json").read_text())
+    questions = json.loads((shapes / "vqa_test.json").read_text())
+    assert [result["question_id"] for result in results] == [entry["question_id"] for entry in questions]
+    assert {result["answer"] for result in results} <= set(json.loads((shapes / "answer_list.json").read_text()))
+
+    blind = [{key: entry[key] for key in ("image", "question", "question_id", "dataset")} for entry in questions]
+    (tmp_path / "blind.json").write_text(json.dumps(blind))
+    config = {**config, "val_file": None, "test_file": [str(tmp_path / "blind.json")]}
+    run("VQA", config, tmp_path / "blind", "--evaluate", checkpoint=tmp_path / "run/checkpoint_01.pth")
+    assert json.loads((tmp_path / "blind/result/vqa_result_epoch1.json").read_text()) == results
+    assert "accuracy" not in capsys.readouterr().out
+    run("VQA", {**config, "answer_list": None}, tmp_path / "free", "--evaluate", checkpoint=tmp_path / "run/checkpoint_01.pth")
+    free = json.loads((tmp_path / "free/result/vqa_result_epoch1.json").read_text())
+    assert all("##" not in result["answer"] and "[" not in result["answer"] for result in free)
+
+
+def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
+    from dataset import build_dataset, train_loader
+    from models.tokenizer import tokenizer_of
+
+    image = {"image": "images/train/000000.jpg", "question": "what color is the star?", "question_id": 1}
+    (tmp_path / "a.json").write_text(json.dumps([{**image, "dataset": "vqa", "answer": ["red"] * 7 + ["blue"] * 3}]))
+    (tmp_path / "b.json").write_text(json.dumps([{**image, "dataset": "vg", "answer": "orange"}]))
+    keys = {"train_file": [str(tmp_path / "a.json"), str(tmp_path / "b.json")], "vqa_root": str(shapes), "vg_root": str(shapes)}
+    config = {**tiny_config, **keys}
+    dataset, tokenizer = build_dataset("vqa_train", config), tokenizer_of(config)
+    (batch,) = train_loader(dataset, [[0, 1]], tokenizer, config, torch.device("cpu"))
+    assert batch.n == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
+    assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [f"[CLS] {word} [SEP]" for word in ("red", "blue", "orange")]
+    assert tokenizer.decode(batch.question[0][0]) == "[CLS] what color is the star"
+
+
+def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
+    from dataset import build_dataset
+
+    for name, key, labels in (("ve_test", "ve_test.json", ["contradiction", "neutral", "entailment"]),
+                              ("nlvr_test", "nlvr_test.json", ["False", "True"])):
+        dataset = build_dataset(name, {**tiny_config, "test_file": [str(shapes / key)]})
+        entries = json.loads((shapes / key).read_text())
+        for sample, entry in zip(dataset, entries, strict=True):
+            assert labels[sample.target] == entry["label"]
+            images = [f"{entry['image']}.jpg"] if "image" in entry else entry["images"]
+            assert sample.files == [str(shapes / image) for image in images]
+
+
+def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
+    model = build_model("nlvr", tiny_config)
+    assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
+
+
+IMAGE = "images/test/000000.jpg"
+QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset": "vqa"}
+VE_ENTRY = {"image": IMAGE[:-4], "sentence": "a star", "label": "neutral"}
+# script, key, value (a list or object is written to a file), what the message says
+BAD_INPUT = {
+    "empty answer list": ("VQA", "answer_list", [], "bad.json is empty"),
+    "repeated answer": ("VQA", "answer_list", ["yes", "no", "yes"], "bad.json has 'yes' 2 times"),
+    "answer list of numbers": ("VQA", "answer_list", ["yes", 2], "bad.json: entry 1 .* is 2, it must be an answer"),
+    "answer list missing": ("VQA", "answer_list", "nowhere.json", "answer_list: cannot read .*nowhere.json"),
+    "unknown data set": ("VQA", "train_file", [{**QUESTION, "dataset": "coco", "answer": ["a"]}], "'coco', it must be vqa or vg"),
+    "no answers": ("VQA", "train_file", [QUESTION], "entry 0 .* has no 'answer'"),
+    "answer of vg as a list": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": ["a"]}], "'answer' is .* a string"),
+    "no vg_root": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": "a"}] * 8, "lacks the key vg_root"),
+    "validation without answers": ("VQA", "val_file", [QUESTION], "has no answers to compare with"),
+    "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
+    "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "question '\\?' is empty"),
+    "unknown label": ("VE", "train_file", [{**VE_ENTRY, "label": "-"}], "label is '-', it must be contradiction"),
+    "image without file": ("VE", "test_file", [{**VE_ENTRY, "image": "images/test/absent"}], "absent.jpg does not exist"),
+    "empty sentence": ("VE", "val_file", [{**VE_ENTRY, "sentence": "..."}], "sentence is empty"),
+    "one image": ("NLVR", "train_file", [{"images": [IMAGE], "sentence": "a", "label": "True"}], "entry 0 .* has 1 images"),
+    "label true": ("NLVR", "test_file", [{"images": [IMAGE] * 2, "sentence": "a", "label": "true"}], "it must be False or True"),
+    "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),
+    "unknown ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a", "ref_id": 10**6}], "ref_id 1000000 is not among"),
+    "no refs": ("Grounding", "refcoco_data", "nowhere", "refs.unc..p does not exist"),
+    "empty expression": ("Grounding", "train_file", [{"image": IMAGE, "text": " ", "ref_id": 1}], "text ' ' is empty"),
+    "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
+    "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
+    "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
+    "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be at least 1"),
+    "unknown sharing": ("NLVR", "share", "some", "share is 'some', it must be one of cross_attention, all, none"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_named_before_the_first_step(program, shapes, tmp_path, case):
+    config_of, run = program
+    script, key, value, message = BAD_INPUT[case]
+    config, arguments = config_of(script), []
+    if key.startswith("--"):
+        arguments = [key] if value is None else [key, value, "--evaluate"]
+    elif isinstance(value, (list, dict)):
+        (tmp_path / "bad.json").write_text(json.dumps(value))
+        config[key] = str(tmp_path / "bad.json")
+    else:
+        config[key] = str(shapes / value) if isinstance(value, str) and key != "share" else value
+    with pytest.raises(InputError, match=message) as error:
+        run(script, config, tmp_path / "run", *arguments)
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+@pytest.mark.parametrize(["script", "image"], [("VQA", "images/train/000001.jpg"), ("NLVR", None), ("VE", None)])
+def test_unusable_training_images_are_counted_and_named(program, shapes, tmp_path, script, image):
+    config_of, run = program
+    config = config_of(script)
+    (name,) = config["train_file"]
+    entries = json.loads((shapes / name).read_text())[:8]
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff no image")
+    entries[0] = {**entries[0], **({"images": [str(broken)] * 2} if "images" in entries[0] else
+                                   {"image": str(broken.with_suffix("")) if script == "VE" else str(broken)})}  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    with pytest.raises(TrainingStopped, match="broken.jpg"):
+        run(script, {**config, "train_file": [str(tmp_path / "train.json")]}, tmp_path / "run")
