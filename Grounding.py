@@ -1,4 +1,4 @@
-"""Fine-tunes ALBEF on image-text pairs and grounds referring expressions by Grad-CAM (Section 5), without any box in training."""
+"""Fine-tunes ALBEF on image-text pairs alone and grounds referring expressions by Grad-CAM (Section 5)."""
 
 import functools
 
@@ -8,7 +8,7 @@ from evaluation import divided, gathered
 from finetune import fine_tune
 from metrics import chance_grounding, grounding_accuracy
 from models.albef import Text
-from models.gradcam import default_block, itc_gradcam, itm_gradcam
+from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
 from utils import argument_parser, is_main, run_script
 
 
@@ -65,8 +65,14 @@ def main():
     parser.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
                         "(8 of 12) for itm, the last of the ViT for itc")
     args = parser.parse_args()
-    find = functools.partial(evaluate, mode=args.gradcam_mode, block_num=args.block_num)
-    fine_tune("grounding", args, step, find, "val_d", show)
+    mode, block_num = args.gradcam_mode, args.block_num
+
+    def check(model):
+        if block_num is not None:
+            check_block(model, block_num, mode)
+
+    find = functools.partial(evaluate, mode=mode, block_num=block_num)
+    fine_tune("grounding", args, step, find, "val_d", show, check)
 
 
 if __name__ == "__main__":

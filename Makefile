@@ -2,7 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart openclipart test benchmarks clean
+# of the runs on shapes that `shapes` and `shapes-scratch` make: the weights to start from, the folder to write to
+FROM := output/shapes/Pretrain/checkpoint_last.pth
+TO := output/shapes
+TASKS := NLVR VQA Retrieval VE Grounding
+
+.PHONY: quickstart openclipart shapes shapes-scratch tasks $(TASKS) test benchmarks clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
@@ -15,6 +20,33 @@ openclipart: .venv/installed
 	$(BIN)/python Pretrain.py --config configs/openclipart/Pretrain.yaml --output_dir output/openclipart --resume
 	$(BIN)/python Visualize.py --output_dir output/openclipart
 
+shapes: .venv/installed
+	$(BIN)/python -m dataset.shapes --output data/shapes
+	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --set scheduler.epochs=10 --output_dir output/shapes/Pretrain --resume
+	OMP_NUM_THREADS=1 $(MAKE) -j2 tasks
+	$(BIN)/python benchmarks/shapes_table.py
+
+shapes-scratch: .venv/installed
+	$(BIN)/python -m dataset.shapes --output data/shapes
+	OMP_NUM_THREADS=1 $(MAKE) -j2 tasks FROM=random TO=output/shapes-scratch
+	$(BIN)/python benchmarks/shapes_table.py
+
+tasks: $(TASKS)
+
+# two runs side by side, each on one core, make more of two cores than one run after the other on both
+define RUN
+	@mkdir -p $(TO) && echo "$(1): running, see $(TO)/$(1).log"
+	@$(BIN)/python $(2).py --config configs/shapes/$(1).yaml --output_dir $(TO)/$(1) --resume --checkpoint $(3) \
+		>> $(TO)/$(1).log 2>&1; status=$$?; tr '\r' '\n' < $(TO)/$(1).log | tail -n 3; exit $$status
+endef
+
+VQA Retrieval VE Grounding:
+	$(call RUN,$@,$@,$(FROM))
+
+NLVR:
+	$(call RUN,NLVR_pretrain,Pretrain_nlvr,$(FROM))
+	$(call RUN,NLVR,NLVR,$(TO)/NLVR_pretrain/checkpoint_last.pth)
+
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -q tests
 
@@ -23,6 +55,7 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/annotations.py
 	$(BIN)/python benchmarks/pretrain_step.py
 	$(BIN)/python benchmarks/retrieval_eval.py
+	$(BIN)/python benchmarks/vqa_ranking.py
 
 .venv/installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

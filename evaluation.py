@@ -42,9 +42,9 @@ def gathered(results):
 @torch.no_grad()
 def class_accuracy(predict, dataset, tokenizer, config, device):
     """Share of the right classes of a LabeledDataset, in [0, 1], as {"acc"}; predict(batch on the device) -> logits [B, K]."""
-    right = {}
+    right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
-        for numbers, batch in divided(dataset, config, device, "sentences", functools.partial(dataset.collate, tokenizer=tokenizer)):
+        for numbers, batch in divided(dataset, config, device, "sentences", collate):
             batch = to_device(batch, device)
             right.update(zip(numbers, (predict(batch).argmax(dim=1) == batch.targets).tolist()))
     right = gathered(right)

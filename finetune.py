@@ -12,7 +12,7 @@ from utils import (
 )  # fmt: skip
 
 
-def fine_tune(task, args, step, evaluate, score, report):
+def fine_tune(task, args, step, evaluate, score, report, check=None):
     """Runs a task script from its parsed arguments.
 
     task: as build_model names it, and the data sets {task}_{train, val, test}.
@@ -21,6 +21,7 @@ def fine_tune(task, args, step, evaluate, score, report):
     score: the name of the metric that picks the best epoch where there is validation data.
     report(output_dir, title, split, epoch, metrics, result, dataset): prints and writes what evaluate found, on all processes;
     epoch: of the weights.
+    check(model): raises InputError before anything slow if the task's own flags do not fit the model.
 
     Without validation data the last epoch is the result; with evaluate None there is only training. Metrics go to log.txt
     under their names after the split's, which is left out where they begin with it. Raises InputError.
@@ -46,6 +47,8 @@ def fine_tune(task, args, step, evaluate, score, report):
 
     seed_everything(args.seed)
     model = build_model(task, config, tokenizer)
+    if check:
+        check(model)
     if not resume_from and args.checkpoint != "random":
         loaded = load_checkpoint(model, args.checkpoint, args.allow_missing, complete=args.evaluate)
         if is_main():

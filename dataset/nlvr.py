@@ -14,5 +14,6 @@ def nlvr_entry(entry, path, number):
     if len(entry["images"]) != 2:
         raise InputError(f"{where(path, number)} has {len(entry['images'])} images; NLVR2 needs two, the first and the second")
     if entry["label"] not in LABELS:
-        raise InputError(f"{where(path, number)}: its label is {reprlib.repr(entry['label'])}, it must be {' or '.join(LABELS)}")
+        label = reprlib.repr(entry["label"])
+        raise InputError(f"{where(path, number)}: its label is {label}, it must be {' or '.join(LABELS)}")
     return {"images": entry["images"], "sentence": entry["sentence"], "target": LABELS[entry["label"]]}

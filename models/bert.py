@@ -131,8 +131,9 @@ class Layer(nn.Module):
         self.output = ResidualOutput(config, config["intermediate_size"])
 
     def forward(
-        self, hidden, mask, queries=None, cross_keys=None, cross_values=None, extra_index=None, cross_mask=None, keys_values=None
-    ):
+        self, hidden, mask, queries=None, cross_keys=None, cross_values=None, extra_index=None, cross_mask=None,
+        keys_values=None,
+    ):  # fmt: skip
         """hidden [R, L, C] -> [R, L, C], or [R, queries, C] where only the first `queries` positions are wanted."""
         hidden = self.attention.output(self.attention.self(hidden, mask, queries, keys_values), hidden[:, :queries])
         if cross_keys is not None:

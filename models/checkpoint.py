@@ -191,7 +191,8 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     state, original, replaced = task_names(read_weights(path), model)
     new_heads = {name.split(".")[0] for name in model.state_dict()} & set(HEADS) - {name.split(".")[0] for name in state}
     if complete and new_heads:
-        raise InputError(f"{path} has no {new_heads.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it")
+        raise InputError(f"{path} has no {new_heads.pop()}, which this task evaluates with: name a checkpoint fine-tuned for "
+                         "it")
     new = "|".join([rf"^{head}(_m)?\." for head in new_heads] or ["$^"])
     report = load_weights(model, state, path, new=new, original=original, allow_missing=allow_missing)
     return report._replace(ignored=report.ignored + replaced)
@@ -232,7 +233,8 @@ def task_names(state, model):
 
 def _layers(names):
     """Number of BERT layers among the names of tensors."""
-    return max((int(layer[1]) + 1 for name in names if (layer := re.match(r"text_encoder\..*\.layer\.(\d+)\.", name))), default=0)
+    found = (re.match(r"text_encoder\..*\.layer\.(\d+)\.", name) for name in names)
+    return max((int(layer[1]) + 1 for layer in found if layer), default=0)
 
 
 def _layer_of_block(block, fusion):

@@ -36,17 +36,21 @@ def _heat(attention, gradient, grid):
     return (attention * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
 
 
-def _check_block(block_num, first, end, what):
-    if not first <= block_num < end:
-        raise InputError(f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0")
-
-
 def default_block(model, mode="itm"):
-    """The block to look at: for itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the ViT's last."""
+    """For itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the last block of the ViT."""
     if mode == "itc":
         return len(model.visual_encoder.blocks) - 1
     pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
     return min(model.bert.fusion_layer + 2 * pair, len(model.bert.encoder.layer) - pair)
+
+
+def check_block(model, block_num, mode="itm"):
+    """Raises InputError unless the model has such a block: for itm with cross-attention, for itc in the image encoder."""
+    first, end, what = 0, len(model.visual_encoder.blocks), "those of the image encoder"
+    if mode == "itm":
+        first, end, what = model.bert.fusion_layer, len(model.bert.encoder.layer), "those with cross-attention"
+    if not first <= block_num < end:
+        raise InputError(f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0")
 
 
 def cross_gradcam(model, keys_values, text, block_num, score):
@@ -57,7 +61,7 @@ def cross_gradcam(model, keys_values, text, block_num, score):
     [B, L, h, w], one for each image, 0 at padding; the score). Raises InputError if there is no such block.
     """
     bert = model.bert
-    _check_block(block_num, bert.fusion_layer, len(bert.encoder.layer), "those with cross-attention")
+    check_block(model, block_num)
     blocks = [block_num]
     if hasattr(bert, "pair_keys_values"):
         first = block_num - (block_num - bert.fusion_layer) % 2
@@ -89,8 +93,8 @@ def itc_gradcam(model, image, text, block_num):
 
     Arguments as in itm_gradcam, block_num from 0. Returns [B, h, w]. Raises InputError if there is no such block.
     """
+    check_block(model, block_num, "itc")
     encoder = model.visual_encoder
-    _check_block(block_num, 0, len(encoder.blocks), "those of the image encoder")
     attention, maps = encoder.blocks[block_num].attn, []
     fused, attention.fused_attn = attention.fused_attn, False
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))

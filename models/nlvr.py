@@ -13,7 +13,7 @@ IMAGE_TEMP = 0.07  # of the image-image similarities that negatives are drawn by
 
 
 class PairBert(BertModel):
-    """BERT with two consecutive blocks in place of each multimodal layer, the first for the first image, the second for the second.
+    """BERT with two consecutive blocks in place of each multimodal layer, one for the first image, one for the second.
 
     config counts the layers of the single-image model. share: what the two blocks of a pair have in common (Table 7),
     cross_attention (the projections to keys and values), all or none.
@@ -67,7 +67,7 @@ class NLVR(Classifier):
 
 
 class TextAssignment(ALBEF):
-    """Pre-training of the pair model (Section 5, Appendix): is the first image (0), the second (1) or neither (2) the text's?"""
+    """Pre-training of the pair model (Section 5): is the first image (0), the second (1) or neither (2) the text's?"""
 
     def __init__(self, config, tokenizer=None):
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)

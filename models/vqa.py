@@ -44,7 +44,7 @@ class VQA(ALBEF):
         return decoder.cls.predictions(hidden)
 
     def forward(self, image, question, answer, n, weights, alpha=0.4, update_momentum=True):
-        """The loss of a step: over a question's answers the sum of weight times the answer's token losses; the mean over questions.
+        """The loss of a step: over a question's answers the sum of weight times token losses, and of that the mean.
 
         image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer likewise [A, L'], the questions' answers
         one after another; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
@@ -125,7 +125,8 @@ class VQA(ALBEF):
         for _ in range(max_length):
             rows = torch.arange(batch, device=device).repeat_interleave(tokens.shape[1])
             hidden, past = self.text_decoder(tokens[:, :, -1].reshape(-1, 1), keys_values, mask, past, rows)
-            log_probs = self.text_decoder.cls.predictions(hidden[:, 0]).float().log_softmax(dim=1).view(batch, -1, self.vocab_size)
+            logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()
+            log_probs = logits.log_softmax(dim=1).view(batch, -1, self.vocab_size)
             ended = tokens[:, :, -1] == ids.eos
             log_probs[ended] = -torch.inf
             log_probs[..., ids.eos].masked_fill_(ended, 0.0)  # an ended answer stays as it is

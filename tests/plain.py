@@ -21,7 +21,7 @@ def unfuse(model):
 
 
 def attention(block, hidden, source, mask=None):
-    """hidden [R, L, C] attends to source [R, N, C']: an Attention block with explicit softmax."""
+    """hidden [R, L, C] attends to source [R, N, C'], mask [R, N] or [R, L, N]: an Attention block with explicit softmax."""
     projections = block.self
     dim = projections.query.out_features // projections.num_heads
     query, keys, values = (
@@ -30,7 +30,8 @@ def attention(block, hidden, source, mask=None):
     )
     scores = query @ keys.transpose(2, 3) / dim**0.5
     if mask is not None:
-        scores = scores + (1 - mask[:, None, None].to(scores.dtype)) * -10000.0
+        mask = mask[:, None] if mask.ndim == 2 else mask  # [R, 1 or L, N]
+        scores = scores + (1 - mask[:, None].to(scores.dtype)) * -10000.0
     probs = F.dropout(scores.softmax(dim=-1), projections.dropout_prob, hidden.requires_grad)
     return block.output((probs @ values).transpose(1, 2).flatten(2), hidden)
 
@@ -134,9 +135,10 @@ def rank_answers(model, image, question, answer_list, k):
 
     def logits(input_ids, states, states_mask):
         hidden, length = decoder.bert.embeddings(input_ids), input_ids.shape[1]
+        causal = torch.ones(1, length, length, device=hidden.device).tril()
         for layer in decoder.bert.encoder.layer:
-            rows = [attention(layer.attention, hidden[:, : i + 1], hidden[:, : i + 1])[:, i] for i in range(length)]
-            hidden = attention(layer.crossattention, torch.stack(rows, dim=1), states, states_mask)
+            hidden = attention(layer.attention, hidden, hidden, causal)
+            hidden = attention(layer.crossattention, hidden, states, states_mask)
             hidden = layer.output(layer.intermediate(hidden), hidden)
         return decoder.cls.predictions(hidden).float()
 

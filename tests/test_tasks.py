@@ -197,7 +197,7 @@ def test_bad_input_is_named_before_the_first_step(program, shapes, tmp_path, cas
     script, key, value, message = BAD_INPUT[case]
     config, arguments = config_of(script), []
     if key.startswith("--"):
-        arguments = [key] if value is None else [key, value, "--evaluate"]
+        arguments = [key] if value is None else [key, value]
     elif isinstance(value, (list, dict)):
         (tmp_path / "bad.json").write_text(json.dumps(value))
         config[key] = str(tmp_path / "bad.json")

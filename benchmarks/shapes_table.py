@@ -1,0 +1,101 @@
+"""One table of all tasks on the built-in shapes, from the log.txt of the runs that `make shapes` and `make shapes-scratch` leave.
+
+Chance is a random ranking, class or detected box; for VQA the best answer of the list given to every question. Minutes are
+those of training with its validations.
+
+    python benchmarks/shapes_table.py [--runs output/shapes] [--scratch output/shapes-scratch]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dataset import build_dataset
+from metrics import chance_grounding, chance_recall, vqa_accuracy
+from utils import load_config
+
+# folder of a run: its rows, each the metric as said, its name in log.txt, the factor that makes it percent
+RUNS = {
+    "Pretrain": [("zero-shot text R@1", "test_txt_r1", 1), ("zero-shot image R@1", "test_img_r1", 1)],
+    "Retrieval": [("text R@1", "test_txt_r1", 1), ("image R@1", "test_img_r1", 1)],
+    "VQA": [("VQA accuracy", "test_acc", 1)],
+    "VE": [("accuracy", "test_acc", 100)],
+    "NLVR": [("accuracy", "test_acc", 100)],
+    "Grounding": [("right box, val", "val_d", 100), ("right box, testA", "testA_d", 100), ("right box, testB", "testB_d", 100)],
+}
+LONGEST_GAP = 120  # seconds between two iterations; a validation takes less, a stopped run more
+# text assignment has nothing to evaluate, but takes its time
+TIMED = {"NLVR": ["NLVR_pretrain", "NLVR"]}
+
+
+def read_results(folder):
+    """Metrics by name of a run's best epoch: what was tested, and beside it the epoch's validation. {} without a run."""
+    log = folder / "log.txt"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return next((line for line in reversed(lines) if any(name.startswith("test") for name in line)), {})
+
+
+def minutes(folder, run):
+    """Minutes of a run from its TensorBoard files, its stops left out; None if it is not there."""
+    total = 0
+    for name in TIMED.get(run, [run]):
+        if not (folder / name / "tensorboard").is_dir():
+            return None
+        accumulator = EventAccumulator(str(folder / name / "tensorboard"), size_guidance={"scalars": 0})
+        accumulator.Reload()
+        times = [event.wall_time for event in accumulator.Scalars("train/lr")]
+        total += sum(gap for gap in np.diff(times) if gap < LONGEST_GAP) / 60
+    return total
+
+
+def chances():
+    """What chance gives: {(run, name in log.txt): percent}."""
+    found = {}
+    test_set = build_dataset("retrieval_test", load_config(ROOT / "configs/shapes/Retrieval.yaml"))
+    recall = chance_recall(len(test_set.images), len(test_set.texts), test_set.img2txt)
+    for run in ("Pretrain", "Retrieval"):
+        found.update({(run, f"test_{name}"): value for name, value in recall.items()})
+    questions = build_dataset("vqa_test", load_config(ROOT / "configs/shapes/VQA.yaml"))
+    annotations = questions.annotations()
+    constant = [
+        vqa_accuracy([{"question_id": entry["question_id"], "answer": answer} for entry in annotations], annotations)["overall"]
+        for answer in questions.answer_list
+    ]
+    found["VQA", "test_acc"] = max(constant)
+    found["VE", "test_acc"], found["NLVR", "test_acc"] = 100 / 3, 100 / 2
+    config = load_config(ROOT / "configs/shapes/Grounding.yaml")
+    for split in ("val", "test"):
+        expressions = build_dataset(f"grounding_{split}", config)
+        refer, ref_ids = expressions.refer, [entry["ref_id"] for entry in expressions.entries]
+        boxes = chance_grounding(refer.refs, refer.boxes, expressions.detections, ref_ids)
+        found.update({("Grounding", name): 100 * value for name, value in boxes.items()})
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("output/shapes"))
+    parser.add_argument("--scratch", type=Path, default=Path("output/shapes-scratch"))
+    args = parser.parse_args()
+    chance = chances()
+    print(f"{'task':11}{'metric':20}{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}")
+    for run, rows in RUNS.items():
+        results = [read_results(folder / run) for folder in (args.scratch, args.runs)]
+        for number, (metric, name, factor) in enumerate(rows):
+            scratch, trained = (f"{factor * result[name]:.1f}" if name in result else "-" for result in results)
+            time = minutes(args.runs, run) if number == 0 else None
+            print(f"{run if number == 0 else '':11}{metric:20}{chance[run, name]:8.1f}{scratch:>14}{trained:>13}"
+                  f"{'' if time is None else f'{time:.1f}':>9}")
+    spent = [minutes(args.runs, run) or 0 for run in RUNS if run != "Pretrain"]
+    print(f"minutes of the fine-tuning runs together: {sum(spent):.1f}, one core each")
+
+
+if __name__ == "__main__":
+    main()
