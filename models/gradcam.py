@@ -37,11 +37,15 @@ def _heat(attention, gradient, grid):
 
 
 def default_block(model, mode="itm"):
-    """For itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the last block of the ViT."""
+    """For itm the third multimodal layer (8 of 12), for itc the last block of the ViT.
+
+    Of fewer layers it is the last but one: in the last, only what [CLS] attends to reaches the score, and no word has a map.
+    """
     if mode == "itc":
         return len(model.visual_encoder.blocks) - 1
     pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
-    return min(model.bert.fusion_layer + 2 * pair, len(model.bert.encoder.layer) - pair)
+    first, layers = model.bert.fusion_layer, len(model.bert.encoder.layer)
+    return max(first, min(first + 2 * pair, layers - 2 * pair))
 
 
 def check_block(model, block_num, mode="itm"):

@@ -11,7 +11,7 @@ def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Make the shapes data set: images, vocabulary, annotation files of all tasks.")
     parser.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")
-    parser.add_argument("--train", type=int, default=8000, help="training scenes")
+    parser.add_argument("--train", type=int, default=16000, help="training scenes")
     parser.add_argument("--val", type=int, default=500, help="validation scenes")
     parser.add_argument("--test", type=int, default=500, help="test scenes")
     parser.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")

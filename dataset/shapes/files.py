@@ -199,7 +199,7 @@ def grounding_annotations(scenes, seed):
     return train, test, refs, {"images": images, "annotations": boxes, "categories": categories}, detections
 
 
-def write_dataset(output, train=8000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4,
+def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4,
                   progress=False):
     """Write the data set to the folder `output`; a finished one, made with the same arguments, is left alone.
 
