@@ -76,7 +76,7 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
         keys_values = model.bert.pair_keys_values(image_embeds, slice(1), slice(1, 2))
     else:
         keys_values = model.bert.image_keys_values(image_embeds)
-    block_num = default_block(model) if block_num is None else block_num
+    block_num = default_block(model, words=True) if block_num is None else block_num
     maps, value = cross_gradcam(model, keys_values, phrase.tokens, block_num, score)
     heat = torch.cat(maps)  # [I, L, h, w]
     return heat.mean(dim=1), join_pieces(heat, phrase.pieces), value

@@ -36,16 +36,16 @@ def _heat(attention, gradient, grid):
     return (attention * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
 
 
-def default_block(model, mode="itm"):
-    """For itm the third multimodal layer (8 of 12), for itc the last block of the ViT.
+def default_block(model, mode="itm", words=False):
+    """For itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the last block of the ViT.
 
-    Of fewer layers it is the last but one: in the last, only what [CLS] attends to reaches the score, and no word has a map.
+    words: there has to be heat for words. In the last layer only what [CLS] attends to reaches the score, so it is left out.
     """
     if mode == "itc":
         return len(model.visual_encoder.blocks) - 1
     pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
-    first, layers = model.bert.fusion_layer, len(model.bert.encoder.layer)
-    return max(first, min(first + 2 * pair, layers - 2 * pair))
+    first, last = model.bert.fusion_layer, len(model.bert.encoder.layer) - pair
+    return max(first, min(first + 2 * pair, last - pair * words))
 
 
 def check_block(model, block_num, mode="itm"):

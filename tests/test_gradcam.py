@@ -74,4 +74,4 @@ def test_blocks_out_of_range_are_named(retrieval):
         itm_gradcam(model, data["image"], text, 1)
     with pytest.raises(InputError, match="--block_num 2: those of the image encoder are the blocks 0 to 1"):
         itc_gradcam(model, data["image"], text, 2)
-    assert default_block(model) == 2
+    assert default_block(model) == 3 and default_block(model, words=True) == 2 and default_block(model, "itc") == 1
