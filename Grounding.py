@@ -2,6 +2,7 @@
 
 import functools
 
+from Retrieval import step
 from dataset import to_device
 from engine import autocast
 from evaluation import divided, gathered
@@ -10,16 +11,6 @@ from metrics import chance_grounding, grounding_accuracy
 from models.albef import Text
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
 from utils import argument_parser, is_main, run_script
-
-
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        batch = to_device(batch, device)
-        return model(batch.image, Text(*batch.text), idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
-
-    return losses
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
@@ -63,7 +54,7 @@ def main():
     parser = argument_parser(__doc__, "configs/Grounding.yaml", "output/RefCOCO")
     parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm")
     parser.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
-                        "(8 of 12) for itm, the last of the ViT for itc")
+                        "(8 of 12, the last where there are fewer) for itm, the last of the ViT for itc")
     args = parser.parse_args()
     mode, block_num = args.gradcam_mode, args.block_num
 

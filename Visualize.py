@@ -14,7 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset.annotations import check_entry, read_json_list
-from dataset.text import pre_caption, pre_question
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
 from dataset.transforms import load_image, normalize, test_transform
 from dataset.vqa import load_answer_list
 from explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
@@ -26,7 +26,6 @@ from utils import InputError, init_process_group, load_config, override, require
 
 ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
 PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images
-MAX_WORDS, MAX_QUESTION_WORDS = 30, 50  # as in evaluation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,7 +231,7 @@ def main():
     parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
                         help="itm: cross-attention, a map for each word; itc: the image encoder's self-attention")  # fmt: skip
     parser.add_argument("--block_num", type=int, help="the layer, counted from 0: by default the third with cross-attention "
-                        "(8 of 12), for itc the last of the image encoder")  # fmt: skip
+                        "(8 of 12) but never the last, for itc the last of the image encoder")  # fmt: skip
     parser.add_argument("--pseudo_targets", action="store_true", help="the momentum model's words and texts for an image")
     parser.add_argument("--texts", help="texts to choose from: one a line, or a JSON list with captions; test_file by default")
     parser.add_argument("--to", help="the picture to write: heatmap.png or pseudo_targets.png by default")

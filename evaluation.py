@@ -1,15 +1,12 @@
 """Evaluation over a data set, divided among the processes without a sample twice, whatever the task."""
 
-import functools
 import sys
 
-import torch
 import torch.distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dataset import test_loader, to_device
-from engine import autocast
+from dataset import test_loader
 from utils import is_distributed, is_main, rank, world_size
 
 
@@ -37,21 +34,3 @@ def gathered(results):
         dist.all_gather_object(parts, results)
         results = {number: result for part in parts for number, result in part.items()}
     return [results[number] for number in sorted(results)]
-
-
-@torch.no_grad()
-def class_accuracy(predict, dataset, tokenizer, config, device):
-    """Share of the right classes of a LabeledDataset, in [0, 1], as {"acc"}; predict(batch on the device) -> logits [B, K]."""
-    right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
-    with autocast(config, device):
-        for numbers, batch in divided(dataset, config, device, "sentences", collate):
-            batch = to_device(batch, device)
-            right.update(zip(numbers, (predict(batch).argmax(dim=1) == batch.targets).tolist()))
-    right = gathered(right)
-    return {"acc": sum(right) / len(right)}
-
-
-def print_accuracy(title, metrics, dataset, classes):
-    """The accuracy that class_accuracy found, on the main process."""
-    if is_main():
-        print(f"{title}: accuracy {100 * metrics['acc']:.2f}% of {len(dataset)} sentences (chance {100 / classes:.1f}%)")

@@ -13,7 +13,7 @@ from utils import (
 
 
 def fine_tune(task, args, step, evaluate, score, report, check=None):
-    """Runs a task script from its parsed arguments.
+    """Runs a task script from its parsed arguments. --checkpoint is where a new run starts, --resume goes on with output_dir's.
 
     task: as build_model names it, and the data sets {task}_{train, val, test}.
     step(device) -> the function that train takes: batch -> losses.
@@ -29,12 +29,17 @@ def fine_tune(task, args, step, evaluate, score, report, check=None):
     config = load_config(args.config, args.set)
     for key in ("text_encoder", "tokenizer"):
         config[key] = getattr(args, key) or config[key]
-    config["batch_size"] = config["batch_size_train"] or config["batch_size"]
+    batch_size, train_batch_size = config["batch_size"], config["batch_size_train"]
+    if batch_size and train_batch_size and batch_size != train_batch_size:
+        raise InputError(f"batch_size {batch_size} and batch_size_train {train_batch_size} differ: set one of the two")
+    config["batch_size"] = train_batch_size or batch_size
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     device = init_process_group(args.device)
     make_output_dir(args.output_dir)
     resume_from = None if args.evaluate else find_resume_file(args.output_dir, "", args.resume)
-    if not (args.checkpoint or resume_from) or (args.evaluate and args.checkpoint == "random"):
+    if args.evaluate and args.checkpoint in ("", "random"):
+        raise InputError("--evaluate needs --checkpoint, the fine-tuned weights to evaluate")
+    if not (args.checkpoint or resume_from):
         raise InputError("--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or random")
 
     tokenizer = tokenizer_of(config)

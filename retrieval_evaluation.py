@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dataset.text import tokenize
+from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize
 from engine import autocast
 from evaluation import divided, progress_bar
@@ -16,7 +16,6 @@ from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
 from utils import atomic_write, is_distributed, is_main, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
-MAX_TOKENS = 30
 
 
 class ImageEmbeds:

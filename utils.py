@@ -146,7 +146,10 @@ def _parse_override(text):
     key, separator, value = text.partition("=")
     if not separator:
         raise InputError(f"--set {text}: write it as key=value")
-    return key.split("."), YAML(typ="safe").load(value)
+    try:
+        return key.split("."), YAML(typ="safe").load(value)
+    except YAMLError as error:
+        raise InputError(f"--set {text}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def override(config, overrides, where):
@@ -215,7 +218,7 @@ def argument_parser(description, config, output_dir):
     parser.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
     parser.add_argument(
         "--resume", nargs="?", const=True, default=False, type=_flag,
-        help="continue the run in output_dir exactly where it was saved (or the one saved in --checkpoint)",
+        help="continue the run in output_dir exactly where it was saved (Pretrain.py: or the one saved in --checkpoint)",
     )  # fmt: skip
     parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,13 +17,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 
 import plain
+from dataset.text import MAX_TOKENS
 from models import build_model
 from models.albef import Text
 from models.alignment import NO_CANDIDATE
 from stopwatch import seconds
 from utils import load_config
 
-MAX_TOKENS = 30
 DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}  # images, texts, k of the paper
 
 

@@ -50,6 +50,8 @@ def minutes(folder, run):
             return None
         accumulator = EventAccumulator(str(folder / name / "tensorboard"), size_guidance={"scalars": 0})
         accumulator.Reload()
+        if "train/lr" not in accumulator.Tags()["scalars"]:
+            return None
         times = [event.wall_time for event in accumulator.Scalars("train/lr")]
         total += sum(gap for gap in np.diff(times) if gap < LONGEST_GAP) / 60
     return total

@@ -15,6 +15,7 @@ from dataset.nlvr import nlvr_entry
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
 from dataset.samples import check_images
+from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
@@ -23,8 +24,8 @@ from utils import InputError, require, seed_of
 
 # of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
 CAPTIONS = {
-    "pretrain": ("pretrain", 0.2, 25), "nlvr_pretrain_train": ("pretrain", 0.2, 25),
-    "retrieval_train": ("retrieval", 0.5, 30), "grounding_train": ("grounding", None, 30),
+    "pretrain": ("pretrain", 0.2, SHORT_TOKENS), "nlvr_pretrain_train": ("pretrain", 0.2, SHORT_TOKENS),
+    "retrieval_train": ("retrieval", 0.5, MAX_TOKENS), "grounding_train": ("grounding", None, MAX_TOKENS),
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
 LABELED = {"ve": ve_entry, "nlvr": nlvr_entry}
@@ -65,9 +66,8 @@ def build_dataset(name, config, seed=0):
         dataset = LabeledDataset(files, LABELED[task], image_root, transform, own_seed)
     elif task == "vqa":
         roots = {root: config[root] for root in ROOTS.values()}
-        limits = {"max_words": 30, "max_tokens": 25} if training else {"max_words": 50}
         answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None
-        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, **limits, answer_list=answers)
+        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, answers)
         if split == "val" and not dataset.annotations():
             raise InputError(f"val_file {files[0]} has no answers to compare with: leave val_file out, the last epoch is then "
                              "the result")
@@ -102,7 +102,7 @@ class EpochBatches(Sampler):
         if length < batch_size * world_size:
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
             raise InputError(f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
-                             "lower batch_size")
+                             "lower batch_size (batch_size_train where the file has it)")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.start = 0
@@ -160,4 +160,5 @@ def to_device(batch, device):
         return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     moved = {name: move(value) for name, value in batch._asdict().items()}
-    return type(batch)(**{**moved, "image": normalize(moved["image"])})
+    image = moved["image"]
+    return type(batch)(**{**moved, "image": tuple(map(normalize, image)) if isinstance(image, tuple) else normalize(image)})

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from dataset.samples import Samples
-from dataset.text import pre_caption, tokenize
+from dataset.text import MAX_WORDS, pre_caption, tokenize
 from dataset.transforms import load_image
 
 
@@ -27,19 +27,18 @@ class CaptionBatch(NamedTuple):
 
 
 class CaptionDataset(Samples):
-    """Pairs of a transformed image and one of its captions, cleaned up and cut to max_words.
+    """Pairs of a transformed image and one of its captions, cleaned up and cut to 30 words.
 
     annotations: from load_annotations. A pair cannot be used if its image cannot be read or its caption is empty after
     clean-up.
     """
 
-    def __init__(self, annotations, image_root, transform, seed, max_tokens, max_words=30):
+    def __init__(self, annotations, image_root, transform, seed, max_tokens):
         super().__init__(seed)
         self.annotations = annotations
         self.roots = {"image_root": image_root}
         self.transform = transform
         self.max_tokens = max_tokens
-        self.max_words = max_words
 
     def __len__(self):
         return len(self.annotations)
@@ -52,7 +51,7 @@ class CaptionDataset(Samples):
 
     def read(self, index):
         captions = self.annotations.captions(index)
-        caption = pre_caption(captions[int(torch.randint(len(captions), ()))], self.max_words)
+        caption = pre_caption(captions[int(torch.randint(len(captions), ()))], MAX_WORDS)
         if not caption:
             raise ValueError(f"{self.where(index)}: a caption is empty after clean-up")
         (file,) = self.files(index)

@@ -7,11 +7,9 @@ import torch
 
 from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
-from dataset.text import pre_caption, tokenize
+from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
 from dataset.transforms import load_image
 from utils import InputError
-
-MAX_TOKENS = 30
 
 
 class Sample(NamedTuple):
@@ -33,17 +31,17 @@ class GroundingTestSet(Samples):
     where no expression is of these splits.
     """
 
-    def __init__(self, files, image_root, transform, refer, detections, splits, max_words=30):
+    def __init__(self, files, image_root, transform, refer, detections, splits):
         super().__init__()
         self.roots = {"image_root": image_root}
-        self.transform, self.max_words = transform, max_words
+        self.transform = transform
         self.refer, self.detections = refer, detections
 
         def checked(entry, path, number):
             check_entry(entry, {"image": str, "text": str, "ref_id": int}, path, number)
             if entry["ref_id"] not in refer.refs:
                 raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data")
-            if not pre_caption(entry["text"], max_words):
+            if not pre_caption(entry["text"], MAX_WORDS):
                 raise InputError(f"{where(path, number)}: its text is empty after clean-up; correct or remove the entry")
             return entry if refer.refs[entry["ref_id"]]["split"] in splits else None
 
@@ -63,7 +61,7 @@ class GroundingTestSet(Samples):
     def read(self, index):
         entry = self.entries[index]
         (file,) = self.files(index)
-        return Sample(self.transform(load_image(file)), pre_caption(entry["text"], self.max_words), entry["ref_id"])
+        return Sample(self.transform(load_image(file)), pre_caption(entry["text"], MAX_WORDS), entry["ref_id"])
 
     def collate(self, samples, tokenizer):
         """Samples -> GroundingBatch; expressions become at most 30 ids, padded to the longest of the batch."""

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.annotations import Entries
+from dataset.annotations import Entries, where
 from dataset.samples import Samples
-from dataset.text import pre_caption, tokenize
+from dataset.text import MAX_WORDS, pre_caption, tokenize
 from dataset.transforms import load_image
 from utils import InputError
 
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 class LabeledBatch(NamedTuple):
-    image: torch.Tensor  # uint8 [images * B, 3, R, R], the first images, then the second ones
+    image: tuple  # uint8 [B, 3, R, R] each: the images, or the first ones and the second ones
     text: tuple  # input_ids and attention_mask [B, L]
     targets: torch.Tensor  # [B]
     files: list
@@ -29,23 +29,22 @@ class LabeledBatch(NamedTuple):
 
 
 class LabeledDataset(Samples):
-    """Sentences with the paths of their images and their class, cleaned up and cut to max_words.
+    """Sentences with the paths of their images and their class, cleaned up and cut to 30 words.
 
     check(entry, path, number) -> {"images": paths under image_root, "sentence", "target"} reads an entry of the files or
     raises InputError.
     """
 
-    def __init__(self, files, check, image_root, transform, seed=None, max_words=30):
+    def __init__(self, files, check, image_root, transform, seed=None):
         super().__init__(seed)
         self.roots = {"image_root": image_root}
-        self.transform, self.max_words = transform, max_words
+        self.transform = transform
 
         def checked(entry, path, number):
             kept = check(entry, path, number)
-            kept["sentence"] = pre_caption(kept["sentence"], max_words)
+            kept["sentence"] = pre_caption(kept["sentence"], MAX_WORDS)
             if not kept["sentence"]:
-                raise InputError(f"{path}: entry {number} (counting from 0): its sentence is empty after clean-up; correct or "
-                                 "remove the entry")
+                raise InputError(f"{where(path, number)}: its sentence is empty after clean-up; correct or remove the entry")
             return kept
 
         self.entries = Entries(files, checked)
@@ -67,7 +66,7 @@ class LabeledDataset(Samples):
     def collate(self, samples, tokenizer):
         """Samples -> LabeledBatch; sentences are padded to the longest of the batch."""
         return LabeledBatch(
-            torch.stack([sample.image for sample in samples], dim=1).flatten(0, 1),
+            torch.stack([sample.image for sample in samples], dim=1).unbind(),
             tokenize([sample.sentence for sample in samples], tokenizer),
             torch.tensor([sample.target for sample in samples]), [file for sample in samples for file in sample.files],
             [reason for sample in samples for reason in sample.skipped],

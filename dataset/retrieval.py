@@ -4,7 +4,7 @@ import os
 
 from dataset.annotations import check_entry, read_json_list, where
 from dataset.samples import Samples
-from dataset.text import pre_caption
+from dataset.text import MAX_WORDS, pre_caption
 from dataset.transforms import load_image
 from utils import InputError
 
@@ -16,7 +16,7 @@ class RetrievalTestSet(Samples):
     texts; txt2img: for each text its image. Raises InputError for an entry without image or captions.
     """
 
-    def __init__(self, files, image_root, transform, max_words=30):
+    def __init__(self, files, image_root, transform):
         super().__init__()
         self.roots = {"image_root": image_root}
         self.transform = transform
@@ -27,7 +27,7 @@ class RetrievalTestSet(Samples):
                     raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
                                      "test_file need an entry for each image, with the list of its captions")
                 check_entry(entry, {"image": str, "caption": list}, path, number)
-                texts = [pre_caption(caption, max_words) for caption in entry["caption"]]
+                texts = [pre_caption(caption, MAX_WORDS) for caption in entry["caption"]]
                 if not all(texts):
                     raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it")
                 self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))

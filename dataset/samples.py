@@ -54,10 +54,12 @@ def check_images(dataset, sample=1000):
             raise InputError(f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
                              "annotation files start from")
     count = len(dataset) if sample is None else min(sample, len(dataset))
-    checked = [(i, path) for i in np.linspace(0, len(dataset) - 1, count).astype(int).tolist() for path in dataset.files(i)]
-    missing = [(i, path) for i, path in checked if not os.path.isfile(path)]
+    numbers = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+    # many samples may share an image, which is looked up once: its first sample remains
+    checked = {path: i for i in reversed(numbers) for path in dataset.files(i)}
+    missing = [(i, path) for path, i in checked.items() if not os.path.isfile(path)]
     if missing:
-        i, path = missing[0]
+        i, path = min(missing)
         share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
         raise InputError(f"{dataset.where(i)}: image {path} does not exist ({share}); correct {roots}, or remove such entries "

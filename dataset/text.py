@@ -2,6 +2,11 @@
 
 import re
 
+MAX_WORDS = 30  # of a caption, a sentence, or a question in training
+MAX_QUESTION_WORDS = 50  # of a question in testing
+SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a VQA question in training
+MAX_TOKENS = 30  # ids of a text in retrieval and grounding
+
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
 _BLANKS = re.compile(r"\s{2,}")
 

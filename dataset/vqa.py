@@ -10,7 +10,7 @@ import torch
 
 from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
-from dataset.text import pre_question, tokenize
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
 from dataset.transforms import load_image
 from utils import InputError
 
@@ -65,19 +65,26 @@ class VQADataset(Samples):
     ranking, if there are. Raises InputError for an entry without what the task needs.
     """
 
-    def __init__(self, files, roots, transform, eos, seed=None, max_words=30, max_tokens=None, answer_list=None):
+    def __init__(self, files, roots, transform, eos, seed=None, answer_list=None):
         super().__init__(seed)
-        self.roots = roots
-        self.transform, self.eos, self.max_words, self.max_tokens = transform, eos, max_words, max_tokens
-        self.answer_list = answer_list
-        self._ids = set()
-        self.entries = Entries(files, self._check)
-        del self._ids
-        used = {entry.get("dataset", "vqa") for entry in self.entries}
-        self.roots = {key: roots[key] for name, key in ROOTS.items() if name in used}
+        self.transform, self.eos, self.answer_list = transform, eos, answer_list
+        self.max_words = MAX_QUESTION_WORDS if seed is None else MAX_WORDS
+        used, ids = set(), set()
+
+        def checked(entry, path, number):
+            entry = self._check(entry, path, number)
+            used.add(ROOTS[entry["dataset"]])
+            if seed is None and entry["question_id"] in ids:
+                raise InputError(f"{where(path, number)}: another entry has the question_id {entry['question_id']!r} too")
+            ids.add(entry.get("question_id"))
+            return entry
+
+        self.entries = Entries(files, checked)
+        self.roots = {key: roots[key] for key in sorted(used)}
         for key, root in self.roots.items():
             if root is None:
                 raise InputError(f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to")
+        self._answered = self._count_answered()
 
     def _check(self, entry, path, number):
         check_entry(entry, {"image": str, "question": str}, path, number)
@@ -90,17 +97,26 @@ class VQADataset(Samples):
             check_entry(entry, {"answer": list if kind == "vqa" else str}, path, number)
         if self.seed is None:
             check_entry(entry, {"question_id": (int, str)}, path, number)
-            if entry["question_id"] in self._ids:
-                raise InputError(f"{where(path, number)}: another entry has the question_id {entry['question_id']!r} too")
-            self._ids.add(entry["question_id"])
-        return entry
+            if kind == "vg" and "answer" in entry:
+                raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
+                                 "such entries, or their answers, out of val_file and test_file")
+        return {**entry, "dataset": kind}
+
+    def _count_answered(self):
+        """How many of the test questions have answers: all or none. Raises InputError otherwise, before anything slow."""
+        if self.seed is not None:
+            return 0
+        lacking = [number for number, entry in enumerate(self.entries) if "answer" not in entry]
+        if lacking and len(lacking) < len(self):
+            raise InputError(f"{self.where(lacking[0])} has no 'answer', though others have: give all of them answers, or none")
+        return len(self) - len(lacking)
 
     def __len__(self):
         return len(self.entries)
 
     def files(self, index):
         entry = self.entries[index]
-        return [os.path.join(self.roots[ROOTS[entry.get("dataset", "vqa")]], entry["image"])]
+        return [os.path.join(self.roots[ROOTS[entry["dataset"]]], entry["image"])]
 
     def where(self, index):
         return self.entries.where(index)
@@ -121,7 +137,7 @@ class VQADataset(Samples):
         """Samples -> VQABatch; texts are padded to the longest of the batch."""
         return VQABatch(
             torch.stack([sample.image for sample in samples]),
-            tokenize([sample.question for sample in samples], tokenizer, self.max_tokens),
+            tokenize([sample.question for sample in samples], tokenizer, SHORT_TOKENS),
             tokenize([answer for sample in samples for answer in sample.answers], tokenizer),
             [len(sample.answers) for sample in samples],
             torch.tensor([weight for sample in samples for weight in sample.weights]),
@@ -133,12 +149,5 @@ class VQADataset(Samples):
         return torch.stack([image for image, _ in samples]), tokenize([question for _, question in samples], tokenizer)
 
     def annotations(self):
-        """The entries with answers, as metrics.vqa_accuracy takes them; [] if the files have none.
-
-        Raises InputError if only some have.
-        """
-        answered = [entry for entry in self.entries if "answer" in entry]
-        if answered and len(answered) < len(self):
-            lacking = next(i for i, entry in enumerate(self.entries) if "answer" not in entry)
-            raise InputError(f"{self.where(lacking)} has no 'answer', though others have: give all of them answers, or none")
-        return answered
+        """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""
+        return list(self.entries) if self._answered else []

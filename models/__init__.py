@@ -17,7 +17,7 @@ def build_model(task, config, tokenizer=None):
     """The model of a task with its initial, random weights.
 
     task: a key of MODELS; config: the task's YAML as a dict, missing keys take their defaults, bert_config is a path or a
-    dict; tokenizer: supplies the special token ids, BERT's 0, 101 and 103 without one. Raises InputError.
+    dict; tokenizer: supplies the special token ids, BERT's (models.albef.SpecialIds) without one. Raises InputError.
     """
     if task not in MODELS:
         raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")

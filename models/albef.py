@@ -28,24 +28,28 @@ class Text(NamedTuple):
     attention_mask: torch.Tensor  # [B, L], 1 for a token, 0 for padding
 
     def to(self, device):
+        """The same text on a device."""
         return Text(*(x.to(device, non_blocking=True) for x in self))
 
 
 def read_bert_config(value):
     """bert_config of a task's configuration, a dict or the path of a JSON file -> dict."""
-    if isinstance(value, dict):
-        return value
-    try:
-        with open(value) as file:
-            config = json.load(file)
-    except OSError as error:
-        raise InputError(f"bert_config: cannot read {value}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"bert_config: {value} is not valid JSON: {error}") from None
+    config, source = value, "it"
+    if not isinstance(value, dict):
+        source = value
+        try:
+            with open(value) as file:
+                config = json.load(file)
+        except OSError as error:
+            raise InputError(f"bert_config: cannot read {value}: {error.strerror}") from None
+        except ValueError as error:
+            raise InputError(f"bert_config: {value} is not valid JSON: {error}") from None
+        if not isinstance(config, dict):
+            raise InputError(f"bert_config: {value} holds no JSON object")
     needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "fusion_layer", "encoder_width")
     missing = [key for key in needed if key not in config]
     if missing:
-        raise InputError(f"bert_config: {value} lacks {', '.join(missing)}")
+        raise InputError(f"bert_config: {source} lacks {', '.join(missing)}")
     return config
 
 
@@ -68,6 +72,8 @@ class ALBEF(nn.Module):
         self.special_ids = SpecialIds()
         if tokenizer is not None:
             eos = tokenizer.convert_tokens_to_ids(config["eos"])
+            if eos == tokenizer.unk_token_id:
+                raise InputError(f"eos is {config['eos']!r}, which is no token of the vocabulary; the usual one is [SEP]")
             self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, eos)
         self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)

@@ -101,6 +101,8 @@ class ResidualOutput(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attention and what follows it, under the names of Hugging Face's BERT: self, output."""
+
     def __init__(self, config, source_width):
         super().__init__()
         self.self = MultiHeadAttention(config, source_width)
@@ -108,6 +110,8 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
+    """The first half of the feed-forward part: hidden [..., C] -> [..., intermediate_size]."""
+
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
@@ -221,6 +225,8 @@ class BertModel(nn.Module):
 
 
 class PredictionTransform(nn.Module):
+    """Dense, GELU, LayerNorm before the vocabulary: hidden [..., C] -> [..., C]."""
+
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config["hidden_size"], config["hidden_size"])
@@ -247,6 +253,8 @@ class PredictionHead(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
+    """The vocabulary head under the name of Hugging Face's BERT: predictions."""
+
     def __init__(self, config, word_embeddings):
         super().__init__()
         self.predictions = PredictionHead(config, word_embeddings)

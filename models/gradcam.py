@@ -28,7 +28,7 @@ def _recorded(*attentions):
         yield maps
     finally:
         for attention in attentions:
-            del attention.attend
+            vars(attention).pop("attend", None)  # where a pair shares all, both its blocks are one module
 
 
 def _heat(attention, gradient, grid):
@@ -70,8 +70,9 @@ def cross_gradcam(model, keys_values, text, block_num, score):
     if hasattr(bert, "pair_keys_values"):
         first = block_num - (block_num - bert.fusion_layer) % 2
         blocks = [first, first + 1]
-    with torch.enable_grad(), _recorded(*(bert.encoder.layer[number].crossattention.self for number in blocks)) as maps:
+    with torch.no_grad():  # the gradient ends at the attention map
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
+    with torch.enable_grad(), _recorded(*(bert.encoder.layer[number].crossattention.self for number in blocks)) as maps:
         value = score(bert.fuse(text_embeds, text.attention_mask, keys_values))
         gradients = torch.autograd.grad(value, maps)
     mask = text.attention_mask[:, None, :, None]
@@ -86,7 +87,7 @@ def itm_gradcam(model, image, text, block_num):
     block_num: the layer, from fusion_layer on. Returns [B, L, h, w], 0 at padding; the mean over all L positions is the map
     of the whole text. Raises InputError if there is no such layer.
     """
-    with torch.no_grad():  # the gradient ends at the attention map
+    with torch.no_grad():
         keys_values = model.bert.image_keys_values(model.visual_encoder.forward_features(image))
     (heat,), _ = cross_gradcam(model, keys_values, text, block_num, lambda fused: model.itm_logits(fused)[:, 1].sum())
     return heat

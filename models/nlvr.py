@@ -54,6 +54,7 @@ class NLVR(Classifier):
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer, classes=2)
 
     def keys_values(self, bert, image_embeds):
+        """As Classifier.keys_values, of the first images, then the second ones [2B, 1+N, C]."""
         half = len(image_embeds) // 2
         return bert.pair_keys_values(image_embeds, slice(half), slice(half, None))
 
@@ -116,10 +117,10 @@ class TextAssignment(ALBEF):
         second = torch.where(label == 1, own, torch.where(label == 0, one, other))
         return first, second, label
 
-    def forward(self, image, text, update_momentum=True):
+    def forward(self, image, text):
         """The loss of a step: image [B, 3, H, W], text with input_ids and attention_mask [B, L].
 
-        A batch of one has no negatives: its loss is an exact 0. update_momentum means nothing here, there is no momentum model.
+        A batch of one has no negatives: its loss is an exact 0.
         """
         image_embeds = self.visual_encoder.forward_features(image)
         first, second, label = self.draw_pairs(image_embeds)

@@ -49,8 +49,8 @@ class VQA(ALBEF):
         image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer likewise [A, L'], the questions' answers
         one after another; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
         """
-        counts = torch.as_tensor(n, device=image.device)
-        rows = torch.repeat_interleave(counts, output_size=len(answer.input_ids))  # the question of each answer
+        # the question of each answer; made on the host, as the device would have to be waited for
+        rows = torch.repeat_interleave(torch.as_tensor(n)).to(image.device, non_blocking=True)
         logits, logits_m = self.answer_logits(self.encode_question(image, question), answer.input_ids, rows), None
         if self.config["distill"]:
             with torch.no_grad():
@@ -126,21 +126,17 @@ class VQA(ALBEF):
             rows = torch.arange(batch, device=device).repeat_interleave(tokens.shape[1])
             hidden, past = self.text_decoder(tokens[:, :, -1].reshape(-1, 1), keys_values, mask, past, rows)
             logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()
-            log_probs = logits.log_softmax(dim=1).view(batch, -1, self.vocab_size)
+            log_probs = logits.log_softmax(dim=1).unflatten(0, (batch, -1))  # [B, beams, V]
             ended = tokens[:, :, -1] == ids.eos
             log_probs[ended] = -torch.inf
             log_probs[..., ids.eos].masked_fill_(ended, 0.0)  # an ended answer stays as it is
             totals = (scores[..., None] + log_probs).flatten(1)  # [B, beams * V]
             scores, best = totals.topk(min(beams, totals.shape[1]), dim=1)
-            beam = best // self.vocab_size
-            tokens = torch.cat([tokens.take_along_dim(beam[..., None], 1), (best % self.vocab_size)[..., None]], dim=2)
+            beam, token = best // log_probs.shape[2], best % log_probs.shape[2]
+            tokens = torch.cat([tokens.take_along_dim(beam[..., None], 1), token[..., None]], dim=2)
             kept = (torch.arange(batch, device=device)[:, None] * log_probs.shape[1] + beam).flatten()
             past = [(keys[kept], values[kept]) for keys, values in past]
             if (tokens[:, :, -1] == ids.eos).all():
                 break
         best = tokens[:, 0, 1:].tolist()
         return [answer[: answer.index(ids.eos)] if ids.eos in answer else answer for answer in best]
-
-    @property
-    def vocab_size(self):
-        return self.bert_config["vocab_size"]

@@ -281,7 +281,7 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
 
     message = refusal(check_images, pairs(loaded, str(root)))
     assert message.startswith(f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist")
-    assert "(2 of the 11 images checked are missing, 18.2%)" in message and "correct image_root" in message
+    assert "(2 of the 10 images checked are missing, 20.0%)" in message and "correct image_root" in message
     assert "(1 of the 2 images checked" in refusal(check_images, pairs(loaded, str(root)), 2)
     (root / "8.jpg").touch()
     (root / "9.jpg").touch()

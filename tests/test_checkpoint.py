@@ -1,6 +1,9 @@
 """Loading weights: every conversion, the report, and the errors."""
 
+import importlib
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -8,12 +11,18 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
+import models.checkpoint
+from engine import resume
+from Export import export
 from models import build_model
 from models.albef import Text
 from models.checkpoint import (
-    condense, interpolate_pos_embed, load_checkpoint, load_text_encoder, load_vision_encoder, read_weights,
+    checkpoint_epoch, condense, interpolate_pos_embed, load_checkpoint, load_text_encoder, load_vision_encoder, read_weights,
+    write_checkpoint,
 )  # fmt: skip
-from utils import InputError
+from models.tokenizer import build_tokenizer
+from test_engine import command_line
+from utils import InputError, atomic_write, run_script
 
 BERT = json.load(open("tests/golden/bert.json"))
 
@@ -72,6 +81,15 @@ def test_bert_is_split_into_text_and_multimodal_encoder(model, hugging_face, tmp
     assert torch.equal(momentum_embeds, text_embeds)
     layers = hugging_face.bert.encoder.layer
     assert torch.equal(model.bert.encoder.layer[3].output.dense.weight, layers[3].output.dense.weight)
+    if form != "bare encoder":  # all layers but for the new cross-attention, and the vocabulary head
+        with torch.no_grad():
+            output = hugging_face(*text, output_hidden_states=True)
+            for encoder in (model.text_encoder, model.text_encoder_m):
+                hidden, mask = encoder.bert.embeddings(ids), text.attention_mask.bool()[:, None, None]
+                for layer, theirs in zip(encoder.bert.encoder.layer, output.hidden_states[1:], strict=True):
+                    hidden = layer(hidden, mask)
+                    assert torch.allclose(hidden[real], theirs[real], atol=1e-5)
+                assert torch.allclose(encoder.cls.predictions(hidden)[real], output.logits[real], atol=1e-5)
     head_loaded = torch.equal(model.text_encoder.cls.predictions.transform.dense.weight,
                               hugging_face.cls.predictions.transform.dense.weight)
     assert head_loaded == (form != "bare encoder")
@@ -91,6 +109,59 @@ def test_deit_is_loaded_and_resized(model, tmp_path):
     assert torch.equal(model.visual_encoder.blocks[1].mlp.fc1.weight, deit.blocks[1].mlp.fc1.weight)
     assert torch.equal(model.visual_encoder.pos_embed, interpolate_pos_embed(deit.pos_embed, 10))
     assert torch.equal(model.visual_encoder_m.pos_embed, model.visual_encoder.pos_embed)
+
+
+def test_bert_with_half_a_vocabulary_head_is_refused(model, hugging_face, tmp_path):
+    state = hugging_face.state_dict()
+    del state["cls.predictions.transform.LayerNorm.bias"]
+    torch.save(state, tmp_path / "bert.bin")
+    with pytest.raises(InputError, match=r"lacks 1 tensors .*predictions.transform.LayerNorm.bias; is it the right file\?$"):
+        load_text_encoder(model, tmp_path / "bert.bin")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_image_embeddings_are_those_of_timm(model, tmp_path, suffix):
+    torch.manual_seed(3)
+    vit = VisionTransformer(img_size=48, patch_size=16, embed_dim=16, depth=2, num_heads=2, num_classes=10).eval()
+    for param in vit.parameters():
+        param.normal_(std=0.2)
+    with open(tmp_path / f"vit{suffix}", "wb") as file:
+        write_checkpoint(file, suffix, vit.state_dict(), {})
+    report = load_vision_encoder(model.eval(), tmp_path / f"vit{suffix}")
+    assert not report.resized and not report.new
+    image = torch.randn(2, 3, 48, 48)
+    for encoder in (model.visual_encoder, model.visual_encoder_m):
+        assert torch.allclose(encoder.forward_features(image), vit.forward_features(image), atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_at_another_resolution_are_close(golden, tmp_path):
+    """A smooth image and smooth position embeddings look nearly the same on a finer grid."""
+    data = golden("pretrain.pt")
+    config = {**data["config"], "bert_config": BERT, "patch_size": 8, "image_res": 96}
+    torch.manual_seed(4)
+    coarse = build_model("pretrain", config).eval()
+    grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, 12)] * 2, indexing="ij"), dim=-1).flatten(0, 1)
+    coarse.visual_encoder.pos_embed[0, 1:] = (grid @ torch.randn(2, 16)).sin()
+    torch.save({"model": coarse.state_dict()}, tmp_path / "coarse.pth")
+    fine, unfit = (build_model("pretrain", {**config, "image_res": 192}).eval() for _ in range(2))
+    load_checkpoint(fine, tmp_path / "coarse.pth")
+    assert torch.equal(fine.visual_encoder.pos_embed[:, :1], coarse.visual_encoder.pos_embed[:, :1])
+    load_checkpoint(unfit, tmp_path / "coarse.pth")
+    order = torch.randperm(24 * 24) + 1
+    unfit.visual_encoder.pos_embed[:, 1:] = fine.visual_encoder.pos_embed[:, order].roll(1, dims=2)
+    image = torch.full((1, 3, 96, 96), 0.5)
+    larger = torch.full((1, 3, 192, 192), 0.5)
+    feat, feat_fine, feat_unfit = (model.encode_image(x)[1] for model, x in ((coarse, image), (fine, larger), (unfit, larger)))
+    assert (feat - feat_fine).norm() < 0.02 and (feat - feat_unfit).norm() > 5 * (feat - feat_fine).norm()
+
+
+def test_another_kind_of_vit_is_refused(model, tmp_path):
+    vit = VisionTransformer(img_size=48, patch_size=16, embed_dim=16, depth=2, num_heads=2, init_values=1.0)
+    torch.save(vit.state_dict(), tmp_path / "scaled.pth")
+    with pytest.raises(InputError, match=r"no place for: blocks.{0-1}.ls{1-2}.gamma; .*another kind"):
+        load_vision_encoder(model, tmp_path / "scaled.pth")
 
 
 def test_released_checkpoint_without_position_ids_or_momentum_and_at_another_resolution(golden, tmp_path):
@@ -228,3 +299,211 @@ def test_a_head_may_be_new_in_training_not_in_evaluation(golden, pretrained_file
     torch.save({"model": state}, tmp_path / "cut.pth")
     with pytest.raises(InputError, match="lacks 1 tensors of the model: cls_head.0.weight"):
         load_checkpoint(model, tmp_path / "cut.pth")
+
+
+def test_evaluation_needs_the_decoder_of_vqa(golden, pretrained_file):
+    with pytest.raises(InputError, match="pretrained.pth has no text_decoder, which this task evaluates with"):
+        load_checkpoint(of_task(golden, "vqa"), pretrained_file[1], complete=True)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_prefixes_precision_and_order_do_not_matter(model, golden, tmp_path, suffix):
+    state = golden("pretrain.pt")["state_dict"]
+    halves = {f"module._orig_mod.{name}": value.half() if value.is_floating_point() else value for name, value in state.items()}
+    with open(tmp_path / f"half{suffix}", "wb") as file:
+        write_checkpoint(file, suffix, dict(reversed(halves.items())), {})
+    report = load_checkpoint(model, tmp_path / f"half{suffix}")
+    assert not report.new and not report.ignored and not report.converted
+    assert len(report.cast) == sum(value.is_floating_point() for value in state.values()) and "temp (float16)" in report.cast
+    for name, value in model.state_dict().items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name].half().to(value.dtype)), name
+
+
+def test_files_of_before_torch_1_6_load(model, golden, tmp_path):
+    state = golden("pretrain.pt")["state_dict"]
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert len(load_checkpoint(model, tmp_path / "old.pth").loaded) == len(state)
+    assert torch.equal(model.itm_head.weight, state["itm_head.weight"])
+
+
+def test_queues_of_another_size_start_anew_together_with_their_pointer(golden, tmp_path):
+    data = golden("retrieval.pt")
+    state = {**data["state_dict"], "queue_ptr": torch.tensor([3])}
+    size = data["config"]["queue_size"]
+    torch.save(state, tmp_path / "retrieval.pth")
+    for queue_size in (size, size + 2):
+        model = build_model("retrieval", {**data["config"], "bert_config": BERT, "queue_size": queue_size})
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        report = load_checkpoint(model, tmp_path / "retrieval.pth")
+        queues = {"image_queue", "text_queue", "idx_queue", "queue_ptr"}
+        assert set(report.new) == (queues if queue_size != size else set())
+        for name in queues:
+            assert torch.equal(model.state_dict()[name], before[name] if queue_size != size else state[name])
+    del state["text_queue"]  # the others are of no use without it
+    torch.save(state, tmp_path / "retrieval.pth")
+    model = build_model("retrieval", {**data["config"], "bert_config": BERT})
+    assert set(load_checkpoint(model, tmp_path / "retrieval.pth").new) == queues and model.queue_ptr.item() == 0
+
+
+def test_a_momentum_module_is_missing_as_a_whole_or_not_at_all(model, golden, tmp_path):
+    state = dict(golden("pretrain.pt")["state_dict"])
+    whole = {name: value for name, value in state.items() if not name.startswith("text_encoder_m.")}
+    torch.save(whole, tmp_path / "whole.pth")
+    report = load_checkpoint(model, tmp_path / "whole.pth")
+    assert report.copied and all(name.startswith("text_encoder_m.") for name in report.copied)
+    for name in report.copied:
+        assert torch.equal(model.state_dict()[name], state[name.replace("_m.", ".", 1)])
+    assert torch.equal(model.visual_encoder_m.pos_embed, state["visual_encoder_m.pos_embed"])
+    lost = "text_encoder_m.bert.encoder.layer.1.output.dense.weight"
+    del state[lost]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(InputError, match=f"lacks 1 tensors of the model: {lost}"):
+        load_checkpoint(model, tmp_path / "part.pth")
+    assert load_checkpoint(model, tmp_path / "part.pth", allow_missing=True).copied == [lost]
+
+
+def test_a_refused_file_leaves_the_model_alone(model, golden, tmp_path):
+    state = dict(golden("pretrain.pt")["state_dict"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    del state["text_proj_m.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(InputError):
+        load_checkpoint(model, tmp_path / "part.pth")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_weights_that_no_training_gives_are_refused(model, golden, tmp_path, value):
+    state = {name: tensor.clone() for name, tensor in golden("pretrain.pt")["state_dict"].items()}
+    name = "visual_encoder.blocks.1.attn.qkv.weight"
+    if value is None:
+        state[name] = state[name].to("meta")
+    else:
+        state[name][3, 4] = value
+    torch.save({"model": state}, tmp_path / "diverged.pth")
+    with pytest.raises(InputError, match=f"diverged.pth: 1 tensors hold NaN, infinity or nothing: {name}"):
+        load_checkpoint(model, tmp_path / "diverged.pth")
+
+
+def test_a_head_of_another_task_is_called_so(golden, tmp_path):
+    torch.save({"model": of_task(golden, "ve").state_dict()}, tmp_path / "ve.pth")
+    for allow_missing in (False, True):
+        with pytest.raises(InputError, match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*head of another task"):
+            load_checkpoint(of_task(golden, "nlvr"), tmp_path / "ve.pth", allow_missing)
+
+
+def test_weights_without_a_place_are_an_error(golden, tmp_path):
+    """They would be left out silently: layers of a pair would stand for layers, cross-attention would be lost."""
+    torch.save(of_task(golden, "nlvr_pretrain").state_dict(), tmp_path / "pairs.pth")
+    with pytest.raises(InputError, match=r"no place for: text_encoder.encoder.layer.{4-5}.*two images"):
+        load_checkpoint(of_task(golden, "ve"), tmp_path / "pairs.pth")
+    config = {**golden("vqa.pt")["config"], "bert_config": {**BERT, "fusion_layer": 1}}
+    torch.save(build_model("ve", config).state_dict(), tmp_path / "earlier.pth")
+    with pytest.raises(InputError, match=r"no place for: text_encoder.encoder.layer.1.crossattention.*fusion_layer"):
+        load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth")
+    assert load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth", allow_missing=True).ignored
+
+
+def test_pairs_that_share_more_than_those_of_the_file_are_refused(golden, tmp_path):
+    config = {**golden("vqa.pt")["config"], "bert_config": BERT}
+    for share in ("none", "cross_attention", "all"):
+        torch.save(build_model("nlvr", {**config, "share": share}).state_dict(), tmp_path / f"{share}.pth")
+    for share, source in (("cross_attention", "none"), ("all", "none"), ("all", "cross_attention")):
+        with pytest.raises(InputError, match=r"layer.3.* and .*layer.2.* differ but are one parameter .*`share`"):
+            load_checkpoint(build_model("nlvr", {**config, "share": share}), tmp_path / f"{source}.pth")
+        load_checkpoint(build_model("nlvr", {**config, "share": source}), tmp_path / f"{share}.pth")
+
+
+def test_a_file_that_is_replaced_meanwhile_is_refused(model, golden, tmp_path, monkeypatch):
+    state, path = golden("pretrain.pt")["state_dict"], tmp_path / "last.pth"
+    torch.save(state, path)
+
+    def replacing(*args, **keys):
+        with atomic_write(path) as file:
+            torch.save(state, file)
+        return read_weights(*args, **keys)
+
+    monkeypatch.setattr(models.checkpoint, "read_weights", replacing)
+    with pytest.raises(InputError, match="last.pth was replaced while it was read"):
+        load_checkpoint(model, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# malicious files
+
+
+class Attack:
+    """Pickled, a command that creates the file `trace`."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.fixture
+def attack(tmp_path):
+    """(function that writes a malicious pickle to a path and returns it, the file it would create)."""
+    trace = tmp_path / "trace"
+
+    def write(name, zipped=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = {"model": {"weight": torch.ones(1), "more": Attack(trace)}, "config": {}}
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=zipped)
+        return tmp_path / name
+
+    torch.load(write("works.pth"), weights_only=False)
+    assert trace.exists()  # the attack works where pickles are trusted
+    trace.unlink()
+    return write, trace
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["evil.pth", "evil.bin", "evil.safetensors"])
+def test_malicious_files_are_not_run_by_any_reader(model, attack, tmp_path, name, zipped):
+    write, trace = attack
+    path = write(name, zipped)
+    folder = write("folder/pytorch_model.bin", zipped).parent
+    for read in (
+        lambda: read_weights(path), lambda: checkpoint_epoch(path), lambda: load_checkpoint(model, path),
+        lambda: load_text_encoder(model, path), lambda: load_text_encoder(model, folder),
+        lambda: load_vision_encoder(model, path), lambda: load_vision_encoder(model, folder),
+        lambda: resume(path, model, None, {}, 0), lambda: export(path, tmp_path / "out.safetensors"),
+        lambda: build_tokenizer(str(path)),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=r"evil|pytorch_model"):
+            read()
+        assert not trace.exists()
+
+
+ENTRIES = {
+    "Pretrain --checkpoint": ["--checkpoint", "{evil}"],
+    "Pretrain --resume": ["--checkpoint", "{evil}", "--resume"],
+    "Pretrain --text_encoder": ["--text_encoder", "{evil}"],
+    "Pretrain --vision_encoder": ["--vision_encoder", "{evil}"],
+    "Pretrain --tokenizer": ["--tokenizer", "{evil}"],
+    "Pretrain --config": ["--config", "{yaml}"],
+    "Retrieval --checkpoint": ["--checkpoint", "{evil}", "--evaluate"],
+    "Visualize --checkpoint": ["--checkpoint", "{evil}", "--image", "{image}", "--text", "dog"],
+    "Visualize --config": ["--checkpoint", "{good}", "--config", "{yaml}", "--image", "{image}", "--text", "dog"],
+    "Export --checkpoint": ["--checkpoint", "{evil}", "--to", "{out}"],
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_malicious_files_are_not_run_by_any_script(attack, golden, tmp_path, tiny_config, shapes, monkeypatch, capsys, entry):
+    write, trace = attack
+    torch.save({"model": of_task(golden, "retrieval").state_dict()}, tmp_path / "good.pth")
+    (tmp_path / "evil.yaml").write_text(f"image_res: !!python/object/apply:os.system ['touch {trace}']\n")
+    paths = {"evil": write("evil.pth"), "yaml": tmp_path / "evil.yaml", "good": tmp_path / "good.pth",
+             "image": next((shapes / "images/test").iterdir()), "out": tmp_path / "out.pth"}  # fmt: skip
+    script = entry.split()[0]
+    common = command_line(tiny_config, tmp_path / "run", tmp_path) if script in ("Pretrain", "Retrieval") else []
+    flags = [flag.format(**paths) for flag in ENTRIES[entry]]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, common), *flags])
+    with pytest.raises(SystemExit) as stop:
+        run_script(importlib.import_module(script).main)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1 and ("evil" in message or "python/object" in message), message
+    assert not trace.exists()

@@ -44,6 +44,22 @@ def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retr
     assert all(param.grad is None for param in model.parameters())
 
 
+@pytest.mark.parametrize("share", ["all", "none"])
+def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(golden, share):
+    data = golden("nlvr.pt")
+    text = Text(data["input_ids"], data["attention_mask"])
+    config = {**data["config"], "bert_config": "tests/golden/bert_nlvr.json", "distill": False}
+    torch.manual_seed(0)
+    models = [build_model("nlvr", {**config, "share": kind}).eval() for kind in ("all", share)]
+    models[1].load_state_dict(models[0].state_dict())
+    heats = []
+    for model in models:
+        keys_values = model.keys_values(model.bert, model.visual_encoder.forward_features(data["image"]))
+        heats.append(cross_gradcam(model, keys_values, text, 8, lambda fused: model.cls_head(fused[:, 0])[:, 1].sum())[0])
+    for one, other in zip(*heats, strict=True):
+        assert_close("heat", one, other, 1e-4, 1e-8)
+
+
 @torch.no_grad()
 def test_a_pair_of_blocks_has_a_map_for_each_image(golden):
     data = golden("nlvr.pt")

@@ -172,6 +172,11 @@ BAD_INPUT = {
     "answer of vg as a list": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": ["a"]}], "'answer' is .* a string"),
     "no vg_root": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": "a"}] * 8, "lacks the key vg_root"),
     "validation without answers": ("VQA", "val_file", [QUESTION], "has no answers to compare with"),
+    "answers of some questions": ("VQA", "test_file", [{**QUESTION, "answer": ["a"]}, {**QUESTION, "question_id": 8}],
+                                  "entry 1 .*has no 'answer', though others have"),
+    "answers of Visual Genome to score": ("VQA", "test_file", [{**QUESTION, "dataset": "vg", "answer": "a"}], "one annotator"),
+    "two batch sizes": ("VE", "batch_size_train", 4, "batch_size 8 and batch_size_train 4 differ"),
+    "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is no token"),
     "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
     "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "question '\\?' is empty"),
     "unknown label": ("VE", "train_file", [{**VE_ENTRY, "label": "-"}], "label is '-', it must be contradiction"),
@@ -202,7 +207,7 @@ def test_bad_input_is_named_before_the_first_step(program, shapes, tmp_path, cas
         (tmp_path / "bad.json").write_text(json.dumps(value))
         config[key] = str(tmp_path / "bad.json")
     else:
-        config[key] = str(shapes / value) if isinstance(value, str) and key != "share" else value
+        config[key] = str(shapes / value) if isinstance(value, str) and key not in ("share", "eos") else value
     with pytest.raises(InputError, match=message) as error:
         run(script, config, tmp_path / "run", *arguments)
     assert "\n" not in str(error.value)

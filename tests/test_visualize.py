@@ -146,7 +146,7 @@ def test_maps_of_matching_are_those_of_the_released_function(make, tokenizer):
     model, image = make("retrieval"), torch.randn(1, 3, 32, 32)
     phrase = split_words("two dogs walking", model, tokenizer)
     maps = explain_class("retrieval", model, image, phrase)
-    heat = itm_gradcam(model, image, phrase.tokens, default_block(model))
+    heat = itm_gradcam(model, image, phrase.tokens, default_block(model, words=True))
     assert torch.equal(maps.whole, heat.mean(dim=1))
     assert torch.equal(maps.by_word, join_pieces(heat, phrase.pieces))
     with torch.no_grad():

@@ -1,0 +1,45 @@
+"""What VE.py and NLVR.py share: sentences about one image or two, and their classes."""
+
+import functools
+
+import torch
+
+from dataset import to_device
+from engine import autocast
+from evaluation import divided, gathered
+from models.albef import Text
+from utils import is_main
+
+
+def step(device):
+    """What a training step computes: batch -> losses by name."""
+
+    def losses(model, batch, alpha, update_momentum):
+        batch = to_device(batch, device)
+        return model(*batch.image, Text(*batch.text), targets=batch.targets, alpha=alpha, update_momentum=update_momentum)
+
+    return losses
+
+
+@torch.no_grad()
+def evaluate(model, dataset, tokenizer, config, device):
+    """Share of the right classes of a LabeledDataset, in [0, 1], as {"acc"}; and the number of sentences."""
+    model.eval()
+    right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
+    with autocast(config, device):
+        for numbers, batch in divided(dataset, config, device, "sentences", collate):
+            batch = to_device(batch, device)
+            logits = model.predict(*batch.image, Text(*batch.text))
+            right.update(zip(numbers, (logits.argmax(dim=1) == batch.targets).tolist()))
+    right = gathered(right)
+    return {"acc": sum(right) / len(right)}, len(right)
+
+
+def show(task, classes):
+    """The function that prints what evaluate found, as fine_tune takes it; task: what to call it."""
+
+    def line(output_dir, title, split, epoch, metrics, count, dataset):
+        if is_main():
+            print(f"{task}, {title}: accuracy {100 * metrics['acc']:.2f}% of {count} sentences (chance {100 / classes:.1f}%)")
+
+    return line

@@ -1,0 +1,206 @@
+"""Full-size checkpoints with exactly the released keys: which task takes which, what is refused, and the memory it takes.
+
+Files of meta tensors are as long as their names: keys and shapes of every model are checked without its gigabytes.
+"""
+
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+from models import build_model
+from models.checkpoint import load_checkpoint
+from utils import InputError
+
+KEYS = json.loads((ROOT / "tests/golden/state_dict_keys.json").read_text())
+TASK = {
+    "Pretrain": "pretrain", "Retrieval": "retrieval", "VQA": "vqa", "VE": "ve", "NLVR": "nlvr",
+    "Pretrain_nlvr": "nlvr_pretrain",
+}  # fmt: skip
+QUEUES = {"image_queue", "text_queue", "queue_ptr"}
+HEAD, TA_HEAD = {"cls_head", "cls_head_m"}, {"ta_head"}
+# file: task that takes it -> what is new there (first part of the name)
+TAKEN = {
+    "Pretrain": {"pretrain": set(), "retrieval": {"idx_queue"}, "grounding": {"idx_queue"}, "vqa": set(), "ve": HEAD,
+                 "nlvr": HEAD, "nlvr_pretrain": TA_HEAD},
+    "Retrieval": {"retrieval": set(), "grounding": set(), "ve": HEAD, "nlvr": HEAD, "nlvr_pretrain": TA_HEAD},
+    "VQA": {"vqa": set(), "ve": HEAD, "nlvr": HEAD},
+    "VE": {"ve": set()},
+    "NLVR": {"nlvr": set()},
+    "Pretrain_nlvr": {"nlvr_pretrain": set(), "nlvr": HEAD},
+}  # fmt: skip
+TASKS = [*TASK.values(), "grounding"]
+
+
+@functools.cache
+def model_of(task):
+    """A full-size model without values."""
+    image_res = 256 if task in ("pretrain", "nlvr_pretrain") else 384
+    with torch.device("meta"):
+        return build_model(task, {"image_res": image_res, "bert_config": str(ROOT / "configs/config_bert.json")})
+
+
+def state_of(name):
+    whole = {key: torch.empty(shape, device="meta") for key, shape in KEYS[name].items()}
+    integers = {key: value.long() for key, value in whole.items() if key.endswith(("position_ids", "queue_ptr", "idx_queue"))}
+    return {**whole, **integers}
+
+
+def write(path, state):
+    """A file as the released code writes it."""
+    torch.save({
+        "model": state,
+        "optimizer": {"state": {0: {"step": 7, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-5, "params": [0]}]},
+        "lr_scheduler": {"base_values": [1e-4], "metric": None, "_rng_state": None},
+        "config": {"image_res": 256, "schedular": {"sched": "cosine", "lr": 1e-4}},
+        "epoch": 29,
+    }, path)  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """The path of a released file by the name of its model."""
+    folder = tmp_path_factory.mktemp("released")
+    return functools.cache(lambda name: write(folder / f"{name}.pth", state_of(name)))
+
+
+def first_parts(names):
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(["name", "task"], [(name, task) for name, tasks in TAKEN.items() for task in tasks])
+def test_a_released_file_is_taken_whole(released, name, task):
+    model = model_of(task)
+    report = load_checkpoint(model, released(name))
+    assert first_parts(report.new) == TAKEN[name][task]
+    filled = {part for part in first_parts(model.state_dict()) if part.endswith("_m")} - first_parts(KEYS[name]) - HEAD
+    if task == "nlvr" and name != "NLVR":  # momentum starts as the base
+        filled = {"visual_encoder_m", "text_encoder_m"}
+    elif (name, task) == ("Pretrain", "vqa"):  # from text_encoder_m
+        filled = set()
+    assert first_parts(report.copied) == filled
+    assert len(report.loaded) + len(report.copied) + len(report.new) == len(model.state_dict())
+    resolutions = {KEYS[name]["visual_encoder.pos_embed"][1], model.visual_encoder.pos_embed.shape[1]}
+    assert all(resized.endswith("pos_embed") for resized in report.resized)
+    assert ("visual_encoder.pos_embed" in report.resized) == (len(resolutions) == 2)
+    if TASK[name] == task:
+        assert not report.ignored and not report.converted and not report.cast
+
+
+@pytest.mark.parametrize(["name", "task"], [(name, task) for name in TAKEN for task in TASKS if task not in TAKEN[name]])
+def test_a_released_file_of_no_use_is_refused_by_name(released, name, task):
+    if "cls_head" in first_parts(KEYS[name]) and task in ("ve", "nlvr"):
+        message = r"cls_head.2.weight has shape .*head of another task"
+    elif (name, task) == ("Pretrain_nlvr", "ve"):
+        message = r"no place for: text_encoder.encoder.layer.{12-17}.* two images"
+    else:
+        message = r"lacks \d+ tensors of the model: .*(itm_head|cls.predictions|vision_proj|temp)"
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(model_of(task), released(name))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("name", TASK)
+def test_order_is_free_and_damage_is_refused_by_name(name, tmp_path):
+    state, model, path = state_of(name), model_of(TASK[name]), tmp_path / "file.pth"
+    weights = [key for key in state if key not in ("temp", "queue_ptr") and not key.endswith(("position_ids", "_queue"))]
+    draw = random.Random(name)
+    for key in draw.sample(weights, 2):
+        rest = {other: value for other, value in state.items() if other != key}
+        with pytest.raises(InputError) as error:
+            load_checkpoint(model, write(path, {**rest, f"{key}_old": state[key]}))
+        assert f"lacks 1 tensors of the model: {key}" in str(error.value) and f"it has {key}_old instead" in str(error.value)
+        with pytest.raises(InputError) as error:
+            load_checkpoint(model, write(path, {**state, key: torch.empty(2, *state[key].shape, device="meta")}))
+        assert f"{key} has shape [2, " in str(error.value)
+        with pytest.raises(InputError) as error:
+            load_checkpoint(model, write(path, {**state, key: torch.empty(state[key].shape, dtype=torch.int8, device="meta")}))
+        assert f"{key} is torch.strided torch.int8" in str(error.value)
+    for share in (0.3, 0.8):  # cut off within the base model, and within the momentum model
+        with pytest.raises(InputError, match=r"lacks \d+ tensors"):
+            load_checkpoint(model, write(path, dict(list(state.items())[: int(share * len(state))])))
+    shuffled = draw.sample(list(state.items()), len(state))
+    report = load_checkpoint(model, write(path, dict(shuffled)))
+    assert len(report.loaded) == len(model.state_dict())
+    whole = path.read_bytes()
+    for size in (0, 3, len(whole) // 3, len(whole) - 100):
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError, match="file.pth"):
+            load_checkpoint(model, path)
+
+
+# Writes a pre-training file of zeros to argv[2], loads it into a VE model of ones of the configuration argv[1] and prints the
+# names left at ones, the bytes of the model and of the file, and by how many bytes memory in use has grown at most, pages of
+# the mapped file included.
+LOAD = """
+import json, os, sys
+import torch
+from torch.serialization import skip_data
+from models import build_model
+from models.checkpoint import load_checkpoint, write_checkpoint
+
+def memory(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+def build(task):
+    with torch.device("meta"):
+        return build_model(task, json.loads(sys.argv[1])).to_empty(device="cpu")
+
+path = sys.argv[2]
+with open(path, "wb") as file:
+    state = build("pretrain").state_dict()
+    if path.endswith(".pth"):
+        with skip_data():  # leaves a hole, which reads as zeros
+            torch.save({"model": state, "optimizer": {}, "lr_scheduler": {}, "config": {}, "epoch": 29}, path)
+    else:
+        write_checkpoint(file, ".safetensors", {name: value.zero_() for name, value in state.items()}, {})
+del state
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak is counted from here
+before = memory("VmRSS")
+model = build("ve")
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.fill_(1)
+load_checkpoint(model, path)
+grown = memory("VmHWM") - before
+ends = {name: value.flatten()[[0, -1]].tolist() for name, value in model.named_parameters()}
+ones = [name for name, values in ends.items() if values == [1, 1]]
+assert all(values == [0, 0] for name, values in ends.items() if name not in ones)
+print(json.dumps([ones, sum(value.nbytes for value in model.parameters()), os.path.getsize(path), grown]))
+"""
+
+
+def load_in_a_process(config, path):
+    """(names left at ones, bytes of the model, bytes of the file, growth of memory) of LOAD in a process of its own."""
+    command = [sys.executable, "-c", LOAD, json.dumps(config), str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path.unlink()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are measured as Linux counts them")
+def test_loading_safetensors_takes_the_model_and_at_most_half_the_file(tmp_path):
+    bert = json.loads((ROOT / "configs/config_bert.json").read_text())
+    bert |= {"num_hidden_layers": 2, "fusion_layer": 1, "vocab_size": 1000}
+    config = {"image_res": 64, "bert_config": bert, "vision_depth": 3, "queue_size": 64}
+    ones, model, file, grown = load_in_a_process(config, tmp_path / "file.safetensors")
+    assert file > 250e6 and first_parts(ones) == HEAD
+    assert model <= grown < model + file / 2
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are measured as Linux counts them")
+def test_a_full_size_file_loads_and_takes_the_model_and_at_most_half_the_file(tmp_path):
+    config = {"image_res": 256, "bert_config": str(ROOT / "configs/config_bert.json")}
+    ones, model, file, grown = load_in_a_process(config, tmp_path / "file.pth")
+    assert file > 1.8e9 and first_parts(ones) == HEAD and len(ones) == 8
+    assert model <= grown < model + file / 2
