@@ -251,7 +251,7 @@ def test_objects_lie_within_the_image_and_apart(image_size):
 SAID = {word: (key, name) for key, table in (("size", SIZES), ("fill", FILLS), ("color", COLORS))
         for name, words in table.items() for word in words} | {w: ("shape", name) for w, name in SAID_SHAPES.items()}
 TASK_FILES = {"vqa_train.json": 3 * 200, "vqa_val.json": 60, "vqa_test.json": 60, "ve_train.json": 400, "ve_val.json": 60,
-              "ve_test.json": 60, "nlvr_train.json": 400, "nlvr_dev.json": 60, "nlvr_test.json": 60}
+              "ve_test.json": 60, "nlvr_train.json": 800, "nlvr_dev.json": 60, "nlvr_test.json": 60}
 
 
 def fitting(objects, text):

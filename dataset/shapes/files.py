@@ -19,8 +19,9 @@ from .scenes import (BACKGROUNDS, COLORS, FILLS, POSITIONS, RELATIONS, SHAPES, S
 from .tasks import (MISTAKEN, annotate, answer_type, ask, detect, hypothesis, index_scenes, plan_entailment, ref_split,
                     refer, said_texts, state)
 
-VERSION = 3         # of the generator: data made by another version is made anew
+VERSION = 4         # of the generator: data made by another version is made anew
 QUESTIONS = {"train": 3, "val": 2, "test": 2}       # a scene
+STATEMENTS = {"train": 2, "val": 1, "test": 1}      # a scene of its number, each once true and once false
 REFS = 2                                            # objects of a scene that are referred to, at most
 NLVR_SPLITS = {"train": "train", "val": "dev", "test": "test"}      # as the files are called
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
@@ -158,16 +159,17 @@ def ve_annotations(scenes, seed):
 
 
 def nlvr_annotations(scenes, seed):
-    """The contents of TASKS["NLVR2"]: as many statements as scenes, each of them once true and once false."""
+    """The contents of TASKS["NLVR2"]: statements, each of them once true and once false, of different pairs."""
     entries = {split: [] for split in SPLITS}
     for split in SPLITS:
         index = index_scenes(scenes[split])
         for i in range(len(scenes[split])):
             rng = random.Random(f"{seed}/{split}/{i}/nlvr")
-            sentence, pairs = state(rng, scenes[split], index) or ("", {})
-            for label in rng.sample(list(pairs), len(pairs)):
-                images = [scenes[split][number]["image"] for number in pairs[label]]
-                entries[split].append({"images": images, "sentence": sentence, "label": str(label)})
+            for _ in range(STATEMENTS[split]):
+                sentence, pairs = state(rng, scenes[split], index) or ("", {})
+                for label in rng.sample(list(pairs), len(pairs)):
+                    images = [scenes[split][number]["image"] for number in pairs[label]]
+                    entries[split].append({"images": images, "sentence": sentence, "label": str(label)})
     return tuple(entries.values())
 
 
