@@ -105,3 +105,10 @@ def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step):
         ids = torch.tensor([[2, *greedy, 0]])
         greedy.append(model.answer_logits(states, ids, torch.tensor([0]))[0, -1].argmax().item())
     assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0] == [t for t in greedy if t != 3]
+
+
+def test_gradient_checkpointing_changes_nothing(step):
+    data, build, inputs = step
+    model = build(gradient_checkpointing=True)
+    assert model.text_decoder.bert.gradient_checkpointing
+    assert_released_step(model, model(**inputs), data)
