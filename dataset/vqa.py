@@ -69,7 +69,7 @@ class VQADataset(Samples):
         super().__init__(seed)
         self.transform, self.eos, self.answer_list = transform, eos, answer_list
         self.max_words = MAX_QUESTION_WORDS if seed is None else MAX_WORDS
-        used, ids = set(), set()
+        used, ids, answered = set(), set(), []
 
         def checked(entry, path, number):
             entry = self._check(entry, path, number)
@@ -77,6 +77,7 @@ class VQADataset(Samples):
             if seed is None and entry["question_id"] in ids:
                 raise InputError(f"{where(path, number)}: another entry has the question_id {entry['question_id']!r} too")
             ids.add(entry.get("question_id"))
+            answered.append("answer" in entry)
             return entry
 
         self.entries = Entries(files, checked)
@@ -84,7 +85,10 @@ class VQADataset(Samples):
         for key, root in self.roots.items():
             if root is None:
                 raise InputError(f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to")
-        self._answered = self._count_answered()
+        self._answered = all(answered)
+        if any(answered) and not self._answered:
+            raise InputError(f"{self.where(answered.index(False))} has no 'answer', though others have: give all of them answers, "
+                             "or none")
 
     def _check(self, entry, path, number):
         check_entry(entry, {"image": str, "question": str}, path, number)
@@ -101,15 +105,6 @@ class VQADataset(Samples):
                 raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
                                  "such entries, or their answers, out of val_file and test_file")
         return {**entry, "dataset": kind}
-
-    def _count_answered(self):
-        """How many of the test questions have answers: all or none. Raises InputError otherwise, before anything slow."""
-        if self.seed is not None:
-            return 0
-        lacking = [number for number, entry in enumerate(self.entries) if "answer" not in entry]
-        if lacking and len(lacking) < len(self):
-            raise InputError(f"{self.where(lacking[0])} has no 'answer', though others have: give all of them answers, or none")
-        return len(self) - len(lacking)
 
     def __len__(self):
         return len(self.entries)

@@ -40,6 +40,33 @@ def assert_released_size(model, name):
     assert sum(p.numel() for p in model.parameters()) == counts["all"]
 
 
+def refusal(function, *arguments):
+    """The message, one line, of the InputError that function(*arguments) raises."""
+    from utils import InputError
+
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def exit_status(main):
+    """The exit status of a script's main function, run as the script does."""
+    from utils import run_script
+
+    try:
+        run_script(main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def log(folder):
+    """The objects of a run's log.txt."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a file of tests/golden."""
@@ -80,3 +107,15 @@ def tiny_config(shapes):
         "queue_size": 20, "batch_size": 8, "num_workers": 0, "k_test": 4,
         "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
     })  # fmt: skip
+
+
+@pytest.fixture
+def pretrained(tiny_config, tmp_path):
+    """A file of pre-trained weights, as Pretrain.py leaves it."""
+    from models import build_model
+    from utils import seed_everything
+
+    seed_everything(5)
+    model = build_model("pretrain", tiny_config)
+    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
+    return tmp_path / "pretrained.pth"

@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 
+from conftest import refusal
 from dataset import annotations
 from dataset.annotations import check_entry, load_annotations, read_json_list
 from dataset.caption import CaptionDataset
 from dataset.samples import check_images
-from utils import InputError
+
 
 TRICKY = [
     {"image": "a/1.jpg", "caption": "plain"},
@@ -39,14 +40,6 @@ def as_pairs(entries):
 
 def contents(loaded):
     return [(loaded.image(i), loaded.captions(i)) for i in range(len(loaded))]
-
-
-def refusal(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("options", [{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" \r\n,\t", " :")}])

@@ -23,8 +23,8 @@ import archives
 import checksum
 import Download
 import transfer
-from conftest import ROOT
-from utils import InputError, run_script
+from conftest import ROOT, exit_status
+from utils import InputError
 
 CONTENT = random.Random(0).randbytes(300_000)
 OTHER = random.Random(1).randbytes(300_000)
@@ -112,12 +112,7 @@ def download(server, tmp_path, monkeypatch, capsys):
     def call(*args, url=True):
         argv = ["Download.py", "--to", str(tmp_path), *(["--url", server.url] if url else []), *args]
         monkeypatch.setattr(sys, "argv", argv)
-        status = 0
-        try:
-            run_script(Download.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return exit_status(Download.main), *capsys.readouterr()
 
     return call
 

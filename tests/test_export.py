@@ -10,10 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import Export
+from conftest import exit_status
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
 from test_engine import command_line
-from utils import run_script, seed_everything
+from utils import seed_everything
 
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
 CONFIG = {"image_res": 48, "scheduler": {"lr": 1e-3, "warmup_iters": None}, "distill": ["itc"], "bert_config": {"x": 2}}
@@ -45,12 +46,7 @@ def run(monkeypatch, capsys):
 
     def call(source, target, *flags):
         monkeypatch.setattr(sys, "argv", ["Export.py", "--checkpoint", str(source), "--to", str(target), *flags])
-        status = 0
-        try:
-            run_script(Export.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return exit_status(Export.main), *capsys.readouterr()
 
     return call
 

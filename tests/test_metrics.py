@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, refusal
 from metrics import box_iou, chance_grounding, grounding_accuracy, vqa_accuracy
-from utils import InputError
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
 GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())
 PARTS = ("cams", "refs", "boxes", "images", "detections")
-
-
-def refusal(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def accuracy(prediction, *answers):

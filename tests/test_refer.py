@@ -8,8 +8,8 @@ import struct
 
 import pytest
 
+from conftest import refusal
 from dataset.refer import load_detections, load_refer
-from utils import InputError
 
 REFS = [
     {"ref_id": 0, "ann_id": 10, "image_id": 5, "split": "train", "sentences": [{"sent_id": 1, "raw": "caf\xe9"}]},
@@ -57,29 +57,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def refusal(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
+def refused(path, data):
+    """The message on a file of REFER with this content; it names the file."""
+    path.write_bytes(data)
+    message = refusal(load_refer, path.parent.parent)
+    assert message.startswith(str(path))
     return message
 
 
 def refused_refs(folder, data):
-    """The message on refs(unc).p with this content; it names the file."""
-    path = folder / "refcoco+/refs(unc).p"
-    path.write_bytes(data)
-    message = refusal(load_refer, folder)
-    assert message.startswith(str(path))
-    return message
+    return refused(folder / "refcoco+/refs(unc).p", data)
 
 
 def refused_instances(folder, text):
-    path = folder / "refcoco+/instances.json"
-    path.write_text(text)
-    message = refusal(load_refer, folder)
-    assert message.startswith(str(path))
-    return message
+    return refused(folder / "refcoco+/instances.json", text.encode())
 
 
 @pytest.mark.parametrize("data", [

@@ -11,11 +11,11 @@ import torch
 import Retrieval
 import Visualize
 import retrieval_evaluation
-from conftest import ROOT
+from conftest import ROOT, log
 from models import build_model
 from models.checkpoint import load_checkpoint
 from test_engine import assert_same_run, command_line, signal_at, torchrun
-from utils import InputError, Interrupted, seed_everything
+from utils import InputError, Interrupted
 
 
 @pytest.fixture
@@ -25,23 +25,10 @@ def config(tiny_config, shapes):
     return {**tiny_config, **files, **train, "scheduler": {**tiny_config["scheduler"], "epochs": 3}}
 
 
-@pytest.fixture
-def pretrained(tiny_config, tmp_path):
-    """A file of pre-trained weights, as Pretrain.py leaves it."""
-    seed_everything(5)
-    model = build_model("pretrain", tiny_config)
-    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
-    return tmp_path / "pretrained.pth"
-
-
 def run(monkeypatch, config, output_dir, tmp_path, *arguments):
     command = ["Retrieval.py", *command_line(config, output_dir, tmp_path), *arguments]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     Retrieval.main()
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):

@@ -7,10 +7,11 @@ import sys
 import pytest
 import torch
 
+from conftest import log
 from models import build_model
 from models.checkpoint import load_checkpoint
 from test_engine import assert_same_run, command_line, signal_at, torchrun
-from utils import InputError, Interrupted, TrainingStopped, seed_everything
+from utils import InputError, Interrupted, TrainingStopped
 
 # script: the keys of the configuration that hold its data, by file name in the folder of shapes; metrics of its log
 TASKS = {
@@ -33,15 +34,6 @@ TASKS = {
 
 
 @pytest.fixture
-def pretrained(tiny_config, tmp_path):
-    """A file of pre-trained weights, as Pretrain.py leaves it."""
-    seed_everything(5)
-    model = build_model("pretrain", tiny_config)
-    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
-    return tmp_path / "pretrained.pth"
-
-
-@pytest.fixture
 def program(tiny_config, shapes, pretrained, tmp_path, monkeypatch):
     """(configuration of a script's data, function that runs a script on a configuration)."""
 
@@ -61,10 +53,6 @@ def program(tiny_config, shapes, pretrained, tmp_path, monkeypatch):
         importlib.import_module(script).main()
 
     return config_of, run
-
-
-def log(folder):
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("script", TASKS)

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 import Visualize
-from conftest import ROOT
+from conftest import ROOT, exit_status
 from explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
 from models import build_model, task_of
 from models.albef import Text
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
 from pictures import overlay
-from utils import InputError, run_script, seed_everything
+from utils import InputError, seed_everything
 
 VOCAB = ROOT / "tests/golden/vocab.txt"
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
@@ -69,12 +69,7 @@ def visualize(make, pictures, tmp_path, monkeypatch, capsys):
         argv = ["Visualize.py", "--checkpoint", tmp_path / f"{task}.pth", "--image", *images, "--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         monkeypatch.chdir(tmp_path)
-        status = 0
-        try:
-            run_script(Visualize.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
+        return exit_status(Visualize.main), *capsys.readouterr()
 
     return call
 
