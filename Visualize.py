@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset.annotations import check_entry, read_json_list
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
-from dataset.transforms import load_image, normalize, test_transform
+from dataset.images import load_image
+from dataset.transforms import normalize, test_transform
 from dataset.vqa import load_answer_list
 from explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
 from models import build_model, task_of

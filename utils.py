@@ -53,7 +53,7 @@ DEFAULTS = {
     "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
     "answer_list": str, "refcoco_data": str, "det_file": str, "image_res": int, "hflip": True,
     "min_scale": float, "randaugment": True,
-    "max_skipped": 0.01, "num_workers": int,
+    "max_skipped": 0.01, "num_workers": int, "shuffle_buffer": 2000,
     # model
     "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
     "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": str,
@@ -62,8 +62,9 @@ DEFAULTS = {
     "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "image_embeds": "host",
     "eos": "[SEP]", "num_beams": 3, "share": "cross_attention",
     # training
-    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
-    "precision": "fp32", "compile": False, "gradient_checkpointing": False, "log_every": 50, "save_every": 1000,
+    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float, "reference_batch": int,
+    "precision": "fp32", "compile": False, "gradient_checkpointing": False, "shard_optimizer": False, "deterministic": False,
+    "log_every": 50, "save_every": 1000, "keep_checkpoints": int, "max_skipped_steps": 0,
     "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1.0},
     "scheduler": {
         "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1.0, "warmup_lr": 1e-5,
@@ -74,7 +75,7 @@ DEFAULTS = {
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
 CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}
-AT_LEAST_1 = ("k_test", "num_beams")
+AT_LEAST_1 = ("k_test", "num_beams", "shuffle_buffer", "reference_batch", "keep_checkpoints")
 OBJECTIVES = ["itc", "mlm", "itm"]
 LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
 
@@ -100,7 +101,7 @@ def _check_value(key, value, default, where):
     }[kind]
     if not fits and not (value is None and isinstance(default, type)):
         raise InputError(f"{where}: {key} is {value!r}, it must be {wanted}")
-    if key in AT_LEAST_1 and value < 1:
+    if key in AT_LEAST_1 and value is not None and value < 1:
         raise InputError(f"{where}: {key} is {value}, it must be at least 1")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"{where}: {key} is {value!r}, it must be one of {', '.join(CHOICES[key])}")

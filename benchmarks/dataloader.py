@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset import transforms as fast
+from dataset.images import load_image
 
 WIDTH, HEIGHT = 500, 375
 STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
@@ -85,7 +86,7 @@ def fast_stages(image_res, min_scale):
     def crop_and_flip(image):
         return fast.random_hflip(fast.random_resized_crop(image, image_res, min_scale))
 
-    return fast.load_image, crop_and_flip, fast.randaugment, fast.normalize
+    return load_image, crop_and_flip, fast.randaugment, fast.normalize
 
 
 def photo(generator):
@@ -147,7 +148,7 @@ class Photos(Dataset):
         return len(self.paths) * self.repeats
 
     def __getitem__(self, index):
-        return self.transform(fast.load_image(self.paths[index % len(self.paths)]))
+        return self.transform(load_image(self.paths[index % len(self.paths)]))
 
 
 def measure_loader(paths, image_res, min_scale, workers, batch_size=64, batches=40):

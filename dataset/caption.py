@@ -7,7 +7,7 @@ import torch
 
 from dataset.samples import Samples
 from dataset.text import MAX_WORDS, pre_caption, tokenize
-from dataset.transforms import load_image
+from dataset.images import load_image
 
 
 class Sample(NamedTuple):
@@ -24,6 +24,14 @@ class CaptionBatch(NamedTuple):
     idx: torch.Tensor  # image ids [B]
     files: list
     skipped: list
+
+
+def draw_caption(captions, where):
+    """One of an entry's captions at random, cleaned up and cut to 30 words. Raises ValueError if it is empty then."""
+    caption = pre_caption(captions[int(torch.randint(len(captions), ()))], MAX_WORDS)
+    if not caption:
+        raise ValueError(f"{where}: a caption is empty after clean-up")
+    return caption
 
 
 class CaptionDataset(Samples):
@@ -50,10 +58,7 @@ class CaptionDataset(Samples):
         return self.annotations.where(index)
 
     def read(self, index):
-        captions = self.annotations.captions(index)
-        caption = pre_caption(captions[int(torch.randint(len(captions), ()))], MAX_WORDS)
-        if not caption:
-            raise ValueError(f"{self.where(index)}: a caption is empty after clean-up")
+        caption = draw_caption(self.annotations.captions(index), self.where(index))
         (file,) = self.files(index)
         return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file)
 

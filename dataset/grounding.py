@@ -8,7 +8,7 @@ import torch
 from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
-from dataset.transforms import load_image
+from dataset.images import load_image
 from utils import InputError
 
 

@@ -5,7 +5,7 @@ import os
 from dataset.annotations import check_entry, read_json_list, where
 from dataset.samples import Samples
 from dataset.text import MAX_WORDS, pre_caption
-from dataset.transforms import load_image
+from dataset.images import load_image
 from utils import InputError
 
 

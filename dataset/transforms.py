@@ -1,4 +1,4 @@
-"""Image decoding and transforms, on uint8 tensors, tuned for one CPU core.
+"""Image transforms on uint8 tensors, tuned for one CPU core.
 
 The pixels are those of the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py has
 both), but for the edge of sheared and turned images, which blends into the gray around as in the released code.
@@ -6,18 +6,15 @@ Images stay uint8 until `normalize`, which the training step calls on the device
 All randomness comes from torch's default CPU generator.
 """
 
-import io
 import math
-import re
 from functools import lru_cache, partial
-from pathlib import Path
 
-import numpy as np
-import simplejpeg
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
+
+from dataset.images import from_pillow
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,43 +22,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT_RATIO = (3 / 4, 4 / 3)
 NUM_OPERATIONS = 2
 FILL = 128
-
-
-def load_image(path):
-    """Decode an image file of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last in memory.
-
-    Raises OSError, with the path in the message, for a file that is missing, unreadable, corrupt or truncated.
-    """
-    data = Path(path).read_bytes()
-    try:
-        image = _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
-        return _decode_with_pillow(data) if image is None else image
-    except UnidentifiedImageError:
-        raise OSError(f"{path}: not an image that Pillow can read") from None
-    except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
-        raise OSError(f"{path}: broken image: {error}") from error
-
-
-def _decode_jpeg(data):
-    """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for one."""
-    try:
-        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-        if colorspace not in ("YCbCr", "RGB", "Gray"):
-            return None
-        return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
-    except ValueError as error:
-        if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
-            raise  # Pillow may accept such a file and fill what is missing with gray
-        return None
-
-
-def _decode_with_pillow(data):
-    with Image.open(io.BytesIO(data)) as image:
-        return _from_pillow(image.convert("RGB"))
-
-
-def _from_pillow(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def train_transform(image_res, min_scale, hflip=True, augment=True):
@@ -89,7 +49,7 @@ def test_transform(image_res):
 
 def _resize_as_pillow(image, image_res):
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-    return _from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
+    return from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
 
 
 def normalize(images):

@@ -11,7 +11,7 @@ import torch
 from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
-from dataset.transforms import load_image
+from dataset.images import load_image
 from utils import InputError
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
