@@ -1,11 +1,13 @@
 """Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
 
+from checkpoints import find_resume_file
 from dataset import build_dataset, to_device
-from engine import find_resume_file, train, write_log
+from engine import train
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
 from models.tokenizer import tokenizer_of
+from recorder import write_log
 from retrieval_evaluation import evaluate_retrieval, flat, report
 from utils import (
     InputError, argument_parser, init_process_group, is_main, load_config, make_output_dir, require, run_script, save_config,
@@ -48,8 +50,8 @@ def main():
     for key in ("text_encoder", "vision_encoder", "tokenizer"):
         config[key] = getattr(args, key) or config[key]
     require(config, "batch_size", "bert_config", "image_res")
-    device = init_process_group(args.device)
-    make_output_dir(args.output_dir)
+    device = init_process_group(args.device, args.timeout)
+    make_output_dir(args.output_dir, writes=not args.evaluate)
     resume_from = None if args.evaluate else find_resume_file(args.output_dir, args.checkpoint, args.resume)
 
     tokenizer = tokenizer_of(config)

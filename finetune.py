@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from checkpoints import find_resume_file
 from dataset import build_dataset, file_key
-from engine import find_resume_file, train, write_log
+from engine import train
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint
 from models.tokenizer import tokenizer_of
+from recorder import write_log
 from utils import (
     InputError, init_process_group, is_main, load_config, make_output_dir, require, save_config, seed_everything,
 )  # fmt: skip
@@ -34,8 +36,8 @@ def fine_tune(task, args, step, evaluate, score, report, check=None):
         raise InputError(f"batch_size {batch_size} and batch_size_train {train_batch_size} differ: set one of the two")
     config["batch_size"] = train_batch_size or batch_size
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
-    device = init_process_group(args.device)
-    make_output_dir(args.output_dir)
+    device = init_process_group(args.device, args.timeout)
+    make_output_dir(args.output_dir, writes=not args.evaluate)
     resume_from = None if args.evaluate else find_resume_file(args.output_dir, "", args.resume)
     if args.evaluate and args.checkpoint in ("", "random"):
         raise InputError("--evaluate needs --checkpoint, the fine-tuned weights to evaluate")

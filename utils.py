@@ -1,24 +1,32 @@
 """Process group, seeds, logging, configuration loading and checking."""
 
 import argparse
+import contextlib
+import copy
+import datetime
 import difflib
+import fcntl
+import json
 import os
 import random
+import re
+import reprlib
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 # the data workers tokenize, each in one thread; without this the library warns at every fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+TIMEOUT = 1800  # seconds that a process waits for the others
 
 
 class InputError(ValueError):
@@ -71,40 +79,85 @@ DEFAULTS = {
         "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": int,
     },
     # accepted because released files have them, without effect
-    "eval_ema": object, "coco_file": str,
+    "eval_ema": bool, "coco_file": str,
 }  # fmt: skip
 RENAMED = {"schedular": "scheduler"}
 CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}
-AT_LEAST_1 = ("k_test", "num_beams", "shuffle_buffer", "reference_batch", "keep_checkpoints")
+AT_LEAST_1 = (
+    "image_res", "shuffle_buffer", "vision_width", "vision_depth", "vision_heads", "patch_size", "embed_dim", "queue_size", "k_test",
+    "num_beams", "batch_size", "batch_size_train", "batch_size_test", "accumulate", "reference_batch", "log_every", "keep_checkpoints",
+)  # fmt: skip
+SHARES = ("min_scale", "max_skipped", "alpha", "momentum", "mlm_probability")  # from 0 to 1, not in percent
+LARGEST = 10**15  # more is a slip of the finger, and infinite in float32 before long
 OBJECTIVES = ["itc", "mlm", "itm"]
 LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlevel = 3  # a value may hold itself
+
+
+def _shown(value):
+    """A value as error messages show it: on one line and not long."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
+
+
 def _unknown(key, known, where):
-    near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
-    return InputError(f"{where}: unknown key {key!r}, {hint}")
+    near = [f"{outer}.{key}" for outer, inner in DEFAULTS.items() if isinstance(inner, dict) and key in inner]
+    if not near and isinstance(key, str):
+        near = difflib.get_close_matches(key, known, 1, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
+    return InputError(f"{where}: unknown key {_shown(key)}, {hint}")
+
+
+def _are_paths(value):
+    return bool(value) if isinstance(value, str) else isinstance(value, list) and all(path and isinstance(path, str) for path in value)
+
+
+def _is_json(value):
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # not every string of Python can be encoded
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _check_value(key, value, default, where):
-    """Raises InputError for a value of another kind than the key's default has."""
+    """Raises InputError for a value of another kind than the key's default has, or that no file could hold."""
     kind = default if isinstance(default, type) else type(default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    paths = key in LISTS_OR_STRINGS
     fits, wanted = {
         bool: (isinstance(value, bool) or (key == "distill" and isinstance(value, list)), "true or false"),
-        int: (number and isinstance(value, int), "a whole number"),
-        float: (number, "a number, not negative"),  # YAML reads "1e-4" in quotes and 1,000 as text
+        int: (number and isinstance(value, int), f"a whole number from 0 to {LARGEST:.0e}"),
+        float: (number, f"a number from 0 to {LARGEST:.0e}"),  # YAML reads "1e-4" in quotes and 1,000 as text
         str: (isinstance(value, str), "a string"),
-        list: (isinstance(value, list) or (key in LISTS_OR_STRINGS and isinstance(value, str)), "a list"),
+        list: (_are_paths(value) if paths else isinstance(value, list), "a path or a list of paths" if paths else "a list"),
         dict: (isinstance(value, dict), "a mapping of keys to values"),
-        object: (True, ""),
+        object: (isinstance(value, (str, dict)), "a path or a mapping of keys to values"),
     }[kind]
     if not fits and not (value is None and isinstance(default, type)):
-        raise InputError(f"{where}: {key} is {value!r}, it must be {wanted}")
+        raise InputError(f"{where}: {key} is {_shown(value)}, it must be {wanted}")
+    if kind is not dict and not _is_json(value):
+        raise InputError(f"{where}: {key} is {_shown(value)}, it may hold text, finite numbers, true, false, null, lists and mappings")
     if key in AT_LEAST_1 and value is not None and value < 1:
         raise InputError(f"{where}: {key} is {value}, it must be at least 1")
+    if key in SHARES and value is not None and value > 1:
+        raise InputError(f"{where}: {key} is {value}, it must be from 0 to 1")
     if key in CHOICES and value not in CHOICES[key]:
-        raise InputError(f"{where}: {key} is {value!r}, it must be one of {', '.join(CHOICES[key])}")
+        raise InputError(f"{where}: {key} is {_shown(value)}, it must be one of {', '.join(CHOICES[key])}")
+
+
+def _renamed(config, where):
+    """config with our spelling of every key. Raises InputError where it has both spellings of one."""
+    for released, ours in RENAMED.items():
+        if released in config and ours in config:
+            raise InputError(f"{where}: {released} and {ours} are one key, keep one of them")
+    return {RENAMED.get(key, key): value for key, value in config.items()}
 
 
 def with_defaults(config, where="config"):
@@ -113,7 +166,7 @@ def with_defaults(config, where="config"):
     Released spellings (schedular) are accepted. Raises InputError for an unknown key, naming the nearest one, and for a
     value of the wrong kind; where names the file in the message.
     """
-    config = {RENAMED.get(key, key): value for key, value in config.items()}
+    config = _renamed(config, where)
     result = {}
     for key, value in config.items():
         if key not in DEFAULTS:
@@ -130,11 +183,11 @@ def with_defaults(config, where="config"):
             filled = {inner: None if isinstance(value, type) else value for inner, value in default.items()}
             result[key] = {**filled, **result.get(key, {})}
         else:
-            result.setdefault(key, None if isinstance(default, type) else default)
+            result.setdefault(key, None if isinstance(default, type) else copy.copy(default))
     for key in ("objectives", "distill"):
         wrong = [name for name in result[key] if name not in OBJECTIVES] if isinstance(result[key], list) else []
         if wrong:
-            raise InputError(f"{where}: {key} has {wrong[0]!r}, it may hold {', '.join(OBJECTIVES)}")
+            raise InputError(f"{where}: {key} has {_shown(wrong[0])}, it may hold {', '.join(OBJECTIVES)}")
     if not result["objectives"]:
         raise InputError(f"{where}: objectives is empty, name at least one of {', '.join(OBJECTIVES)}")
     for key in LISTS_OR_STRINGS:
@@ -143,40 +196,50 @@ def with_defaults(config, where="config"):
     return result
 
 
-def _parse_override(text):
-    key, separator, value = text.partition("=")
-    if not separator:
-        raise InputError(f"--set {text}: write it as key=value")
+def _one_line(text):
+    return " ".join(str(text).split())
+
+
+def _parse_yaml(source, name):
+    """The value that a YAML file or string holds. Raises InputError, with name for the file or string, unless it holds one."""
     try:
-        return key.split("."), YAML(typ="safe").load(value)
-    except YAMLError as error:
-        raise InputError(f"--set {text}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+        return YAML(typ="safe").load(source)
+    except OSError:
+        raise
+    except RecursionError:
+        raise InputError(f"{name}: lists and mappings are nested too deeply") from None
+    except Exception as error:  # numbers, dates and characters that do not exist raise nearly anything
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"{name}{line}: not valid YAML: {_one_line(getattr(error, 'problem', None) or error)}") from None
 
 
 def override(config, overrides, where):
     """config with key=value overrides (dots reach into optimizer and scheduler), checked and completed as by with_defaults."""
-    config = {RENAMED.get(key, key): dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    config = _renamed(config, where)
     for text in overrides:
-        (*outer, key), value = _parse_override(text)
+        shown = f"--set {_one_line(text)}"
+        path, separator, value = text.partition("=")
+        if not separator:
+            raise InputError(f"{shown}: write it as key=value")
+        *outer, key = path.split(".")
         target = config
         for name in outer:
-            target = target.setdefault(RENAMED.get(name, name), {})
-            if not isinstance(target, dict):
-                raise InputError(f"--set {text}: {name} has no keys of its own")
-        target[RENAMED.get(key, key) if not outer else key] = value
+            name = RENAMED.get(name, name)
+            if not isinstance(target.get(name, {}), dict):
+                raise InputError(f"{shown}: {_shown(name)} has no keys of its own")
+            target[name] = dict(target.get(name, {}))  # the caller keeps its own as it is
+            target = target[name]
+        target[RENAMED.get(key, key) if not outer else key] = _parse_yaml(value, shown)
     return with_defaults(config, where)
 
 
 def load_config(path, overrides=()):
     """Reads a YAML file and applies overrides as `override` does."""
     try:
-        config = YAML(typ="safe").load(Path(path))
+        config = _parse_yaml(Path(path), path)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: a configuration is a mapping of keys to values")
     return override(config, overrides, path)
@@ -224,6 +287,7 @@ def argument_parser(description, config, output_dir):
     parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another process before giving up")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
     ignored = "accepted for released command lines, without effect: the launcher decides"
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
@@ -245,11 +309,16 @@ def run_script(main):
         status, message = 2, f"error: {error}"
         if rank() > 0:
             time.sleep(1)  # most likely all processes say the same; the launcher ends this one once the first has left
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        status, message = 1, (f"error: process {rank()}: another process of the run has ended or does not answer; continue with "
+                              "--resume")
     else:
         if is_distributed():
             dist.destroy_process_group()
         return
-    if is_main() or status == 2:
+    if is_main() or status == 2 or message.startswith("error: process"):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     # other processes of a group may wait in a collective operation for this one, which a normal exit would wait for
@@ -258,6 +327,12 @@ def run_script(main):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes and seeds
+
+
+def is_lost_process(error):
+    """Whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
+    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
+    return is_distributed() and (network or re.search("gloo|connection (closed|reset)|timed out", str(error), re.IGNORECASE))
 
 
 def is_distributed():
@@ -274,6 +349,15 @@ def world_size():
 
 def is_main():
     return rank() == 0
+
+
+def gather_lists(values):
+    """The lists of all processes in one, in the order of the ranks, on every process."""
+    if not is_distributed():
+        return list(values)
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, list(values))
+    return [value for part in parts for value in part]
 
 
 def local_rank():
@@ -294,8 +378,11 @@ def _slurm_to_environment():
         os.environ["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def init_process_group(device):
-    """Joins the process group of the launcher, if there is one, and returns this process's device."""
+def init_process_group(device, timeout=TIMEOUT):
+    """Joins the process group of the launcher, if there is one, and returns this process's device.
+
+    timeout: seconds after which a process that waits for the others gives up.
+    """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
     _slurm_to_environment()
@@ -307,7 +394,8 @@ def init_process_group(device):
         if device.type == "cuda":
             device = torch.device("cuda", local_rank())
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return device
 
 
@@ -324,15 +412,26 @@ def seed_everything(*coordinates):
     torch.manual_seed(value)
 
 
+def make_deterministic():
+    """Has every operation give the same result each time (key deterministic), also where a GPU has a faster one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help against bugs, of which every allocation pays the cost
+    torch.backends.cudnn.benchmark = False
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
 
-@contextmanager
+TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
+
+
+@contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Opens a temporary file beside path and renames it to path when the block ends well: never a half-written file."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         os.chmod(name, 0o666 & ~_umask())
         with os.fdopen(handle, mode) as file:
@@ -343,6 +442,12 @@ def atomic_write(path, mode="wb"):
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # the new name, too, is to survive a power failure; not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _umask():
@@ -351,11 +456,45 @@ def _umask():
     return mask
 
 
-def make_output_dir(path):
-    """Creates output_dir and checks that it can be written to, before anything expensive. Raises InputError."""
+def make_output_dir(path, writes=True):
+    """Creates output_dir and checks that it can be written to, before anything expensive. Raises InputError.
+
+    writes: a run will write its checkpoints there. Then no other run may until this process ends, and what a killed one has
+    left half written is removed. Called on all processes; one of them holds the folder.
+    """
+    path = Path(path)
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise InputError(f"--output_dir {path}: cannot write there ({error.strerror}), name another folder") from None
+    if writes and is_main():
+        _hold(path)
+        for leftover in path.glob(f".*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+
+
+_held = {}  # output_dir -> the open file whose lock this process has until it ends, however it ends
+
+
+def _hold(folder, patience=10):
+    """Locks a folder for this process. patience: seconds that the run before may take to die. Raises InputError."""
+    key = str(folder.resolve())
+    if key in _held:
+        return
+    file = open(folder / ".lock", "w")
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            # of the process, not of the open file: data workers that outlive it do not keep it
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > deadline:
+                raise InputError(f"--output_dir {folder}: another run is writing there, name another folder or end it") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            break
+        else:
+            break
+    _held[key] = file

@@ -76,7 +76,7 @@ def measure(path, precision, compiled, batch_size, steps):
     if path == "plain":
         unfuse(model)
 
-    run = Run(model, model, optimizer, step, config, device, seed=0, output_dir=None, iterations=1)
+    run = Run(model, model, optimizer, step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1)
 
     def train_step(number, count_flops=False):
         return iterate(run, iter([batch]), 0, number, 0.4, count_flops)

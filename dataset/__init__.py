@@ -1,13 +1,12 @@
 """Data sets by task and split, and the loaders that feed them."""
 
 import functools
-import os
-import signal
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from dataset.annotations import load_annotations
+from dataset.batches import ignore_signals, workers
 from dataset.caption import CaptionDataset
 from dataset.grounding import GroundingTestSet
 from dataset.labeled import LabeledDataset
@@ -19,7 +18,7 @@ from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
-from utils import InputError, require, seed_of
+from utils import InputError, require
 
 
 # of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
@@ -91,63 +90,11 @@ def grounding_data(refcoco_data, det_file):
     return refer, load_detections(det_file, refer)
 
 
-class EpochBatches(Sampler):
-    """Batches of indices of one process: a new permutation each epoch, the same for all processes, divided among them.
-
-    Together the processes' batches number b hold what a single process with the sum of their batch sizes has as its
-    batch b. The last, incomplete batch is dropped. Set `epoch`, and `start` to leave out the first batches.
-    """
-
-    def __init__(self, length, batch_size, seed, rank=0, world_size=1):
-        if length < batch_size * world_size:
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            raise InputError(f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
-                             "lower batch_size (batch_size_train where the file has it)")
-        self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world_size = rank, world_size
-        self.epoch = self.start = 0
-
-    def __len__(self):
-        """Batches in an epoch, whatever `start` is."""
-        return self.length // (self.batch_size * self.world_size)
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch))
-        mine = torch.randperm(self.length, generator=generator)[self.rank :: self.world_size]
-        for batch in range(self.start, len(self)):
-            yield mine[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
-
-
-def workers(config):
-    """Data workers of each process: num_workers, else the cores of this machine divided by its processes, 8 at most."""
-    if config["num_workers"] is not None:
-        return config["num_workers"]
-    return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def _ignore_signals(_):
-    # Ctrl-C reaches the whole process group; the training process decides when its workers leave
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def train_loader(dataset, batches, tokenizer, config, device):
-    """A loader of what dataset.collate makes, over EpochBatches; start a new iteration for every epoch."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=functools.partial(dataset.collate, tokenizer=tokenizer),
-        num_workers=workers(config),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
-    )
-
-
 def test_loader(dataset, config, device, collate=None):
     """A loader of batches in the order of the data set."""
     return DataLoader(
         dataset, batch_size=config["batch_size_test"], num_workers=workers(config), pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals, collate_fn=collate,
+        worker_init_fn=ignore_signals, collate_fn=collate,
     )  # fmt: skip
 
 

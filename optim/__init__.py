@@ -1,7 +1,9 @@
 """Optimizers over torch.optim and timm."""
 
 import torch
+import torch.distributed as dist
 from timm.optim import create_optimizer_v2, list_optimizers
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from utils import InputError
 
@@ -26,12 +28,29 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
     return groups
 
 
-def create_optimizer(config, model):
-    """The optimizer of the key `optimizer` {opt, lr, weight_decay, temp_lr_scale}: fused AdamW, others from timm's factory."""
+def create_optimizer(config, model, sharded=False):
+    """The optimizer of the key `optimizer` {opt, lr, weight_decay, temp_lr_scale}: fused AdamW, others from timm's factory.
+
+    sharded: its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
+    """
     groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
     if name == "adamw":
+        if sharded and dist.is_initialized():
+            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True)
         return torch.optim.AdamW(groups, lr=config["lr"], fused=True)
+    if sharded:
+        raise InputError(f"shard_optimizer: only adamW can be sharded, optimizer: opt is {config['opt']!r}")
     if name not in list_optimizers():
         raise InputError(f"optimizer: opt is {config['opt']!r}, neither adamW nor a name that timm knows")
     return create_optimizer_v2(groups, opt=name, lr=config["lr"], weight_decay=config["weight_decay"])
+
+
+def step_if_finite(optimizer, norm):
+    """optimizer.step(), or nothing at all if norm, of all gradients, is not finite; fused AdamW is not waited for."""
+    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    if inner.defaults.get("fused"):
+        inner.found_inf = (~norm.isfinite()).float()  # as gradient scaling has it: the kernel itself leaves the step out
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()

@@ -13,6 +13,15 @@ def check_schedule(scheduler):
         raise InputError(f"scheduler: sched is {scheduler['sched']!r}, only cosine is supported")
 
 
+def scaled(scheduler, batch, reference_batch):
+    """The schedule for another global batch: rates times sqrt(batch / reference_batch), as Adam's noise grows and falls.
+
+    batch: samples of an optimizer step; reference_batch: those that the rates were chosen for, None: they hold as they are.
+    """
+    factor = math.sqrt(batch / reference_batch) if reference_batch else 1
+    return {**scheduler, **{key: scheduler[key] * factor for key in ("lr", "min_lr", "warmup_lr")}}
+
+
 def _cosine(scheduler, progress):
     lr, min_lr = scheduler["lr"], scheduler["min_lr"]
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))

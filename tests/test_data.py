@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dataset import EpochBatches, build_dataset, train_loader
+from dataset import build_dataset
+from dataset.batches import EpochBatches, Phase, TrainBatches
 from metrics import chance_recall, recall_at_k
 from models.tokenizer import build_tokenizer
 from utils import InputError
@@ -17,9 +18,8 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
     batches = []
     for workers in (0, 2):
         dataset = build_dataset("pretrain", tiny_config, seed=3)
-        sampler = EpochBatches(len(dataset), 8, seed=3)
-        dataset.epoch = sampler.epoch = 1
-        loader = train_loader(dataset, sampler, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"))
+        loader = TrainBatches(dataset, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"), seed=3)
+        loader.begin(1)
         batches.append(list(loader))
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.image, other.image) and torch.equal(one.text[0], other.text[0])
@@ -32,7 +32,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
 def test_processes_share_the_batches_of_one_process():
     def batches(batch_size, rank=0, world=1, start=0):
         sampler = EpochBatches(53, batch_size, seed=1, rank=rank, world_size=world)
-        sampler.epoch, sampler.start = 4, start
+        sampler.begin(4, [Phase(start, batch_size, world, 1)])
         return list(sampler)
 
     whole = batches(8)

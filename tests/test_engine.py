@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import Pretrain
+from checkpoints import find_resume_file
 from dataset import build_dataset
-from engine import find_resume_file, train
+from engine import train
 from models import build_model
 from models.albef import Text
 from models.checkpoint import read_weights

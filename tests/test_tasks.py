@@ -113,7 +113,7 @@ def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_pat
 
 
 def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
-    from dataset import build_dataset, train_loader
+    from dataset import build_dataset
     from models.tokenizer import tokenizer_of
 
     image = {"image": "images/train/000000.jpg", "question": "what color is the star?", "question_id": 1}
@@ -122,7 +122,7 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
     keys = {"train_file": [str(tmp_path / "a.json"), str(tmp_path / "b.json")], "vqa_root": str(shapes), "vg_root": str(shapes)}
     config = {**tiny_config, **keys}
     dataset, tokenizer = build_dataset("vqa_train", config), tokenizer_of(config)
-    (batch,) = train_loader(dataset, [[0, 1]], tokenizer, config, torch.device("cpu"))
+    batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
     assert batch.n == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
     assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [f"[CLS] {word} [SEP]" for word in ("red", "blue", "orange")]
     assert tokenizer.decode(batch.question[0][0]) == "[CLS] what color is the star"

@@ -1,0 +1,201 @@
+"""Checkpoints of a run: written whole or not at all, rotated, found again after whatever happened, resumed from."""
+
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from dataset.batches import Phase
+from models.checkpoint import load_weights, named_tensors, read_checkpoint
+from utils import InputError, TrainingStopped, atomic_write, is_distributed, is_main, world_size
+
+LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+
+
+class Position(NamedTuple):
+    """Where a run stands, the same on all processes: the next iteration to do, and what the epoch has recorded so far."""
+
+    epoch: int = 0
+    iteration: int = 0
+    phases: list = []  # dataset.Phase of each stretch of the epoch that is done
+    sums: dict = {}  # name -> sum over the epoch's `counted` iterations
+    counted: int = 0
+    recent: list = []  # sums of losses of the latest iterations, of this epoch and before
+    spikes: int = 0  # of the epoch
+    skipped_steps: int = 0  # of the epoch
+    skipped_steps_before: int = 0  # of earlier epochs
+    skipped: list = []  # why entries could not be used, of the epoch
+    best: dict = {}  # score and epoch of the best validation so far, if there is validation
+
+
+def save_checkpoint(path, model, optimizer, config, position, seed, lr):
+    """Writes the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming, atomically.
+
+    epoch is the last one that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything).
+    Raises TrainingStopped where it cannot be written; what was there stays.
+    """
+    done = position.iteration == 0
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"lr": lr},
+        "config": config,
+        "epoch": position.epoch - 1 if done else position.epoch,
+        "resume": {**position._asdict(), "phases": [list(phase) for phase in position.phases], "seed": seed,
+                   "world_size": world_size()},
+    }  # fmt: skip
+    try:
+        if not path.parent.is_dir():
+            print(f"note: {path.parent} was gone and is made anew; what it held is lost", flush=True)
+            path.parent.mkdir(parents=True)
+        _keep_previous(path.parent)
+        with atomic_write(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise TrainingStopped(f"cannot write {path}: {error}; earlier checkpoints are untouched") from None
+
+
+def _keep_previous(folder):
+    """The last checkpoint gets a second name, under which it stays when a newer one takes the first."""
+    if (folder / LAST).exists():
+        try:
+            _link(folder / LAST, folder / PREVIOUS)
+        except OSError:  # a file system without links
+            os.replace(folder / LAST, folder / PREVIOUS)
+
+
+def _link(source, target):
+    """Makes target another name of source, atomically. Raises OSError where the file system has no links."""
+    temporary = target.with_name(f".{target.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # rename(2) leaves it where both are names of one file already
+
+
+def make_last(path):
+    """Makes checkpoint_last.pth the same file as path, without writing it again where the file system allows."""
+    try:
+        _link(path, path.with_name(LAST))
+    except OSError:
+        with atomic_write(path.with_name(LAST)) as file, open(path, "rb") as source:
+            shutil.copyfileobj(source, file)
+
+
+def rotate(folder, epoch, keep):
+    """Removes the checkpoint_%02d.pth of all but the last `keep` epochs up to `epoch`. The best and the last have own names."""
+    for path in Path(folder).glob("checkpoint_*.pth"):
+        number = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
+        if number and int(number[1]) <= epoch - keep:
+            path.unlink(missing_ok=True)
+
+
+def is_restart():
+    """Whether torchrun or Slurm has started this run anew after a failure."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def find_resume_file(output_dir, checkpoint, wanted):
+    """The file that a run continues from, None for a new one. wanted: --resume was given; a restart means it too.
+
+    It is the checkpoint of output_dir that is furthest in the run and undamaged. With checkpoint, --resume begins there, but
+    a restart goes on with what the run itself has saved since. Raises InputError where a new run would overwrite another.
+    """
+    restart, found = is_restart(), None
+    if is_main():
+        found = newest_checkpoint(output_dir) if restart or (wanted and not checkpoint) else None
+    if is_distributed():
+        (found,) = _broadcast(found)
+    if found or not (wanted or restart):
+        if not found and (there := _files(output_dir)):
+            raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): add --resume to continue it, name "
+                             "another folder, or remove it")
+        return found
+    if wanted and checkpoint:
+        return Path(checkpoint)
+    if is_main():
+        print(f"{'--resume' if wanted else 'restart'}: {Path(output_dir) / LAST} does not exist yet, starting from the beginning")
+    return None
+
+
+def _broadcast(value):
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values
+
+
+def _files(folder):
+    return sorted(path for path in Path(folder).glob("checkpoint_*.pth") if path.is_file())
+
+
+def newest_checkpoint(folder):
+    """The undamaged checkpoint of a run's folder that is furthest in the run, by what is in it, not by the clock; or None.
+
+    A damaged one is named and passed over. Raises InputError if there are only such.
+    """
+    found, damaged = [], []
+    for path in _files(folder):
+        try:
+            resume = read_checkpoint(path, "meta").get("resume")
+            found += [(resume["epoch"], resume["iteration"], path.name == LAST, path)] if resume else []
+        except InputError as error:
+            damaged.append(str(error))
+    for *_, path in sorted(found, reverse=True):
+        if reason := damage(path):
+            damaged.append(f"checkpoint {path} is damaged: {reason}")
+            continue
+        for message in damaged:
+            print(f"note: {message}; going on from {path}", flush=True)
+        return path
+    if damaged:
+        raise InputError(f"--resume: {damaged[0]}; there is no other checkpoint to go on from: remove it to start anew")
+    return None
+
+
+def damage(path):
+    """What is wrong with the bytes of a .pth file, by the checksums in it; "" if nothing is."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            record = file.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return f"the checksum of {record} does not agree" if record else ""
+
+
+def resume(path, model, optimizer, config, seed):
+    """Restores model, optimizer and position of a saved run. Raises InputError if the file is not one of a run."""
+    state = read_checkpoint(path)
+    lacking = [key for key in ("optimizer", "resume", "config") if key not in state]
+    if lacking:
+        raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
+                         "its weights")
+    load_weights(model, named_tensors(state, path), path)
+    load_optimizer(optimizer, state["optimizer"])
+    saved = state["resume"]
+    seed_then, world_then = saved.pop("seed"), saved.pop("world_size")
+    changed = [key for key in config if state["config"].get(key) != config[key]]
+    if is_main():
+        if seed_then != seed:
+            print("note: seed differs from the saved run's, the trajectory will not be the same")
+        if world_then != world_size():
+            print(f"note: the run was saved by {world_then} processes and goes on with {world_size()}: every sample of the epoch is "
+                  "still seen once, in another order")
+        if changed:
+            print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
+    return Position(**{**saved, "phases": [Phase(*phase) for phase in saved["phases"]]})
+
+
+def load_optimizer(optimizer, state):
+    """optimizer.load_state_dict of a state that was saved whole, sharded or not, by any number of processes."""
+    optimizer.load_state_dict(state)
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()  # a second copy of what the optimizer inside has
+        for param, values in optimizer.optim.state.items():
+            if "step" in values:  # it comes back on the CPU, where the fused optimizer of a GPU cannot use it
+                values["step"] = values["step"].to(param.device)
