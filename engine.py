@@ -242,7 +242,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     TrainingStopped when too many losses are not finite or too much data unusable.
     """
     check_schedule(config["scheduler"])
-    if config["deterministic"]:
+    if config["deterministic"] or device.type == "cpu":  # where it costs nothing
         make_deterministic()
     if config["precision"] == "bf16" and not has_bf16(device) and is_main():
         print("note: this device has no bf16, training in fp32")

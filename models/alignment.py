@@ -103,7 +103,7 @@ class Alignment(ALBEF):
         image, the fused masked texts [B, L, C] (no rows without them), and validity of the negatives [B].
         """
         negative_text, negative_image, valid = self.negatives(contrast, positives)
-        rows = torch.cat([text_embeds, text_embeds[negative_text], text_embeds])
+        rows = torch.cat([text_embeds, text_embeds.index_select(0, negative_text), text_embeds])
         masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])
         masked = text_embeds[:0] if text_embeds_masked is None else text_embeds_masked
         cls, fused = self.bert.fuse_matched_and_masked(

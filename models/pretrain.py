@@ -74,7 +74,7 @@ class Pretrain(Alignment):
             else:
                 fused = self.bert.fuse(text_embeds_masked, text.attention_mask, keys_values)
             if "mlm" in self.objectives:
-                logits = self.mlm_logits(fused.flatten(0, 1)[masked.positions])  # [M, V]
+                logits = self.mlm_logits(fused.flatten(0, 1).index_select(0, masked.positions))  # [M, V]
                 labels = masked.labels.flatten()[masked.positions]
                 losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
         return losses
@@ -92,4 +92,4 @@ class Pretrain(Alignment):
             return features_m, None
         keys_values = self.bert_m.image_keys_values(image_embeds_m)
         fused_m = self.bert_m.fuse(text_embeds_m[batch:], text.attention_mask, keys_values)
-        return features_m, self.text_encoder_m.cls.predictions(fused_m.flatten(0, 1)[masked.positions])
+        return features_m, self.text_encoder_m.cls.predictions(fused_m.flatten(0, 1).index_select(0, masked.positions))
