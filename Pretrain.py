@@ -3,6 +3,7 @@
 from checkpoints import find_resume_file
 from dataset import build_dataset, to_device
 from engine import train
+from launch import init_process_group
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
@@ -10,7 +11,7 @@ from models.tokenizer import tokenizer_of
 from recorder import write_log
 from retrieval_evaluation import evaluate_retrieval, flat, report
 from utils import (
-    InputError, argument_parser, init_process_group, is_main, load_config, make_output_dir, require, run_script, save_config,
+    InputError, argument_parser, is_main, load_config, make_output_dir, require, run_script, save_config,
     seed_everything,
 )  # fmt: skip
 

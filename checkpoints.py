@@ -180,6 +180,9 @@ def resume(path, model, optimizer, config, seed):
     saved = state["resume"]
     seed_then, world_then = saved.pop("seed"), saved.pop("world_size")
     changed = [key for key in config if state["config"].get(key) != config[key]]
+    if saved["phases"] and (seed_then != seed or "shuffle_buffer" in changed):
+        raise InputError(f"--resume: {path} was saved within an epoch, the rest of which only the seed {seed_then} and shuffle_buffer "
+                         f"{state['config'].get('shuffle_buffer')} of then can find: change them when the epoch is over")
     if is_main():
         if seed_then != seed:
             print("note: seed differs from the saved run's, the trajectory will not be the same")

@@ -12,10 +12,10 @@ from timm.models.vision_transformer import Block
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from checkpoints import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
+from curves import Curves
 from dataset.batches import TrainBatches
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
@@ -267,12 +267,12 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     position, end = placed(position, batches, accumulate)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     begun = position.epoch * iterations + position.iteration
-    writer = SummaryWriter(str(run.output_dir / "tensorboard"), purge_step=begun + 1 if begun else None) if is_main() else None
+    curves = Curves(run.output_dir / "tensorboard", begun + 1 if begun else None) if is_main() else None
 
-    with StopSignal() as stop, contextlib.closing(writer) if writer else contextlib.nullcontext():
+    with StopSignal() as stop, contextlib.closing(curves) if curves else contextlib.nullcontext():
         while position.epoch < scheduler["epochs"]:
             model.train()
-            recorder = Recorder(position, batches.layout, config, device, run.output_dir, iterations, end, writer)
+            recorder = Recorder(position, batches.layout, config, device, run.output_dir, iterations, end, curves)
             with contextlib.closing(recorder):
                 lr = train_epoch(run, batches, position, recorder, stop)
                 position = recorder.position()

@@ -36,7 +36,7 @@ class Recorder:
     position: where the epoch goes on; layout: the dataset.Phase of this run; iterations: of a whole epoch; end: the epoch's last iteration, exclusive.
     """
 
-    def __init__(self, position, layout, config, device, output_dir, iterations, end, writer):
+    def __init__(self, position, layout, config, device, output_dir, iterations, end, curves):
         self.start, self.layout, self.config, self.device = position, layout, config, device
         self.sums, self.counted, self.recent = dict(position.sums), position.counted, list(position.recent)
         self.spikes, self.skipped_steps = position.spikes, position.skipped_steps
@@ -52,7 +52,7 @@ class Recorder:
             total=end, initial=position.iteration, desc=f"epoch {position.epoch}", disable=not is_main(),
             file=sys.stdout, dynamic_ncols=True, mininterval=1,
         )  # fmt: skip
-        self.writer = writer
+        self.curves = curves
         self.clock = time.perf_counter()
 
     def add(self, values, lr, files, skipped):
@@ -143,15 +143,14 @@ class Recorder:
     def _show(self, means, iterations):
         now = time.perf_counter()
         seconds, self.clock = (now - self.clock) / iterations, now
-        if self.writer is None:
+        if self.curves is None:
             return
         step = self.epoch * self.iterations + self.iteration
         rate = self.batch_samples / seconds
         shown = {**means, "lr": self.lr, "samples_per_s": rate}
         if self.flops and self.peak:
             shown["mfu"] = self.flops / seconds / self.peak
-        for name, value in shown.items():
-            self.writer.add_scalar(f"train/{name}", value, step)
+        self.curves.add({f"train/{name}": value for name, value in shown.items()}, step)
         left = (self.config["scheduler"]["epochs"] * self.iterations - step) * seconds
         text = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss"))
         mfu = f" MFU {shown['mfu']:.1%}" if "mfu" in shown else ""

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import datetime
 import difflib
 import fcntl
 import json
@@ -11,7 +10,6 @@ import os
 import random
 import re
 import reprlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -84,11 +82,12 @@ DEFAULTS = {
 RENAMED = {"schedular": "scheduler"}
 CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}
 AT_LEAST_1 = (
-    "image_res", "shuffle_buffer", "vision_width", "vision_depth", "vision_heads", "patch_size", "embed_dim", "queue_size", "k_test",
-    "num_beams", "batch_size", "batch_size_train", "batch_size_test", "accumulate", "reference_batch", "log_every", "keep_checkpoints",
+    "image_res", "shuffle_buffer", "vision_width", "vision_depth", "vision_heads", "patch_size", "embed_dim", "queue_size",
+    "k_test", "num_beams", "batch_size", "batch_size_train", "batch_size_test", "accumulate", "reference_batch", "log_every",
+    "keep_checkpoints",
 )  # fmt: skip
 SHARES = ("min_scale", "max_skipped", "alpha", "momentum", "mlm_probability")  # from 0 to 1, not in percent
-LARGEST = 10**15  # more is a slip of the finger, and infinite in float32 before long
+LARGEST = 10**15  # more is a slip of the finger, or infinity
 OBJECTIVES = ["itc", "mlm", "itm"]
 LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
 
@@ -115,7 +114,8 @@ def _unknown(key, known, where):
 
 
 def _are_paths(value):
-    return bool(value) if isinstance(value, str) else isinstance(value, list) and all(path and isinstance(path, str) for path in value)
+    paths = value if isinstance(value, list) else [value]
+    return all(isinstance(path, str) and path for path in paths)
 
 
 def _is_json(value):
@@ -133,8 +133,8 @@ def _check_value(key, value, default, where):
     paths = key in LISTS_OR_STRINGS
     fits, wanted = {
         bool: (isinstance(value, bool) or (key == "distill" and isinstance(value, list)), "true or false"),
-        int: (number and isinstance(value, int), f"a whole number from 0 to {LARGEST:.0e}"),
-        float: (number, f"a number from 0 to {LARGEST:.0e}"),  # YAML reads "1e-4" in quotes and 1,000 as text
+        int: (number and isinstance(value, int), "a whole number, not negative, up to 10^15"),
+        float: (number, "a number, not negative, up to 10^15"),  # YAML reads "1e-4" in quotes and 1,000 as text
         str: (isinstance(value, str), "a string"),
         list: (_are_paths(value) if paths else isinstance(value, list), "a path or a list of paths" if paths else "a list"),
         dict: (isinstance(value, dict), "a mapping of keys to values"),
@@ -143,7 +143,8 @@ def _check_value(key, value, default, where):
     if not fits and not (value is None and isinstance(default, type)):
         raise InputError(f"{where}: {key} is {_shown(value)}, it must be {wanted}")
     if kind is not dict and not _is_json(value):
-        raise InputError(f"{where}: {key} is {_shown(value)}, it may hold text, finite numbers, true, false, null, lists and mappings")
+        raise InputError(f"{where}: {key} is {_shown(value)}, it may hold text, finite numbers, true, false, null, lists and "
+                         "mappings of these")
     if key in AT_LEAST_1 and value is not None and value < 1:
         raise InputError(f"{where}: {key} is {value}, it must be at least 1")
     if key in SHARES and value is not None and value > 1:
@@ -177,7 +178,7 @@ def with_defaults(config, where="config"):
                 if inner not in DEFAULTS[key]:
                     raise _unknown(inner, list(DEFAULTS[key]), f"{where}: {key}")
                 _check_value(f"{key}.{inner}", value[inner], DEFAULTS[key][inner], where)
-        result[key] = value
+        result[key] = copy.copy(value)
     for key, default in DEFAULTS.items():
         if isinstance(default, dict):
             filled = {inner: None if isinstance(value, type) else value for inner, value in default.items()}
@@ -211,7 +212,8 @@ def _parse_yaml(source, name):
     except Exception as error:  # numbers, dates and characters that do not exist raise nearly anything
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"{name}{line}: not valid YAML: {_one_line(getattr(error, 'problem', None) or error)}") from None
+        problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+        raise InputError(f"{name}{line}: not valid YAML: {_one_line(problem or error)}") from None
 
 
 def override(config, overrides, where):
@@ -254,8 +256,10 @@ def require(config, *keys):
 
 def save_config(config, output_dir):
     """The snapshot config.yaml of the configuration as it runs, defaults and overrides included."""
+    yaml = YAML(typ="safe")
+    yaml.width = sys.maxsize  # where a long string is folded, a blank may be lost
     with atomic_write(Path(output_dir) / "config.yaml", "w") as file:
-        YAML(typ="safe").dump(config, file)
+        yaml.dump(config, file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,7 +306,7 @@ def run_script(main):
     except KeyboardInterrupt:
         status, message = 130, "interrupted"
     except Interrupted as error:
-        status, message = 128 + error.signum, error
+        status, message = 128 + error.signum, str(error)
     except TrainingStopped as error:
         status, message = 1, f"error: {error}"
     except InputError as error:
@@ -363,40 +367,6 @@ def gather_lists(values):
 def local_rank():
     """Rank within this machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def _slurm_to_environment():
-    """Translates Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "SLURM_PROCID" not in os.environ:
-        return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_PORT", "29500")
-    if "MASTER_ADDR" not in os.environ:
-        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-        os.environ["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-
-
-def init_process_group(device, timeout=TIMEOUT):
-    """Joins the process group of the launcher, if there is one, and returns this process's device.
-
-    timeout: seconds after which a process that waits for the others gives up.
-    """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
-    _slurm_to_environment()
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank())
-            torch.cuda.set_device(device)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-    return device
 
 
 def seed_of(*coordinates):

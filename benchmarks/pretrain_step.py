@@ -22,6 +22,7 @@ import torch
 
 import Pretrain
 from dataset.caption import CaptionBatch
+from dataset.transforms import normalize
 from engine import Run, compile_layers, iterate
 from models import build_model
 from models.albef import Text
@@ -57,7 +58,7 @@ def make_batch(batch_size, image_res):
 def plain_step(device):
     def losses(model, batch, alpha, update_momentum):
         masked = model.mask(batch.text[0])
-        image = Pretrain.normalize(batch.image.to(device))
+        image = normalize(batch.image.to(device))
         text = Text(*batch.text).to(device)
         return pretrain_losses(model, image, text, alpha, (masked.input_ids.to(device), masked.labels.to(device)))
 

@@ -14,11 +14,13 @@ from dataset.nlvr import nlvr_entry
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
 from dataset.samples import check_images
+from dataset.shards import count_shards, expand
+from dataset.stream import Stream
 from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
-from utils import InputError, require
+from utils import InputError, rank, require, world_size
 
 
 # of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
@@ -58,7 +60,15 @@ def build_dataset(name, config, seed=0):
     files, own_seed = config[key], seed if training else None
     if name in CAPTIONS:
         form, _, max_tokens = CAPTIONS[name]
-        dataset = CaptionDataset(load_annotations(files, form), image_root, transform, seed, max_tokens)
+        files, shards = expand(files) if form == "pretrain" else (files, [])
+        dataset = None
+        if files or not shards:
+            dataset = CaptionDataset(load_annotations(files, form), image_root, transform, seed, max_tokens)
+        if shards:
+            if dataset is not None:
+                check_images(dataset)
+            layout = config["batch_size"], rank(), world_size(), max(1, workers(config))
+            return Stream(dataset, count_shards(shards), transform, seed, max_tokens, config["shuffle_buffer"], *layout)
     elif task == "retrieval":
         dataset = RetrievalTestSet(files, image_root, transform)
     elif task in LABELED:

@@ -28,7 +28,7 @@ from array import array
 
 import numpy as np
 
-from dataset.text import pre_caption
+from dataset.text import MAX_WORDS, is_blank, pre_caption
 from utils import InputError
 
 PAIR_KEYS = {"image": str, "caption": (str, list)}
@@ -42,38 +42,50 @@ _BATCH = 1 << 14  # strings that are written at a time
 _UINT32_END = 1 << 32  # larger offsets take 8 bytes each
 _MAGIC = int.from_bytes(b"ALBEFan1", "little")  # its last digit is the version of the cache format
 _HEADER_BYTES = 16
+_CUT_SHORT = "seems cut short: copy it again"
 _LONGEST_TOKEN = 16  # characters, more than in any token or escape sequence that the end of a chunk can cut
 
 _DECODER = json.JSONDecoder()
-_OPENING = re.compile(r"\s*\[\s*(\]?)")
-_SEPARATOR = re.compile(r"[ \t\n\r]*([,\]]?)[ \t\n\r]*")
+_SPACE = " \t\n\r"  # all that JSON takes for white space
+_OPENING = re.compile(rf"[{_SPACE}]*\[[{_SPACE}]*(\]?)")
+_SEPARATOR = re.compile(rf"[{_SPACE}]*([,\]]?)[{_SPACE}]*")
 _TYPE_NAMES = {str: "a string", list: "a non-empty list of strings", int: "an integer", dict: "an object"}
 
 
 def read_json_list(path):
     """Yield (number, entry) for the objects of a JSON list, counted from 0, without holding the file in memory.
 
-    Raises InputError if the file cannot be read, is not valid JSON, not a list or empty, or if an entry is not an
-    object.
+    Raises InputError for what `read_json_values` refuses, or if an entry is not an object.
+    """
+    for number, entry in read_json_values(path):
+        check_entry(entry, {}, path, number)
+        yield number, entry
+
+
+def read_json_values(path):
+    """Yield (number, value) for the values of a JSON list, be they objects or not.
+
+    Raises InputError if the file cannot be read, is not valid JSON, not a list or empty.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            for number, entry in enumerate(_decode_list(file, path)):
-                if type(entry) is not dict:
-                    raise InputError(f"{where(path, number)} is {reprlib.repr(entry)}, not an object; every entry "
-                                     f"must be like {{\"image\": ..., ...}}")
-                yield number, entry
+            yield from enumerate(_decode_list(file, path))
     except OSError as error:
         raise _unreadable(path, error) from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: this annotation file is not UTF-8 text; save it as UTF-8 JSON") from None
+    except UnicodeDecodeError as error:
+        cut_short = error.reason == "unexpected end of data"
+        remedy = f"it {_CUT_SHORT}" if cut_short else "save it as UTF-8 JSON"
+        raise InputError(f"{path}: this annotation file is not UTF-8 text; {remedy}") from None
 
 
 def check_entry(entry, keys, path, number):
-    """Raise InputError unless `entry` has every key of `keys`, {key: type or tuple of types}.
+    """Raise InputError unless `entry` is an object with every key of `keys`, {key: type or tuple of types}.
 
     A list must hold strings, at least one.
     """
+    if type(entry) is not dict:
+        raise InputError(f"{where(path, number)} is {reprlib.repr(entry)}, not an object; every entry must be like "
+                         f'{{"image": ..., ...}}')
     for key, types in keys.items():
         value = entry.get(key)
         if isinstance(value, types) and (type(value) is not list or _is_list_of_strings(value)):
@@ -186,11 +198,11 @@ def load_annotations(files, form="pretrain"):
     files = [os.fspath(files)] if isinstance(files, (str, os.PathLike)) else [os.fspath(file) for file in files]
     if not files:
         raise InputError("train_file: no annotation file is given; name at least one in the config")
-    folder = _cache_folder()
-    cache_path = os.path.join(folder, f"annotations-{_fingerprint(files, form)}.bin")
+    folder = cache_folder()
+    cache_path = os.path.join(folder, f"annotations-{fingerprint(files, form)}.bin")
     if annotations := _open_cache(cache_path, files):
         return annotations
-    with _locked(folder):
+    with locked(folder):
         # The process that had the lock before may have built it, and a second copy would not share its memory.
         if annotations := _open_cache(cache_path, files):
             return annotations
@@ -207,7 +219,7 @@ def _decode_list(file, path):
     """Yield the elements of the JSON list in a text file, reading it in chunks."""
     text = file.read(_CHUNK)
     at_end = not text
-    while len(text.strip()) < 2 and not at_end:
+    while len(text.strip(_SPACE)) < 2 and not at_end:
         more = file.read(_CHUNK)
         text, at_end = text + more, not more
     pos = _opening(text, path)
@@ -224,6 +236,8 @@ def _decode_list(file, path):
             # A chunk may end inside the entry: then the error is at its end, or a string has no end yet.
             cut = end > len(text) - _LONGEST_TOKEN or problem.startswith("Unterminated string")
             complete = at_end or not cut
+        except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+            problem, end, complete = str(error), pos, True
         if not complete:
             line, column = _advance(text, pos, line, column)
             more = file.read(max(_CHUNK, len(text) - pos))  # doubling, so that a long entry takes linear time
@@ -238,8 +252,8 @@ def _decode_list(file, path):
                 return
             problem = "Extra data after the list" if separator[1] else "Expecting ',' or ']'"
         line, column = _advance(text, end, line, column)
-        cut_short = at_end and not text.rstrip().endswith("]")
-        remedy = "the file seems cut short: copy it again" if cut_short else "correct it there"
+        cut_short = at_end and not text.rstrip(_SPACE).endswith("]")
+        remedy = f"the file {_CUT_SHORT}" if cut_short else "correct it there"
         raise InputError(f"{path}: invalid JSON at line {line} column {column} ({problem}); {remedy}")
 
 
@@ -248,7 +262,7 @@ def _opening(text, path):
     opening = _OPENING.match(text)
     if opening and not opening[1]:
         return opening.end()
-    start = text.lstrip()[:1]
+    start = text.lstrip(_SPACE)[:1]
     if start == "{":
         raise InputError(f"{path}: holds a JSON object, not a list of entries; if it is JSON lines (an object a "
                          f"line), convert it: jq -s . {path} > list.json")
@@ -270,7 +284,9 @@ def _describe(types):
     return " or ".join(_TYPE_NAMES[kind] for kind in (types if isinstance(types, tuple) else (types,)))
 
 
-def _cache_folder():
+def cache_folder():
+    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else in the temporary folder. Raises InputError if none can be
+    written."""
     wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef")
     for folder in wanted, os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}"):
@@ -282,7 +298,7 @@ def _cache_folder():
                      f"ALBEF_CACHE to a folder on a local disk")
 
 
-def _fingerprint(files, form):
+def fingerprint(files, form):
     """Hash of names, sizes and times of the files: a changed file gets another cache."""
     versions = [_MAGIC, form]
     for file in files:
@@ -295,7 +311,8 @@ def _fingerprint(files, form):
 
 
 @contextlib.contextmanager
-def _locked(folder):
+def locked(folder):
+    """Within the block no other process of this machine is in such a block of the same folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # Some network file systems cannot lock; then several processes may build the file, each a complete one.
@@ -362,16 +379,22 @@ def _write_cache(out, files, form):
 def _with_groups(entries, form, path, numbers, groups):
     """Yield image and caption of a list of GROUPED_KEYS, checked; append to groups the number of each one's image."""
     for number, entry in entries:
-        if form == "retrieval" and type(entry.get("caption")) is list and "image_id" not in entry:
-            raise InputError(f"{where(path, number)} has a list of captions and no 'image_id': this is a test or pre-training "
-                             "list; train_file of retrieval needs an entry for each caption, with image_id")
-        check_entry(entry, GROUPED_KEYS[form], path, number)
-        caption, image_id = ("caption", "image_id") if form == "retrieval" else ("text", "image")
-        if not pre_caption(entry[caption], 1):
-            raise InputError(f"{where(path, number)}: its {caption} {reprlib.repr(entry[caption])} is empty after clean-up; "
-                             "correct or remove the entry")
-        groups.append(numbers.setdefault(entry[image_id], len(numbers)))
-        yield number, {"image": entry["image"], "caption": entry[caption]}
+        image, caption, image_id = grouped_entry(entry, form, path, number)
+        groups.append(numbers.setdefault(image_id, len(numbers)))
+        yield number, {"image": image, "caption": caption}
+
+
+def grouped_entry(entry, form, path, number):
+    """(image path, text, what the texts of one image share) of an entry of a list of GROUPED_KEYS. Raises InputError."""
+    if form == "retrieval" and type(entry.get("caption")) is list and "image_id" not in entry:
+        raise InputError(f"{where(path, number)} has a list of captions and no 'image_id': this is a test or pre-training "
+                         "list; train_file of retrieval needs an entry for each caption, with image_id")
+    check_entry(entry, GROUPED_KEYS[form], path, number)
+    caption, image_id = ("caption", "image_id") if form == "retrieval" else ("text", "image")
+    if is_blank(pre_caption(entry[caption], MAX_WORDS)):
+        raise InputError(f"{where(path, number)}: its {caption} {reprlib.repr(entry[caption])} is empty after clean-up; "
+                         "correct or remove the entry")
+    return entry["image"], entry[caption], entry[image_id]
 
 
 def _encoded_batches(entries, path):

@@ -7,7 +7,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from utils import InputError, TrainingStopped, rank, seed_of, world_size
 
@@ -100,10 +100,14 @@ class TrainBatches:
         number, batch_size = workers(config), config["batch_size"]
         self.dataset = dataset
         self.layout = Phase(0, batch_size, world_size(), max(1, number))
-        self.source = EpochBatches(len(dataset), batch_size, seed, rank(), world_size())
+        if isinstance(dataset, IterableDataset):  # a Stream, which knows its batches itself
+            self.source, batching = dataset, {"batch_size": batch_size}
+        else:
+            self.source = EpochBatches(len(dataset), batch_size, seed, rank(), world_size())
+            batching = {"batch_sampler": self.source}
         self.loader = DataLoader(
             dataset,
-            batch_sampler=self.source,
+            **batching,
             collate_fn=functools.partial(dataset.collate, tokenizer=tokenizer),
             num_workers=number,
             pin_memory=device.type == "cuda",

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.samples import Samples
-from dataset.text import MAX_WORDS, pre_caption, tokenize
 from dataset.images import load_image
+from dataset.samples import Samples
+from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
 
 
 class Sample(NamedTuple):
@@ -29,9 +29,19 @@ class CaptionBatch(NamedTuple):
 def draw_caption(captions, where):
     """One of an entry's captions at random, cleaned up and cut to 30 words. Raises ValueError if it is empty then."""
     caption = pre_caption(captions[int(torch.randint(len(captions), ()))], MAX_WORDS)
-    if not caption:
+    if is_blank(caption):
         raise ValueError(f"{where}: a caption is empty after clean-up")
     return caption
+
+
+def caption_batch(samples, tokenizer, max_tokens):
+    """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
+    return CaptionBatch(
+        torch.stack([sample.image for sample in samples]),
+        tokenize([sample.caption for sample in samples], tokenizer, max_tokens),
+        torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
+        [reason for sample in samples for reason in sample.skipped],
+    )  # fmt: skip
 
 
 class CaptionDataset(Samples):
@@ -63,10 +73,5 @@ class CaptionDataset(Samples):
         return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file)
 
     def collate(self, samples, tokenizer):
-        """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
-        return CaptionBatch(
-            torch.stack([sample.image for sample in samples]),
-            tokenize([sample.caption for sample in samples], tokenizer, self.max_tokens),
-            torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
-            [reason for sample in samples for reason in sample.skipped],
-        )  # fmt: skip
+        """Samples -> CaptionBatch."""
+        return caption_batch(samples, tokenizer, self.max_tokens)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.annotations import Entries, check_entry, where
+from dataset.annotations import Entries, grouped_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
 from dataset.images import load_image
@@ -24,6 +24,13 @@ class GroundingBatch(NamedTuple):
     ref_ids: list
 
 
+def check_expression(entry, path, number, refer):
+    """Raises InputError unless entry is {image, text, ref_id} with a text and a ref that refer knows."""
+    grouped_entry(entry, "grounding", path, number)
+    if entry["ref_id"] not in refer.refs:
+        raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data")
+
+
 class GroundingTestSet(Samples):
     """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of `splits`.
 
@@ -38,11 +45,7 @@ class GroundingTestSet(Samples):
         self.refer, self.detections = refer, detections
 
         def checked(entry, path, number):
-            check_entry(entry, {"image": str, "text": str, "ref_id": int}, path, number)
-            if entry["ref_id"] not in refer.refs:
-                raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data")
-            if not pre_caption(entry["text"], MAX_WORDS):
-                raise InputError(f"{where(path, number)}: its text is empty after clean-up; correct or remove the entry")
+            check_expression(entry, path, number, refer)
             return entry if refer.refs[entry["ref_id"]]["split"] in splits else None
 
         self.entries = Entries(files, checked)

@@ -1,5 +1,6 @@
 """Sentences about one image or two with a label: what the data of VE and NLVR2 have in common."""
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 
 from dataset.annotations import Entries, where
 from dataset.samples import Samples
-from dataset.text import MAX_WORDS, pre_caption, tokenize
+from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
 from dataset.images import load_image
 from utils import InputError
 
@@ -28,6 +29,18 @@ class LabeledBatch(NamedTuple):
     skipped: list
 
 
+def labeled_entry(check, entry, path, number):
+    """What check (LabeledDataset says of what form) makes of an entry, its sentence cleaned up and cut to 30 words.
+
+    Raises InputError, also where the sentence is empty then.
+    """
+    kept = check(entry, path, number)
+    kept["sentence"] = pre_caption(kept["sentence"], MAX_WORDS)
+    if is_blank(kept["sentence"]):
+        raise InputError(f"{where(path, number)}: its sentence is empty after clean-up; correct or remove the entry")
+    return kept
+
+
 class LabeledDataset(Samples):
     """Sentences with the paths of their images and their class, cleaned up and cut to 30 words.
 
@@ -40,14 +53,7 @@ class LabeledDataset(Samples):
         self.roots = {"image_root": image_root}
         self.transform = transform
 
-        def checked(entry, path, number):
-            kept = check(entry, path, number)
-            kept["sentence"] = pre_caption(kept["sentence"], MAX_WORDS)
-            if not kept["sentence"]:
-                raise InputError(f"{where(path, number)}: its sentence is empty after clean-up; correct or remove the entry")
-            return kept
-
-        self.entries = Entries(files, checked)
+        self.entries = Entries(files, functools.partial(labeled_entry, check))
 
     def __len__(self):
         return len(self.entries)

@@ -4,9 +4,21 @@ import os
 
 from dataset.annotations import check_entry, read_json_list, where
 from dataset.samples import Samples
-from dataset.text import MAX_WORDS, pre_caption
+from dataset.text import MAX_WORDS, is_blank, pre_caption
 from dataset.images import load_image
 from utils import InputError
+
+
+def captioned_image(entry, path, number):
+    """The captions, cleaned up, of an entry {image, caption: list of strings}. Raises InputError."""
+    if isinstance(entry.get("caption"), str):
+        raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
+                         "test_file need an entry for each image, with the list of its captions")
+    check_entry(entry, {"image": str, "caption": list}, path, number)
+    texts = [pre_caption(caption, MAX_WORDS) for caption in entry["caption"]]
+    if any(map(is_blank, texts)):
+        raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it")
+    return texts
 
 
 class RetrievalTestSet(Samples):
@@ -23,13 +35,7 @@ class RetrievalTestSet(Samples):
         self.images, self.texts, self.img2txt, self.txt2img, self._where = [], [], [], [], []
         for path in files:
             for number, entry in read_json_list(path):
-                if isinstance(entry.get("caption"), str):
-                    raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
-                                     "test_file need an entry for each image, with the list of its captions")
-                check_entry(entry, {"image": str, "caption": list}, path, number)
-                texts = [pre_caption(caption, MAX_WORDS) for caption in entry["caption"]]
-                if not all(texts):
-                    raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it")
+                texts = captioned_image(entry, path, number)
                 self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
                 self.txt2img.extend([len(self.images)] * len(texts))
                 self.images.append(entry["image"])

@@ -34,14 +34,22 @@ class Samples(Dataset):
             except OSError as error:
                 raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
         torch.manual_seed(seed_of(self.seed, self.epoch, index))
-        skipped = []
-        for _ in range(MAX_ATTEMPTS):
-            try:
-                return self.read(index)._replace(skipped=skipped)
-            except (OSError, ValueError) as error:
-                skipped.append(str(error))
-            index = int(torch.randint(len(self), ()))
-        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
+        return first_usable(self.read, index, len(self))
+
+
+def first_usable(read, index, length):
+    """What read(index) gives, or, where that raises OSError or ValueError, read of another index of that many, drawn at random.
+
+    The reasons are listed in its `skipped`. Raises InputError after MAX_ATTEMPTS.
+    """
+    skipped = []
+    for _ in range(MAX_ATTEMPTS):
+        try:
+            return read(index)._replace(skipped=skipped)
+        except (OSError, ValueError) as error:
+            skipped.append(str(error))
+        index = int(torch.randint(length, ()))
+    raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
 
 
 def check_images(dataset, sample=1000):

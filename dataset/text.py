@@ -1,6 +1,7 @@
 """Clean-up of captions and questions, as the released checkpoints were trained, and tokenization of a batch."""
 
 import re
+import unicodedata
 
 MAX_WORDS = 30  # of a caption, a sentence, or a question in training
 MAX_QUESTION_WORDS = 50  # of a question in testing
@@ -8,6 +9,8 @@ SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
+# of characters that a tokenizer drops: control, zero-width, private, halves of surrogate pairs, combining marks, white space
+_DROPPED = {"Cc", "Cf", "Co", "Cs", "Mn", "Zl", "Zp", "Zs"}
 _BLANKS = re.compile(r"\s{2,}")
 
 
@@ -33,7 +36,18 @@ def _first_words(text, max_words):
     return " ".join(text.split(" ")[:max_words])
 
 
+def is_blank(text):
+    """Whether nothing is left of a cleaned-up text: no character, or only such as a tokenizer drops."""
+    return all(unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text)
+
+
+def without_halves(text):
+    """A text without halves of surrogate pairs, which JSON can hold and a tokenizer refuses."""
+    return text.encode("utf-8", "ignore").decode()
+
+
 def tokenize(texts, tokenizer, max_tokens=None):
     """texts -> input_ids and attention_mask [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
-    tokens = tokenizer(list(texts), padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
+    texts = list(map(without_halves, texts))
+    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
     return tokens["input_ids"], tokens["attention_mask"]

@@ -10,7 +10,7 @@ import torch
 
 from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_question, tokenize
 from dataset.images import load_image
 from utils import InputError
 
@@ -57,6 +57,29 @@ def load_answer_list(path):
     return answers
 
 
+def max_question_words(training):
+    """Words that are kept of a question."""
+    return MAX_WORDS if training else MAX_QUESTION_WORDS
+
+
+def vqa_entry(entry, path, number, training):
+    """A checked entry of VQADataset, with `dataset` filled in. Raises InputError."""
+    check_entry(entry, {"image": str, "question": str}, path, number)
+    kind = entry.get("dataset", None if training else "vqa")
+    if not isinstance(kind, str) or kind not in ROOTS:
+        raise InputError(f"{where(path, number)}: its dataset is {reprlib.repr(kind)}, it must be {' or '.join(ROOTS)}")
+    if is_blank(pre_question(entry["question"], max_question_words(training))):
+        raise InputError(f"{where(path, number)}: its question {reprlib.repr(entry['question'])} is empty after clean-up")
+    if training or "answer" in entry:
+        check_entry(entry, {"answer": list if kind == "vqa" else str}, path, number)
+    if not training:
+        check_entry(entry, {"question_id": (int, str)}, path, number)
+        if kind == "vg" and "answer" in entry:
+            raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
+                             "such entries, or their answers, out of val_file and test_file")
+    return {**entry, "dataset": kind}
+
+
 class VQADataset(Samples):
     """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa) or string (vg)}.
 
@@ -68,11 +91,11 @@ class VQADataset(Samples):
     def __init__(self, files, roots, transform, eos, seed=None, answer_list=None):
         super().__init__(seed)
         self.transform, self.eos, self.answer_list = transform, eos, answer_list
-        self.max_words = MAX_QUESTION_WORDS if seed is None else MAX_WORDS
+        self.max_words = max_question_words(seed is not None)
         used, ids, answered = set(), set(), []
 
         def checked(entry, path, number):
-            entry = self._check(entry, path, number)
+            entry = vqa_entry(entry, path, number, seed is not None)
             used.add(ROOTS[entry["dataset"]])
             if seed is None and entry["question_id"] in ids:
                 raise InputError(f"{where(path, number)}: another entry has the question_id {entry['question_id']!r} too")
@@ -89,22 +112,6 @@ class VQADataset(Samples):
         if any(answered) and not self._answered:
             raise InputError(f"{self.where(answered.index(False))} has no 'answer', though others have: give all of them answers, "
                              "or none")
-
-    def _check(self, entry, path, number):
-        check_entry(entry, {"image": str, "question": str}, path, number)
-        kind = entry.get("dataset", "vqa" if self.seed is None else None)
-        if kind not in ROOTS:
-            raise InputError(f"{where(path, number)}: its dataset is {reprlib.repr(kind)}, it must be {' or '.join(ROOTS)}")
-        if not pre_question(entry["question"], self.max_words).strip():
-            raise InputError(f"{where(path, number)}: its question {reprlib.repr(entry['question'])} is empty after clean-up")
-        if self.seed is not None or "answer" in entry:
-            check_entry(entry, {"answer": list if kind == "vqa" else str}, path, number)
-        if self.seed is None:
-            check_entry(entry, {"question_id": (int, str)}, path, number)
-            if kind == "vg" and "answer" in entry:
-                raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
-                                 "such entries, or their answers, out of val_file and test_file")
-        return {**entry, "dataset": kind}
 
     def __len__(self):
         return len(self.entries)

@@ -185,7 +185,10 @@ class BertModel(nn.Module):
 
     def image_keys_values(self, image_embeds):
         """image_embeds [B, 1+N, C] -> for each multimodal layer the image's keys and values, each [B, h, 1+N, d]."""
-        return [layer.crossattention.self.keys_values(image_embeds) for layer in self.encoder.layer[self.fusion_layer:]]
+        device = image_embeds.device.type
+        if torch.is_autocast_enabled(device):  # once, where every layer would cast them anew and keep its own copy
+            image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
+        return [layer.crossattention.self.keys_values(image_embeds) for layer in self.encoder.layer[self.fusion_layer :]]
 
     def fuse(self, text_embeds, attention_mask, image_keys_values, extra_index=None, cls_only=False):
         """The multimodal encoder over R text rows and B images.

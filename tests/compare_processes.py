@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from launch import init_process_group
 from models import build_model
 from models.albef import Text
 from test_pretrain_model import random_batch
-from utils import init_process_group, rank
+from utils import rank
 
 data = torch.load("tests/golden/pretrain.pt", weights_only=True)
 

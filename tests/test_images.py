@@ -1,14 +1,19 @@
 """Image files are decoded to Pillow's pixels, and bad ones raise OSError."""
 
+import importlib
 import io
+import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
+import dataset.images
 from benchmarks.dataloader import photo
-from dataset.images import load_image
+from dataset.images import decode_image, load_image
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,112 @@ def test_damaged_jpeg_raises_but_stray_bytes_do_not(tmp_path, picture):
     assert torch.equal(load_image(path), to_tensor(Image.open(io.BytesIO(data))))
 
 
+def image_of(image, tmp_path, name, **options):
+    image.save(tmp_path / name, **options)
+    return load_image(tmp_path / name)
+
+
+def test_gray_of_16_bits_keeps_its_upper_8(tmp_path):
+    values = np.arange(0, 65536, 37, dtype=np.uint16)[:1750].reshape(35, 50)
+    gray = torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
+    assert torch.equal(image_of(Image.fromarray(values), tmp_path, "a.png"), gray)
+    assert torch.equal(image_of(Image.fromarray(values.astype(">u2")), tmp_path, "big_endian.tiff"), gray)
+    (tmp_path / "a.pgm").write_bytes(b"P5 50 35 65535\n" + values.astype(">u2").tobytes())
+    assert torch.equal(load_image(tmp_path / "a.pgm"), gray)
+    dark = Image.fromarray(values >> 8)
+    assert image_of(dark, tmp_path, "dark.png").max() == 0  # the file says 16 bits, whatever its values are
+
+
+def test_32_bits(tmp_path):
+    values = np.arange(256, dtype=np.int32).reshape(16, 16)
+    small = Image.fromarray(values)
+    assert torch.equal(image_of(small, tmp_path, "small.tiff"), to_tensor(small.convert("RGB")))
+    for name, wide in (("wide", values * 1000), ("negative", values - 1), ("float", values / np.float32(255))):
+        with pytest.raises(OSError, match=f"{name}.tiff: unknown range of gray.*8 bits"):
+            image_of(Image.fromarray(wide), tmp_path, f"{name}.tiff")
+
+
+def png_of_16_bits(color_type, pixels):
+    """A PNG of one row of pixels, tuples of 16-bit values, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + b"".join(struct.pack(">H", value) for pixel in pixels for value in pixel)
+    header = struct.pack(">IIBBBBB", len(pixels), 1, 16, color_type, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_colors_of_16_bits_are_scaled_as_gray_is():
+    colors = decode_image(png_of_16_bits(2, [(0x1234, 0x80FF, 0xFFFF), (0, 0x00FF, 0x0100)]), "a")
+    assert colors[:, 0].T.tolist() == [[0x12, 0x80, 0xFF], [0, 0, 1]]
+    assert decode_image(png_of_16_bits(4, [(0x12FF, 0x8000)]), "a").flatten().tolist() == [0x12] * 3
+    assert decode_image(png_of_16_bits(0, [(0x12FF,)]), "a").flatten().tolist() == [0x12] * 3
+
+
+@pytest.mark.parametrize("name, options", [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})])
+def test_of_an_animation_the_first_frame_is_used(tmp_path, picture, name, options):
+    frames = [picture.crop((i, i, i + 40, i + 30)).quantize(16).convert("RGB") for i in (0, 20, 50)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / name) as image:
+        assert image.is_animated
+    assert torch.equal(load_image(tmp_path / name), to_tensor(frames[0]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_leaves_the_color_beneath_and_no_warning(tmp_path, picture):
+    small = picture.crop((0, 0, 40, 30))
+    palette = small.quantize(8)
+    colors = to_tensor(palette.convert("RGB"))
+    for name, transparency in (("bytes.png", bytes(range(8))), ("index.png", 3), ("index.gif", 3)):
+        assert torch.equal(image_of(palette, tmp_path, name, transparency=transparency), colors)
+    faded = small.copy()
+    faded.putalpha(small.convert("L"))
+    assert torch.equal(image_of(faded, tmp_path, "rgba.png"), to_tensor(small))
+
+
+def test_exif_does_not_turn_an_image(tmp_path, picture):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    small = picture.crop((0, 0, 40, 30))
+    for name in ("a.jpg", "a.png"):
+        assert torch.equal(image_of(small, tmp_path, name, exif=exif), image_of(small, tmp_path, f"plain_{name}"))
+
+
+def declares(width, height, format):
+    """Bytes of an image whose header declares a size that its data do not have."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, format)
+    data = bytearray(buffer.getvalue())
+    if format == "JPEG":
+        start = data.index(b"\xff\xc0") + 5
+        data[start : start + 4] = struct.pack(">HH", height, width)
+    else:
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("format, side", [("JPEG", 9500), ("JPEG", 60000), ("PNG", 9500), ("PNG", 60000)])
+def test_too_many_pixels_are_refused_by_the_header(monkeypatch, recwarn, format, side):
+    def decode(*_):
+        raise AssertionError("decoded")
+
+    importlib.reload(dataset.images)  # it sets a filter of warnings, of which pytest gives every test new ones
+    monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(OSError, match="bomb: too large: .* pixels"):
+        decode_image(declares(side, side, format), "bomb")
+    assert not recwarn
+
+
+def test_thin_and_tiny_images(tmp_path, picture):
+    for size in ((1, 1), (1, 1000), (1000, 1)):
+        for name in ("a.jpg", "a.png"):
+            assert image_of(picture.resize(size), tmp_path, name).shape == (3, size[1], size[0])
+
+
 def test_unreadable_files_raise(tmp_path):
     text = tmp_path / "text.jpg"
     text.write_text("<html>404 Not Found</html>")
@@ -80,3 +191,6 @@ def test_unreadable_files_raise(tmp_path):
     for path in (text, fake, tmp_path / "missing.jpg", tmp_path):
         with pytest.raises(OSError, match=str(path)):
             load_image(path)
+    for name in ("a\0.jpg", "\ud83d.jpg"):
+        with pytest.raises(OSError, match=re.escape(repr(name))):
+            load_image(name)

@@ -1,0 +1,152 @@
+"""Pre-training lists and the image files they name -> WebDataset shards.
+
+    python -m dataset.to_shards train.json [more.json] --image_root DIR --output DIR
+
+Reading a few large files in sequence is what network and spinning disks are fast at; millions of small ones they are not.
+Images are copied byte for byte, and equal inputs make equal shards. Interrupted, the command goes on where it was.
+"""
+
+import argparse
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from webdataset import TarWriter
+
+from checksum import hash_file
+from dataset.annotations import load_annotations
+from dataset.shards import IMAGE_SUFFIXES, in_processes
+from utils import InputError, atomic_write, make_output_dir, run_script
+
+MADE_OF = "shards.json"
+CHECKED = 1000  # images looked for before the first is copied
+
+
+def write_shard(number, annotations, image_root, output, samples):
+    """Writes shard `number` of output: that many samples from entry number * samples on. Returns how many entries it is of.
+
+    An image that cannot be read is left out and named, with the reason, in %05d_skipped.txt. Raises InputError if the shard
+    cannot be written; then there is none.
+    """
+    entries = _entries(number, annotations, samples)
+    shard, list_of_skipped = output / f"{number:05d}.tar", output / f"{number:05d}_skipped.txt"
+    skipped = []
+    try:
+        # TarWriter's own time would differ from run to run
+        with atomic_write(shard) as file, TarWriter(file, mtime=0, encoder=False) as tar:
+            for i in entries:
+                path = _image(annotations, image_root, i)
+                try:
+                    image = Path(path).read_bytes()
+                except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+                    skipped.append(f"{annotations.where(i)}: image {path!r}: {getattr(error, 'strerror', None) or error}\n")
+                    continue
+                tar.write({"__key__": f"{i:09d}", _suffix(path): image, **_text(annotations.captions(i))})
+            if skipped:
+                with atomic_write(list_of_skipped) as lines:
+                    lines.write("".join(skipped).encode("utf-8", "backslashreplace"))
+            else:
+                list_of_skipped.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{shard}: cannot be written ({error.strerror}): make room and run the same command again, complete "
+                         "shards are kept") from None
+    return len(entries)
+
+
+def _entries(number, annotations, samples):
+    return range(number * samples, min((number + 1) * samples, len(annotations)))
+
+
+def _image(annotations, image_root, i):
+    return os.path.join(image_root, annotations.image(i))
+
+
+def _suffix(path):
+    suffix = os.path.splitext(path)[1][1:].lower()
+    return suffix if suffix in IMAGE_SUFFIXES else "jpg"  # readers find the image by the suffix, and its format by its bytes
+
+
+def _text(captions):
+    if len(captions) == 1:
+        return {"txt": captions[0].encode()}
+    return {"json": json.dumps({"caption": captions}, ensure_ascii=False).encode()}
+
+
+def convert(files, image_root, output, samples, processes=None):
+    """Writes the shards of `samples` entries each that are not there yet, and skipped.txt. Returns (shards, entries left out).
+
+    files: JSON lists as pre-training takes them. processes: default the cores, 8 at most. Raises InputError.
+    """
+    annotations = load_annotations(files)
+    _check_images(annotations, image_root)
+    make_output_dir(output)
+    _check_origin(output, {
+        "lists": [[os.path.abspath(file), hash_file(file)] for file in files],
+        "image_root": os.path.abspath(image_root), "samples": samples,
+    })  # fmt: skip
+    shards = [output / f"{number:05d}.tar" for number in range(-(-len(annotations) // samples))]
+    left = [number for number, shard in enumerate(shards) if not shard.exists()]
+    write = functools.partial(write_shard, annotations=annotations, image_root=image_root, output=output, samples=samples)
+    done = len(annotations) - sum(len(_entries(number, annotations, samples)) for number in left)
+    with tqdm(total=len(annotations), initial=done, desc="shards", unit="sample", file=sys.stdout, dynamic_ncols=True,
+              mininterval=1) as bar:
+        for count in in_processes(write, left, processes):
+            bar.update(count)
+    skipped = b"".join(path.read_bytes() for path in sorted(output.glob("*_skipped.txt")))
+    with atomic_write(output / "skipped.txt") as file:
+        file.write(skipped)
+    return len(shards), skipped.count(b"\n")
+
+
+def _check_images(annotations, image_root):
+    """A wrong folder must not end in shards of nothing."""
+    numbers = np.linspace(0, len(annotations) - 1, min(CHECKED, len(annotations))).astype(int).tolist()
+    if not any(os.path.isfile(_image(annotations, image_root, i)) for i in numbers):
+        root, first = image_root or "(not given)", _image(annotations, image_root, 0)
+        raise InputError(f"--image_root {root}: none of {len(numbers)} images looked for exists, such as {first}; name the "
+                         "folder that the lists' image paths start from")
+
+
+def _check_origin(output, origin):
+    """Writes what the shards are made of to shards.json; raises InputError if those in output are made of something else."""
+    path = output / MADE_OF
+    remedy = f"name another --output, or remove {output} to make all shards anew"
+    try:
+        before = json.loads(path.read_text())
+    except FileNotFoundError:
+        if any(output.glob("*.tar")):
+            raise InputError(f"--output {output}: holds shards but no {MADE_OF}, which says what they are made of: "
+                             f"{remedy}") from None
+        with atomic_write(path, "w") as file:
+            json.dump(origin, file, indent=1)
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): {remedy}") from None
+    for key, value in origin.items():
+        if not isinstance(before, dict) or before.get(key) != value:
+            raise InputError(f"{path}: the shards there were made with other {key}: {remedy}, or use the command of then")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
+    parser.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
+    parser.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
+    parser.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
+    args = parser.parse_args()
+    if args.samples < 1:
+        parser.error("--samples must be at least 1")
+    count, skipped = convert(args.lists, args.image_root, args.output, args.samples, args.processes)
+    if skipped:
+        print(f"{skipped} entries were left out, their images cannot be read: {args.output / 'skipped.txt'}")
+    names = f"{{00000..{count - 1:05d}}}" if count > 1 else "00000"
+    print(f"train_file: ['{args.output}/{names}.tar']")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,77 @@
+"""Joins the process group that torchrun, Slurm or nobody has started."""
+
+import datetime
+import os
+import subprocess
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from utils import TIMEOUT, InputError, local_rank
+
+
+def init_process_group(device, timeout=TIMEOUT):
+    """Joins the process group of the launcher, if there is one, and returns this process's device.
+
+    timeout: seconds after which a process that waits for the others gives up.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
+    _slurm_to_environment()
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)
+        patience = datetime.timedelta(seconds=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=patience))
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size, timeout), store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    return device
+
+
+def _slurm_to_environment():
+    """Translates Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
+    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "SLURM_PROCID" not in os.environ:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_ADDR" not in os.environ:
+        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+        os.environ["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
+def _agree_on_prefix(store, rank, world_size, timeout):
+    """A prefix for the keys of this start of the run, which process 0 draws and hands to each of the others.
+
+    torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: whoever
+    reads one waits for ever. So every process says which number it has drawn, and the answer is under that number.
+    """
+    mine = uuid.uuid4().hex
+    if rank:
+        store.set(f"albef/hello/{rank}", mine)
+        prefix = store.get(f"albef/answer/{mine}").decode()
+        store.set(f"albef/joined/{prefix}/{rank}", "")
+        return prefix
+    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"albef/joined/{mine}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"albef/hello/{other}"]):
+                store.set(f"albef/answer/{store.get(f'albef/hello/{other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise InputError(f"--timeout {timeout:g}: {len(missing)} of {world_size} processes have not come, the first is "
+                             f"process {min(missing)}")
+        time.sleep(0.02)
+    return mine

@@ -1,0 +1,316 @@
+"""python -m dataset.check: what it finds, counts and says of good and of faulty data."""
+
+import json
+import os
+import sys
+import tarfile
+
+import pytest
+from PIL import ExifTags, Image
+from ruamel.yaml import YAML
+
+from conftest import exit_status
+from dataset import check, survey
+from dataset.text import pre_caption
+from models.tokenizer import tokenizer_of
+from utils import TrainingStopped
+
+GOOD = "images/train/000000.jpg"
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path, monkeypatch, capsys):
+    """Checks the tiny configuration with some keys changed; returns (exit status, what is printed, the report)."""
+
+    def call(*flags, **keys):
+        YAML(typ="safe").dump({**tiny_config, "test_file": None, **keys}, tmp_path / "config.yaml")
+        report = tmp_path / "report.json"
+        report.unlink(missing_ok=True)
+        argv = ["check", tmp_path / "config.yaml", "--processes", 1, "--report", report, *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        status = exit_status(check.main)
+        out, err = capsys.readouterr()
+        assert not err or status == 2
+        return status, out + err, json.loads(report.read_text()) if report.exists() else None
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a list and returns its path."""
+
+    def call(entries, name="list.json"):
+        (tmp_path / name).write_text(entries if isinstance(entries, str) else json.dumps(entries))
+        return str(tmp_path / name)
+
+    return call
+
+
+def pairs(count, **changes):
+    """Entries, each with its own caption; changes: _3={...} updates entry 3."""
+    entries = [{"image": GOOD, "caption": f"a red circle {i}"} for i in range(count)]
+    for name, change in changes.items():
+        entries[int(name[1:])].update(change)
+    return entries
+
+
+def problems_of(report):
+    return [(problem["entry"], problem["problem"]) for problem in report["problems"]]
+
+
+def test_good_data_of_every_task(run, shapes):
+    tasks = ("vqa", "ve", "nlvr", "grounding")
+    train = [str(shapes / f"{name}.json") for name in ("pretrain", "retrieval_train", *(f"{task}_train" for task in tasks))]
+    test = [str(shapes / f"{name}.json") for name in ("test", *(f"{task}_test" for task in tasks))]
+    status, out, report = run(
+        train_file=train, val_file=str(shapes / "val.json"), test_file=test, vqa_root=str(shapes), refcoco_data=str(shapes),
+        det_file=str(shapes / "refcoco+/dets.json"), answer_list=str(shapes / "answer_list.json"),
+    )  # fmt: skip
+    assert status == 0 and "No problems." in out and report["problems"] == report["notes"] == []
+    assert [of["file"] for of in report["files"]] == [*train, str(shapes / "val.json"), *test]
+    assert [of["key"] for of in report["files"]] == ["train_file"] * 6 + ["val_file"] + ["test_file"] * 5
+    for of in report["files"]:
+        entries = json.loads(open(of["file"]).read())
+        images = {image for entry in entries for image in entry.get("images", [entry.get("image")])}
+        assert of["entries"] == len(entries) and of["images"] == of["looked_at"] == len(images)
+        assert of["unusable"] == of["wrong"] == {} and of["formats"] == {"JPEG RGB": len(images)}
+        assert of["shorter_side"]["<64"] == len(images) and of["smaller_than_image_res"] == 0
+        assert of["unknown_words"]["count"] == of["words"]["cut"] == 0
+    forms = [of["form"].split()[0] for of in report["files"]]
+    assert forms[:6] == ["image-caption", "captions", "questions", "visual", "NLVR2", "referring"]
+    limits = [(of["words"]["limit"], of["word_pieces"]["limit"]) for of in report["files"]]
+    assert limits[:6] == [(30, 25), (30, 30), (30, 25), (30, 40), (30, 40), (30, 30)]
+    assert limits[6:] == [(30, 30), (30, 30), (50, 40), (30, 40), (30, 40), (30, 30)]
+    opened = {"image_root", "vqa_root", "bert_config", "tokenizer", "answer_list", "refcoco_data", "det_file"}
+    assert report["others"].keys() == opened
+
+
+def test_wrong_entries_are_all_found(run, write):
+    entries = pairs(
+        9, _1={"caption": None}, _2={"caption": 5}, _3={"image": None}, _4={"caption": "?!"}, _5={"caption": ["fine", "\u200b"]}
+    )
+    del entries[6]["caption"]
+    entries[7] = "text"
+    status, out, report = run(train_file=[write(entries), write(pairs(1, _0={"image": "absent.jpg"}), "other.json")])
+    assert status == 1 and "7 (77.8%) cannot be used" in out
+    assert [entry for entry, _ in problems_of(report)] == [1, 2, 3, 4, 5, 6, 7, 0]
+    assert report["files"][0]["wrong"] == {
+        "empty text": 2, "'caption' is null": 1, "wrong 'caption'": 1, "'image' is null": 1, "no 'caption'": 1, "no object": 1
+    }  # fmt: skip
+    assert report["files"][0]["looked_at"] == 1 and report["files"][1]["unusable"] == {"missing": 1}
+    assert f"{report['files'][0]['file']}: entry 6 (counting from 0): has no 'caption'" in out
+    assert "absent.jpg: missing" in out and report["count"] == 8
+
+
+def test_many_problems_are_all_in_the_report(run, write):
+    status, out, report = run(train_file=write(pairs(50, **{f"_{i}": {"caption": ""} for i in range(45)})))
+    assert status == 1 and report["count"] == len(report["problems"]) == 45
+    assert "45 problems" in out and out.count("is empty after clean-up") == check.SHOWN and "and 25 more" in out
+
+
+FAULTS = {
+    "question": ("vqa", {"question": "?"}, "empty text"), "dataset": ("vqa", {"dataset": "coco"}, "wrong 'dataset'"),
+    "a list": ("vqa", {"dataset": []}, "wrong 'dataset'"), "no root": ("vqa", {"dataset": "vg", "answer": "a"}, "vg_root"),
+    "label": ("ve", {"label": "maybe"}, "wrong 'label'"),
+    "one image": ("nlvr", {"images": [GOOD]}, "wrong 'images'"), "ref_id": ("grounding", {"ref_id": "x"}, "wrong 'ref_id'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_wrong_entries_of_the_tasks(run, shapes, write, fault):
+    task, change, kind = FAULTS[fault]
+    entries = json.loads((shapes / f"{task}_train.json").read_text())[:5]
+    entries[2] |= change
+    status, out, report = run(train_file=write(entries), vqa_root=str(shapes))
+    [(entry, problem)] = problems_of(report)
+    assert status == 1 and entry == 2 and (kind in report["files"][0]["wrong"] or kind in problem)
+
+
+def test_questions_to_test_on(run, shapes, write):
+    entries = json.loads((shapes / "vqa_test.json").read_text())[:6]
+    entries[3]["question_id"] = entries[1]["question_id"]
+    entries[5]["image"] = "absent.jpg"
+    del entries[4]["answer"]
+    status, out, report = run("--images", 100, train_file=None, val_file=write(entries), vqa_root=str(shapes))
+    problems = dict(problems_of(report))
+    assert status == 1 and problems.keys() == {3, 5, None}
+    assert "question_id" in problems[3] and "absent.jpg" in problems[5] and "1 questions have no 'answer'" in problems[None]
+    for entry in entries:
+        entry.pop("answer", None)
+    assert "leave val_file out" in run(train_file=None, val_file=write(entries), vqa_root=str(shapes))[1]
+
+
+def test_expressions_to_test_on(run, shapes, write):
+    entries = json.loads((shapes / "grounding_test.json").read_text())[:3]
+    entries[1]["ref_id"] = 10**6
+    keys = {"train_file": None, "test_file": write(entries)}
+    status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
+    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1}
+    assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])] == [
+        "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
+    ]  # fmt: skip
+
+
+def test_files_that_cannot_be_read_do_not_end_the_check(run, write, tmp_path):
+    broken = write(json.dumps(pairs(3))[:-20], "broken.json")
+    files = [broken, str(tmp_path / "absent.json"), write("{}", "object.json"), write([{"a": 1}], "keys.json"), write(pairs(2))]
+    (tmp_path / "latin.json").write_bytes('[{"image": "a", "caption": "é"}]'.encode("latin-1"))
+    status, out, report = run(train_file=[*files, str(tmp_path / "latin.json")])
+    assert status == 1 and report["count"] == 5 and report["files"][4]["wrong"] == {}
+    for words in ("broken.json: invalid JSON at line 1", "absent.json: cannot read", "object.json: holds a JSON object",
+                  "keys.json: most of its first entries", "latin.json: this annotation file is not UTF-8"):
+        assert words in out
+    assert report["files"][0]["entries"] == 2 and report["files"][0]["looked_at"] == 1
+
+
+def test_lengths_of_texts_and_unknown_words(run, write):
+    captions = ["red"] * 10 + ["a red circle"] * 8 + ["зебра, зебра! \U0001f600 circle"] + ["red " * 40]
+    status, _, report = run("--images", 0, train_file=write([{"image": GOOD, "caption": captions}]))
+    of = report["files"][0]
+    assert status == 0 and of["texts"] == 20 and of["looked_at"] == 0
+    assert of["words"] == {"min": 1, "median": 1, "p95": 4, "max": 40, "limit": 30, "cut": 0.05}
+    assert of["word_pieces"] == {"min": 2, "median": 2, "p95": 5, "max": 31, "limit": 25, "cut": 0.05}  # 30 words and [CLS]
+    words = 10 + 3 * 8 + 4 + 30
+    assert of["unknown_words"] == {
+        "count": 3, "share_of_words": 3 / words, "share_of_word_pieces": 3 / (words + 20),
+        "most_frequent": {"зебра": 2, "\U0001f600": 1},
+    }  # fmt: skip
+
+
+def test_unknown_words_are_counted_in_bounded_memory(tiny_config, monkeypatch):
+    monkeypatch.setattr(survey, "UNKNOWN_KEPT", 2)
+    monkeypatch.setattr(survey, "TEXTS_A_BATCH", 4)
+    texts = survey.Texts(pre_caption, 30, 25, tokenizer_of(tiny_config))
+    words = ["я"] * 9 + ["щ" * length for length in range(1, 100)]
+    for word in words:
+        texts.add(word)
+        assert len(texts.unknown) <= 8
+    unknown = texts.summary()["unknown_words"]
+    assert unknown["count"] == len(words) and unknown["most_frequent"]["я"] == 9
+
+
+def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shapes):
+    picture = Image.open(shapes / GOOD)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.save(tmp_path / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
+    picture.resize((16, 300)).convert("CMYK").save(tmp_path / "thin.jpg")
+    picture.resize((300, 200)).save(tmp_path / "large.png")
+    (tmp_path / "page.jpg").write_text("<html>")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    names = ["turned.jpg", "animated.gif", "thin.jpg", "large.png", "page.jpg", "empty.jpg", "a\0.jpg", "large.png"]
+    status, out, report = run(train_file=write([{"image": str(tmp_path / name), "caption": name} for name in names]))
+    of = report["files"][0]
+    assert status == 1 and of["images"] == of["looked_at"] == 7
+    assert of["unusable"] == {"not an image that Pillow can read": 1, "empty file": 1, "unreadable": 1}
+    assert of["formats"] == {"JPEG RGB": 1, "GIF P": 1, "JPEG CMYK": 1, "PNG RGB": 1}
+    assert [of["shorter_side"][name] for name in ("<64", "64-127", "128-255")] == [3, 0, 1]
+    assert (of["smaller_than_image_res"], of["exif_rotated"], of["animated"]) == (1, 1, 1)
+    assert [entry for entry, _ in problems_of(report)] == [4, 5, 6] and "a\\x00.jpg: unreadable" in out
+    assert "more than max_skipped" in out and "used as they are stored" in out
+
+
+@pytest.mark.parametrize("count, looked_at", [(3, [0, 5, 10]), (1, [0]), (11, [*range(11)])])
+def test_a_sample_of_the_images_is_evenly_spaced(run, write, count, looked_at):
+    # of every image that an entry names once more, and of those that only wrong entries name, nothing is seen
+    entries = [{"image": f"absent{i}.jpg", "caption": "red"} for i in range(11)]
+    wrong = [{"image": "other.jpg", "caption": None}, {"image": "absent0.jpg", "caption": "red"}]
+    status, _, report = run("--images", count, train_file=write([*entries[:4], *wrong, *entries[4:]]))
+    missing = [problem.split(":")[0] for _, problem in problems_of(report) if "missing" in problem]
+    assert [os.path.basename(name) for name in missing] == [f"absent{i}.jpg" for i in looked_at]
+    assert report["files"][0]["images"] == 11
+
+
+def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
+    other = "images/train/000001.jpg"
+    test = write([{"image": GOOD, "caption": ["red"]}, {"image": other, "caption": ["red"]}], "test.json")
+    train = write(pairs(5, _3={"caption": "a red circle 1"}, _4={"caption": "a red circle 1"}))
+    status, out, report = run(train_file=train, test_file=test)
+    assert status == 0 and "2 (40.0%): entry 3 as entry 1, entry 4 as entry 1" in out
+    assert report["files"][0]["duplicates"] == 2 and report["files"][1]["duplicates"] == 0
+    assert report["files"][1]["images_also_trained_on"] == 1 and "1 (50.0%) are in train_file too" in out
+
+
+def test_other_files(run, write, tmp_path):
+    status, out, report = run(
+        train_file=write(pairs(2)), image_root="absent", bert_config="absent.json", refcoco_data=str(tmp_path),
+        answer_list=write(["a", "a"], "answers.json"),
+    )  # fmt: skip
+    assert status == 1 and report["count"] == 4
+    for words in ("image_root: folder absent does not exist", "bert_config: cannot read absent.json", "instances.json into",
+                  "answers.json has 'a' 2 times"):
+        assert words in out
+    assert "images           not looked at" in out and report["files"][0]["looked_at"] == 0
+
+
+def test_a_hub_that_cannot_be_reached_is_a_note(run, write, monkeypatch):
+    def offline(message):
+        raise check.InputError(message)
+
+    monkeypatch.setattr("models.hub._check_network", offline)
+    status, out, report = run(train_file=write(pairs(2)), tokenizer="some-lab/some-bert")
+    assert status == 0 and "some-lab/some-bert" in report["notes"][0] and "word_pieces" not in report["files"][0]
+    status, out, report = run(train_file=write(pairs(2)), tokenizer="some-folder/vocab.txt")
+    assert status == 1 and "some-folder/vocab.txt" in report["problems"][0]["problem"]
+
+
+def test_shards(run, tmp_path, shapes):
+    image = (shapes / GOOD).read_bytes()
+    samples = {
+        "a": {"jpg": image, "txt": b"a red circle"}, "b": {"jpg": image, "json": b'{"caption": ["a \\u044f", "red"]}'},
+        "c": {"jpg": image, "json": b'{"caption": 5}'}, "d": {"jpg": b"<html>", "txt": b"red"}, "e": {"txt": b"red"},
+        "f": {"jpg": image, "txt": b"?!"}, "g": {"jpg": image, "txt": b"a red circle"},
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        for key, files in samples.items():
+            for suffix, data in files.items():
+                (tmp_path / "member").write_bytes(data)
+                archive.add(tmp_path / "member", f"{key}.{suffix}")
+    (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
+    status, out, report = run(train_file=[str(tmp_path / "{1..2}.tar"), str(tmp_path / "0.tar")])
+    assert status == 1 and "2.tar does not exist (1 of the 2" in out and report["files"][0]["looked_at"] == 5
+    status, out, report = run(train_file=str(tmp_path / "*.tar"))
+    of = report["files"][0]
+    assert status == 1 and of["shards"] == {str(tmp_path / "0.tar"): 7} and of["entries"] == of["entries_read"] == 7
+    assert of["wrong"] == {"wrong 'caption'": 1, "no image": 1, "empty text": 1} and of["texts"] == 6
+    assert of["looked_at"] == 5 and of["unusable"] == {"not an image that Pillow can read": 1}
+    assert of["unknown_words"]["most_frequent"] == {"я": 1}
+    assert of["first_duplicates"] == ["number 6 of 0.tar as number 0 of 0.tar"]
+    assert [entry for entry, _ in problems_of(report)] == [None, "c", "d", "e", "f"]
+    assert "1.tar: not a complete tar file" in out and "0.tar: sample e: no image" in out
+    (tmp_path / "1.tar").unlink()
+    of = run("--images", 3, train_file=str(tmp_path / "*.tar"))[2]["files"][0]
+    assert (of["entries"], of["entries_read"], of["texts"]) == (7, 3, 3)
+
+
+def test_wrong_command_lines_and_configurations(run, write, monkeypatch, capsys):
+    assert run(train_file=None)[0] == 2
+    assert run("--set", "quue_size=3", train_file=write(pairs(2)))[0] == 2
+    assert run("--processes", 0)[0] == 2
+    assert run("--report", "absent/report.json", train_file=write(pairs(2)))[0] == 2
+    monkeypatch.setattr(sys, "argv", ["check", "absent.yaml"])
+    assert exit_status(check.main) == 2 and "absent.yaml" in capsys.readouterr().err
+
+
+def leave(_):
+    os._exit(1)
+
+
+def test_a_process_that_dies_is_named_with_its_images():
+    with check.in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--processes"):
+        list(jobs(leave, [[(0, "a.jpg")], [(1, "b.jpg")]]))
+
+
+def test_results_come_in_order_and_few_items_are_taken_ahead():
+    taken = []
+
+    def items():
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    with check.in_processes(2) as jobs:
+        for i, result in enumerate(jobs(abs, items())):
+            assert result == i and len(taken) <= i + 9

@@ -1,0 +1,119 @@
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, refusal
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from models import build_model
+from utils import save_config
+
+sys.path.append(str(ROOT / "benchmarks"))  # where a benchmark that is run as a script finds the others
+import memory
+
+
+@pytest.fixture
+def config(tiny_config):
+    """A configuration of even fewer layers."""
+    bert = {**tiny_config["bert_config"], "num_hidden_layers": 2, "fusion_layer": 1}
+    return {**tiny_config, "bert_config": bert, "vision_depth": 1}
+
+
+@pytest.fixture
+def estimate(config):
+    """The estimate for a tiny model with some keys changed."""
+    return lambda world_size=8, gpu=False, **keys: memory.estimate({**config, **keys}, world_size, gpu)
+
+
+def test_what_outlives_a_step_is_counted_exactly(estimate, config):
+    model = build_model("pretrain", config)
+    sizes = {name: 4 * param.numel() for name, param in model.named_parameters()}
+    trained = [4 * param.numel() for param in model.parameters() if param.requires_grad]
+    found = estimate()
+    assert found.weights == found.gradients == sum(trained)
+    assert found.momentum == sum(sizes.values()) - sum(trained)
+    assert found.queues == sum(buffer.nbytes for buffer in model.buffers())
+    assert found.optimizer == 2 * sum(trained) + 4 * len(trained)  # two moments and a count of steps
+    assert found.total() == sum(found) - found.shard
+
+
+def test_alone_gradients_come_and_go(estimate):
+    alone, one_of_eight = estimate(world_size=1), estimate()
+    assert alone.gradients == 0 and alone.shard == alone.optimizer
+    assert 0 < one_of_eight.total() - alone.total() <= one_of_eight.gradients
+
+
+def test_activations_grow_with_the_batch(estimate):
+    four, eight = (estimate(batch_size=batch_size) for batch_size in (4, 8))
+    assert four[:5] == eight[:5]
+    assert eight.activations > 1.5 * four.activations
+
+
+@pytest.mark.parametrize("lower", [{"gradient_checkpointing": True}, {"precision": "bf16"}])
+def test_options_lower_activations_alone(estimate, lower):
+    plain, lowered = (estimate(gpu=True, batch_size=32, **keys) for keys in ({}, lower))
+    assert lowered.activations < 0.9 * plain.activations
+    assert lowered._replace(activations=0) == plain._replace(activations=0)
+
+
+def test_sharding_divides_the_optimizer_state(estimate, config):
+    found = estimate()
+    largest = max(8 * param.numel() for param in build_model("pretrain", config).parameters())
+    assert found.optimizer / 8 <= found.shard <= found.optimizer / 8 + largest
+    assert found.total() - found.total(sharded=True) == found.optimizer - found.shard
+
+
+def test_attention_of_a_gpu_keeps_no_square():
+    saved = []
+    with FakeTensorMode(), memory.gpu_kernels(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+        query, key, value = (torch.empty(2, 2, 512, 8, requires_grad=True) for _ in range(3))
+        F.scaled_dot_product_attention(query, key, value, torch.ones(2, 1, 1, 512, dtype=torch.bool), 0.1)
+    assert max(tensor.untyped_storage().nbytes() for tensor in saved) == query.nbytes
+
+
+def test_estimate_is_what_a_step_allocates(estimate, config):
+    measured = memory.measure(config, 8, torch.device("cpu"))
+    assert estimate().total() == pytest.approx(measured, rel=0.05)
+
+
+def test_other_optimizers_are_refused(estimate, config):
+    optimizer = {**config["optimizer"], "opt": "sgd"}
+    assert "sgd" in refusal(lambda: estimate(optimizer=optimizer))
+
+
+@pytest.fixture
+def printed(config, tmp_path, monkeypatch, capsys):
+    """The lines that the benchmark prints with some arguments."""
+
+    def run(*arguments):
+        save_config(config, tmp_path)
+        command = ["memory.py", "--config", str(tmp_path / "config.yaml"), "--batch_size", "8"]
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        memory.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_table_of_estimates(printed):
+    lines = printed("--set", "precision=fp32", "gradient_checkpointing=true")
+    assert max(map(len, lines)) < 128
+    options = itertools.product(("fp32", "bf16"), ("off", "on"), ("whole", "sharded"))
+    assert [tuple(line.split()[:3]) for line in lines[3:11]] == list(options)
+    assert all(line.split()[-3:] == ["8", "8", "8"] for line in lines[3:11])
+    assert lines[11] == "parts in GB at batch 8, fp32, checkpointing on:"
+    assert lines[12].startswith("weights 0.00, ")
+
+
+def test_table_of_measurements(printed, monkeypatch):
+    monkeypatch.setattr(memory, "OPTIONS", [("bf16", True)])
+    *_, line = printed("--measure")
+    assert line.split()[:3] == ["bf16", "on", "8"]
+    assert float(line.split()[-1]) == pytest.approx(1, abs=0.15)
+
+
+def test_largest_batch_leaves_a_tenth_free():
+    assert memory.largest_fitting([1, 2, 4], [10e9, 21.6e9, 22e9], 24) == 2
+    assert memory.largest_fitting([1], [22e9], 24) == "-"

@@ -1,0 +1,486 @@
+"""Properties that hold for any input: clean-up and tokenization of texts, configurations, annotation files.
+
+An `example` is an input that once ended in a stack trace or slipped through, or one that careless users have.
+"""
+
+import copy
+import datetime
+import io
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from dataset import annotations
+from dataset.annotations import Entries, load_annotations, read_json_list
+from dataset.text import pre_caption, pre_question, tokenize
+from models.tokenizer import build_tokenizer
+from utils import CHOICES, DEFAULTS, RENAMED, InputError, load_config, override, save_config, with_defaults
+
+settings.register_profile(
+    "same every time", derandomize=True, deadline=None, database=None, max_examples=100,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+)  # fmt: skip
+settings.load_profile("same every time")
+
+ANY_TEXT = st.text(st.characters())  # halves of surrogate pairs and control characters too
+NUMBERS = itertools.count()  # a file that is written again within the clock's resolution looks like the one before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for the files of all examples."""
+    return tmp_path_factory.mktemp("properties")
+
+
+def new_file(folder, content):
+    path = folder / f"{next(NUMBERS)}"
+    path.write_bytes(content)
+    return path
+
+
+def one_line(error, start):
+    """Asserts that an InputError's message is one line, not a page long, and begins with what is wrong; returns it."""
+    message = str(error)
+    assert message.startswith(str(start)) and len(message.splitlines()) == 1 and len(message) < 1500
+    return message
+
+
+def nearly(content, data):
+    """Bytes with some of them taken away, doubled or replaced, or without their end."""
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content)))
+        end = data.draw(st.integers(start, min(len(content), start + 20)))
+        middle = data.draw(st.sampled_from([b"", content[start:end] * 2]) | st.binary(max_size=4) | st.just(None))
+        content = content[:start] if middle is None else content[:start] + middle + content[end:]
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# texts
+
+LISTED = ",.'!?\"()*#:;~-/"
+PIECES = ["<person>", "<PERSON>", " ", "  ", "\t", "\n", "\r\n", "a", "Red", "dog's", "[SEP]", "[MASK]", "İ", "ΑΣ", *LISTED]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=40).map("".join)
+
+
+@given(TEXTS, st.integers(1, 60), st.sampled_from([1, 1, 1, 500]))
+def test_captions_are_clean_short_and_stay_as_they_are(text, max_words, times):
+    clean = pre_caption(text * times, max_words)
+    assert len(clean.split(" ")) <= max_words
+    assert not set(clean) & set(LISTED)
+    assert clean == clean.lower()
+    assert clean == clean.strip(" ") and "  " not in clean and not clean.endswith("\n")
+    assert clean in pre_caption(text * times, 10**9)
+    assert pre_caption(clean, max_words) == clean or "<person>" in clean  # "<<person>>" loses a pair of brackets each time
+
+
+@given(TEXTS, st.integers(1, 60), st.sampled_from([1, 1, 1, 500]))
+def test_questions_are_clean_short_and_stay_as_they_are(text, max_words, times):
+    clean = pre_question(text * times, max_words)
+    assert len(clean.split(" ")) <= max_words
+    assert not set(clean) & set(LISTED)
+    assert clean == clean.lower()
+    assert pre_question(clean, max_words) == clean.rstrip(" ")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer("tests/golden/vocab.txt")
+
+
+@given(st.lists(TEXTS | ANY_TEXT, min_size=1, max_size=5), st.integers(1, 40) | st.none(), st.sampled_from([1, 1, 300]))
+@example(["cut emoji \ud83d"], 25, 1)
+def test_any_text_becomes_ids_within_the_limit(tokenizer, texts, max_tokens, times):
+    ids, mask = tokenize([text * times for text in texts], tokenizer, max_tokens)
+    assert ids.shape == mask.shape and len(ids) == len(texts)
+    assert max_tokens is None or ids.shape[1] <= max_tokens
+    assert 0 <= ids.min() and ids.max() < len(tokenizer)
+    assert (ids[:, 0] == tokenizer.cls_token_id).all() and (mask[:, 0] == 1).all()
+    assert (ids[mask == 0] == tokenizer.pad_token_id).all() and (mask.sum(1).max() == mask.shape[1])
+    assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations
+
+
+
+def nested(scalars, keys):
+    return st.recursive(
+        scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+    )
+
+
+HUGE = 16**5000  # has more digits than Python converts to text
+JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
+SCALARS = (
+    JSON_SCALARS | st.binary(max_size=8) | st.dates() | st.datetimes() | st.tuples(st.integers())
+    | st.just(5000).map(lambda digits: 16**digits)
+    | st.sampled_from([10**400, -1, 0, "1e-4", "1,000", "", "itc", "fp32", "a\nb"])
+)  # fmt: skip
+VALUES = nested(SCALARS, SCALARS)
+JSON_VALUES = nested(JSON_SCALARS, ANY_TEXT)
+
+
+def fitting(key, default):
+    """Values that a key may have; text without the two characters that ruamel.yaml writes and cannot always read back."""
+    if isinstance(default, dict):
+        return st.fixed_dictionaries({}, optional={inner: fitting(inner, value) for inner, value in default.items()})
+    if key in CHOICES:
+        return st.sampled_from(CHOICES[key])
+    text = st.text(st.characters(codec="utf-8", exclude_characters="?\x85"), min_size=1)
+    objectives = st.lists(st.sampled_from(["itc", "mlm", "itm"]), min_size=1)
+    kind = default if isinstance(default, type) else type(default)
+    values = {
+        bool: st.booleans(), int: st.integers(1, 10**6), float: st.integers(0, 1) | st.floats(0, 1), str: text,
+        list: objectives if key == "objectives" else text | st.lists(text),
+        object: text | st.dictionaries(text, st.integers() | text | st.lists(text)),
+    }[kind]  # fmt: skip
+    values = values | objectives if key == "distill" else values
+    return values | st.none() if isinstance(default, type) else values
+
+
+FITTING = st.fixed_dictionaries({}, optional={key: fitting(key, default) for key, default in DEFAULTS.items()})
+KEYS = st.sampled_from([*DEFAULTS, *RENAMED])
+OUTER_KEYS = st.sampled_from(["optimizer", "scheduler", "schedular"])
+INNER_KEYS = st.sampled_from([*DEFAULTS["optimizer"], *DEFAULTS["scheduler"]])
+
+
+def assert_complete(config):
+    """Asserts that a configuration has every key, values of the right kinds, and nothing that a file cannot hold."""
+    assert config.keys() == DEFAULTS.keys()
+    for outer in "optimizer", "scheduler":
+        assert config[outer].keys() == DEFAULTS[outer].keys()
+    inner = [(config[outer][key], default) for outer in ("optimizer", "scheduler") for key, default in DEFAULTS[outer].items()]
+    for value, default in [*inner, *((config[key], default) for key, default in DEFAULTS.items() if key != "distill")]:
+        kind = default if isinstance(default, type) else type(default)
+        if value is None:
+            assert kind is default  # it has no default
+        elif kind in (int, float):
+            assert type(value) in (int, kind) and 0 <= value < math.inf
+        else:
+            assert isinstance(value, (str, dict) if kind is object else kind)
+    json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
+    for files in (config[key] or [] for key in ("train_file", "val_file", "test_file")):
+        assert all(type(file) is str and file for file in files)
+    assert config["objectives"] and all(config[key] > 0 for key in ("accumulate", "patch_size", "batch_size_test", "log_every"))
+    assert with_defaults(config) == config
+
+
+def assert_complete_or_refused(start, function, *arguments):
+    try:
+        config = function(*arguments)
+    except InputError as error:
+        one_line(error, start)
+    else:
+        assert_complete(config)
+
+
+def holding_itself():
+    value = {}
+    value["inner"] = [value]
+    return value
+
+
+@given(st.dictionaries(KEYS | SCALARS, VALUES, max_size=3) | st.builds(lambda key, value: {key: value}, KEYS, VALUES))
+@example({"temp": math.inf})
+@example({"temp": math.nan})
+@example({"queue_size": 10**400})
+@example({"temp": HUGE})
+@example({HUGE: 1})
+@example({1: 2})
+@example({None: 1})
+@example({datetime.date(2020, 1, 1): 1})
+@example({"train_file": [3]})
+@example({"val_file": ""})
+@example({"objectives": [holding_itself()]})
+@example({"bert_config": holding_itself()})
+@example({"bert_config": datetime.date(2020, 1, 1)})  # torch.load with weights_only refuses the checkpoint
+@example({"image_root": "\ud800"})  # cannot be written to config.yaml
+@example({"batch_size": 0})
+@example({"momentum": 99.5})
+@example({"scheduler": {"lr": 1}, "schedular": {"lr": 2}})
+def test_any_values_are_refused_in_a_line_or_complete(config):
+    assert_complete_or_refused("where", with_defaults, config, "where")
+
+
+@given(OUTER_KEYS, st.dictionaries(INNER_KEYS | SCALARS, VALUES))
+@example("scheduler", {1: 2})
+@example("optimizer", {"lr": math.inf})
+def test_any_values_of_optimizer_and_scheduler_are_refused_in_a_line_or_complete(key, values):
+    assert_complete_or_refused("where", with_defaults, {key: values}, "where")
+
+
+@given(FITTING)
+@example({"image_root": "'" + "\\" * 70 + " \\"})
+def test_fitting_values_stay_and_survive_the_snapshot(folder, config):
+    before = copy.deepcopy(config)
+    complete = with_defaults(config)
+    assert_complete(complete)
+    for key, value in before.items():
+        if isinstance(DEFAULTS[key], dict):
+            assert complete[key] == {**{inner: complete[key][inner] for inner in DEFAULTS[key]}, **value}
+        else:
+            assert complete[key] in (value, [value])
+    complete["objectives"].append("more")
+    complete["optimizer"]["lr"] = None
+    assert with_defaults(config) == with_defaults(before)
+    save_config(with_defaults(config), folder)
+    assert load_config(folder / "config.yaml") == with_defaults(config)
+
+
+WORDS = st.sampled_from([
+    "", " ", "\n", "\n  ", "\t", ":", ": ", "=", ".", ",", "- ", "? ", "[", "]", "{", "}", "&a ", "*a", "'", '"', "|\n", ">",
+    "#", " # ", "---\n", "...\n", "%YAML 1.1\n", "!!", "!!int ", "!!float ", "!!bool ", "!!binary ", "!!timestamp ", "!!set ",
+    "!!omap ", "!!null ", "!!python/name:os.system ", "<<: ", "~", "yes", "null", ".inf", "-.inf", ".nan", "1e-4", "1_000",
+    "0x10", "0o9", "1:30", "2020-02-30", "2020-01-01", "12:00:00", "\\", "\\ud800", "\\UFFFFFFFF", "a", "itc", "\x00",
+    "\ufeff", "\x85", "\u2028",
+])
+YAML_TEXTS = st.lists(WORDS | KEYS | KEYS.map(lambda key: f"\n{key}: ") | ANY_TEXT, max_size=12).map("".join)
+
+
+@given(st.binary() | YAML_TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(b"a: 2020-02-30")
+@example(b"a: !!int b")
+@example(b"a: !!bool b")
+@example(b"2020-01-01: 1")
+@example(b"temp: " + b"9" * 5000)
+@example(b"temp: 0x" + b"f" * 5000)
+@example(b"a: " + b"[" * 1000)
+@example(b"bert_config: &a {b: *a}")
+@example(b'a: "\\UFFFFFFFF"')
+@example(b"image_root: caf\xe9")
+@example(b"a: \x00")
+@example(b"temp: 1\n---\ntemp: 2")
+@example(b"temp: 1\ntemp: 2")
+@example(b"temp:\t1")
+def test_any_file_is_refused_in_a_line_or_a_complete_configuration(folder, content):
+    path = new_file(folder, content)
+    assert_complete_or_refused(path, load_config, path)
+
+
+@given(st.sampled_from(["configs/VQA.yaml", "configs/shapes/Pretrain.yaml"]), st.data())
+def test_any_slip_in_a_file_is_refused_in_a_line_or_a_complete_configuration(folder, path, data):
+    path = new_file(folder, nearly(Path(path).read_bytes(), data))
+    assert_complete_or_refused(path, load_config, path)
+
+
+EQUALS = st.sampled_from(["=", "=", "=", " = ", ":", "", ".lr="])
+INNER = st.tuples(OUTER_KEYS, INNER_KEYS).map(".".join)
+OVERRIDES = st.tuples(KEYS | INNER | YAML_TEXTS, EQUALS, YAML_TEXTS).map("".join)
+
+
+@given(st.lists(OVERRIDES, max_size=6))
+@example(["batch_size"])
+@example([""])
+@example(["a\nb"])
+@example(["a\nb=[" + "c\n"])
+@example(["a\nb=2020-02-30"])
+@example(["train_file=a.json", "train_file.a\nb=1"])
+@example(["bert_config=" + "[" * 1000])
+@example(["image_root=/data/caf\udce9"])  # as the command line hands over what is not UTF-8
+@example(["optimizer.lr.lr=1"])
+@example(["=1"])
+@example(["scheduler.schedular.lr=1"])
+def test_any_overrides_are_refused_in_a_line_or_a_complete_configuration(overrides):
+    try:
+        config = override({}, overrides, "where")
+    except InputError as error:
+        one_line(error, "where" if str(error).startswith("where") else "--set")
+    else:
+        assert_complete(config)
+
+
+def as_yaml(value):
+    yaml, stream = YAML(typ="safe"), io.StringIO()
+    yaml.width = sys.maxsize
+    yaml.dump(value, stream)
+    return stream.getvalue()
+
+
+@given(FITTING)
+def test_values_may_stand_in_the_file_or_behind_set(config):
+    given_by_set = [f"{key}={as_yaml(value)}" for key, value in config.items() if not isinstance(DEFAULTS[key], dict)]
+    for outer in sorted(config.keys() & {"optimizer", "scheduler"}):
+        given_by_set += [f"{outer}.{inner}={as_yaml(value)}" for inner, value in config[outer].items()]
+    before = {"bert_config": {"hidden_size": 1}, "optimizer": {"lr": 0.5}}
+    merged = {**before, **config, "optimizer": {"lr": 0.5, **config.get("optimizer", {})}}
+    assert override(before, given_by_set, "where") == with_defaults(merged)
+    assert before == {"bert_config": {"hidden_size": 1}, "optimizer": {"lr": 0.5}}
+
+
+def test_overrides_leave_the_callers_configuration_as_it_is():
+    config = {"bert_config": {"nested": {"key": 1}}, "scheduler": {"lr": 1}}
+    changed = override(config, ["bert_config.nested.key=2", "schedular.lr=2"], "where")
+    assert changed["bert_config"] == {"nested": {"key": 2}} and changed["scheduler"]["lr"] == 2
+    assert config == {"bert_config": {"nested": {"key": 1}}, "scheduler": {"lr": 1}}
+
+
+@pytest.mark.parametrize("override_, hint", [("lr=1e-5", "optimizer.lr or scheduler.lr?"), ("epochs=3", "scheduler.epochs?")])
+def test_a_key_of_optimizer_or_scheduler_without_its_prefix_is_recognized(override_, hint):
+    with pytest.raises(InputError, match="did you mean") as caught:
+        override({}, [override_], "where")
+    assert one_line(caught.value, "where").endswith(hint)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# annotation files
+
+CHUNKS = st.sampled_from([1, 2, 3, 7, 16, 17, 64, 1 << 22])
+LAYOUTS = st.sampled_from([{}, {"indent": 1}, {"separators": (",", ":")}, {"separators": (" \r\n,\t", " :\n"), "indent": "\t"}])
+PATHS = st.text(st.characters(), min_size=1) | st.just("\udce9.jpg")
+PAIRS = st.lists(
+    st.fixed_dictionaries(
+        {"image": PATHS, "caption": TEXTS | st.lists(TEXTS, min_size=1, max_size=3)},
+        optional={"image_id": st.integers() | st.text(), "score": st.floats(), "box": JSON_VALUES, "big": st.just(10**40)},
+    ),
+    min_size=1, max_size=6,
+).map(lambda entries: json.loads(json.dumps(entries)))  # fmt: skip
+JSON_WORDS = st.sampled_from([
+    "[", "]", "{", "}", ",", ":", '"', " ", "\n", "\t", '{"a": 1}', '{"a": 1},', '"a": ', "{}", "[{}", "}]", "1", "-", "1.",
+    "1e", "1.5e+3", "true", "nul", "NaN", "-Infinity", "\\", "\\u", "\\ud83d", "\\ude00", "\\n", "\x00", "\x0c", "\x1c",
+    "\xa0", "\u2028", "\ufeff", "\r",
+])
+JSON_TEXTS = st.lists(JSON_WORDS | ANY_TEXT, max_size=15).map("".join) | JSON_VALUES.map(json.dumps)
+
+
+def as_bytes(entries, layout):
+    return json.dumps(entries, **layout).encode("utf-8", "surrogatepass")
+
+
+def reference(content):
+    """The entries as json.loads reads them, or None where there is no list of objects."""
+    try:
+        entries = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return entries if isinstance(entries, list) and entries and all(type(entry) is dict for entry in entries) else None
+
+
+def assert_read_as_by_json(folder, content, chunk):
+    path = new_file(folder, content)
+    expected = reference(content)
+    with mock.patch.object(annotations, "_CHUNK", chunk):
+        if expected is None:
+            with pytest.raises(InputError) as caught:
+                list(read_json_list(path))
+            one_line(caught.value, path)
+        else:
+            assert repr(list(read_json_list(path))) == repr(list(enumerate(expected)))  # as text, in which nan equals nan
+    path.unlink()
+
+
+@given(st.binary() | JSON_TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")), CHUNKS)
+@example(b"[" * 100_000, 1 << 22)
+@example(b'[{"a": ' + b"[" * 100_000, 1 << 22)
+@example(b'[{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}]", 64)
+@example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 1 << 22)
+@example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 64)
+@example("\xa0[{}]".encode(), 1)
+@example("\x0c[{}]".encode(), 1)
+@example("[\u2003{}]".encode(), 1)
+@example("[\u2003]".encode(), 1)
+@example("[{}]\u2003".encode(), 1)
+@example(b'\xef\xbb\xbf[{"a": NaN, "b": -Infinity}]', 1)
+def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content, chunk):
+    assert_read_as_by_json(folder, content, chunk)
+
+
+@given(PAIRS, LAYOUTS, CHUNKS, st.booleans())
+def test_any_list_is_read_as_by_json(folder, entries, layout, chunk, ascii_only):
+    assert_read_as_by_json(folder, as_bytes(entries, {**layout, "ensure_ascii": ascii_only}), chunk)
+
+
+@given(PAIRS, LAYOUTS, CHUNKS, st.data())
+def test_any_slip_in_a_list_is_read_as_by_json_or_refused_in_a_line(folder, entries, layout, chunk, data):
+    assert_read_as_by_json(folder, nearly(as_bytes(entries, layout), data), chunk)
+
+
+def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
+    entries = [{"image": "a.jpg", "caption": "Caf\xe9, \u732b \U0001f600", "score": -1.5e7}, {"image": "b"}]
+    content = as_bytes(entries, {"ensure_ascii": False})
+    for chunk in 1, 1 << 22:
+        for end in range(1, len(content)):
+            path = new_file(folder, content[:end])
+            with mock.patch.object(annotations, "_CHUNK", chunk), pytest.raises(InputError) as caught:
+                list(read_json_list(path))
+            assert "cut short" in one_line(caught.value, path)
+
+
+def is_right(entry):
+    captions = entry.get("caption")
+    listed = isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)
+    return isinstance(entry.get("image"), str) and (isinstance(captions, str) or bool(listed))
+
+
+def as_loaded(entries):
+    """(image path, captions) of entries, with "?" for the halves of surrogate pairs that no tokenizer takes."""
+    pairs = ((entry["image"], entry["caption"]) for entry in entries)
+    pairs = ((image, [captions] if isinstance(captions, str) else captions) for image, captions in pairs)
+    return [(image, [caption.encode("utf-8", "replace").decode() for caption in captions]) for image, captions in pairs]
+
+
+def contents(loaded):
+    return [(loaded.image(i), loaded.captions(i)) for i in range(len(loaded))]
+
+
+@given(
+    st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, CHUNKS, st.sampled_from([1, 3, 1 << 14]), st.sampled_from([20, 1 << 32])
+)
+def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, chunk, batch, large):
+    files = [new_file(folder, as_bytes(entries, layout)) for entries in lists]
+    with mock.patch.multiple(annotations, _CHUNK=chunk, _BATCH=batch, _UINT32_END=large):
+        loaded = load_annotations(files)
+    assert contents(loaded) == contents(load_annotations(files)) == as_loaded([entry for entries in lists for entry in entries])
+    places = [annotations.where(file, number) for file, entries in zip(files, lists) for number in range(len(entries))]
+    assert [loaded.where(i) for i in range(len(loaded))] == places
+
+
+@given(PAIRS, LAYOUTS, CHUNKS, st.data())
+def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(folder, entries, layout, chunk, data):
+    content = nearly(as_bytes(entries, layout), data)
+    path, expected = new_file(folder, content), reference(content)
+    with mock.patch.object(annotations, "_CHUNK", chunk):
+        try:
+            loaded = load_annotations(path)
+        except InputError as error:
+            assert expected is None or not all(map(is_right, expected))
+            one_line(error, path)
+        else:
+            assert contents(loaded) == as_loaded(expected)
+
+
+IDS = st.integers() | st.text(st.characters()) | st.sampled_from([0, "0", 10**40])
+
+
+@given(st.lists(st.fixed_dictionaries({"image": PATHS, "caption": TEXTS.map("word ".__add__), "image_id": IDS}), min_size=1))
+def test_entries_have_one_number_if_they_have_one_image_id(folder, entries):
+    loaded = load_annotations(new_file(folder, as_bytes(entries, {})), "retrieval")
+    numbers = [loaded.image_id(i) for i in range(len(loaded))]
+    ids = [entry["image_id"] for entry in json.loads(json.dumps(entries))]
+    pairs = list(itertools.product(range(len(ids)), repeat=2))
+    assert [numbers[i] == numbers[k] for i, k in pairs] == [ids[i] == ids[k] for i, k in pairs]
+
+
+@given(st.lists(st.dictionaries(ANY_TEXT | st.just("left out"), JSON_VALUES, max_size=4), min_size=1), CHUNKS)
+@example([{"left out": 1}], 1)
+def test_entries_are_what_is_kept_of_any_list(folder, entries, chunk):
+    def check(entry, file, number):
+        return None if "left out" in entry else {"kept": entry}
+
+    path = new_file(folder, as_bytes(entries, {}))
+    with mock.patch.object(annotations, "_CHUNK", chunk):
+        kept = Entries([path, path], check)
+    expected = [(number, check(entry, path, number)) for number, entry in enumerate(json.loads(json.dumps(entries)))]
+    expected = [(number, entry) for number, entry in expected if entry] * 2
+    assert repr([kept[i] for i in range(len(kept))]) == repr([entry for _, entry in expected])
+    assert [kept.where(i) for i in range(len(kept))] == [annotations.where(path, number) for number, _ in expected]

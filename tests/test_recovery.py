@@ -1,0 +1,489 @@
+"""What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go wrong (docs/faults.md)."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import chaos
+import engine
+from checkpoints import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
+from conftest import log
+from dataset import build_dataset
+from dataset.batches import TrainBatches
+from models.checkpoint import read_checkpoint, read_weights
+from models.tokenizer import build_tokenizer
+from test_engine import CPU, assert_same_run, command_line, run, signal_at, torchrun
+from utils import InputError, Interrupted, TrainingStopped, make_output_dir
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+class Killing:
+    """In a child process: kills it at the number-th operation on files."""
+
+    def __init__(self, number):
+        self.left = number
+
+    def __call__(self, function):
+        def called(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return called
+
+    def install(self, patch):
+        for name in ("fsync", "replace", "link", "unlink", "chmod"):
+            patch.setattr(os, name, self(getattr(os, name)))
+        fdopen = os.fdopen
+
+        def opened(*args):
+            file = fdopen(*args, buffering=0)
+            killing = self
+
+            class Writer:
+                def __enter__(self):
+                    return self
+
+                def __exit__(self, *_):
+                    file.close()
+
+                def __getattr__(self, name):
+                    return killing(getattr(file, name)) if name == "write" else getattr(file, name)
+
+            return Writer()
+
+        patch.setattr(os, "fdopen", opened)
+
+
+def save(folder, epoch):
+    model = torch.nn.Linear(3, 2)
+    torch.nn.init.constant_(model.weight, epoch)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(folder / LAST, model, optimizer, {}, Position(epoch=epoch, iteration=5), seed=0, lr=0.1)
+
+
+def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
+    points = 0
+    for point in range(1, 1000):
+        folder = tmp_path / str(point)
+        folder.mkdir()
+        save(folder, 1)
+        save(folder, 2)
+        child = os.fork()
+        if not child:
+            Killing(point).install(pytest.MonkeyPatch())
+            save(folder, 3)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        found = newest_checkpoint(folder)
+        state = torch.load(found, weights_only=True)
+        assert state["resume"]["epoch"] in (2, 3) and (state["model"]["weight"] == state["resume"]["epoch"]).all()
+        for path in folder.glob("checkpoint_*.pth"):  # whatever has a checkpoint's name is a whole one
+            assert read_checkpoint(path)["resume"]["epoch"] in (1, 2, 3)
+        make_output_dir(folder)
+        assert not list(folder.glob(".*.tmp"))  # the next run clears away what was begun
+        if os.WIFEXITED(status):
+            assert state["resume"]["epoch"] == 3  # what was reported as saved is what a run continues from
+            break
+        points += 1
+    assert points > 20 and os.WIFEXITED(status)
+
+
+@pytest.mark.parametrize("damaged", [b"", lambda data: data[: len(data) // 2], "flip"])
+def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, damaged):
+    config = {**tiny_config, "save_every": 4}
+    run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "parts", step=signal_at(12))
+    last = tmp_path / "parts" / LAST
+    data = last.read_bytes()
+    if damaged == "flip":  # a bit in the middle of the weights
+        middle = len(data) // 2
+        damaged = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    last.write_bytes(damaged(data) if callable(damaged) else damaged)
+    run(config, tmp_path / "parts", resume=True)
+    assert f"note: checkpoint {last}" in capsys.readouterr().out
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
+    (tmp_path / LAST).write_bytes(b"PK\x03\x04 half a file")
+    with pytest.raises(InputError, match=f"{LAST}.*remove it to start anew"):
+        find_resume_file(tmp_path, "", wanted=True)
+    with pytest.raises(InputError, match="holds a run already"):
+        find_resume_file(tmp_path, "", wanted=False)
+
+
+def limited(size):
+    """Lets no file of this process grow beyond size bytes, None: any; writing more fails as on a full disk."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
+def full_disk(first, last):
+    """Wraps a step so that files cannot grow beyond 20 kB from the first to the last of its calls."""
+
+    def wrap(step):
+        calls = iter(range(1, 1000))
+
+        def stepped(*args):
+            number = next(calls)
+            if number == first:
+                limited(20_000)
+            if number == last + 1:
+                limited(None)
+            return step(*args)
+
+        return stepped
+
+    return wrap
+
+
+def test_a_full_disk_within_an_epoch_is_survived(tiny_config, tmp_path, capfd):
+    config = {**tiny_config, "save_every": 2}
+    run(config, tmp_path / "whole")
+    try:
+        run(config, tmp_path / "parts", step=full_disk(3, 5))
+    finally:
+        limited(None)
+    assert "cannot write" in (message := capfd.readouterr().err) and "saves again after 2 iterations" in message
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_saved(tiny_config, tmp_path):
+    config = {**tiny_config, "save_every": 4}
+    run(config, tmp_path / "whole")
+    try:
+        with pytest.raises(TrainingStopped, match="cannot write .*checkpoint_01.pth.*earlier checkpoints are untouched"):
+            run(config, tmp_path / "parts", step=full_disk(11, 1000))
+    finally:
+        limited(None)
+    assert newest_checkpoint(tmp_path / "parts").name == LAST
+    run(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys):
+    run(tiny_config, tmp_path / "whole")
+
+    def vanish(step):
+        calls = iter(range(1, 1000))
+
+        def stepped(*args):
+            if next(calls) == 9:
+                shutil.rmtree(tmp_path / "parts")
+            return step(*args)
+
+        return stepped
+
+    run(tiny_config, tmp_path / "parts", step=vanish)
+    assert "was gone and is made anew" in capsys.readouterr().out
+    whole, parts = (read_weights(tmp_path / name / LAST) for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")[1:]
+
+
+def test_clock_jumps_do_not_matter(tiny_config, tmp_path, monkeypatch):
+    config = {**tiny_config, "save_every": 4}
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        jumps = random.Random(0)
+        patch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
+        with pytest.raises(Interrupted):
+            run(config, tmp_path / "parts", step=signal_at(9))
+    for age, path in enumerate(sorted((tmp_path / "parts").glob("checkpoint_*.pth"), reverse=True)):
+        os.utime(path, (1e9 * age, 1e9 * age))  # checkpoint_00 is the youngest by its date
+    assert newest_checkpoint(tmp_path / "parts").name == LAST
+    (tmp_path / "parts" / LAST).unlink()
+    assert newest_checkpoint(tmp_path / "parts").name == PREVIOUS
+    run(config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_old_checkpoints_are_rotated_by_count(tiny_config, tmp_path):
+    config = {**tiny_config, "keep_checkpoints": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 4}}
+    run(config, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint_02.pth", "checkpoint_03.pth", LAST]
+
+
+def test_rotation_keeps_the_best_and_the_last(tmp_path):
+    for name in ("00", "01", "07", "12", "best", "last", "previous"):
+        (tmp_path / f"checkpoint_{name}.pth").write_text("")
+    rotate(tmp_path, epoch=12, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"checkpoint_{name}.pth" for name in ("12", "best", "last", "previous")
+    ]
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path):
+    code = "import sys, time; from utils import make_output_dir; make_output_dir(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another run is writing there"):
+            from utils import _hold
+
+            _hold(tmp_path, patience=0.3)
+    finally:
+        holder.kill()
+        holder.wait()
+    make_output_dir(tmp_path)  # a killed run holds nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
+    config = chaos.write_run(tmp_path, epochs=8)
+    assert chaos.start(config, tmp_path / "whole", tmp_path / "whole.trace").wait() == 0, (tmp_path / "whole.out").read_text()
+    (iterations,) = map(len, chaos.lives(tmp_path / "whole.trace"))
+    kinds = ["process", "data worker", "everything"]
+    chaos.disturb(config, tmp_path / "parts", tmp_path / "parts.trace", kinds, random.Random(3), longest=1)
+    chaos.check(tmp_path / "whole", tmp_path / "parts", tmp_path / "parts.trace", iterations)
+
+
+def test_a_restart_resumes_without_being_told(tiny_config, tmp_path, monkeypatch, capsys):
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path / "run", step=signal_at(9))
+    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "1")
+            assert find_resume_file(tmp_path / "run", "", wanted=False) == tmp_path / "run" / LAST
+            # of --resume --checkpoint X only the first start begins at X
+            assert find_resume_file(tmp_path / "run", "x.pth", wanted=True) == tmp_path / "run" / LAST
+            assert find_resume_file(tmp_path / "new", "x.pth", wanted=True) == Path("x.pth")
+            assert find_resume_file(tmp_path / "new", "", wanted=False) is None
+            assert "starting from the beginning" in capsys.readouterr().out
+            patch.setenv(variable, "0")
+            with pytest.raises(InputError, match="holds a run already"):
+                find_resume_file(tmp_path / "run", "", wanted=False)
+
+
+def pair(script, arguments, timeout, **variables):
+    """Two processes of a group without a launcher that looks after them; returns them."""
+    with __import__("socket").socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", **variables}
+    command = [sys.executable, script, *map(str, arguments), "--timeout", str(timeout)]
+    return [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
+                         stdout=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent.parent) for rank in range(2)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, tmp_path, signum):
+    config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
+    trace = tmp_path / "trace"
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    first, second = pair("tests/traced_pretrain.py", arguments, timeout=5, TRACE=str(trace))
+    try:
+        deadline = time.monotonic() + 120
+        while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        second.send_signal(signum)
+        _, message = first.communicate(timeout=60)
+    finally:
+        second.kill()
+        first.kill()
+    assert first.returncode == 1
+    assert "error: process 0: another process of the run has ended or does not answer; continue with --resume" in message
+    assert "Traceback" not in message
+    assert newest_checkpoint(tmp_path / "run") is not None
+
+
+def dying_worker(dataset, index, times, notes):
+    """Makes a data worker that reads the sample die, the given number of times; notes: a folder that counts them."""
+    plain = dataset.read
+
+    def read(i):
+        if i == index and len(list(notes.iterdir())) < times:
+            (notes / f"{os.getpid()}").write_text("")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(i)
+
+    dataset.read = read
+    return dataset
+
+
+def batches_of(config, dataset):
+    batches = TrainBatches(dataset, build_tokenizer(config["tokenizer"]), config, CPU, seed=1)
+    batches.begin(0)
+    return batches
+
+
+def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_path, capsys):
+    config = {**tiny_config, "num_workers": 2}
+    whole = [batch.files for batch in batches_of(config, build_dataset("pretrain", config, seed=1))]
+    dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=2, notes=tmp_path)
+    assert [batch.files for batch in batches_of(config, dataset)] == whole
+    assert capsys.readouterr().err.count("a data worker died") == 2
+
+
+def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
+    config = {**tiny_config, "num_workers": 1}
+    dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=1000, notes=tmp_path)
+    with pytest.raises(TrainingStopped, match="data workers died 4 times in a row.*num_workers"):
+        list(batches_of(config, dataset))
+
+
+def test_two_processes_with_a_sharded_optimizer_equal_whole_ones(tiny_config, tmp_path):
+    config = {**tiny_config, "batch_size": 4, "test_file": None}
+    for name, sharded in (("whole", False), ("sharded", True)):
+        trained = torchrun("Pretrain.py", *command_line({**config, "shard_optimizer": sharded}, tmp_path / name, tmp_path))
+        assert trained.returncode == 0, trained.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "sharded")
+    # half of it sharded, the rest whole
+    sharded = command_line({**config, "shard_optimizer": True}, tmp_path / "mixed", tmp_path)
+    stopped = torchrun("tests/interrupt_one_process.py", *sharded)
+    assert "continue with --resume" in stopped.stderr, stopped.stderr
+    resumed = torchrun("Pretrain.py", *command_line(config, tmp_path / "mixed", tmp_path), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "mixed")
+
+
+def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, tmp_path):
+    config = {**tiny_config, "batch_size": 4, "test_file": None}
+    stopped = torchrun("tests/interrupt_one_process.py", *command_line(config, tmp_path / "run", tmp_path))
+    assert "continue with --resume" in stopped.stderr, stopped.stderr
+    seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
+    assert seen["epoch"] == 1 and seen["phases"] == [[seen["iteration"], 4, 2, 1]]
+    # 3 x 4 in place of 2 x 4 samples a step: the rate follows the samples
+    resumed = torchrun("Pretrain.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
+    state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
+    assert state["epoch"] == 1 and len(log(tmp_path / "run")) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers
+
+
+def poison(numbers, factor):
+    """Wraps a step so that its losses are multiplied in some of its calls."""
+
+    def wrap(step):
+        calls = iter(range(1, 1000))
+
+        def stepped(*args):
+            losses, number = step(*args), next(calls)
+            return {name: loss * factor for name, loss in losses.items()} if number in numbers else losses
+
+        return stepped
+
+    return wrap
+
+
+@pytest.mark.parametrize("opt", ["adamW", "sgd"])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_is_skipped_and_reported(tiny_config, tmp_path, capfd, opt, factor):
+    config = {**tiny_config, "max_skipped_steps": 2, "optimizer": {**tiny_config["optimizer"], "opt": opt}}
+    model = run(config, tmp_path, step=poison({3, 8}, factor))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert [entry.get("train_skipped_steps") for entry in log(tmp_path)] == [1, 1]
+    assert all(map(torch.isfinite, (torch.tensor(v) for v in log(tmp_path)[0].values() if isinstance(v, float))))
+    lines = (tmp_path / "bad_steps.txt").read_text().splitlines()
+    assert len(lines) == 2 and "not finite in epoch 0 iteration 2: the step was skipped" in lines[0]
+    assert lines[0].count(".jpg") == 8 and "loss_mlm" in lines[0]
+    assert capfd.readouterr().err.count("the step was skipped") == 2
+    with pytest.raises(TrainingStopped, match="3 steps skipped, max_skipped_steps is 2"):
+        run(config, tmp_path / "again", step=poison({3, 8, 10}, factor))
+
+
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, tmp_path):
+    config = {**tiny_config, "max_skipped_steps": 1, "save_every": 1}
+    steps = []
+
+    def keep(step):
+        poisoned = poison({4}, float("nan"))(step)
+
+        def stepped(model, *args):
+            steps.append({name: value.clone() for name, value in model.named_parameters()})
+            return poisoned(model, *args)
+
+        return stepped
+
+    run(config, tmp_path, step=keep)
+    base = [name for name in steps[0] if "_m." not in name]
+    assert all(torch.equal(steps[3][name], steps[4][name]) for name in base)
+    assert not all(torch.equal(steps[4][name], steps[5][name]) for name in base)
+
+
+def test_gradients_that_are_not_finite_are_found_though_losses_are(tiny_config, tmp_path):
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * float("inf")
+
+    def explode(step):
+        calls = iter(range(1, 1000))
+
+        def stepped(*args):
+            losses = step(*args)
+            return {name: Explode.apply(loss) for name, loss in losses.items()} if next(calls) == 5 else losses
+
+        return stepped
+
+    with pytest.raises(TrainingStopped, match="grad_norm not finite in epoch 0 iteration 4;"):
+        run(tiny_config, tmp_path, step=explode)
+
+
+def test_loss_spikes_are_reported_with_step_and_files(tiny_config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("recorder.RECENT", 6)
+    whole = run(tiny_config, tmp_path / "whole", step=poison({9}, 3.0))
+    assert [entry.get("train_loss_spikes") for entry in log(tmp_path / "whole")] == [None, 1]
+    (line,) = (tmp_path / "whole/bad_steps.txt").read_text().splitlines()
+    assert "loss spike in epoch 1 iteration 2: loss_ita" in line and line.count(".jpg") == 8
+    assert "loss spike" in capfd.readouterr().err
+    # a resumed run compares with the same losses before
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path / "parts", step=signal_at(8))
+    run(tiny_config, tmp_path / "parts", resume=True, step=poison({1}, 3.0))
+    assert log(tmp_path / "parts") == log(tmp_path / "whole")
+    assert all(torch.equal(value, read_weights(tmp_path / "parts" / LAST)[name]) for name, value in whole.state_dict().items())
+
+
+def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            run({**tiny_config, "deterministic": True}, tmp_path / name)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_same_run(tmp_path / "one", tmp_path / "other")
+
+
+def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config, tmp_path, capsys):
+    run(tiny_config, tmp_path / "plain")
+    assert "global batch 8: 1 processes x batch_size 8 x accumulate 1; learning rate 0.001, as configured" in capsys.readouterr().out
+    config = {**tiny_config, "reference_batch": 32}
+    run(config, tmp_path / "scaled")
+    assert "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)" in capsys.readouterr().out
+    rates = [[entry["train_lr"] for entry in log(tmp_path / name)] for name in ("plain", "scaled")]
+    assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
+    saved = torch.load(tmp_path / "scaled" / LAST, weights_only=True)
+    assert saved["config"]["scheduler"]["lr"] == 1e-3 and saved["config"]["reference_batch"] == 32
