@@ -13,7 +13,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dataset.batches import Phase
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
-from utils import InputError, TrainingStopped, atomic_write, is_distributed, is_main, world_size
+from utils import InputError, TrainingStopped, atomic_write, is_distributed, is_main, remake_output_dir, world_size
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
@@ -51,9 +51,7 @@ def save_checkpoint(path, model, optimizer, config, position, seed, lr):
                    "world_size": world_size()},
     }  # fmt: skip
     try:
-        if not path.parent.is_dir():
-            print(f"note: {path.parent} was gone and is made anew; what it held is lost", flush=True)
-            path.parent.mkdir(parents=True)
+        remake_output_dir(path.parent)
         _keep_previous(path.parent)
         with atomic_write(path) as file:
             torch.save(state, file)
@@ -114,13 +112,14 @@ def find_resume_file(output_dir, checkpoint, wanted):
         (found,) = _broadcast(found)
     if found or not (wanted or restart):
         if not found and (there := _files(output_dir)):
-            raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): add --resume to continue it, name "
-                             "another folder, or remove it")
+            raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): add --resume to continue it, "
+                             "name another folder, or remove it")
         return found
     if wanted and checkpoint:
         return Path(checkpoint)
     if is_main():
-        print(f"{'--resume' if wanted else 'restart'}: {Path(output_dir) / LAST} does not exist yet, starting from the beginning")
+        why = "--resume" if wanted else "restart"
+        print(f"{why}: {Path(output_dir) / LAST} does not exist yet, starting from the beginning")
     return None
 
 
@@ -181,14 +180,15 @@ def resume(path, model, optimizer, config, seed):
     seed_then, world_then = saved.pop("seed"), saved.pop("world_size")
     changed = [key for key in config if state["config"].get(key) != config[key]]
     if saved["phases"] and (seed_then != seed or "shuffle_buffer" in changed):
-        raise InputError(f"--resume: {path} was saved within an epoch, the rest of which only the seed {seed_then} and shuffle_buffer "
-                         f"{state['config'].get('shuffle_buffer')} of then can find: change them when the epoch is over")
+        buffer_then = state["config"].get("shuffle_buffer")
+        raise InputError(f"--resume: {path} was saved within an epoch, the rest of which only the seed {seed_then} and "
+                         f"shuffle_buffer {buffer_then} of then can find: change them when the epoch is over")
     if is_main():
         if seed_then != seed:
             print("note: seed differs from the saved run's, the trajectory will not be the same")
         if world_then != world_size():
-            print(f"note: the run was saved by {world_then} processes and goes on with {world_size()}: every sample of the epoch is "
-                  "still seen once, in another order")
+            print(f"note: the run was saved by {world_then} processes and goes on with {world_size()}: every sample of the "
+                  "epoch is still seen once, in another order")
         if changed:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
     return Position(**{**saved, "phases": [Phase(*phase) for phase in saved["phases"]]})

@@ -5,9 +5,11 @@ import threading
 
 from torch.utils.tensorboard import SummaryWriter
 
+from utils import remake_output_dir
+
 
 class Curves:
-    """Scalars by step in a folder. purge_step: hide what an earlier, killed run has drawn from this step on, None for a new run."""
+    """Scalars by step in a folder. purge_step: hides what an earlier, killed run has drawn from this step on, None: nothing."""
 
     def __init__(self, folder, purge_step=None):
         self.folder, self.purge_step, self.writer = folder, purge_step, None
@@ -21,7 +23,8 @@ class Curves:
     def add(self, values, step):
         """values: name -> number."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            remake_output_dir(self.folder.parent)
+            self.folder.mkdir(exist_ok=True)
             if self.writer is None:
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)
             for name, value in values.items():

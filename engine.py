@@ -228,8 +228,8 @@ def announce(config, scheduler):
     rule = f"as configured (reference_batch would scale {lr:.3g} by sqrt({batch} / reference_batch))"
     if reference:
         rule = f"{lr:.3g} x sqrt({batch} / reference_batch {reference})"
-    print(f"global batch {batch}: {world_size()} processes x batch_size {config['batch_size']} x accumulate {config['accumulate']}; "
-          f"learning rate {scheduler['lr']:.3g}, {rule}", flush=True)
+    print(f"global batch {batch}: {world_size()} processes x batch_size {config['batch_size']} x accumulate "
+          f"{config['accumulate']}; learning rate {scheduler['lr']:.3g}, {rule}", flush=True)
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):

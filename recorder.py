@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from checkpoints import LAST, Position
 from dataset.batches import continued
-from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, world_size
+from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, remake_output_dir, world_size
 
 # dense bf16 matrix-product peak in FLOP/s, by a part of the device's name
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
@@ -33,7 +33,8 @@ def device_peak(device, config):
 class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard.
 
-    position: where the epoch goes on; layout: the dataset.Phase of this run; iterations: of a whole epoch; end: the epoch's last iteration, exclusive.
+    position: where the epoch goes on; layout: the Phase, of no batches, of this run; iterations: of a whole epoch; end: the
+    epoch's last iteration, exclusive.
     """
 
     def __init__(self, position, layout, config, device, output_dir, iterations, end, curves):
@@ -194,7 +195,7 @@ def summary(position):
 def append(path, lines):
     """Appends lines to a text file of a run's folder, which is made if it is gone. Raises TrainingStopped."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        remake_output_dir(path.parent)
         with open(path, "a") as file:
             file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
@@ -207,7 +208,7 @@ def write_log(output_dir, epoch, **values):
         return
     path = Path(output_dir) / "log.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        remake_output_dir(path.parent)
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         entry = next((line for line in lines if line["epoch"] == epoch), None) if epoch is not None else None
         if entry is None:

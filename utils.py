@@ -68,7 +68,8 @@ DEFAULTS = {
     "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "image_embeds": "host",
     "eos": "[SEP]", "num_beams": 3, "share": "cross_attention",
     # training
-    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float, "reference_batch": int,
+    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
+    "reference_batch": int,
     "precision": "fp32", "compile": False, "gradient_checkpointing": False, "shard_optimizer": False, "deterministic": False,
     "log_every": 50, "save_every": 1000, "keep_checkpoints": int, "max_skipped_steps": 0,
     "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1.0},
@@ -316,8 +317,8 @@ def run_script(main):
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        status, message = 1, (f"error: process {rank()}: another process of the run has ended or does not answer; continue with "
-                              "--resume")
+        lost = "another process of the run has ended or does not answer; continue with --resume"
+        status, message = 1, f"error: process {rank()}: {lost}"
     else:
         if is_distributed():
             dist.destroy_process_group()
@@ -445,6 +446,13 @@ def make_output_dir(path, writes=True):
             leftover.unlink(missing_ok=True)
 
 
+def remake_output_dir(path):
+    """Makes the folder of a running run again if it is gone, and says so. Raises OSError."""
+    if not Path(path).is_dir():
+        Path(path).mkdir(parents=True, exist_ok=True)
+        print(f"note: {path} was gone and is made anew; what it held is lost", file=sys.stderr, flush=True)
+
+
 _held = {}  # output_dir -> the open file whose lock this process has until it ends, however it ends
 
 
@@ -461,7 +469,8 @@ def _hold(folder, patience=10):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if time.monotonic() > deadline:
-                raise InputError(f"--output_dir {folder}: another run is writing there, name another folder or end it") from None
+                message = f"--output_dir {folder}: another run is writing there, name another folder or end it"
+                raise InputError(message) from None
             time.sleep(0.1)
         except OSError:  # a file system without locks
             break

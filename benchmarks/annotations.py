@@ -115,7 +115,7 @@ def load_and_read(load, read, path, pairs, workers, results):
     results.put((seconds, memory, lookups))
 
 
-def first_batch(path, pairs, results):
+def first_batch(path, results):
     """The process of a rank: load a list that has its cache, draw the first batch of an epoch."""
     start = time.perf_counter()
     batches = EpochBatches(len(load_annotations(path)), batch_size=64, seed=0)
@@ -195,7 +195,7 @@ def main():
         buffer_bytes = sum(file.stat().st_size for file in Path(cache).iterdir())
         plain = measure(load_list, read_list, list_path, list_pairs, args.workers)
         print_memory(args.pairs, args.workers, string_bytes, buffer_bytes, baseline, loads, (list_pairs, list_bytes, plain))
-        print_start(loads[0][0], loads[1][0], in_own_process(first_batch, path, args.pairs))
+        print_start(loads[0][0], loads[1][0], in_own_process(first_batch, path))
         readers = (load_annotations, read_flat), (load_nothing, read_nothing)
         print_workers([(n, *(measure(*reader, path, args.pairs, n)[1] for reader in readers)) for n in WORKERS])
 

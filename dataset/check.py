@@ -96,10 +96,10 @@ class Context(NamedTuple):
     findings: Findings
     jobs: Callable  # of in_processes
     images: int | None  # how many of every file are looked at, None for all
-    tokenizer: object = None
-    refer: object = None
-    lost_roots: tuple = ()  # keys of image folders that do not exist
-    trained_images: list = []  # digests of the images of each list to train on
+    tokenizer: object  # None where it cannot be built
+    refer: object  # likewise
+    lost_roots: list  # keys of image folders that do not exist
+    trained_images: list  # digests of the images of each list to train on, as far as they were checked
 
 
 class Split(NamedTuple):

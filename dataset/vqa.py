@@ -110,8 +110,8 @@ class VQADataset(Samples):
                 raise InputError(f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to")
         self._answered = all(answered)
         if any(answered) and not self._answered:
-            raise InputError(f"{self.where(answered.index(False))} has no 'answer', though others have: give all of them answers, "
-                             "or none")
+            raise InputError(f"{self.where(answered.index(False))} has no 'answer', though others have: give all of them "
+                             "answers, or none")
 
     def __len__(self):
         return len(self.entries)

@@ -98,7 +98,8 @@ def few(names):
 def read_checkpoint(path, device="cpu", names=None):
     """What a .pth, .bin or .safetensors file holds, as a dict. Raises InputError for what cannot be read.
 
-    A SHA-256 that Download.py recorded beside the file is verified. device: cpu, or meta for the shapes and types of the tensors alone; names: the tensors of a .safetensors file to read.
+    A SHA-256 that Download.py recorded beside the file is verified. device: cpu, or meta for the shapes and types of the
+    tensors alone; names: the tensors of a .safetensors file to read.
 
     A .safetensors file gives {"model": tensors by name} and, as far as its metadata has them, config and epoch, as a .pth
     file of a run does; see write_checkpoint. Pickles are read with weights_only: code in them is never run. Tensors lie in

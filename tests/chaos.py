@@ -2,10 +2,11 @@
 
     python tests/chaos.py [--kills 20] [--seed 0]
 
-Pre-training on a small set of shapes, with a data worker in each process, runs undisturbed, and once more with kills: SIGKILL for
-everything at once, for one process (torchrun restarts all), for a data worker (it is replaced), and SIGTERM for the launcher
+Pre-training on a small set of shapes, with a data worker in each process, runs undisturbed, and once more with kills: SIGKILL
+for everything at once, for one process (torchrun restarts all), for a data worker (it is replaced), and SIGTERM for the launcher
 (the run saves and ends); what has ended is started again with the same command. In the end weights, optimizer state and log.txt
-must be those of the undisturbed run, bit for bit, and no more may have been done twice than lay between a kill and the last save.
+must be those of the undisturbed run, bit for bit, and no more may have been done twice than lies between a kill and the last
+save.
 """
 
 import argparse
@@ -141,13 +142,13 @@ def disturb(config, output_dir, trace, kinds, rng, longest, say=print):
 
 
 def check(whole, parts, trace, iterations):
-    """Raises AssertionError unless two runs are the same, and as much was repeated as kills explain. Returns what was repeated."""
+    """Raises AssertionError unless two runs are the same and only what kills explain was repeated; returns how much was."""
     states = [torch.load(folder / "checkpoint_last.pth", weights_only=True) for folder in (whole, parts)]
     for name, value in states[0]["model"].items():
         assert torch.equal(value, states[1]["model"][name]), f"{name} differs"
     for i, moments in states[0]["optimizer"]["state"].items():
         for key, value in moments.items():
-            assert torch.equal(value, states[1]["optimizer"]["state"][i][key]), f"optimizer state {key} of parameter {i} differs"
+            assert torch.equal(value, states[1]["optimizer"]["state"][i][key]), f"{key} of the optimizer differs"
     assert (whole / "log.txt").read_text() == (parts / "log.txt").read_text(), "log.txt differs"
     assert not list(parts.glob(".*.tmp")), "half-written files were left"
     done, repeated = -1, 0

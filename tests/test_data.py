@@ -44,6 +44,39 @@ def test_processes_share_the_batches_of_one_process():
         EpochBatches(7, 4, seed=0, world_size=2)
 
 
+@pytest.fixture(scope="module")
+def sharded(shapes, tmp_path_factory):
+    """The pre-training data of shapes as WebDataset shards of 20 samples; returns their train_file."""
+    from dataset.to_shards import convert
+
+    folder = tmp_path_factory.mktemp("shards")
+    convert([str(shapes / "pretrain.json")], str(shapes), folder, samples=20, processes=1)
+    return f"{folder}/*.tar"
+
+
+@pytest.mark.parametrize("form", ["lists", "shards", "mixed"])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_processes_and_workers_see_each_sample_once(tiny_config, sharded, monkeypatch, form, workers, processes):
+    lists = tiny_config["train_file"]
+    train_file = {"lists": lists, "shards": [sharded], "mixed": [*lists, sharded]}[form]
+    config = {**tiny_config, "train_file": train_file, "batch_size": 5, "num_workers": workers, "image_res": 16}
+    tokenizer = build_tokenizer(config["tokenizer"])
+    seen = []
+    monkeypatch.setattr("dataset.world_size", lambda: processes)
+    monkeypatch.setattr("dataset.batches.world_size", lambda: processes)
+    for rank in range(processes):
+        for module in ("dataset", "dataset.batches"):
+            monkeypatch.setattr(f"{module}.rank", lambda rank=rank: rank)
+        dataset = build_dataset("pretrain", config, seed=3)
+        batches = TrainBatches(dataset, tokenizer, config, torch.device("cpu"), seed=3)
+        batches.begin(2)
+        files = [batch.files for batch in batches]
+        assert len(files) == len(dataset) // (5 * processes) and all(len(batch) == 5 for batch in files)
+        seen += [file for batch in files for file in batch]
+    assert len(set(seen)) == len(seen) > len(dataset) - 5 * processes
+
+
 def test_captions_empty_after_clean_up_are_skipped(tiny_config, shapes, tmp_path):
     entries = json.loads((shapes / "pretrain.json").read_text())
     entries[5]["caption"] = "?!"

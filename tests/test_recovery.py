@@ -191,7 +191,7 @@ def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys)
         return stepped
 
     run(tiny_config, tmp_path / "parts", step=vanish)
-    assert "was gone and is made anew" in capsys.readouterr().out
+    assert "was gone and is made anew" in capsys.readouterr().err
     whole, parts = (read_weights(tmp_path / name / LAST) for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
     assert log(tmp_path / "parts") == log(tmp_path / "whole")[1:]

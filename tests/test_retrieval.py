@@ -175,7 +175,7 @@ def test_bad_input_is_named_and_nothing_is_written(config, shapes, pretrained, t
     with pytest.raises(InputError, match=message) as error:
         run(monkeypatch, config, tmp_path / "run", tmp_path, *arguments)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "run").glob("[!.]*"))
 
 
 def test_the_python_example_of_the_readme_runs(config, shapes, pretrained, tmp_path, monkeypatch, capsys):
