@@ -67,4 +67,4 @@ benchmarks: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv output data
+	rm -rf .venv .hypothesis output data

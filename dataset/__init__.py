@@ -59,17 +59,8 @@ def build_dataset(name, config, seed=0):
         transform = train_transform(config["image_res"], scale, config["hflip"], config["randaugment"])
     files, own_seed = config[key], seed if training else None
     if name in CAPTIONS:
-        form, _, max_tokens = CAPTIONS[name]
-        files, shards = expand(files) if form == "pretrain" else (files, [])
-        dataset = None
-        if files or not shards:
-            dataset = CaptionDataset(load_annotations(files, form), image_root, transform, seed, max_tokens)
-        if shards:
-            if dataset is not None:
-                check_images(dataset)
-            layout = config["batch_size"], rank(), world_size(), max(1, workers(config))
-            return Stream(dataset, count_shards(shards), transform, seed, max_tokens, config["shuffle_buffer"], *layout)
-    elif task == "retrieval":
+        return _image_captions(name, config, transform, seed)
+    if task == "retrieval":
         dataset = RetrievalTestSet(files, image_root, transform)
     elif task in LABELED:
         dataset = LabeledDataset(files, LABELED[task], image_root, transform, own_seed)
@@ -88,6 +79,23 @@ def build_dataset(name, config, seed=0):
                          "{train, val, test}")
     check_images(dataset, 1000 if training else None)
     return dataset
+
+
+def _image_captions(name, config, transform, seed):
+    """A training set of image-caption pairs: a CaptionDataset of JSON lists, or a Stream where there are shards."""
+    form, _, max_tokens = CAPTIONS[name]
+    files, shards = expand(config["train_file"])
+    if shards and form != "pretrain":
+        raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
+                         f"{form} needs JSON lists")
+    captions = None
+    if files or not shards:
+        captions = CaptionDataset(load_annotations(files, form), config["image_root"], transform, seed, max_tokens)
+        check_images(captions)
+    if not shards:
+        return captions
+    layout = config["batch_size"], rank(), world_size(), max(1, workers(config))
+    return Stream(captions, count_shards(shards), transform, seed, max_tokens, config["shuffle_buffer"], *layout)
 
 
 @functools.lru_cache(maxsize=1)

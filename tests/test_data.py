@@ -77,6 +77,12 @@ def test_processes_and_workers_see_each_sample_once(tiny_config, sharded, monkey
     assert len(set(seen)) == len(seen) > len(dataset) - 5 * processes
 
 
+@pytest.mark.parametrize("task", ["retrieval", "grounding"])
+def test_only_pre_training_reads_shards(tiny_config, sharded, task):
+    with pytest.raises(InputError, match=f"00000.tar is a WebDataset shard; only pre-training.*{task} needs JSON lists"):
+        build_dataset(f"{task}_train", {**tiny_config, "train_file": [sharded]})
+
+
 def test_captions_empty_after_clean_up_are_skipped(tiny_config, shapes, tmp_path):
     entries = json.loads((shapes / "pretrain.json").read_text())
     entries[5]["caption"] = "?!"
