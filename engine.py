@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -262,7 +263,9 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         compile_layers(model)
     wrapped = model
     if is_distributed():
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():  # of the newer name of broadcast_buffers, which torch 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations)
     position, end = placed(position, batches, accumulate)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
