@@ -1,14 +1,29 @@
-"""Images a second on one CPU core: decode, pre-training transform, normalization.
+"""Images a second: the transform on one CPU core, and the loader of pre-training from image files and from shards.
 
-    python benchmarks/dataloader.py               # the obvious Pillow and torchvision path, dataset/transforms.py
-    python benchmarks/dataloader.py --workers 2   # also a DataLoader with 2 worker processes, end to end
+    python benchmarks/dataloader.py                   # decode, pre-training transform, normalization
+    python benchmarks/dataloader.py --workers 0 1 2   # also the loader with these numbers of data workers
 
-The paths take turns, a pass over the images each, with the same random draws: the same work under the same load.
-Times are CPU times: what another process takes of the core does not count. The DataLoader's rate is by the clock.
+The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The paths take turns, a pass over
+the images each, with the same random draws: the same work under the same load. Times are CPU times: what another process takes
+of the core does not count.
+
+The second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards that dataset.to_shards made of
+them: the same few photos under many names. "bytes alone" is one process that fetches the image bytes and captions of each pair
+once, the files in random order, the shards from start to end; nothing is decoded. The other rows are a whole epoch of
+Pretrain.py's batches (build_dataset, TrainBatches): start of the workers, reading, decoding, transform, tokenization and the way
+to the training process, but not normalization, which is the GPU's. Files and shards take turns, and rates are by the clock.
+With a cold page cache the pages of the files were given back to the disk before every pass (posix_fadvise, which needs no root).
+Directories and inodes stay in memory, as do what the disk, or the host of a virtual one, has cached itself: the first read of
+millions of files on a network or spinning disk is much slower.
 """
 
 import argparse
+import contextlib
+import itertools
+import json
 import math
+import os
+import random
 import statistics
 import sys
 import tempfile
@@ -19,13 +34,20 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as tv
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset import transforms as fast
+from dataset import build_dataset, transforms as fast
+from dataset.annotations import load_annotations
+from dataset.batches import TrainBatches
 from dataset.images import load_image
+from dataset.shards import count_shards, expand, image_and_captions, read_shard
+from dataset.to_shards import convert
+from models.tokenizer import build_tokenizer, captions_of, train_vocab
+from utils import with_defaults
 
 WIDTH, HEIGHT = 500, 375
+FOLDER = 1000  # image files in a folder, and pairs in a shard
+PAIRS, BATCH_SIZE = 2000, 64
 STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
@@ -138,31 +160,112 @@ def measure(chains, paths, rounds):
     return [rows[1:] for rows in timings]  # the first round warmed up
 
 
-class Photos(Dataset):
-    """The files of paths, `repeats` times over, as pre-training reads them."""
+def write_pairs(folder, photos):
+    """PAIRS pairs, their images the photos in turn: {"JSON + files": train_file, "shards": train_file of the same pairs}."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
+    contents, pairs = [path.read_bytes() for path in photos], []
+    for i in range(PAIRS):
+        image = folder / f"images/{i // FOLDER:05d}/{i:09d}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(contents[i % len(contents)])
+        pairs.append({"image": str(image), "caption": " ".join(draw.choices(words, k=draw.randint(4, 16)))})
+    (folder / "train.json").write_text(json.dumps(pairs))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
+    return {"JSON + files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
 
-    def __init__(self, paths, repeats, transform):
-        self.paths, self.repeats, self.transform = paths, repeats, transform
 
-    def __len__(self):
-        return len(self.paths) * self.repeats
+def reader_of_files(train_file):
+    """A function that fetches the captions and image bytes of every pair of a JSON list once, and the paths of the files."""
+    annotations = load_annotations([train_file])
+    paths = [annotations.image(i) for i in range(len(annotations))]
 
-    def __getitem__(self, index):
-        return self.transform(load_image(self.paths[index % len(self.paths)]))
+    def read():
+        for i in torch.randperm(len(paths)).tolist():
+            assert annotations.captions(i) and Path(annotations.image(i)).read_bytes()
+
+    return read, paths
 
 
-def measure_loader(paths, image_res, min_scale, workers, batch_size=64, batches=40):
-    """Images a second from a DataLoader in its steady state, normalization included."""
-    prefetched = 2 * workers  # batches: as many wait in the queue when the clock stops as when it starts
-    repeats = math.ceil(batch_size * (batches + 2 * prefetched) / len(paths))
-    photos = Photos(paths, repeats, fast.train_transform(image_res, min_scale))
-    loader = iter(DataLoader(photos, batch_size, num_workers=workers))
-    for _ in range(prefetched):
-        next(loader)
-    start = time.perf_counter()
-    for _ in range(batches):
-        fast.normalize(next(loader))
-    return batch_size * batches / (time.perf_counter() - start)
+def reader_of_shards(train_file):
+    """The same of shards."""
+    shards = count_shards(expand([train_file])[1])
+
+    def read():
+        for path, count in shards:
+            for sample in read_shard(path, range(count)):
+                assert all(image_and_captions(sample, path))
+
+    return read, [path for path, _ in shards]
+
+
+def reader_of_epoch(config, tokenizer):
+    """A function that goes through an epoch of pre-training batches, and the number of their samples."""
+    batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=0)
+    batches.begin(0)
+
+    def read():
+        batches.begin(0)
+        for _ in batches:
+            pass
+
+    return read, batches.batches * BATCH_SIZE
+
+
+def make_warm(paths):
+    """Has the page cache hold files."""
+    for path in paths:
+        Path(path).read_bytes()
+
+
+def make_cold(paths):
+    """Has it give their pages back to the disk."""
+    for path in paths:
+        with open(path, "rb") as file:
+            os.fdatasync(file)  # what is not on the disk yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def can_be_cold(path):
+    """Whether a file is on a disk, and not in a file system in memory."""
+    make_cold([path])
+    with open(path, "rb") as file:
+        try:
+            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        except BlockingIOError:  # there is a disk to wait for
+            return True
+    return False
+
+
+def measure_loaders(folder, photos, workers, image_res, min_scale, rounds):
+    """Read pairs from files and from shards in turn -> {(cache, what): {source: [images a second of each round]}}."""
+    train_files = write_pairs(folder, photos)
+    (folder / "vocab.txt").write_text("\n".join(train_vocab(captions_of([train_files["JSON + files"]]), 2000)))
+    tokenizer = build_tokenizer(folder / "vocab.txt")
+    paths, readers = {}, {"bytes alone": {}}
+    for source, reader in (("JSON + files", reader_of_files), ("shards", reader_of_shards)):
+        read, paths[source] = reader(train_files[source])
+        readers["bytes alone"][source] = read, PAIRS
+        for number in workers:
+            config = {"train_file": train_files[source], "image_res": image_res, "min_scale": min_scale,
+                      "batch_size": BATCH_SIZE, "num_workers": number}  # fmt: skip
+            name = f"{number} worker{'s' * (number != 1)}"
+            readers.setdefault(name, {})[source] = reader_of_epoch(with_defaults(config), tokenizer)
+    caches = {"warm": make_warm, "cold": make_cold}
+    if not can_be_cold(paths["shards"][0]):
+        print(f"no cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
+        del caches["cold"]
+    rates = {}
+    for turn, cache, name in itertools.product(range(rounds), caches, readers):
+        for source in sorted(readers[name], reverse=turn % 2):
+            caches[cache](paths[source])
+            read, count = readers[name][source]
+            start = time.perf_counter()
+            read()
+            rate = count / (time.perf_counter() - start)
+            rates.setdefault((cache, name), {}).setdefault(source, []).append(rate)
+    return rates
 
 
 def print_table(obvious, ours):
@@ -177,6 +280,15 @@ def print_table(obvious, ours):
         print(f"{label:<24}{1 / a:>10.0f}{1 / b:>11.0f}{a / b:>8.2f}")
 
 
+def print_loaders(rates):
+    """Medians over the rounds of what measure_loaders returns."""
+    for cache, rows in itertools.groupby(sorted(rates, key=lambda row: row[0], reverse=True), key=lambda row: row[0]):
+        print(f"\n{f'images/s, {cache} page cache':<28}{'JSON + files':>14}{'shards':>10}{'ratio':>8}")
+        for row in rows:
+            a, b = (statistics.median(rates[row][source]) for source in ("JSON + files", "shards"))
+            print(f"{row[1]:<28}{a:>14.0f}{b:>10.0f}{b / a:>8.2f}")
+
+
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -184,7 +296,8 @@ def main():
     parser.add_argument("--min_scale", type=float, default=0.2)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--workers", type=int, default=0, help="also measure a DataLoader with this many processes")
+    parser.add_argument("--workers", type=int, nargs="+", help="also measure the loader with these numbers of data workers")
+    parser.add_argument("--loader_rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)  # as DataLoader workers do
 
@@ -196,8 +309,10 @@ def main():
         chains = [stages(args.image_res, args.min_scale) for stages in (obvious_stages, fast_stages)]
         print_table(*measure(chains, paths, args.rounds))
         if args.workers:
-            rate = measure_loader(paths, args.image_res, args.min_scale, args.workers)
-            print(f"\nDataLoader, {args.workers} workers, batches of 64: {rate:.0f} images/s")
+            os.environ["ALBEF_CACHE"] = f"{folder}/cache"
+            print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {args.loader_rounds} rounds")
+            options = args.workers, args.image_res, args.min_scale, args.loader_rounds
+            print_loaders(measure_loaders(Path(folder), paths, *options))
 
 
 if __name__ == "__main__":
