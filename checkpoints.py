@@ -1,5 +1,7 @@
 """Checkpoints of a run: written whole or not at all, rotated, found again after whatever happened, resumed from."""
 
+import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -11,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from dataset.batches import Phase
+from dataset.batches import Phase, samples_of
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
-from utils import InputError, TrainingStopped, atomic_write, is_distributed, is_main, remake_output_dir, world_size
+from utils import InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
@@ -34,29 +36,57 @@ class Position(NamedTuple):
     best: dict = {}  # score and epoch of the best validation so far, if there is validation
 
 
-def save_checkpoint(path, model, optimizer, config, position, seed, lr):
+@contextlib.contextmanager
+def _writing(path):
+    """Turns what goes wrong when path is written into TrainingStopped."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise TrainingStopped(f"cannot write {path}: {error}; earlier checkpoints are untouched") from None
+
+
+def save_checkpoint(path, model, optimizer_state, config, position, seed, lr, entries=None):
     """Writes the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming, atomically.
 
-    epoch is the last one that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything).
-    Raises TrainingStopped where it cannot be written; what was there stays.
+    optimizer_state: from `optimizer_state`; entries: of the training set. epoch is the last one that was begun. Random states
+    need no key: every iteration seeds itself (utils.seed_everything). Raises TrainingStopped where it cannot be written; what
+    was there stays.
     """
     done = position.iteration == 0
     state = {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizer": optimizer_state,
         "lr_scheduler": {"lr": lr},
         "config": config,
         "epoch": position.epoch - 1 if done else position.epoch,
         "resume": {**position._asdict(), "phases": [list(phase) for phase in position.phases], "seed": seed,
-                   "world_size": world_size()},
+                   "world_size": world_size(), "entries": entries},
     }  # fmt: skip
-    try:
+    with _writing(path):
         remake_output_dir(path.parent)
-        _keep_previous(path.parent)
         with atomic_write(path) as file:
             torch.save(state, file)
-    except (OSError, RuntimeError) as error:
-        raise TrainingStopped(f"cannot write {path}: {error}; earlier checkpoints are untouched") from None
+            file.flush()
+            _keep_previous(path.parent)
+
+
+def optimizer_state(optimizer):
+    """optimizer.state_dict(), whole on the main process also where it is sharded; to be called on all processes."""
+    if not isinstance(optimizer, ZeroRedundancyOptimizer):
+        return optimizer.state_dict()
+    # what consolidate_state_dict does, which hands one process's part after the other through every GPU
+    groups = optimizer.param_groups
+    index = {param: i for i, param in enumerate(itertools.chain.from_iterable(group["params"] for group in groups))}
+    own = {
+        index[param]: {name: value.cpu() for name, value in values.items()} for param, values in optimizer.optim.state.items()
+    }
+    parts = [None] * world_size() if is_main() else None
+    dist.gather_object(own, parts)
+    if not is_main():
+        return None
+    state = {i: values for part in parts for i, values in part.items()}
+    groups = [{**group, "params": [index[param] for param in group["params"]]} for group in groups]
+    return {"state": dict(sorted(state.items())), "param_groups": groups}
 
 
 def _keep_previous(folder):
@@ -78,12 +108,16 @@ def _link(source, target):
 
 
 def make_last(path):
-    """Makes checkpoint_last.pth the same file as path, without writing it again where the file system allows."""
-    try:
-        _link(path, path.with_name(LAST))
-    except OSError:
-        with atomic_write(path.with_name(LAST)) as file, open(path, "rb") as source:
-            shutil.copyfileobj(source, file)
+    """Makes checkpoint_last.pth the same file as path, without writing it again where the file system allows.
+
+    Raises TrainingStopped where it cannot be written.
+    """
+    with _writing(path.with_name(LAST)):
+        try:
+            _link(path, path.with_name(LAST))
+        except OSError:
+            with atomic_write(path.with_name(LAST)) as file, open(path, "rb") as source:
+                shutil.copyfileobj(source, file)
 
 
 def rotate(folder, epoch, keep):
@@ -91,7 +125,8 @@ def rotate(folder, epoch, keep):
     for path in Path(folder).glob("checkpoint_*.pth"):
         number = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
         if number and int(number[1]) <= epoch - keep:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what cannot be removed stays
+                path.unlink(missing_ok=True)
 
 
 def is_restart():
@@ -105,28 +140,22 @@ def find_resume_file(output_dir, checkpoint, wanted):
     It is the checkpoint of output_dir that is furthest in the run and undamaged. With checkpoint, --resume begins there, but
     a restart goes on with what the run itself has saved since. Raises InputError where a new run would overwrite another.
     """
-    restart, found = is_restart(), None
-    if is_main():
-        found = newest_checkpoint(output_dir) if restart or (wanted and not checkpoint) else None
-    if is_distributed():
-        (found,) = _broadcast(found)
-    if found or not (wanted or restart):
-        if not found and (there := _files(output_dir)):
-            raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): add --resume to continue it, "
-                             "name another folder, or remove it")
+    # torchrun tells of a restart only on the node that caused it
+    restart = any(gather_lists([is_restart()]))
+    search = is_main() and (restart or (wanted and not checkpoint))
+    found, there = gather_lists([(newest_checkpoint(output_dir) if search else None, _files(output_dir))])[0]
+    if found:
         return found
+    if there and not restart and (checkpoint or not wanted):
+        remedy = "leave out --checkpoint to continue it" if wanted else "add --resume to continue it"
+        raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): {remedy}, name another folder, or "
+                         "remove it")
     if wanted and checkpoint:
         return Path(checkpoint)
-    if is_main():
+    if is_main() and (wanted or restart):
         why = "--resume" if wanted else "restart"
         print(f"{why}: {Path(output_dir) / LAST} does not exist yet, starting from the beginning")
     return None
-
-
-def _broadcast(value):
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values
 
 
 def _files(folder):
@@ -142,7 +171,9 @@ def newest_checkpoint(folder):
     for path in _files(folder):
         try:
             resume = read_checkpoint(path, "meta").get("resume")
-            found += [(resume["epoch"], resume["iteration"], path.name == LAST, path)] if resume else []
+            if resume:  # by samples: an iteration may have been of another size
+                seen = samples_of(Phase(*phase) for phase in resume["phases"])
+                found.append((resume["epoch"], seen, path.name == LAST, path))
         except InputError as error:
             damaged.append(str(error))
     for *_, path in sorted(found, reverse=True):
@@ -167,22 +198,28 @@ def damage(path):
     return f"the checksum of {record} does not agree" if record else ""
 
 
-def resume(path, model, optimizer, config, seed):
-    """Restores model, optimizer and position of a saved run. Raises InputError if the file is not one of a run."""
+def resume(path, model, optimizer, config, seed, entries=None):
+    """Restores model, optimizer and position of a saved run. Raises InputError if the file is not one of a run that fits.
+
+    entries: of the training set; within an epoch they must be as many as they were.
+    """
     state = read_checkpoint(path)
     lacking = [key for key in ("optimizer", "resume", "config") if key not in state]
     if lacking:
         raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
                          "its weights")
     load_weights(model, named_tensors(state, path), path)
-    load_optimizer(optimizer, state["optimizer"])
+    load_optimizer(optimizer, state["optimizer"], path)
     saved = state["resume"]
-    seed_then, world_then = saved.pop("seed"), saved.pop("world_size")
+    seed_then, world_then, entries_then = (saved.pop(key) for key in ("seed", "world_size", "entries"))
     changed = [key for key in config if state["config"].get(key) != config[key]]
-    if saved["phases"] and (seed_then != seed or "shuffle_buffer" in changed):
-        buffer_then = state["config"].get("shuffle_buffer")
-        raise InputError(f"--resume: {path} was saved within an epoch, the rest of which only the seed {seed_then} and "
-                         f"shuffle_buffer {buffer_then} of then can find: change them when the epoch is over")
+    if saved["phases"]:
+        buffer, buffer_then = config["shuffle_buffer"], state["config"].get("shuffle_buffer")
+        for what, now, then in (("--seed", seed, seed_then), ("shuffle_buffer", buffer, buffer_then),
+                                ("the number of entries of train_file", entries, entries_then)):
+            if now != then:
+                raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is "
+                                 f"{then} as it was then, not {now}: change it when the epoch is over")
     if is_main():
         if seed_then != seed:
             print("note: seed differs from the saved run's, the trajectory will not be the same")
@@ -194,9 +231,23 @@ def resume(path, model, optimizer, config, seed):
     return Position(**{**saved, "phases": [Phase(*phase) for phase in saved["phases"]]})
 
 
-def load_optimizer(optimizer, state):
-    """optimizer.load_state_dict of a state that was saved whole, sharded or not, by any number of processes."""
-    optimizer.load_state_dict(state)
+def load_optimizer(optimizer, state, path):
+    """optimizer.load_state_dict of a state that was saved whole, sharded or not, by any number of processes.
+
+    Options such as weight_decay stay those of the optimizer. path: of the checkpoint, for the InputError if it does not fit.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, IndexError):
+        fits = False
+    else:
+        fits = options[0].keys() == {name for name in state["param_groups"][0] if name != "params"}
+    if not fits:
+        raise InputError(f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
+                         "objectives and distill as they were, or start from its weights with --checkpoint alone")
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.state.clear()  # a second copy of what the optimizer inside has
         for param, values in optimizer.optim.state.items():

@@ -9,9 +9,9 @@ from utils import remake_output_dir
 
 
 class Curves:
-    """Scalars by step in a folder. purge_step: hides what an earlier, killed run has drawn from this step on, None: nothing."""
+    """Scalars by step in a folder. purge_step: what an earlier, killed run has drawn from this step on is hidden."""
 
-    def __init__(self, folder, purge_step=None):
+    def __init__(self, folder, purge_step):
         self.folder, self.purge_step, self.writer = folder, purge_step, None
         self.before, threading.excepthook = threading.excepthook, self._excepthook
 

@@ -10,20 +10,20 @@ from typing import Callable, NamedTuple
 import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoints import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
+from checkpoints import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
 from curves import Curves
-from dataset.batches import TrainBatches
+from dataset.batches import TrainBatches, samples_of
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from recorder import Recorder, following, summary, write_log
 from scheduler import check_schedule, distillation_weight, learning_rate, scaled
 from utils import (
-    InputError, Interrupted, TrainingStopped, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
+    InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything,
+    world_size,
 )  # fmt: skip
 
 
@@ -36,7 +36,6 @@ class StopSignal:
 
     def __enter__(self):
         self.signum, self._pending, self._saved = 0, None, ""
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -51,18 +50,22 @@ class StopSignal:
 
     @contextlib.contextmanager
     def at_once(self, message):
-        """Within it a signal, also one noted before, ends the process at once: whatever there is to save is saved."""
-        if self.signum:
-            raise Interrupted(self.signum, message)
+        """Within it a signal ends the process at once, and one noted before ends all: whatever there is to save is saved."""
+        self.end_all(message)
         self._saved = message
         try:
             yield
         finally:
             self._saved = ""
 
+    def end_all(self, message):
+        """Raises Interrupted on all processes if one has had a signal; waits for all, the saving one too."""
+        if signum := max(gather_lists([self.signum])):
+            raise Interrupted(signum, message)
+
     def agreed(self):
         """The signal to stop for, 0 for none; the same on all processes. To be called after every iteration."""
-        if self._group is None:
+        if not is_distributed():
             return self.signum
         answer = 0
         if self._pending is not None:
@@ -70,7 +73,7 @@ class StopSignal:
             work.wait()
             answer = int(flag)
         flag = torch.tensor(self.signum)
-        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
         return answer
 
 
@@ -108,14 +111,14 @@ class Run(NamedTuple):
     seed: int
     output_dir: Path
     iterations: int  # optimizer steps in an epoch
+    entries: int = 0  # of the training set
 
     def save(self, name, position, lr):
         """Writes a checkpoint on the main process; to be called on all. Returns its path. Raises TrainingStopped."""
         path = self.output_dir / name
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
-            self.optimizer.consolidate_state_dict(to=0)
+        state = optimizer_state(self.optimizer)
         if is_main():
-            save_checkpoint(path, self.model, self.optimizer, self.config, position, self.seed, lr)
+            save_checkpoint(path, self.model, state, self.config, position, self.seed, lr, self.entries)
         return path
 
 
@@ -199,7 +202,9 @@ def finish_epoch(run, position, lr, validate, stop):
         with stop.at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
             metrics, score = validate()
         write_log(run.output_dir, epoch, **metrics)
-        if score > position.best.get("score", float("-inf")):
+        # a folder that vanished has taken the best one with it
+        best_is_there = gather_lists([(run.output_dir / BEST).exists()])[0]
+        if score > position.best.get("score", float("-inf")) or not best_is_there:
             next_epoch = next_epoch._replace(best={"score": score, "epoch": epoch})
             name = BEST
     path = run.save(name, next_epoch, lr)
@@ -218,7 +223,7 @@ def placed(position, batches, accumulate):
     """
     batches.begin(position.epoch, position.phases)
     step = batches.layout.batch_size * batches.layout.world_size * accumulate
-    iteration = sum(phase.batches * phase.batch_size * phase.world_size for phase in position.phases) // step
+    iteration = samples_of(position.phases) // step
     return position._replace(iteration=iteration), iteration + batches.batches // accumulate
 
 
@@ -250,7 +255,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     for param in model.idle_parameters():
         param.requires_grad_(False)
     optimizer = create_optimizer(config["optimizer"], model, config["shard_optimizer"])
-    position = resume(resume_from, model, optimizer, config, seed) if resume_from else Position()
+    position = resume(resume_from, model, optimizer, config, seed, len(dataset)) if resume_from else Position()
     batches = TrainBatches(dataset, tokenizer, config, device, seed)
     accumulate = config["accumulate"]
     iterations = batches.batches // accumulate
@@ -266,11 +271,11 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         with warnings.catch_warnings():  # of the newer name of broadcast_buffers, which torch 2.11 does not know
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations)
+    run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations, len(dataset))
     position, end = placed(position, batches, accumulate)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     begun = position.epoch * iterations + position.iteration
-    curves = Curves(run.output_dir / "tensorboard", begun + 1 if begun else None) if is_main() else None
+    curves = Curves(run.output_dir / "tensorboard", begun + 1) if is_main() else None
 
     with StopSignal() as stop, contextlib.closing(curves) if curves else contextlib.nullcontext():
         while position.epoch < scheduler["epochs"]:
@@ -281,8 +286,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
                 position = recorder.position()
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = placed(finish_epoch(run, position, lr, validate, stop), batches, accumulate)
-        if stop.signum:
-            raise Interrupted(stop.signum, "training was complete and is saved; --resume goes on to the evaluation")
+        stop.end_all("training was complete and is saved; --resume goes on to the evaluation")
     if is_main():
         (run.output_dir / PREVIOUS).unlink(missing_ok=True)  # of use only while the last one may be cut off
     if is_distributed():

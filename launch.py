@@ -29,13 +29,21 @@ def init_process_group(device, timeout=TIMEOUT):
         if device.type == "cuda":
             device = torch.device("cuda", local_rank())
             torch.cuda.set_device(device)
-        patience = datetime.timedelta(seconds=timeout)
-        store, rank, world_size = next(rendezvous("env://", timeout=patience))
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size, timeout), store)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+        try:
+            _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
+        except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise InputError(f"--timeout {timeout:g}: the processes of the run do not find each other by {address}: start as "
+                             f"many as WORLD_SIZE says, or see to the network ({str(error).splitlines()[0]})") from None
     return device
+
+
+def _join(backend, timeout):
+    patience = datetime.timedelta(seconds=timeout)
+    store, rank, world_size = next(rendezvous("env://", timeout=patience))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size, timeout), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
 
 
 def _slurm_to_environment():

@@ -88,7 +88,8 @@ class Recorder:
                 bad = [name for name in names if not math.isfinite(values[name])]
                 bad = [name for name in bad if name.startswith("loss")] or bad  # gradients are not finite on all processes
                 own_bad = not all(own[names.index(name)].isfinite() for name in bad)
-                self._note_nonfinite(bad, first + number, self.pending[number][1] if own_bad else [])
+                files = self.pending[number][1] if own_bad else []
+                self._note_nonfinite(bad, first + number, files, not math.isfinite(values["grad_norm"]))
         for values in good:
             for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value
@@ -105,29 +106,28 @@ class Recorder:
                 self.spikes += 1
                 losses = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name.startswith("loss"))
                 self._report(f"loss spike in epoch {self.epoch} iteration {iteration}: {losses}; their sum {loss:.4g} was "
-                             f"{usual:.4g} +- {spread:.2g} in the {RECENT} steps before", files)
+                             f"{usual:.4g} +- {spread:.2g} in the {RECENT} steps before", gather_lists(files))
         self.recent = [*self.recent, loss][-RECENT:]
 
-    def _note_nonfinite(self, names, iteration, files):
+    def _note_nonfinite(self, names, iteration, files, step_skipped):
         self.skipped_steps += 1
         what = f"{', '.join(names)} not finite in epoch {self.epoch} iteration {iteration}"
-        line = self._report(f"{what}: the step was skipped", files)
+        files = gather_lists(files)
+        self._report(f"{what}: the step was {'skipped' if step_skipped else 'done, its gradients were finite'}", files)
         skipped = self.start.skipped_steps_before + self.skipped_steps
         if skipped > self.config["max_skipped_steps"]:
             last = self.output_dir / LAST
             raise TrainingStopped(
                 f"{what}; {skipped} steps skipped, max_skipped_steps is {self.config['max_skipped_steps']}; "
                 f"{f'the last checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'}; "
-                f"{line[line.index('files of this step'):]}"
+                f"files of this step: {', '.join(files)}"
             )
 
     def _report(self, what, files):
         """Writes what happened in a step, with its files on all processes, to bad_steps.txt and to the screen."""
-        line = f"{what}; files of this step: {', '.join(gather_lists(files))}"
         if is_main():
-            append(self.output_dir / "bad_steps.txt", [line])
+            append(self.output_dir / "bad_steps.txt", [f"{what}; files of this step: {', '.join(files)}"])
             tqdm.write(f"note: {what}; its files are in {self.output_dir / 'bad_steps.txt'}", file=sys.stderr)
-        return line
 
     def _note_skipped(self, count):
         if self.new_skipped:
@@ -136,9 +136,10 @@ class Recorder:
             self.new_skipped = []
         samples = self.iterations * self.batch_samples
         if count > self.config["max_skipped"] * samples:
+            last = gather_lists(self.skipped)[-1]
             raise TrainingStopped(
                 f"{count} entries could not be used, more than {self.config['max_skipped']:.1%} (max_skipped) of an epoch's "
-                f"{samples}; they are listed in {self.output_dir / 'skipped.txt'}, the last: {(self.skipped or ['?'])[-1]}"
+                f"{samples}; they are listed in {self.output_dir / 'skipped.txt'}, one of them: {last}"
             )
 
     def _show(self, means, iterations):

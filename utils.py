@@ -13,6 +13,7 @@ import reprlib
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -308,25 +309,24 @@ def run_script(main):
         status, message = 130, "interrupted"
     except Interrupted as error:
         status, message = 128 + error.signum, str(error)
-    except TrainingStopped as error:
-        status, message = 1, f"error: {error}"
-    except InputError as error:
-        status, message = 2, f"error: {error}"
+    except (TrainingStopped, InputError) as error:
+        status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
         if rank() > 0:
             time.sleep(1)  # most likely all processes say the same; the launcher ends this one once the first has left
-    except RuntimeError as error:
-        if not is_lost_process(error):
+    except Exception as error:
+        if not is_distributed():
             raise
         lost = "another process of the run has ended or does not answer; continue with --resume"
-        status, message = 1, f"error: process {rank()}: {lost}"
+        said = lost if is_lost_process(error) else f"\n{traceback.format_exc()}"
+        status, message = 1, f"error: process {rank()}: {said}"
     else:
         if is_distributed():
             dist.destroy_process_group()
         return
-    if is_main() or status == 2 or message.startswith("error: process"):
+    if is_main() or status in (1, 2):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # other processes of a group may wait in a collective operation for this one, which a normal exit would wait for
+    # a normal exit would wait for the collective operations that are under way, and the others in them for this process
     os._exit(status) if is_distributed() else sys.exit(status)
 
 
@@ -337,7 +337,8 @@ def run_script(main):
 def is_lost_process(error):
     """Whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    return is_distributed() and (network or re.search("gloo|connection (closed|reset)|timed out", str(error), re.IGNORECASE))
+    of_gloo = re.search("gloo|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
+    return network or (isinstance(error, RuntimeError) and of_gloo)
 
 
 def is_distributed():
@@ -427,11 +428,12 @@ def _umask():
     return mask
 
 
-def make_output_dir(path, writes=True):
+def make_output_dir(path, writes=True, patience=10):
     """Creates output_dir and checks that it can be written to, before anything expensive. Raises InputError.
 
     writes: a run will write its checkpoints there. Then no other run may until this process ends, and what a killed one has
-    left half written is removed. Called on all processes; one of them holds the folder.
+    left half written is removed. Called on all processes; one of them holds the folder. patience: seconds that the run before
+    may take to die.
     """
     path = Path(path)
     try:
@@ -441,7 +443,7 @@ def make_output_dir(path, writes=True):
     except OSError as error:
         raise InputError(f"--output_dir {path}: cannot write there ({error.strerror}), name another folder") from None
     if writes and is_main():
-        _hold(path)
+        _hold(path, patience)
         for leftover in path.glob(f".*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
 
@@ -456,8 +458,8 @@ def remake_output_dir(path):
 _held = {}  # output_dir -> the open file whose lock this process has until it ends, however it ends
 
 
-def _hold(folder, patience=10):
-    """Locks a folder for this process. patience: seconds that the run before may take to die. Raises InputError."""
+def _hold(folder, patience):
+    """Locks a folder for this process. Raises InputError."""
     key = str(folder.resolve())
     if key in _held:
         return

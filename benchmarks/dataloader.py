@@ -7,14 +7,15 @@ The first table compares the obvious Pillow and torchvision path with dataset/tr
 the images each, with the same random draws: the same work under the same load. Times are CPU times: what another process takes
 of the core does not count.
 
-The second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards that dataset.to_shards made of
-them: the same few photos under many names. "bytes alone" is one process that fetches the image bytes and captions of each pair
-once, the files in random order, the shards from start to end; nothing is decoded. The other rows are a whole epoch of
-Pretrain.py's batches (build_dataset, TrainBatches): start of the workers, reading, decoding, transform, tokenization and the way
-to the training process, but not normalization, which is the GPU's. Files and shards take turns, and rates are by the clock.
-With a cold page cache the pages of the files were given back to the disk before every pass (posix_fadvise, which needs no root).
-Directories and inodes stay in memory, as do what the disk, or the host of a virtual one, has cached itself: the first read of
-millions of files on a network or spinning disk is much slower.
+The second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards that dataset.to_shards made
+of them: the same few photos under many names. "bytes alone" is one process that fetches the image bytes and captions of each
+pair once, the files in random order, the shards from start to end; nothing is decoded. The other rows are a whole epoch of
+Pretrain.py's batches (build_dataset, TrainBatches): start of the workers, reading, decoding, transform, tokenization and the
+way to the training process, but not normalization, which is the GPU's. Files and shards take turns. Images a second are by the
+clock, which on a shared machine is noise of tens of percent; CPU times, of all processes together, show small differences.
+With a cold page cache, the kernel gave up the pages of the files before every pass (posix_fadvise, which needs no root), but
+not the directories and inodes, nor the disk, or the host of a virtual one, what it caches itself: the first read of millions
+of files is slower than that.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import contextlib
 import itertools
 import json
 import math
+import operator
 import os
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -48,6 +51,7 @@ from utils import with_defaults
 WIDTH, HEIGHT = 500, 375
 FOLDER = 1000  # image files in a folder, and pairs in a shard
 PAIRS, BATCH_SIZE = 2000, 64
+SOURCES = "files", "shards"  # of pairs: a JSON list and image files, or shards
 STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
@@ -161,7 +165,7 @@ def measure(chains, paths, rounds):
 
 
 def write_pairs(folder, photos):
-    """PAIRS pairs, their images the photos in turn: {"JSON + files": train_file, "shards": train_file of the same pairs}."""
+    """PAIRS pairs, their images the photos in turn: {"files": train_file, "shards": train_file of the same pairs}."""
     draw = random.Random(0)
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
     contents, pairs = [path.read_bytes() for path in photos], []
@@ -173,7 +177,7 @@ def write_pairs(folder, photos):
     (folder / "train.json").write_text(json.dumps(pairs))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
-    return {"JSON + files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
+    return {"files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
 
 
 def reader_of_files(train_file):
@@ -220,7 +224,7 @@ def make_warm(paths):
 
 
 def make_cold(paths):
-    """Has it give their pages back to the disk."""
+    """Has the page cache give up files."""
     for path in paths:
         with open(path, "rb") as file:
             os.fdatasync(file)  # what is not on the disk yet would stay
@@ -228,23 +232,34 @@ def make_cold(paths):
 
 
 def can_be_cold(path):
-    """Whether a file is on a disk, and not in a file system in memory."""
+    """Whether make_cold works on a file; in a file system that is in memory it does not."""
     make_cold([path])
     with open(path, "rb") as file:
         try:
             os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
         except BlockingIOError:  # there is a disk to wait for
             return True
+        except OSError:  # such a file system need not know the question
+            pass
     return False
 
 
+def clocks():
+    """Seconds that have passed, and CPU seconds that this process and the workers that have ended have taken."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def measure_loaders(folder, photos, workers, image_res, min_scale, rounds):
-    """Read pairs from files and from shards in turn -> {(cache, what): {source: [images a second of each round]}}."""
+    """Read pairs from files and from shards in turn -> {(cache, what): {source: [[seconds, CPU seconds], ...]}}.
+
+    Both are per image; there is a pair for each round.
+    """
     train_files = write_pairs(folder, photos)
-    (folder / "vocab.txt").write_text("\n".join(train_vocab(captions_of([train_files["JSON + files"]]), 2000)))
+    (folder / "vocab.txt").write_text("\n".join(train_vocab(captions_of([train_files["files"]]), 2000)))
     tokenizer = build_tokenizer(folder / "vocab.txt")
     paths, readers = {}, {"bytes alone": {}}
-    for source, reader in (("JSON + files", reader_of_files), ("shards", reader_of_shards)):
+    for source, reader in zip(SOURCES, (reader_of_files, reader_of_shards)):
         read, paths[source] = reader(train_files[source])
         readers["bytes alone"][source] = read, PAIRS
         for number in workers:
@@ -254,18 +269,18 @@ def measure_loaders(folder, photos, workers, image_res, min_scale, rounds):
             readers.setdefault(name, {})[source] = reader_of_epoch(with_defaults(config), tokenizer)
     caches = {"warm": make_warm, "cold": make_cold}
     if not can_be_cold(paths["shards"][0]):
-        print(f"no cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
+        print(f"no cold page cache: {folder} seems to be in memory, set TMPDIR to a folder on a disk")
         del caches["cold"]
-    rates = {}
+    timings = {}
     for turn, cache, name in itertools.product(range(rounds), caches, readers):
-        for source in sorted(readers[name], reverse=turn % 2):
+        for source in SOURCES[:: -1 if turn % 2 else 1]:
             caches[cache](paths[source])
             read, count = readers[name][source]
-            start = time.perf_counter()
+            start = clocks()
             read()
-            rate = count / (time.perf_counter() - start)
-            rates.setdefault((cache, name), {}).setdefault(source, []).append(rate)
-    return rates
+            seconds = [(after - before) / count for before, after in zip(start, clocks())]
+            timings.setdefault((cache, name), {}).setdefault(source, []).append(seconds)
+    return timings
 
 
 def print_table(obvious, ours):
@@ -280,13 +295,15 @@ def print_table(obvious, ours):
         print(f"{label:<24}{1 / a:>10.0f}{1 / b:>11.0f}{a / b:>8.2f}")
 
 
-def print_loaders(rates):
+def print_loaders(timings):
     """Medians over the rounds of what measure_loaders returns."""
-    for cache, rows in itertools.groupby(sorted(rates, key=lambda row: row[0], reverse=True), key=lambda row: row[0]):
-        print(f"\n{f'images/s, {cache} page cache':<28}{'JSON + files':>14}{'shards':>10}{'ratio':>8}")
+    for cache, rows in itertools.groupby(timings, key=operator.itemgetter(0)):
+        print(f"\n{cache + ' page cache':<16}{'images/s: files':>17}{'shards':>8}{'ratio':>7}", end="")
+        print(f"{'CPU ms an image: files':>26}{'shards':>8}{'ratio':>7}")
         for row in rows:
-            a, b = (statistics.median(rates[row][source]) for source in ("JSON + files", "shards"))
-            print(f"{row[1]:<28}{a:>14.0f}{b:>10.0f}{b / a:>8.2f}")
+            files, shards = ([statistics.median(column) for column in zip(*timings[row][source])] for source in SOURCES)
+            print(f"{row[1]:<16}{1 / files[0]:>17.0f}{1 / shards[0]:>8.0f}{files[0] / shards[0]:>7.2f}", end="")
+            print(f"{files[1] * 1e3:>26.3f}{shards[1] * 1e3:>8.3f}{files[1] / shards[1]:>7.2f}")
 
 
 def main():

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset.annotations import load_annotations
-from dataset.batches import ignore_signals, workers
+from dataset.batches import ignore_signals, train_workers, workers
 from dataset.caption import CaptionDataset
 from dataset.grounding import GroundingTestSet
 from dataset.labeled import LabeledDataset
@@ -94,7 +94,7 @@ def _image_captions(name, config, transform, seed):
         check_images(captions)
     if not shards:
         return captions
-    layout = config["batch_size"], rank(), world_size(), max(1, workers(config))
+    layout = config["batch_size"], rank(), world_size(), max(1, train_workers(config))
     return Stream(captions, count_shards(shards), transform, seed, max_tokens, config["shuffle_buffer"], *layout)
 
 

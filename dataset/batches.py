@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import sys
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from utils import InputError, TrainingStopped, rank, seed_of, world_size
+from utils import InputError, TrainingStopped, gather_lists, rank, seed_of, world_size
 
 MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
 
@@ -28,6 +29,11 @@ def continued(history, phase):
     if history and history[-1]._replace(batches=0) == phase._replace(batches=0):
         return [*history[:-1], phase._replace(batches=history[-1].batches + phase.batches)]
     return [*history, phase]
+
+
+def samples_of(phases):
+    """Samples that all processes together have seen in phases."""
+    return sum(phase.batches * phase.batch_size * phase.world_size for phase in phases)
 
 
 def check_length(length, batch_size, world_size):
@@ -56,7 +62,7 @@ class EpochBatches(Sampler):
 
         The processes, their batch size and their data workers may have been others then.
         """
-        self.epoch, self.done = epoch, sum(phase.batches * phase.batch_size * phase.world_size for phase in history)
+        self.epoch, self.done = epoch, samples_of(history)
 
     @property
     def batches(self):
@@ -82,6 +88,11 @@ def workers(config):
     return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
+def train_workers(config):
+    """The data workers that all processes can have; to be called on all. What a worker reads depends on their number."""
+    return min(gather_lists([workers(config)]))
+
+
 def ignore_signals(_):
     """What a data worker does first."""
     # Ctrl-C reaches the whole process group; the training process decides when its workers leave
@@ -97,7 +108,7 @@ class TrainBatches:
     """
 
     def __init__(self, dataset, tokenizer, config, device, seed):
-        number, batch_size = workers(config), config["batch_size"]
+        number, batch_size = train_workers(config), config["batch_size"]
         self.dataset = dataset
         self.layout = Phase(0, batch_size, world_size(), max(1, number))
         if isinstance(dataset, IterableDataset):  # a Stream, which knows its batches itself
@@ -133,7 +144,8 @@ class TrainBatches:
                     done, failures = done + 1, 0
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                # not an error that a worker has met, which is "Caught ... in DataLoader worker process"
+                if not re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error)):
                     raise
                 failures += 1
                 if failures > MAX_WORKER_DEATHS:

@@ -18,11 +18,13 @@ def enqueue_(queues, rows, ptr):
     """Writes the rows of all processes at the pointer, oldest entries first, around the end if need be.
 
     queues: tensors [D, Q]; rows: for each queue this process's [n, D]; ptr: int64 [1], moved in place. Any n works:
-    of more than Q rows the last Q stay.
+    of more than Q rows the last Q stay. Where a row of any queue is not finite all keep their old entry: such a step is left
+    out, and must not stay in the queues.
     """
-    size = queues[0].shape[1]
+    size, rows = queues[0].shape[1], [gather(new) for new in rows]
+    count = len(rows[0])
+    slots = ((ptr + torch.arange(count, device=ptr.device)) % size)[-size:]
+    finite = torch.stack([new[-size:].isfinite().all(dim=1) for new in rows]).all(dim=0)
     for queue, new in zip(queues, rows):
-        new = gather(new)
-        slots = (ptr + torch.arange(new.shape[0], device=ptr.device)) % size
-        queue.index_copy_(1, slots[-size:], new[-size:].T.to(queue.dtype))
-    ptr.copy_((ptr + new.shape[0]) % size)
+        queue.index_copy_(1, slots, torch.where(finite, new[-size:].T.to(queue.dtype), queue[:, slots]))
+    ptr.copy_((ptr + count) % size)

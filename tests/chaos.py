@@ -3,10 +3,10 @@
     python tests/chaos.py [--kills 20] [--seed 0]
 
 Pre-training on a small set of shapes, with a data worker in each process, runs undisturbed, and once more with kills: SIGKILL
-for everything at once, for one process (torchrun restarts all), for a data worker (it is replaced), and SIGTERM for the launcher
-(the run saves and ends); what has ended is started again with the same command. In the end weights, optimizer state and log.txt
-must be those of the undisturbed run, bit for bit, and no more may have been done twice than lies between a kill and the last
-save.
+for everything at once, for one process (torchrun restarts all), for a data worker (it is replaced), and SIGTERM for the
+launcher (the run saves and ends); what has ended is started again with the same command. In the end weights, optimizer state
+and log.txt must be those of the undisturbed run, bit for bit, and no more may have been done twice than lies between a kill and
+the last save.
 """
 
 import argparse

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 import chaos
-import engine
 from checkpoints import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
 from conftest import log
 from dataset import build_dataset
-from dataset.batches import TrainBatches
+from dataset.batches import EpochBatches, Phase, TrainBatches
+from engine import train
+from models.albef import ALBEF
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from test_engine import CPU, assert_same_run, command_line, run, signal_at, torchrun
@@ -73,7 +75,8 @@ def save(folder, epoch):
     model = torch.nn.Linear(3, 2)
     torch.nn.init.constant_(model.weight, epoch)
     optimizer = torch.optim.AdamW(model.parameters())
-    save_checkpoint(folder / LAST, model, optimizer, {}, Position(epoch=epoch, iteration=5), seed=0, lr=0.1)
+    state, position = optimizer.state_dict(), Position(epoch=epoch, iteration=5)
+    save_checkpoint(folder / LAST, model, state, {}, position, seed=0, lr=0.1)
 
 
 def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
@@ -229,15 +232,56 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path):
     ]
 
 
+def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    state = torch.optim.AdamW(model.parameters()).state_dict()
+    # 15 iterations of 4, and from there with a batch of 8: 3 more, which make the 11th of 8
+    for name, iteration, phases in ((PREVIOUS, 15, [Phase(15, 4, 1, 1)]), (LAST, 10, [Phase(15, 4, 1, 1), Phase(3, 8, 1, 1)])):
+        position = Position(epoch=0, iteration=iteration, phases=phases)
+        save_checkpoint(tmp_path / name, model, state, {}, position, seed=0, lr=0.1)
+        if name == PREVIOUS:
+            os.rename(tmp_path / name, tmp_path / "checkpoint_99.pth")
+    assert newest_checkpoint(tmp_path).name == LAST
+
+
+def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(InputError, match="holds a run already.*leave out --checkpoint to continue it"):
+        find_resume_file(tmp_path, "elsewhere/checkpoint_00.pth", wanted=True)
+
+
+@pytest.mark.parametrize("change", [{"opt": "sgd"}, {"temp_lr_scale": 0.1}])
+def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path, change):
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path, step=signal_at(3))
+    with pytest.raises(InputError, match="holds the state of another optimizer"):
+        run({**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}, tmp_path, resume=True)
+
+
+def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path, step=signal_at(3))
+    run({**tiny_config, "optimizer": {**tiny_config["optimizer"], "weight_decay": 0.5}}, tmp_path, resume=True)
+    groups = torch.load(tmp_path / LAST, weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.5]
+
+
+def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path / "run", step=signal_at(3))
+    (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
+    (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
+    with pytest.raises(InputError, match="number of entries of train_file is 48 as it was then, not 40"):
+        run({**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}, tmp_path / "run", resume=True)
+
+
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
-    code = "import sys, time; from utils import make_output_dir; make_output_dir(sys.argv[1]); print('held', flush=True); time.sleep(60)"
+    code = "import sys, time, utils; utils.make_output_dir(sys.argv[1]); print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
     try:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match="another run is writing there"):
-            from utils import _hold
-
-            _hold(tmp_path, patience=0.3)
+            make_output_dir(tmp_path, patience=0.3)
     finally:
         holder.kill()
         holder.wait()
@@ -249,7 +293,7 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path):
 
 
 def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
-    config = chaos.write_run(tmp_path, epochs=8)
+    config = chaos.write_run(tmp_path, epochs=6)
     assert chaos.start(config, tmp_path / "whole", tmp_path / "whole.trace").wait() == 0, (tmp_path / "whole.out").read_text()
     (iterations,) = map(len, chaos.lives(tmp_path / "whole.trace"))
     kinds = ["process", "data worker", "everything"]
@@ -276,10 +320,11 @@ def test_a_restart_resumes_without_being_told(tiny_config, tmp_path, monkeypatch
 
 def pair(script, arguments, timeout, **variables):
     """Two processes of a group without a launcher that looks after them; returns them."""
-    with __import__("socket").socket() as free:
+    with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", **variables}
+    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    common = {**os.environ, "OMP_NUM_THREADS": "1", **group, **variables}
     command = [sys.executable, script, *map(str, arguments), "--timeout", str(timeout)]
     return [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
@@ -307,6 +352,28 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     assert "error: process 0: another process of the run has ended or does not answer; continue with --resume" in message
     assert "Traceback" not in message
     assert newest_checkpoint(tmp_path / "run") is not None
+
+
+def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
+    config = {**tiny_config, "batch_size": 4}
+    first, second = pair("tests/broken_process.py", command_line(config, tmp_path / "run", tmp_path), timeout=60)
+    try:
+        messages = [process.communicate(timeout=50)[1] for process in (second, first)]
+    finally:
+        second.kill()
+        first.kill()
+    assert second.returncode == 1 and "ValueError: broken on purpose" in messages[0]
+    assert first.returncode == 1 and "another process of the run has ended" in messages[1]
+
+
+def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_config, shapes, tmp_path, pretrained):
+    """The signal comes to the second process in the last iteration, while the first one saves slowly."""
+    config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
+    config["val_file"] = config["test_file"]
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    ended = torchrun("tests/slow_save.py", *arguments, "--checkpoint", pretrained)
+    assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
+    assert newest_checkpoint(tmp_path / "run").name == LAST
 
 
 def dying_worker(dataset, index, times, notes):
@@ -346,17 +413,22 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
 
 def test_two_processes_with_a_sharded_optimizer_equal_whole_ones(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4, "test_file": None}
-    for name, sharded in (("whole", False), ("sharded", True)):
-        trained = torchrun("Pretrain.py", *command_line({**config, "shard_optimizer": sharded}, tmp_path / name, tmp_path))
-        assert trained.returncode == 0, trained.stderr
-    assert_same_run(tmp_path / "whole", tmp_path / "sharded")
-    # half of it sharded, the rest whole
+    whole = torchrun("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
+    assert whole.returncode == 0, whole.stderr
+    # the first half of the other run is whole, the second sharded: a state goes from one to the other, and is saved by both
+    half = torchrun("tests/interrupt_one_process.py", *command_line(config, tmp_path / "mixed", tmp_path))
+    assert "continue with --resume" in half.stderr, half.stderr
     sharded = command_line({**config, "shard_optimizer": True}, tmp_path / "mixed", tmp_path)
-    stopped = torchrun("tests/interrupt_one_process.py", *sharded)
-    assert "continue with --resume" in stopped.stderr, stopped.stderr
-    resumed = torchrun("Pretrain.py", *command_line(config, tmp_path / "mixed", tmp_path), "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    rest = torchrun("Pretrain.py", *sharded, "--resume")
+    assert rest.returncode == 0, rest.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "mixed")
+
+
+def test_a_sharded_optimizer_divides_its_state(tmp_path):
+    shown = torchrun("tests/shard_sizes.py")
+    assert shown.returncode == 0, shown.stderr
+    counts = sorted(map(int, shown.stdout.split()))
+    assert len(counts) == 2 and counts[0] > 0 and sum(counts) == 4
 
 
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, tmp_path):
@@ -365,12 +437,20 @@ def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
     assert seen["epoch"] == 1 and seen["phases"] == [[seen["iteration"], 4, 2, 1]]
-    # 3 x 4 in place of 2 x 4 samples a step: the rate follows the samples
-    resumed = torchrun("Pretrain.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
+    resumed = torchrun("tests/list_files.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
     assert state["epoch"] == 1 and len(log(tmp_path / "run")) == 2
+    # what the two processes had seen of the epoch, and what the three have
+    first = EpochBatches(48, 8, seed=42)
+    first.begin(1)
+    before = [index for batch in list(first)[: seen["iteration"]] for index in batch]
+    dataset = build_dataset("pretrain", config)
+    files = [dataset.files(index)[0] for index in before]
+    files += [file for path in (tmp_path / "run").glob("files*.txt") for file in path.read_text().split()]
+    left = 48 - 8 * seen["iteration"]
+    assert len(files) == len(set(files)) == 48 - left % 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,15 +496,35 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, t
         poisoned = poison({4}, float("nan"))(step)
 
         def stepped(model, *args):
-            steps.append({name: value.clone() for name, value in model.named_parameters()})
+            if (tmp_path / LAST).exists():  # of the iteration before
+                saved = torch.load(tmp_path / LAST, weights_only=True)
+                weights = {name: value for name, value in saved["model"].items() if "_m." not in name and "queue" not in name}
+                moments = {f"{i} {key}": value for i, s in saved["optimizer"]["state"].items() for key, value in s.items()}
+                steps.append({**weights, **moments})
             return poisoned(model, *args)
 
         return stepped
 
     run(config, tmp_path, step=keep)
-    base = [name for name in steps[0] if "_m." not in name]
-    assert all(torch.equal(steps[3][name], steps[4][name]) for name in base)
-    assert not all(torch.equal(steps[4][name], steps[5][name]) for name in base)
+    assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[0])  # after 3 and after 4 iterations
+    assert not any(torch.equal(steps[3][name], steps[4][name]) for name in steps[0] if name.endswith("step"))
+    assert not torch.equal(steps[3]["visual_encoder.cls_token"], steps[4]["visual_encoder.cls_token"])
+
+
+def test_features_that_are_not_finite_do_not_stay_in_the_queues(tiny_config, tmp_path, monkeypatch):
+    encode = ALBEF.encode_text
+    calls = iter(range(1, 1000))
+
+    def broken(self, text, momentum=False):
+        embeds, feat = encode(self, text, momentum)
+        if momentum and next(calls) == 3:
+            feat[0, 0] = float("nan")
+        return embeds, feat
+
+    monkeypatch.setattr(ALBEF, "encode_text", broken)
+    run({**tiny_config, "max_skipped_steps": 1}, tmp_path)
+    assert [entry.get("train_skipped_steps") for entry in log(tmp_path)] == [1, None]
+    assert all(value.isfinite().all() for value in read_weights(tmp_path / LAST).values())
 
 
 def test_gradients_that_are_not_finite_are_found_though_losses_are(tiny_config, tmp_path):
@@ -470,16 +570,26 @@ def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
     torch.set_num_threads(2)
     try:
         for name in ("one", "other"):
-            run({**tiny_config, "deterministic": True}, tmp_path / name)
+            run(tiny_config, tmp_path / name)
     finally:
         torch.set_num_threads(threads)
-    assert torch.are_deterministic_algorithms_enabled()
     assert_same_run(tmp_path / "one", tmp_path / "other")
+
+
+@pytest.mark.parametrize("device, key, switched", [("cpu", False, True), ("meta", True, True), ("meta", False, False)])
+def test_the_switch_makes_other_devices_deterministic_too(tiny_config, tmp_path, device, key, switched):
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(InputError, match="only adamW can be sharded"):  # ends before anything is computed
+        train(torch.nn.Linear(1, 1), [], None, None, {
+            **tiny_config, "deterministic": key, "shard_optimizer": True, "optimizer": {**tiny_config["optimizer"], "opt": "sgd"},
+        }, tmp_path, torch.device(device), seed=0)  # fmt: skip
+    assert torch.are_deterministic_algorithms_enabled() is switched
 
 
 def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config, tmp_path, capsys):
     run(tiny_config, tmp_path / "plain")
-    assert "global batch 8: 1 processes x batch_size 8 x accumulate 1; learning rate 0.001, as configured" in capsys.readouterr().out
+    said = "global batch 8: 1 processes x batch_size 8 x accumulate 1; learning rate 0.001, as configured"
+    assert said in capsys.readouterr().out
     config = {**tiny_config, "reference_batch": 32}
     run(config, tmp_path / "scaled")
     assert "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)" in capsys.readouterr().out

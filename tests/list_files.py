@@ -1,0 +1,23 @@
+"""Pretrain.py that lists the files of each process's batches in its output folder. Started by test_recovery.py under torchrun."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine
+import Pretrain
+from utils import rank, run_script
+
+plain = engine.iterate
+
+
+def iterate(run, *args):
+    result = plain(run, *args)
+    with open(run.output_dir / f"files{rank()}.txt", "a") as file:
+        file.writelines(f"{name}\n" for name in result[1])
+    return result
+
+
+engine.iterate = iterate
+run_script(Pretrain.main)

@@ -1,0 +1,31 @@
+"""Retrieval.py whose process 1 gets SIGTERM at the end of the first epoch, while process 0 saves. Started by test_recovery.py."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import engine
+import Retrieval
+from utils import run_script
+
+plain = engine.save_checkpoint
+finish = engine.finish_epoch
+
+
+def save_checkpoint(*args):
+    time.sleep(3)
+    plain(*args)
+
+
+def finish_epoch(*args):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return finish(*args)
+
+
+engine.save_checkpoint, engine.finish_epoch = save_checkpoint, finish_epoch
+run_script(Retrieval.main)
