@@ -320,13 +320,15 @@ def run_script(main):
         said = lost if is_lost_process(error) else f"\n{traceback.format_exc()}"
         status, message = 1, f"error: process {rank()}: {said}"
     else:
-        if is_distributed():
-            dist.destroy_process_group()
-        return
-    if is_main() or status in (1, 2):
+        if not is_distributed():
+            return
+        dist.barrier()  # the launcher ends all processes as soon as one has left
+        status, message = 0, ""
+    if message and (is_main() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    # a normal exit would wait for the collective operations that are under way, and the others in them for this process
+    # a normal exit would wait for the collective operations that are under way, and the others in them for this process; and at
+    # the end of a good run gloo's threads may abort it
     os._exit(status) if is_distributed() else sys.exit(status)
 
 
