@@ -2,7 +2,7 @@
 
 import datetime
 import os
-import subprocess
+import re
 import time
 import uuid
 
@@ -27,7 +27,7 @@ def init_process_group(device, timeout=TIMEOUT):
         raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank())
+            device = torch.device("cuda", local_rank() % torch.cuda.device_count())  # srun may show each task its own GPU alone
             torch.cuda.set_device(device)
         try:
             _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
@@ -48,15 +48,15 @@ def _join(backend, timeout):
 
 def _slurm_to_environment():
     """Translates Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) == 1 or "SLURM_PROCID" not in os.environ:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script itself is no step
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_PORT", "29500")
-    if "MASTER_ADDR" not in os.environ:
-        command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
-        os.environ["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000))  # as in scripts/slurm_pretrain.sh
+    # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
+    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]
+    os.environ.setdefault("MASTER_ADDR", first)
 
 
 def _agree_on_prefix(store, rank, world_size, timeout):

@@ -11,6 +11,7 @@ import pytest
 
 import chaos
 from conftest import log
+from launch import _slurm_to_environment
 from test_engine import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,26 @@ def undisturbed(config, slurm, tmp_path_factory):
 
 def test_srun_without_torchrun(undisturbed):
     assert [entry["epoch"] for entry in log(undisturbed)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "nodes,first",
+    [("gpu3", "gpu3"), ("a,b", "a"), ("node[01-04,07],gpu3", "node01"), ("rack[0-1]n[2-3]-ib,x", "rack0n2-ib"), ("n[7]", "n7")],
+)
+def test_the_first_node_of_a_step_is_the_master(monkeypatch, nodes, first):
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": nodes, "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+            "SLURM_JOB_ID": "5"}  # fmt: skip
+    monkeypatch.setattr("os.environ", environment := dict(step))
+    _slurm_to_environment()
+    ours = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": first, "MASTER_PORT": "10005"}
+    assert environment == {**step, **ours}
+
+
+def test_a_batch_script_without_srun_is_one_process(monkeypatch):
+    batch = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "5"}
+    monkeypatch.setattr("os.environ", environment := dict(batch))
+    _slurm_to_environment()
+    assert environment == batch
 
 
 def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_told(config, undisturbed, tmp_path):
