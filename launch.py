@@ -53,7 +53,8 @@ def _slurm_to_environment():
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000))  # as in scripts/slurm_pretrain.sh
+    # a job's own, by the rule of scripts/slurm_pretrain.sh
+    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
     # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]
     os.environ.setdefault("MASTER_ADDR", first)

@@ -1,7 +1,7 @@
 """torchrun as scripts/slurm_pretrain.sh starts it on each node; the arguments are torchrun's.
 
-The exit status is the run's: 2 after an input error, 143 after SIGTERM, where torchrun's own is always 1. And the nodes find each
-other by the names that Slurm has for them, since what they call themselves need not be known to the others.
+The exit status is the run's: 2 after an input error, 143 after SIGTERM, where torchrun's own is always 1. And the nodes find
+each other by the names that Slurm has for them, since what they call themselves need not be known to the others.
 """
 
 import os

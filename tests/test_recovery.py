@@ -581,7 +581,8 @@ def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
 @pytest.mark.parametrize("device, key, switched", [("cpu", False, True), ("meta", True, True), ("meta", False, False)])
 def test_the_switch_makes_other_devices_deterministic_too(tiny_config, tmp_path, device, key, switched):
     torch.use_deterministic_algorithms(False)
-    config = {**tiny_config, "deterministic": key, "shard_optimizer": True, "optimizer": {**tiny_config["optimizer"], "opt": "sgd"}}
+    optimizer = {**tiny_config["optimizer"], "opt": "sgd"}
+    config = {**tiny_config, "deterministic": key, "shard_optimizer": True, "optimizer": optimizer}
     model = build_model("pretrain", tiny_config)
     with pytest.raises(InputError, match="only adamW can be sharded"):  # ends before anything is computed
         train(model, [], None, None, config, tmp_path, torch.device(device), seed=0)
