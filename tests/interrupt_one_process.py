@@ -1,4 +1,4 @@
-"""Pretrain.py whose process 1 gets SIGTERM in its 8th step. Started by test_engine.py under torchrun."""
+"""Pretrain.py whose process 1 gets SIGTERM in its 8th step, or meets the error that ERROR says. Started by tests."""
 
 import os
 import signal
@@ -19,6 +19,8 @@ def step(device):
 
     def stepped(*args):
         if next(calls) == 8 and os.environ["RANK"] == "1":
+            if "ERROR" in os.environ:
+                raise ValueError(os.environ["ERROR"])
             os.kill(os.getpid(), signal.SIGTERM)
         return losses(*args)
 

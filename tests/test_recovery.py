@@ -358,7 +358,8 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
 
 def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4}
-    first, second = pair("tests/broken_process.py", command_line(config, tmp_path / "run", tmp_path), timeout=60)
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    first, second = pair("tests/interrupt_one_process.py", arguments, timeout=60, ERROR="broken on purpose")
     try:
         messages = [process.communicate(timeout=50)[1] for process in (second, first)]
     finally:
