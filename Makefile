@@ -51,8 +51,9 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -q tests
 
 benchmarks: .venv/installed
-	$(BIN)/python benchmarks/dataloader.py
+	$(BIN)/python benchmarks/dataloader.py --workers 0 1 2
 	$(BIN)/python benchmarks/annotations.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pretrain_step.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py

@@ -33,8 +33,13 @@ class Samples(Dataset):
                 return self.read(index)
             except OSError as error:
                 raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
-        torch.manual_seed(seed_of(self.seed, self.epoch, index))
+        seed_sample(self.seed, self.epoch, index)
         return first_usable(self.read, index, len(self))
+
+
+def seed_sample(*coordinates):
+    """Seeds what a data worker draws from; torch.manual_seed would format a stack trace for every kind of device not in use."""
+    torch.default_generator.manual_seed(seed_of(*coordinates))
 
 
 def first_usable(read, index, length):

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from dataset.batches import Phase, check_length, continued
 from dataset.caption import Sample, caption_batch, draw_caption
 from dataset.images import decode_image
-from dataset.samples import first_usable
+from dataset.samples import first_usable, seed_sample
 from dataset.shards import image_and_captions, read_shard
 from utils import InputError, seed_of
 
@@ -125,7 +125,7 @@ class Stream(IterableDataset):
     def _shuffled(self, window, skip):
         """Yields the samples of a window, items of `_read`, in random order without the first `skip`."""
         for i in _order(self.seed, self.epoch, window[0][0], len(window))[skip:]:
-            torch.manual_seed(seed_of(self.seed, self.epoch, window[i][0]))
+            seed_sample(self.seed, self.epoch, window[i][0])
             yield first_usable(lambda other: self._decode(*window[other][1:]), i, len(window))
 
     def _decode(self, shard, sample):
