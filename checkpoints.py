@@ -15,7 +15,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dataset.batches import Phase, samples_of
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
-from utils import InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size
+from utils import (
+    TEMPORARY, InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
+)  # fmt: skip
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
@@ -25,7 +27,7 @@ class Position(NamedTuple):
 
     epoch: int = 0
     iteration: int = 0
-    phases: list = []  # dataset.Phase of each stretch of the epoch that is done
+    phases: list = []  # Phase of each stretch of the epoch that is done
     sums: dict = {}  # name -> sum over the epoch's `counted` iterations
     counted: int = 0
     recent: list = []  # sums of losses of the latest iterations, of this epoch and before
@@ -100,7 +102,7 @@ def _keep_previous(folder):
 
 def _link(source, target):
     """Makes target another name of source, atomically. Raises OSError where the file system has no links."""
-    temporary = target.with_name(f".{target.name}.link.tmp")
+    temporary = target.with_name(f".{target.name}.link{TEMPORARY}")
     temporary.unlink(missing_ok=True)
     os.link(source, temporary)
     os.replace(temporary, target)

@@ -59,7 +59,10 @@ class StopSignal:
             self._saved = ""
 
     def end_all(self, message):
-        """Raises Interrupted on all processes if one has had a signal; waits for all, the saving one too."""
+        """Raises Interrupted on all processes if one has had a signal; waits for all, the saving one too.
+
+        The launcher ends all processes as soon as one has left.
+        """
         if signum := max(gather_lists([self.signum])):
             raise Interrupted(signum, message)
 
@@ -181,10 +184,8 @@ def train_epoch(run, batches, position, recorder, stop):
                 tqdm.write(f"note: {error}; training goes on, and saves again after {config['save_every']} iterations",
                            file=sys.stderr)
             if signum:
-                if is_distributed():
-                    dist.barrier()  # the launcher ends all processes as soon as one has left, the saving one too
-                raise Interrupted(signum, f"{signal.Signals(signum).name}: saved {path} in epoch {epoch} after iteration "
-                                  f"{iteration}; continue with --resume")
+                stop.end_all(f"{signal.Signals(signum).name}: saved {path} in epoch {epoch} after iteration {iteration}; "
+                             "continue with --resume")
     return lr
 
 
@@ -286,9 +287,8 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
                 position = recorder.position()
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = placed(finish_epoch(run, position, lr, validate, stop), batches, accumulate)
+        # waits for the main process too: whoever goes on to read the best checkpoint finds it written
         stop.end_all("training was complete and is saved; --resume goes on to the evaluation")
     if is_main():
         (run.output_dir / PREVIOUS).unlink(missing_ok=True)  # of use only while the last one may be cut off
-    if is_distributed():
-        dist.barrier()  # whoever goes on to read the best checkpoint finds it written
     return position.best

@@ -132,6 +132,7 @@ def _check_origin(output, origin):
 
 
 def main():
+    """Makes shards from the command line and prints the train_file line that names them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
     parser.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
