@@ -5,12 +5,13 @@ import functools
 from Retrieval import step
 from dataset import to_device
 from engine import autocast
-from evaluation import divided, gathered
-from finetune import fine_tune
-from metrics import chance_grounding, grounding_accuracy
+from evaluation.divide import divided, gathered
+from engine.finetune import fine_tune
+from evaluation.metrics import chance_grounding, grounding_accuracy
 from models.albef import Text
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
-from utils import argument_parser, is_main, run_script
+from configs.flags import argument_parser
+from utils import is_main, run_script
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):

@@ -3,10 +3,11 @@
 --checkpoint is a model after text assignment (Pretrain_nlvr.py) or, "w/o TA", a plain pre-trained one.
 """
 
-from classification import evaluate, show, step
+from evaluation.classification import evaluate, show, step
 from dataset.nlvr import LABELS
-from finetune import fine_tune
-from utils import argument_parser, run_script
+from engine.finetune import fine_tune
+from configs.flags import argument_parser
+from utils import run_script
 
 
 def main():

@@ -1,19 +1,18 @@
 """Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
 
-from checkpoints import find_resume_file
+from engine.saving import find_resume_file
 from dataset import build_dataset, to_device
 from engine import train
-from launch import init_process_group
+from engine.processes import init_process_group
 from models import build_model
 from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
 from models.tokenizer import tokenizer_of
-from recorder import write_log
-from retrieval_evaluation import evaluate_retrieval, flat, report
-from utils import (
-    InputError, argument_parser, is_main, load_config, make_output_dir, require, run_script, save_config,
-    seed_everything,
-)  # fmt: skip
+from engine.recorder import write_log
+from evaluation.retrieval import evaluate_retrieval, flat, report
+from configs.flags import argument_parser
+from configs.schema import load_config, require, save_config
+from utils import InputError, is_main, make_output_dir, run_script, seed_everything
 
 
 def step(device):

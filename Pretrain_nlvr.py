@@ -1,9 +1,10 @@
 """Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the second, or neither?"""
 
 from dataset import to_device
-from finetune import fine_tune
+from engine.finetune import fine_tune
 from models.albef import Text
-from utils import argument_parser, run_script
+from configs.flags import argument_parser
+from utils import run_script
 
 
 def step(device):

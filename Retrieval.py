@@ -3,10 +3,11 @@
 import functools
 
 from dataset import to_device
-from finetune import fine_tune
+from engine.finetune import fine_tune
 from models.albef import Text
-from retrieval_evaluation import evaluate_retrieval, flat, report
-from utils import InputError, argument_parser, run_script
+from evaluation.retrieval import evaluate_retrieval, flat, report
+from configs.flags import argument_parser
+from utils import InputError, run_script
 
 
 def step(device):

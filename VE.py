@@ -1,9 +1,10 @@
 """Fine-tunes ALBEF for visual entailment (Section 5) and evaluates it: does the sentence follow from the image?"""
 
-from classification import evaluate, show, step
+from evaluation.classification import evaluate, show, step
 from dataset.ve import LABELS
-from finetune import fine_tune
-from utils import argument_parser, run_script
+from engine.finetune import fine_tune
+from configs.flags import argument_parser
+from utils import run_script
 
 
 def main():

@@ -10,11 +10,12 @@ from dataset import to_device
 from dataset.text import tokenize
 from dataset.transforms import normalize
 from engine import autocast
-from evaluation import divided, gathered
-from finetune import fine_tune
-from metrics import vqa_accuracy
+from evaluation.divide import divided, gathered
+from engine.finetune import fine_tune
+from evaluation.metrics import vqa_accuracy
 from models.albef import Text
-from utils import argument_parser, atomic_write, is_main, run_script
+from configs.flags import argument_parser
+from utils import atomic_write, is_main, run_script
 
 
 def step(device):

@@ -18,13 +18,14 @@ from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import load_answer_list
-from explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
-from launch import init_process_group
+from visualize.explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
+from engine.processes import init_process_group
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
 from models.tokenizer import tokenizer_of
-from pictures import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
-from utils import InputError, load_config, override, require, run_script
+from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
+from configs.schema import load_config, override, require
+from utils import InputError, run_script
 
 ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
 PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images

@@ -46,7 +46,7 @@ from dataset.images import load_image
 from dataset.shards import count_shards, expand, image_and_captions, read_shard
 from dataset.to_shards import convert
 from models.tokenizer import build_tokenizer, captions_of, train_vocab
-from utils import with_defaults
+from configs.schema import with_defaults
 
 WIDTH, HEIGHT = 500, 375
 FOLDER = 1000  # image files in a folder, and pairs in a shard

@@ -32,7 +32,7 @@ from typing import NamedTuple
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of every machine without a GPU that it has none
 
 import torch
@@ -47,7 +47,8 @@ from engine import Run, iterate
 from models import build_model
 from optim import create_optimizer
 from pretrain_step import CONFIG, make_batch
-from utils import InputError, load_config
+from configs.schema import load_config
+from utils import InputError
 
 BLOCK = 512  # bytes, the granularity of the CUDA caching allocator
 GPUS = (24, 40, 80)  # GB

@@ -1,7 +1,7 @@
 """Time, memory and efficiency of one pre-training step of the full-size model, fast path against plain path.
 
 ViT-B/16 at 256 px, BERT-base with a vocabulary of 30,522, queue 65,536, texts of 12 to 25 tokens; a step is everything the
-training loop does: masking, momentum, losses, gradients, AdamW. The plain path is tests/plain.py. Every row runs in a
+training loop does: masking, momentum, losses, gradients, AdamW. The plain path is benchmarks/plain.py. Every row runs in a
 process of its own, so that peak memory is its own, and measures the machine's matrix-product peak before and after.
 
     python benchmarks/pretrain_step.py [--batch_size 8] [--steps 3]
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
 
@@ -29,7 +29,7 @@ from models.albef import Text
 from optim import create_optimizer
 from plain import pretrain_losses, unfuse
 from stopwatch import seconds
-from utils import load_config
+from configs.schema import load_config
 
 CONFIG = str(ROOT / "configs/Pretrain.yaml")
 MATMUL = 4096

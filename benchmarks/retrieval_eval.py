@@ -1,6 +1,6 @@
 """Scores a second of re-ranking with the full-size model at 384 px, fast path (ALBEF.rerank) against plain path.
 
-A score is one (query, candidate) pair of one direction. The plain path (tests/plain.py) takes query by query, computes each
+A score is one (query, candidate) pair of one direction. The plain path (benchmarks/plain.py) takes query by query, computes each
 image's keys and values anew for every candidate and pads every text to 30 tokens, as the released evaluation does; it is
 timed on part of the queries. Texts have 7 to 17 tokens, 12 on average. Both paths run in one process, one after the other.
 
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
 
@@ -22,7 +22,7 @@ from models import build_model
 from models.albef import Text
 from models.alignment import NO_CANDIDATE
 from stopwatch import seconds
-from utils import load_config
+from configs.schema import load_config
 
 DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}  # images, texts, k of the paper
 

@@ -18,8 +18,8 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset import build_dataset
-from metrics import chance_grounding, chance_recall, vqa_accuracy
-from utils import load_config
+from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
+from configs.schema import load_config
 
 # folder of a run: its rows, each the metric as said, its name in log.txt, the factor that makes it percent
 RUNS = {

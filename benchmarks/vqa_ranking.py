@@ -1,6 +1,6 @@
 """Seconds a question of ranking VQA answers with the full-size model, fast path (VQA.rank_answers) against plain path.
 
-The plain path (tests/plain.py) decodes every candidate whole, padded to the longest answer of the list, with its own copy of
+The plain path (benchmarks/plain.py) decodes every candidate whole, padded to the longest answer of the list, with its own copy of
 the question's states, as the released code does. Both encode the questions with their images first, which is timed apart.
 The answers are random and as long as those of VQA's list are: 1 to 4 word pieces, with the shares of --shares. Both paths run
 in one process, one after the other.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
 
@@ -21,7 +21,7 @@ import plain
 from models import build_model
 from models.albef import Text
 from stopwatch import seconds
-from utils import load_config
+from configs.schema import load_config
 
 CLS, SEP = 101, 102
 QUESTION_TOKENS = 9

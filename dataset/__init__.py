@@ -20,7 +20,8 @@ from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
-from utils import InputError, rank, require, world_size
+from configs.schema import require
+from utils import InputError, rank, world_size
 
 
 # of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids

@@ -37,7 +37,8 @@ from dataset.survey import Images, Texts, digest, look_at_files, look_at_samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_question
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
-from utils import LISTS_OR_STRINGS, InputError, TrainingStopped, atomic_write, load_config, run_script
+from configs.schema import LISTS_OR_STRINGS, load_config
+from utils import InputError, TrainingStopped, atomic_write, run_script
 
 SHOWN = 20  # problems that are printed
 EXAMPLES = 3  # of entries that are the same

@@ -8,7 +8,7 @@ import pickle
 import reprlib
 from typing import NamedTuple
 
-from metrics import GROUNDING_SPLITS
+from evaluation.metrics import GROUNDING_SPLITS
 from utils import InputError
 
 _NOT_RELEASED = "this is not the released RefCOCO+ file, download it again"

@@ -5,7 +5,8 @@ from models.pretrain import Pretrain
 from models.retrieval import Retrieval
 from models.ve import VE
 from models.vqa import VQA
-from utils import InputError, with_defaults
+from configs.schema import with_defaults
+from utils import InputError
 
 MODELS = {
     "pretrain": Pretrain, "retrieval": Retrieval, "vqa": VQA, "ve": VE, "nlvr": NLVR, "nlvr_pretrain": TextAssignment,

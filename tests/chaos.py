@@ -58,7 +58,7 @@ def write_run(folder, epochs):
 
 def start(config, output_dir, trace):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1000",
-               "tests/traced_pretrain.py", "--config", config, "--output_dir", output_dir, "--device", "cpu", "--resume"]
+               "tests/helpers/traced_pretrain.py", "--config", config, "--output_dir", output_dir, "--device", "cpu", "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(trace)}
     with open(output_dir.with_suffix(".out"), "a") as out:
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=out, stderr=out)

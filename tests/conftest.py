@@ -91,7 +91,7 @@ def shapes(tmp_path_factory):
 @pytest.fixture
 def tiny_config(shapes):
     """A configuration that trains a tiny model on the shapes in a second."""
-    from utils import with_defaults
+    from configs.schema import with_defaults
 
     vocab = (shapes / "vocab.txt").read_text().splitlines()
     bert = {

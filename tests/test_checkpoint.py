@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
 import models.checkpoint
-from checkpoints import resume
+from engine.saving import resume
 from Export import export
 from models import build_model
 from models.albef import Text

@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import check_schedule, distillation_weight, learning_rate
-from utils import InputError, load_config, with_defaults
+from configs.schema import load_config, with_defaults
+from utils import InputError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
 
@@ -118,7 +119,7 @@ def test_optimizers_and_schedules_by_name():
 
 
 def test_snapshot_can_be_loaded_again(tmp_path):
-    from utils import save_config
+    from configs.schema import save_config
 
     config = load_config("configs/Pretrain.yaml")
     save_config(config, tmp_path)

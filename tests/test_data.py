@@ -8,7 +8,7 @@ import torch
 
 from dataset import build_dataset
 from dataset.batches import EpochBatches, Phase, TrainBatches
-from metrics import chance_recall, recall_at_k
+from evaluation.metrics import chance_recall, recall_at_k
 from models.tokenizer import build_tokenizer
 from utils import InputError
 

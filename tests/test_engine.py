@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import Pretrain
-from checkpoints import find_resume_file
+from engine.saving import find_resume_file
 from dataset import build_dataset
 from engine import train
 from models import build_model
@@ -213,7 +213,7 @@ def test_two_processes_resume_exactly(tiny_config, tmp_path):
     whole = torchrun("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
     assert whole.returncode == 0, whole.stderr
     # only one of the two processes hears the signal; both must stop after the same iteration
-    parts = torchrun("tests/interrupt_one_process.py", *command_line(config, tmp_path / "parts", tmp_path))
+    parts = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "parts", tmp_path))
     assert parts.returncode != 0 and "continue with --resume" in parts.stderr, parts.stderr
     rest = torchrun("Pretrain.py", *command_line(config, tmp_path / "parts", tmp_path), "--resume")
     assert rest.returncode == 0, rest.stderr
@@ -221,7 +221,7 @@ def test_two_processes_resume_exactly(tiny_config, tmp_path):
 
 
 def test_two_processes_have_one_queue_and_averaged_gradients(tmp_path):
-    result = torchrun("tests/compare_processes.py")
+    result = torchrun("tests/helpers/compare_processes.py")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("same") == 2, result.stdout
 

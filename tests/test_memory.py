@@ -8,7 +8,7 @@ from conftest import ROOT, refusal
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import build_model
-from utils import save_config
+from configs.schema import save_config
 
 sys.path.append(str(ROOT / "benchmarks"))  # where a benchmark that is run as a script finds the others
 import memory

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT, refusal
-from metrics import box_iou, chance_grounding, grounding_accuracy, vqa_accuracy
+from evaluation.metrics import box_iou, chance_grounding, grounding_accuracy, vqa_accuracy
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
 GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())

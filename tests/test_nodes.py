@@ -11,7 +11,7 @@ import pytest
 
 import chaos
 from conftest import log
-from launch import _slurm_to_environment
+from engine.processes import _slurm_to_environment
 from test_engine import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +31,7 @@ def slurm(tmp_path_factory):
     (folder / "bin").mkdir()
     for name in ("srun", "scontrol", "scancel"):
         command = folder / "bin" / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/fake_slurm.py"} {name} "$@"\n')
+        command.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/helpers/fake_slurm.py"} {name} "$@"\n')
         command.chmod(0o755)
     return {
         **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
@@ -119,7 +119,7 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
         "--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=localhost:{free_port()}",
-        "tests/mishap_pretrain.py", "--config", config, "--output_dir", tmp_path / "run", "--device", "cpu",
+        "tests/helpers/mishap_pretrain.py", "--config", config, "--output_dir", tmp_path / "run", "--device", "cpu",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(tmp_path / "trace")}
     nodes, outputs = [], [tmp_path / f"node{number}.out" for number in range(2)]
@@ -140,7 +140,7 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
 def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_on(config, slurm, undisturbed, tmp_path):
     (tmp_path / "a copy").mkdir()
     (tmp_path / "a copy/scripts").symlink_to(ROOT / "scripts")
-    (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/mishap_pretrain.py")
+    (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/helpers/mishap_pretrain.py")
     environment = in_job(slurm, tmp_path, TRACE=str(tmp_path / "trace"))
     job = environment["SLURM_JOB_ID"]
     arguments = ["--config", config, "--output_dir", "the run", "--device", "cpu"]

@@ -23,7 +23,8 @@ from dataset import annotations
 from dataset.annotations import Entries, load_annotations, read_json_list
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
-from utils import CHOICES, DEFAULTS, RENAMED, InputError, load_config, override, save_config, with_defaults
+from configs.schema import CHOICES, DEFAULTS, RENAMED, load_config, override, save_config, with_defaults
+from utils import InputError
 
 settings.register_profile(
     "same every time", derandomize=True, deadline=None, database=None, max_examples=100,

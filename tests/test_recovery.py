@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import chaos
-from checkpoints import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
+from engine.saving import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
 from conftest import log
 from dataset import build_dataset
 from dataset.batches import EpochBatches, Phase, TrainBatches
@@ -339,7 +339,7 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
     trace = tmp_path / "trace"
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair("tests/traced_pretrain.py", arguments, timeout=5, TRACE=str(trace))
+    first, second = pair("tests/helpers/traced_pretrain.py", arguments, timeout=5, TRACE=str(trace))
     try:
         deadline = time.monotonic() + 120
         while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
@@ -359,7 +359,7 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
 def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4}
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair("tests/interrupt_one_process.py", arguments, timeout=60, ERROR="broken on purpose")
+    first, second = pair("tests/helpers/interrupt_one_process.py", arguments, timeout=60, ERROR="broken on purpose")
     try:
         messages = [process.communicate(timeout=50)[1] for process in (second, first)]
     finally:
@@ -374,7 +374,7 @@ def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_confi
     config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
     config["val_file"] = config["test_file"]
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    ended = torchrun("tests/slow_save.py", *arguments, "--checkpoint", pretrained)
+    ended = torchrun("tests/helpers/slow_save.py", *arguments, "--checkpoint", pretrained)
     assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
     assert newest_checkpoint(tmp_path / "run").name == LAST
 
@@ -419,7 +419,7 @@ def test_two_processes_with_a_sharded_optimizer_equal_whole_ones(tiny_config, tm
     whole = torchrun("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
     assert whole.returncode == 0, whole.stderr
     # the first half of the other run is whole, the second sharded: a state goes from one to the other, and is saved by both
-    half = torchrun("tests/interrupt_one_process.py", *command_line(config, tmp_path / "mixed", tmp_path))
+    half = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "mixed", tmp_path))
     assert "continue with --resume" in half.stderr, half.stderr
     sharded = command_line({**config, "shard_optimizer": True}, tmp_path / "mixed", tmp_path)
     rest = torchrun("Pretrain.py", *sharded, "--resume")
@@ -428,7 +428,7 @@ def test_two_processes_with_a_sharded_optimizer_equal_whole_ones(tiny_config, tm
 
 
 def test_a_sharded_optimizer_divides_its_state(tmp_path):
-    shown = torchrun("tests/shard_sizes.py")
+    shown = torchrun("tests/helpers/shard_sizes.py")
     assert shown.returncode == 0, shown.stderr
     counts = sorted(map(int, re.findall(r"\d", shown.stdout)))
     assert len(counts) == 2 and counts[0] > 0 and sum(counts) == 4
@@ -436,11 +436,11 @@ def test_a_sharded_optimizer_divides_its_state(tmp_path):
 
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4, "test_file": None}
-    stopped = torchrun("tests/interrupt_one_process.py", *command_line(config, tmp_path / "run", tmp_path))
+    stopped = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "run", tmp_path))
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
     assert seen["epoch"] == 1 and seen["phases"] == [[seen["iteration"], 4, 2, 1]]
-    resumed = torchrun("tests/list_files.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
+    resumed = torchrun("tests/helpers/list_files.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
@@ -554,7 +554,7 @@ def test_gradients_that_are_not_finite_are_found_though_losses_are(tiny_config, 
 
 
 def test_loss_spikes_are_reported_with_step_and_files(tiny_config, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("recorder.RECENT", 6)
+    monkeypatch.setattr("engine.recorder.RECENT", 6)
     whole = run(tiny_config, tmp_path / "whole", step=poison({9}, 3.0))
     assert [entry.get("train_loss_spikes") for entry in log(tmp_path / "whole")] == [None, 1]
     (line,) = (tmp_path / "whole/bad_steps.txt").read_text().splitlines()

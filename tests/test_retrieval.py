@@ -10,7 +10,7 @@ import torch
 
 import Retrieval
 import Visualize
-import retrieval_evaluation
+import evaluation.retrieval
 from conftest import ROOT, log
 from models import build_model
 from models.checkpoint import load_checkpoint
@@ -33,7 +33,7 @@ def run(monkeypatch, config, output_dir, tmp_path, *arguments):
 
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
     scores = iter([20.0, 30.0, 10.0, 99.0])
-    real = retrieval_evaluation.evaluate_retrieval
+    real = evaluation.retrieval.evaluate_retrieval
 
     def scored(*args):
         metrics, rankings = real(*args)
@@ -67,7 +67,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, pretrained, tmp_pa
         else:
             calls = iter(range(1, 100))
 
-            def interrupted(*args, real=retrieval_evaluation.evaluate_retrieval):
+            def interrupted(*args, real=evaluation.retrieval.evaluate_retrieval):
                 if next(calls) == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
                 return real(*args)

@@ -18,7 +18,7 @@ from dataset.shapes.captions import MAX_WORDS, NOISE_KINDS, NUMBERS, caption, no
 from dataset.shapes.scenes import (BACKGROUNDS, COLORS, CURTAIN, FILLS, POSITIONS, QUADRANTS, RGB, SHAPES, SIZES, SPLITS,
                                    combination_of, draw_scene, object_mask, outline, render, split_of)
 from dataset.text import pre_caption
-from metrics import box_iou, chance_grounding
+from evaluation.metrics import box_iou, chance_grounding
 from utils import InputError, run_script
 
 SMALL = {"train": 200, "val": 30, "test": 30, "noise": 0.25, "image_size": 64}

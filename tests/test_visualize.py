@@ -10,12 +10,12 @@ from PIL import Image
 
 import Visualize
 from conftest import ROOT, exit_status
-from explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
+from visualize.explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
 from models import build_model, task_of
 from models.albef import Text
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
-from pictures import overlay
+from visualize.draw import overlay
 from utils import InputError, seed_everything
 
 VOCAB = ROOT / "tests/golden/vocab.txt"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import plain
+from benchmarks import plain
 from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
 from models.albef import Text

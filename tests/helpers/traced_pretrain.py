@@ -4,13 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import engine
+from engine import loop
 import Pretrain
 from utils import is_main, run_script
 
-plain = engine.iterate
+plain = loop.iterate
 life = f"{os.getpid()}"
 
 
@@ -21,5 +21,5 @@ def iterate(run, batches, epoch, iteration, *others):
     return plain(run, batches, epoch, iteration, *others)
 
 
-engine.iterate = iterate
+loop.iterate = iterate
 run_script(Pretrain.main)

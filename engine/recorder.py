@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoints import LAST, Position
+from engine.saving import LAST, Position
 from dataset.batches import continued
 from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, remake_output_dir, world_size
 

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from launch import init_process_group
+from engine.processes import init_process_group
 from models import build_model
 from models.albef import Text
 from test_pretrain_model import random_batch

@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import engine
+from engine import loop
 import Retrieval
 from utils import run_script
 
-plain = engine.save_checkpoint
-finish = engine.finish_epoch
+plain = loop.save_checkpoint
+finish = loop.finish_epoch
 
 
 def save_checkpoint(*args):
@@ -27,5 +27,5 @@ def finish_epoch(*args):
     return finish(*args)
 
 
-engine.save_checkpoint, engine.finish_epoch = save_checkpoint, finish_epoch
+loop.save_checkpoint, loop.finish_epoch = save_checkpoint, finish_epoch
 run_script(Retrieval.main)

@@ -3,13 +3,13 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import engine
+from engine import loop
 import Pretrain
 from utils import rank, run_script
 
-plain = engine.iterate
+plain = loop.iterate
 
 
 def iterate(run, *args):
@@ -19,5 +19,5 @@ def iterate(run, *args):
     return result
 
 
-engine.iterate = iterate
+loop.iterate = iterate
 run_script(Pretrain.main)

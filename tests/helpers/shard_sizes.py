@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from launch import init_process_group
+from engine.processes import init_process_group
 from optim import create_optimizer
 from utils import run_script
 

@@ -6,7 +6,7 @@ import torch
 
 from dataset import to_device
 from engine import autocast
-from evaluation import divided, gathered
+from evaluation.divide import divided, gathered
 from models.albef import Text
 from utils import is_main
 

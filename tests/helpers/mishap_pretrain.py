@@ -11,13 +11,13 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import engine
+from engine import loop
 import Pretrain
 from utils import is_main, rank, run_script
 
-plain, trace = engine.iterate, Path(os.environ["TRACE"])
+plain, trace = loop.iterate, Path(os.environ["TRACE"])
 first_start = not trace.exists()
 
 
@@ -43,5 +43,5 @@ def iterate(run, batches, epoch, iteration, *others):
     return plain(run, batches, epoch, iteration, *others)
 
 
-engine.iterate = iterate
+loop.iterate = iterate
 run_script(Pretrain.main)

@@ -14,16 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from checkpoints import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
-from curves import Curves
+from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
+from engine.curves import Curves
 from dataset.batches import TrainBatches, samples_of
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
-from recorder import Recorder, following, summary, write_log
+from engine.recorder import Recorder, following, summary, write_log
 from scheduler import check_schedule, distillation_weight, learning_rate, scaled
 from utils import (
-    InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything,
-    world_size,
+    InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
 )  # fmt: skip
 
 

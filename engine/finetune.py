@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from checkpoints import find_resume_file
+from engine.saving import find_resume_file
 from dataset import build_dataset, file_key
 from engine import train
-from launch import init_process_group
+from engine.processes import init_process_group
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint
 from models.tokenizer import tokenizer_of
-from recorder import write_log
-from utils import InputError, is_main, load_config, make_output_dir, require, save_config, seed_everything
+from engine.recorder import write_log
+from configs.schema import load_config, require, save_config
+from utils import InputError, is_main, make_output_dir, seed_everything
 
 
 def fine_tune(task, args, step, evaluate, score, report, check=None):

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize
 from engine import autocast
-from evaluation import divided, progress_bar
-from metrics import chance_recall, recall_at_k
+from evaluation.divide import divided, progress_bar
+from evaluation.metrics import chance_recall, recall_at_k
 from models.albef import Text
 from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
 from utils import atomic_write, is_distributed, is_main, world_size

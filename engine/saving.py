@@ -15,9 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from dataset.batches import Phase, samples_of
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
-from utils import (
-    TEMPORARY, InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
-)  # fmt: skip
+from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 

@@ -1,0 +1,1 @@
+"""Configuration files, and what may stand in them."""

@@ -1,0 +1,1 @@
+"""Evaluation of every task and the metrics it reports."""
