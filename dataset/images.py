@@ -1,6 +1,7 @@
 """Decoding of image files, the way training and testing see them."""
 
 import io
+import os
 import re
 import warnings
 from pathlib import Path
@@ -14,6 +15,14 @@ from PIL import Image, UnidentifiedImageError
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
+# Pillow is asked for these alone: its other plug-ins are code that nobody chose to run on files from the web, and the one of
+# EPS starts Ghostscript on them
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so that a small file can keep a decoder busy
+# for minutes. To count scans beforehand costs less than 1% of decoding an ordinary image, and is a time limit that works in every
+# thread and process; a signal would not interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
+MAX_SCANS = 100
+
 
 class _Refused(Exception):
     """A file that is not decoded, though it might be; the message is the kind of reason, a colon and the details."""
@@ -23,9 +32,18 @@ def load_image(path):
     """Decode an image file as `decode_image` does. Raises OSError also for a file that is missing or unreadable."""
     try:
         data = Path(path).read_bytes()
+    except (FileNotFoundError, IsADirectoryError):
+        raise OSError(f"{path}: {no_file(path)}") from None
     except ValueError as error:  # a name that no file can have, with a NUL in it for one
         raise OSError(f"{path!r}: {error}") from None
     return decode_image(data, path)
+
+
+def no_file(path):
+    """What a path at which there is no image file is instead, and the remedy."""
+    if "://" in str(path):
+        return "is a URL: download the image and name its file"
+    return "is a folder: name an image file in it" if os.path.isdir(path) else "does not exist: check its path"
 
 
 def decode_image(data, name):
@@ -33,16 +51,19 @@ def decode_image(data, name):
 
     Pixels are those of Pillow's convert("RGB"), as in the released code: EXIF does not turn them, transparency leaves the
     color beneath, of an animation the first frame is used. Gray of 16 bits is scaled to 8, where Pillow clips it.
-    Raises OSError, with name in the message, for one that is empty, corrupt or truncated, of 32-bit values whose white is not
-    known, or, before it is decoded, of more pixels than Image.MAX_IMAGE_PIXELS.
+    Raises OSError, with name in the message, for one that is empty, corrupt or truncated, of none of FORMATS, of 32-bit values
+    whose white is not known, or, before it is decoded, of more pixels than Image.MAX_IMAGE_PIXELS or more than MAX_SCANS scans.
     """
     if not data:
         raise OSError(f"{name}: empty file")
     try:
-        image = _decode_jpeg(data) if data.startswith(b"\xff\xd8\xff") else None
+        image = None
+        if data.startswith(b"\xff\xd8\xff"):
+            _check_scans(data)
+            image = _decode_jpeg(data)
         return _decode_with_pillow(data) if image is None else image
     except UnidentifiedImageError:
-        raise OSError(f"{name}: not an image that Pillow can read") from None
+        raise OSError(f"{name}: not an image: it is none of {', '.join(FORMATS)}") from None
     except _Refused as error:
         raise OSError(f"{name}: {error}") from None
     except Image.DecompressionBombError as error:
@@ -66,11 +87,19 @@ def _decode_jpeg(data):
 
 
 def _decode_with_pillow(data):
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(*image.size)
         image.load()
         image.info.pop("transparency", None)  # without effect on the pixels of an RGB image, but Pillow warns of it
         return from_pillow(_to_8_bits(image).convert("RGB"))
+
+
+def _check_scans(data):
+    values = np.frombuffer(data, np.uint8)
+    # the marker and the first byte of its length; what other data may hold of them by chance is far below the limit
+    scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
+    if scans > MAX_SCANS:
+        raise _Refused(f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again")
 
 
 def _check_size(width, height):

@@ -197,7 +197,7 @@ def render(paths: tuple[Path, Path], image_res: int) -> np.ndarray | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(png) as image:
+            with Image.open(png, formats=["PNG"]) as image:
                 image = image.convert("RGBA")
             image = image.crop(image.getbbox())  # a transparent margin belongs to the page, not to the drawing
             image = ImageOps.contain(image, (image_res, image_res), Image.Resampling.BICUBIC)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dataset.images import no_file
 from utils import InputError, seed_of
 
 MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
@@ -75,5 +76,6 @@ def check_images(dataset, sample=1000):
         i, path = min(missing)
         share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
-        raise InputError(f"{dataset.where(i)}: image {path} does not exist ({share}); correct {roots}, or remove such entries "
-                         "from the annotation file")
+        problem, remedy = no_file(path).split(": ")
+        raise InputError(f"{dataset.where(i)}: image {path} {problem} ({share}); {remedy}, correct {roots}, or remove such "
+                         "entries from the annotation file")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from dataset.images import decode_image
+from dataset.images import FORMATS, decode_image, no_file
 from dataset.shards import image_and_captions, read_shard
 from dataset.text import is_blank, without_halves
 from utils import InputError
@@ -142,7 +142,7 @@ def look_at(data, name):
         problem = str(error).removeprefix(f"{name}: ")
         return Look(problem.partition(":")[0], problem)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
             return Look("", "", f"{image.format} {image.mode}", side, rotated, getattr(image, "is_animated", False))
     except Exception:  # its pixels are there; what else it says of itself may be damaged
@@ -157,8 +157,8 @@ def look_at_files(items):
 def _look_at_file(path):
     try:
         return look_at(Path(path).read_bytes(), path)
-    except FileNotFoundError:
-        return Look("missing", "missing: correct its path, or remove the entry")
+    except (FileNotFoundError, IsADirectoryError):
+        return Look("missing", f"missing: it {no_file(path)}, or remove the entry")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         return Look("unreadable", f"unreadable: {getattr(error, 'strerror', None) or error}")
 

@@ -14,7 +14,7 @@ from dataset import build_dataset
 from dataset.caption import draw_caption
 from dataset.text import is_blank, pre_caption, tokenize
 from models.tokenizer import build_tokenizer
-from test_images import declares
+from test_images import declares, encoded, jpeg_of_scans
 from utils import InputError
 
 GOOD = "images/train/000000.jpg"
@@ -25,8 +25,8 @@ BLANK = {
 }  # fmt: skip
 UNUSABLE = {  # name of the image file -> words of the reason
     "corrupt.jpg": "broken image", "truncated.jpg": "broken image", "corrupt.png": "broken image", "empty.jpg": "empty file",
-    "html.jpg": "not an image", "gone.jpg": "No such file", "bomb.jpg": "too large", "bomb.png": "too large",
-    "float.tiff": "unknown range of gray",
+    "html.jpg": "not an image", "gone.jpg": "does not exist", "bomb.jpg": "too large", "bomb.png": "too large",
+    "float.tiff": "unknown range of gray", "slow.jpg": "too slow to decode", "page.eps": "not an image",
 }  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def folder(shapes, tmp_path):
         "corrupt.jpg": good[:-200] + b"\xff\xd9", "truncated.jpg": good[:-200],
         "corrupt.png": png[:60] + bytes(len(png) - 60), "empty.jpg": b"", "html.jpg": b"<html>404 Not Found</html>",
         "bomb.jpg": declares(30000, 30000, "JPEG"), "bomb.png": declares(30000, 30000, "PNG"), "good.jpg": good,
+        "slow.jpg": jpeg_of_scans(Image.new("RGB", (16, 16)), 101), "page.eps": encoded(Image.new("RGB", (16, 16)), "EPS"),
     }  # fmt: skip
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -105,8 +106,10 @@ def test_unusable_images_end_a_test(tiny_config, folder, name):
 
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_test"])
 def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
-    message = refusal(build, name, tiny_config, folder, entries_of(name, ["good.jpg", "gone.jpg"]))
-    assert "entry 1" in message and "gone.jpg does not exist (1 of the 2" in message and "image_root" in message
+    (folder / "photos").mkdir()
+    for image, problem in (("gone.jpg", "does not exist"), ("photos", "is a folder"), ("https://host/a.jpg", "is a URL")):
+        message = refusal(build, name, tiny_config, folder, entries_of(name, ["good.jpg", image]))
+        assert "entry 1" in message and f"{image} {problem} (1 of the 2" in message and "image_root" in message
 
 
 @pytest.mark.parametrize("name", ["pretrain", "grounding_train", "retrieval_test"])

@@ -41,6 +41,10 @@ def to_tensor(image):
         ("P", "a.png", {}),
         ("1", "a.png", {}),
         ("P", "a.gif", {}),
+        ("RGB", "a.webp", {}),
+        ("RGB", "a.bmp", {}),
+        ("RGB", "a.tiff", {"compression": "jpeg"}),
+        ("RGB", "a.ppm", {}),
     ],
 )
 def test_load_image_equals_pillow(tmp_path, picture, mode, name, options):
@@ -75,6 +79,46 @@ def test_damaged_jpeg_raises_but_stray_bytes_do_not(tmp_path, picture):
     scan = data.index(b"\xff\xda")
     path.write_bytes(data[:scan] + b"stray" + data[scan:] + b"trailing")
     assert torch.equal(load_image(path), to_tensor(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("format", ["EPS", "ICO", "TGA", "PDF", "JPEG2000"])
+def test_other_plug_ins_are_not_asked(monkeypatch, picture, format):
+    def ghostscript(*_, **__):
+        raise AssertionError("Ghostscript was called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
+    with pytest.raises(OSError, match="^photo.jpg: not an image: it is none of JPEG, PNG"):
+        decode_image(encoded(picture.crop((0, 0, 61, 43)), format), "photo.jpg")
+
+
+def encoded(picture, format, **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def jpeg_of_scans(picture, count):
+    """A progressive JPEG whose last scan, which refines coefficients that are 0, stands there again and again."""
+    data = encoded(picture, "JPEG", progressive=True)
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scan * (count - data.count(b"\xff\xda")) + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch, mode):
+    def decode(*_):
+        raise AssertionError("decoded")
+
+    black = Image.new(mode, (64, 48))
+    usual, hostile = encoded(black, "JPEG", progressive=True), jpeg_of_scans(black, 3000)
+    assert usual.count(b"\xff\xda") >= 10 and len(hostile) < 50_000
+    assert torch.equal(decode_image(usual, "a"), to_tensor(Image.open(io.BytesIO(usual)).convert("RGB")))
+    video = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()  # as phones append to a photo
+    assert torch.equal(decode_image(usual + video, "a"), decode_image(usual, "a"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(OSError, match="^slow.jpg: too slow to decode: 3000 scans"):
+        decode_image(hostile, "slow.jpg")
 
 
 def image_of(image, tmp_path, name, **options):
@@ -188,8 +232,10 @@ def test_unreadable_files_raise(tmp_path):
     text.write_text("<html>404 Not Found</html>")
     fake = tmp_path / "fake.jpg"
     fake.write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
-    for path in (text, fake, tmp_path / "missing.jpg", tmp_path):
-        with pytest.raises(OSError, match=str(path)):
+    reasons = {text: "not an image", fake: "not an image", tmp_path / "missing.jpg": "does not exist", tmp_path: "is a folder",
+               "https://host/a.jpg": "is a URL: download"}  # fmt: skip
+    for path, reason in reasons.items():
+        with pytest.raises(OSError, match=f"^{path}: {reason}"):
             load_image(path)
     for name in ("a\0.jpg", "\ud83d.jpg"):
         with pytest.raises(OSError, match=re.escape(repr(name))):

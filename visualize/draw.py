@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from dataset.images import load_image
+
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a caption is a dollar
 
 HIT, MISS = "#2a9d4a", "#c9302c"
@@ -66,7 +68,7 @@ def _pick(rows, count):
 
 
 def _open(image_root, name):
-    return Image.open(os.path.join(image_root, name)).convert("RGB")
+    return load_image(os.path.join(image_root, name)).permute(1, 2, 0).numpy()
 
 
 def _draw_text_queries(figure, queries, image_root, top):
