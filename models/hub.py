@@ -1,47 +1,48 @@
-"""Files of the Hugging Face hub, from the local cache or over the network, with a clear word when there is none."""
+"""Files of the Hugging Face hub, from its local cache or over the network."""
 
-import os
-import socket
-from urllib.parse import urlparse
+from contextlib import suppress
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import (
+    HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError,
+)  # fmt: skip
 
 from utils import InputError
 
 
 def hub_file(name, filenames, key):
-    """The local path of the first of filenames that the hub repository `name` has.
+    """Return the local path of the first of filenames that the hub repository `name` has.
 
-    key: the configuration key or flag in messages. Raises InputError if the hub is out of reach or has no such file.
+    key: the configuration key or flag in messages. Raises InputError if the hub cannot be reached or has no such file.
     """
     wanted = " or ".join(filenames)
-    problem = f"{key}: {name} is no local file or folder and"
+    problem, remedy = f"{key}: {name} is not a local file or folder, and", f"name a local copy of {wanted}"
     try:
         for filename in filenames:
-            try:
+            with suppress(LocalEntryNotFoundError):
                 return hf_hub_download(name, filename, local_files_only=True)
-            except LocalEntryNotFoundError:
-                continue
-        _check_network(f"{problem} the hub cannot be reached: connect, or name a local copy of {wanted}")
+        with suppress(HfHubHTTPError):  # any answer will do; without a network hf_hub_download retries for half a minute
+            get_hf_file_metadata(hf_hub_url(name, filenames[0]))
         for filename in filenames:
-            try:
+            with suppress(RemoteEntryNotFoundError):
                 return hf_hub_download(name, filename)
-            except EntryNotFoundError:
-                continue
     except HFValidationError:
-        raise InputError(f"{problem} no hub name either: check the path") from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{problem} the hub does not give it ({reason}): name a local copy of {wanted}") from None
+        hint = "download it first (Download.py --url) and name the file" if "://" in name else "check the path"
+        raise InputError(f"{problem} not a valid hub name: {hint}") from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"{problem} the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE, or {remedy}") from None
+    except HfHubHTTPError as error:
+        raise InputError(f"{problem} the hub does not give it ({_first_line(error)}): check the name, or {remedy}") from None
+    except Exception as error:  # of the network; the hub's client does not say which
+        proxies, scheme = getproxies(), urlsplit(constants.ENDPOINT).scheme
+        proxy = proxies.get(scheme) or proxies.get("all", "")
+        shown = proxy.rpartition("@")[2]  # without a password
+        hint = f"check the proxy {shown} (variable {scheme}_proxy)" if proxy else f"connect to {constants.ENDPOINT}"
+        raise InputError(f"{problem} the hub cannot be reached ({_first_line(error)}): {hint}, or {remedy}") from None
     raise InputError(f"{problem} the hub repository has no {wanted}")
 
 
-def _check_network(message):
-    """The hub's client retries for the better part of a minute; a failed look-up says the same at once."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        raise InputError(message) from None
+def _first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,13 @@
 """Token ids as the released checkpoints were trained with, and vocabularies made from captions."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import huggingface_hub
 import pytest
 
+from conftest import refusal
 from models.tokenizer import build_tokenizer, check_vocab_size, main, train_vocab
 from utils import InputError
 
@@ -60,3 +64,63 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
         assert tokenizer.unk_token_id not in ids
         # every word is one piece; Chinese and Japanese signs are words of their own
         assert len(ids) == 1 + sum(1 if word.isalpha() and word < "\u3000" else len(word) for word in caption.split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does where a file, or with server.error another thing, does not exist."""
+
+    def do_HEAD(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", self.server.error)
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+def place_hub(monkeypatch, address):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}")
+    huggingface_hub.close_session()  # the client keeps its proxies
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server in the place of the hub."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    server.error = "EntryNotFound"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    place_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+    yield server
+    server.shutdown()
+    server.server_close()
+    huggingface_hub.close_session()
+
+
+def test_a_hub_without_the_file_or_the_repository(hub):
+    assert "the hub repository has no vocab.txt or tokenizer.json" in refusal(build_tokenizer, "some-lab/some-bert")
+    hub.error = "RepoNotFound"
+    assert "the hub does not give it" in refusal(build_tokenizer, "some-lab/some-bert")
+
+
+def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
+    place_hub(monkeypatch, "http://127.0.0.1:9")
+    message = refusal(build_tokenizer, "some-lab/some-bert")
+    assert "the hub cannot be reached" in message and "connect to http://127.0.0.1:9, or name a local copy of vocab" in message
+    monkeypatch.setenv("http_proxy", "http://name:password@127.0.0.1:9")
+    huggingface_hub.close_session()
+    message = refusal(build_tokenizer, "some-lab/some-bert")
+    assert "the hub cannot be reached" in message and "check the proxy 127.0.0.1:9 (variable http_proxy)" in message
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "unset HF_HUB_OFFLINE, or name a local copy of vocab.txt" in refusal(build_tokenizer, "some-lab/some-bert")
+
+
+def test_an_address_is_not_a_hub_name():
+    assert "download it first" in refusal(build_tokenizer, "https://example.org/vocab.txt")
