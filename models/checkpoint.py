@@ -10,6 +10,7 @@ import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -26,6 +27,7 @@ from utils import InputError
 ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^idx_queue$|^queue_ptr$"
 QUEUES = ("image_queue", "text_queue", "queue_ptr")  # of use together only; idx_queue is of fine-tuning alone
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
+SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
 METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
 PARTS = 12  # in which a file is copied: the pages of a mapped file count as memory until it is unmapped
@@ -105,9 +107,7 @@ def read_checkpoint(path, device="cpu", names=None):
     file of a run does; see write_checkpoint. Pickles are read with weights_only: code in them is never run. Tensors lie in
     a mapping of the file, and are read when they are used.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: check the path")
+    path = existing_file(path)
     verify(path)
     try:
         if path.suffix == ".safetensors":
@@ -123,6 +123,20 @@ def read_checkpoint(path, device="cpu", names=None):
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return content
+
+
+def existing_file(path):
+    """Return the path of a checkpoint file. Raises InputError with the remedy where it is a folder, an address or nothing."""
+    if urlsplit(str(path)).scheme in ("http", "https"):
+        raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
+    path = Path(path)
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+        best = max(files, default=None, key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file))
+        raise InputError(f"checkpoint {path} is a folder: name {f'the file, perhaps {best}' if best else 'a file'}")
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist: check the path")
+    return path
 
 
 def _is_mapped(path):

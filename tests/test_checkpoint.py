@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
 import models.checkpoint
+from conftest import refusal
 from engine.saving import resume
 from Export import export
 from models import build_model
@@ -214,6 +215,18 @@ def test_unreadable_files_are_one_line(tmp_path, golden, capsys):
             read_weights(tmp_path / name)
         assert "\n" not in str(error.value)
     assert "this must never run" not in capsys.readouterr().out
+
+
+def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert refusal(read_weights, run) == f"checkpoint {run} is a folder: name a file"
+    for name in ("checkpoint_10.pth", "checkpoint_last.pth", "checkpoint_best.pth"):  # each one more likely to be meant
+        (run / name).touch()
+        assert refusal(read_weights, f"{run}/").endswith(f"is a folder: name the file, perhaps {run / name}")
+    address = "https://example.org/ALBEF.pth"
+    assert "is an address: download it first (Download.py --url)" in refusal(read_weights, address)
+    assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
 
 
 def test_report_condenses_numbered_names():
