@@ -8,9 +8,9 @@ import pickle
 import reprlib
 from typing import NamedTuple
 
-from evaluation.metrics import GROUNDING_SPLITS
 from utils import InputError
 
+GROUNDING_SPLITS = ("val", "testA", "testB")  # the splits of RefCOCO+ that are evaluated
 _NOT_RELEASED = "this is not the released RefCOCO+ file, download it again"
 
 
@@ -91,6 +91,20 @@ def load_detections(det_file, refer):
             raise InputError(f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split {ref['split']}); "
                              f"det_file must hold detections for every image of {', '.join(GROUNDING_SPLITS)}")
     return detections
+
+
+def box_iou(a, b):
+    """Return the intersection over union of two boxes [x, y, w, h] in pixels.
+
+    As in REFER's evaluation the last pixel of a box is x + w - 1, and boxes meet only if the first pixel of the
+    overlap comes before its last one: areas are the plain w * h, but an overlap at most one pixel wide or high is none.
+    """
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    if width <= 1 or height <= 1:
+        return 0.0
+    intersection = width * height
+    return float(intersection / (a[2] * a[3] + b[2] * b[3] - intersection))
 
 
 def _read_plain_pickle(path):

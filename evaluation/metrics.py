@@ -9,9 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from dataset.refer import GROUNDING_SPLITS, box_iou
 from utils import InputError
-
-GROUNDING_SPLITS = ("val", "testA", "testB")
 
 
 def _ranks(scores, positives):
@@ -182,20 +181,6 @@ def _percent(accuracies):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # grounding
-
-
-def box_iou(a, b):
-    """Intersection over union of two boxes [x, y, w, h] in pixels.
-
-    As in REFER's evaluation the last pixel of a box is x + w - 1, and boxes meet only if the first pixel of the
-    overlap comes before its last one: areas are the plain w * h, but an overlap at most one pixel wide or high is none.
-    """
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    if width <= 1 or height <= 1:
-        return 0.0
-    intersection = width * height
-    return float(intersection / (a[2] * a[3] + b[2] * b[3] - intersection))
 
 
 def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):

@@ -6,7 +6,7 @@ values, and {} fits every object.
 from itertools import combinations, product
 from typing import Callable, NamedTuple
 
-from evaluation.metrics import box_iou
+from dataset.refer import box_iou
 
 from .captions import NUMBERS, indefinite, plural, say
 from .scenes import COLORS, FILLS, GRID, SHAPES, SIZES, visible_objects
