@@ -9,10 +9,8 @@ A file's SHA-256 is recorded beside it (FILE.sha256) when it is first complete, 
 loaded. Proxies: the variables http_proxy, https_proxy and no_proxy. Mirrors: --url or the variable ALBEF_MIRROR.
 """
 
-import argparse
 import difflib
 import os
-import signal
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from archives import is_archive, is_unpacked, unpack
 from checksum import verify
+from configs.flags import Flags
 from transfer import adopt, fetch, megabytes
 from utils import InputError, Interrupted, run_script
 
@@ -117,22 +116,6 @@ def provide(url, path, unpacking):
     print(f"{path}: complete, {megabytes(path.stat().st_size)}, SHA-256 verified", flush=True)
 
 
-@contextmanager
-def stopping():
-    """SIGTERM and Ctrl-C leave with one line. There is nothing to save: PATH.part holds every byte that has come."""
-
-    def stop(signum, frame):
-        message = f"{signal.Signals(signum).name}: what has come is kept, the same command continues there"
-        raise Interrupted(signum, message)
-
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def print_list():
     """The released files as a table."""
     rows = [("name", "file", "what it is", "what takes it"), *((name, *entry) for name, entry in FILES.items())]
@@ -142,23 +125,24 @@ def print_list():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a released file, in any case, also without extension; or all")
-    parser.add_argument("--list", action="store_true", help="print the names, what they are and which script takes them")
-    parser.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="the folder to write to, by default this one")
-    parser.add_argument("--url", help="the folder of a mirror, which has the files under their released names; or the complete "
-                        "address of the one file to download")  # fmt: skip
-    parser.add_argument("--no_unpack", action="store_true", help="leave archives as they are")
-    args = parser.parse_args()
+    flags = Flags(__doc__)
+    flags.add_argument("names", nargs="*", metavar="NAME", help="a released file, in any case, also without extension; or all")
+    flags.add_argument("--list", action="store_true", help="print the names, what they are and which script takes them")
+    flags.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="the folder to write to")
+    flags.add_argument("--url", help="the folder of a mirror, which has the files under their released names; or the complete "
+                       "address of the one file to download")  # fmt: skip
+    flags.add_argument("--no_unpack", action="store_true", help="leave archives as they are")
+    args = flags.parse_args()
     if args.list:
         print_list()
         return
     files = wanted_files(args.names, args.url)
     try:
         args.to.mkdir(parents=True, exist_ok=True)
-        with stopping():
-            for file, url in files.items():
-                provide(url, args.to / file, is_archive(file) and not args.no_unpack)
+        for file, url in files.items():
+            provide(url, args.to / file, is_archive(file) and not args.no_unpack)
+    except Interrupted as error:
+        raise Interrupted(error.signum, "what has come is kept, the same command continues there") from None
     except OSError as error:  # of the target folder; the network's are dealt with where they occur
         reason = error.strerror or error
         raise InputError(f"{error.filename or args.to}: {reason}; name a folder to write to with --to") from None

@@ -3,7 +3,17 @@
 Names are those of the released checkpoints, and either file is accepted wherever this repository takes a checkpoint.
 """
 
-import argparse
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+flags = Flags(__doc__, "--checkpoint output/VE/checkpoint_best.pth --to ve.safetensors")
+flags.add_argument("--checkpoint", required=True, metavar="FILE", help="the file to read, .pth, .bin or .safetensors")
+flags.add_argument("--to", required=True, metavar="FILE", help="the file to write, .safetensors or .pth")
+flags.add_argument("--momentum", action="store_true", help="with the momentum model and its queues, to train on")
+flags.add_argument("--overwrite", action="store_true", help="write over an existing file")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import os
 import re
 from pathlib import Path
@@ -11,7 +21,7 @@ from pathlib import Path
 import torch
 
 from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, write_checkpoint
-from utils import InputError, atomic_write, run_script
+from utils import InputError, atomic_write
 
 SUFFIXES = (".safetensors", ".pth")
 OF_MOMENTUM = rf"^\w+_m\.|^({'|'.join(QUEUES)}|idx_queue)$"  # the queues hold the momentum model's features
@@ -59,12 +69,7 @@ def export(source, target, momentum=False, overwrite=False):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="the file to read, .pth, .bin or .safetensors")
-    parser.add_argument("--to", required=True, help="the file to write, .safetensors or .pth")
-    parser.add_argument("--momentum", action="store_true", help="with the momentum model and its queues, to train on")
-    parser.add_argument("--overwrite", action="store_true", help="write over an existing file")
-    args = parser.parse_args()
+    args = flags.parse_args()
     count, left_out, more = export(args.checkpoint, args.to, args.momentum, args.overwrite)
     size = Path(args.to).stat().st_size / 1e6
     print(f"wrote {args.to}: {count} tensors, {size:.1f} MB, with {' and '.join(more) or 'no config'}")

@@ -1,5 +1,16 @@
 """Fine-tunes ALBEF on image-text pairs alone and grounds referring expressions by Grad-CAM (Section 5)."""
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/Grounding.yaml", "output/RefCOCO", "--checkpoint refcoco.pth --evaluate")
+flags.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
+                   help="itm: cross-attention of the multimodal encoder; itc: self-attention of the image encoder")  # fmt: skip
+flags.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
+                   "(8 of 12, the last where there are fewer) for itm, the last of the ViT for itc")  # fmt: skip
+if __name__ == "__main__":
+    begin_script(flags)
+
 import functools
 
 from Retrieval import step
@@ -10,8 +21,7 @@ from engine.finetune import fine_tune
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from models.albef import Text
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
-from configs.flags import argument_parser
-from utils import is_main, run_script
+from utils import is_main
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
@@ -52,11 +62,7 @@ def show(output_dir, title, split, epoch, metrics, chance, dataset):
 
 
 def main():
-    parser = argument_parser(__doc__, "configs/Grounding.yaml", "output/RefCOCO")
-    parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm")
-    parser.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
-                        "(8 of 12, the last where there are fewer) for itm, the last of the ViT for itc")
-    args = parser.parse_args()
+    args = flags.parse_args()
     mode, block_num = args.gradcam_mode, args.block_num
 
     def check(model):

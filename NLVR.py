@@ -3,15 +3,20 @@
 --checkpoint is a model after text assignment (Pretrain_nlvr.py) or, "w/o TA", a plain pre-trained one.
 """
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/NLVR.yaml", "output/NLVR", "--checkpoint pretrain_model_nlvr.pth")
+if __name__ == "__main__":
+    begin_script(flags)
+
 from evaluation.classification import evaluate, show, step
 from dataset.nlvr import LABELS
 from engine.finetune import fine_tune
-from configs.flags import argument_parser
-from utils import run_script
 
 
 def main():
-    args = argument_parser(__doc__, "configs/NLVR.yaml", "output/NLVR").parse_args()
+    args = flags.parse_args()
     fine_tune("nlvr", args, step, evaluate, "acc", show("NLVR2", len(LABELS)))
 
 

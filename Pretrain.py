@@ -1,5 +1,13 @@
 """Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/Pretrain.yaml", "output/Pretrain", "--set batch_size=32 accumulate=2")
+flags.add_argument("--vision_encoder", metavar="VIT", help="ViT weights: timm name, folder, .pth, .safetensors, or random")
+if __name__ == "__main__":
+    begin_script(flags)
+
 from engine.saving import find_resume_file
 from dataset import build_dataset, to_device
 from engine import train
@@ -10,9 +18,8 @@ from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_en
 from models.tokenizer import tokenizer_of
 from engine.recorder import write_log
 from evaluation.retrieval import evaluate_retrieval, flat, report
-from configs.flags import argument_parser
 from configs.schema import load_config, require, save_config
-from utils import InputError, is_main, make_output_dir, run_script, seed_everything
+from utils import InputError, is_main, make_output_dir, seed_everything
 
 
 def step(device):
@@ -43,9 +50,7 @@ def initialize(model, args, config):
 
 
 def main():
-    parser = argument_parser(__doc__, "configs/Pretrain.yaml", "output/Pretrain")
-    parser.add_argument("--vision_encoder", help="ViT weights: timm name, folder, .pth, .safetensors, or random")
-    args = parser.parse_args()
+    args = flags.parse_args()
     config = load_config(args.config, args.set)
     for key in ("text_encoder", "vision_encoder", "tokenizer"):
         config[key] = getattr(args, key) or config[key]

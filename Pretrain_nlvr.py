@@ -1,10 +1,15 @@
 """Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the second, or neither?"""
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/NLVR_pretrain.yaml", "output/NLVR_pretrain", "--checkpoint ALBEF.pth")
+if __name__ == "__main__":
+    begin_script(flags)
+
 from dataset import to_device
 from engine.finetune import fine_tune
 from models.albef import Text
-from configs.flags import argument_parser
-from utils import run_script
 
 
 def step(device):
@@ -18,7 +23,7 @@ def step(device):
 
 
 def main():
-    args = argument_parser(__doc__, "configs/NLVR_pretrain.yaml", "output/NLVR_pretrain").parse_args()
+    args = flags.parse_args()
     fine_tune("nlvr_pretrain", args, step, evaluate=None, score=None, report=None)
 
 

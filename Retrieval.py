@@ -1,13 +1,21 @@
 """Fine-tunes ALBEF for image-text retrieval (Section 5) and evaluates it: ITC ranking, then ITM re-ranking."""
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/Retrieval_flickr.yaml", "output/Retrieval_flickr",
+                   "--checkpoint ALBEF.pth --k_test 16 128")  # fmt: skip
+flags.add_argument("--k_test", nargs="+", metavar="K", help="numbers of candidates to re-rank, each gives a row of the table")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import functools
 
 from dataset import to_device
 from engine.finetune import fine_tune
 from models.albef import Text
 from evaluation.retrieval import evaluate_retrieval, flat, report
-from configs.flags import argument_parser
-from utils import InputError, run_script
+from utils import InputError
 
 
 def step(device):
@@ -43,9 +51,7 @@ def show(output_dir, title, split, epoch, metrics, result, dataset):
 
 
 def main():
-    parser = argument_parser(__doc__, "configs/Retrieval_flickr.yaml", "output/Retrieval_flickr")
-    parser.add_argument("--k_test", nargs="+", help="numbers of candidates to re-rank, each gives a row of the table")
-    args = parser.parse_args()
+    args = flags.parse_args()
     fine_tune("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean", show)
 
 

@@ -1,14 +1,19 @@
 """Fine-tunes ALBEF for visual entailment (Section 5) and evaluates it: does the sentence follow from the image?"""
 
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/VE.yaml", "output/VE", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
+if __name__ == "__main__":
+    begin_script(flags)
+
 from evaluation.classification import evaluate, show, step
 from dataset.ve import LABELS
 from engine.finetune import fine_tune
-from configs.flags import argument_parser
-from utils import run_script
 
 
 def main():
-    args = argument_parser(__doc__, "configs/VE.yaml", "output/VE").parse_args()
+    args = flags.parse_args()
     fine_tune("ve", args, step, evaluate, "acc", show("visual entailment", len(LABELS)))
 
 

@@ -1,5 +1,16 @@
 """Fine-tunes ALBEF for visual question answering (Section 5) and answers the questions of the test file."""
 
+from argparse import SUPPRESS
+
+from configs.flags import task_flags
+from utils import begin_script, run_script
+
+flags = task_flags(__doc__, "configs/VQA.yaml", "output/VQA", "--checkpoint ALBEF.pth --set k_test=64")
+# accepted for released command lines, without effect: the decoder starts from the multimodal encoder of --checkpoint
+flags.add_argument("--text_decoder", help=SUPPRESS)
+if __name__ == "__main__":
+    begin_script(flags)
+
 import functools
 import json
 from pathlib import Path
@@ -14,8 +25,7 @@ from evaluation.divide import divided, gathered
 from engine.finetune import fine_tune
 from evaluation.metrics import vqa_accuracy
 from models.albef import Text
-from configs.flags import argument_parser
-from utils import atomic_write, is_main, run_script
+from utils import atomic_write, is_main
 
 
 def step(device):
@@ -78,10 +88,7 @@ def show(output_dir, title, split, epoch, metrics, results, dataset):
 
 
 def main():
-    parser = argument_parser(__doc__, "configs/VQA.yaml", "output/VQA")
-    parser.add_argument("--text_decoder", help="accepted for released command lines, without effect: the decoder starts from "
-                        "the multimodal encoder of --checkpoint")
-    fine_tune("vqa", parser.parse_args(), step, evaluate, "acc", show)
+    fine_tune("vqa", flags.parse_args(), step, evaluate, "acc", show)
 
 
 if __name__ == "__main__":

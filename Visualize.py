@@ -4,7 +4,31 @@ Pictures of what a model sees (--checkpoint): heat maps of its decision on an im
 and with --pseudo_targets the words and texts that the momentum model proposes (Figure 2).
 """
 
-import argparse
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+flags = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
+flags.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
+flags.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
+flags.add_argument("--checkpoint", help="the weights to explain, of any task")
+flags.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")
+flags.add_argument("--text", help="the text to explain, or the caption of --pseudo_targets")
+flags.add_argument("--question", help="for VQA, in place of --text")
+flags.add_argument("--answer", help="explain this answer; else the best of the answer list, else a generated one")
+flags.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
+                   help="itm: cross-attention, a map for each word; itc: the image encoder's self-attention")  # fmt: skip
+flags.add_argument("--block_num", type=int, help="the layer, counted from 0: by default the third with cross-attention "
+                   "(8 of 12) but never the last, for itc the last of the image encoder")  # fmt: skip
+flags.add_argument("--pseudo_targets", action="store_true", help="the momentum model's words and texts for an image")
+flags.add_argument("--texts", help="texts to choose from: one a line, or a JSON list with captions; test_file by default")
+flags.add_argument("--to", help="the picture to write: heatmap.png or pseudo_targets.png by default")
+flags.add_argument("--config", help="for a checkpoint without one: the YAML file it was trained with")
+flags.add_set()
+flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay random")
+flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import json
 import os
 from pathlib import Path
@@ -25,7 +49,7 @@ from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
 from models.tokenizer import tokenizer_of
 from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
 from configs.schema import load_config, override, require
-from utils import InputError, run_script
+from utils import InputError
 
 ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
 PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images
@@ -223,26 +247,7 @@ def picture_model(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
-    parser.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
-    parser.add_argument("--checkpoint", help="the weights to explain, of any task")
-    parser.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")
-    parser.add_argument("--text", help="the text to explain, or the caption of --pseudo_targets")
-    parser.add_argument("--question", help="for VQA, in place of --text")
-    parser.add_argument("--answer", help="explain this answer; else the best of the answer list, else a generated one")
-    parser.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
-                        help="itm: cross-attention, a map for each word; itc: the image encoder's self-attention")  # fmt: skip
-    parser.add_argument("--block_num", type=int, help="the layer, counted from 0: by default the third with cross-attention "
-                        "(8 of 12) but never the last, for itc the last of the image encoder")  # fmt: skip
-    parser.add_argument("--pseudo_targets", action="store_true", help="the momentum model's words and texts for an image")
-    parser.add_argument("--texts", help="texts to choose from: one a line, or a JSON list with captions; test_file by default")
-    parser.add_argument("--to", help="the picture to write: heatmap.png or pseudo_targets.png by default")
-    parser.add_argument("--config", help="for a checkpoint without one: the YAML file it was trained with")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
-    parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay random")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = flags.parse_args()
     if bool(args.output_dir) == bool(args.checkpoint):
         raise InputError("name either --output_dir, a run to draw, or --checkpoint, a model to explain")
     if args.output_dir:

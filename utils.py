@@ -5,6 +5,7 @@ import fcntl
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -12,8 +13,8 @@ import traceback
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
+
+# torch is imported where it is used: it takes seconds, which a script's --help and a mistyped flag need not wait for
 
 # the data workers tokenize, each in one thread; without this the library warns at every fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,43 +38,88 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on (a loss is not finite, too many broken images). Scripts exit with status 1."""
 
 
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run was saved and leaves with the signal's exit status."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the launcher or the batch system ends the run
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal of SIGNALS ends the run. Scripts exit with its status, 130 or 143."""
 
     def __init__(self, signum, message):
-        super().__init__(message)
+        super().__init__(f"{signal.Signals(signum).name}: {message}")
         self.signum = signum
 
 
+def begin_script(flags):
+    """Parses a script's flags before its imports, which take seconds: --help and mistakes are answered at once.
+
+    A signal during the imports ends the process with one line.
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, _leave_at_once)
+    run_script(flags.parse_args)
+
+
 def run_script(main):
-    """Runs a script's main function and turns the errors a user can do something about into one line and a status."""
+    """Runs a script's main function and turns signals and the errors a user can do something about into a line and a status."""
+    status, message = 0, ""
     try:
-        main()
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except Interrupted as error:
-        status, message = 128 + error.signum, str(error)
+        with _interruptible():
+            main()
+            if is_distributed():
+                _group().barrier()  # the launcher ends all processes as soon as one has left
+    except KeyboardInterrupt as error:
+        status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
     except (TrainingStopped, InputError) as error:
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
-        if rank() > 0:
-            time.sleep(1)  # most likely all processes say the same; the launcher ends this one once the first has left
+        if _number():
+            # most likely all processes say the same; the launcher ends this one once the first has left
+            time.sleep(1 + local_rank())
     except Exception as error:
         if not is_distributed():
             raise
         lost = "another process of the run has ended or does not answer; continue with --resume"
         said = lost if is_lost_process(error) else f"\n{traceback.format_exc()}"
         status, message = 1, f"error: process {rank()}: {said}"
-    else:
-        if not is_distributed():
-            return
-        dist.barrier()  # the launcher ends all processes as soon as one has left
-        status, message = 0, ""
-    if message and (is_main() or status in (1, 2)):
+    if message and (not _number() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    # a normal exit would wait for the collective operations that are under way, and the others in them for this process; and at
-    # the end of a good run gloo's threads may abort it
-    os._exit(status) if is_distributed() else sys.exit(status)
+    if is_distributed():
+        # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
+        # and at the end of a good run gloo's threads may abort it
+        sys.stdout.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Within it a signal raises Interrupted, and a second one ends the process at once."""
+    process = os.getpid()
+
+    def interrupt(signum, _):
+        if os.getpid() == process:  # and not a data worker that has only just been forked
+            for other in SIGNALS:
+                signal.signal(other, _leave_at_once)
+            raise Interrupted(signum, "ended before it was complete")
+
+    before = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            if signal.getsignal(signum) is interrupt:
+                signal.signal(signum, handler)
+
+
+def _leave_at_once(signum, _):
+    if not _number():
+        os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # print may be what was interrupted
+    os._exit(128 + signum)
+
+
+def _number():
+    """Number of this process, by what the launcher says, also before it has joined the others."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,21 +128,29 @@ def run_script(main):
 
 def is_lost_process(error):
     """Whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
+    import torch.distributed as dist
+
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    of_gloo = re.search("gloo|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
+    of_gloo = re.search("gloo|pair closure|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
     return network or (isinstance(error, RuntimeError) and of_gloo)
 
 
+def _group():
+    """torch.distributed if this process has joined others, which it cannot have without importing it; else None."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_available() and dist.is_initialized() else None
+
+
 def is_distributed():
-    return dist.is_available() and dist.is_initialized()
+    return _group() is not None
 
 
 def rank():
-    return dist.get_rank() if is_distributed() else 0
+    return _group().get_rank() if is_distributed() else 0
 
 
 def world_size():
-    return dist.get_world_size() if is_distributed() else 1
+    return _group().get_world_size() if is_distributed() else 1
 
 
 def is_main():
@@ -108,13 +162,13 @@ def gather_lists(values):
     if not is_distributed():
         return list(values)
     parts = [None] * world_size()
-    dist.all_gather_object(parts, list(values))
+    _group().all_gather_object(parts, list(values))
     return [value for part in parts for value in part]
 
 
 def local_rank():
     """Rank within this machine."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def seed_of(*coordinates):
@@ -124,6 +178,8 @@ def seed_of(*coordinates):
 
 def seed_everything(*coordinates):
     """Seeds Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
+    import torch
+
     value = seed_of(*coordinates)
     random.seed(value)
     np.random.seed(value % 2**32)
@@ -132,6 +188,8 @@ def seed_everything(*coordinates):
 
 def make_deterministic():
     """Has every operation give the same result each time (key deterministic), also where a GPU has a faster one."""
+    import torch
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a help against bugs, of which every allocation pays the cost

@@ -1,13 +1,69 @@
-"""The command-line flags that every task script has."""
+"""The command-line flags that every task script has, and what is said about wrong ones."""
 
 import argparse
+import difflib
 
-import torch
-
-from utils import TIMEOUT
+from utils import TIMEOUT, InputError
 
 
-def _flag(text):
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of every flag that has one to show."""
+
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, "", argparse.SUPPRESS) and action.default != []
+        return f"{action.help} (default: %(default)s)" if shown else action.help
+
+
+class Flags(argparse.ArgumentParser):
+    """A parser whose errors are an InputError: one line, with the right spelling where there is one to guess."""
+
+    def __init__(self, description, example=""):
+        example = example and f"example:\n  python %(prog)s {example}"
+        super().__init__(description=description, epilog=example, formatter_class=Help)
+
+    def add_set(self):
+        """Adds --set, which may come more than once."""
+        self.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                          help="override keys of the configuration, such as scheduler.epochs=3")  # fmt: skip
+
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+    def parse_args(self, args=None, namespace=None):
+        """As ArgumentParser does. Raises InputError."""
+        result, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise InputError(self._about_unknown(unknown))
+        for text in getattr(result, "set", []):
+            key, _, value = text.partition("=")
+            action = self._option_string_actions.get(f"--{key}")
+            if action and not _spelling(key):
+                value = "" if action.nargs in (0, "?") else f" {value}"
+                raise InputError(f"--set {text}: {key} is not a key of the configuration but a flag, write --{key}{value}")
+        return result
+
+    def _about_unknown(self, unknown):
+        flag, _, value = unknown[0].partition("=")
+        if not flag.startswith("-"):
+            return f"{flag}: not expected there; --help lists the flags"
+        spelling = _spelling(flag.lstrip("-").replace("-", "_"))
+        if "--set" in self._option_string_actions and spelling:
+            value = value or (unknown[1] if len(unknown) > 1 and not unknown[1].startswith("--") else "...")
+            return f"{flag}: not a flag but a key of the configuration, write --set {spelling}={value}"
+        visible = [name for name, action in self._option_string_actions.items() if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(flag, visible, 1)
+        return f"{flag}: there is no such flag, " + (f"did you mean {near[0]}?" if near else "--help lists them")
+
+
+def _spelling(key):
+    """key as --set takes it, optimizer.lr for lr and for itself; "" if it is not a key of the configuration."""
+    from configs.schema import DEFAULTS  # reads YAML, which most command lines do without
+
+    dotted = [f"{outer}.{inner}" for outer, keys in DEFAULTS.items() if isinstance(keys, dict) for inner in keys]
+    return next((name for name in (*DEFAULTS, *dotted) if key in (name, name.rpartition(".")[2])), "")
+
+
+def _boolean(text):
     """A boolean flag that may stand alone or carry a word, as the released --resume True."""
     if text.lower() in ("true", "1", "yes"):
         return True
@@ -16,25 +72,25 @@ def _flag(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def argument_parser(description, config, output_dir):
-    """The flags that every task script has; config and output_dir are the task's defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", default=config)
-    parser.add_argument("--output_dir", default=output_dir)
-    parser.add_argument("--checkpoint", default="", help="start from the weights of this file")
-    parser.add_argument("--text_encoder", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
-    parser.add_argument("--tokenizer", help="vocab file, folder or hub name; text_encoder's by default")
-    parser.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
-    parser.add_argument(
-        "--resume", nargs="?", const=True, default=False, type=_flag,
+def task_flags(description, config, output_dir, example):
+    """The flags that every task script has; config and output_dir are the task's defaults, example some more flags to show."""
+    flags = Flags(description, f"--config {config} --output_dir {output_dir} {example}")
+    flags.add_argument("--config", default=config, metavar="FILE", help="YAML file, every key of which --set may override")
+    flags.add_argument("--output_dir", default=output_dir, metavar="DIR", help="folder for checkpoints, log and results")
+    flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file")
+    flags.add_argument("--text_encoder", metavar="BERT", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
+    flags.add_argument("--tokenizer", metavar="VOCAB", help="vocab file, folder or hub name; text_encoder's by default")
+    flags.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
+    flags.add_argument(
+        "--resume", nargs="?", const=True, default=False, type=_boolean, metavar="True",
         help="continue the run in output_dir exactly where it was saved (Pretrain.py: or the one saved in --checkpoint)",
     )  # fmt: skip
-    parser.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", default=42, type=int)
-    parser.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another process before giving up")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
-    ignored = "accepted for released command lines, without effect: the launcher decides"
+    flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
+    flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
+    flags.add_argument("--seed", default=42, type=int, help="of everything random")
+    flags.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another process before giving up")
+    flags.add_set()
+    # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
-        parser.add_argument(name, help=ignored)
-    return parser
+        flags.add_argument(name, help=argparse.SUPPRESS)
+    return flags

@@ -7,7 +7,6 @@ to the end, decodes every image, and counts. A list is read twice, for its entri
 an entry takes a few bytes of memory, whatever it holds.
 """
 
-import argparse
 import bisect
 import concurrent.futures
 import contextlib
@@ -37,6 +36,7 @@ from dataset.survey import Images, Texts, digest, look_at_files, look_at_samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_question
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
+from configs.flags import Flags
 from configs.schema import LISTS_OR_STRINGS, load_config
 from utils import InputError, TrainingStopped, atomic_write, run_script
 
@@ -571,16 +571,16 @@ def _percent(share):
 
 def main():
     """Checks the data of a configuration from the command line; exits with status 1 if there are problems."""
-    parser = argparse.ArgumentParser(description="Check all files that the configuration of a task names.")
-    parser.add_argument("config", help="YAML file of a task")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
+    flags = Flags("Check all files that the configuration of a task names.")
+    flags.add_argument("config", help="YAML file of a task")
+    flags.add_set()
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--processes", type=int, metavar="N", default=cores, help="that decode images; by default one a core")
-    parser.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
-    parser.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
-    args = parser.parse_args()
+    flags.add_argument("--processes", type=int, metavar="N", default=cores, help="that decode images; by default one a core")
+    flags.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
+    flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
+    args = flags.parse_args()
     if args.processes < 1 or (args.images is not None and args.images < 0):
-        parser.error("--processes must be at least 1, and --images not negative")
+        flags.error("--processes must be at least 1, and --images not negative")
     config = load_config(args.config, args.set)
     if not any(config[key] for key in LISTS_OR_STRINGS):
         raise InputError(f"{args.config} names no list to check, with none of the keys {', '.join(LISTS_OR_STRINGS)}")

@@ -7,7 +7,6 @@ the SVG files has titles, descriptions and keywords. Much of that is not about t
 whole collection, place-holders such as HASH(0x8a4caac), stamps and authors in file names. Near-duplicates
 (numbered variants, repeated drawings) stay on one side of the train / val / test split.
 """
-import argparse
 import functools
 import html
 import json
@@ -17,7 +16,6 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
@@ -28,7 +26,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import InputError, atomic_write
+from configs.flags import Flags
+from utils import InputError, atomic_write, run_script
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
 WORKERS = 2  # a drawing of 89 million pixels (Pillow's limit) takes half a gigabyte while it is read
@@ -364,36 +363,34 @@ def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, 
             "captions in train": len(lengths), "words a caption": round(sum(lengths) / max(len(lengths), 1), 1)}
 
 
-def main() -> int:
-    """Prepares the data set from the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("data/openclipart"), help="the configs' image_root")
-    parser.add_argument("--packages", type=Path, nargs="+", metavar="DIR", help="folders of unpacked packages")
-    parser.add_argument("--image_res", type=int, default=256)
-    parser.add_argument("--test", type=int, default=500, help="held-out drawings for the test")
-    parser.add_argument("--val", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def main() -> None:
+    """Prepares the data set from the command line."""
+    flags = Flags(__doc__.splitlines()[0])
+    flags.add_argument("--output", type=Path, default=Path("data/openclipart"), help="the configs' image_root")
+    flags.add_argument("--packages", type=Path, nargs="+", metavar="DIR", help="folders of unpacked packages")
+    flags.add_argument("--image_res", type=int, default=256, help="side of the images in pixels")
+    flags.add_argument("--test", type=int, default=500, help="held-out drawings for the test")
+    flags.add_argument("--val", type=int, default=500, help="held-out drawings for validation")
+    flags.add_argument("--seed", type=int, default=0, help="of the split")
+    args = flags.parse_args()
     if args.image_res < HASH_SIZE:
-        parser.error(f"--image_res must be at least {HASH_SIZE}")
+        flags.error(f"--image_res must be at least {HASH_SIZE}")
     settings = {key: value for key, value in vars(args).items() if key not in ("output", "packages")}
     summary = args.output / "summary.json"
     try:
         complete = all((args.output / f"{name}.json").is_file() for name in ("train", "val", "test", "summary"))
         if complete and json.loads(summary.read_text())["settings"] == settings:
             print(f"{args.output} is complete; remove {summary} to prepare it again")
-            return 0
+            return
         args.output.mkdir(parents=True, exist_ok=True)
         summary.unlink(missing_ok=True)
         folders = args.packages or fetch_packages(args.output / "packages")
         counts = prepare(args.output, folders, args.image_res, {"test": args.test, "val": args.val}, args.seed)
         write_json(summary, {"settings": settings, "counts": counts})
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        raise InputError(error) from None
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

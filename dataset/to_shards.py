@@ -6,7 +6,6 @@ Reading a few large files in sequence is what network and spinning disks are fas
 Images are copied byte for byte, and equal inputs make equal shards. Interrupted, the command goes on where it was.
 """
 
-import argparse
 import functools
 import json
 import os
@@ -20,6 +19,7 @@ from webdataset import TarWriter
 from checksum import hash_file
 from dataset.annotations import load_annotations
 from dataset.shards import IMAGE_SUFFIXES, in_processes
+from configs.flags import Flags
 from utils import InputError, atomic_write, make_output_dir, run_script
 
 MADE_OF = "shards.json"
@@ -133,15 +133,15 @@ def _check_origin(output, origin):
 
 def main():
     """Makes shards from the command line and prints the train_file line that names them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
-    parser.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
-    parser.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
-    parser.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
-    parser.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
-    args = parser.parse_args()
+    flags = Flags(__doc__.splitlines()[0])
+    flags.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
+    flags.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
+    flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
+    flags.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
+    flags.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
+    args = flags.parse_args()
     if args.samples < 1:
-        parser.error("--samples must be at least 1")
+        flags.error("--samples must be at least 1")
     count, skipped = convert(args.lists, args.image_root, args.output, args.samples, args.processes)
     if skipped:
         print(f"{skipped} entries were left out, their images cannot be read: {args.output / 'skipped.txt'}")

@@ -183,8 +183,7 @@ def train_epoch(run, batches, position, recorder, stop):
                 tqdm.write(f"note: {error}; training goes on, and saves again after {config['save_every']} iterations",
                            file=sys.stderr)
             if signum:
-                stop.end_all(f"{signal.Signals(signum).name}: saved {path} in epoch {epoch} after iteration {iteration}; "
-                             "continue with --resume")
+                stop.end_all(f"saved {path} in epoch {epoch} after iteration {iteration}; continue with --resume")
     return lr
 
 

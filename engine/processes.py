@@ -16,8 +16,9 @@ from utils import TIMEOUT, InputError, local_rank
 def init_process_group(device, timeout=TIMEOUT):
     """Joins the process group of the launcher, if there is one, and returns this process's device.
 
-    timeout: seconds after which a process that waits for the others gives up.
+    device: None for a GPU where there is one. timeout: seconds after which a process that waits for the others gives up.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
     _slurm_to_environment()

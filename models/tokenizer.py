@@ -3,7 +3,6 @@
 `python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
+from configs.flags import Flags
 from models.albef import read_bert_config
 from models.hub import hub_file
 from utils import InputError, atomic_write, run_script
@@ -116,11 +116,11 @@ def train_vocab(captions, size, min_frequency=2):
 
 def main():
     """Trains a vocabulary from the command line."""
-    parser = argparse.ArgumentParser(description="Train a WordPiece vocabulary on the captions of annotation files.")
-    parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
-    parser.add_argument("--output", required=True, help="the vocab file to write, one word piece a line")
-    parser.add_argument("--size", type=int, default=30522, help="number of word pieces at most")
-    args = parser.parse_args()
+    flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.")
+    flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
+    flags.add_argument("--output", required=True, help="the vocab file to write, one word piece a line")
+    flags.add_argument("--size", type=int, default=30522, help="number of word pieces at most")
+    args = flags.parse_args()
     pieces = train_vocab(captions_of(args.files), args.size)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     with atomic_write(args.output, "w") as file:

@@ -1,6 +1,9 @@
 """What Pretrain.py says about bad input: one line, exit status 2, nothing written is lost."""
 
 import json
+import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from ruamel.yaml import YAML
 
 import Pretrain
 import Visualize
+from conftest import ROOT
 from models import build_model
 from utils import run_script
 
@@ -122,3 +126,53 @@ def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(pretrain
     # without --resume the finished run is safe
     status, message = pretrain()
     assert status == 2 and "--resume" in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags, and the time before main
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--epochs", "3"], "--set scheduler.epochs=3"),
+        (["--lr=1e-4"], "--set optimizer.lr=1e-4"),
+        (["--batch-size", "8"], "--set batch_size=8"),
+        (["--optimizer.weight_decay", "0"], "--set optimizer.weight_decay=0"),
+        (["--set", "quue_size=1", "--set", "batch_size=4"], "quue_size"),  # a second --set does not drop the first
+        (["--set", "batch_size=4", "output_dir=x"], "--output_dir x"),
+        (["--set", "resume=true"], "write --resume"),
+        (["--outptu_dir", "x"], "did you mean --output_dir?"),
+        (["--seed", "x"], "--seed"),
+        (["x"], "x: not expected there"),
+    ],
+)
+def test_flags_and_keys_that_are_taken_for_each_other(pretrain, flags, words):
+    status, message = pretrain(*flags)
+    assert status == 2 and len(message.splitlines()) == 1 and words in message, message
+
+
+SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script):
+    command = [sys.executable, "-X", "importtime", f"{script}.py", "--help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0 and "argparse" in told.stderr and "torch" not in told.stderr
+    assert "example:" in told.stdout or script == "Download"
+    assert "world_size" not in told.stdout and "text_decoder" not in told.stdout
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_is_one_line(signum):
+    script = subprocess.Popen([sys.executable, "-X", "importtime", "VE.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in script.stderr:
+            if re.search(r"\| +torch\._", line):
+                break
+        script.send_signal(signum)
+        said = [line for line in script.stderr if not line.startswith("import time:")]
+        assert script.wait(30) == 128 + signum and len(said) == 1 and signal.Signals(signum).name in said[0], said
+    finally:
+        script.kill()

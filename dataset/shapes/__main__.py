@@ -1,6 +1,6 @@
 """The command line of the shapes data set."""
-import argparse
 
+from configs.flags import Flags
 from utils import run_script
 
 from .files import TASKS, vocabulary, write_dataset
@@ -8,17 +8,16 @@ from .files import TASKS, vocabulary, write_dataset
 
 def main():
     """Makes the data set from the command line."""
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     description="Make the shapes data set: images, vocabulary, annotation files of all tasks.")
-    parser.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")
-    parser.add_argument("--train", type=int, default=16000, help="training scenes")
-    parser.add_argument("--val", type=int, default=500, help="validation scenes")
-    parser.add_argument("--test", type=int, default=500, help="test scenes")
-    parser.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other scenes from the same split")
-    parser.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
-    parser.add_argument("--captions", type=int, default=4, help="captions an image")
-    args = parser.parse_args()
+    flags = Flags("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
+    flags.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")
+    flags.add_argument("--train", type=int, default=16000, help="training scenes")
+    flags.add_argument("--val", type=int, default=500, help="validation scenes")
+    flags.add_argument("--test", type=int, default=500, help="test scenes")
+    flags.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
+    flags.add_argument("--seed", type=int, default=0, help="another seed draws other scenes from the same split")
+    flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
+    flags.add_argument("--captions", type=int, default=4, help="captions an image")
+    args = flags.parse_args()
     made = write_dataset(**vars(args), progress=True)
     print(f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "
           f"each, vocabulary of {len(vocabulary())}" + ("" if made else " (already there)"))
