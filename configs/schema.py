@@ -1,4 +1,4 @@
-"""Every configuration key of every task: its default and its check; loading and saving YAML files."""
+"""Every configuration key of every task: its default and what it may hold; loading, overriding and saving YAML files."""
 
 import copy
 import difflib
@@ -6,204 +6,320 @@ import json
 import reprlib
 import sys
 from pathlib import Path
+from typing import Any, Callable, NamedTuple
 
 from ruamel.yaml import YAML
 
 from utils import InputError, atomic_write
 
-# every key of every task with its default; a type stands for a key without one, a task that needs the key says so
-DEFAULTS = {
-    # data
-    "train_file": list, "val_file": list, "test_file": list, "image_root": "", "vqa_root": str, "vg_root": str,
-    "answer_list": str, "refcoco_data": str, "det_file": str, "image_res": int, "hflip": True,
-    "min_scale": float, "randaugment": True,
-    "max_skipped": 0.01, "num_workers": int, "shuffle_buffer": 2000,
-    # model
-    "bert_config": object, "vision_width": 768, "vision_depth": 12, "vision_heads": 12, "patch_size": 16, "embed_dim": 256,
-    "text_encoder": "bert-base-uncased", "vision_encoder": "deit_base_patch16_224.fb_in1k", "tokenizer": str,
-    # method
-    "objectives": ["itc", "mlm", "itm"], "hard_negatives": True, "distill": True, "alpha": 0.4, "warm_up": True,
-    "temp": 0.07, "momentum": 0.995, "queue_size": 65536, "mlm_probability": 0.15, "k_test": 128, "image_embeds": "host",
-    "eos": "[SEP]", "num_beams": 3, "share": "cross_attention",
-    # training
-    "batch_size": int, "batch_size_train": int, "batch_size_test": 64, "accumulate": 1, "clip_grad": float,
-    "reference_batch": int,
-    "precision": "fp32", "compile": False, "gradient_checkpointing": False, "shard_optimizer": False, "deterministic": False,
-    "log_every": 50, "save_every": 1000, "keep_checkpoints": int, "max_skipped_steps": 0,
-    "optimizer": {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1.0},
-    "scheduler": {
-        "sched": "cosine", "lr": 1e-4, "epochs": 30, "min_lr": 1e-5, "decay_rate": 1.0, "warmup_lr": 1e-5,
-        "warmup_epochs": 10, "cooldown_epochs": 0, "warmup_iters": int,
-    },
-    # accepted because released files have them, without effect
-    "eval_ema": bool, "coco_file": str,
-}  # fmt: skip
-RENAMED = {"schedular": "scheduler"}
-CHOICES = {"precision": ["fp32", "bf16"], "image_embeds": ["host", "recompute"], "share": ["cross_attention", "all", "none"]}
-AT_LEAST_1 = (
-    "image_res", "shuffle_buffer", "vision_width", "vision_depth", "vision_heads", "patch_size", "embed_dim", "queue_size",
-    "k_test", "num_beams", "batch_size", "batch_size_train", "batch_size_test", "accumulate", "reference_batch", "log_every",
-    "keep_checkpoints",
-)  # fmt: skip
-SHARES = ("min_scale", "max_skipped", "alpha", "momentum", "mlm_probability")  # from 0 to 1, not in percent
-LARGEST = 10**15  # more is a slip of the finger, or infinity
-OBJECTIVES = ["itc", "mlm", "itm"]
-LISTS_OR_STRINGS = ("train_file", "val_file", "test_file")
+# ---------------------------------------------------------------------------------------------------------------------
+# what a key may hold
 
+
+class Kind(NamedTuple):
+    """`wanted` completes the message "it must be ...", `fits` tests a value."""
+
+    wanted: str
+    fits: Callable[[Any], bool]
+
+
+class Key(NamedTuple):
+    """A key's default and kind. One without a default, None, may be left out; a task that needs it says so."""
+
+    default: Any
+    kind: Kind
+
+
+def number(low=0, high=10**15):
+    """The kind of a finite number. YAML reads "1e-4" in quotes and 1,000 as text, which does not fit."""
+    bound = f" to {high}" if high < 10**15 else ""
+    return Kind(f"a number from {low}{bound}", lambda value: type(value) in (int, float) and low <= value <= high)
+
+
+def whole(low):
+    """The kind of a whole number that is not below `low`."""
+    return Kind(f"a whole number from {low}", lambda value: type(value) is int and low <= value <= 10**15)
+
+
+def one_of(*choices):
+    """The kind of a value out of `choices`."""
+    return Kind("one of " * (len(choices) > 1) + ", ".join(choices), lambda value: value in choices)
+
+
+def list_of(kind, wanted):
+    """The kind of a list with at least one value, all of a kind."""
+    return Kind(wanted, lambda value: isinstance(value, list) and value != [] and all(map(kind.fits, value)))
+
+
+def either(*kinds):
+    """The kind of a value that fits one of `kinds`."""
+    return Kind(" or ".join(kind.wanted for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
+
+
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+# the command line hands over bytes that are not UTF-8 as halves of surrogate pairs, which no file can hold
+TEXT = Kind("a UTF-8 string", lambda value: isinstance(value, str) and value.encode(errors="ignore").decode() == value)
+PATH = Kind("a path", lambda value: TEXT.fits(value) and value != "")
+PATHS = either(PATH, list_of(PATH, "a list of paths"))
+MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
+OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the keys
+
+KEYS = {
+    # data
+    "train_file": Key(None, PATHS),
+    "val_file": Key(None, PATHS),
+    "test_file": Key(None, PATHS),
+    "image_root": Key("", TEXT),
+    "vqa_root": Key(None, TEXT),
+    "vg_root": Key(None, TEXT),
+    "answer_list": Key(None, TEXT),
+    "refcoco_data": Key(None, TEXT),
+    "det_file": Key(None, TEXT),
+    "coco_file": Key(None, TEXT),  # in released files, without effect
+    "image_res": Key(None, whole(1)),
+    "hflip": Key(True, FLAG),
+    "min_scale": Key(None, number(0, 1)),
+    "randaugment": Key(True, FLAG),
+    "max_skipped": Key(0.01, number(0, 1)),
+    "num_workers": Key(None, whole(0)),
+    "shuffle_buffer": Key(2000, whole(1)),
+    # model
+    "bert_config": Key(None, either(PATH, MAPPING)),
+    "vision_width": Key(768, whole(1)),
+    "vision_depth": Key(12, whole(1)),
+    "vision_heads": Key(12, whole(1)),
+    "patch_size": Key(16, whole(1)),
+    "embed_dim": Key(256, whole(1)),
+    "text_encoder": Key("bert-base-uncased", TEXT),
+    "vision_encoder": Key("deit_base_patch16_224.fb_in1k", TEXT),
+    "tokenizer": Key(None, TEXT),
+    # method
+    "objectives": Key(["itc", "mlm", "itm"], OBJECTIVES),
+    "hard_negatives": Key(True, FLAG),
+    "distill": Key(True, either(FLAG, OBJECTIVES)),
+    "alpha": Key(0.4, number(0, 1)),
+    "warm_up": Key(True, FLAG),
+    "temp": Key(0.07, number()),
+    "momentum": Key(0.995, number(0, 1)),
+    "queue_size": Key(65536, whole(1)),
+    "mlm_probability": Key(0.15, number(0, 1)),
+    "k_test": Key(128, whole(1)),
+    "image_embeds": Key("host", one_of("host", "recompute")),
+    "eos": Key("[SEP]", TEXT),
+    "num_beams": Key(3, whole(1)),
+    "share": Key("cross_attention", one_of("cross_attention", "all", "none")),
+    "eval_ema": Key(None, FLAG),  # in released files, without effect
+    # training
+    "batch_size": Key(None, whole(1)),
+    "batch_size_test": Key(64, whole(1)),
+    "accumulate": Key(1, whole(1)),
+    "clip_grad": Key(None, number()),
+    "reference_batch": Key(None, whole(1)),
+    "precision": Key("fp32", one_of("fp32", "bf16")),
+    "compile": Key(False, FLAG),
+    "gradient_checkpointing": Key(False, FLAG),
+    "shard_optimizer": Key(False, FLAG),
+    "deterministic": Key(False, FLAG),
+    "log_every": Key(50, whole(1)),
+    "save_every": Key(1000, whole(0)),
+    "keep_checkpoints": Key(None, whole(1)),
+    "max_skipped_steps": Key(0, whole(0)),
+    "optimizer.opt": Key("adamW", TEXT),
+    "optimizer.lr": Key(1e-4, number()),
+    "optimizer.weight_decay": Key(0.02, number()),
+    "optimizer.temp_lr_scale": Key(1.0, number()),
+    "scheduler.sched": Key("cosine", one_of("cosine")),
+    "scheduler.lr": Key(1e-4, number()),
+    "scheduler.epochs": Key(30, whole(0)),
+    "scheduler.min_lr": Key(1e-5, number()),
+    "scheduler.decay_rate": Key(1.0, number()),
+    "scheduler.warmup_lr": Key(1e-5, number()),
+    "scheduler.warmup_epochs": Key(10, whole(0)),
+    "scheduler.cooldown_epochs": Key(0, whole(0)),
+    "scheduler.warmup_iters": Key(None, whole(0)),
+}
+# Hugging Face's keys of bert_config, with its defaults, and two of ALBEF. Those without a default are required.
+BERT_KEYS = {
+    "vocab_size": Key(None, either(whole(1), one_of("auto"))),  # auto: the tokenizer's
+    "hidden_size": Key(None, whole(1)),
+    "num_hidden_layers": Key(None, whole(1)),
+    "num_attention_heads": Key(None, whole(1)),
+    "fusion_layer": Key(None, whole(0)),  # the layers below it are the text encoder
+    "encoder_width": Key(None, whole(1)),  # of the image embeddings
+    "intermediate_size": Key(3072, whole(1)),
+    "max_position_embeddings": Key(512, whole(30)),  # no text of a training batch is cut below 30 ids
+    "type_vocab_size": Key(2, whole(1)),
+    "pad_token_id": Key(0, whole(0)),
+    "layer_norm_eps": Key(1e-12, number()),
+    "hidden_dropout_prob": Key(0.1, number(0, 1)),
+    "attention_probs_dropout_prob": Key(0.1, number(0, 1)),
+    "initializer_range": Key(0.02, number()),
+    "hidden_act": Key("gelu", one_of("gelu")),
+}
+RENAMED = {"schedular": "scheduler", "batch_size_train": "batch_size"}  # spellings of released files
+RATES = ("optimizer.lr", "scheduler.lr")  # one learning rate: released files have it twice
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
+ANNOTATION_KEYS = [key for key, (_, kind) in KEYS.items() if kind is PATHS]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checks
 
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
-_REPR.maxlevel = 3  # a value may hold itself
 
 
-def _shown(value):
-    """A value as error messages show it: on one line and not long."""
-    try:
-        return _REPR.repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
+def _check_key(key, known, where):
+    """Raises InputError for a key that is not known, naming the nearest one."""
+    if key not in known:
+        near = [name for name in known if name.endswith(f".{key}")]
+        near = near or difflib.get_close_matches(str(key), [*known, *SECTIONS, *RENAMED], 1, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "configs/schema.py lists all keys"
+        raise InputError(f"{where}: unknown key {_REPR.repr(key)}, {hint}")
 
 
-def _unknown(key, known, where):
-    near = [f"{outer}.{key}" for outer, inner in DEFAULTS.items() if isinstance(inner, dict) and key in inner]
-    if not near and isinstance(key, str):
-        near = difflib.get_close_matches(key, known, 1, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
-    return InputError(f"{where}: unknown key {_shown(key)}, {hint}")
+def _check_value(key, value, known, where):
+    """Raises InputError for a value that the key may not have."""
+    default, kind = known[key]
+    if not (kind.fits(value) or (value is None and default is None)):
+        raise InputError(f"{where}: {key} is {_REPR.repr(value)}, it must be {kind.wanted}")
 
 
-def _are_paths(value):
-    paths = value if isinstance(value, list) else [value]
-    return all(isinstance(path, str) and path for path in paths)
+def _check_multiple(config, key, divisor, where):
+    value, part = config[key], config[divisor]
+    if value is not None and value % part:
+        near = max(1, round(value / part)) * part
+        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}; {near} is")
 
 
-def _is_json(value):
-    try:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()  # not every string of Python can be encoded
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+# ---------------------------------------------------------------------------------------------------------------------
+# configurations
 
 
-def _check_value(key, value, default, where):
-    """Raises InputError for a value of another kind than the key's default has, or that no file could hold."""
-    kind = default if isinstance(default, type) else type(default)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
-    paths = key in LISTS_OR_STRINGS
-    fits, wanted = {
-        bool: (isinstance(value, bool) or (key == "distill" and isinstance(value, list)), "true or false"),
-        int: (number and isinstance(value, int), "a whole number, not negative, up to 10^15"),
-        float: (number, "a number, not negative, up to 10^15"),  # YAML reads "1e-4" in quotes and 1,000 as text
-        str: (isinstance(value, str), "a string"),
-        list: (_are_paths(value) if paths else isinstance(value, list), "a path or a list of paths" if paths else "a list"),
-        dict: (isinstance(value, dict), "a mapping of keys to values"),
-        object: (isinstance(value, (str, dict)), "a path or a mapping of keys to values"),
-    }[kind]
-    if not fits and not (value is None and isinstance(default, type)):
-        raise InputError(f"{where}: {key} is {_shown(value)}, it must be {wanted}")
-    if kind is not dict and not _is_json(value):
-        raise InputError(f"{where}: {key} is {_shown(value)}, it may hold text, finite numbers, true, false, null, lists and "
-                         "mappings of these")
-    if key in AT_LEAST_1 and value is not None and value < 1:
-        raise InputError(f"{where}: {key} is {value}, it must be at least 1")
-    if key in SHARES and value is not None and value > 1:
-        raise InputError(f"{where}: {key} is {value}, it must be from 0 to 1")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise InputError(f"{where}: {key} is {_shown(value)}, it must be one of {', '.join(CHOICES[key])}")
+def _flatten(config, where):
+    """config in our spelling, with the key optimizer.lr for lr in optimizer.
+
+    Raises InputError where a section is not a mapping, and where two spellings of a key have two values.
+    """
+    flat = {}
+    for given, value in config.items():
+        name = RENAMED.get(given, given)
+        if name in SECTIONS and value is None:  # all its lines are comments
+            continue
+        if name in SECTIONS and not MAPPING.fits(value):
+            raise InputError(f"{where}: {given} is {_REPR.repr(value)}, it must be {MAPPING.wanted}")
+        inner = {f"{name}.{key}": value for key, value in value.items()} if name in SECTIONS else {name: value}
+        for key, value in inner.items():
+            if None not in (value, flat.get(key)) and value != flat[key]:
+                spellings = [spelling for spelling in (*RENAMED, name) if RENAMED.get(spelling, spelling) == name]
+                raise InputError(f"{where}: {key} has the values {_REPR.repr(flat[key])} and {_REPR.repr(value)}: "
+                                 f"{' and '.join(spellings)} are one key, keep one of them")
+            if flat.get(key) is None:
+                flat[key] = value
+    return flat
 
 
-def _renamed(config, where):
-    """config with our spelling of every key. Raises InputError where it has both spellings of one."""
-    for released, ours in RENAMED.items():
-        if released in config and ours in config:
-            raise InputError(f"{where}: {released} and {ours} are one key, keep one of them")
-    return {RENAMED.get(key, key): value for key, value in config.items()}
+def _complete(flat, where):
+    """The configuration of flat keys, checked, with every default filled in."""
+    for key, value in flat.items():
+        _check_key(key, KEYS, where)
+        _check_value(key, value, KEYS, where)
+    rate = next((flat[key] for key in RATES if key in flat), KEYS[RATES[0]].default)
+    defaults = {key: default for key, (default, _) in KEYS.items()} | dict.fromkeys(RATES, rate)
+    config = {}
+    for key, value in copy.deepcopy(defaults | flat).items():
+        section, _, name = key.rpartition(".")
+        (config.setdefault(section, {}) if section else config)[name] = value
+    for key in ANNOTATION_KEYS:
+        if isinstance(config[key], str):
+            config[key] = [config[key]]
+    _check_multiple(config, "image_res", "patch_size", where)
+    _check_multiple(config, "vision_width", "vision_heads", where)
+    return config
 
 
 def with_defaults(config, where="config"):
     """A checked copy of a task's configuration with every default filled in.
 
-    Released spellings (schedular) are accepted. Raises InputError for an unknown key, naming the nearest one, and for a
-    value of the wrong kind; where names the file in the message.
+    Released spellings (schedular, batch_size_train) are accepted; optimizer.lr and scheduler.lr are one learning rate, and
+    either stands for both. Raises InputError, with where for the file, for an unknown key, naming the nearest one, and for a
+    value that the key may not have.
     """
-    config = _renamed(config, where)
-    result = {}
-    for key, value in config.items():
-        if key not in DEFAULTS:
-            raise _unknown(key, [*DEFAULTS, *RENAMED], where)
-        _check_value(key, value, DEFAULTS[key], where)
-        if isinstance(DEFAULTS[key], dict):
-            for inner in value:
-                if inner not in DEFAULTS[key]:
-                    raise _unknown(inner, list(DEFAULTS[key]), f"{where}: {key}")
-                _check_value(f"{key}.{inner}", value[inner], DEFAULTS[key][inner], where)
-        result[key] = copy.copy(value)
-    for key, default in DEFAULTS.items():
-        if isinstance(default, dict):
-            filled = {inner: None if isinstance(value, type) else value for inner, value in default.items()}
-            result[key] = {**filled, **result.get(key, {})}
-        else:
-            result.setdefault(key, None if isinstance(default, type) else copy.copy(default))
-    for key in ("objectives", "distill"):
-        wrong = [name for name in result[key] if name not in OBJECTIVES] if isinstance(result[key], list) else []
-        if wrong:
-            raise InputError(f"{where}: {key} has {_shown(wrong[0])}, it may hold {', '.join(OBJECTIVES)}")
-    if not result["objectives"]:
-        raise InputError(f"{where}: objectives is empty, name at least one of {', '.join(OBJECTIVES)}")
-    for key in LISTS_OR_STRINGS:
-        if isinstance(result[key], str):
-            result[key] = [result[key]]
-    return result
-
-
-def _one_line(text):
-    return " ".join(str(text).split())
-
-
-def _parse_yaml(source, name):
-    """The value that a YAML file or string holds. Raises InputError, with name for the file or string, unless it holds one."""
-    try:
-        return YAML(typ="safe").load(source)
-    except OSError:
-        raise
-    except RecursionError:
-        raise InputError(f"{name}: lists and mappings are nested too deeply") from None
-    except Exception as error:  # numbers, dates and characters that do not exist raise nearly anything
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
-        raise InputError(f"{name}{line}: not valid YAML: {_one_line(problem or error)}") from None
+    return _complete(_flatten(config, where), where)
 
 
 def override(config, overrides, where):
-    """config with key=value overrides (dots reach into optimizer and scheduler), checked and completed as by with_defaults."""
-    config = _renamed(config, where)
+    """config with key=value overrides, checked and completed as by with_defaults.
+
+    Dots reach into optimizer, scheduler and bert_config; of the latter a file is read. Raises InputError.
+    """
+    flat = _flatten(config, where)
     for text in overrides:
-        shown = f"--set {_one_line(text)}"
+        shown = f"--set {' '.join(text.split())}"
         path, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"{shown}: write it as key=value")
-        *outer, key = path.split(".")
-        target = config
-        for name in outer:
-            name = RENAMED.get(name, name)
-            if not isinstance(target.get(name, {}), dict):
-                raise InputError(f"{shown}: {_shown(name)} has no keys of its own")
-            target[name] = dict(target.get(name, {}))  # the caller keeps its own as it is
-            target = target[name]
-        target[RENAMED.get(key, key) if not outer else key] = _parse_yaml(value, shown)
-    return with_defaults(config, where)
+        value = _parse_yaml(value, shown)
+        section, _, name = path.rpartition(".")
+        if section == "bert_config":
+            bert = _read_bert_file(flat.get("bert_config") or {})
+            _check_key(name, BERT_KEYS | bert, shown)
+            flat["bert_config"] = {**bert, name: value}
+            continue
+        for key, value in _flatten({section: {name: value}} if section else {name: value}, shown).items():
+            _check_key(key, KEYS, shown)
+            _check_value(key, value, KEYS, shown)
+            flat.update(dict.fromkeys(RATES if key in RATES else [key], value))
+    return _complete(flat, where)
 
 
 def load_config(path, overrides=()):
-    """Reads a YAML file and applies overrides as `override` does."""
+    """Reads a YAML file and applies overrides as `override` does. Raises InputError."""
     try:
         config = _parse_yaml(Path(path), path)
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: a configuration is a mapping of keys to values")
-    return override(config, overrides, path)
+    if not MAPPING.fits(config):
+        raise InputError(f"{path}: a configuration is {MAPPING.wanted}")
+    config = override(config, overrides, path)
+    rate, other = config["optimizer"]["lr"], config["scheduler"]["lr"]
+    if rate != other:
+        raise InputError(f"{path}: optimizer.lr is {rate} and scheduler.lr is {other}: they are one learning rate, keep "
+                         "optimizer.lr, which the released code uses too")
+    return config
+
+
+def _read_bert_file(value):
+    """bert_config as a new dict, read if it is the path of a JSON file."""
+    if MAPPING.fits(value):
+        return dict(value)
+    try:
+        bert = json.loads(Path(value).read_bytes())
+    except OSError as error:
+        raise InputError(f"bert_config: cannot read {value}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"bert_config: {value} is not valid JSON: {error}") from None
+    if not MAPPING.fits(bert):
+        raise InputError(f"bert_config: {value} is not a JSON object")
+    return bert
+
+
+def read_bert_config(value):
+    """The key bert_config, a mapping or the path of a JSON file -> dict, checked, with defaults. Raises InputError."""
+    bert = {key: default for key, (default, _) in BERT_KEYS.items()} | _read_bert_file(value)
+    where = "bert_config" if MAPPING.fits(value) else f"bert_config {value}"
+    missing = [key for key in BERT_KEYS if bert[key] is None]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}")
+    for key in BERT_KEYS:
+        _check_value(key, bert[key], BERT_KEYS, where)
+    _check_multiple(bert, "hidden_size", "num_attention_heads", where)
+    if bert["fusion_layer"] >= bert["num_hidden_layers"]:
+        raise InputError(f"{where}: fusion_layer is {bert['fusion_layer']}, it must be below num_hidden_layers "
+                         f"{bert['num_hidden_layers']}: the layers from there on fuse text and image")
+    return bert
 
 
 def require(config, *keys):
@@ -213,8 +329,21 @@ def require(config, *keys):
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
 
 
+def _parse_yaml(source, name):
+    """The value in a YAML file or string; name is the file's or string's in the InputError if there is none."""
+    try:
+        return YAML(typ="safe").load(source)
+    except OSError:
+        raise
+    except Exception as error:  # dates and characters that do not exist raise other errors than YAMLError
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
+        raise InputError(f"{name}{line}: not valid YAML: {' '.join((problem or str(error)).split())}") from None
+
+
 def save_config(config, output_dir):
-    """The snapshot config.yaml of the configuration as it runs, defaults and overrides included."""
+    """Writes config.yaml, the configuration as it runs, defaults and overrides included."""
     yaml = YAML(typ="safe")
     yaml.width = sys.maxsize  # where a long string is folded, a blank may be lost
     with atomic_write(Path(output_dir) / "config.yaml", "w") as file:

@@ -41,7 +41,7 @@ def check_length(length, batch_size, world_size):
     if length < batch_size * world_size:
         processes = f" on each of {world_size} processes" if world_size > 1 else ""
         raise InputError(f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
-                         "lower batch_size (batch_size_train where the file has it)")
+                         "lower batch_size")
 
 
 class EpochBatches(Sampler):

@@ -37,7 +37,7 @@ from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_q
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
 from configs.flags import Flags
-from configs.schema import LISTS_OR_STRINGS, load_config
+from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
 from utils import InputError, TrainingStopped, atomic_write, run_script
 
 SHOWN = 20  # problems that are printed
@@ -401,7 +401,7 @@ def check_shards(paths, context):
 # what else a configuration names
 
 
-def check_others(config, findings, read_bert_config, tokenizer_of):
+def check_others(config, findings, tokenizer_of):
     """Opens what else the configuration names -> ({key: what it is}, tokenizer, refer, keys of folders that do not exist).
 
     What cannot be opened is a problem, and None is in its place. A hub that cannot be reached is no fault of the configuration.
@@ -455,7 +455,7 @@ def _hub_is_away(name, problem):
 def check(context):
     """Checks the lists that the configuration names, printing what it finds of each -> what the report says of them."""
     results = []
-    for key in LISTS_OR_STRINGS:
+    for key in ANNOTATION_KEYS:
         names = context.config[key] or []
         split = Split(key, key == "train_file", set(), Counter())
         lists, shards = _expand(names, context.findings) if split.training else (names, [])
@@ -582,10 +582,9 @@ def main():
     if args.processes < 1 or (args.images is not None and args.images < 0):
         flags.error("--processes must be at least 1, and --images not negative")
     config = load_config(args.config, args.set)
-    if not any(config[key] for key in LISTS_OR_STRINGS):
-        raise InputError(f"{args.config} names no list to check, with none of the keys {', '.join(LISTS_OR_STRINGS)}")
+    if not any(config[key] for key in ANNOTATION_KEYS):
+        raise InputError(f"{args.config} names no list to check, with none of the keys {', '.join(ANNOTATION_KEYS)}")
     # dataset/ knows nothing of models/: the tokenizer is handed in, by this command as by the scripts
-    from models.albef import read_bert_config
     from models.tokenizer import tokenizer_of
 
     with contextlib.ExitStack() as stack:
@@ -597,7 +596,7 @@ def main():
                 raise InputError(f"--report {args.report}: cannot write there ({error.strerror}), name another file") from None
             report.write('{"problems": [')
         findings = Findings(report)
-        others, tokenizer, refer, lost = check_others(config, findings, read_bert_config, tokenizer_of)
+        others, tokenizer, refer, lost = check_others(config, findings, tokenizer_of)
         say(args.config, *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()))
         jobs = stack.enter_context(in_processes(args.processes))
         results = check(Context(config, findings, jobs, args.images, tokenizer, refer, lost, []))

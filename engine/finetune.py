@@ -31,10 +31,6 @@ def fine_tune(task, args, step, evaluate, score, report, check=None):
     config = load_config(args.config, args.set)
     for key in ("text_encoder", "tokenizer"):
         config[key] = getattr(args, key) or config[key]
-    batch_size, train_batch_size = config["batch_size"], config["batch_size_train"]
-    if batch_size and train_batch_size and batch_size != train_batch_size:
-        raise InputError(f"batch_size {batch_size} and batch_size_train {train_batch_size} differ: set one of the two")
-    config["batch_size"] = train_batch_size or batch_size
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     device = init_process_group(args.device, args.timeout)
     make_output_dir(args.output_dir, writes=not args.evaluate)

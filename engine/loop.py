@@ -20,7 +20,7 @@ from dataset.batches import TrainBatches, samples_of
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from engine.recorder import Recorder, following, summary, write_log
-from scheduler import check_schedule, distillation_weight, learning_rate, scaled
+from scheduler import distillation_weight, learning_rate, scaled
 from utils import (
     InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
 )  # fmt: skip
@@ -229,7 +229,7 @@ def placed(position, batches, accumulate):
 def announce(config, scheduler):
     """Prints the global batch and the learning rate for it."""
     batch = config["batch_size"] * world_size() * config["accumulate"]
-    reference, lr = config["reference_batch"], config["scheduler"]["lr"]
+    reference, lr = config["reference_batch"], config["optimizer"]["lr"]
     rule = f"as configured (reference_batch would scale {lr:.3g} by sqrt({batch} / reference_batch))"
     if reference:
         rule = f"{lr:.3g} x sqrt({batch} / reference_batch {reference})"
@@ -246,7 +246,6 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     checkpoint_best.pth. Returns {score, epoch} of that one, or {}. Raises Interrupted after saving on SIGTERM or Ctrl-C,
     TrainingStopped when too many losses are not finite or too much data unusable.
     """
-    check_schedule(config["scheduler"])
     if config["deterministic"] or device.type == "cpu":  # where it costs nothing
         make_deterministic()
     if config["precision"] == "bf16" and not has_bf16(device) and is_main():
@@ -260,7 +259,8 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     iterations = batches.batches // accumulate
     if not iterations:
         raise InputError(f"accumulate {accumulate}: an epoch has only {batches.batches} batches, lower it")
-    scheduler = scaled(config["scheduler"], config["batch_size"] * world_size() * accumulate, config["reference_batch"])
+    schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
+    scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
     if is_main():
         announce(config, scheduler)
     if config["compile"]:

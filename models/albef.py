@@ -1,12 +1,12 @@
 """What every ALBEF model shares (Section 3.1): image, text and multimodal encoders, and their momentum copies."""
 
 import copy
-import json
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from configs.schema import read_bert_config
 from models.momentum import copy_to_momentum_
 from models.vit import build_vit
 from utils import InputError
@@ -32,27 +32,6 @@ class Text(NamedTuple):
         return Text(*(x.to(device, non_blocking=True) for x in self))
 
 
-def read_bert_config(value):
-    """bert_config of a task's configuration, a dict or the path of a JSON file -> dict."""
-    config, source = value, "it"
-    if not isinstance(value, dict):
-        source = value
-        try:
-            with open(value) as file:
-                config = json.load(file)
-        except OSError as error:
-            raise InputError(f"bert_config: cannot read {value}: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"bert_config: {value} is not valid JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise InputError(f"bert_config: {value} holds no JSON object")
-    needed = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "fusion_layer", "encoder_width")
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise InputError(f"bert_config: {source} lacks {', '.join(missing)}")
-    return config
-
-
 class ALBEF(nn.Module):
     """Image encoder, text encoder and multimodal encoder.
 
@@ -63,6 +42,8 @@ class ALBEF(nn.Module):
         super().__init__()
         self.config = config
         self.bert_config = read_bert_config(config["bert_config"])
+        if self.bert_config["vocab_size"] == "auto":
+            raise InputError("bert_config: vocab_size is auto: models.tokenizer.tokenizer_of(config) sets it to the tokenizer's")
         vision_width = config["vision_width"]
         if self.bert_config["encoder_width"] != vision_width:
             raise InputError(

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from configs.flags import Flags
-from models.albef import read_bert_config
+from configs.schema import read_bert_config
 from models.hub import hub_file
 from utils import InputError, atomic_write, run_script
 
@@ -77,7 +77,8 @@ def tokenizer_of(config):
     """The tokenizer that a task's configuration names, of the size that its bert_config says.
 
     Without the key tokenizer it is the one that belongs to text_encoder: the same hub name or folder, or the folder of a
-    weight file. Raises InputError.
+    weight file. Where bert_config has the vocab_size auto, config["bert_config"] becomes a dict with the tokenizer's size.
+    Raises InputError.
     """
     source, text_encoder = config["tokenizer"], config["text_encoder"]
     if not source and text_encoder == "random":
@@ -86,6 +87,8 @@ def tokenizer_of(config):
         source = str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
     tokenizer = build_tokenizer(source)
     bert_config = read_bert_config(config["bert_config"])
+    if bert_config["vocab_size"] == "auto":
+        config["bert_config"] = bert_config = {**bert_config, "vocab_size": len(tokenizer)}
     check_vocab_size(tokenizer, bert_config, source)
     tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
     return tokenizer

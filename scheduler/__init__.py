@@ -2,15 +2,7 @@
 
 import math
 
-from utils import InputError
-
 WARMUP_STEP = 100  # iterations between two learning rates of the released warm-up
-
-
-def check_schedule(scheduler):
-    """Raises InputError for a schedule this project does not have."""
-    if scheduler["sched"] != "cosine":
-        raise InputError(f"scheduler: sched is {scheduler['sched']!r}, only cosine is supported")
 
 
 def scaled(scheduler, batch, reference_batch):

@@ -9,6 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 
 def assert_close(name, ours, theirs, relative, absolute):
@@ -119,3 +120,19 @@ def pretrained(tiny_config, tmp_path):
     model = build_model("pretrain", tiny_config)
     torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
     return tmp_path / "pretrained.pth"
+
+
+@pytest.fixture
+def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
+    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status, stderr)."""
+    import Pretrain
+
+    def call(*flags, **keys):
+        (tmp_path / "bert.json").write_text(json.dumps(tiny_config["bert_config"]))
+        config = {**tiny_config, "bert_config": str(tmp_path / "bert.json"), **keys}
+        YAML(typ="safe").dump(config, tmp_path / "config.yaml")
+        argv = ["Pretrain.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--device", "cpu", *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        return exit_status(Pretrain.main), capsys.readouterr().err
+
+    return call

@@ -7,9 +7,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from conftest import log
 from models import build_model
 from optim import create_optimizer, parameter_groups
-from scheduler import check_schedule, distillation_weight, learning_rate
+from scheduler import distillation_weight, learning_rate
 from configs.schema import load_config, with_defaults
 from utils import InputError
 
@@ -22,7 +23,6 @@ def test_every_config_loads_and_its_bert_config_fits(path):
     bert = json.load(open(config["bert_config"]))
     assert bert["encoder_width"] == config["vision_width"]
     assert config["image_res"] % config["patch_size"] == 0
-    check_schedule(config["scheduler"])
 
 
 def test_pretraining_config_is_the_papers_recipe():
@@ -68,25 +68,92 @@ def test_alpha_ramps_within_the_first_epoch():
 
 def test_released_spelling_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("train_file: a.json\nschedular: {epochs: 3}\n")
-    config = load_config(path, ["scheduler.lr=1e-3", "objectives=[itc, itm]", "train_file=[b.json, c.json]"])
-    assert config["scheduler"]["epochs"] == 3 and config["scheduler"]["lr"] == 1e-3
+    path.write_text("train_file: a.json\nschedular: {epochs: 3}\nbatch_size_train: 8\n")
+    config = load_config(path, ["scheduler.min_lr=1e-3", "objectives=[itc, itm]", "train_file=[b.json, c.json]"])
+    assert config["scheduler"]["epochs"] == 3 and config["scheduler"]["min_lr"] == 1e-3 and config["batch_size"] == 8
     assert config["objectives"] == ["itc", "itm"] and config["train_file"] == ["b.json", "c.json"]
     assert load_config(path, ["schedular.epochs=5"])["scheduler"]["epochs"] == 5
+    assert load_config(path, ["scheduler={min_lr: 0.5}"])["scheduler"]["epochs"] == 3  # what it does not name stays
+
+
+SCHEDULE = {"epochs": 1, "warmup_epochs": 0}
+
+
+@pytest.mark.parametrize("keys, flags", [
+    ({"optimizer": {"lr": 2e-3}, "scheduler": SCHEDULE}, []),
+    ({"optimizer": None, "scheduler": {**SCHEDULE, "lr": 2e-3}}, []),
+    ({"optimizer": {"lr": 2e-3}, "scheduler": {**SCHEDULE, "lr": 2e-3}}, []),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": {**SCHEDULE, "lr": 1e-3}}, ["optimizer.lr=2e-3"]),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": {**SCHEDULE, "lr": 1e-3}}, ["scheduler.lr=2e-3"]),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": None, "schedular": {**SCHEDULE, "lr": 1e-3}}, ["schedular.lr=2e-3"]),
+])  # fmt: skip
+def test_there_is_one_learning_rate_in_the_file_or_behind_set(pretrain, tmp_path, keys, flags):
+    assert pretrain("--set", "test_file=null", *flags, **keys) == (0, "")
+    assert log(tmp_path / "out")[0]["train_lr"] == 2e-3
+    groups = saved(tmp_path)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [2e-3, 2e-3]
+    assert load_config(tmp_path / "out/config.yaml")["optimizer"]["lr"] == 2e-3
+
+
+def saved(folder):
+    """The last checkpoint of the run of the fixture pretrain."""
+    return torch.load(folder / "out/checkpoint_last.pth", weights_only=True)
+
+
+def assert_loads_again(folder):
+    """Asserts that the configurations in config.yaml and in the checkpoint build the model of the checkpoint."""
+    state = saved(folder)
+    for config in load_config(folder / "out/config.yaml"), state["config"]:
+        build_model("pretrain", config).load_state_dict(state["model"])
+
+
+def test_keys_of_a_bert_config_file_can_be_set(pretrain, tmp_path):
+    assert pretrain("--set", "test_file=null", "scheduler.epochs=1", "bert_config.intermediate_size=24") == (0, "")
+    assert saved(tmp_path)["model"]["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape == (24, 16)
+    (tmp_path / "bert.json").unlink()
+    assert_loads_again(tmp_path)
+
+
+@pytest.mark.parametrize("override", ["intermedate_size=24", "intermediate_size=many", "vocab_size=0"])
+def test_mistakes_in_keys_of_bert_config_are_named(pretrain, override):
+    status, message = pretrain("--set", f"bert_config.{override}")
+    key, _, value = override.partition("=")
+    assert status == 2 and key in message and ("did you mean intermediate_size?" in message or f"{value}" in message)
+
+
+@pytest.mark.parametrize("in_file", [True, False])
+def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(pretrain, tiny_config, tmp_path, in_file):
+    size = tiny_config["bert_config"]["vocab_size"]
+    bert = {**tiny_config["bert_config"], "vocab_size": "auto"}
+    flags = [] if in_file else ["bert_config.vocab_size=auto"]
+    keys = {"bert_config": bert} if in_file else {}
+    assert pretrain("--set", "test_file=null", "scheduler.epochs=1", *flags, **keys) == (0, "")
+    assert saved(tmp_path)["config"]["bert_config"]["vocab_size"] == size
+    assert_loads_again(tmp_path)
+    with pytest.raises(InputError, match="vocab_size is auto"):
+        build_model("pretrain", {**tiny_config, "bert_config": bert})
+
+
+@pytest.mark.parametrize("keys", [{"batch_size": 8}, {"batch_size": None, "batch_size_train": 8}])
+@pytest.mark.parametrize("flag", ["batch_size=16", "batch_size_train=16"])
+def test_the_batch_size_has_two_spellings(pretrain, tmp_path, keys, flag):
+    assert pretrain("--set", "test_file=null", "scheduler.epochs=1", flag, **keys) == (0, "")
+    assert saved(tmp_path)["optimizer"]["state"][0]["step"] == 3  # of 48 samples
 
 
 @pytest.mark.parametrize("text,message", [
     ("quue_size: 5", "unknown key 'quue_size', did you mean queue_size?"),
-    ("optimizer: {weigth_decay: 0.1}", "optimizer: unknown key 'weigth_decay', did you mean weight_decay?"),
+    ("optimizer: {weigth_decay: 0.1}", "unknown key 'optimizer.weigth_decay', did you mean optimizer.weight_decay?"),
     ("batch_size: many", "batch_size is 'many', it must be a whole number"),
     ("queue_size: 1,000", "queue_size is '1,000', it must be"),
     ("queue_size: 1.5", "queue_size is 1.5, it must be a"),
     ("hflip: 3", "hflip is 3, it must be true or false"),
     ("momentum: -1", "momentum is -1"),
     ("precision: fp16", "it must be one of fp32, bf16"),
-    ("objectives: [itc, mln]", "objectives has 'mln'"),
-    ("objectives: []", "objectives is empty"),
+    ("objectives: [itc, mln]", "objectives is ['itc', 'mln'], it must be a list of itc, mlm, itm"),
+    ("objectives: []", "objectives is []"),
     ("scheduler: 3", "scheduler is 3, it must be a mapping"),
+    ("scheduler: {sched: step}", "scheduler.sched is 'step', it must be cosine"),
     ("a: [1, 2", "line"),
     ("- 1", "mapping of keys"),
 ])  # fmt: skip
@@ -114,8 +181,6 @@ def test_optimizers_and_schedules_by_name():
     assert type(create_optimizer({"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)).__name__ == "Lamb"
     with pytest.raises(InputError, match="adamZ"):
         create_optimizer({"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)
-    with pytest.raises(InputError, match="step"):
-        check_schedule({"sched": "step"})
 
 
 def test_snapshot_can_be_loaded_again(tmp_path):

@@ -10,37 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from ruamel.yaml import YAML
 
-import Pretrain
 import Visualize
 from conftest import ROOT
 from models import build_model
-from utils import run_script
-
-
-@pytest.fixture
-def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
-    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status, stderr)."""
-
-    def call(*flags, **keys):
-        (tmp_path / "bert.json").write_text(json.dumps(tiny_config["bert_config"]))
-        config = {**tiny_config, "bert_config": str(tmp_path / "bert.json"), **keys}
-        YAML(typ="safe").dump(config, tmp_path / "config.yaml")
-        argv = ["Pretrain.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        try:
-            run_script(Pretrain.main)
-        except SystemExit as stop:
-            return stop.code, capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return call
 
 
 def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
+
+
+def bert(folder, **keys):
+    """The path of the tiny BERT configuration with some keys changed."""
+    return write(folder / "other.json", {**json.loads((folder / "bert.json").read_text()), **keys})
 
 
 GOOD = {"image": "images/train/000000.jpg", "caption": "a red circle"}
@@ -60,14 +43,22 @@ CASES = {
     "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
     "too small a data set": (lambda d: {"batch_size": 500}, ["batch_size"]),
     "unknown schedule": (lambda d: {"scheduler": {"sched": "tanh"}}, ["tanh", "cosine"]),
+    "two learning rates": (lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}}, ["optimizer.lr is 0.001", "scheduler.lr is 0.002"]),
+    "two batch sizes": (lambda d: {"batch_size_train": 4}, ["8 and 4", "batch_size_train and batch_size are one key"]),
+    "patch beyond the image": (lambda d: {"image_res": 40}, ["image_res 40", "patch_size 16", "; 32 is"]),
+    "heads of the ViT": (lambda d: {"vision_heads": 3}, ["vision_width 16", "vision_heads 3", "; 15 is"]),
+    "heads of BERT": (lambda d: {"bert_config": bert(d, num_attention_heads=3)}, ["hidden_size 16", "num_attention_heads 3"]),
+    "no layer that fuses": (lambda d: {"bert_config": bert(d, fusion_layer=4)}, ["fusion_layer is 4", "num_hidden_layers 4"]),
+    "another activation": (lambda d: {"bert_config": bert(d, hidden_act="relu")}, ["other.json", "hidden_act is 'relu'", "gelu"]),
     "no batch size": (lambda d: {"batch_size": None}, ["batch_size"]),
     "widths differ": (lambda d: {"vision_width": 32}, ["vision_width 32", "encoder_width"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_one_line_and_status_2(pretrain, tmp_path, monkeypatch, case):
+def test_bad_input_is_one_line_and_status_2(pretrain, tiny_config, tmp_path, monkeypatch, case):
     keys, words = CASES[case]
+    write(tmp_path / "bert.json", tiny_config["bert_config"])
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, message = pretrain(**keys(tmp_path))
     lines = message.strip().splitlines()

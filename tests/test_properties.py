@@ -4,12 +4,10 @@ An `example` is an input that once ended in a stack trace or slipped through, or
 """
 
 import copy
-import datetime
-import io
 import itertools
 import json
 import math
-import sys
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -17,13 +15,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from ruamel.yaml import YAML
 
 from dataset import annotations
 from dataset.annotations import Entries, load_annotations, read_json_list
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
-from configs.schema import CHOICES, DEFAULTS, RENAMED, load_config, override, save_config, with_defaults
+from configs.schema import KEYS, RENAMED, SECTIONS, load_config, override, save_config, with_defaults
 from utils import InputError
 
 settings.register_profile(
@@ -114,159 +111,47 @@ def test_any_text_becomes_ids_within_the_limit(tokenizer, texts, max_tokens, tim
 # configurations
 
 
-
 def nested(scalars, keys):
     return st.recursive(
         scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
     )
 
 
-HUGE = 16**5000  # has more digits than Python converts to text
 JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
-SCALARS = (
-    JSON_SCALARS | st.binary(max_size=8) | st.dates() | st.datetimes() | st.tuples(st.integers())
-    | st.just(5000).map(lambda digits: 16**digits)
-    | st.sampled_from([10**400, -1, 0, "1e-4", "1,000", "", "itc", "fp32", "a\nb"])
-)  # fmt: skip
-VALUES = nested(SCALARS, SCALARS)
 JSON_VALUES = nested(JSON_SCALARS, ANY_TEXT)
-
-
-def fitting(key, default):
-    """Values that a key may have; text without the two characters that ruamel.yaml writes and cannot always read back."""
-    if isinstance(default, dict):
-        return st.fixed_dictionaries({}, optional={inner: fitting(inner, value) for inner, value in default.items()})
-    if key in CHOICES:
-        return st.sampled_from(CHOICES[key])
-    text = st.text(st.characters(codec="utf-8", exclude_characters="?\x85"), min_size=1)
-    objectives = st.lists(st.sampled_from(["itc", "mlm", "itm"]), min_size=1)
-    kind = default if isinstance(default, type) else type(default)
-    values = {
-        bool: st.booleans(), int: st.integers(1, 10**6), float: st.integers(0, 1) | st.floats(0, 1), str: text,
-        list: objectives if key == "objectives" else text | st.lists(text),
-        object: text | st.dictionaries(text, st.integers() | text | st.lists(text)),
-    }[kind]  # fmt: skip
-    values = values | objectives if key == "distill" else values
-    return values | st.none() if isinstance(default, type) else values
-
-
-FITTING = st.fixed_dictionaries({}, optional={key: fitting(key, default) for key, default in DEFAULTS.items()})
-KEYS = st.sampled_from([*DEFAULTS, *RENAMED])
-OUTER_KEYS = st.sampled_from(["optimizer", "scheduler", "schedular"])
-INNER_KEYS = st.sampled_from([*DEFAULTS["optimizer"], *DEFAULTS["scheduler"]])
-
-
-def assert_complete(config):
-    """Asserts that a configuration has every key, values of the right kinds, and nothing that a file cannot hold."""
-    assert config.keys() == DEFAULTS.keys()
-    for outer in "optimizer", "scheduler":
-        assert config[outer].keys() == DEFAULTS[outer].keys()
-    inner = [(config[outer][key], default) for outer in ("optimizer", "scheduler") for key, default in DEFAULTS[outer].items()]
-    for value, default in [*inner, *((config[key], default) for key, default in DEFAULTS.items() if key != "distill")]:
-        kind = default if isinstance(default, type) else type(default)
-        if value is None:
-            assert kind is default  # it has no default
-        elif kind in (int, float):
-            assert type(value) in (int, kind) and 0 <= value < math.inf
-        else:
-            assert isinstance(value, (str, dict) if kind is object else kind)
-    json.dumps(config, allow_nan=False, ensure_ascii=False).encode()
-    for files in (config[key] or [] for key in ("train_file", "val_file", "test_file")):
-        assert all(type(file) is str and file for file in files)
-    assert config["objectives"] and all(config[key] > 0 for key in ("accumulate", "patch_size", "batch_size_test", "log_every"))
-    assert with_defaults(config) == config
+# text without the two characters that ruamel.yaml writes and cannot always read back
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="?\x85")) | st.sampled_from(["itc", "bf16", "all", "1e-4"])
+VALUES = nested(st.none() | st.booleans() | st.integers(-1, 10**6) | st.floats() | st.floats(0, 1) | WORDS, WORDS)
+NAMES = st.sampled_from([*KEYS, *SECTIONS, *RENAMED, "bert_config.vocab_size"])
+YAML_PIECES = st.lists(st.sampled_from([*"[]{}:,.=#&*'\"|>-~!\n\x00\ufeff", ": ", "- ", ".nan", "2020-02-30"]) | WORDS, max_size=8)
 
 
 def assert_complete_or_refused(start, function, *arguments):
+    """Asserts that a configuration has every key and survives its snapshot, or is refused in a line."""
     try:
         config = function(*arguments)
     except InputError as error:
         one_line(error, start)
-    else:
-        assert_complete(config)
+        return
+    assert config.keys() == with_defaults({}).keys() and with_defaults(config) == config
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, folder)
+        if config["optimizer"]["lr"] == config["scheduler"]["lr"]:
+            assert load_config(f"{folder}/config.yaml") == config
 
 
-def holding_itself():
-    value = {}
-    value["inner"] = [value]
-    return value
-
-
-@given(st.dictionaries(KEYS | SCALARS, VALUES, max_size=3) | st.builds(lambda key, value: {key: value}, KEYS, VALUES))
+@given(st.dictionaries(NAMES | WORDS, VALUES, max_size=2))
 @example({"temp": math.inf})
 @example({"temp": math.nan})
-@example({"queue_size": 10**400})
-@example({"temp": HUGE})
-@example({HUGE: 1})
 @example({1: 2})
-@example({None: 1})
-@example({datetime.date(2020, 1, 1): 1})
 @example({"train_file": [3]})
-@example({"val_file": ""})
-@example({"objectives": [holding_itself()]})
-@example({"bert_config": holding_itself()})
-@example({"bert_config": datetime.date(2020, 1, 1)})  # torch.load with weights_only refuses the checkpoint
-@example({"image_root": "\ud800"})  # cannot be written to config.yaml
-@example({"batch_size": 0})
-@example({"momentum": 99.5})
+@example({"image_root": "\udce9"})
+@example({"image_root": "'" + "\\" * 70 + " \\"})
 @example({"scheduler": {"lr": 1}, "schedular": {"lr": 2}})
 def test_any_values_are_refused_in_a_line_or_complete(config):
-    assert_complete_or_refused("where", with_defaults, config, "where")
-
-
-@given(OUTER_KEYS, st.dictionaries(INNER_KEYS | SCALARS, VALUES))
-@example("scheduler", {1: 2})
-@example("optimizer", {"lr": math.inf})
-def test_any_values_of_optimizer_and_scheduler_are_refused_in_a_line_or_complete(key, values):
-    assert_complete_or_refused("where", with_defaults, {key: values}, "where")
-
-
-@given(FITTING)
-@example({"image_root": "'" + "\\" * 70 + " \\"})
-def test_fitting_values_stay_and_survive_the_snapshot(folder, config):
     before = copy.deepcopy(config)
-    complete = with_defaults(config)
-    assert_complete(complete)
-    for key, value in before.items():
-        if isinstance(DEFAULTS[key], dict):
-            assert complete[key] == {**{inner: complete[key][inner] for inner in DEFAULTS[key]}, **value}
-        else:
-            assert complete[key] in (value, [value])
-    complete["objectives"].append("more")
-    complete["optimizer"]["lr"] = None
-    assert with_defaults(config) == with_defaults(before)
-    save_config(with_defaults(config), folder)
-    assert load_config(folder / "config.yaml") == with_defaults(config)
-
-
-WORDS = st.sampled_from([
-    "", " ", "\n", "\n  ", "\t", ":", ": ", "=", ".", ",", "- ", "? ", "[", "]", "{", "}", "&a ", "*a", "'", '"', "|\n", ">",
-    "#", " # ", "---\n", "...\n", "%YAML 1.1\n", "!!", "!!int ", "!!float ", "!!bool ", "!!binary ", "!!timestamp ", "!!set ",
-    "!!omap ", "!!null ", "!!python/name:os.system ", "<<: ", "~", "yes", "null", ".inf", "-.inf", ".nan", "1e-4", "1_000",
-    "0x10", "0o9", "1:30", "2020-02-30", "2020-01-01", "12:00:00", "\\", "\\ud800", "\\UFFFFFFFF", "a", "itc", "\x00",
-    "\ufeff", "\x85", "\u2028",
-])
-YAML_TEXTS = st.lists(WORDS | KEYS | KEYS.map(lambda key: f"\n{key}: ") | ANY_TEXT, max_size=12).map("".join)
-
-
-@given(st.binary() | YAML_TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
-@example(b"a: 2020-02-30")
-@example(b"a: !!int b")
-@example(b"a: !!bool b")
-@example(b"2020-01-01: 1")
-@example(b"temp: " + b"9" * 5000)
-@example(b"temp: 0x" + b"f" * 5000)
-@example(b"a: " + b"[" * 1000)
-@example(b"bert_config: &a {b: *a}")
-@example(b'a: "\\UFFFFFFFF"')
-@example(b"image_root: caf\xe9")
-@example(b"a: \x00")
-@example(b"temp: 1\n---\ntemp: 2")
-@example(b"temp: 1\ntemp: 2")
-@example(b"temp:\t1")
-def test_any_file_is_refused_in_a_line_or_a_complete_configuration(folder, content):
-    path = new_file(folder, content)
-    assert_complete_or_refused(path, load_config, path)
+    assert_complete_or_refused("where", with_defaults, config, "where")
+    assert repr(config) == repr(before)
 
 
 @given(st.sampled_from(["configs/VQA.yaml", "configs/shapes/Pretrain.yaml"]), st.data())
@@ -275,62 +160,24 @@ def test_any_slip_in_a_file_is_refused_in_a_line_or_a_complete_configuration(fol
     assert_complete_or_refused(path, load_config, path)
 
 
-EQUALS = st.sampled_from(["=", "=", "=", " = ", ":", "", ".lr="])
-INNER = st.tuples(OUTER_KEYS, INNER_KEYS).map(".".join)
-OVERRIDES = st.tuples(KEYS | INNER | YAML_TEXTS, EQUALS, YAML_TEXTS).map("".join)
-
-
-@given(st.lists(OVERRIDES, max_size=6))
+@given(st.lists(st.builds("{}{}{}".format, NAMES | WORDS, st.sampled_from(["=", "=", "=", "", ".lr="]), YAML_PIECES.map("".join))))
 @example(["batch_size"])
-@example([""])
-@example(["a\nb"])
 @example(["a\nb=[" + "c\n"])
-@example(["a\nb=2020-02-30"])
-@example(["train_file=a.json", "train_file.a\nb=1"])
-@example(["bert_config=" + "[" * 1000])
 @example(["image_root=/data/caf\udce9"])  # as the command line hands over what is not UTF-8
 @example(["optimizer.lr.lr=1"])
 @example(["=1"])
-@example(["scheduler.schedular.lr=1"])
 def test_any_overrides_are_refused_in_a_line_or_a_complete_configuration(overrides):
-    try:
-        config = override({}, overrides, "where")
-    except InputError as error:
-        one_line(error, "where" if str(error).startswith("where") else "--set")
-    else:
-        assert_complete(config)
-
-
-def as_yaml(value):
-    yaml, stream = YAML(typ="safe"), io.StringIO()
-    yaml.width = sys.maxsize
-    yaml.dump(value, stream)
-    return stream.getvalue()
-
-
-@given(FITTING)
-def test_values_may_stand_in_the_file_or_behind_set(config):
-    given_by_set = [f"{key}={as_yaml(value)}" for key, value in config.items() if not isinstance(DEFAULTS[key], dict)]
-    for outer in sorted(config.keys() & {"optimizer", "scheduler"}):
-        given_by_set += [f"{outer}.{inner}={as_yaml(value)}" for inner, value in config[outer].items()]
-    before = {"bert_config": {"hidden_size": 1}, "optimizer": {"lr": 0.5}}
-    merged = {**before, **config, "optimizer": {"lr": 0.5, **config.get("optimizer", {})}}
-    assert override(before, given_by_set, "where") == with_defaults(merged)
-    assert before == {"bert_config": {"hidden_size": 1}, "optimizer": {"lr": 0.5}}
-
-
-def test_overrides_leave_the_callers_configuration_as_it_is():
     config = {"bert_config": {"nested": {"key": 1}}, "scheduler": {"lr": 1}}
-    changed = override(config, ["bert_config.nested.key=2", "schedular.lr=2"], "where")
-    assert changed["bert_config"] == {"nested": {"key": 2}} and changed["scheduler"]["lr"] == 2
-    assert config == {"bert_config": {"nested": {"key": 1}}, "scheduler": {"lr": 1}}
+    before = copy.deepcopy(config)
+    assert_complete_or_refused("--set", override, config, overrides, "--set")
+    assert config == before
 
 
 @pytest.mark.parametrize("override_, hint", [("lr=1e-5", "optimizer.lr or scheduler.lr?"), ("epochs=3", "scheduler.epochs?")])
 def test_a_key_of_optimizer_or_scheduler_without_its_prefix_is_recognized(override_, hint):
     with pytest.raises(InputError, match="did you mean") as caught:
         override({}, [override_], "where")
-    assert one_line(caught.value, "where").endswith(hint)
+    assert one_line(caught.value, "--set").endswith(hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_content_changes_from_epoch_to_epoch(tmp_path):
 
 def test_fewer_samples_than_a_batch_are_refused(make):
     assert refusal(make, (40, 2, 1)) == ("train_file has 75 entries, less than one batch of 40 on each of 2 processes: lower "
-                                         "batch_size (batch_size_train where the file has it)")
+                                         "batch_size")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
