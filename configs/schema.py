@@ -62,6 +62,8 @@ TEXT = Kind("a UTF-8 string", lambda value: isinstance(value, str) and value.enc
 PATH = Kind("a path", lambda value: TEXT.fits(value) and value != "")
 PATHS = either(PATH, list_of(PATH, "a list of paths"))
 MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
+BETAS = Kind("two numbers from 0 to below 1", lambda value: isinstance(value, list) and len(value) == 2 and all(
+    number(0, 1).fits(beta) and beta < 1 for beta in value))  # fmt: skip
 OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,6 +132,8 @@ KEYS = {
     "optimizer.opt": Key("adamW", TEXT),
     "optimizer.lr": Key(1e-4, number()),
     "optimizer.weight_decay": Key(0.02, number()),
+    "optimizer.opt_eps": Key(None, number()),  # the optimizer's own by default, as opt_betas
+    "optimizer.opt_betas": Key(None, BETAS),
     "optimizer.temp_lr_scale": Key(1.0, number()),
     "scheduler.sched": Key("cosine", one_of("cosine")),
     "scheduler.lr": Key(1e-4, number()),

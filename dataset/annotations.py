@@ -34,7 +34,7 @@ from utils import InputError
 PAIR_KEYS = {"image": str, "caption": (str, list)}
 GROUPED_KEYS = {  # of lists whose texts belong together if their images do
     "retrieval": {"image": str, "caption": str, "image_id": (str, int)},
-    "grounding": {"image": str, "text": str, "ref_id": int},
+    "grounding": {"image": str, "text": str},
 }
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
@@ -189,7 +189,7 @@ def load_annotations(files, form="pretrain"):
     """Annotations of one or several JSON lists of {"image": str, "caption": str or list of str}, joined in order.
 
     Of the form retrieval they are {"image": str, "caption": str, "image_id": str or int}, of the form grounding {"image":
-    str, "text": str, "ref_id": int}: there no text may be empty after clean-up, and texts of one image share an image_id.
+    str, "text": str}: there no text may be empty after clean-up, and texts of one image share an image_id.
     The first call checks every entry and writes the cache, later ones open it, until one of the files changes.
     The cache folder is ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache; if that cannot be written, it is in
     the temporary folder.

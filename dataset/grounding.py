@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.annotations import Entries, grouped_entry, where
+from dataset.annotations import Entries, check_entry, grouped_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
 from dataset.images import load_image
@@ -27,6 +27,7 @@ class GroundingBatch(NamedTuple):
 def check_expression(entry, path, number, refer):
     """Raises InputError unless entry is {image, text, ref_id} with a text and a ref that refer knows."""
     grouped_entry(entry, "grounding", path, number)
+    check_entry(entry, {"ref_id": int}, path, number)
     if entry["ref_id"] not in refer.refs:
         raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data")
 

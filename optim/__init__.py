@@ -29,21 +29,25 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
 
 
 def create_optimizer(config, model, sharded=False):
-    """The optimizer of the key `optimizer` {opt, lr, weight_decay, temp_lr_scale}: fused AdamW, others from timm's factory.
+    """The optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
-    sharded: its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
+    config: {opt, lr, weight_decay, temp_lr_scale} and, where they are not the optimizer's own, opt_eps and opt_betas; sharded: its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
     """
     groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
+    options = {key: config[f"opt_{key}"] for key in ("eps", "betas") if config.get(f"opt_{key}") is not None}
     if name == "adamw":
         if sharded and dist.is_initialized():
-            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True)
-        return torch.optim.AdamW(groups, lr=config["lr"], fused=True)
+            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True, **options)
+        return torch.optim.AdamW(groups, lr=config["lr"], fused=True, **options)
     if sharded:
         raise InputError(f"shard_optimizer: only adamW can be sharded, optimizer: opt is {config['opt']!r}")
     if name not in list_optimizers():
         raise InputError(f"optimizer: opt is {config['opt']!r}, neither adamW nor a name that timm knows")
-    return create_optimizer_v2(groups, opt=name, lr=config["lr"], weight_decay=config["weight_decay"])
+    optimizer = create_optimizer_v2(groups, opt=name, lr=config["lr"], weight_decay=config["weight_decay"], **options)
+    for key in options.keys() - optimizer.defaults.keys():
+        raise InputError(f"optimizer: {config['opt']} has no {key}, remove opt_{key}")
+    return optimizer
 
 
 def step_if_finite(optimizer, norm):

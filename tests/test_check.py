@@ -113,7 +113,7 @@ FAULTS = {
     "question": ("vqa", {"question": "?"}, "empty text"), "dataset": ("vqa", {"dataset": "coco"}, "wrong 'dataset'"),
     "a list": ("vqa", {"dataset": []}, "wrong 'dataset'"), "no root": ("vqa", {"dataset": "vg", "answer": "a"}, "vg_root"),
     "label": ("ve", {"label": "maybe"}, "wrong 'label'"),
-    "one image": ("nlvr", {"images": [GOOD]}, "wrong 'images'"), "ref_id": ("grounding", {"ref_id": "x"}, "wrong 'ref_id'"),
+    "one image": ("nlvr", {"images": [GOOD]}, "wrong 'images'"), "text": ("grounding", {"text": 1}, "wrong 'text'"),
 }  # fmt: skip
 
 
@@ -144,9 +144,10 @@ def test_questions_to_test_on(run, shapes, write):
 def test_expressions_to_test_on(run, shapes, write):
     entries = json.loads((shapes / "grounding_test.json").read_text())[:3]
     entries[1]["ref_id"] = 10**6
+    del entries[2]["ref_id"]
     keys = {"train_file": None, "test_file": write(entries)}
     status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
-    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1}
+    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1}
     assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])] == [
         "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
     ]  # fmt: skip
