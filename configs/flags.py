@@ -57,10 +57,9 @@ class Flags(argparse.ArgumentParser):
 
 def _spelling(key):
     """key as --set takes it, optimizer.lr for lr and for itself; "" if it is not a key of the configuration."""
-    from configs.schema import DEFAULTS  # reads YAML, which most command lines do without
+    from configs.schema import KEYS, RENAMED, SECTIONS  # reads YAML, which most command lines do without
 
-    dotted = [f"{outer}.{inner}" for outer, keys in DEFAULTS.items() if isinstance(keys, dict) for inner in keys]
-    return next((name for name in (*DEFAULTS, *dotted) if key in (name, name.rpartition(".")[2])), "")
+    return next((name for name in (*KEYS, *SECTIONS, *RENAMED) if key in (name, name.rpartition(".")[2])), "")
 
 
 def _boolean(text):

@@ -20,7 +20,7 @@ from dataset.batches import TrainBatches, samples_of
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from engine.recorder import Recorder, following, summary, write_log
-from scheduler import distillation_weight, learning_rate, scaled
+from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import (
     InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
 )  # fmt: skip
@@ -226,8 +226,8 @@ def placed(position, batches, accumulate):
     return position._replace(iteration=iteration), iteration + batches.batches // accumulate
 
 
-def announce(config, scheduler):
-    """Prints the global batch and the learning rate for it."""
+def announce(config, scheduler, iterations):
+    """Prints the global batch, the learning rate for it, and whether the warm-up does not get there. iterations: of an epoch."""
     batch = config["batch_size"] * world_size() * config["accumulate"]
     reference, lr = config["reference_batch"], config["optimizer"]["lr"]
     rule = f"as configured (reference_batch would scale {lr:.3g} by sqrt({batch} / reference_batch))"
@@ -235,6 +235,13 @@ def announce(config, scheduler):
         rule = f"{lr:.3g} x sqrt({batch} / reference_batch {reference})"
     print(f"global batch {batch}: {world_size()} processes x batch_size {config['batch_size']} x accumulate "
           f"{config['accumulate']}; learning rate {scheduler['lr']:.3g}, {rule}", flush=True)
+    if scheduler["warmup_iters"] is None:
+        key, warmup, where, available = "warmup_epochs", scheduler["warmup_epochs"] * WARMUP_STEP, "epoch 0", iterations
+    else:
+        key, warmup, where, available = "warmup_iters", scheduler["warmup_iters"], "the run", scheduler["epochs"] * iterations
+    if warmup > available and scheduler["warmup_lr"] != scheduler["lr"]:
+        print(f"note: scheduler.{key} {scheduler[key]} is a warm-up of {warmup} iterations, {where} has only {available}: it ends "
+              f"below the learning rate; lower {key}", flush=True)
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
@@ -262,7 +269,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
     if is_main():
-        announce(config, scheduler)
+        announce(config, scheduler, iterations)
     if config["compile"]:
         compile_layers(model)
     wrapped = model

@@ -11,6 +11,7 @@ from models.albef import ALBEF
 from models.losses import itc_loss, sample_negatives, similarities
 from models.momentum import update_momentum_
 from models.queue import enqueue_
+from utils import InputError
 
 
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
@@ -28,6 +29,8 @@ class Alignment(ALBEF):
     def __init__(self, config, bert, tokenizer, known):
         super().__init__(config, bert, tokenizer)
         self.objectives = [name for name in config["objectives"] if name in known]
+        if not self.objectives:
+            raise InputError(f"objectives is {', '.join(config['objectives'])}, this task has {', '.join(known)}: name one of them")
         distill = config["distill"]
         self.distilled = distill if isinstance(distill, list) else self.objectives * distill
         self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives

@@ -37,31 +37,32 @@ def build_tokenizer(source):
         path = found[0]
     elif not path.is_file():
         path = Path(hub_file(source, FILES, "tokenizer"))
-    if path.suffix == ".json":
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path), **SPECIAL)
-    else:
-        tokenizer = _from_vocab(path)
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(
+    backend = _read_backend(path)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
     )
     return tokenizer
 
 
-def _from_vocab(path):
+def _read_backend(path):
+    """The Tokenizer of a vocab file or a tokenizer.json. Raises InputError where it lacks a token of SPECIAL."""
+    remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
-        tokens = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"tokenizer: cannot read {path} as a vocab file, one word piece a line: {error}") from None
-    vocab = {token: i for i, token in enumerate(tokens)}
-    missing = [token for token in SPECIAL.values() if token not in vocab]
+        if path.suffix == ".json":
+            backend = Tokenizer.from_file(str(path))
+        else:
+            vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+            backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+            backend.normalizer = BertNormalizer(lowercase=True)
+            backend.pre_tokenizer = BertPreTokenizer()
+            backend.decoder = decoders.WordPiece()
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {remedy}") from None
+    missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     if missing:
-        raise InputError(f"tokenizer: vocab file {path} lacks {', '.join(missing)}")
-    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    backend.normalizer = BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+        raise InputError(f"tokenizer: {path} is not a vocabulary, it lacks {', '.join(missing)}: {remedy}")
+    return backend
 
 
 def check_vocab_size(tokenizer, bert_config, source):

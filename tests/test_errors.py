@@ -41,6 +41,7 @@ CASES = {
     "no network for BERT": (lambda d: {"text_encoder": "some-lab/some-bert"}, ["text_encoder: some-lab/some-bert", "local copy"]),
     "no network for ViT": (lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"}, ["vision_encoder", "local copy"]),
     "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
+    "captions for a vocabulary": (lambda d: {"tokenizer": write(d / "captions.json", [GOOD])}, ["captions.json is not a vocabulary"]),
     "too small a data set": (lambda d: {"batch_size": 500}, ["batch_size"]),
     "unknown schedule": (lambda d: {"scheduler": {"sched": "tanh"}}, ["tanh", "cosine"]),
     "two learning rates": (lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}}, ["optimizer.lr is 0.001", "scheduler.lr is 0.002"]),

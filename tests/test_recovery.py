@@ -601,3 +601,15 @@ def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config
     assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
     saved = torch.load(tmp_path / "scaled" / LAST, weights_only=True)
     assert saved["config"]["scheduler"]["lr"] == 1e-3 and saved["config"]["reference_batch"] == 32
+
+
+@pytest.mark.parametrize("keys, said", [
+    ({"warmup_iters": 13}, "scheduler.warmup_iters 13 is a warm-up of 13 iterations, the run has only 12"),
+    ({"warmup_iters": None, "warmup_epochs": 1}, "scheduler.warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6"),
+    ({"warmup_iters": 12}, None),
+    ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it
+])  # fmt: skip
+def test_a_warm_up_beyond_the_end_is_said(tiny_config, tmp_path, capsys, keys, said):
+    run({**tiny_config, "scheduler": {**tiny_config["scheduler"], **keys}}, tmp_path)
+    out = capsys.readouterr().out
+    assert said in out if said else "warm-up" not in out

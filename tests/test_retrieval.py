@@ -146,7 +146,7 @@ def test_pre_trained_weights_load_by_their_names(tiny_config, pretrained):
 BAD_INPUT = {
     "k_test 0": ({}, ["--k_test", "0"], "--k_test 0"),
     "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test 16 many"),
-    "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be at least 1"),
+    "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be a whole number from 1"),
     "no checkpoint": ({"--checkpoint": None}, [], "--checkpoint is missing"),
     "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*training list"),
     "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*test or pre-training list"),

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import pickle
 import sys
 
 import pytest
@@ -141,6 +142,26 @@ def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
             assert sample.files == [str(shapes / image) for image in images]
 
 
+def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(program, shapes, tmp_path):
+    config_of, run = program
+    config = config_of("Grounding")
+    pairs = [{"image": entry["image"], "text": entry["text"]} for entry in json.loads((shapes / "grounding_train.json").read_text())]
+    expressions = json.loads((shapes / "grounding_test.json").read_text())
+    splits = {ref["ref_id"]: ref["split"] for ref in pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())}
+    by_split = {"val": [], "test": []}
+    for entry in expressions:
+        by_split["val" if splits[entry["ref_id"]] == "val" else "test"].append(entry)
+    for name, entries in {"train": pairs, **by_split}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(entries))
+    files = {"train_file": [str(tmp_path / "train.json")], "test_file": [str(tmp_path / f"{name}.json") for name in by_split]}
+    run("Grounding", {**config, **files}, tmp_path / "two", "--set", "scheduler.epochs=1")
+    (entry,) = log(tmp_path / "two")
+    run("Grounding", config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / "two/checkpoint_best.pth")
+    (val, test) = log(tmp_path / "one")
+    assert {name: entry[name] for name in ("val_d", "testA_d", "testB_d")} == pytest.approx(
+        {"val_d": val["val_d"], "testA_d": test["testA_d"], "testB_d": test["testB_d"]})
+
+
 def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
     model = build_model("nlvr", tiny_config)
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
@@ -164,6 +185,7 @@ BAD_INPUT = {
                                   "entry 1 .*has no 'answer', though others have"),
     "answers of Visual Genome to score": ("VQA", "test_file", [{**QUESTION, "dataset": "vg", "answer": "a"}], "one annotator"),
     "two batch sizes": ("VE", "batch_size_train", 4, "batch_size has the values 8 and 4"),
+    "objectives of another task": ("Grounding", "--set", "objectives=[mlm]", "objectives is mlm, this task has itc, itm"),
     "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is no token"),
     "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
     "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "question '\\?' is empty"),
@@ -174,12 +196,13 @@ BAD_INPUT = {
     "label true": ("NLVR", "test_file", [{"images": [IMAGE] * 2, "sentence": "a", "label": "true"}], "it must be False or True"),
     "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),
     "unknown ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a", "ref_id": 10**6}], "ref_id 1000000 is not among"),
+    "no ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a"}], "entry 0 .* has no 'ref_id'"),
     "no refs": ("Grounding", "refcoco_data", "nowhere", "refs.unc..p does not exist"),
     "empty expression": ("Grounding", "train_file", [{"image": IMAGE, "text": " ", "ref_id": 1}], "text ' ' is empty"),
     "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
     "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
     "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
-    "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be at least 1"),
+    "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be a whole number from 1"),
     "unknown sharing": ("NLVR", "share", "some", "share is 'some', it must be one of cross_attention, all, none"),
 }  # fmt: skip
 

@@ -3,9 +3,12 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from conftest import refusal
 from models.tokenizer import build_tokenizer, check_vocab_size, main, train_vocab
@@ -42,6 +45,14 @@ def test_bad_vocabularies_are_named(tokenizer, tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\na\nb\n")
     with pytest.raises(InputError, match=r"lacks \[UNK\], \[CLS\]"):
         build_tokenizer(tmp_path / "vocab.txt")
+    for name, content in {"captions.json": [{"image": "a.jpg", "caption": "b"}], "tokenizer.json": {"version": "1.0"}}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+        assert f"{name} is not a vocabulary" in refusal(build_tokenizer, tmp_path / name)
+    other = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a model that is not BERT
+    other.save(str(tmp_path / "tokenizer.json"))
+    assert "tokenizer.json is not a vocabulary, it lacks [PAD], [CLS], [SEP], [MASK]" in refusal(build_tokenizer, tmp_path / "tokenizer.json")
+    (tmp_path / "photo.png").write_bytes(Path("tests/golden/photo.png").read_bytes())
+    assert "photo.png is not a vocabulary" in refusal(build_tokenizer, tmp_path / "photo.png")
     with pytest.raises(InputError, match="has no vocab.txt or tokenizer.json"):
         (tmp_path / "empty").mkdir()
         build_tokenizer(tmp_path / "empty")
