@@ -166,6 +166,12 @@ def gather_lists(values):
     return [value for part in parts for value in part]
 
 
+def cores():
+    """CPU cores that this process may use."""
+    # macOS has no sched_getaffinity
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def local_rank():
     """Rank within this machine."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
-from utils import InputError, TrainingStopped, gather_lists, rank, seed_of, world_size
+from utils import InputError, TrainingStopped, cores, gather_lists, rank, seed_of, world_size
 
 MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
 
@@ -85,7 +85,7 @@ def workers(config):
     """Data workers of each process: num_workers, else the cores of this machine divided by its processes, 8 at most."""
     if config["num_workers"] is not None:
         return config["num_workers"]
-    return min(8, max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def train_workers(config):

@@ -38,7 +38,7 @@ from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
 from configs.flags import Flags
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
-from utils import InputError, TrainingStopped, atomic_write, run_script
+from utils import InputError, TrainingStopped, atomic_write, cores, run_script
 
 SHOWN = 20  # problems that are printed
 EXAMPLES = 3  # of entries that are the same
@@ -574,8 +574,7 @@ def main():
     flags = Flags("Check all files that the configuration of a task names.")
     flags.add_argument("config", help="YAML file of a task")
     flags.add_set()
-    cores = len(os.sched_getaffinity(0))
-    flags.add_argument("--processes", type=int, metavar="N", default=cores, help="that decode images; by default one a core")
+    flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images; by default one a core")
     flags.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
     flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
     args = flags.parse_args()

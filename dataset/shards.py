@@ -23,7 +23,7 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext
 
 from dataset.annotations import cache_folder, fingerprint, locked
-from utils import InputError
+from utils import InputError, cores
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
@@ -105,7 +105,7 @@ def count_shards(paths, processes=None):
 
 def in_processes(function, items, processes=None):
     """Yields function(item) of the items in the order they get done, in a pool of that many processes (default as above)."""
-    processes = min(processes or min(MAX_PROCESSES, len(os.sched_getaffinity(0))), len(items))
+    processes = min(processes or min(MAX_PROCESSES, cores()), len(items))
     if processes <= 1:
         yield from map(function, items)
         return

@@ -208,6 +208,8 @@ def resume(path, model, optimizer, config, seed, entries=None):
     if lacking:
         raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
                          "its weights")
+    if state["config"]["optimizer"]["opt"].lower() != config["optimizer"]["opt"].lower():
+        raise _other_optimizer(path)
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
     saved = state["resume"]
@@ -231,23 +233,22 @@ def resume(path, model, optimizer, config, seed, entries=None):
     return Position(**{**saved, "phases": [Phase(*phase) for phase in saved["phases"]]})
 
 
+def _other_optimizer(path):
+    return InputError(f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
+                      "objectives and distill as they were, or start from its weights with --checkpoint alone")
+
+
 def load_optimizer(optimizer, state, path):
     """optimizer.load_state_dict of a state that was saved whole, sharded or not, by any number of processes.
 
     Options such as weight_decay stay those of the optimizer. path: of the checkpoint, for the InputError if it does not fit.
     """
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    for group, own in zip(state["param_groups"], optimizer.param_groups):
+        group |= {name: value for name, value in own.items() if name != "params"}  # an older torch may have had fewer
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError):
-        fits = False
-    else:
-        fits = options[0].keys() == {name for name in state["param_groups"][0] if name != "params"}
-    if not fits:
-        raise InputError(f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
-                         "objectives and distill as they were, or start from its weights with --checkpoint alone")
-    for group, own in zip(optimizer.param_groups, options):
-        group.update(own)
+        raise _other_optimizer(path) from None
     if isinstance(optimizer, ZeroRedundancyOptimizer):
         optimizer.state.clear()  # a second copy of what the optimizer inside has
         for param, values in optimizer.optim.state.items():

@@ -1,6 +1,7 @@
 """The training loop: exact resuming, stopping, broken data, and several processes."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -74,6 +75,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(tiny_config, tmp_path, wor
     assert saved["resume"]["epoch"] == 1 and 0 < saved["resume"]["iteration"] < 6
     run(config, tmp_path / "parts", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.fixture
+def as_on_macos(monkeypatch):
+    """No sched_getaffinity, and data workers that are not forked: whatever they get is pickled."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_forkserver_preload(["dataset", "models.tokenizer"])  # once, not in every worker
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_data_workers_need_not_be_forked(tiny_config, tmp_path, as_on_macos):
+    run(tiny_config, tmp_path / "alone")
+    run({**tiny_config, "num_workers": None}, tmp_path / "workers")
+    assert_same_run(tmp_path / "alone", tmp_path / "workers")
 
 
 def test_killed_run_continues_from_the_last_save(tiny_config, tmp_path):

@@ -260,6 +260,19 @@ def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path, chang
         run({**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}, tmp_path, resume=True)
 
 
+def test_the_checkpoint_of_an_older_torch_resumes(tiny_config, tmp_path):
+    run(tiny_config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tiny_config, tmp_path / "parts", step=signal_at(3))
+    state = torch.load(tmp_path / "parts" / LAST, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:  # as torch 1.8 had them
+        for name in group.keys() - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
+            del group[name]
+    torch.save(state, tmp_path / "parts" / LAST)
+    run(tiny_config, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
     with pytest.raises(Interrupted):
         run(tiny_config, tmp_path, step=signal_at(3))

@@ -1,5 +1,6 @@
 """VQA.py, VE.py, NLVR.py, Pretrain_nlvr.py and Grounding.py as a whole: training, resuming, evaluation, bad input."""
 
+import functools
 import importlib
 import json
 import pickle
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 from conftest import log
+from dataset import build_dataset, file_key
 from models import build_model
 from models.checkpoint import load_checkpoint
+from models.tokenizer import build_tokenizer
 from test_engine import assert_same_run, command_line, signal_at, torchrun
 from utils import InputError, Interrupted, TrainingStopped
 
@@ -90,6 +93,18 @@ def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, sc
         run(script, config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / f"two/checkpoint_{name}.pth")
         alone = {key: value for found in log(tmp_path / "one") for key, value in found.items() if key not in ("checkpoint", "epoch")}
         assert alone and alone == pytest.approx({key: entry[key] for key in alone})
+
+
+@pytest.mark.parametrize("script", TASKS)
+def test_data_sets_can_be_handed_to_a_process(program, script):
+    config_of, _ = program
+    task = {"Pretrain_nlvr": "nlvr_pretrain"}.get(script, script.lower())
+    config, tokenizer = config_of(script), build_tokenizer("tests/golden/vocab.txt")
+    for split in ["train"] if script == "Pretrain_nlvr" else ["train", "val", "test"]:
+        if config[file_key(f"{task}_{split}")]:
+            dataset = build_dataset(f"{task}_{split}", config)
+            copied = pickle.loads(pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))).func.__self__
+            assert repr(copied[1]) == repr(dataset[1])
 
 
 def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_path, capsys):
