@@ -33,16 +33,17 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset.annotations import check_entry, read_json_list
 from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import load_answer_list
-from visualize.explain import explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets
+from visualize.explain import (
+    UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
+)  # fmt: skip
+from engine.curves import read_curves
 from engine.processes import init_process_group
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
@@ -59,17 +60,6 @@ PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images
 # a run
 
 
-def read_curves(folder):
-    """Scalars of a run's TensorBoard files: name without train/ -> (steps, values)."""
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    curves = {}
-    for tag in accumulator.Tags()["scalars"]:
-        events = accumulator.Scalars(tag)
-        curves[tag.removeprefix("train/")] = np.array([e.step for e in events]), np.array([e.value for e in events])
-    return curves
-
-
 def picture_run(folder, queries):
     """Draws curves.png and retrieval.png of a run, as far as it has what they show."""
     tensorboard, result = folder / "tensorboard", folder / "result/retrieval.json"
@@ -83,7 +73,10 @@ def picture_run(folder, queries):
         print(f"wrote {folder / 'curves.png'}")
     if result.exists():
         rankings = json.loads(result.read_text())
-        draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", queries)
+        try:
+            draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", queries)
+        except OSError as error:
+            raise InputError(f"{result}: image {error}") from None
         print(f"wrote {folder / 'retrieval.png'}")
 
 
@@ -196,8 +189,14 @@ def read_phrase(args, model, tokenizer):
     return phrase
 
 
+def about_unknown(phrase):
+    """A line on the words that the vocabulary lacks, where there are some: the model cannot tell them apart."""
+    lacking = [word.removesuffix(UNKNOWN) for word in phrase.words if word.endswith(UNKNOWN)]
+    return [f"not in the vocabulary, all the same to the model: {', '.join(lacking)}"] if lacking else []
+
+
 def picture_heat_maps(args, images, image, task, model, tokenizer):
-    """Draws the heat maps of a decision. images: as read_images gives them; image [I, 3, R, R]: as the model takes them."""
+    """Draws the heat maps of a decision. images: uint8 [H, W, 3] each; image [I, 3, R, R]: as the model takes them."""
     phrase = read_phrase(args, model, tokenizer)
     if args.gradcam_mode == "itc":
         maps = explain_similarity(model, image, phrase, args.block_num)
@@ -209,8 +208,7 @@ def picture_heat_maps(args, images, image, task, model, tokenizer):
     whole, by_word = maps.whole.cpu().numpy(), maps.by_word.cpu().numpy()
     panels = [(f"whole {'question' if task == 'vqa' else 'text'}", whole)]
     panels += [(word, by_word[:, number]) for number, word in enumerate(phrase.words[: by_word.shape[1]])]
-    pictures = [picture.permute(1, 2, 0).numpy() for picture in images]
-    draw_heat_maps(pictures, panels, [phrase.text.strip(), maps.verdict], args.to)
+    draw_heat_maps(images, panels, [phrase.text.strip(), maps.verdict, *about_unknown(phrase)], args.to)
 
 
 def picture_pseudo_targets(args, images, image, model, tokenizer):
@@ -221,9 +219,8 @@ def picture_pseudo_targets(args, images, image, model, tokenizer):
         image_embeds, image_feat = model.encode_image(image, momentum=True)
     words = list(zip(phrase.words, word_targets(model, image_embeds, phrase, tokenizer)))
     best = text_targets(model, image_feat, texts, phrase.text, tokenizer) if texts else []
-    title = [f"caption: {phrase.text}", "what the momentum model expects in place of each word:"]
-    texts_title = f"the most similar of {len(texts)} texts:"
-    draw_pseudo_targets(images[0].permute(1, 2, 0).numpy(), words, best, title, texts_title, args.to)
+    title = [f"caption: {phrase.text}", *about_unknown(phrase), "what the momentum model expects in place of each word:"]
+    draw_pseudo_targets(images[0], words, best, title, f"the most similar of {len(texts)} texts:", args.to)
 
 
 def picture_model(args):
@@ -239,6 +236,7 @@ def picture_model(args):
     task, model, tokenizer = load_model(args)
     resize = test_transform(model.config["image_res"])
     image = normalize(torch.stack([resize(picture) for picture in images])).to(next(model.parameters()).device)
+    images = [picture.permute(1, 2, 0).numpy() for picture in images]
     if args.pseudo_targets:
         picture_pseudo_targets(args, images, image, model, tokenizer)
     else:

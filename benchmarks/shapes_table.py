@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset import build_dataset
+from engine.curves import read_curves
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from configs.schema import load_config
 
@@ -48,11 +48,10 @@ def minutes(folder, run):
     for name in TIMED.get(run, [run]):
         if not (folder / name / "tensorboard").is_dir():
             return None
-        accumulator = EventAccumulator(str(folder / name / "tensorboard"), size_guidance={"scalars": 0})
-        accumulator.Reload()
-        if "train/lr" not in accumulator.Tags()["scalars"]:
+        curves = read_curves(folder / name / "tensorboard")
+        if "lr" not in curves:
             return None
-        times = [event.wall_time for event in accumulator.Scalars("train/lr")]
+        times = curves["lr"][2]
         total += sum(gap for gap in np.diff(times) if gap < LONGEST_GAP) / 60
     return total
 

@@ -3,6 +3,8 @@
 import sys
 import threading
 
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from utils import remake_output_dir
@@ -40,3 +42,12 @@ class Curves:
         except OSError as error:
             print(f"note: cannot draw curves in {self.folder}: {error.strerror}", file=sys.stderr)
         threading.excepthook = self.before
+
+
+def read_curves(folder):
+    """The scalars in a run's folder: name without train/ -> steps, values, seconds since 1970, arrays [N] each."""
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    scalars = {tag.removeprefix("train/"): accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    return {name: tuple(map(np.array, zip(*[(event.step, event.value, event.wall_time) for event in events])))
+            for name, events in scalars.items()}  # fmt: skip

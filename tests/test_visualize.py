@@ -15,7 +15,7 @@ from models import build_model, task_of
 from models.albef import Text
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
-from visualize.draw import overlay
+from visualize.draw import draw_heat_maps
 from utils import InputError, seed_everything
 
 VOCAB = ROOT / "tests/golden/vocab.txt"
@@ -93,7 +93,7 @@ def test_overrides_reach_the_saved_configuration(visualize):
     status, out, err = visualize("ve", *TEXT["ve"], "--set", "image_res=48")
     assert status == 0 and "resized: visual_encoder.pos_embed" in out, err
     status, _, err = visualize("ve", *TEXT["ve"], "--set", "image_rse=48")
-    assert status == 2 and "ve.pth" in err and "did you mean image_res?" in err
+    assert status == 2 and "--set image_rse" in err and "did you mean image_res?" in err
 
 
 def test_a_bare_state_dict_needs_a_configuration(visualize, make, tmp_path):
@@ -147,7 +147,7 @@ def test_maps_of_matching_are_those_of_the_released_function(make, tokenizer):
     with torch.no_grad():
         fused = model.fuse(model.encode_text(phrase.tokens)[0], phrase.tokens.attention_mask, model.encode_image(image)[0])
         prob = model.itm_logits(fused).softmax(dim=1)[0, 1]
-    assert maps.verdict == f"matched, probability {prob:.3f}"
+    assert maps.verdict == f"match {100 * prob:.1f}%"
 
 
 @pytest.mark.parametrize("task, names", [("ve", ["contradiction", "neutral", "entailment"]), ("nlvr", ["False", "True"]),
@@ -160,7 +160,7 @@ def test_the_verdict_is_the_prediction(make, tokenizer, task, names):
     assert maps.by_word.shape == (len(images), 2, 2, 2)
     with torch.no_grad():
         probs = model.predict(*images[:, None], phrase.tokens).softmax(dim=1)[0]
-    assert maps.verdict == f"{names[probs.argmax()]}, probability {probs.max():.3f}"
+    assert maps.verdict == f"{names[probs.argmax()]} {100 * probs.max():.1f}%"
 
 
 @torch.no_grad()
@@ -248,16 +248,45 @@ def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
     assert len(text_targets(model, image_feat, texts[:2], "", tokenizer)) == 2
 
 
-def test_a_heat_map_is_stretched_over_an_image():
-    image = np.full((40, 80, 3), 128, np.uint8)
-    heat = np.zeros((2, 4), np.float32)
-    heat[0, 3] = 7
-    shown = overlay(image, heat)
-    assert shown.shape == image.shape
-    assert (shown[30:, :30] == 128).all()  # cold: the image
-    red, green, blue = shown[3, 77].astype(int)
-    assert red > green + 50 and red > blue + 50  # hot
-    assert (overlay(image, np.zeros((2, 4))) == image).all()
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn from here on."""
+    found = []
+    monkeypatch.setattr("visualize.draw.plt.close", found.append)
+    return found
+
+
+def test_heat_maps_share_a_scale_and_a_color_bar_and_show_the_image(figures, tmp_path):
+    images = [np.full((40, 80, 3), 128, np.uint8), np.full((80, 40, 3), 255, np.uint8)]
+    heats = [np.zeros((2, 2, 4)), np.full((2, 2, 4), 3.0)]
+    heats[0][1, 0, 3] = 7
+    draw_heat_maps(images, [("whole text", heats[0]), ("dog", heats[1])], ["dog"], tmp_path / "a.png")
+    *axes, bar = figures[0].axes
+    maps = [axis.images[1] for axis in axes if len(axis.images) > 1]
+    assert [heat.get_clim() for heat in maps] == [(0, 7)] * 4 == [bar.get_ylim()] * 4
+    assert [axis.get_title() for axis in axes if axis.get_title()] == ["images", "whole text", "dog"]
+    for heat, (width, height) in zip(maps, [(80, 40), (80, 40), (40, 80), (40, 80)]):  # over all of its image
+        assert heat.get_extent() == [0, width, height, 0] == heat.axes.images[0].get_extent()
+        opacity = heat.to_rgba(np.array([0, 3.5, 7]))[:, 3]
+        assert opacity[0] == 0 < opacity[1] < opacity[2] < 0.7
+    red, green, blue, _ = maps[0].to_rgba(7)
+    assert red > 2 * green and red > 2 * blue
+
+
+def test_without_any_heat_there_is_a_picture(figures, tmp_path):
+    draw_heat_maps([np.zeros((40, 80, 3), np.uint8)], [("whole text", np.zeros((1, 2, 2)))], ["dog"], tmp_path / "a.png")
+    assert figures[0].axes[1].images[1].get_clim() == (0, 1)
+
+
+def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, tokenizer):
+    phrase = split_words("two щ dogs", make("retrieval"), tokenizer)
+    assert phrase.words == ["two", "щ [UNK]", "dogs"]
+    for flags in [], ["--pseudo_targets"]:
+        status, _, err = visualize("pretrain", "--text", "Two щ dogs!", *flags)
+        assert status == 0, err
+        labels = [axis.get_title() or axis.get_title("left") for axis in figures[-1].axes]
+        assert "щ [UNK]" in labels and "dogs" in labels
+        assert "not in the vocabulary, all the same to the model: щ" in figures[-1].get_suptitle()
 
 
 def test_the_task_is_read_from_the_tensors(make):
@@ -268,7 +297,9 @@ def test_the_task_is_read_from_the_tensors(make):
 
 
 CASES = {
-    "missing image": ("ve", ["--text", "dog"], {"images": ["no.jpg"]}, ["--image", "no.jpg"]),
+    "missing image": ("ve", ["--text", "dog"], {"images": ["no.jpg"]}, ["--image: no.jpg: does not exist"]),
+    "folder": ("ve", ["--text", "dog"], {"images": ["."]}, ["--image: .: is a folder: name an image file in it"]),
+    "URL": ("ve", ["--text", "dog"], {"images": ["https://host/a.jpg"]}, ["https://host/a.jpg: is a URL: download the image"]),
     "unknown block": ("ve", ["--text", "dog", "--block_num", "1"], {}, ["--block_num 1", "2 to 3"]),
     "unknown block of the ViT": ("pretrain", ["--text", "dog", "--gradcam_mode", "itc", "--block_num", "2"], {}, ["0 to 1"]),
     "question for VE": ("ve", ["--question", "dog?"], {}, ["--question", "task ve", "--text instead"]),

@@ -3,17 +3,20 @@
 import math
 import os
 import textwrap
+import warnings
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap, PowerNorm
 from PIL import Image
 
 from dataset.images import load_image
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a caption is a dollar
+warnings.filterwarnings("ignore", "Glyph .* missing")  # a box takes its place
 
 HIT, MISS = "#2a9d4a", "#c9302c"
 TITLES = {
@@ -34,13 +37,13 @@ def smooth(values, window):
 def draw_curves(curves, path):
     """One panel for each scalar that TITLES knows, the raw values pale behind their moving average.
 
-    curves: name -> (steps, values), arrays [N], at least one of them a name that TITLES knows.
+    curves: name -> (steps, values, ...), arrays [N], at least one of them a name that TITLES knows.
     """
     names = [name for name in TITLES if name in curves]
     rows = (len(names) + 2) // 3
     figure, axes = plt.subplots(rows, 3, figsize=(14, 3.6 * rows), squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names):
-        steps, values = curves[name]
+        steps, values, *_ = curves[name]
         axis.plot(steps, values, color="#9db8d9", linewidth=0.8)
         axis.plot(steps, smooth(values, max(1, len(values) // 40)), color="#1f4e8c", linewidth=1.8)
         axis.set_title(TITLES[name], fontsize=11)
@@ -110,116 +113,71 @@ def draw_retrieval(rankings, image_root, path, queries=5, top=5):
     plt.close(figure)
 
 
+
 # ---------------------------------------------------------------------------------------------------------------------
-# pictures of one example; lengths are in inches, from the upper left corner
+# pictures of one example
 
 DPI = 110
-GAP, MARGIN = 0.1, 0.2
-LINE = 0.27  # height of a line of text
-PAGE = 13.0  # width of a full row
-PANEL, SMALL_PANEL = 2.1, 1.6  # side of a square panel, others have the same area; small ones where there are many
-MANY = 10
+WIDTH = 12  # inches of a full row
+# of a heat map, the same in every panel and in the color bar: cold is clear, and the hottest lets the object shine through
+HEAT = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
+HEAT[:, 3] = np.linspace(0, 0.65, 256)
+HEAT = ListedColormap(HEAT, "heat")
 
 
-class _Page:
-    """A figure of width and height inches to place pictures and text on."""
-
-    def __init__(self, width, height):
-        self.width, self.height = width, height
-        self.figure = plt.figure(figsize=(width, height))
-
-    def picture(self, pixels, x, y, width, height):
-        axis = self.figure.add_axes((x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height))
-        axis.imshow(pixels, aspect="auto")
-        axis.axis("off")
-
-    def text(self, text, x, y, size=11, **style):
-        """Text whose upper left corner is at (x, y), unless style aligns it otherwise."""
-        style = {"va": "top", "ha": "left", **style}
-        self.figure.text(x / self.width, 1 - y / self.height, text, fontsize=size, **style)
-
-    def bar(self, x, y, width, height, color):
-        corner = x / self.width, 1 - (y + height) / self.height
-        self.figure.add_artist(plt.Rectangle(corner, width / self.width, height / self.height, color=color, linewidth=0))
-
-    def save(self, path):
-        self.figure.savefig(path, dpi=DPI)
-        plt.close(self.figure)
+def _small(image):
+    """An image uint8 [H, W, 3] with no more pixels than a panel can show."""
+    picture = Image.fromarray(image)
+    picture.thumbnail((600, 600))
+    return np.asarray(picture)
 
 
-def _characters(width, size):
-    """How many letters of a font size fit into a width; wide ones need 0.6 of the size each."""
-    return max(1, int(width * 72 / (0.6 * size)))
+def _pale(image):
+    """An image [H, W, 3] with less color and contrast, on which the colors of heat stand out; uint8."""
+    gray = image.mean(axis=2, keepdims=True)
+    return (51 + 0.4 * (image + gray)).astype(np.uint8)
 
 
-def _wrap(text, width, size):
-    return textwrap.wrap(text, _characters(width, size)) or [""]
-
-
-def _fitting(text, width, size, smallest=7):
-    """A line of text and the font size, at most `size`, at which it is not wider than `width`; cut if it is far too long."""
-    longest = _characters(width, smallest)
-    if len(text) > longest:
-        text = text[: longest - 1] + "…"
-    return text, min(size, width * 72 / (0.6 * len(text)))
-
-
-def _resized(image, width, height):
-    """image uint8 [H, W, 3] -> the pixels of a panel of width x height inches."""
-    size = round(width * DPI), round(height * DPI)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-
-
-def overlay(image, heat):
-    """Blends a heat map over its image: image uint8 [H, W, 3], heat float [h, w] -> uint8 [H, W, 3].
-
-    As in the released code: the map, stretched from its least to its greatest value, is bicubically resized; hot places are
-    opaque, cold ones clear. A map of one value leaves the image as it is.
-    """
-    heat = np.asarray(heat, dtype=np.float32)
-    heat = (heat - heat.min()) / (np.ptp(heat) or 1)
-    heat = np.asarray(Image.fromarray(heat).resize(image.shape[1::-1], Image.Resampling.BICUBIC)).clip(0, 1)
-    weight = heat[..., None] ** 0.7
-    return ((1 - weight) * image + weight * 255 * matplotlib.colormaps["jet"](heat)[..., :3]).round().astype(np.uint8)
+def _label(axis, text, width, size, **style):
+    """Titles a panel in the largest font, up to `size`, at which the text fits into `width` inches; cuts a very long one."""
+    text = text if len(text) <= 32 else f"{text[:20]}…{text[-10:]}"
+    size = min(size, width * 72 / (0.6 * len(text)))  # a wide letter takes 0.6 of the font size
+    axis.set_title(text, fontsize=size, pad=4, **style)
 
 
 def draw_heat_maps(images, panels, title, path):
     """The image and one panel for each heat map, in rows as Figures 4 to 6; of two images the second is below the first.
 
-    images: one or two, uint8 [H, W, 3]; panels: list of (label, heat maps [h, w] of the images), of which the first is that
-    of the whole text; title: lines of text.
+    All heat maps share one scale, from 0 to their largest value, by the square root so that weak ones are seen. images: one or
+    two, uint8 [H, W, 3]; panels: list of (label, heat maps [h, w] of the images), of which the first is that of the whole text;
+    title: lines of text.
     """
+    rows, count = len(images), 1 + len(panels)
     aspects = [image.shape[1] / image.shape[0] for image in images]
-    side = PANEL if len(panels) < MANY else SMALL_PANEL
-    width = min(max(side * math.prod(aspects) ** (0.5 / len(aspects)), 1.3), 5)
-    heights = [width / aspect for aspect in aspects]
-    left = MARGIN + (LINE if len(images) > 1 else 0)
-    cells = [("image" if len(images) == 1 else "images", None), *panels]
-    columns = max(2, int((PAGE - left - MARGIN + GAP) / (width + GAP)))
-    bands = math.ceil(len(cells) / columns)
-    columns = math.ceil(len(cells) / bands)
-    row_width = columns * (width + GAP) - GAP
-    page_width = max(left + row_width + MARGIN, 4.5)
-    lines = [line for text in title for line in _wrap(text, page_width - 2 * MARGIN, 13)]
-    top = MARGIN + len(lines) * LINE
-    band_height = LINE + sum(heights) + GAP * len(heights)
-    page = _Page(page_width, top + bands * band_height + MARGIN)
-    for number, line in enumerate(lines):
-        page.text(line, page_width / 2, MARGIN / 2 + number * LINE, size=13, ha="center")
-    left += (page_width - left - MARGIN - row_width) / 2
-    shown = [_resized(image, width, height) for image, height in zip(images, heights)]
-    for number, (label, heats) in enumerate(cells):
-        x, y = left + number % columns * (width + GAP), top + number // columns * band_height
-        label, size = _fitting(label, width, 12)
+    width = min(max((2 if count < 12 else 1.5) * math.prod(aspects) ** (0.5 / rows), 1.2), 5)
+    bands = math.ceil(count / max(2, int(WIDTH / width)))
+    columns, heights = math.ceil(count / bands), [width / aspect for aspect in aspects]
+    size = max(width * columns + 1, 6), bands * (sum(heights) + 0.3) + 0.25 * len(title) + 0.5
+    figure, axes = plt.subplots(bands * rows, columns, figsize=size, height_ratios=heights * bands, squeeze=False,
+                                layout="compressed")  # fmt: skip
+    for axis in axes.flat:
+        axis.axis("off")
+    images, scale = [_small(image) for image in images], PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
+    for number, (label, heats) in enumerate([("image" if rows == 1 else "images", None), *panels]):
+        column = axes[number // columns * rows :, number % columns]
         style = {"style": "italic", "color": "#555555"} if number < 2 else {}  # the others are words of the text
-        page.text(label, x + width / 2, y + LINE - 0.05, size, ha="center", va="bottom", **style)
-        y += LINE
-        for place, (pixels, height) in enumerate(zip(shown, heights)):
-            page.picture(pixels if heats is None else overlay(pixels, heats[place]), x, y, width, height)
-            if len(images) > 1 and number % columns == 0:
-                page.text(("first", "second")[place], left - 0.07, y + height / 2, rotation=90, ha="right", va="center")
-            y += height + GAP
-    page.save(path)
+        _label(column[0], label, width, 12, **style)
+        for i, (axis, image) in enumerate(zip(column, images)):
+            extent = 0, image.shape[1], image.shape[0], 0
+            axis.imshow(image if heats is None else _pale(image), extent=extent)
+            if heats is not None:
+                heat = axis.imshow(heats[i], HEAT, scale, extent=extent, interpolation="catrom", interpolation_stage="data")
+            if rows > 1 and number % columns == 0:
+                axis.text(-0.03, 0.5, ("first", "second")[i], transform=axis.transAxes, rotation=90, ha="right", va="center")
+    figure.colorbar(heat, ax=axes, label="attention × gradient", format="%.2g", aspect=25, fraction=0.05)
+    figure.suptitle("\n".join(title), fontsize=13, wrap=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    plt.close(figure)
 
 
 def draw_pseudo_targets(image, words, texts, title, texts_title, path):
@@ -228,39 +186,36 @@ def draw_pseudo_targets(image, words, texts, title, texts_title, path):
     image uint8 [H, W, 3]; words: list of (word, its candidates); texts: the candidates for the whole caption, perhaps none.
     A candidate has text, score (a word's is a probability) and hit, true where it is what the caption has.
     """
-    aspect = image.shape[1] / image.shape[0]
-    width = min(max(3 * aspect**0.5, 2), 4.5)
-    height = width / aspect
-    cell_width, cell_height = 1.7, LINE * 1.3 + 0.2 * len(words[0][1]) + GAP
-    left = MARGIN + width + 0.3
-    columns = min(int((PAGE - left - MARGIN) / cell_width), len(words))
-    page_width = max(left + columns * cell_width + MARGIN, 9)
-    rows = math.ceil(len(words) / columns)
-    lines = [line for text in title for line in _wrap(text, page_width - 2 * MARGIN, 13)]
-    entries = [(line, number == 0, candidate) for candidate in texts
-               for number, line in enumerate(_wrap(candidate.text, page_width - 2 * MARGIN - 0.7, 11))]  # fmt: skip
-    top = MARGIN + len(lines) * LINE
-    middle = top + max(height, rows * cell_height) + 0.2
-    page = _Page(page_width, middle + (LINE * 1.3 + 0.22 * len(entries) if texts else 0) + MARGIN)
-    for number, line in enumerate(lines):
-        page.text(line, MARGIN, MARGIN / 2 + number * LINE, size=13)
-    page.picture(_resized(image, width, height), MARGIN, top, width, height)
+    columns = min(max(2, len(words)), 5)  # of words; the image takes two more
+    width = WIDTH / 7 * (columns + 2)
+    lines = [(line, candidate, i == 0) for candidate in texts
+             for i, line in enumerate(textwrap.wrap(candidate.text, int(10 * width)))]  # fmt: skip
+    height = min(WIDTH / 4 * image.shape[0] / image.shape[1], 5)
+    rows = max(math.ceil(len(words) / columns), round(height / 1.4))
+    ratios = [1.4] * rows + [0.25 * len(lines) + 0.2]
+    figure = plt.figure(figsize=(width, sum(ratios) + 0.8), layout="constrained")
+    grid = figure.add_gridspec(rows + 1, columns + 2, height_ratios=ratios)
+    axis = figure.add_subplot(grid[:rows, :2], anchor="NW")
+    axis.imshow(_small(image))
+    axis.axis("off")
     for number, (word, candidates) in enumerate(words):
-        x, y = left + number % columns * cell_width, top + number // columns * cell_height
-        label, size = _fitting(word, cell_width - 0.2, 12)
-        page.text(label, x, y + LINE - 0.05, size, va="bottom", weight="bold")
-        for place, candidate in enumerate(candidates):
-            at = y + LINE + 0.2 * place
-            page.bar(x, at + 0.01, (cell_width - 0.2) * candidate.score, 0.18, "#c9dcf2")
-            label, size = _fitting(candidate.text, cell_width - 0.65, 10)
+        cell = grid[number // columns, 2 + number % columns]
+        axis = figure.add_subplot(cell, xlim=(0, 1), ylim=(len(candidates) - 0.5, -0.5))
+        axis.axis("off")
+        _label(axis, word, 1.5, 12, loc="left", weight="bold")
+        axis.barh(range(len(candidates)), [candidate.score for candidate in candidates], 0.9, color="#c9dcf2")
+        for i, candidate in enumerate(candidates):
             color = HIT if candidate.hit else "black"
-            page.text(label, x + 0.03, at + 0.1, size, va="center", color=color)
-            page.text(f"{candidate.score:.2f}", x + cell_width - 0.22, at + 0.1, 9, ha="right", va="center", color=color)
+            axis.text(0.02, i, candidate.text, fontsize=min(10, 130 / len(candidate.text)), va="center", color=color)
+            axis.text(1, i, f"{100 * candidate.score:.1f}%", fontsize=9, ha="right", va="center", color=color)
     if texts:
-        page.text(texts_title, MARGIN, middle, 12, weight="bold")
-    for number, (line, first, candidate) in enumerate(entries):
-        y, color = middle + LINE * 1.2 + 0.22 * number, HIT if candidate.hit else "black"
-        if first:
-            page.text(f"{candidate.score:.2f}", MARGIN, y, 11, color=color)
-        page.text(line, MARGIN + 0.6, y, 11, color=color)
-    page.save(path)
+        axis = figure.add_subplot(grid[rows, :], xlim=(0, width), ylim=(len(lines) - 0.5, -0.5))
+        axis.axis("off")
+        axis.set_title(texts_title, fontsize=12, loc="left", weight="bold", pad=6)
+        for i, (line, candidate, first) in enumerate(lines):
+            color = HIT if candidate.hit else "black"
+            axis.text(0, i, f"{candidate.score:.2f}" if first else "", fontsize=11, va="center", color=color)
+            axis.text(0.5, i, line, fontsize=11, va="center", color=color)
+    figure.suptitle("\n".join(title), fontsize=13, x=0, ha="left", wrap=True)
+    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    plt.close(figure)

@@ -11,14 +11,13 @@ from models.albef import Text
 from models.alignment import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
 
-# the head on the multimodal [CLS] and its classes in order
+# the head on the multimodal [CLS] and its classes in order, of matching only the one that is shown
 HEADS = {
-    "pretrain": ("itm_head", ("not matched", "matched")),
-    "retrieval": ("itm_head", ("not matched", "matched")),
-    "ve": ("cls_head", tuple(ve.LABELS)),
-    "nlvr": ("cls_head", tuple(nlvr.LABELS)),
+    "pretrain": ("itm_head", (None, "match")), "retrieval": ("itm_head", (None, "match")),
+    "ve": ("cls_head", tuple(ve.LABELS)), "nlvr": ("cls_head", tuple(nlvr.LABELS)),
     "nlvr_pretrain": ("ta_head", ("first", "second", "neither")),
-}
+}  # fmt: skip
+UNKNOWN = " [UNK]"  # follows a word that the vocabulary lacks
 TOP = 5  # candidates that pseudo-targets show, as in Figure 2
 BATCH = 256  # texts encoded at a time
 
@@ -28,7 +27,7 @@ class Phrase(NamedTuple):
 
     text: str  # after clean-up
     tokens: Text  # [1, L]: [CLS] and word pieces
-    words: list  # the W words of the text
+    words: list  # the W words of the text, UNKNOWN after those that the vocabulary lacks
     pieces: list  # for each word the positions of its pieces, in 1 .. L-1
 
 
@@ -58,9 +57,13 @@ def split_words(text, model, tokenizer):
     for position, word in enumerate(tokens.word_ids(0)):
         if word is not None:
             pieces.setdefault(word, []).append(position)
-    spans = [tokens.word_to_chars(0, word) for word in pieces]
-    ids = torch.tensor(tokens["input_ids"], device=model.bert.embeddings.position_ids.device)
-    return Phrase(text, Text(ids, torch.ones_like(ids)), [text[a:b] for a, b in spans], list(pieces.values()))
+    (ids,) = tokens["input_ids"]
+    words = []
+    for word, positions in pieces.items():
+        start, end = tokens.word_to_chars(0, word)
+        words.append(text[start:end] + UNKNOWN * (ids[positions[0]] == tokenizer.unk_token_id))
+    ids = torch.tensor([ids], device=model.bert.embeddings.position_ids.device)
+    return Phrase(text, Text(ids, torch.ones_like(ids)), words, list(pieces.values()))
 
 
 def join_pieces(heat, pieces):
@@ -83,21 +86,22 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
 
 
 def explain_class(task, model, image, phrase, block_num=None):
-    """Heat maps of the most probable class, in pre-training and retrieval of "matched" -> HeatMaps.
+    """Heat maps of the most probable class, in pre-training and retrieval of "match" -> HeatMaps.
 
     model: in eval mode, of a task in HEADS; image [I, 3, H, W], two for pairs, else one; block_num: as cross_gradcam takes it.
     """
     head, names = HEADS[task]
-    logits = []
+    verdict = ""
 
     def score(fused):
-        logits.append(getattr(model, head)(fused[0, 0]))
-        return logits[0][1 if head == "itm_head" else logits[0].argmax()]
+        nonlocal verdict
+        logits = getattr(model, head)(fused[0, 0])
+        shown = 1 if head == "itm_head" else int(logits.argmax())
+        verdict = f"{names[shown]} {100 * logits.softmax(dim=0)[shown].item():.1f}%"
+        return logits[shown]
 
     whole, by_word, _ = _cross_attention_maps(model, image, phrase, block_num, score)
-    probs = logits[0].detach().softmax(dim=0)
-    shown = 1 if head == "itm_head" else int(probs.argmax())
-    return HeatMaps(whole, by_word, f"{names[shown]}, probability {probs[shown]:.3f}")
+    return HeatMaps(whole, by_word, verdict)
 
 
 @torch.no_grad()
