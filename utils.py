@@ -27,11 +27,12 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the file, key or line, and the remedy.
 
     Scripts print it without a stack trace and exit with status 2. A data worker hands its errors over wrapped in a
-    stack trace, of which the last line is the message.
+    stack trace, of which the last line is the message. kind: what is wrong with an entry of a list, for counts.
     """
 
-    def __init__(self, message):
+    def __init__(self, message, kind="other"):
         super().__init__(message.strip().splitlines()[-1].removeprefix("utils.InputError: "))
+        self.kind = kind
 
 
 class TrainingStopped(RuntimeError):

@@ -85,15 +85,16 @@ def check_entry(entry, keys, path, number):
     """
     if type(entry) is not dict:
         raise InputError(f"{where(path, number)} is {reprlib.repr(entry)}, not an object; every entry must be like "
-                         f'{{"image": ..., ...}}')
+                         f'{{"image": ..., ...}}', "no object")
     for key, types in keys.items():
         value = entry.get(key)
         if isinstance(value, types) and (type(value) is not list or _is_list_of_strings(value)):
             continue
         if key not in entry:
             raise InputError(f"{where(path, number)} has no '{key}', {_describe(types)}; it has "
-                             f"{reprlib.repr(list(entry))}: correct or remove the entry")
-        raise InputError(f"{where(path, number)}: '{key}' is {reprlib.repr(value)}, but must be {_describe(types)}")
+                             f"{reprlib.repr(list(entry))}: correct or remove the entry", f"no '{key}'")
+        kind = f"'{key}' is null" if value is None else f"wrong '{key}'"
+        raise InputError(f"{where(path, number)}: '{key}' is {reprlib.repr(value)}, but must be {_describe(types)}", kind)
 
 
 def where(path, number):
@@ -388,12 +389,12 @@ def grouped_entry(entry, form, path, number):
     """(image path, text, what the texts of one image share) of an entry of a list of GROUPED_KEYS. Raises InputError."""
     if form == "retrieval" and type(entry.get("caption")) is list and "image_id" not in entry:
         raise InputError(f"{where(path, number)} has a list of captions and no 'image_id': this is a test or pre-training "
-                         "list; train_file of retrieval needs an entry for each caption, with image_id")
+                         "list; train_file of retrieval needs an entry for each caption, with image_id", "no 'image_id'")
     check_entry(entry, GROUPED_KEYS[form], path, number)
     caption, image_id = ("caption", "image_id") if form == "retrieval" else ("text", "image")
     if is_blank(pre_caption(entry[caption], MAX_WORDS)):
         raise InputError(f"{where(path, number)}: its {caption} {reprlib.repr(entry[caption])} is empty after clean-up; "
-                         "correct or remove the entry")
+                         "correct or remove the entry", "empty text")
     return entry["image"], entry[caption], entry[image_id]
 
 

@@ -45,17 +45,7 @@ EXAMPLES = 3  # of entries that are the same
 HEAD = 100  # entries that tell of which form a list is
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
 IMAGES_A_JOB, SAMPLES_A_JOB = 16, 1000  # a job on a shard has to pass over the samples before its own
-KINDS = [  # of wrong entries, by their messages
-    ("not an object", "no object"),
-    (r"\bno ('\w+'|image|caption)", r"no \1"),
-    (r"('\w+') is None", r"\1 is null"),
-    ("empty after clean-up", "empty text"),
-    (r"another entry has the (\w+)", r"repeated '\1'"),
-    (r"(ref_id) \S+ is not among", r"unknown '\1'"),
-    (r"has \d+ (images)", r"wrong '\1'"),
-    (r"(\w+)'? (is|in its \.json is) ", r"wrong '\1'"),
-]
-EMPTY = "a caption is empty after clean-up: correct or remove it"
+EMPTY = "empty text", "a caption is empty after clean-up: correct or remove it"
 
 
 class Form(NamedTuple):
@@ -84,10 +74,8 @@ class Findings:
             self.first.append(f"{_place(path, entry)}: {problem}".removeprefix(": "))
 
     def add_error(self, path, entry, error):
-        """Adds the message of an error, which may name its place itself; returns it without the place."""
-        problem = str(error).removeprefix(_place(path, entry)).removeprefix(":").strip()
-        self.add(path, entry, problem)
-        return problem
+        """Adds the message of an error, which may name its place itself."""
+        self.add(path, entry, str(error).removeprefix(_place(path, entry)).removeprefix(":").strip())
 
 
 class Context(NamedTuple):
@@ -247,13 +235,14 @@ def check_list(path, split, context):
             try:
                 root, files, captions = _read(form, entry, path, number)
             except InputError as error:
-                wrong[_kind(findings.add_error(path, number, error))] += 1
+                wrong[error.kind] += 1
+                findings.add_error(path, number, error)
                 continue
             problems = [] if all([texts.add(caption) for caption in captions]) else [EMPTY]
             if name == "vqa" and not split.training:
                 problems += _question_problems(entry, split)
-            for problem in problems:
-                wrong[_kind(problem)] += 1
+            for kind, problem in problems:
+                wrong[kind] += 1
                 findings.add(path, number, problem)
             if config[root] is None and root not in lost:
                 lost.add(root)
@@ -289,16 +278,12 @@ def _read(form, entry, path, number):
 
 
 def _question_problems(entry, split):
-    """Problems of a question to test on that others have a part in."""
+    """[(kind, problem)] of a question to test on that others have a part in."""
     split.answered["answer" in entry] += 1
     if entry["question_id"] in split.question_ids:
-        return [f"another entry has the question_id {entry['question_id']!r} too: give it its own"]
+        return [("repeated 'question_id'", f"another entry has the question_id {entry['question_id']!r} too: give it its own")]
     split.question_ids.add(entry["question_id"])
     return []
-
-
-def _kind(problem):
-    return next((match.expand(kind) for pattern, kind in KINDS if (match := re.search(pattern, problem))), "other")
 
 
 def _image_paths(root, files, lost, config):
@@ -374,14 +359,15 @@ def check_shards(paths, context):
     first = dict(zip(counts, starts))
     with _bar(total=len(chosen), desc="samples of shards", unit="img") as bar:
         for path, samples, end in context.jobs(look_at_samples, jobs()):
-            for number, key, problem, look, captions, value in samples:
+            for number, key, error, look, captions, value in samples:
                 bar.update()
-                if problem:
-                    wrong[_kind(findings.add_error(path, key, problem))] += 1
+                if error:
+                    wrong[error.kind] += 1
+                    findings.add_error(path, key, error)
                     continue
                 if not all([texts.add(caption) for caption in captions]):
-                    wrong[_kind(EMPTY)] += 1
-                    findings.add(path, key, EMPTY)
+                    wrong[EMPTY[0]] += 1
+                    findings.add(path, key, EMPTY[1])
                 images.add(look)
                 if look.reason:
                     findings.add(path, key, f"image: {look.problem}")

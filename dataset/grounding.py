@@ -29,7 +29,8 @@ def check_expression(entry, path, number, refer):
     grouped_entry(entry, "grounding", path, number)
     check_entry(entry, {"ref_id": int}, path, number)
     if entry["ref_id"] not in refer.refs:
-        raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data")
+        raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data",
+                         "unknown 'ref_id'")
 
 
 class GroundingTestSet(Samples):

@@ -24,19 +24,33 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_SCANS = 100
 
 
+class ImageError(OSError):
+    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full."""
+
+    def __init__(self, name, kind, problem=None):
+        self.kind, self.problem = kind, problem or kind
+        super().__init__(f"{name}: {self.problem}")
+
+
 class _Refused(Exception):
-    """A file that is not decoded, though it might be; the message is the kind of reason, a colon and the details."""
+    """A file is not decoded, though it might be. args: kind and problem of an ImageError."""
 
 
 def load_image(path):
-    """Decode an image file as `decode_image` does. Raises OSError also for a file that is missing or unreadable."""
+    """Decode an image file as `decode_image` does. Raises ImageError also for a file that is missing or unreadable."""
+    return decode_image(read_image(path), path)
+
+
+def read_image(path):
+    """Return the bytes of an image file. Raises ImageError."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise OSError(f"{path}: {no_file(path)}") from None
+        raise ImageError(path, "missing", no_file(path)) from None
+    except OSError as error:
+        raise ImageError(path, "unreadable", f"unreadable: {error.strerror}") from None
     except ValueError as error:  # a name that no file can have, with a NUL in it for one
-        raise OSError(f"{path!r}: {error}") from None
-    return decode_image(data, path)
+        raise ImageError(repr(path), "unreadable", f"unreadable: {error}") from None
 
 
 def no_file(path):
@@ -51,11 +65,12 @@ def decode_image(data, name):
 
     Pixels are those of Pillow's convert("RGB"), as in the released code: EXIF does not turn them, transparency leaves the
     color beneath, of an animation the first frame is used. Gray of 16 bits is scaled to 8, where Pillow clips it.
-    Raises OSError, with name in the message, for one that is empty, corrupt or truncated, of none of FORMATS, of 32-bit values
-    whose white is not known, or, before it is decoded, of more pixels than Image.MAX_IMAGE_PIXELS or more than MAX_SCANS scans.
+    Raises ImageError, with name in the message, for one that is empty, corrupt or truncated, of none of FORMATS, of 32-bit
+    values whose white is not known, or, before it is decoded, of more pixels than Image.MAX_IMAGE_PIXELS or more than MAX_SCANS
+    scans.
     """
     if not data:
-        raise OSError(f"{name}: empty file")
+        raise ImageError(name, "empty file")
     try:
         image = None
         if data.startswith(b"\xff\xd8\xff"):
@@ -63,13 +78,13 @@ def decode_image(data, name):
             image = _decode_jpeg(data)
         return _decode_with_pillow(data) if image is None else image
     except UnidentifiedImageError:
-        raise OSError(f"{name}: not an image: it is none of {', '.join(FORMATS)}") from None
+        raise ImageError(name, "not an image", f"not an image: it is none of {', '.join(FORMATS)}") from None
     except _Refused as error:
-        raise OSError(f"{name}: {error}") from None
+        raise ImageError(name, *error.args) from None
     except Image.DecompressionBombError as error:
-        raise OSError(f"{name}: too large: {error}") from None
+        raise ImageError(name, "too large", f"too large: {error}") from None
     except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
-        raise OSError(f"{name}: broken image: {error}") from error
+        raise ImageError(name, "broken image", f"broken image: {error}") from error
 
 
 def _decode_jpeg(data):
@@ -99,24 +114,26 @@ def _check_scans(data):
     # the marker and the first byte of its length; what other data may hold of them by chance is far below the limit
     scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
     if scans > MAX_SCANS:
-        raise _Refused(f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again")
+        raise _Refused("too slow to decode", f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again")
 
 
 def _check_size(width, height):
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
-        raise _Refused(f"too large: {width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+        raise _Refused("too large", f"too large: {width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
 
 
 def _to_8_bits(image):
     """A gray image of more than 8 bits as one of 8, others as they are. 16-bit colors Pillow has scaled the same way."""
     if image.mode == "F":
-        raise _Refused("unknown range of gray: 32-bit float says nothing of which value is white; save the image with 8 bits")
+        raise _Refused("unknown range of gray", "unknown range of gray: 32-bit float says nothing of which value is white; save "
+                       "the image with 8 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         low, high = values.min(), values.max()
         if image.mode == "I" and (low < 0 or high > 65535):
-            raise _Refused(f"unknown range of gray: 32-bit values of {low} to {high}; save the image with 8 bits")
+            raise _Refused("unknown range of gray", f"unknown range of gray: 32-bit values of {low} to {high}; save the image "
+                           "with 8 bits")
         if image.mode != "I" or high > 255:  # mode I holds 16 bits (PGM), but 8-bit values (TIFF) as well
             return Image.fromarray((values >> 8).astype(np.uint8))
     return image

@@ -37,7 +37,8 @@ def labeled_entry(check, entry, path, number):
     kept = check(entry, path, number)
     kept["sentence"] = pre_caption(kept["sentence"], MAX_WORDS)
     if is_blank(kept["sentence"]):
-        raise InputError(f"{where(path, number)}: its sentence is empty after clean-up; correct or remove the entry")
+        raise InputError(f"{where(path, number)}: its sentence is empty after clean-up; correct or remove the entry",
+                         "empty text")
     return kept
 
 

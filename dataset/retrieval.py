@@ -13,11 +13,11 @@ def captioned_image(entry, path, number):
     """The captions, cleaned up, of an entry {image, caption: list of strings}. Raises InputError."""
     if isinstance(entry.get("caption"), str):
         raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
-                         "test_file need an entry for each image, with the list of its captions")
+                         "test_file need an entry for each image, with the list of its captions", "wrong 'caption'")
     check_entry(entry, {"image": str, "caption": list}, path, number)
     texts = [pre_caption(caption, MAX_WORDS) for caption in entry["caption"]]
     if any(map(is_blank, texts)):
-        raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it")
+        raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it", "empty text")
     return texts
 
 

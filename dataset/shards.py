@@ -156,25 +156,26 @@ def read_shard(path, numbers):
 def image_and_captions(sample, where):
     """(bytes of the image, list of captions) of a sample of `read_shard`; where names it in messages.
 
-    The caption is that of .txt, else those of "caption" in .json, a string or a list of strings. Raises ValueError if there is
+    The caption is that of .txt, else those of "caption" in .json, a string or a list of strings. Raises InputError if there is
     no image or no caption.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
         held = ", ".join(f".{name}" for name in sample if name != "__key__")
-        raise ValueError(f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}")
+        raise InputError(f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}", "no image")
     if "txt" in sample:
         return sample[suffix], [sample["txt"].decode("utf-8", "replace")]
     if "json" not in sample:
-        raise ValueError(f"{where}: no caption (.txt or .json)")
+        raise InputError(f"{where}: no caption (.txt or .json)", "no caption")
     try:
         entry = json.loads(sample["json"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: its .json is not valid: {error}") from None
+        raise InputError(f"{where}: its .json is not valid: {error}", "wrong 'json'") from None
     caption = entry.get("caption") if isinstance(entry, dict) else None
     captions = [caption] if isinstance(caption, str) else caption
     if not (isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions)):
-        raise ValueError(f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of strings")
+        raise InputError(f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of strings",
+                         "wrong 'caption'")
     return sample[suffix], captions
 
 

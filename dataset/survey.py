@@ -7,14 +7,13 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from dataset.images import FORMATS, decode_image, no_file
+from dataset.images import FORMATS, ImageError, decode_image, read_image
 from dataset.shards import image_and_captions, read_shard
 from dataset.text import is_blank, without_halves
 from utils import InputError
@@ -134,13 +133,13 @@ class Images:
         }  # fmt: skip
 
 
-def look_at(data, name):
-    """Decodes the bytes of an image as a run does -> Look."""
+def look_at(path, data=None):
+    """Decodes the bytes of an image, those of the file `path` by default, as a run does -> Look."""
     try:
-        side = min(decode_image(data, name).shape[1:])
-    except OSError as error:
-        problem = str(error).removeprefix(f"{name}: ")
-        return Look(problem.partition(":")[0], problem)
+        data = read_image(path) if data is None else data
+        side = min(decode_image(data, path).shape[1:])
+    except ImageError as error:
+        return Look(error.kind, error.problem)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
@@ -151,20 +150,11 @@ def look_at(data, name):
 
 def look_at_files(items):
     """[(entry number, path), ...] -> [(entry number, path, Look), ...]."""
-    return [(number, path, _look_at_file(path)) for number, path in items]
-
-
-def _look_at_file(path):
-    try:
-        return look_at(Path(path).read_bytes(), path)
-    except (FileNotFoundError, IsADirectoryError):
-        return Look("missing", f"missing: it {no_file(path)}, or remove the entry")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        return Look("unreadable", f"unreadable: {getattr(error, 'strerror', None) or error}")
+    return [(number, path, look_at(path)) for number, path in items]
 
 
 def look_at_samples(job):
-    """(shard, sample numbers) -> (shard, [(number, key, problem or "", Look, captions, digest), ...], what ended it or "")."""
+    """(shard, sample numbers) -> (shard, [(number, key, error, Look, captions, digest), ...], what ended it or "")."""
     path, numbers = job
     seen = []
     try:
@@ -172,9 +162,9 @@ def look_at_samples(job):
             key = sample["__key__"]
             try:
                 image, captions = image_and_captions(sample, f"{path}: sample {key}")
-                seen.append((number, key, "", look_at(image, path), captions, digest((image, captions))))
-            except ValueError as error:
-                seen.append((number, key, str(error), None, [], 0))
+                seen.append((number, key, None, look_at(path, image), captions, digest((image, captions))))
+            except InputError as error:
+                seen.append((number, key, error, None, [], 0))
     except InputError as error:
         return path, seen, str(error)
     return path, seen, ""

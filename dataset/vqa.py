@@ -67,16 +67,18 @@ def vqa_entry(entry, path, number, training):
     check_entry(entry, {"image": str, "question": str}, path, number)
     kind = entry.get("dataset", None if training else "vqa")
     if not isinstance(kind, str) or kind not in ROOTS:
-        raise InputError(f"{where(path, number)}: its dataset is {reprlib.repr(kind)}, it must be {' or '.join(ROOTS)}")
+        raise InputError(f"{where(path, number)}: its dataset is {reprlib.repr(kind)}, it must be {' or '.join(ROOTS)}",
+                         "wrong 'dataset'")
     if is_blank(pre_question(entry["question"], max_question_words(training))):
-        raise InputError(f"{where(path, number)}: its question {reprlib.repr(entry['question'])} is empty after clean-up")
+        raise InputError(f"{where(path, number)}: its question {reprlib.repr(entry['question'])} is empty after clean-up",
+                         "empty text")
     if training or "answer" in entry:
         check_entry(entry, {"answer": list if kind == "vqa" else str}, path, number)
     if not training:
         check_entry(entry, {"question_id": (int, str)}, path, number)
         if kind == "vg" and "answer" in entry:
             raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
-                             "such entries, or their answers, out of val_file and test_file")
+                             "such entries, or their answers, out of val_file and test_file", "wrong 'answer'")
     return {**entry, "dataset": kind}
 
 

@@ -100,7 +100,7 @@ def test_wrong_entries_are_all_found(run, write):
     }  # fmt: skip
     assert report["files"][0]["looked_at"] == 1 and report["files"][1]["unusable"] == {"missing": 1}
     assert f"{report['files'][0]['file']}: entry 6 (counting from 0): has no 'caption'" in out
-    assert "absent.jpg: missing" in out and report["count"] == 8
+    assert "absent.jpg: does not exist" in out and report["count"] == 8
 
 
 def test_many_problems_are_all_in_the_report(run, write):
@@ -219,7 +219,7 @@ def test_a_sample_of_the_images_is_evenly_spaced(run, write, count, looked_at):
     entries = [{"image": f"absent{i}.jpg", "caption": "red"} for i in range(11)]
     wrong = [{"image": "other.jpg", "caption": None}, {"image": "absent0.jpg", "caption": "red"}]
     status, _, report = run("--images", count, train_file=write([*entries[:4], *wrong, *entries[4:]]))
-    missing = [problem.split(":")[0] for _, problem in problems_of(report) if "missing" in problem]
+    missing = [problem.split(":")[0] for _, problem in problems_of(report) if "does not exist" in problem]
     assert [os.path.basename(name) for name in missing] == [f"absent{i}.jpg" for i in looked_at]
     assert report["files"][0]["images"] == 11
 
