@@ -1,0 +1,97 @@
+"""The batches of tests/golden/trajectory.pt through engine.train. Run under torchrun: FOLDER KEY=VALUE..."""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+
+import Pretrain
+from configs.schema import override
+from dataset.caption import CaptionBatch
+from dataset.transforms import MEAN, STD
+from engine import train
+from engine.processes import init_process_group
+from models import build_model
+from models.losses import masked_text
+from utils import rank, run_script, world_size
+
+DATA = torch.load(Path(__file__).parents[1] / "golden/trajectory.pt", weights_only=True)
+BATCH_SIZE = 4
+
+
+class Stop(Exception):
+    """Ends a run where the released one ended."""
+
+
+class Served:
+    """A data set of `epoch_batches` batches an epoch that serves those of the trajectory in their order, whatever its sampler asks.
+
+    Of each, a process gets every world_size-th row. After the last one Stop is raised.
+    """
+
+    def __init__(self, epoch_batches, first=0, last=len(DATA["batches"])):
+        self.length, self.served, self.last = epoch_batches * BATCH_SIZE, first, last
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return None
+
+    def collate(self, samples, tokenizer):
+        if self.served == self.last:
+            raise Stop
+        batch = {name: value[rank() :: world_size()] for name, value in DATA["batches"][self.served].items()}
+        self.served += 1
+        self.masked = masked_text(batch["masked"], batch["labels"])
+        pixels = batch["image"] / 64 * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)  # the loop normalizes them
+        text = batch["input_ids"], batch["attention_mask"]
+        return CaptionBatch(255 * pixels, text, torch.zeros(len(pixels)), [""] * len(pixels), [])
+
+
+def build(**keys):
+    """The configuration of the trajectory with other keys, and its model as it started."""
+    released = {**DATA["config"], "bert_config": DATA["bert"], "vision_depth": 2, "vision_heads": 4}
+    keys = {"batch_size": BATCH_SIZE, "num_workers": 0, **keys}
+    config = override(released, [f"{key}={value}" for key, value in keys.items()], "config")
+    model = build_model("pretrain", config)
+    model.load_state_dict(DATA["start"])
+    return config, model
+
+
+def most_similar(log_weights, count):
+    """As models.losses.draw, without chance: the trajectory has the most similar negatives."""
+    return log_weights.topk(count, dim=1).indices
+
+
+def follow(output_dir, served, resume_from=None, **keys):
+    """Trains as Pretrain.py does on a Served data set. Returns the losses of each batch by name."""
+    config, model = build(**keys)
+    model.mask = lambda input_ids: served.masked
+    output_dir.mkdir(exist_ok=True)
+    step, losses = Pretrain.step(torch.device("cpu")), []
+
+    def noted(*args):
+        values = step(*args)
+        losses.append({name: value.item() for name, value in values.items()})
+        return values
+
+    with mock.patch("models.losses.draw", most_similar):
+        try:
+            train(model, served, None, noted, config, output_dir, torch.device("cpu"), 0, resume_from)
+        except Stop:
+            pass
+    return losses
+
+
+def main():
+    init_process_group("cpu")
+    keys = dict(text.split("=") for text in sys.argv[2:])
+    follow(Path(sys.argv[1]), Served(len(DATA["batches"]) // 2), **keys)
+
+
+if __name__ == "__main__":
+    run_script(main)
