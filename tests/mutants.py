@@ -1,0 +1,279 @@
+"""Puts one-line mistakes into the core, one at a time, and runs the tests of their module: `make mutants`.
+
+    python tests/mutants.py [FILE ...] [--list]
+
+A mistake that the tests notice is killed, others survive. The table below is the list of mistakes; an equivalent one changes
+nothing that can be observed, and says why. FILE: only the mistakes in these files.
+"""
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 600  # seconds; what hangs is noticed as well
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    equivalent: str = ""  # the reason
+
+
+# of each file, the test files that have to notice a mistake in it, the fastest first
+TESTS = {
+    "models/losses.py": "losses pretrain_model trajectory loop",
+    "models/alignment.py": "pretrain_model retrieval_model trajectory loop",
+    "models/pretrain.py": "pretrain_model trajectory loop",
+    "models/retrieval.py": "retrieval_model loop",
+    "models/bert.py": "pretrain_model retrieval_model vqa_model classifier_models loop",
+    "models/vit.py": "pretrain_model",
+    "models/decoder.py": "vqa_model",
+    "models/vqa.py": "vqa_model loop",
+    "models/classifier.py": "classifier_models loop",
+    "models/nlvr.py": "classifier_models loop",
+    "models/ve.py": "classifier_models",
+    "models/gradcam.py": "gradcam",
+    "models/momentum.py": "pretrain_model trajectory",
+    "models/queue.py": "pretrain_model trajectory",
+    "optim/__init__.py": "config trajectory loop",
+    "scheduler/__init__.py": "config trajectory",
+    "engine/loop.py": "trajectory loop engine recovery",
+    "engine/recorder.py": "trajectory loop engine recovery",
+    "engine/saving.py": "engine recovery tasks",
+    "engine/finetune.py": "tasks retrieval",
+    "evaluation/metrics.py": "metrics",
+    "evaluation/divide.py": "tasks retrieval",
+    "evaluation/retrieval.py": "retrieval loop",
+    "dataset/batches.py": "data engine",
+    "dataset/text.py": "text data",
+    "dataset/transforms.py": "transforms",
+    "dataset/vqa.py": "data tasks",
+    "dataset/caption.py": "data loop",
+    "dataset/samples.py": "data data_faults",
+}  # fmt: skip
+
+MUTANTS = [
+    # the objectives
+    Mutant("models/losses.py", "return (1 - alpha) * hard + alpha * soft, hard", "return alpha * hard + (1 - alpha) * soft, hard"),
+    Mutant("models/losses.py", "return (1 - alpha) * hard + alpha * soft, hard", "return (1 - alpha) * hard + alpha * soft, soft"),
+    Mutant("models/losses.py", "return (i2t.mean() + t2i.mean()) / 2,", "return i2t.mean(),"),
+    Mutant("models/losses.py", "draw < probability", "draw < 0.15"),
+    Mutant("models/losses.py", " & (input_ids != special_ids.cls)", ""),
+    Mutant("models/losses.py", "(input_ids != special_ids.pad) & ", ""),
+    Mutant("models/losses.py", "chosen & (kind < 0.8)", "chosen & (kind < 0.9)"),
+    Mutant("models/losses.py", "(kind >= 0.8) & (kind < 0.9)", "(kind >= 0.8) & (kind < 1)"),
+    Mutant("models/losses.py", "-torch.empty_like(log_weights).exponential_().log()", "torch.zeros_like(log_weights)"),
+    Mutant("models/losses.py", ".masked_fill(positives, -torch.inf)", ""),
+    Mutant("models/losses.py", "weight.sum().clamp(min=1)", "len(weight)"),
+    Mutant("models/losses.py", "weight = valid.repeat(3).float()", "weight = torch.ones_like(loss)"),
+    Mutant("models/losses.py", "return loss.sum() / max(1, labels.shape[0])", "return loss.mean()"),
+    Mutant("models/losses.py", "torch.cat([valid.new_ones(batch), valid.new_zeros(2 * batch)])",
+           "torch.cat([valid.new_zeros(batch), valid.new_ones(2 * batch)])"),
+    # contrastive learning and matching
+    Mutant("models/alignment.py", "self.hard_negatives = config[\"hard_negatives\"] and", "self.hard_negatives ="),
+    Mutant("models/alignment.py", "distill if isinstance(distill, list) else self.objectives * distill", "self.objectives"),
+    Mutant("models/alignment.py", "if \"itc\" in self.distilled:", "if self.distilled:"),
+    Mutant("models/alignment.py", "self.temp.clamp_(0.001, 0.5)", "pass"),
+    Mutant("models/alignment.py", "        if update_momentum:\n", "        if True:\n"),
+    Mutant("models/alignment.py", "config[\"queue_size\"]))", "65536))"),
+    Mutant("models/alignment.py", "self.image_queue.clone(), self.text_queue.clone()", "self.text_queue.clone(), self.image_queue.clone()"),
+    Mutant("models/alignment.py", "negative_image, _ = sample_negatives(t2i, positives)", "negative_image, _ = sample_negatives(i2t, positives)"),
+    Mutant("models/alignment.py", "masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])",
+           "masks = torch.cat([attention_mask, attention_mask, attention_mask])"),
+    Mutant("models/alignment.py", "return math.log(candidates) - itc_onehot.detach()", "return itc_onehot.detach()"),
+    Mutant("models/alignment.py", "top = sim.topk(min(k, sim.shape[1]), dim=1)", "top = sim.topk(sim.shape[1], dim=1)"),
+    Mutant("models/alignment.py", "t2i = top_candidates(sim.T, k).T", "t2i = i2t"),
+    Mutant("models/alignment.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.SUM"),
+    Mutant("models/pretrain.py", "self.config[\"mlm_probability\"]", "0.15"),
+    Mutant("models/pretrain.py", "targets = torch.arange(batch, device=image.device)", "targets = torch.zeros(batch, dtype=torch.long)"),
+    Mutant("models/pretrain.py", "\"mlm\" in self.objectives and \"mlm\" in self.distilled", "\"mlm\" in self.objectives"),
+    Mutant("models/pretrain.py", "            self.enqueue(features_m)\n", ""),
+    Mutant("models/pretrain.py", "mutual_information_bound(onehot, contrast.i2t.shape[1])", "mutual_information_bound(onehot, batch)"),
+    Mutant("models/retrieval.py", "positives = idx[:, None] == idx", "positives = torch.eye(len(idx), dtype=torch.bool)"),
+    Mutant("models/retrieval.py", "targets = matches / matches.sum(dim=1, keepdim=True)", "targets = matches"),
+    Mutant("models/retrieval.py", "idx_queue=idx[:, None]", "idx_queue=0 * idx[:, None]"),
+    Mutant("models/momentum.py", "base, 1 - momentum)", "base, momentum)"),
+    Mutant("models/momentum.py", "param_m.requires_grad_(False)", "pass"),
+    Mutant("models/queue.py", "ptr.copy_((ptr + count) % size)", "ptr.copy_((ptr + count).clamp(max=size - 1))"),
+    Mutant("models/queue.py", ".isfinite().all(dim=1)", ".isnan().all(dim=1).logical_not()"),
+    # networks
+    Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n        self.register_buffer",
+           "self.dropout = nn.Dropout(0)\n        self.register_buffer"),
+    Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n\n", "self.dropout = nn.Dropout(0)\n\n"),
+    Mutant("models/bert.py", "dropout = self.dropout_prob if self.training else 0.0", "dropout = 0.0"),
+    Mutant("models/bert.py", "if self.training else 0.0", ""),
+    Mutant("models/bert.py", "self.LayerNorm(self.dropout(self.dense(hidden)) + residual)", "self.LayerNorm(self.dropout(self.dense(hidden) + residual))"),
+    Mutant("models/bert.py", "self.dropout(self.LayerNorm(embeds))", "self.LayerNorm(self.dropout(embeds))"),
+    Mutant("models/bert.py", "F.gelu(self.dense(hidden))\n\n\nclass Layer", "F.gelu(self.dense(hidden), approximate=\"tanh\")\n\n\nclass Layer"),
+    Mutant("models/bert.py", "cross_attention=i >= config[\"fusion_layer\"]", "cross_attention=True"),
+    Mutant("models/bert.py", "[start : start + input_ids.shape[1]]", "[: input_ids.shape[1]]"),
+    Mutant("models/bert.py", "if self.gradient_checkpointing and self.training and torch.is_grad_enabled():", "if False:"),
+    Mutant("models/bert.py", "nn.init.normal_(module.weight, std=std)", "pass"),
+    Mutant("models/vit.py", "depth=config[\"vision_depth\"]", "depth=2"),
+    Mutant("models/vit.py", "nn.init.trunc_normal_(weight, std=2 * initializer_range)", "pass"),
+    Mutant("models/decoder.py", ".tril(before)", ".tril()"),
+    Mutant("models/decoder.py", ".tril(before)", ""),
+    Mutant("models/vqa.py", "(weights * per_answer).sum() / len(image)", "per_answer.sum() / len(image)"),
+    Mutant("models/vqa.py", "(weights * per_answer).sum() / len(image)", "(weights * per_answer).mean()"),
+    Mutant("models/vqa.py", "scores = 2 * first.log()", "scores = first.log()"),
+    Mutant("models/vqa.py", "                if update_momentum:\n", "                if True:\n"),
+    Mutant("models/vqa.py", "labels = answer.input_ids[:, 1:].masked_fill(~is_token, -100)", "labels = answer.input_ids[:, 1:]",
+           "the losses of padding are multiplied by 0 in the next line but one"),
+    Mutant("models/vqa.py", "log_probs[..., ids.eos].masked_fill_(ended, 0.0)", "pass"),
+    Mutant("models/classifier.py", "                if update_momentum:\n", "                if True:\n"),
+    Mutant("models/classifier.py", "logits_m, alpha)[0].mean()", "logits_m, alpha)[1].mean()"),
+    Mutant("models/nlvr.py", "if share == \"all\":", "if share == \"none\":"),
+    Mutant("models/nlvr.py", "fill_diagonal_(0)", "contiguous()"),
+    Mutant("models/nlvr.py", "torch.randint(3 if batch > 2 else 2,", "torch.randint(2,"),
+    Mutant("models/nlvr.py", "loss if len(image) > 1 else 0 * loss", "loss"),
+    Mutant("models/nlvr.py", "torch.where(label == 0, one, other)", "one"),
+    Mutant("models/gradcam.py", "gradient.clamp(min=0)", "gradient"),
+    Mutant("models/gradcam.py", "mask = text.attention_mask[:, None, :, None]", "mask = 1"),
+    Mutant("models/gradcam.py", "/ model.temp, maps)", ", maps)"),
+    # optimizer and schedule
+    Mutant("optim/__init__.py", "param.ndim == 1 or name.endswith(\".bias\")", "name.endswith(\".bias\")"),
+    Mutant("optim/__init__.py", "if name == \"temp\" and temp_lr_scale != 1:", "if False:"),
+    Mutant("optim/__init__.py", "if sharded and dist.is_initialized():", "if False:"),
+    Mutant("optim/__init__.py", "inner.found_inf = (~norm.isfinite()).float()", "pass"),
+    Mutant("optim/__init__.py", "    elif norm.isfinite():\n", "    else:\n"),
+    Mutant("scheduler/__init__.py", "epoch / scheduler[\"epochs\"]", "(epoch + 1) / scheduler[\"epochs\"]"),
+    Mutant("scheduler/__init__.py", "max(0, iteration - 1) // WARMUP_STEP", "iteration // WARMUP_STEP"),
+    Mutant("scheduler/__init__.py", "epoch * iterations + iteration, scheduler[\"warmup_iters\"]", "iteration, scheduler[\"warmup_iters\"]"),
+    Mutant("scheduler/__init__.py", "config[\"alpha\"] * min(1.0, iteration / iterations)", "config[\"alpha\"]"),
+    Mutant("scheduler/__init__.py", "if config[\"warm_up\"] and epoch == 0:", "if epoch == 0:"),
+    Mutant("scheduler/__init__.py", "math.sqrt(batch / reference_batch)", "batch / reference_batch"),
+    # the loop
+    Mutant("engine/loop.py", "(sum(losses.values()) / accumulate).backward()", "sum(losses.values()).backward()"),
+    Mutant("engine/loop.py", "value.detach() / accumulate", "value.detach()"),
+    Mutant("engine/loop.py", "    if clip_grad:\n", "    if False:\n"),
+    Mutant("engine/loop.py", "alpha, micro == 0)", "alpha, True)"),
+    Mutant("engine/loop.py", "distillation_weight(config, epoch, iteration, iterations)", "config[\"alpha\"]"),
+    Mutant("engine/loop.py", "lr = learning_rate(run.scheduler, epoch, iteration, iterations)\n        alpha",
+           "lr = learning_rate(run.scheduler, epoch + 1, iteration, iterations)\n        alpha"),
+    Mutant("engine/loop.py", "lr * group.get(\"lr_scale\", 1)", "lr"),
+    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, iteration, micro)"),
+    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, iteration, 0, rank())"),
+    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, micro, rank())"),
+    Mutant("engine/loop.py", "last = micro == accumulate - 1", "last = False"),
+    Mutant("engine/loop.py", "    run.optimizer.zero_grad(set_to_none=True)\n", ""),
+    Mutant("engine/loop.py", "            model.train()\n", ""),
+    Mutant("engine/loop.py", "enabled=config[\"precision\"] == \"bf16\" and", "enabled=False and"),
+    Mutant("engine/loop.py", "        param.requires_grad_(False)\n", "        pass\n"),
+    Mutant("engine/loop.py", "scaled(config[\"scheduler\"], ", "(lambda scheduler, *_: scheduler)(config[\"scheduler\"], "),
+    Mutant("engine/loop.py", "score > position.best.get(\"score\", float(\"-inf\"))", "score >= position.best.get(\"score\", float(\"-inf\"))"),
+    Mutant("engine/loop.py", "score > position.best.get(\"score\", float(\"-inf\"))", "True"),
+    Mutant("engine/recorder.py", "            mean /= world_size()\n", ""),
+    Mutant("engine/recorder.py", "total / max(1, position.counted)", "total"),
+    Mutant("engine/recorder.py", "best=self.start.best,", "best={},"),
+    Mutant("engine/recorder.py", "best=position.best,", "best={},"),
+    Mutant("engine/recorder.py", "position.skipped_steps_before + position.skipped_steps", "position.skipped_steps_before"),
+    Mutant("engine/recorder.py", "usual + SPIKE * spread", "usual + 100 * SPIKE * spread"),
+    Mutant("engine/saving.py", "return Position(**{**saved,", "return Position(**{**saved, \"best\": {},"),
+    Mutant("engine/saving.py", "        group.update(own)\n", "        pass\n"),
+    Mutant("engine/saving.py", "int(number[1]) <= epoch - keep", "int(number[1]) < epoch - keep"),
+    Mutant("engine/saving.py", "sorted(found, reverse=True)", "sorted(found)"),
+    # evaluation
+    Mutant("evaluation/divide.py", "[results[number] for number in sorted(results)]", "[results[number] for number in results]"),
+    Mutant("evaluation/divide.py", "mine = range(rank(), len(dataset), world_size())", "mine = range(rank(), len(dataset) - len(dataset) % world_size(), world_size())"),
+    Mutant("evaluation/retrieval.py", "text_feat[part] = feat", "text_feat[start : start + 256] = feat"),
+    Mutant("evaluation/retrieval.py", "text_embeds[part, :length] = embeds", "text_embeds[start : start + 256, :length] = embeds"),
+    Mutant("evaluation/retrieval.py", "image_feat[numbers] = ", "image_feat[: len(numbers)] = "),
+    Mutant("evaluation/retrieval.py", "    model.eval()\n", ""),
+    Mutant("evaluation/metrics.py", "ranks.append((others > best).sum() + 0.5 * (others == best).sum())", "ranks.append((others > best).sum())"),
+    Mutant("evaluation/metrics.py", "best = row[own].max()", "best = row[own].min()"),
+    Mutant("evaluation/metrics.py", "(sum(equal) - left_out) / 3", "sum(equal) / 3"),
+    Mutant("evaluation/metrics.py", "if width <= 1 or height <= 1:", "if width <= 0 or height <= 0:"),
+    Mutant("evaluation/metrics.py", "/ (w * h) ** alpha", ""),
+    Mutant("evaluation/metrics.py", "mode=\"bicubic\"", "mode=\"nearest\""),
+    # loading
+    Mutant("dataset/text.py", "replace(\"<person>\", \"person\")", "replace(\"<person>\", \"\")"),
+    Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
+    Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),
+    Mutant("dataset/samples.py", "seed_sample(self.seed, self.epoch, index)", "seed_sample(self.seed, index)"),
+]
+
+
+def applied(mutant):
+    """The text of the mutant's file with its mistake. Raises SystemExit where the table is stale."""
+    text = (ROOT / mutant.file).read_text()
+    if text.count(mutant.old) != 1:
+        sys.exit(f"error: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times, it must be once: correct tests/mutants.py")
+    return text.replace(mutant.old, mutant.new)
+
+
+def run(mutant, folder):
+    """The outcome of a mutant's tests in a copy of the repository: killed with the test that failed, or survived."""
+    path, environment = folder / mutant.file, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    path.write_text(applied(mutant))
+    tests = [f"tests/test_{name}.py" for name in TESTS[mutant.file].split() if (ROOT / f"tests/test_{name}.py").exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    try:
+        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return "killed", "timeout"
+    finally:
+        shutil.copy(ROOT / mutant.file, path)
+    if ended.returncode == 0:
+        return "survived", ""
+    failed = [line.split(" ")[1] for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return "killed", failed[0] if failed else ended.stdout.strip().splitlines()[-1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="*", help="only the mistakes in these files")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if not args.files or mutant.file in args.files]
+    waiting, outcomes, start = queue.SimpleQueue(), {}, time.monotonic()
+    for number, mutant in enumerate(chosen):
+        applied(mutant)
+        if mutant.equivalent:
+            outcomes[number] = "equivalent", mutant.equivalent
+        else:
+            waiting.put(number)
+
+    def work():
+        with tempfile.TemporaryDirectory() as folder:
+            tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+            for name in filter(None, tracked.stdout.split("\0")):
+                target = Path(folder) / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, target)
+            while True:
+                try:
+                    number = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                outcomes[number] = run(chosen[number], Path(folder))
+                state, detail = outcomes[number]
+                print(f"{state:9} {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}  {detail}",
+                      flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(args.processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print("\nsurvived:")
+    for number, (state, _) in sorted(outcomes.items()):
+        if state == "survived":
+            print(f"  {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}")
+    counts = {state: sum(outcome[0] == state for outcome in outcomes.values()) for state in ("killed", "survived", "equivalent")}
+    share = 100 * counts["killed"] / max(1, counts["killed"] + counts["survived"])
+    print(f"{counts['killed']} killed, {counts['survived']} survived, {counts['equivalent']} equivalent: {share:.0f}% killed, "
+          f"{(time.monotonic() - start) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
