@@ -1,5 +1,6 @@
 """Hard negatives, masking and queues, by their statistics and edge cases."""
 
+import pytest
 import torch
 
 from models.albef import SpecialIds
@@ -31,17 +32,18 @@ def test_row_without_a_negative_is_not_valid():
     assert index[0] == 2 and index[2] == 0
 
 
-def test_masking_rates_and_untouchable_tokens():
+@pytest.mark.parametrize("probability", [0.15, 0.4])
+def test_masking_rates_and_untouchable_tokens(probability):
     torch.manual_seed(0)
     special = SpecialIds(pad=0, cls=2, mask=4)
     input_ids = torch.randint(5, 1000, (400, 50))
     input_ids[:, 0] = special.cls
     input_ids[:, 40:] = special.pad
-    masked = mask_tokens(input_ids, 1000, special, 0.15)
+    masked = mask_tokens(input_ids, 1000, special, probability)
     chosen = masked.labels != -100
     assert not chosen[:, 0].any() and not chosen[:, 40:].any()
     words = 400 * 39
-    assert abs(chosen.sum().item() / words - 0.15) < 0.01
+    assert abs(chosen.sum().item() / words - probability) < 0.015
     assert torch.equal(masked.labels[chosen], input_ids[chosen])
     assert torch.equal(masked.input_ids[~chosen], input_ids[~chosen])
     became = masked.input_ids[chosen]
