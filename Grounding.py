@@ -14,12 +14,10 @@ if __name__ == "__main__":
 import functools
 
 from Retrieval import step
-from dataset import to_device
 from engine import autocast
 from evaluation.divide import divided, gathered
 from engine.finetune import fine_tune
 from evaluation.metrics import chance_grounding, grounding_accuracy
-from models.albef import Text
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
 from utils import is_main
 
@@ -35,13 +33,11 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     block_num = default_block(model, mode) if block_num is None else block_num
     collate = functools.partial(dataset.collate, tokenizer=tokenizer)
     for numbers, batch in divided(dataset, config, device, "expressions", collate):
-        batch = to_device(batch, device)
-        text = Text(*batch.text)
         with autocast(config, device):
             if mode == "itm":
-                maps = itm_gradcam(model, batch.image, text, block_num).mean(dim=1)
+                maps = itm_gradcam(model, batch.image, batch.text, block_num).mean(dim=1)
             else:
-                maps = itc_gradcam(model, batch.image, text, block_num)
+                maps = itc_gradcam(model, batch.image, batch.text, block_num)
         found.update(zip(numbers, zip(batch.ref_ids, maps.float().cpu().numpy())))
     return gathered(found)
 

@@ -9,11 +9,10 @@ if __name__ == "__main__":
     begin_script(flags)
 
 from engine.saving import find_resume_file
-from dataset import build_dataset, to_device
+from dataset import build_dataset
 from engine import train
 from engine.processes import init_process_group
 from models import build_model
-from models.albef import Text
 from models.checkpoint import load_checkpoint, load_text_encoder, load_vision_encoder
 from models.tokenizer import tokenizer_of
 from engine.recorder import write_log
@@ -22,18 +21,9 @@ from configs.schema import load_config, require, save_config
 from utils import InputError, is_main, make_output_dir, seed_everything
 
 
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        albef = getattr(model, "module", model)
-        # masking on the host: the number of masked tokens is then known without asking the device
-        masked = albef.mask(batch.text[0]) if "mlm" in albef.objectives else None
-        batch = to_device(batch, device)
-        masked = masked and type(masked)(*(x.to(device, non_blocking=True) for x in masked))
-        return model(batch.image, Text(*batch.text), alpha=alpha, masked=masked, update_momentum=update_momentum)
-
-    return losses
+def step(model, batch, alpha, update_momentum):
+    """The losses of a batch by name."""
+    return model(batch.image, batch.text, alpha=alpha, masked=batch.masked, update_momentum=update_momentum)
 
 
 def initialize(model, args, config):
@@ -73,7 +63,7 @@ def main():
     if train_set is not None:
         if is_main():
             save_config(config, args.output_dir)
-        train(model, train_set, tokenizer, step(device), config, args.output_dir, device, args.seed, resume_from)
+        train(model, train_set, tokenizer, step, config, args.output_dir, device, args.seed, resume_from)
     if test_set is not None:
         metrics, ranked = evaluate_retrieval(model, test_set, tokenizer, config, device)
         epoch, source = config["scheduler"]["epochs"] - 1, {}

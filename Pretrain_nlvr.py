@@ -7,19 +7,12 @@ flags = task_flags(__doc__, "configs/NLVR_pretrain.yaml", "output/NLVR_pretrain"
 if __name__ == "__main__":
     begin_script(flags)
 
-from dataset import to_device
 from engine.finetune import fine_tune
-from models.albef import Text
 
 
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        batch = to_device(batch, device)
-        return model(batch.image, Text(*batch.text))
-
-    return losses
+def step(model, batch, alpha, update_momentum):
+    """The losses of a batch by name."""
+    return model(batch.image, batch.text)
 
 
 def main():

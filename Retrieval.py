@@ -11,21 +11,14 @@ if __name__ == "__main__":
 
 import functools
 
-from dataset import to_device
 from engine.finetune import fine_tune
-from models.albef import Text
 from evaluation.retrieval import evaluate_retrieval, flat, report
 from utils import InputError
 
 
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        batch = to_device(batch, device)
-        return model(batch.image, Text(*batch.text), idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
-
-    return losses
+def step(model, batch, alpha, update_momentum):
+    """The losses of a batch by name."""
+    return model(batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
 
 
 def candidates(values):

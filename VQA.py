@@ -17,26 +17,18 @@ from pathlib import Path
 
 import torch
 
-from dataset import to_device
 from dataset.text import tokenize
-from dataset.transforms import normalize
 from engine import autocast
 from evaluation.divide import divided, gathered
 from engine.finetune import fine_tune
 from evaluation.metrics import vqa_accuracy
-from models.albef import Text
 from utils import atomic_write, is_main
 
 
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        batch = to_device(batch, device)
-        question, answer = Text(*batch.question), Text(*batch.answer)
-        return model(batch.image, question, answer, batch.n, batch.weights, alpha=alpha, update_momentum=update_momentum)
-
-    return losses
+def step(model, batch, alpha, update_momentum):
+    """The losses of a batch by name."""
+    question, answer = batch.question, batch.answer
+    return model(batch.image, question, answer, batch.n, batch.weights, alpha=alpha, update_momentum=update_momentum)
 
 
 @torch.no_grad()
@@ -44,12 +36,11 @@ def answers(model, dataset, tokenizer, config, device):
     """An answer to every question: the likeliest of answer_list, or without one what beam search generates."""
     candidates = None
     if dataset.answer_list:
-        candidates = Text(*tokenize([answer + config["eos"] for answer in dataset.answer_list], tokenizer)).to(device)
+        candidates = tokenize([answer + config["eos"] for answer in dataset.answer_list], tokenizer).to(device)
     collate = functools.partial(dataset.collate_questions, tokenizer=tokenizer)
     found = {}
     with autocast(config, device):
         for numbers, (image, question) in divided(dataset, config, device, "questions", collate):
-            image, question = normalize(image.to(device, non_blocking=True)), Text(*question).to(device)
             if candidates:
                 best, _ = model.rank_answers(image, question, candidates, config["k_test"])
                 texts = [dataset.answer_list[number] for number in best[:, 0].tolist()]

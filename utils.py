@@ -11,6 +11,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -290,3 +291,18 @@ def _hold(folder, patience):
         else:
             break
     _held[key] = file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what data sets give and models take
+
+
+class Text(NamedTuple):
+    """A batch of tokenized texts: [CLS] and word pieces, padded at the end."""
+
+    input_ids: "torch.Tensor"  # [B, L]
+    attention_mask: "torch.Tensor"  # [B, L], 1 for a token, 0 for padding
+
+    def to(self, device):
+        """The same text on a device."""
+        return Text(*(x.to(device, non_blocking=True) for x in self))

@@ -133,10 +133,10 @@ def real_batch(model):
     """A batch and its masked texts, the same for an estimate and a measurement."""
     config = model.config
     batch = make_batch(config["batch_size"], config["image_res"])
-    input_ids, attention_mask = batch.text
-    batch = batch._replace(text=(input_ids.clamp(max=model.bert_config["vocab_size"] - 1), attention_mask))
+    input_ids = batch.text.input_ids.clamp(max=model.bert_config["vocab_size"] - 1)
+    batch = batch._replace(text=batch.text._replace(input_ids=input_ids))
     torch.manual_seed(0)
-    return batch, model.mask(batch.text[0])
+    return batch, model.mask(input_ids)
 
 
 def prepare(model, masked, device, world_size):
@@ -152,8 +152,7 @@ def prepare(model, masked, device, world_size):
     optimizer.step()
     if world_size == 1:
         optimizer.zero_grad(set_to_none=True)
-    step = Pretrain.step(device)
-    return Run(model, model, optimizer, step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1)
+    return Run(model, model, optimizer, Pretrain.step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1)
 
 
 def fullest_shard(optimizer, size, world_size):
@@ -191,7 +190,7 @@ def estimate(config, world_size, gpu=True):
     with fake_mode, live, gpu_kernels() if gpu else contextlib.nullcontext():
         model, fake = fake_copy(model), fake_mode.from_tensor
         masked = type(masked)(*map(fake, masked))
-        batch = batch._replace(image=fake(batch.image), text=tuple(map(fake, batch.text)), idx=fake(batch.idx))
+        batch = batch._replace(image=fake(batch.image), text=type(batch.text)(*map(fake, batch.text)), idx=fake(batch.idx))
         for tensor in (batch.image, *batch.text, batch.idx, *masked):
             live.add(tensor)
         run = prepare(model, masked, device, world_size)

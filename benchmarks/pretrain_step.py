@@ -22,10 +22,9 @@ import torch
 
 import Pretrain
 from dataset.caption import CaptionBatch
-from dataset.transforms import normalize
 from engine import Run, compile_layers, iterate
 from models import build_model
-from models.albef import Text
+from utils import Text
 from optim import create_optimizer
 from plain import pretrain_losses, unfuse
 from stopwatch import seconds
@@ -52,17 +51,11 @@ def make_batch(batch_size, image_res):
     input_ids = torch.randint(1000, 30000, (batch_size, 25), generator=generator)
     input_ids[:, 0] = 101
     image = torch.randint(256, (batch_size, 3, image_res, image_res), generator=generator, dtype=torch.uint8)
-    return CaptionBatch(image, (input_ids * mask, mask), torch.full((len(image),), -1), [], [])
+    return CaptionBatch(image, Text(input_ids * mask, mask), torch.full((len(image),), -1), [], [])
 
 
-def plain_step(device):
-    def losses(model, batch, alpha, update_momentum):
-        masked = model.mask(batch.text[0])
-        image = normalize(batch.image.to(device))
-        text = Text(*batch.text).to(device)
-        return pretrain_losses(model, image, text, alpha, (masked.input_ids.to(device), masked.labels.to(device)))
-
-    return losses
+def plain_step(model, batch, alpha, update_momentum):
+    return pretrain_losses(model, batch.image, batch.text, alpha, (batch.masked.input_ids, batch.masked.labels))
 
 
 def measure(path, precision, compiled, batch_size, steps):
@@ -73,7 +66,7 @@ def measure(path, precision, compiled, batch_size, steps):
     model = build_model("pretrain", {**config, "bert_config": str(ROOT / config["bert_config"])}).to(device).train()
     optimizer = create_optimizer(config["optimizer"], model)
     batch = make_batch(batch_size, config["image_res"])
-    step = Pretrain.step(device) if path == "fast" else plain_step(device)
+    step = Pretrain.step if path == "fast" else plain_step
     if path == "plain":
         unfuse(model)
 

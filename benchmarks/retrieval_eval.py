@@ -19,7 +19,7 @@ import torch
 import plain
 from dataset.text import MAX_TOKENS
 from models import build_model
-from models.albef import Text
+from utils import Text
 from models.alignment import NO_CANDIDATE
 from stopwatch import seconds
 from configs.schema import load_config

@@ -19,7 +19,7 @@ import torch
 
 import plain
 from models import build_model
-from models.albef import Text
+from utils import Text
 from stopwatch import seconds
 from configs.schema import load_config
 

@@ -117,14 +117,12 @@ def test_loader(dataset, config, device, collate=None):
     )  # fmt: skip
 
 
-def to_device(batch, device):
-    """A NamedTuple of a batch with its tensors, and those of tuples in it, on the device, and its images normalized."""
-
-    def move(value):
-        if isinstance(value, tuple):
-            return tuple(map(move, value))
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-    moved = {name: move(value) for name, value in batch._asdict().items()}
-    image = moved["image"]
-    return type(batch)(**{**moved, "image": tuple(map(normalize, image)) if isinstance(image, tuple) else normalize(image)})
+def to_device(value, device):
+    """A batch, tuples in it included, with its tensors on the device and its images, which are uint8 until then, normalized."""
+    if isinstance(value, torch.Tensor):
+        value = value.to(device, non_blocking=True)
+        return normalize(value) if value.dtype == torch.uint8 else value
+    if isinstance(value, tuple):
+        moved = [to_device(part, device) for part in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value

@@ -8,6 +8,7 @@ import torch
 from dataset.images import load_image
 from dataset.samples import Samples
 from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
+from utils import Text
 
 
 class Sample(NamedTuple):
@@ -20,10 +21,11 @@ class Sample(NamedTuple):
 
 class CaptionBatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
-    text: tuple  # input_ids and attention_mask [B, L]
+    text: Text  # [B, L]
     idx: torch.Tensor  # image ids [B]
     files: list
     skipped: list
+    masked: NamedTuple = None  # the text with masked tokens, which the pre-training model adds
 
 
 def draw_caption(captions, where):

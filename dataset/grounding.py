@@ -9,7 +9,7 @@ from dataset.annotations import Entries, check_entry, grouped_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
 from dataset.images import load_image
-from utils import InputError
+from utils import InputError, Text
 
 
 class Sample(NamedTuple):
@@ -20,7 +20,7 @@ class Sample(NamedTuple):
 
 class GroundingBatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
-    text: tuple  # input_ids and attention_mask [B, L]
+    text: Text  # [B, L]
     ref_ids: list
 
 

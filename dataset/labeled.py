@@ -10,7 +10,7 @@ from dataset.annotations import Entries, where
 from dataset.samples import Samples
 from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
 from dataset.images import load_image
-from utils import InputError
+from utils import InputError, Text
 
 
 class Sample(NamedTuple):
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
 class LabeledBatch(NamedTuple):
     image: tuple  # uint8 [B, 3, R, R] each: the images, or the first ones and the second ones
-    text: tuple  # input_ids and attention_mask [B, L]
+    text: Text  # [B, L]
     targets: torch.Tensor  # [B]
     files: list
     skipped: list

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+from utils import Text
+
 MAX_WORDS = 30  # of a caption, a sentence, or a question in training
 MAX_QUESTION_WORDS = 50  # of a question in testing
 SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a VQA question in training
@@ -47,7 +49,7 @@ def without_halves(text):
 
 
 def tokenize(texts, tokenizer, max_tokens=None):
-    """texts -> input_ids and attention_mask [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
+    """texts -> Text [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
     texts = list(map(without_halves, texts))
     tokens = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
-    return tokens["input_ids"], tokens["attention_mask"]
+    return Text(tokens["input_ids"], tokens["attention_mask"])

@@ -12,7 +12,7 @@ from dataset.annotations import Entries, check_entry, where
 from dataset.samples import Samples
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_question, tokenize
 from dataset.images import load_image
-from utils import InputError
+from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
 VG_WEIGHT = 0.5  # of an answer of Visual Genome, which has one annotator
@@ -29,8 +29,8 @@ class Sample(NamedTuple):
 
 class VQABatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
-    question: tuple  # input_ids and attention_mask [B, L]
-    answer: tuple  # likewise [A, L'], the answers of each question after those of the one before
+    question: Text  # [B, L]
+    answer: Text  # [A, L'], the answers of each question after those of the one before
     n: list  # number of answers of each question
     weights: torch.Tensor  # [A]
     files: list
@@ -149,7 +149,7 @@ class VQADataset(Samples):
         )  # fmt: skip
 
     def collate_questions(self, samples, tokenizer):
-        """Samples to test on -> images [B, 3, R, R] and the questions' input_ids and attention_mask [B, L]."""
+        """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
         return torch.stack([image for image, _ in samples]), tokenize([question for _, question in samples], tokenizer)
 
     def annotations(self):

@@ -18,7 +18,7 @@ def fine_tune(task, args, step, evaluate, score, report, check=None):
     """Runs a task script from its parsed arguments. --checkpoint is where a new run starts, --resume goes on with output_dir's.
 
     task: as build_model names it, and the data sets {task}_{train, val, test}.
-    step(device) -> the function that train takes: batch -> losses.
+    step(model, batch, alpha, update_momentum) -> the losses of a batch by name, as train takes it.
     evaluate(model, dataset, tokenizer, config, device) -> (metrics by name, whatever report needs beside), on all processes.
     score: the name of the metric that picks the best epoch where there is validation data.
     report(output_dir, title, split, epoch, metrics, result, dataset): prints and writes what evaluate found, on all processes;
@@ -76,7 +76,7 @@ def fine_tune(task, args, step, evaluate, score, report, check=None):
         return
     if is_main():
         save_config(config, args.output_dir)
-    best = train(model, train_set, tokenizer, step(device), config, args.output_dir, device, args.seed, resume_from,
+    best = train(model, train_set, tokenizer, step, config, args.output_dir, device, args.seed, resume_from,
                  validate if "val" in test_sets else None)  # fmt: skip
     epoch, text = config["scheduler"]["epochs"] - 1, "last epoch"
     if best:

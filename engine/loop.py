@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
 from engine.curves import Curves
+from dataset import to_device
 from dataset.batches import TrainBatches, samples_of
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
@@ -137,6 +138,7 @@ def iterate(run, batches, epoch, iteration, alpha, count_flops=False):
         for micro in range(accumulate):
             batch = next(batches)
             seed_everything(run.seed, epoch, iteration, micro, rank())
+            batch = to_device(run.model.prepare(batch), run.device)
             last = micro == accumulate - 1
             with contextlib.nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():
                 with autocast(run.config, run.device):

@@ -4,21 +4,14 @@ import functools
 
 import torch
 
-from dataset import to_device
 from engine import autocast
 from evaluation.divide import divided, gathered
-from models.albef import Text
 from utils import is_main
 
 
-def step(device):
-    """What a training step computes: batch -> losses by name."""
-
-    def losses(model, batch, alpha, update_momentum):
-        batch = to_device(batch, device)
-        return model(*batch.image, Text(*batch.text), targets=batch.targets, alpha=alpha, update_momentum=update_momentum)
-
-    return losses
+def step(model, batch, alpha, update_momentum):
+    """The losses of a batch by name."""
+    return model(*batch.image, batch.text, targets=batch.targets, alpha=alpha, update_momentum=update_momentum)
 
 
 @torch.no_grad()
@@ -28,8 +21,7 @@ def evaluate(model, dataset, tokenizer, config, device):
     right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
         for numbers, batch in divided(dataset, config, device, "sentences", collate):
-            batch = to_device(batch, device)
-            logits = model.predict(*batch.image, Text(*batch.text))
+            logits = model.predict(*batch.image, batch.text)
             right.update(zip(numbers, (logits.argmax(dim=1) == batch.targets).tolist()))
     right = gathered(right)
     return {"acc": sum(right) / len(right)}, len(right)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dataset import test_loader
+from dataset import test_loader, to_device
 from utils import is_distributed, is_main, rank, world_size
 
 
@@ -16,7 +16,7 @@ def progress_bar(iterable, what):
 
 
 def divided(dataset, config, device, what, collate=None):
-    """Yields (numbers of the samples, batch) of this process's samples, every world_size-th of the data set.
+    """Yields (indices of the samples, batch on the device) of this process's samples, every world_size-th of the data set.
 
     what: said before the progress bar; collate: as a loader takes it.
     """
@@ -24,7 +24,7 @@ def divided(dataset, config, device, what, collate=None):
     batch_size = config["batch_size_test"]
     loader = test_loader(Subset(dataset, mine), config, device, collate)
     for number, batch in enumerate(progress_bar(loader, what)):
-        yield mine[number * batch_size : (number + 1) * batch_size], batch
+        yield mine[number * batch_size : (number + 1) * batch_size], to_device(batch, device)
 
 
 def gathered(results):

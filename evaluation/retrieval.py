@@ -6,14 +6,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from dataset import to_device
 from dataset.text import MAX_TOKENS, tokenize
-from dataset.transforms import normalize
 from engine import autocast
 from evaluation.divide import divided, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
-from models.albef import Text
 from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
-from utils import atomic_write, is_distributed, is_main, world_size
+from utils import Text, atomic_write, is_distributed, is_main, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
 
@@ -31,8 +30,8 @@ class ImageEmbeds:
         self._recomputed = None, None  # number of a batch, its embeddings
 
     def encode(self, image):
-        """image uint8 [B, 3, H, W] -> embeddings and features on the device; keeps the embeddings on the host."""
-        embeds, feat = self._model.encode_image(normalize(image.to(self._device, non_blocking=True)))
+        """image [B, 3, H, W] on the device -> embeddings and features there; keeps the embeddings on the host."""
+        embeds, feat = self._model.encode_image(image)
         if torch.is_autocast_enabled(self._device.type):
             embeds = embeds.to(torch.get_autocast_dtype(self._device.type))  # as the keys and values take them anyway
         if self.keep:
@@ -48,7 +47,7 @@ class ImageEmbeds:
             first = key.start - place * world_size()
             numbers = range(first, len(self._dataset), world_size())[: self._batch_size]
             image = torch.stack([self._dataset[number] for number in numbers])
-            self._recomputed = batch, self.encode(image)[0]
+            self._recomputed = batch, self.encode(to_device(image, self._device))[0]
         return self._recomputed[1][place : place + 1]
 
 
@@ -67,7 +66,7 @@ def encode_images(model, dataset, config, device):
 @torch.no_grad()
 def encode_texts(model, texts, tokenizer, config, device):
     """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L], L at most 30, on the device."""
-    tokens = Text(*tokenize(texts, tokenizer, MAX_TOKENS)).to(device)
+    tokens = tokenize(texts, tokenizer, MAX_TOKENS).to(device)
     lengths = tokens.attention_mask.sum(dim=1)
     order = lengths.argsort(stable=True)  # texts of one length go together, so that padding costs next to nothing
     text_embeds, text_feat = None, torch.empty(len(texts), config["embed_dim"], device=device)

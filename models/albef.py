@@ -21,17 +21,6 @@ class SpecialIds(NamedTuple):
     eos: int = 102  # what ends an answer
 
 
-class Text(NamedTuple):
-    """A batch of tokenized texts: [CLS] and word pieces, padded at the end."""
-
-    input_ids: torch.Tensor  # [B, L]
-    attention_mask: torch.Tensor  # [B, L], 1 for a token, 0 for padding
-
-    def to(self, device):
-        """The same text on a device."""
-        return Text(*(x.to(device, non_blocking=True) for x in self))
-
-
 class ALBEF(nn.Module):
     """Image encoder, text encoder and multimodal encoder.
 
@@ -85,6 +74,10 @@ class ALBEF(nn.Module):
     def idle_parameters(self):
         """Parameters that no loss reaches; training leaves them out, so that data parallelism does not wait for them."""
         return []
+
+    def prepare(self, batch):
+        """A batch of the data set with what a step draws on the host: there the number of masked tokens asks no device."""
+        return batch
 
     def extra_metrics(self):
         """Tensors worth logging beside the losses, by name, of the last step."""

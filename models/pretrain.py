@@ -2,7 +2,7 @@
 
 import torch
 
-from models.albef import Text
+from utils import Text
 from models.alignment import Alignment, mutual_information_bound
 from models.bert import BertForMaskedLM
 from models.losses import itm_loss, mask_tokens, masked_text, mlm_loss
@@ -29,6 +29,9 @@ class Pretrain(Alignment):
         if "mlm" not in self.objectives:
             idle += [self.text_encoder.cls.predictions.bias, *self.text_encoder.cls.predictions.transform.parameters()]
         return idle
+
+    def prepare(self, batch):
+        return batch._replace(masked=self.mask(batch.text.input_ids)) if "mlm" in self.objectives else batch
 
     def extra_metrics(self):
         return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}

@@ -16,14 +16,13 @@ from conftest import refusal
 from engine.saving import resume
 from Export import export
 from models import build_model
-from models.albef import Text
 from models.checkpoint import (
     checkpoint_epoch, condense, interpolate_pos_embed, load_checkpoint, load_text_encoder, load_vision_encoder, read_weights,
     write_checkpoint,
 )  # fmt: skip
 from models.tokenizer import build_tokenizer
 from test_engine import command_line
-from utils import InputError, atomic_write, run_script
+from utils import InputError, Text, atomic_write, run_script
 
 BERT = json.load(open("tests/golden/bert.json"))
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
-from models.albef import Text
+from utils import Text
 
 
 def released(golden, name, task, bert, **keys):

@@ -16,10 +16,9 @@ from engine.saving import find_resume_file
 from dataset import build_dataset
 from engine import train
 from models import build_model
-from models.albef import Text
 from models.checkpoint import read_weights
 from models.tokenizer import build_tokenizer
-from utils import InputError, Interrupted, TrainingStopped, seed_everything
+from utils import InputError, Interrupted, Text, TrainingStopped, seed_everything
 
 CPU = torch.device("cpu")
 
@@ -31,7 +30,7 @@ def run(config, output_dir, resume=False, step=None):
     dataset = build_dataset("pretrain", config, seed=1)
     seed_everything(1)
     model = build_model("pretrain", config, tokenizer)
-    plain = Pretrain.step(CPU)
+    plain = Pretrain.step
     resume_from = find_resume_file(output_dir, "", resume)
     train(model, dataset, tokenizer, step(plain) if step else plain, config, output_dir, CPU, 1, resume_from)
     return model

@@ -5,9 +5,8 @@ import torch
 
 from conftest import assert_close
 from models import build_model
-from models.albef import Text
 from models.gradcam import cross_gradcam, default_block, itc_gradcam, itm_gradcam
-from utils import InputError
+from utils import InputError, Text
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from benchmarks import plain
 from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
-from models.albef import Text
+from utils import Text
 
 BERT = "tests/golden/bert.json"
 

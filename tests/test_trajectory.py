@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close, log
 
 from helpers.trajectory import BATCH_SIZE, DATA, Served, build, follow, most_similar
-from models.albef import Text
+from utils import Text
 from test_engine import torchrun
 
 LOSSES = ("loss_mlm", "loss_ita", "loss_itm")

@@ -12,11 +12,10 @@ import Visualize
 from conftest import ROOT, exit_status
 from visualize.explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
 from models import build_model, task_of
-from models.albef import Text
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
 from visualize.draw import draw_heat_maps
-from utils import InputError, seed_everything
+from utils import InputError, Text, seed_everything
 
 VOCAB = ROOT / "tests/golden/vocab.txt"
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dataset import nlvr, ve
 from dataset.text import tokenize
-from models.albef import Text
+from utils import Text
 from models.alignment import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
 
@@ -123,7 +123,7 @@ def find_answer(model, image, phrase, answers, tokenizer):
     """
     device = image.device
     if answers:
-        listed = Text(*tokenize([answer + model.config["eos"] for answer in answers], tokenizer)).to(device)
+        listed = tokenize([answer + model.config["eos"] for answer in answers], tokenizer).to(device)
         best = int(model.rank_answers(image, phrase.tokens, listed, model.config["k_test"])[0][0, 0])
         return answers[best], listed.input_ids[best : best + 1, : int(listed.attention_mask[best].sum())]
     ids = model.generate(image, phrase.tokens, beams=model.config["num_beams"])[0]
@@ -175,7 +175,7 @@ def text_targets(model, image_feat, texts, caption, tokenizer):
     similarities = []
     for start in tqdm(range(0, len(texts), BATCH), desc="texts", leave=False, disable=None):
         batch = texts[start : start + BATCH]
-        tokens = Text(*tokenize(batch, tokenizer, model.bert_config["max_position_embeddings"])).to(image_feat.device)
+        tokens = tokenize(batch, tokenizer, model.bert_config["max_position_embeddings"]).to(image_feat.device)
         similarities.append(feature_similarity(image_feat, model.encode_text(tokens, momentum=True)[1])[0])
     values, best = torch.cat(similarities).topk(min(TOP, len(texts)))
     return [Candidate(texts[i], value, texts[i] == caption) for value, i in zip(values.tolist(), best.tolist())]

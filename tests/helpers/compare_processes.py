@@ -11,9 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine.processes import init_process_group
 from models import build_model
-from models.albef import Text
 from test_pretrain_model import random_batch
-from utils import rank
+from utils import Text, rank
 
 data = torch.load("tests/golden/pretrain.pt", weights_only=True)
 

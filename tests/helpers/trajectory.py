@@ -11,12 +11,11 @@ import torch
 import Pretrain
 from configs.schema import override
 from dataset.caption import CaptionBatch
-from dataset.transforms import MEAN, STD
 from engine import train
 from engine.processes import init_process_group
 from models import build_model
 from models.losses import masked_text
-from utils import rank, run_script, world_size
+from utils import Text, rank, run_script, world_size
 
 DATA = torch.load(Path(__file__).parents[1] / "golden/trajectory.pt", weights_only=True)
 BATCH_SIZE = 4
@@ -47,9 +46,8 @@ class Served:
         batch = {name: value[rank() :: world_size()] for name, value in DATA["batches"][self.served].items()}
         self.served += 1
         self.masked = masked_text(batch["masked"], batch["labels"])
-        pixels = batch["image"] / 64 * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)  # the loop normalizes them
-        text = batch["input_ids"], batch["attention_mask"]
-        return CaptionBatch(255 * pixels, text, torch.zeros(len(pixels)), [""] * len(pixels), [])
+        image, text = batch["image"] / 64, Text(batch["input_ids"], batch["attention_mask"])
+        return CaptionBatch(image, text, torch.zeros(len(image)), [""] * len(image), [])
 
 
 def build(**keys):
@@ -72,10 +70,10 @@ def follow(output_dir, served, resume_from=None, **keys):
     config, model = build(**keys)
     model.mask = lambda input_ids: served.masked
     output_dir.mkdir(exist_ok=True)
-    step, losses = Pretrain.step(torch.device("cpu")), []
+    losses = []
 
     def noted(*args):
-        values = step(*args)
+        values = Pretrain.step(*args)
         losses.append({name: value.item() for name, value in values.items()})
         return values
 
