@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -300,8 +300,8 @@ def _hold(folder, patience):
 class Text(NamedTuple):
     """A batch of tokenized texts: [CLS] and word pieces, padded at the end."""
 
-    input_ids: "torch.Tensor"  # [B, L]
-    attention_mask: "torch.Tensor"  # [B, L], 1 for a token, 0 for padding
+    input_ids: Any  # tensor [B, L]
+    attention_mask: Any  # tensor [B, L], 1 for a token, 0 for padding
 
     def to(self, device):
         """The same text on a device."""

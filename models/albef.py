@@ -3,7 +3,6 @@
 import copy
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from configs.schema import read_bert_config

@@ -14,17 +14,12 @@ plain = Pretrain.step
 calls = iter(range(1, 1000))
 
 
-def step(device):
-    losses = plain(device)
-
-    def stepped(*args):
-        if next(calls) == 8 and os.environ["RANK"] == "1":
-            if "ERROR" in os.environ:
-                raise ValueError(os.environ["ERROR"])
-            os.kill(os.getpid(), signal.SIGTERM)
-        return losses(*args)
-
-    return stepped
+def step(*args):
+    if next(calls) == 8 and os.environ["RANK"] == "1":
+        if "ERROR" in os.environ:
+            raise ValueError(os.environ["ERROR"])
+        os.kill(os.getpid(), signal.SIGTERM)
+    return plain(*args)
 
 
 Pretrain.step = step
