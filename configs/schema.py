@@ -154,7 +154,7 @@ BERT_KEYS = {
     "fusion_layer": Key(None, whole(0)),  # the layers below it are the text encoder
     "encoder_width": Key(None, whole(1)),  # of the image embeddings
     "intermediate_size": Key(3072, whole(1)),
-    "max_position_embeddings": Key(512, whole(30)),  # no text of a training batch is cut below 30 ids
+    "max_position_embeddings": Key(512, whole(1)),
     "type_vocab_size": Key(2, whole(1)),
     "pad_token_id": Key(0, whole(0)),
     "layer_norm_eps": Key(1e-12, number()),

@@ -50,6 +50,7 @@ def without_halves(text):
 
 def tokenize(texts, tokenizer, max_tokens=None):
     """texts -> Text [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
+    max_tokens = max_tokens and min(max_tokens, tokenizer.model_max_length)
     texts = list(map(without_halves, texts))
     tokens = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
     return Text(tokens["input_ids"], tokens["attention_mask"])
