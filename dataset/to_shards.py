@@ -16,11 +16,10 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from checksum import hash_file
 from dataset.annotations import load_annotations
 from dataset.shards import IMAGE_SUFFIXES, in_processes
 from configs.flags import Flags
-from utils import InputError, atomic_write, make_output_dir, run_script
+from utils import InputError, atomic_write, hash_file, make_output_dir, run_script
 
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied

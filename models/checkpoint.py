@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from checksum import verify
 from models.hub import hub_file
 from models.momentum import copy_to_momentum_
-from utils import InputError
+from utils import InputError, verify_hash
 
 # what a released or older file may lack: buffers that the model itself makes
 ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^idx_queue$|^queue_ptr$"
@@ -108,7 +107,7 @@ def read_checkpoint(path, device="cpu", names=None):
     a mapping of the file, and are read when they are used.
     """
     path = existing_file(path)
-    verify(path)
+    verify_hash(path)
     try:
         if path.suffix == ".safetensors":
             content = _read_safetensors(path, device, names)
