@@ -7,7 +7,7 @@ FROM := output/shapes/Pretrain/checkpoint_last.pth
 TO := output/shapes
 TASKS := NLVR VQA Retrieval VE Grounding
 
-.PHONY: quickstart openclipart shapes shapes-scratch tasks $(TASKS) test benchmarks clean
+.PHONY: quickstart openclipart shapes shapes-scratch tasks $(TASKS) test mutants benchmarks clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
@@ -48,7 +48,10 @@ NLVR:
 	$(call RUN,NLVR,NLVR,$(TO)/NLVR_pretrain/checkpoint_last.pth)
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
+
+mutants: .venv/installed-dev
+	$(BIN)/python tests/mutants.py
 
 benchmarks: .venv/installed
 	$(BIN)/python benchmarks/dataloader.py --workers 0 1 2
