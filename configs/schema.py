@@ -1,4 +1,7 @@
-"""Every configuration key of every task: its default and what it may hold; loading, overriding and saving YAML files."""
+"""Every configuration key of every task: its default and what it may hold; loading, overriding and saving YAML files.
+
+A new key is a line in KEYS; config["key"], or config["section"]["key"], then has its value in every task.
+"""
 
 import copy
 import difflib
@@ -30,15 +33,16 @@ class Key(NamedTuple):
     kind: Kind
 
 
-def number(low=0, high=10**15):
+def number(low=0, high=None):
     """The kind of a finite number. YAML reads "1e-4" in quotes and 1,000 as text, which does not fit."""
-    bound = f" to {high}" if high < 10**15 else ""
-    return Kind(f"a number from {low}{bound}", lambda value: type(value) in (int, float) and low <= value <= high)
+    wanted = f"a number from {low}" if high is None else f"a number from {low} to {high}"
+    high = sys.float_info.max if high is None else high
+    return Kind(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
 
 
 def whole(low):
     """The kind of a whole number that is not below `low`."""
-    return Kind(f"a whole number from {low}", lambda value: type(value) is int and low <= value <= 10**15)
+    return Kind(f"a whole number from {low}", lambda value: type(value) is int and value >= low)
 
 
 def one_of(*choices):
@@ -57,8 +61,7 @@ def either(*kinds):
 
 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-# the command line hands over bytes that are not UTF-8 as halves of surrogate pairs, which no file can hold
-TEXT = Kind("a UTF-8 string", lambda value: isinstance(value, str) and value.encode(errors="ignore").decode() == value)
+TEXT = Kind("a string", lambda value: isinstance(value, str))
 PATH = Kind("a path", lambda value: TEXT.fits(value) and value != "")
 PATHS = either(PATH, list_of(PATH, "a list of paths"))
 MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
@@ -282,9 +285,10 @@ def override(config, overrides, where):
 def load_config(path, overrides=()):
     """Reads a YAML file and applies overrides as `override` does. Raises InputError."""
     try:
-        config = _parse_yaml(Path(path), path)
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror}") from None
+    config = _parse_yaml(content, path)
     if not MAPPING.fits(config):
         raise InputError(f"{path}: a configuration is {MAPPING.wanted}")
     config = override(config, overrides, path)
@@ -333,17 +337,15 @@ def require(config, *keys):
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
 
 
-def _parse_yaml(source, name):
-    """The value in a YAML file or string; name is the file's or string's in the InputError if there is none."""
+def _parse_yaml(content, where):
+    """The value that YAML text holds. Raises InputError, with where for the file, if it holds none."""
     try:
-        return YAML(typ="safe").load(source)
-    except OSError:
-        raise
+        return YAML(typ="safe").load(content)
     except Exception as error:  # dates and characters that do not exist raise other errors than YAMLError
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
-        raise InputError(f"{name}{line}: not valid YAML: {' '.join((problem or str(error)).split())}") from None
+        raise InputError(f"{where}{line}: not valid YAML: {' '.join((problem or str(error)).split())}") from None
 
 
 def save_config(config, output_dir):

@@ -156,6 +156,16 @@ def test_the_batch_size_has_two_spellings(pretrain, tmp_path, keys, flag):
     assert saved(tmp_path)["optimizer"]["state"][0]["step"] == 3  # of 48 samples
 
 
+def test_a_configuration_is_a_copy_of_its_defaults_and_of_what_it_is_made_from():
+    given = {"distill": ["itc"], "bert_config": {"hidden_size": 1}}
+    config = with_defaults(given)
+    config["objectives"].append("more")
+    config["distill"].append("more")
+    config["optimizer"]["lr"] = config["bert_config"]["hidden_size"] = None
+    assert with_defaults({})["objectives"] == ["itc", "mlm", "itm"] and with_defaults({})["optimizer"]["lr"] == 1e-4
+    assert given == {"distill": ["itc"], "bert_config": {"hidden_size": 1}}
+
+
 @pytest.mark.parametrize("text,message", [
     ("quue_size: 5", "unknown key 'quue_size', did you mean queue_size?"),
     ("optimizer: {weigth_decay: 0.1}", "unknown key 'optimizer.weigth_decay', did you mean optimizer.weight_decay?"),
