@@ -197,8 +197,10 @@ def _check_value(key, value, known, where):
 def _check_multiple(config, key, divisor, where):
     value, part = config[key], config[divisor]
     if value is not None and value % part:
-        near = max(1, round(value / part)) * part
-        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}; {near} is")
+        multiple = max(1, round(value / part)) * part
+        whole_part = min((n for n in range(1, value + 1) if value % n == 0), key=lambda n: abs(n - part))
+        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple} or {divisor} to "
+                         f"{whole_part}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
