@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.albef import SpecialIds
-from models.losses import mask_tokens, sample_negatives
+from models.losses import itm_loss, mask_tokens, sample_negatives
 from models.queue import enqueue_
 
 
@@ -30,6 +30,13 @@ def test_row_without_a_negative_is_not_valid():
     index, valid = sample_negatives(torch.zeros(3, 3), positives)
     assert valid.tolist() == [True, False, True]
     assert index[0] == 2 and index[2] == 0
+
+
+def test_matching_is_the_mean_over_the_rows_with_a_negative():
+    logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    pairs, labels = logits[[0, 2, 4]], torch.tensor([1, 0, 0])
+    assert torch.isclose(itm_loss(logits, torch.tensor([True, False])), torch.nn.functional.cross_entropy(pairs, labels))
+    assert itm_loss(logits, torch.tensor([False, False])) == 0
 
 
 @pytest.mark.parametrize("probability", [0.15, 0.4])
