@@ -199,8 +199,8 @@ def _check_multiple(config, key, divisor, where):
     if value is not None and value % part:
         multiple = max(1, round(value / part)) * part
         whole_part = min((n for n in range(1, value + 1) if value % n == 0), key=lambda n: abs(n - part))
-        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple} or {divisor} to "
-                         f"{whole_part}")
+        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple} or "
+                         f"{divisor} to {whole_part}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

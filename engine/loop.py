@@ -229,7 +229,10 @@ def placed(position, batches, accumulate):
 
 
 def announce(config, scheduler, iterations):
-    """Prints the global batch, the learning rate for it, and whether the warm-up does not get there. iterations: of an epoch."""
+    """Prints the global batch, the learning rate for it, and a note where the warm-up does not get there.
+
+    iterations: of an epoch.
+    """
     batch = config["batch_size"] * world_size() * config["accumulate"]
     reference, lr = config["reference_batch"], config["optimizer"]["lr"]
     rule = f"as configured (reference_batch would scale {lr:.3g} by sqrt({batch} / reference_batch))"
@@ -242,8 +245,8 @@ def announce(config, scheduler, iterations):
     else:
         key, warmup, where, available = "warmup_iters", scheduler["warmup_iters"], "the run", scheduler["epochs"] * iterations
     if warmup > available and scheduler["warmup_lr"] != scheduler["lr"]:
-        print(f"note: scheduler.{key} {scheduler[key]} is a warm-up of {warmup} iterations, {where} has only {available}: it ends "
-              f"below the learning rate; lower {key}", flush=True)
+        print(f"note: scheduler.{key} {scheduler[key]} is a warm-up of {warmup} iterations, {where} has only "
+              f"{available}: it ends below the learning rate; lower {key}", flush=True)
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):

@@ -31,7 +31,8 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
 def create_optimizer(config, model, sharded=False):
     """The optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
-    config: {opt, lr, weight_decay, temp_lr_scale} and, where they are not the optimizer's own, opt_eps and opt_betas; sharded: its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
+    config: {opt, lr, weight_decay, temp_lr_scale}, and opt_eps and opt_betas where they are not the optimizer's own; sharded:
+    its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
     """
     groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
