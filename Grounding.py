@@ -43,18 +43,18 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
 
 
 def evaluate(model, dataset, tokenizer, config, device, mode, block_num):
-    """Share of the expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set."""
+    """Percent of the expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set; and chance's."""
     maps = heat_maps(model, dataset, tokenizer, config, device, mode, block_num)
-    metrics = grounding_accuracy(maps, *dataset.refer, dataset.detections)
+    right = grounding_accuracy(maps, *dataset.refer, dataset.detections)
     chance = chance_grounding(dataset.refer.refs, dataset.refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])
-    return metrics, chance
+    return tuple({name: 100 * share for name, share in shares.items()} for shares in (right, chance))
 
 
 def show(output_dir, title, split, epoch, metrics, chance, dataset):
     """A line for each split."""
     if is_main():
         for name, value in metrics.items():
-            print(f"grounding, {title}: {name.removesuffix('_d')} {100 * value:.2f}% (a random box: {100 * chance[name]:.1f}%)")
+            print(f"grounding, {title}: {name.removesuffix('_d')} {value:.2f}% (a random box: {chance[name]:.1f}%)")
 
 
 def main():

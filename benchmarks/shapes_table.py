@@ -1,4 +1,4 @@
-"""One table of all tasks on the built-in shapes, from the log.txt of the runs that `make shapes` and `make shapes-scratch` leave.
+"""One table of all tasks on the built-in shapes, from log.txt of the runs that `make shapes` and `make shapes-scratch` leave.
 
 Chance is a random ranking, class or detected box; for VQA the best answer of the list given to every question. Minutes are
 those of training with its validations.
@@ -21,14 +21,14 @@ from engine.curves import read_curves
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from configs.schema import load_config
 
-# folder of a run: its rows, each the metric as said, its name in log.txt, the factor that makes it percent
+# folder of a run: its rows, each the metric as printed and its name in log.txt, in percent
 RUNS = {
-    "Pretrain": [("zero-shot text R@1", "test_txt_r1", 1), ("zero-shot image R@1", "test_img_r1", 1)],
-    "Retrieval": [("text R@1", "test_txt_r1", 1), ("image R@1", "test_img_r1", 1)],
-    "VQA": [("VQA accuracy", "test_acc", 1)],
-    "VE": [("accuracy", "test_acc", 100)],
-    "NLVR": [("accuracy", "test_acc", 100)],
-    "Grounding": [("right box, val", "val_d", 100), ("right box, testA", "testA_d", 100), ("right box, testB", "testB_d", 100)],
+    "Pretrain": [("zero-shot text R@1", "test_txt_r1"), ("zero-shot image R@1", "test_img_r1")],
+    "Retrieval": [("text R@1", "test_txt_r1"), ("image R@1", "test_img_r1")],
+    "VQA": [("VQA accuracy", "test_acc")],
+    "VE": [("accuracy", "test_acc")],
+    "NLVR": [("accuracy", "test_acc")],
+    "Grounding": [("right box, val", "val_d"), ("right box, testA", "testA_d"), ("right box, testB", "testB_d")],
 }
 LONGEST_GAP = 120  # seconds between two iterations; a validation takes less, a stopped run more
 # text assignment has nothing to evaluate, but takes its time
@@ -89,8 +89,8 @@ def main():
     print(f"{'task':11}{'metric':20}{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}")
     for run, rows in RUNS.items():
         results = [read_results(folder / run) for folder in (args.scratch, args.runs)]
-        for number, (metric, name, factor) in enumerate(rows):
-            scratch, trained = (f"{factor * result[name]:.1f}" if name in result else "-" for result in results)
+        for number, (metric, name) in enumerate(rows):
+            scratch, trained = (f"{result[name]:.1f}" if name in result else "-" for result in results)
             time = minutes(args.runs, run) if number == 0 else None
             print(f"{run if number == 0 else '':11}{metric:20}{chance[run, name]:8.1f}{scratch:>14}{trained:>13}"
                   f"{'' if time is None else f'{time:.1f}':>9}")

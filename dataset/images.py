@@ -19,7 +19,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # EPS starts Ghostscript on them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so that a small file can keep a decoder busy
-# for minutes. To count scans beforehand costs less than 1% of decoding an ordinary image, and is a time limit that works in every
+# for minutes. To count scans beforehand costs about 1% of decoding an ordinary image, and is a time limit that works in every
 # thread and process; a signal would not interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
 MAX_SCANS = 100
 

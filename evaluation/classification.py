@@ -16,7 +16,7 @@ def step(model, batch, alpha, update_momentum):
 
 @torch.no_grad()
 def evaluate(model, dataset, tokenizer, config, device):
-    """Share of the right classes of a LabeledDataset, in [0, 1], as {"acc"}; and the number of sentences."""
+    """Accuracy on a LabeledDataset in percent, as {"acc"}; and the number of sentences."""
     model.eval()
     right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
@@ -24,7 +24,7 @@ def evaluate(model, dataset, tokenizer, config, device):
             logits = model.predict(*batch.image, batch.text)
             right.update(zip(numbers, (logits.argmax(dim=1) == batch.targets).tolist()))
     right = gathered(right)
-    return {"acc": sum(right) / len(right)}, len(right)
+    return {"acc": 100 * sum(right) / len(right)}, len(right)
 
 
 def show(task, classes):
@@ -32,6 +32,6 @@ def show(task, classes):
 
     def line(output_dir, title, split, epoch, metrics, count, dataset):
         if is_main():
-            print(f"{task}, {title}: accuracy {100 * metrics['acc']:.2f}% of {count} sentences (chance {100 / classes:.1f}%)")
+            print(f"{task}, {title}: accuracy {metrics['acc']:.2f}% of {count} sentences (chance {100 / classes:.1f}%)")
 
     return line
