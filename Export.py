@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, write_checkpoint
+from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, write_weights
 from utils import InputError, atomic_write
 
 SUFFIXES = (".safetensors", ".pth")
@@ -60,7 +60,7 @@ def export(source, target, momentum=False, overwrite=False):
     more = {key: content[key] for key in METADATA if key in content}
     try:
         with atomic_write(target) as file:
-            write_checkpoint(file, target.suffix, kept, more)
+            write_weights(file, target.suffix, kept, more)
     except TypeError as error:
         raise InputError(f"checkpoint {source}: its config cannot be written as JSON: {error}") from None
     except (OSError, RuntimeError) as error:

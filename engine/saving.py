@@ -170,7 +170,7 @@ def newest_checkpoint(folder):
     found, damaged = [], []
     for path in _files(folder):
         try:
-            resume = read_checkpoint(path, "meta").get("resume")
+            resume = read_checkpoint(path).get("resume")
             if resume:  # by samples: an iteration may have been of another size
                 seen = samples_of(Phase(*phase) for phase in resume["phases"])
                 found.append((resume["epoch"], seen, path.name == LAST, path))

@@ -1,15 +1,14 @@
-"""Every conversion of foreign or older weights: released checkpoints, Hugging Face BERT, timm and DeiT ViT.
+"""Weights in and out: weight files, the conversion of released, foreign and older ones, and a report on every tensor.
 
-Most failed reproductions come from weights that silently did not load. So whatever is loaded is reported by name, and what
-is missing unexpectedly, has no place, or could not have come out of training is an error. A refused file leaves the model
-as it was, unless it is its values that are wrong.
+Most failed reproductions come from weights that silently did not load. So what is missing unexpectedly, has no place, or could
+not have come out of training is an error. A refused file leaves the model as it was, unless it is its values that are wrong.
+What a run saves to continue from is the business of engine/saving.py.
 """
 
 import json
 import re
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import timm
@@ -19,109 +18,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from models.hub import hub_file
+from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
 from utils import InputError, verify_hash
 
-# what a released or older file may lack: buffers that the model itself makes
-ALWAYS_NEW = r"position_ids$|^image_queue$|^text_queue$|^idx_queue$|^queue_ptr$"
 QUEUES = ("image_queue", "text_queue", "queue_ptr")  # of use together only; idx_queue is of fine-tuning alone
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
-WEIGHT_FILES = ["model.safetensors", "pytorch_model.bin"]
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
 METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
-PARTS = 12  # in which a file is copied: the pages of a mapped file count as memory until it is unmapped
-NAMES_SHOWN = 5  # in an error
 
 
-class LoadReport(NamedTuple):
-    """What became of every tensor, by name in the model (ignored: by name in the file)."""
-
-    source: str
-    loaded: list
-    converted: list  # loaded under another name than in the file, as "name in file -> name in model"
-    resized: list  # position embeddings interpolated to another image_res
-    cast: list  # stored in another precision, as "name (precision in the file)"
-    copied: list  # momentum weights that the file lacks, copied from the base weights
-    new: list  # left at their initialization
-    ignored: list  # in the file, not in the model
-
-    def __str__(self):
-        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
-        for name in ("converted", "resized", "cast", "copied", "new", "ignored"):
-            names = getattr(self, name)
-            if names:
-                short = condense_renames(names) if name == "converted" else condense(names)
-                short = self._condense_ignored() if name == "ignored" else short
-                lines.append(f"  {len(names)} {name}: {', '.join(short)}")
-        return "\n".join(lines)
-
-    def _condense_ignored(self):
-        """The ignored names; those of a module of which the file gave nothing become one: vision_proj_m.*."""
-        used = {name.split(".")[0] for name in self.loaded + self.converted}
-        modules = (re.sub(r"\..*", ".*", name) if name.split(".")[0] not in used else name for name in self.ignored)
-        return condense(list(dict.fromkeys(modules)))
-
-
-def condense(names):
-    """Names that differ only in their numbers become one: layer.0.x, layer.1.x -> layer.{0-1}.x, in order."""
-    groups = {}
-    for name in names:
-        groups.setdefault(re.sub(r"\d+", "#", name), []).append(name)
-    condensed = []
-    for pattern, members in groups.items():
-        for column in zip(*(map(int, re.findall(r"\d+", member)) for member in members)):
-            low, high = min(column), max(column)
-            pattern = pattern.replace("#", str(low) if low == high else f"{{{low}-{high}}}", 1)
-        condensed.append(pattern)
-    return condensed
-
-
-def condense_renames(renames):
-    """Renames "old -> new" that change the same part become one: text_encoder.bert.* -> text_encoder.*, in order."""
-    condensed = []
-    for rename in renames:
-        old, new = (name.split(".") for name in rename.split(" -> "))
-        same = 0
-        while same < min(len(old), len(new)) and old[-1 - same] == new[-1 - same]:
-            same += 1
-        star = ["*"] * bool(same)
-        condensed.append(" -> ".join(".".join(name[: len(name) - same] + star) for name in (old, new)))
-    return condense(list(dict.fromkeys(condensed)))
-
-
-def few(names):
-    """The first of a list of names for a message, condensed."""
-    condensed = condense(names)
-    more = len(condensed) - NAMES_SHOWN
-    return ", ".join(condensed[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def read_checkpoint(path, device="cpu", names=None):
-    """What a .pth, .bin or .safetensors file holds, as a dict. Raises InputError for what cannot be read.
-
-    A SHA-256 that Download.py recorded beside the file is verified. device: cpu, or meta for the shapes and types of the
-    tensors alone; names: the tensors of a .safetensors file to read.
-
-    A .safetensors file gives {"model": tensors by name} and, as far as its metadata has them, config and epoch, as a .pth
-    file of a run does; see write_checkpoint. Pickles are read with weights_only: code in them is never run. Tensors lie in
-    a mapping of the file, and are read when they are used.
-    """
-    path = existing_file(path)
-    verify_hash(path)
-    try:
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path, device, names)
-        else:
-            content = torch.load(path, map_location=device, weights_only=True, mmap=_is_mapped(path))
-    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {_first_line(error)}") from None
-    except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f": it wants {wanted[1]}" if wanted else ", or is no checkpoint"
-        raise InputError(f"checkpoint {path} holds more than tensors, numbers and text{what}; it was not run") from None
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint {path} holds no named tensors")
-    return content
+# ---------------------------------------------------------------------------------------------------------------------
+# files
 
 
 def existing_file(path):
@@ -138,35 +47,64 @@ def existing_file(path):
     return path
 
 
-def _is_mapped(path):
-    """Whether a file's tensors are mapped; not those of a .pth file from before torch 1.6, which is no zip file."""
-    return Path(path).is_file() and (Path(path).suffix == ".safetensors" or zipfile.is_zipfile(path))
+def read_checkpoint(path):
+    """Return what a .pth, .bin or .safetensors file holds, as a dict. Raises InputError for what cannot be read.
 
-
-def _read_safetensors(path, device, names):
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        read = _without_values if device == "meta" else type(file).get_tensor
-        wanted = [name for name in file.keys() if names is None or _bare(name) in names]
-        content = {"model": {name: read(file, name) for name in wanted}}
-    for key in METADATA:
-        if key in metadata:
-            try:
-                content[key] = json.loads(metadata[key])
-            except ValueError:
-                raise ValueError(f"its metadata {key} is no JSON") from None
+    A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only: code in them is never
+    run. Tensors lie in a mapping of the file: they are read when they are used, and take no memory that the system cannot have
+    back (but for files from before torch 1.6). A .safetensors file gives {"model": tensors by name} and, as far as its metadata
+    has them, config and epoch, as a .pth file of a run does; see write_weights.
+    """
+    path = existing_file(path)
+    verify_hash(path)
+    try:
+        if path.suffix == ".safetensors":
+            content = _read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
+    except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        what = f": it wants {wanted[1]}" if wanted else ", or is not a checkpoint"
+        raise InputError(f"checkpoint {path} holds more than tensors, numbers and text{what}; it was not run") from None
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {path} holds no named tensors")
     return content
 
 
-def _without_values(file, name):
-    """A tensor of an open .safetensors file on the meta device: get_tensor would touch a page of each tensor or more."""
-    part = file.get_slice(name)
-    shape = part.get_shape()
-    return torch.empty(shape, dtype=(part[:0] if shape else file.get_tensor(name)).dtype, device="meta")
+def _read_safetensors(path):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        more = {key: json.loads(metadata[key]) for key in METADATA if key in metadata}
+        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **more}
 
 
-def write_checkpoint(file, suffix, tensors, more):
-    """Writes tensors by name to an open file: as a .safetensors file, or else as a .pth file.
+def named_tensors(content, path):
+    """Return the tensors of a checkpoint by name; unwraps {"model": ...} and the like. path: for the message of InputError."""
+    for wrapper in ("model", "state_dict"):
+        content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
+    prefix = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
+    tensors = {prefix.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise InputError(f"checkpoint {path} holds no named tensors")
+    return tensors
+
+
+def read_weights(path):
+    """Return the tensors of a checkpoint file by name. Raises InputError."""
+    return named_tensors(read_checkpoint(path), path)
+
+
+def checkpoint_epoch(path):
+    """Return the epoch that the weights of a checkpoint file are of, 0 if it does not say."""
+    epoch = read_checkpoint(path).get("epoch")
+    return epoch if isinstance(epoch, int) else 0
+
+
+def write_weights(file, suffix, tensors, more):
+    """Write tensors by name to an open file: as a .safetensors file, or else as a .pth file.
 
     more: config and epoch, any of them; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share
     memory, are in a .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
@@ -183,54 +121,8 @@ def write_checkpoint(file, suffix, tensors, more):
     file.write(save(untied, metadata))
 
 
-def checkpoint_epoch(path):
-    """The epoch that the weights of a checkpoint file are of, 0 if it does not say."""
-    epoch = read_checkpoint(path, "meta").get("epoch")
-    return epoch if isinstance(epoch, int) else 0
-
-
-def named_tensors(state, path):
-    """The tensors of a checkpoint by name; unwraps {"model": ...} and the like. path: for the message of InputError."""
-    for wrapper in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"checkpoint {path} holds no named tensors")
-    return {_bare(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def _bare(name):
-    """A tensor's name without the prefixes of DistributedDataParallel and torch.compile."""
-    return re.sub(r"^((module|_orig_mod)\.)+", "", str(name))
-
-
-def read_weights(path, device="cpu", names=None):
-    """The tensors of a checkpoint file by name, as read_checkpoint and named_tensors give them."""
-    return named_tensors(read_checkpoint(path, device, names), path)
-
-
-def weights_to_load(path):
-    """The tensors of a file by name, and the `again` of load_weights: mapped ones come without values, which again reads."""
-    if not _is_mapped(path):
-        return read_weights(path), None
-    before = _identity(path)
-
-    def again(names):
-        weights = read_weights(path, names=names)
-        if _identity(path) != before:
-            raise InputError(f"checkpoint {path} was replaced while it was read: load it once it is left alone")
-        return weights
-
-    return read_weights(path, device="meta"), again
-
-
-def _identity(path):
-    status = Path(path).stat()
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+# ---------------------------------------------------------------------------------------------------------------------
+# match names, check the plan, copy
 
 
 def interpolate_pos_embed(pos_embed, tokens):
@@ -259,191 +151,173 @@ def _misfit(name, value, target):
     return ""
 
 
-def _check_misfits(source, misfits):
-    """Raises InputError if there are misfits: name in the file -> as _misfit says."""
-    if not misfits:
-        return
-    if all(name.split(".")[0].removesuffix("_m") in HEADS for name in misfits):
-        hint = "it is the head of another task: start from pre-trained weights, or name a checkpoint of this task"
-    else:
-        hint = ("the file belongs to another configuration (image_res, patch_size, vision_width, embed_dim, bert_config) or "
-                "task")  # fmt: skip
-    shown = [f"{name} {why}" for name, why in misfits.items()][:3]
-    more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-    raise InputError(f"{source}: {', '.join(shown)}{more}: {hint}")
+def _is_made_anew(name):
+    """Whether `name` is a buffer that the model itself makes, so that a released or older file may lack it."""
+    return name.endswith("position_ids") or name in (*QUEUES, "idx_queue")
 
 
-def _parts(takes, state, original, again):
-    """Yields (name in the model, tensor) of takes: name in the model -> name in state; the rest as in load_weights."""
-    if again is None:
-        yield from ((name, state[taken]) for name, taken in takes.items())
-        return
-    part = sum(state[taken].nbytes for taken in takes.values()) / PARTS
-    groups, size = [], part
-    for name, taken in takes.items():
-        if size >= part:
-            groups.append({})
-            size = 0
-        groups[-1][name] = original.get(taken, taken)
-        size += state[taken].nbytes
-    for group in groups:
-        weights = again(set(group.values()))
-        yield from ((name, weights[in_file]) for name, in_file in group.items())
+def _match(targets, weights, names, may_be_new, allow_missing):
+    """Plan what becomes of each tensor of the model, as Records; the outcome of one that the file should have is "missing".
 
-
-def _copy(targets, takes, state, source, original, again):
-    """Copies tensors into the model. Raises InputError for values that no training gives, and where tied ones differ.
-
-    targets: the model's tensors by name; takes and the rest as in _parts.
+    A momentum module that the file lacks is copied from the base; one that it has must be complete, unless allow_missing.
+    Queues of another size, and all with them, stay as they are.
     """
-    names, untied, broken = {}, [], []
-    for name, value in _parts(takes, state, original, again):
-        target = targets[name]
+    modules = {name.split(".")[0] for name in targets if names[name] in weights and not _is_made_anew(name)}
+    requeue = any(names[queue] not in weights or weights[names[queue]].shape != targets[queue].shape
+                  for queue in QUEUES if queue in targets)  # fmt: skip
+
+    def record(name, target):
+        in_file = names[name]
+        if in_file in weights:
+            value = weights[in_file]
+            if _is_made_anew(name) and (_misfit(name, value, target) or (requeue and "queue" in name)):
+                return Record(name, in_file, "new")
+            cast = "" if value.dtype == target.dtype else str(value.dtype).removeprefix("torch.")
+            return Record(name, in_file, "loaded", value.shape != target.shape, cast)
+        module, _, rest = name.partition(".")
+        base = names.get(f"{module.removesuffix('_m')}.{rest}")
+        if base in weights and not _misfit(name, weights[base], target) and (allow_missing or module not in modules):
+            return Record(name, base, "copied")
+        return Record(name, "", "new" if may_be_new(name) or _is_made_anew(name) else "missing")
+
+    return [record(name, target) for name, target in targets.items()]
+
+
+def _check(records, targets, weights, source, must_fit, allow_missing):
+    """Raise InputError for a plan that leaves something out silently. Arguments as in load_weights."""
+    loaded = [record for record in records if record.outcome == "loaded"]
+    misfits = {r.in_file: why for r in loaded if (why := _misfit(r.name, weights[r.in_file], targets[r.name]))}
+    if misfits:
+        if all(name.split(".")[0].removesuffix("_m") in HEADS for name in misfits):
+            hint = "it is the head of another task: start from pre-trained weights, or name a checkpoint of this task"
+        else:
+            hint = "the file is of another configuration (image_res, patch_size, vision_width, embed_dim, bert_config) or task"
+        shown = [f"{name} {why}" for name, why in misfits.items()][:3]
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise InputError(f"{source}: {', '.join(shown)}{more}: {hint}")
+    if allow_missing:
+        return
+    missing = [record.name for record in records if record.outcome == "missing"]
+    unplaced = [record.in_file for record in records if record.outcome == "ignored" and must_fit(record.in_file)]
+    way_out = " --allow_missing {}" if allow_missing is not None else ""
+    if missing:
+        has = f"; it has {listed(shorten(unplaced, weights))} instead" if unplaced else ""
+        raise InputError(f"{source} lacks {len(missing)} tensors of the model: {listed(shorten(missing, targets))}{has}; is it "
+                         "the right file?" + way_out.format("leaves them at their initialization"))  # fmt: skip
+    if unplaced:
+        raise InputError(f"{source} has {len(unplaced)} tensors that the model has no place for: "
+                         f"{listed(shorten(unplaced, weights))}; is it of a deeper model, of another kind or fusion_layer, or "
+                         "of a task with two images?" + way_out.format("leaves them out"))  # fmt: skip
+
+
+def _copy(records, targets, weights, source):
+    """Copy tensors into the model. Raises InputError for values that no training gives, and where tied ones differ."""
+    filled, untied, broken = {}, [], []
+    for name, in_file, outcome, *_ in records:
+        if outcome not in ("loaded", "copied") or targets[name].is_meta:  # of which there is nothing to copy to
+            continue
+        target, value = targets[name], weights[in_file]
         if value.shape != target.shape:
             value = interpolate_pos_embed(value, target.shape[1])
-        if target.is_meta:  # there is nothing to copy to
-            continue
-        twin = names.setdefault(id(target), name)
+        twin = filled.setdefault(id(target), in_file)
         if value.is_meta:
-            broken.append(original.get(takes[name], takes[name]))
-        elif twin != name:
+            broken.append(in_file)
+        elif twin != in_file:
             if not torch.equal(value.to(target), target):
-                untied.append(f"{original.get(name, name)} and {original.get(twin, twin)}")
+                untied.append(f"{in_file} and {twin}")
         else:
             target.copy_(value)
             if target.is_floating_point() and not target.isfinite().all():
-                broken.append(original.get(takes[name], takes[name]))
+                broken.append(in_file)
     if broken:
-        raise InputError(f"{source}: {len(broken)} tensors hold NaN, infinity or nothing: {few(broken)}; take another one")
+        raise InputError(f"{source}: {len(broken)} tensors hold NaN, infinity or nothing: {listed(condense(broken))}; take "
+                         "another one")  # fmt: skip
     if untied:
         raise InputError(f"{source}: {untied[0]} differ but are one parameter of the model ({len(untied)} such pairs): is it "
                          "of a model with another `share`?")  # fmt: skip
 
 
+def no_name(_):
+    return False
+
+
 @torch.no_grad()
-def load_weights(model, state, source, new="$^", original=None, allow_missing=None, placed="$^", again=None):
-    """Copies the tensors of state into the model and says what became of each.
+def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fit=no_name, allow_missing=None):
+    """Copy weights of a file into the model and return a LoadReport of what became of each.
 
-    state: by name in the model; source: the file, for messages; new: regular expression of the names that may be missing;
-    original: name in the model -> name in the file, where they differ; placed: regular expression of the names in state
-    that the model must have; allow_missing: None where it is no choice of the user. again(names) reads tensors of the file,
-    by their names there: state then needs no values, and no more than two of PARTS of a mapped file are in memory at once.
-
-    A momentum module that state lacks is copied from the base; one that it has must be complete. Queues of another size,
-    and all with them, stay as they are. Raises InputError for a tensor of another shape or kind, for NaN or infinity, for
-    tensors that differ but are one in the model, and, unless allow_missing, for what is missing or has no place unexpectedly.
+    weights: tensors by name in the file; source: the file, for messages; names: name in the model -> name in the file, for each
+    tensor of the model that is wanted, by default all of them under their own; may_be_new(name in the model) and
+    must_fit(name in the file): whether a tensor may be missing, or must have a place; allow_missing: nothing need be there or
+    fit, None where that is not a choice of the user. Momentum modules and queues: see _match. Raises InputError for a tensor of
+    another shape or kind, for NaN or infinity, for tensors that differ but are one in the model, and for what is missing or
+    has no place unexpectedly.
     """
-    targets, original = model.state_dict(keep_vars=True), original or {}
-    modules = {name.split(".")[0] for name in state if not re.search(ALWAYS_NEW, name)}
-    requeue = any(name not in state or state[name].shape != targets[name].shape for name in QUEUES if name in targets)
-    takes, resized, cast, copied, left_new, missing, misfits = {}, [], [], [], [], [], {}
-    for name, target in targets.items():
-        base = re.sub(r"_m(?=\.)", "", name, count=1)
-        in_file = original.get(name, name)
-        if name in state:
-            misfit = _misfit(name, state[name], target)
-            if re.search(ALWAYS_NEW, name) and (misfit or (requeue and "queue" in name)):
-                left_new.append(name)
-                continue
-            if misfit:
-                misfits[in_file] = misfit
-            takes[name] = name
-            if state[name].shape != target.shape:
-                resized.append(name)
-            if state[name].dtype != target.dtype:
-                cast.append(f"{name} ({str(state[name].dtype).removeprefix('torch.')})")
-        elif base in state and not _misfit(name, state[base], target) and (allow_missing or name.split(".")[0] not in modules):
-            takes[name] = base
-            copied.append(name)
-        elif re.search(new, name) or re.search(ALWAYS_NEW, name):
-            left_new.append(name)
-        else:
-            missing.append(name)
-    ignored = [name for name in state if name not in targets]
-    unplaced = [original.get(name, name) for name in ignored if re.search(placed, name)]
-    _check_misfits(source, misfits)
-    way_out = " --allow_missing {}" if allow_missing is not None else ""
-    if missing and not allow_missing:
-        has = f"; it has {few(unplaced)} instead" if unplaced else ""
-        raise InputError(
-            f"{source} lacks {len(missing)} tensors of the model: {few(missing)}{has}; is it the right file?"
-            + way_out.format("leaves them at their initialization")
-        )
-    if unplaced and not allow_missing:
-        raise InputError(
-            f"{source} has {len(unplaced)} tensors that the model has no place for: {few(unplaced)}; is it of a deeper model, "
-            "of another kind or fusion_layer, or of a task with two images?" + way_out.format("leaves them out")
-        )
-    _copy(targets, takes, state, source, original, again)
-    converted = [f"{original[name]} -> {name}" for name in takes if name in state and original.get(name, name) != name]
-    ignored = [original.get(name, name) for name in ignored]
-    loaded = [name for name in takes if name in state]
-    return LoadReport(str(source), loaded, converted, resized, cast, copied, left_new + missing, ignored)
+    state = model.state_dict(keep_vars=True)
+    names = names or {name: name for name in state}
+    targets = {name: state[name] for name in names}
+    records = _match(targets, weights, names, may_be_new, allow_missing)
+    used = {record.in_file for record in records}
+    records += [Record("", name, "ignored") for name in weights if name not in used]
+    _check(records, targets, weights, source, must_fit, allow_missing)
+    _copy(records, targets, weights, source)
+    return LoadReport(str(source), [r._replace(outcome="new") if r.outcome == "missing" else r for r in records])
 
 
 def load_checkpoint(model, path, allow_missing=False, complete=False):
-    """Loads the weights of a checkpoint file of any task into a model of any task, converting what needs it (task_names).
+    """Load the weights of a checkpoint file of any task into a model of any task, converting what needs it (task_names).
 
     Position embeddings are interpolated to the model's image_res and momentum weights that the file lacks are copied from
     the base. The head of a task (HEADS) may be new if the file is of another task, and VQA's decoder may come from the
     multimodal encoder; not if the file has to be complete, for evaluation. Returns a LoadReport; raises InputError as
     read_weights and load_weights do, also for weights of the model's encoders that it has no place for.
     """
-    weights, again = weights_to_load(path)
+    weights = read_weights(path)
     modules, in_file = ({name.split(".")[0] for name in names} for names in (model.state_dict(), weights))
     new_heads = modules & set(HEADS) - in_file
     lacking = new_heads | (modules & {"text_decoder"} - in_file)
     if complete and lacking:
         raise InputError(f"{path} has no {lacking.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it")
-    new = "|".join([rf"^{head}(_m)?\." for head in new_heads] or ["$^"])
-    placed = rf"^({'|'.join(modules)})\.(?!cls\.|.*position_ids$)"  # the MLM head, text_encoder.cls, may find no use
-    state, original, replaced = task_names(weights, model)
-    report = load_weights(model, state, path, new, original, allow_missing, placed, again)
-    return report._replace(ignored=report.ignored + replaced)
+    names = task_names(model, weights)
+    matched = {name.split(".")[0] for name, old in names.items() if old in weights}
+
+    def may_be_new(name):
+        return name.split(".")[0].removesuffix("_m") in new_heads
+
+    def must_fit(name):
+        module, _, rest = name.partition(".")
+        return module in matched and not rest.startswith("cls.") and not rest.endswith("position_ids")  # cls: the MLM head
+
+    return load_weights(model, weights, path, names, may_be_new, must_fit, allow_missing)
 
 
-def task_names(state, model):
-    """Renames the weights of a file for a model of another task.
+def task_names(model, weights):
+    """Return name in the model -> name in a file of another task that its weights are to come from, "" for none.
 
     - from pre-training, where text_encoder holds the bare BERT as bert: the prefix bert. is dropped
     - to VQA: the answer decoder's layers are the multimodal encoder's, its embeddings the text encoder's, its head the MLM
       head, likewise for momentum
     - from one image to NLVR2: both blocks of a pair are the layer; the momentum model starts as a copy of the base
-
-    Returns (state by name in the model, new name -> old name, names of weights that a copy of others replaces).
     """
-    names, fusion = list(model.state_dict()), model.bert.fusion_layer
-    to_decoder = not any(name.startswith("text_decoder.") for name in state)
-    to_pairs = hasattr(model.bert, "pair_keys_values") and _layers(state) < _layers(names)
-    replaced = [name for name in state if re.match(r"\w+_m\.", name)] if to_pairs else []
-    state = {name: value for name, value in state.items() if name not in replaced}
+    fusion = model.bert.fusion_layer
+    to_decoder = not any(name.startswith("text_decoder.") for name in weights)
+    last = re.compile(rf"text_encoder\..*\.layer\.{len(model.bert.encoder.layer) - 1}\.")
+    to_pairs = hasattr(model.bert, "pair_keys_values") and not any(map(last.match, weights))
+
+    def renumber(name, change):
+        return re.sub(r"(?<=\.layer\.)\d+", lambda number: str(change(int(number[0]))), name)
 
     def source(name):
+        if to_pairs and name.split(".")[0].endswith("_m"):
+            return ""
         if to_decoder and name.startswith("text_decoder"):
-            name = re.sub(r"(?<=\.layer\.)\d+", lambda number: str(fusion + int(number[0])), name)
-            name = name.replace("text_decoder", "text_encoder", 1)
+            name = renumber(name, lambda layer: fusion + layer).replace("text_decoder", "text_encoder", 1)
         if to_pairs:
-            name = re.sub(r"(?<=\.layer\.)\d+", lambda number: str(_layer_of_block(int(number[0]), fusion)), name)
+            name = renumber(name, lambda block: block if block < fusion else fusion + (block - fusion) // 2)
         with_bert = re.sub(r"^(text_encoder(_m)?\.)(bert\.)?", r"\1bert.", name)
         without = re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name)
-        return next((known for known in (name, with_bert, without) if known in state), name)
+        return next((known for known in (name, with_bert, without) if known in weights), name)
 
-    original = {name: source(name) for name in names}
-    renamed = {name: state[old] for name, old in original.items() if old in state}
-    used = set(original.values())
-    renamed.update({name: value for name, value in state.items() if name not in used and name not in renamed})
-    return renamed, original, replaced
-
-
-def _layers(names):
-    """Number of BERT layers among the names of tensors."""
-    found = (re.match(r"text_encoder\..*\.layer\.(\d+)\.", name) for name in names)
-    return max((int(layer[1]) + 1 for layer in found if layer), default=0)
-
-
-def _layer_of_block(block, fusion):
-    """The layer of the single-image model that a block of the NLVR2 model stands for."""
-    return block if block < fusion else fusion + (block - fusion) // 2
+    return {name: source(name) for name in model.state_dict()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -460,43 +334,43 @@ def _local_or_hub(source, key):
     return path if path.is_file() else hub_file(source, WEIGHT_FILES, key)
 
 
-def bert_names(state):
-    """Renames the tensors of a Hugging Face BERT: with or without the prefix bert., LayerNorm gamma and beta.
+def bert_names(model, weights):
+    """Return name in the pre-training model -> name in a file of Hugging Face's BERT, with or without its prefix bert.
 
-    Returns (state by name in the pre-training model, new name -> old name).
+    Files from before 2019 call the weight and bias of LayerNorm gamma and beta; files may lack the names of tied weights.
     """
-    renamed, original = {}, {}
-    for old, value in state.items():
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", old)
-        name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-        if re.match(r"(embeddings|encoder)\.", name):
-            name = f"bert.{name}"
-        name = f"text_encoder.{name}"
-        renamed[name], original[name] = value, old
-    prefix = "text_encoder.cls.predictions."
-    tied = {"decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight", "decoder.bias": f"{prefix}bias"}
-    for name, twin in tied.items():
-        if twin in renamed:
-            renamed[prefix + name], original[prefix + name] = renamed[twin], original[twin]
-    return renamed, original
+    known = {}
+    for old in weights:
+        name = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        known["text_encoder." + ("bert." if name.startswith(("embeddings.", "encoder.")) else "") + name] = old
+    head = "text_encoder.cls.predictions."
+    twins = {"decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight", "decoder.bias": f"{head}bias"}
+    for name, twin in twins.items():
+        if twin in known:
+            known.setdefault(head + name, known[twin])
+    return {name: known.get(name, name) for name in model.state_dict() if name.startswith("text_encoder.")}
 
 
 def load_text_encoder(model, source):
-    """Initializes a pre-training model's text and multimodal encoders with BERT (Section 3.1).
+    """Initialize a pre-training model's text and multimodal encoders with BERT (Section 3.1).
 
     source: a folder, a .bin or .safetensors file, or a hub name. Layers below fusion_layer become the text encoder, the
     rest the multimodal encoder; cross-attention is new, and so is the MLM head where the file has none.
     """
     path = _local_or_hub(source, "text_encoder")
-    weights, again = weights_to_load(path)
-    state, original = bert_names(weights)
-    has_head = any(".cls.predictions.transform." in name for name in state)
-    new = "crossattention" if has_head else r"crossattention|\.cls\.predictions\."
-    return _load_part(model, state, path, "text_encoder", new, original, "$^", again)
+    weights = read_weights(path)
+    has_head = any(name.startswith("cls.predictions.transform.") for name in weights)
+
+    def may_be_new(name):
+        return ".crossattention." in name or (".cls.predictions." in name and not has_head)
+
+    report = load_weights(model, weights, path, bert_names(model, weights), may_be_new)
+    copy_to_momentum_(model)
+    return report
 
 
 def load_vision_encoder(model, source):
-    """Initializes a model's image encoder with a DeiT or timm ViT (Section 3.1), position embeddings resized.
+    """Initialize a model's image encoder with a DeiT or timm ViT (Section 3.1), position embeddings resized.
 
     source: a local file, a folder, or a name of timm (or any timm hub repository).
     """
@@ -506,20 +380,14 @@ def load_vision_encoder(model, source):
             raise InputError(f"vision_encoder: timm has no pre-trained weights named {source}")
         source = pretrained.hf_hub_id
     path = _local_or_hub(source, "vision_encoder")
-    state, again = weights_to_load(path)
-    if "dist_token" in state:
+    weights = read_weights(path)
+    if "dist_token" in weights:
         raise InputError(f"vision_encoder: {path} is a distilled DeiT with a second class token; use the plain DeiT")
-    renamed = {f"visual_encoder.{name}": value for name, value in state.items()}
-    original = {f"visual_encoder.{name}": name for name in state}
-    # other kinds of ViT have more than the classifier at the end: norm_pre, register tokens, layer scale
-    placed = r"^visual_encoder\.(?!head|fc_norm\.|pre_logits\.)"
-    return _load_part(model, renamed, path, "visual_encoder", "$^", original, placed, again)
+    names = {name: name.removeprefix("visual_encoder.") for name in model.state_dict() if name.startswith("visual_encoder.")}
 
+    def must_fit(name):  # other kinds of ViT have more than the classifier at the end: norm_pre, register tokens, layer scale
+        return not name.startswith(("head", "fc_norm.", "pre_logits."))
 
-def _load_part(model, state, path, part, new, original, placed, again):
-    """load_weights for one part of the model; the rest of the model is not expected in the file."""
-    rest = rf"^(?!{part}\.)"
-    report = load_weights(model, state, path, f"{new}|{rest}", original, None, placed, again)
+    report = load_weights(model, weights, path, names, must_fit=must_fit)
     copy_to_momentum_(model)
-    inside = [name for name in report.new if name.startswith(f"{part}.")]
-    return report._replace(new=inside, copied=[])
+    return report

@@ -11,18 +11,18 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
-import models.checkpoint
 from conftest import refusal
 from engine.saving import resume
 from Export import export
 from models import build_model
 from models.checkpoint import (
-    checkpoint_epoch, condense, interpolate_pos_embed, load_checkpoint, load_text_encoder, load_vision_encoder, read_weights,
-    write_checkpoint,
+    checkpoint_epoch, interpolate_pos_embed, load_checkpoint, load_text_encoder, load_vision_encoder, read_weights,
+    write_weights,
 )  # fmt: skip
+from models.load_report import shorten
 from models.tokenizer import build_tokenizer
 from test_engine import command_line
-from utils import InputError, Text, atomic_write, run_script
+from utils import InputError, Text, run_script
 
 BERT = json.load(open("tests/golden/bert.json"))
 
@@ -127,7 +127,7 @@ def test_image_embeddings_are_those_of_timm(model, tmp_path, suffix):
     for param in vit.parameters():
         param.normal_(std=0.2)
     with open(tmp_path / f"vit{suffix}", "wb") as file:
-        write_checkpoint(file, suffix, vit.state_dict(), {})
+        write_weights(file, suffix, vit.state_dict(), {})
     report = load_vision_encoder(model.eval(), tmp_path / f"vit{suffix}")
     assert not report.resized and not report.new
     image = torch.randn(2, 3, 48, 48)
@@ -182,7 +182,7 @@ def test_missing_weights_are_an_error_unless_allowed(model, golden, tmp_path):
     for name in [name for name in state if name.startswith("itm_head") or "layer.1.attention.self" in name]:
         del state[name]
     torch.save({"model": state}, tmp_path / "partial.pth")
-    with pytest.raises(InputError, match=r"lacks \d+ tensors.*text_encoder.bert.encoder.layer.1.attention.self.*--allow_missing"):
+    with pytest.raises(InputError, match=r"lacks 14 tensors.*text_encoder\[_m\].bert.encoder.layer.1.attention.self.\*, itm_head.\*; .*--allow_missing"):
         load_checkpoint(model, tmp_path / "partial.pth")
     report = load_checkpoint(model, tmp_path / "partial.pth", allow_missing=True)
     assert "itm_head.weight" in report.new
@@ -228,9 +228,26 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
 
 
-def test_report_condenses_numbered_names():
-    names = [f"layer.{i}.output.weight" for i in range(12)] + ["temp", "block.3.x"]
-    assert condense(names) == ["layer.{0-11}.output.weight", "temp", "block.3.x"]
+def test_a_report_names_modules_layers_and_momentum_in_one_line_each(golden, tmp_path):
+    model, state = of_task(golden, "ve"), golden("pretrain.pt")["state_dict"]
+    torch.save({name: value.half() if name == "visual_encoder.cls_token" else value for name, value in state.items()},
+               tmp_path / "p.pth")  # fmt: skip
+    assert str(load_checkpoint(model, tmp_path / "p.pth")).splitlines() == [
+        f"{tmp_path / 'p.pth'}: 240 of 248 tensors loaded",
+        "  converted: text_encoder[_m].bert.* -> text_encoder[_m].* (180)",
+        "  cast: from float16 (1)",
+        "  new: cls_head[_m].* (8)",
+        "  ignored: temp, image_queue, text_queue, queue_ptr, text_encoder[_m].cls.*, vision_proj[_m].*, text_proj[_m].*, "
+        "itm_head.* (28)",
+    ]
+
+
+def test_names_are_shortened_to_what_they_have_in_common_alone():
+    layers = [f"layer.{i}.{part}.weight" for i in range(12) for part in ("query", "key")]
+    names = [name for name in layers if "query" in name or name.startswith(("layer.3.", "layer.7."))] + ["temp", "a.b.c", "a.d"]
+    assert shorten(names, [*layers, *names, "a.b.x", "temper"]) == [
+        "layer.{0,1,2,4,5,6,8,9,10,11}.query.weight", "layer.{3,7}.*", "temp", "a.b.c", "a.d",
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -323,7 +340,7 @@ def test_prefixes_precision_and_order_do_not_matter(model, golden, tmp_path, suf
     state = golden("pretrain.pt")["state_dict"]
     halves = {f"module._orig_mod.{name}": value.half() if value.is_floating_point() else value for name, value in state.items()}
     with open(tmp_path / f"half{suffix}", "wb") as file:
-        write_checkpoint(file, suffix, dict(reversed(halves.items())), {})
+        write_weights(file, suffix, dict(reversed(halves.items())), {})
     report = load_checkpoint(model, tmp_path / f"half{suffix}")
     assert not report.new and not report.ignored and not report.converted
     assert len(report.cast) == sum(value.is_floating_point() for value in state.values()) and "temp (float16)" in report.cast
@@ -411,7 +428,7 @@ def test_weights_without_a_place_are_an_error(golden, tmp_path):
         load_checkpoint(of_task(golden, "ve"), tmp_path / "pairs.pth")
     config = {**golden("vqa.pt")["config"], "bert_config": {**BERT, "fusion_layer": 1}}
     torch.save(build_model("ve", config).state_dict(), tmp_path / "earlier.pth")
-    with pytest.raises(InputError, match=r"no place for: text_encoder.encoder.layer.1.crossattention.*fusion_layer"):
+    with pytest.raises(InputError, match=r"no place for: text_encoder\[_m\].encoder.layer.1.crossattention.*fusion_layer"):
         load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth")
     assert load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth", allow_missing=True).ignored
 
@@ -424,20 +441,6 @@ def test_pairs_that_share_more_than_those_of_the_file_are_refused(golden, tmp_pa
         with pytest.raises(InputError, match=r"layer.3.* and .*layer.2.* differ but are one parameter .*`share`"):
             load_checkpoint(build_model("nlvr", {**config, "share": share}), tmp_path / f"{source}.pth")
         load_checkpoint(build_model("nlvr", {**config, "share": source}), tmp_path / f"{share}.pth")
-
-
-def test_a_file_that_is_replaced_meanwhile_is_refused(model, golden, tmp_path, monkeypatch):
-    state, path = golden("pretrain.pt")["state_dict"], tmp_path / "last.pth"
-    torch.save(state, path)
-
-    def replacing(*args, **keys):
-        with atomic_write(path) as file:
-            torch.save(state, file)
-        return read_weights(*args, **keys)
-
-    monkeypatch.setattr(models.checkpoint, "read_weights", replacing)
-    with pytest.raises(InputError, match="last.pth was replaced while it was read"):
-        load_checkpoint(model, path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_a_released_file_is_taken_whole(released, name, task):
     resolutions = {KEYS[name]["visual_encoder.pos_embed"][1], model.visual_encoder.pos_embed.shape[1]}
     assert all(resized.endswith("pos_embed") for resized in report.resized)
     assert ("visual_encoder.pos_embed" in report.resized) == (len(resolutions) == 2)
+    assert all(len(line) < 300 for line in str(report).splitlines()), report
     if TASK[name] == task:
         assert not report.ignored and not report.converted and not report.cast
 
@@ -101,10 +102,10 @@ def test_a_released_file_of_no_use_is_refused_by_name(released, name, task):
     elif (name, task) == ("Pretrain_nlvr", "ve"):
         message = r"no place for: text_encoder.encoder.layer.{12-17}.* two images"
     else:
-        message = r"lacks \d+ tensors of the model: .*(itm_head|cls.predictions|vision_proj|temp)"
+        message = r"lacks \d+ tensors of the model: .*(itm_head|text_(en|de)coder\[_m\].cls|vision_proj|temp)"
     with pytest.raises(InputError, match=message) as error:
         load_checkpoint(model_of(task), released(name))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("name", TASK)
@@ -136,71 +137,60 @@ def test_order_is_free_and_damage_is_refused_by_name(name, tmp_path):
             load_checkpoint(model, path)
 
 
-# Writes a pre-training file of zeros to argv[2], loads it into a VE model of ones of the configuration argv[1] and prints the
-# names left at ones, the bytes of the model and of the file, and by how many bytes memory in use has grown at most, pages of
-# the mapped file included.
+# Writes pre-training files of zeros to argv[2:] and loads each into a VE model of ones of the configuration argv[1]. Prints for
+# each the names left at ones, the bytes of the model and of the file, and by how many bytes the memory that is not pages of a
+# file has grown at most.
 LOAD = """
-import json, os, sys
+import json, os, sys, threading, time
 import torch
-from torch.serialization import skip_data
 from models import build_model
-from models.checkpoint import load_checkpoint, write_checkpoint
+from models.checkpoint import load_checkpoint, write_weights
 
-def memory(key):
+def memory():
     with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 def build(task):
     with torch.device("meta"):
         return build_model(task, json.loads(sys.argv[1])).to_empty(device="cpu")
 
-path = sys.argv[2]
-with open(path, "wb") as file:
-    state = build("pretrain").state_dict()
-    if path.endswith(".pth"):
-        with skip_data():  # leaves a hole, which reads as zeros
-            torch.save({"model": state, "optimizer": {}, "lr_scheduler": {}, "config": {}, "epoch": 29}, path)
-    else:
-        write_checkpoint(file, ".safetensors", {name: value.zero_() for name, value in state.items()}, {})
+def sample():
+    while True:
+        samples.append(memory())
+        time.sleep(0.001)
+
+samples = []
+threading.Thread(target=sample, daemon=True).start()
+state = {name: value.zero_() for name, value in build("pretrain").state_dict().items()}
+for path in sys.argv[2:]:
+    with open(path, "wb") as file:
+        write_weights(file, os.path.splitext(path)[1], state, {"epoch": 29})
 del state
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak is counted from here
-before = memory("VmRSS")
-model = build("ve")
-with torch.no_grad():
-    for parameter in model.parameters():
-        parameter.fill_(1)
-load_checkpoint(model, path)
-grown = memory("VmHWM") - before
-ends = {name: value.flatten()[[0, -1]].tolist() for name, value in model.named_parameters()}
-ones = [name for name, values in ends.items() if values == [1, 1]]
-assert all(values == [0, 0] for name, values in ends.items() if name not in ones)
-print(json.dumps([ones, sum(value.nbytes for value in model.parameters()), os.path.getsize(path), grown]))
+for path in sys.argv[2:]:
+    before = memory()
+    model = build("ve")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    samples.clear()
+    load_checkpoint(model, path)
+    ends = {name: value.flatten()[[0, -1]].tolist() for name, value in model.named_parameters()}
+    ones = [name for name, values in ends.items() if values == [1, 1]]
+    assert all(values == [0, 0] for name, values in ends.items() if name not in ones)
+    size = sum(value.nbytes for value in model.parameters())
+    print(json.dumps([ones, size, os.path.getsize(path), max(samples) - before]))
+    del model
 """
 
 
-def load_in_a_process(config, path):
-    """(names left at ones, bytes of the model, bytes of the file, growth of memory) of LOAD in a process of its own."""
-    command = [sys.executable, "-c", LOAD, json.dumps(config), str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    path.unlink()
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are measured as Linux counts them")
-def test_loading_safetensors_takes_the_model_and_at_most_half_the_file(tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is measured as Linux counts it")
+def test_loading_takes_the_memory_of_the_model_alone(tmp_path):
     bert = json.loads((ROOT / "configs/config_bert.json").read_text())
     bert |= {"num_hidden_layers": 2, "fusion_layer": 1, "vocab_size": 1000}
     config = {"image_res": 64, "bert_config": bert, "vision_depth": 3, "queue_size": 64}
-    ones, model, file, grown = load_in_a_process(config, tmp_path / "file.safetensors")
-    assert file > 250e6 and first_parts(ones) == HEAD
-    assert model <= grown < model + file / 2
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are measured as Linux counts them")
-def test_a_full_size_file_loads_and_takes_the_model_and_at_most_half_the_file(tmp_path):
-    config = {"image_res": 256, "bert_config": str(ROOT / "configs/config_bert.json")}
-    ones, model, file, grown = load_in_a_process(config, tmp_path / "file.pth")
-    assert file > 1.8e9 and first_parts(ones) == HEAD and len(ones) == 8
-    assert model <= grown < model + file / 2
+    paths = [str(tmp_path / f"file{suffix}") for suffix in (".pth", ".safetensors")]
+    done = subprocess.run([sys.executable, "-c", LOAD, json.dumps(config), *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for ones, model, file, grown in map(json.loads, done.stdout.splitlines()):
+        assert file > 250e6 and first_parts(ones) == HEAD
+        assert 0.9 * model < grown < model + 0.1 * file
