@@ -28,12 +28,11 @@ TIMEOUT = 1800  # seconds that a process waits for the others
 class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: the file, key or line, and the remedy.
 
-    Scripts print it without a stack trace and exit with status 2. A data worker hands its errors over wrapped in a
-    stack trace, of which the last line is the message. kind: what is wrong with an entry of a list, for counts.
+    Scripts print it without a stack trace and exit with status 2. kind: what is wrong with an entry of a list, for counts.
     """
 
     def __init__(self, message, kind="other"):
-        super().__init__(message.strip().splitlines()[-1].removeprefix("utils.InputError: "))
+        super().__init__(message)
         self.kind = kind
 
 
@@ -66,14 +65,15 @@ def run_script(main):
     """Runs a script's main function and turns signals and the errors a user can do something about into a line and a status."""
     status, message = 0, ""
     try:
-        with _interruptible():
+        with interruptible("ended before it was complete"):
             main()
             if is_distributed():
                 _group().barrier()  # the launcher ends all processes as soon as one has left
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
     except (TrainingStopped, InputError) as error:
-        status, message = 2 if isinstance(error, InputError) else 1, f"error: {error}"
+        # what a library says, which a message may hold, can have several lines
+        status, message = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).splitlines())}"
         if _number():
             # most likely all processes say the same; the launcher ends this one once the first has left
             time.sleep(1 + local_rank())
@@ -95,15 +95,15 @@ def run_script(main):
 
 
 @contextlib.contextmanager
-def _interruptible():
-    """Within it a signal raises Interrupted, and a second one ends the process at once."""
+def interruptible(message):
+    """Within it a signal raises Interrupted with this message, and a second one ends the process at once."""
     process = os.getpid()
 
     def interrupt(signum, _):
         if os.getpid() == process:  # and not a data worker that has only just been forked
             for other in SIGNALS:
                 signal.signal(other, _leave_at_once)
-            raise Interrupted(signum, "ended before it was complete")
+            raise Interrupted(signum, message)
 
     before = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
     try:

@@ -6,6 +6,7 @@ A new key is a line in KEYS; config["key"], or config["section"]["key"], then ha
 import copy
 import difflib
 import json
+import os
 import reprlib
 import sys
 from pathlib import Path
@@ -289,6 +290,7 @@ def load_config(path, overrides=()):
     try:
         content = Path(path).read_bytes()
     except OSError as error:
+        _check_folder("--config", path)
         raise InputError(f"--config {path}: {error.strerror}") from None
     config = _parse_yaml(content, path)
     if not MAPPING.fits(config):
@@ -298,7 +300,18 @@ def load_config(path, overrides=()):
     if rate != other:
         raise InputError(f"{path}: optimizer.lr is {rate} and scheduler.lr is {other}: they are one learning rate, keep "
                          "optimizer.lr, which the released code uses too")
+    for key, value in config.items():
+        for text in value if isinstance(value, list) else [value]:
+            _check_folder(f"{path}: {key}", text)
     return config
+
+
+def _check_folder(where, path):
+    """Raises InputError for a relative path that is found in the repository's folder, but not in the one the script runs in."""
+    folder = Path(__file__).resolve().parents[1]
+    if isinstance(path, str) and path and not os.path.exists(path) and os.path.exists(folder / path):
+        raise InputError(f"{where} {path} is not in the working directory {Path.cwd()}, where relative paths start, but in "
+                         f"{folder}: run the script there, or write whole paths")
 
 
 def _read_bert_file(value):

@@ -3,10 +3,9 @@
 import functools
 
 import torch
-from torch.utils.data import DataLoader
 
 from dataset.annotations import load_annotations
-from dataset.batches import ignore_signals, train_workers, workers
+from dataset.batches import train_workers, workers
 from dataset.caption import CaptionDataset
 from dataset.grounding import GroundingTestSet
 from dataset.labeled import LabeledDataset
@@ -20,6 +19,7 @@ from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
+from dataset.workers import Loader
 from configs.schema import require
 from utils import InputError, rank, world_size
 
@@ -111,10 +111,7 @@ def grounding_data(refcoco_data, det_file):
 
 def test_loader(dataset, config, device, collate=None):
     """A loader of batches in the order of the data set."""
-    return DataLoader(
-        dataset, batch_size=config["batch_size_test"], num_workers=workers(config), pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals, collate_fn=collate,
-    )  # fmt: skip
+    return Loader(dataset, collate, workers(config), device, batch_size=config["batch_size_test"])
 
 
 def to_device(value, device):

@@ -2,14 +2,13 @@
 
 import functools
 import os
-import re
-import signal
 import sys
 from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import IterableDataset, Sampler
 
+from dataset.workers import Loader, WorkerDied
 from utils import InputError, TrainingStopped, cores, gather_lists, rank, seed_of, world_size
 
 MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
@@ -93,13 +92,6 @@ def train_workers(config):
     return min(gather_lists([workers(config)]))
 
 
-def ignore_signals(_):
-    """What a data worker does first."""
-    # Ctrl-C reaches the whole process group; the training process decides when its workers leave
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 class TrainBatches:
     """The batches of a training set for this process, from any point of any epoch on.
 
@@ -116,14 +108,7 @@ class TrainBatches:
         else:
             self.source = EpochBatches(len(dataset), batch_size, seed, rank(), world_size())
             batching = {"batch_sampler": self.source}
-        self.loader = DataLoader(
-            dataset,
-            **batching,
-            collate_fn=functools.partial(dataset.collate, tokenizer=tokenizer),
-            num_workers=number,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
+        self.loader = Loader(dataset, functools.partial(dataset.collate, tokenizer=tokenizer), number, device, **batching)
 
     def begin(self, epoch, history=()):
         """The next iteration is over what history, the Phases of the epoch that are done, has left of it."""
@@ -139,26 +124,13 @@ class TrainBatches:
         begun, done, failures = self.history, 0, 0
         while True:
             try:
-                for batch in self._iterator():
+                for batch in self.loader:
                     yield batch
                     done, failures = done + 1, 0
                 return
-            except RuntimeError as error:
-                # not an error that a worker has met, which is "Caught ... in DataLoader worker process"
-                if not re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error)):
-                    raise
+            except WorkerDied as error:
                 failures += 1
                 if failures > MAX_WORKER_DEATHS:
-                    raise TrainingStopped(f"data workers died {failures} times in a row ({error}); if memory ran out, lower "
-                                          "num_workers or batch_size") from None
-                print(f"note: a data worker died ({error}); starting the workers again", file=sys.stderr, flush=True)
+                    raise TrainingStopped(f"{failures} times in a row {error}") from None
+                print(f"note: {error}; starting the workers again", file=sys.stderr, flush=True)
                 self.begin(self.epoch, continued(begun, self.layout._replace(batches=done)))
-
-    def _iterator(self):
-        before = signal.getsignal(signal.SIGCHLD)
-        iterator = iter(self.loader)
-        if before is not None:
-            # torch has a dead worker raise an error in the middle of whatever is being computed; without its handler the
-            # error comes where the next batch is asked for, and nothing is half done
-            signal.signal(signal.SIGCHLD, before)
-        return iterator

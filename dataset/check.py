@@ -8,7 +8,6 @@ an entry takes a few bytes of memory, whatever it holds.
 """
 
 import bisect
-import concurrent.futures
 import contextlib
 import functools
 import itertools
@@ -17,8 +16,7 @@ import os
 import re
 import sys
 from array import array
-from collections import Counter, deque
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -36,9 +34,10 @@ from dataset.survey import Images, Texts, digest, look_at_files, look_at_samples
 from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_question
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
+from dataset.workers import in_processes
 from configs.flags import Flags
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
-from utils import InputError, TrainingStopped, atomic_write, cores, run_script
+from utils import InputError, atomic_write, cores, run_script
 
 SHOWN = 20  # problems that are printed
 EXAMPLES = 3  # of entries that are the same
@@ -162,35 +161,6 @@ def forms(training, refer=None):
         "nlvr": Form(f"NLVR2 {use}", part(labeled, nlvr_entry), None),
         "vqa": Form(f"questions {use}", question, question_tokens, pre_question, max_question_words(training)),
     }
-
-
-@contextlib.contextmanager
-def in_processes(count):
-    """Gives jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
-
-    Few items are taken ahead of the results. Raises TrainingStopped if a process dies.
-    """
-
-    def jobs(function, items):
-        items, ahead = iter(items), deque()
-        while True:
-            more = list(itertools.islice(items, 4 * count - len(ahead)))
-            if not more and not ahead:
-                return
-            try:
-                ahead.extend((item, pool.submit(function, item)) for item in more)
-                item, result = ahead.popleft()
-                done = result.result()
-            except BrokenProcessPool:
-                raise TrainingStopped(f"a process died while it decoded images, {item[0]} or one that follows: if memory ran "
-                                      "out, lower --processes; else remove that image") from None
-            yield done
-
-    pool = concurrent.futures.ProcessPoolExecutor(count, initializer=prepare_process)
-    try:
-        yield jobs
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _bar(*iterable, **options):
@@ -583,7 +553,7 @@ def main():
         findings = Findings(report)
         others, tokenizer, refer, lost = check_others(config, findings, tokenizer_of)
         say(args.config, *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()))
-        jobs = stack.enter_context(in_processes(args.processes))
+        jobs = stack.enter_context(in_processes(args.processes, prepare_process))
         results = check(Context(config, findings, jobs, args.images, tokenizer, refer, lost, []))
         if report:
             rest = {"count": findings.count, "notes": findings.notes, "config": args.config, "others": others, "files": results}

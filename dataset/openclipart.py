@@ -10,7 +10,6 @@ whole collection, place-holders such as HASH(0x8a4caac), stamps and authors in f
 import functools
 import html
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -27,6 +26,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from configs.flags import Flags
+from dataset.workers import in_processes
 from utils import InputError, atomic_write, run_script
 
 PACKAGES = ("openclipart-png", "openclipart-svg")
@@ -343,9 +343,8 @@ def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, 
     texts = [captions(drawing, title_counts[title], keyword_counts) for drawing, title in zip(drawings, titles)]
     names = image_names(keys)
     jobs = [(paths[key][0], output / name) for key, name in zip(keys, names)]
-    with multiprocessing.Pool(WORKERS) as pool:
-        inks = list(tqdm(pool.imap(functools.partial(render, image_res=image_res), jobs, chunksize=8),
-                         total=len(jobs), desc="drawings", unit="img"))
+    with in_processes(WORKERS) as run:
+        inks = list(tqdm(run(functools.partial(render, image_res=image_res), jobs), total=len(jobs), desc="drawings", unit="img"))
     kept = [i for i, ink in enumerate(inks) if ink is not None and texts[i][1]]
     if not kept:
         raise InputError(f"{folders[0]}: no drawing of {len(keys)} can be read; unpack the packages again")

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import itertools
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -16,6 +15,7 @@ from PIL import ExifTags, Image
 from dataset.images import FORMATS, ImageError, decode_image, read_image
 from dataset.shards import image_and_captions, read_shard
 from dataset.text import is_blank, without_halves
+from dataset.workers import begin_worker
 from utils import InputError
 
 TEXTS_A_BATCH = 1000
@@ -177,7 +177,6 @@ def digest(value):
 
 def prepare_process():
     """What a process that looks at images starts with."""
-    # Ctrl-C reaches the whole process group, and the main process sees to the end; of damaged files Pillow says a lot
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
+    begin_worker()
+    warnings.simplefilter("ignore")  # of damaged files Pillow says a lot
     torch.set_num_threads(1)

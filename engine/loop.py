@@ -1,14 +1,12 @@
 """The one training loop: precision, accumulation, schedule, and when to log, save, validate and stop."""
 
 import contextlib
-import signal
 import sys
 import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,66 +16,14 @@ from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, optimizer_s
 from engine.curves import Curves
 from dataset import to_device
 from dataset.batches import TrainBatches, samples_of
+from engine.processes import StopSignal
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from engine.recorder import Recorder, following, summary, write_log
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import (
-    InputError, Interrupted, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
+    InputError, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
 )  # fmt: skip
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C, and lets all processes agree on the iteration after which they stop.
-
-    The agreement is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to
-    iteration i is read after iteration i + 1.
-    """
-
-    def __enter__(self):
-        self.signum, self._pending, self._saved = 0, None, ""
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def _note(self, signum, _):
-        self.signum = signum
-        if self._saved:
-            raise Interrupted(signum, self._saved)
-
-    @contextlib.contextmanager
-    def at_once(self, message):
-        """Within it a signal ends the process at once, and one noted before ends all: whatever there is to save is saved."""
-        self.end_all(message)
-        self._saved = message
-        try:
-            yield
-        finally:
-            self._saved = ""
-
-    def end_all(self, message):
-        """Raises Interrupted on all processes if one has had a signal; waits for all, the saving one too.
-
-        The launcher ends all processes as soon as one has left.
-        """
-        if signum := max(gather_lists([self.signum])):
-            raise Interrupted(signum, message)
-
-    def agreed(self):
-        """The signal to stop for, 0 for none; the same on all processes. To be called after every iteration."""
-        if not is_distributed():
-            return self.signum
-        answer = 0
-        if self._pending is not None:
-            flag, work = self._pending
-            work.wait()
-            answer = int(flag)
-        flag = torch.tensor(self.signum)
-        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
-        return answer
 
 
 def has_bf16(device):
@@ -172,7 +118,7 @@ def train_epoch(run, batches, position, recorder, stop):
         recorder.flops = flops or recorder.flops
         recorder.add(values, lr, files, skipped)
 
-        signum = stop.agreed()
+        signum = stop.agree()
         due = config["save_every"] and (iteration + 1) % config["save_every"] == 0
         if (signum or due) and iteration + 1 < recorder.end:
             reached = recorder.position()
@@ -185,7 +131,7 @@ def train_epoch(run, batches, position, recorder, stop):
                 tqdm.write(f"note: {error}; training goes on, and saves again after {config['save_every']} iterations",
                            file=sys.stderr)
             if signum:
-                stop.end_all(f"saved {path} in epoch {epoch} after iteration {iteration}; continue with --resume")
+                stop.leave_together(f"saved {path} in epoch {epoch} after iteration {iteration}; continue with --resume")
     return lr
 
 
@@ -200,7 +146,7 @@ def finish_epoch(run, position, lr, validate, stop):
     else:
         name = LAST
         path = run.save(name, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
-        with stop.at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
+        with stop.leave_at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
             metrics, score = validate()
         write_log(run.output_dir, epoch, **metrics)
         # a folder that vanished has taken the best one with it
@@ -298,7 +244,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = placed(finish_epoch(run, position, lr, validate, stop), batches, accumulate)
         # waits for the main process too: whoever goes on to read the best checkpoint finds it written
-        stop.end_all("training was complete and is saved; --resume goes on to the evaluation")
+        stop.leave_together("training was complete and is saved; --resume goes on to the evaluation")
     if is_main():
         (run.output_dir / PREVIOUS).unlink(missing_ok=True)  # of use only while the last one may be cut off
     return position.best

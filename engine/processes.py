@@ -1,8 +1,10 @@
-"""Joins the process group that torchrun, Slurm or nobody has started."""
+"""Joining the process group that torchrun or Slurm has started, if one has, and leaving it together."""
 
+import contextlib
 import datetime
 import os
 import re
+import signal
 import time
 import uuid
 
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import TIMEOUT, InputError, local_rank
+from utils import SIGNALS, TIMEOUT, InputError, Interrupted, gather_lists, interruptible, is_distributed, local_rank
 
 
 def init_process_group(device, timeout=TIMEOUT):
@@ -85,3 +87,54 @@ def _agree_on_prefix(store, rank, world_size, timeout):
                              f"process {min(missing)}")
         time.sleep(0.02)
     return mine
+
+
+class StopSignal:
+    """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together.
+
+    What waits for the other processes says so: every process must call it, at the same place.
+    """
+
+    def __enter__(self):
+        self.signum, self._pending = 0, None
+        self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum, _):
+        self.signum = signum
+
+    def agree(self):
+        """Every process calls it after every iteration. Returns the signal to stop for, the same on all; 0 for none.
+
+        It is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to iteration i
+        is read after iteration i + 1.
+        """
+        if not is_distributed():
+            return self.signum
+        answer = 0
+        if self._pending is not None:
+            flag, work = self._pending
+            work.wait()
+            answer = int(flag)
+        flag = torch.tensor(self.signum)
+        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def leave_together(self, message):
+        """Every process calls it, and waits for the others, the saving one too. Raises Interrupted if one has had a signal.
+
+        The launcher ends all processes as soon as one has left.
+        """
+        if signum := max(gather_lists([self.signum])):
+            raise Interrupted(signum, message)
+
+    @contextlib.contextmanager
+    def leave_at_once(self, message):
+        """Every process enters this context, as by leave_together; within it a signal ends the process that gets it at once."""
+        self.leave_together(message)
+        with interruptible(message):
+            yield

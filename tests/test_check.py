@@ -13,6 +13,7 @@ from conftest import exit_status
 from dataset import check, survey
 from dataset.text import pre_caption
 from models.tokenizer import tokenizer_of
+from dataset.workers import in_processes
 from utils import TrainingStopped
 
 GOOD = "images/train/000000.jpg"
@@ -297,7 +298,7 @@ def leave(_):
 
 
 def test_a_process_that_dies_is_named_with_its_images():
-    with check.in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--processes"):
+    with in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--processes"):
         list(jobs(leave, [[(0, "a.jpg")], [(1, "b.jpg")]]))
 
 
@@ -309,6 +310,6 @@ def test_results_come_in_order_and_few_items_are_taken_ahead():
             taken.append(i)
             yield i
 
-    with check.in_processes(2) as jobs:
+    with in_processes(2) as jobs:
         for i, result in enumerate(jobs(abs, items())):
             assert result == i and len(taken) <= i + 9

@@ -144,6 +144,14 @@ def test_flags_and_keys_that_are_taken_for_each_other(pretrain, flags, words):
     assert status == 2 and len(message.splitlines()) == 1 and words in message, message
 
 
+def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(pretrain, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, message = pretrain("--config", "configs/VE.yaml")
+    assert status == 2 and f"working directory {tmp_path}" in message and f"in {ROOT}: run the script there" in message
+    status, message = pretrain("--config", ROOT / "configs/VE.yaml")
+    assert status == 2 and "bert_config configs/config_bert.json is not in the working directory" in message
+
+
 SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download")
 
 

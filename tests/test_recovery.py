@@ -423,7 +423,7 @@ def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_pat
 def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
     config = {**tiny_config, "num_workers": 1}
     dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=1000, notes=tmp_path)
-    with pytest.raises(TrainingStopped, match="data workers died 4 times in a row.*num_workers"):
+    with pytest.raises(TrainingStopped, match="4 times in a row a data worker died.*num_workers"):
         list(batches_of(config, dataset))
 
 

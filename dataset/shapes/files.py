@@ -7,10 +7,10 @@ import re
 import shutil
 import string
 from collections import Counter
-from multiprocessing import Pool
 
 from tqdm import tqdm
 
+from dataset.workers import in_processes
 from utils import InputError, atomic_write
 
 from .captions import GROUNDS, JUNK, NUMBERS, OPENINGS, UNNAMED, plural, write_captions
@@ -19,6 +19,7 @@ from .scenes import (BACKGROUNDS, COLORS, FILLS, POSITIONS, RELATIONS, SHAPES, S
 from .tasks import (MISTAKEN, annotate, answer_type, ask, detect, hypothesis, index_scenes, plan_entailment, ref_split,
                     refer, said_texts, state)
 
+CHUNK = 32          # images that a process draws at a time
 VERSION = 4         # of the generator: data made by another version is made anew
 QUESTIONS = {"train": 3, "val": 2, "test": 2}       # a scene
 STATEMENTS = {"train": 2, "val": 1, "test": 1}      # a scene of its number, each once true and once false
@@ -72,10 +73,11 @@ def covered_image(path):
     return "{}_covered/{}".format(*path.rsplit("/", 1))
 
 
-def save_image(job):
-    """Render a scene to a JPEG file; job is (path, scene, cover)."""
-    path, scene, cover = job
-    render(scene, cover).save(path, quality=90)
+def save_images(jobs):
+    """Render scenes to JPEG files; each job is (path, scene, cover). Returns how many."""
+    for path, scene, cover in jobs:
+        render(scene, cover).save(path, quality=90)
+    return len(jobs)
 
 
 def save_text(path, text):
@@ -225,10 +227,10 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         every = [scene for split in SPLITS for scene in scenes[split]]
         jobs = [(os.path.join(output, s["image"]), s, None) for s in every]
         jobs += [(os.path.join(output, covered_image(s["image"])), s, s["covered"]) for s in every if s["covered"]]
-        with Pool() as pool:
-            images = pool.imap_unordered(save_image, jobs, chunksize=32)
-            for _ in tqdm(images, total=len(jobs), desc="shapes", unit="image", disable=not progress):
-                pass
+        chunks = (jobs[i : i + CHUNK] for i in range(0, len(jobs), CHUNK))
+        with in_processes(os.cpu_count()) as run, tqdm(total=len(jobs), desc="shapes", unit="image", disable=not progress) as bar:
+            for done in run(save_images, chunks):
+                bar.update(done)
         save_text(os.path.join(output, "vocab.txt"), "\n".join(vocabulary()) + "\n")
         contents = [*zip(SCENES, scenes.values()), *zip(RETRIEVAL, retrieval_annotations(scenes))]
         for task, annotations in (("VQA", vqa_annotations), ("VE", ve_annotations), ("NLVR2", nlvr_annotations),

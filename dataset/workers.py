@@ -1,0 +1,126 @@
+"""Processes that work for a run: none outlives it, and what they meet reaches it as it is."""
+
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures.process import BrokenProcessPool
+
+from torch.utils.data import DataLoader, IterableDataset, default_collate
+
+from utils import SIGNALS, InputError, TrainingStopped
+
+
+def begin_worker(_=None):
+    """What a process that works for a run does first: it leaves signals to the run, and ends when the run does.
+
+    Ctrl-C, torchrun and Slurm signal the whole group, and a run that saves before it leaves may need another batch for that.
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    # where the run leaves while a tensor is handed over to it, multiprocessing's thread for that would show a stack trace
+    sys.excepthook = lambda *_: None
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """However the run ends, by SIGKILL say: a process that waits for its next task would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@atexit.register  # before multiprocessing's own, which would wait for processes that are waiting themselves
+def end_workers():
+    """Kills all processes that work for this one."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch makes an error of each
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class WorkerDied(TrainingStopped):
+    """A data worker is gone, or the thread that pins what it has read; not an error that it has met."""
+
+
+class Loader(DataLoader):
+    """Batches of a data set, read by data workers whose errors reach the run as they are.
+
+    collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating raises
+    WorkerDied, and the InputError of the data set.
+    """
+
+    def __init__(self, dataset, collate, count, device, **batching):
+        if not isinstance(dataset, IterableDataset):
+            collate = functools.partial(_read, dataset=dataset, collate=collate or default_collate)
+            dataset = range(len(dataset))
+        super().__init__(dataset, collate_fn=collate, num_workers=count, pin_memory=device.type == "cuda",
+                         worker_init_fn=begin_worker, **batching)  # fmt: skip
+
+    def __iter__(self):
+        before = signal.getsignal(signal.SIGCHLD)
+        iterator = super().__iter__()
+        if before is not None:
+            # torch has a dead worker raise an error in the middle of whatever is being computed; without its handler the
+            # error comes where the next batch is asked for, and nothing is half done
+            signal.signal(signal.SIGCHLD, before)
+        try:
+            for batch in iterator:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two where it dies while it hands a batch over
+            of_torch = re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error))
+            if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
+                raise
+            raise WorkerDied(f"a data worker died ({str(error) or type(error).__name__}); if memory ran out, lower num_workers "
+                             "or the batch size") from None
+
+
+def _read(indices, dataset, collate):
+    """A batch; an InputError takes its place, since torch makes a text with a stack trace of what a worker raises."""
+    several = getattr(dataset, "__getitems__", None)
+    try:
+        return collate(several(indices) if several else [dataset[index] for index in indices])
+    except InputError as error:
+        return error
+
+
+@contextlib.contextmanager
+def in_processes(count, begin=begin_worker):
+    """Gives jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
+
+    Few items are taken ahead of the results. begin: what a process does first, begin_worker among it. Raises TrainingStopped
+    if a process dies.
+    """
+
+    def jobs(function, items):
+        items, ahead = iter(items), deque()
+        while True:
+            more = list(itertools.islice(items, 4 * count - len(ahead)))
+            if not more and not ahead:
+                return
+            try:
+                ahead.extend((item, pool.submit(function, item)) for item in more)
+                item, result = ahead.popleft()
+                done = result.result()
+            except BrokenProcessPool:
+                first = item[0] if isinstance(item, (list, tuple)) else item
+                raise TrainingStopped(f"a process died while it worked on {first} or what follows: if memory ran out, lower "
+                                      "--processes; else remove that file") from None
+            yield done
+
+    pool = concurrent.futures.ProcessPoolExecutor(count, initializer=begin)
+    try:
+        yield jobs
+    except BaseException:
+        end_workers()  # what they are at is of no use any more
+        raise
+    finally:
+        pool.shutdown()

@@ -1,0 +1,134 @@
+"""However a run ends, none of its processes is left and what it says is one line: each run here is a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from test_engine import broken_copy, command_line, torchrun
+
+
+def processes(session):
+    """Process numbers of what lives in a session: what start_new_session began and all that came of it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(of) == session and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.fixture
+def start():
+    """Starts a command with arguments in a session of its own; what is left of it is killed in the end."""
+    started = []
+
+    def call(*arguments, **environment):
+        command = [sys.executable, *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
+                                        start_new_session=True))  # fmt: skip
+        return started[-1]
+
+    yield call
+    for process in started:
+        for pid in processes(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+
+
+def until(condition, seconds=120):
+    """Waits for condition() to be true. Raises AssertionError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ending(process):
+    """(exit status, stderr) of a process, when nothing of its session is left."""
+    _, said = process.communicate(timeout=120)
+    until(lambda: not processes(process.pid), 20)
+    return process.returncode, said
+
+
+@pytest.fixture
+def retrieval(tiny_config, shapes, tmp_path, pretrained):
+    """Arguments of Retrieval.py with two data workers, which fine-tunes or evaluates on the same image many times over."""
+
+    def arguments(image="images/test/000000.jpg", entries=4000):
+        (tmp_path / "test.json").write_text(json.dumps([{"image": image, "caption": ["a red circle"]}] * entries))
+        config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")],
+                  "num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}  # fmt: skip
+        return ["Retrieval.py", *command_line(config, tmp_path / "run", tmp_path), "--checkpoint", pretrained]
+
+    return arguments
+
+
+def test_an_unusable_test_image_ends_the_evaluation(retrieval, start, shapes, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes((shapes / "images/test/000000.jpg").read_bytes()[:300])
+    status, said = ending(start(*retrieval(str(tmp_path / "broken.jpg"), 8), "--evaluate"))
+    assert status == 2 and said.startswith("error: cannot read a test image") and len(said.splitlines()) == 1, said
+
+
+def test_a_training_set_without_a_usable_image_ends_the_training(tiny_config, start, shapes, tmp_path):
+    config = {**tiny_config, "image_root": broken_copy(shapes, tmp_path / "images", 1000), "num_workers": 1, "test_file": None}
+    status, said = ending(start("Pretrain.py", *command_line(config, tmp_path / "run", tmp_path)))
+    assert status == 2 and said.startswith("error: no usable entry in 100 tries") and len(said.splitlines()) == 1, said
+
+
+def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
+    config = {**tiny_config, "num_workers": 2}
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    status, said = ending(start("tests/helpers/interrupt_one_process.py", *arguments, ERROR="a bug", RANK="1"))
+    assert status == 1 and said.splitlines()[-1] == "ValueError: a bug", said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("doing,words", [("--evaluate", "ended before it was complete"), ("--resume", "continue with --resume")])
+def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, signum, doing, words):
+    run = start(*retrieval(), doing)
+    until(lambda: len(processes(run.pid)) == 3 and run.poll() is None)
+    time.sleep(1)  # so that workers that hear of it have work ahead of them
+    os.killpg(run.pid, signum)
+    status, said = ending(run)
+    assert status == 128 + signum and len(said.splitlines()) == 1, said
+    assert said.startswith(signal.Signals(signum).name) and words in said
+
+
+def test_data_workers_end_with_a_killed_run(retrieval, start):
+    run = start(*retrieval(), "--evaluate")
+    until(lambda: len(processes(run.pid)) == 3)
+    run.kill()
+    assert ending(run) == (-signal.SIGKILL, "")
+
+
+def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
+    Image.new("RGB", (4000, 4000)).save(tmp_path / "large.png")
+    images = [tmp_path / f"{number}.png" for number in range(400)]
+    for image in images:
+        image.symlink_to(tmp_path / "large.png")
+    (tmp_path / "train.json").write_text(json.dumps([{"image": str(image), "caption": "a"} for image in images]))
+    config = {**tiny_config, "train_file": str(tmp_path / "train.json"), "test_file": None}
+    _, path, *_ = command_line(config, tmp_path / "run", tmp_path)
+    check = start("-m", "dataset.check", path, "--processes", 2)
+    until(lambda: len(processes(check.pid)) == 3)
+    check.terminate()
+    status, said = ending(check)
+    assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said
+
+
+def test_all_processes_of_torchrun_say_the_same_once():
+    said = torchrun("VE.py", "--outptu_dir", "x").stderr
+    assert said.count("did you mean --output_dir?") == 1, said
