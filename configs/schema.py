@@ -91,7 +91,7 @@ KEYS = {
     "randaugment": Key(True, FLAG),
     "max_skipped": Key(0.01, number(0, 1)),
     "num_workers": Key(None, whole(0)),
-    "shuffle_buffer": Key(2000, whole(1)),
+    "shuffle_buffer": Key(20000, whole(1)),
     # model
     "bert_config": Key(None, either(PATH, MAPPING)),
     "vision_width": Key(768, whole(1)),

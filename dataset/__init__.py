@@ -5,23 +5,22 @@ import functools
 import torch
 
 from dataset.annotations import load_annotations
-from dataset.batches import train_workers, workers
-from dataset.caption import CaptionDataset
+from dataset.batches import workers
+from dataset.caption import CaptionDataset, ShardedCaptions
 from dataset.grounding import GroundingTestSet
 from dataset.labeled import LabeledDataset
 from dataset.nlvr import nlvr_entry
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
 from dataset.samples import check_images
-from dataset.shards import count_shards, expand
-from dataset.stream import Stream
+from dataset.shards import Shards, expand
 from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import ve_entry
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
 from dataset.workers import Loader
 from configs.schema import require
-from utils import InputError, rank, world_size
+from utils import InputError
 
 
 # of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
@@ -83,20 +82,20 @@ def build_dataset(name, config, seed=0):
 
 
 def _image_captions(name, config, transform, seed):
-    """A training set of image-caption pairs: a CaptionDataset of JSON lists, or a Stream where there are shards."""
+    """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
     form, _, max_tokens = CAPTIONS[name]
     files, shards = expand(config["train_file"])
     if shards and form != "pretrain":
         raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
                          f"{form} needs JSON lists")
-    captions = None
-    if files or not shards:
-        captions = CaptionDataset(load_annotations(files, form), config["image_root"], transform, seed, max_tokens)
-        check_images(captions)
+    annotations = load_annotations(files, form) if files or not shards else []
+    dataset = CaptionDataset(annotations, config["image_root"], transform, seed, max_tokens)
+    if len(dataset):
+        check_images(dataset)
     if not shards:
-        return captions
-    layout = config["batch_size"], rank(), world_size(), max(1, train_workers(config))
-    return Stream(captions, count_shards(shards), transform, seed, max_tokens, config["shuffle_buffer"], *layout)
+        return dataset
+    return ShardedCaptions(annotations, config["image_root"], transform, seed, max_tokens, Shards(shards),
+                           config["shuffle_buffer"])  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1)

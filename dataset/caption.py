@@ -5,10 +5,13 @@ from typing import NamedTuple
 
 import torch
 
-from dataset.images import load_image
+from dataset.images import decode_image, load_image
 from dataset.samples import Samples
+from dataset.shards import image_and_captions, read_sample
 from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
 from utils import Text
+
+UNIT = 1000  # entries of JSON lists that stay together where they are mixed with shards
 
 
 class Sample(NamedTuple):
@@ -34,16 +37,6 @@ def draw_caption(captions, where):
     if is_blank(caption):
         raise ValueError(f"{where}: a caption is empty after clean-up")
     return caption
-
-
-def caption_batch(samples, tokenizer, max_tokens):
-    """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
-    return CaptionBatch(
-        torch.stack([sample.image for sample in samples]),
-        tokenize([sample.caption for sample in samples], tokenizer, max_tokens),
-        torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
-        [reason for sample in samples for reason in sample.skipped],
-    )  # fmt: skip
 
 
 class CaptionDataset(Samples):
@@ -75,5 +68,49 @@ class CaptionDataset(Samples):
         return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file)
 
     def collate(self, samples, tokenizer):
-        """Samples -> CaptionBatch."""
-        return caption_batch(samples, tokenizer, self.max_tokens)
+        """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
+        return CaptionBatch(
+            torch.stack([sample.image for sample in samples]),
+            tokenize([sample.caption for sample in samples], tokenizer, self.max_tokens),
+            torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
+            [reason for sample in samples for reason in sample.skipped],
+        )  # fmt: skip
+
+
+class ShardedCaptions(CaptionDataset):
+    """The pairs of annotations, which may be empty, and after them the samples of shards (dataset.shards.Shards).
+
+    shuffle_buffer: samples that are mixed with one another.
+    """
+
+    def __init__(self, annotations, image_root, transform, seed, max_tokens, shards, shuffle_buffer):
+        super().__init__(annotations, image_root, transform, seed, max_tokens)
+        self.listed, self.shards, self.shuffle_buffer = len(annotations), shards, shuffle_buffer
+
+    def __len__(self):
+        return self.listed + len(self.shards)
+
+    def order(self, length, generator):
+        """An epoch's order: shards one after another, mixed within windows of shuffle_buffer samples.
+
+        Samples that are read at about the same time so lie near each other. The entries of lists take part in units.
+        """
+        lists, samples = torch.randperm(self.listed, generator=generator), torch.arange(self.listed, length)
+        units = [*lists.split(UNIT), *samples.split(self.shards.counts)]
+        units = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
+        windows = torch.cat(units).split(self.shuffle_buffer)
+        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+
+    def __getitems__(self, indices):
+        self.shards.prefetch(index - self.listed for index in indices if index >= self.listed)
+        return [self[index] for index in indices]
+
+    def read(self, index):
+        if index < self.listed:
+            return super().read(index)
+        path, start, end = self.shards.place(index - self.listed)
+        sample = read_sample(path, start, end)
+        where = f"{path}: sample {sample['__key__']}"
+        image, captions = image_and_captions(sample, where)
+        caption = draw_caption(captions, where)
+        return Sample(self.transform(decode_image(image, where)), caption, -1, f"{path}/{sample['__key__']}")

@@ -29,7 +29,7 @@ from dataset.labeled import labeled_entry
 from dataset.nlvr import nlvr_entry
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import captioned_image
-from dataset.shards import count_shards, expand
+from dataset.shards import Shards, expand
 from dataset.survey import Images, Texts, digest, look_at_files, look_at_samples, prepare_process
 from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_question
 from dataset.ve import ve_entry
@@ -43,7 +43,7 @@ SHOWN = 20  # problems that are printed
 EXAMPLES = 3  # of entries that are the same
 HEAD = 100  # entries that tell of which form a list is
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
-IMAGES_A_JOB, SAMPLES_A_JOB = 16, 1000  # a job on a shard has to pass over the samples before its own
+IMAGES_A_JOB = 16
 EMPTY = "empty text", "a caption is empty after clean-up: correct or remove it"
 
 
@@ -308,19 +308,21 @@ def _check_images(path, form, lost, places, context):
 
 def check_shards(paths, context):
     """Checks the samples of WebDataset shards -> what the report says of all of them together."""
-    findings, counts = context.findings, {}
-    for path in _bar(paths, desc="counting samples", unit="shard"):
+    findings, shards = context.findings, []
+    for path in _bar(paths, desc="scanning shards", unit="shard"):
         with _noting(findings, path):
-            counts.update(count_shards([path], 1))
+            shards.append(Shards([path], 1))
+    counts = {shard.paths[0]: len(shard) for shard in shards}
     starts = np.cumsum([0, *counts.values()]).tolist()
     chosen = _evenly(np.arange(starts[-1]), context.images)
     texts = Texts(pre_caption, MAX_WORDS, SHORT_TOKENS, context.tokenizer)
     images, wrong, places, digests = Images(context.config["image_res"]), Counter(), array("Q"), array("Q")
 
     def jobs():
-        for path, start, end in zip(counts, starts, starts[1:]):
+        for shard, start, end in zip(shards, starts, starts[1:]):
             numbers = (chosen[slice(*np.searchsorted(chosen, [start, end]))] - start).tolist()
-            yield from ((path, numbers[i : i + SAMPLES_A_JOB]) for i in range(0, len(numbers), SAMPLES_A_JOB))
+            for i in range(0, len(numbers), IMAGES_A_JOB):
+                yield shard.paths[0], [(number, *shard.place(number)[1:]) for number in numbers[i : i + IMAGES_A_JOB]]
 
     def name(i):
         shard = bisect.bisect(starts, places[i]) - 1

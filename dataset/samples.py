@@ -34,28 +34,16 @@ class Samples(Dataset):
                 return self.read(index)
             except OSError as error:
                 raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
-        seed_sample(self.seed, self.epoch, index)
-        return first_usable(self.read, index, len(self))
-
-
-def seed_sample(*coordinates):
-    """Seeds what a data worker draws from; torch.manual_seed would format a stack trace for every kind of device not in use."""
-    torch.default_generator.manual_seed(seed_of(*coordinates))
-
-
-def first_usable(read, index, length):
-    """What read(index) gives, or, where that raises OSError or ValueError, read of another index of that many, drawn at random.
-
-    The reasons are listed in its `skipped`. Raises InputError after MAX_ATTEMPTS.
-    """
-    skipped = []
-    for _ in range(MAX_ATTEMPTS):
-        try:
-            return read(index)._replace(skipped=skipped)
-        except (OSError, ValueError) as error:
-            skipped.append(str(error))
-        index = int(torch.randint(length, ()))
-    raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
+        # torch.manual_seed would format a stack trace for every kind of device not in use
+        torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
+        skipped = []
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return self.read(index)._replace(skipped=skipped)
+            except (OSError, ValueError) as error:
+                skipped.append(str(error))
+            index = int(torch.randint(len(self), ()))
+        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
 
 
 def check_images(dataset, sample=1000):

@@ -1,38 +1,37 @@
 """WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they lie.
 
 A sample is a run of members of one name up to the first dot after the folders: 000000012.jpg, 000000012.txt and
-000000012.json. Counting and reading group the members by the same function, so a sample's number means the same in both.
+000000012.json. A scan of the headers finds where the samples begin; each is then read by its index, in one piece.
 """
 
 import contextlib
+import functools
 import glob
+import io
 import itertools
 import json
-import multiprocessing
 import operator
 import os
 import re
 import reprlib
-import signal
 import sys
 import tarfile
-import threading
 
+import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext
 
 from dataset.annotations import cache_folder, fingerprint, locked
-from utils import InputError, cores
+from dataset.workers import in_processes, process_count
+from utils import InputError, TrainingStopped, atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
-MAX_PROCESSES = 8  # that count at a time; more wait for the disk
+MAX_OPEN = 128  # shards that a process keeps open: on a network file system it is opening that takes long
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
+_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # of a member: key and suffix
 _META = re.compile(r"__[^/]*__($|/)")  # keys of what is no sample, such as __meta__.json or __index__/0.txt
-
-
 def expand(entries):
     """The names in train_file -> (JSON lists, shards), lists of paths in the order of the names.
 
@@ -74,87 +73,70 @@ def _expand_pattern(pattern):
     return paths
 
 
-def count_shards(paths, processes=None):
-    """[(path, number of its samples), ...] of shards, counted by that many processes (default: of the cores, 8 at most).
+class Shards:
+    """The samples of shards by index, one shard after another: {"__key__": str, suffix: bytes, ...}, as `read_sample` gives them.
 
-    Only the headers of the members are read, and the counts are kept in the cache folder until a shard's size or time of
-    change is another. Raises InputError for a file that is not a complete tar file, and if there is no sample in any.
+    counts: samples of each shard. Shards that are new, or of another size or time of change than before, are scanned in that
+    many processes (default: the cores, 8 at most); what is found is kept in the cache folder. Raises InputError for a file that
+    is not a complete tar file, and if there is no sample in any.
     """
-    keys = {path: fingerprint([path], "shard") for path in paths}
-    folder = os.path.join(cache_folder(), "shards")
-    os.makedirs(folder, exist_ok=True)
-    cache = os.path.join(folder, "counts.txt")
-    counts = _read_counts(cache)
-    if not counts.keys() >= set(keys.values()):
-        with locked(folder):
-            counts = _read_counts(cache)  # by now another process of the run may have counted
-            new = [path for path, key in keys.items() if key not in counts]
-            counted = in_processes(_count, new, processes)
-            for path, count in tqdm(counted, total=len(new), desc="counting samples", unit="shard", delay=1, leave=False,
-                                    file=sys.stdout, dynamic_ncols=True, mininterval=1):
-                counts[keys[path]] = count
-                with contextlib.suppress(OSError), open(cache, "a") as file:  # on a full disk they are counted again
-                    file.write(f"\n{count} {keys[path]}\n")  # the line before may not be whole
-    counted = [(path, counts[key]) for path, key in keys.items()]
-    if not any(count for _, count in counted):
-        others = ", nor do the other shards" if paths[1:] else ""
-        raise InputError(f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
-                         "000000012.txt")
-    return counted
+
+    def __init__(self, paths, processes=None):
+        self.paths, self._offsets = paths, _offsets(paths, processes)
+        self.counts = [len(offsets) - 1 for offsets in self._offsets]
+        self._ends = np.cumsum(self.counts)
+        if not len(self):
+            others = ", nor do the other shards" if paths[1:] else ""
+            raise InputError(f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
+                             "000000012.txt")
+
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def __getitem__(self, index):
+        return read_sample(*self.place(index))
+
+    def place(self, index):
+        """(path, start, end): where the bytes of a sample are."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self._ends, index, "right"))
+        first = index - int(self._ends[shard]) + self.counts[shard]
+        return self.paths[shard], *self._offsets[shard][first : first + 2].tolist()
+
+    def prefetch(self, indices):
+        """Has the kernel begin to read samples, all at a time."""
+        if hasattr(os, "posix_fadvise"):  # macOS lacks it
+            for path, start, end in map(self.place, indices):
+                with _errors_of(path, TrainingStopped):
+                    os.posix_fadvise(_open(path).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def in_processes(function, items, processes=None):
-    """Yields function(item) of the items in the order they get done, in a pool of that many processes (default as above)."""
-    processes = min(processes or min(MAX_PROCESSES, cores()), len(items))
-    if processes <= 1:
-        yield from map(function, items)
-        return
-    with multiprocessing.Pool(processes, _begin_process) as pool:
-        yield from pool.imap_unordered(function, items)
+def read_sample(path, start, end):
+    """The sample whose members are bytes start..end-1 of a shard: {"__key__": str, suffix: bytes, ...}.
 
-
-def _begin_process():
-    # Ctrl-C reaches the whole process group, but it is the main process that ends the pool, by SIGTERM, which the run may have
-    # had a handler for
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent():
-    """A process whose parent was killed would wait for work for ever, and keep the lock of the counts."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def read_shard(path, numbers):
-    """Yields the samples of the given numbers, increasing and counted from 0: {"__key__": str, suffix: bytes, ...}.
-
-    Suffixes are in lower case; where a sample has one twice, the first counts. Of members that are neither image nor caption
-    the bytes are not read but b"". What lies between the samples is skipped, and nothing is read after the last.
-    Raises InputError if the shard cannot be read or has fewer samples.
+    Suffixes are in lower case; where a sample has one twice, the first counts. A member that is neither image nor caption is
+    b"". Raises TrainingStopped if the shard cannot be read or has changed.
     """
-    numbers = iter(numbers)
-    wanted, number = next(numbers, None), -1
-    if wanted is None:
-        return
-    with _opened(path) as archive:
-        for number, (key, members) in enumerate(_samples(archive)):
-            if number == wanted:
-                sample = {"__key__": key}
-                for _, suffix, member in members:
-                    if suffix not in sample:
-                        used = suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES
-                        sample[suffix] = archive.extractfile(member).read() if used else b""
-                yield sample
-                if (wanted := next(numbers, None)) is None:
-                    return
-    raise InputError(f"{path}: has {number + 1} samples, but had at least {wanted + 1} when the run started: put the shard "
-                     "back as it was, and continue with --resume")
+    sample = {}
+    with _errors_of(path, TrainingStopped):
+        # by position: data workers forked from this process share the open file
+        data = os.pread(_open(path).fileno(), end - start, start)
+        with _archive(fileobj=io.BytesIO(data)) as archive:
+            for key, suffix, member in _members(archive):
+                if sample.setdefault("__key__", key) != key:
+                    break
+                if suffix not in sample:
+                    used = suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES
+                    sample[suffix] = archive.extractfile(member).read() if used else b""
+            else:
+                if sample and len(data) == end - start:
+                    return sample
+    raise TrainingStopped(f"{path}: has changed since the run started: put the shard back as it was, and continue with --resume")
 
 
 def image_and_captions(sample, where):
-    """(bytes of the image, list of captions) of a sample of `read_shard`; where names it in messages.
+    """(bytes of the image, list of captions) of a sample; where names it in messages.
 
     The caption is that of .txt, else those of "caption" in .json, a string or a list of strings. Raises InputError if there is
     no image or no caption.
@@ -179,45 +161,67 @@ def image_and_captions(sample, where):
     return sample[suffix], captions
 
 
-def _read_counts(cache):
-    """{fingerprint: count}; a line that was not written whole has too short a fingerprint, which no shard has."""
+def _offsets(paths, processes):
+    """For each shard an int64 array of where its samples begin, and where the last one ends."""
+    folder = os.path.join(cache_folder(), "shards")
+    os.makedirs(folder, exist_ok=True)
+    caches = {path: os.path.join(folder, f"{fingerprint([path], 'shard')}.npy") for path in paths}
+    found = {path: _read_cache(cache) for path, cache in caches.items()}
+    if any(offsets is None for offsets in found.values()):
+        with locked(folder):
+            found = {path: _read_cache(cache) for path, cache in caches.items()}  # another process may have scanned meanwhile
+            new = [path for path, offsets in found.items() if offsets is None]
+            with in_processes(process_count(len(new), processes)) as jobs:
+                for path, offsets in tqdm(jobs(_scan, new), total=len(new), desc="scanning shards", unit="shard", delay=1,
+                                          leave=False, file=sys.stdout, dynamic_ncols=True, mininterval=1):
+                    found[path] = offsets
+                    with contextlib.suppress(OSError), atomic_write(caches[path]) as file:  # on a full disk it is scanned again
+                        np.save(file, offsets)
+    return [found[path] for path in paths]
+
+
+def _read_cache(path):
     try:
-        with open(cache, encoding="ascii", errors="replace") as file:
-            lines = [line.split() for line in file]
-    except OSError:
-        return {}
-    return {fields[1]: int(fields[0]) for fields in lines if len(fields) == 2 and fields[0].isdecimal()}
+        return np.load(path)
+    except (OSError, ValueError, EOFError):  # not there, or damaged
+        return None
 
 
-def _count(path):
-    with _opened(path) as archive:
-        return path, sum(1 for _ in _samples(archive))
+def _scan(path):
+    with _errors_of(path, InputError), _archive(path) as archive:
+        samples = itertools.groupby(_members(archive), key=operator.itemgetter(0))
+        starts = [next(members)[-1].offset for _, members in samples]
+        # tarfile takes anything after a whole member for the end
+        archive.fileobj.seek(archive.offset)
+        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut short or damaged after a whole member")
+        return path, np.array([*starts, archive.offset], np.int64)
+
+
+@functools.lru_cache(MAX_OPEN)
+def _open(path):
+    return open(path, "rb", buffering=0)
+
+
+def _archive(path=None, fileobj=None):
+    # a file, not a stream: what is not wanted is passed over without being read
+    return tarfile.open(path, "r:", fileobj, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def _opened(path):
+def _errors_of(path, kind):
     try:
-        # a file, not a stream: what is not wanted is passed over without being read
-        with tarfile.open(path, "r:", encoding="utf-8", errors="backslashreplace") as archive:
-            yield archive
+        yield
     except (tarfile.TarError, OverflowError) as error:
-        raise InputError(f"{path}: not a complete tar file ({error}): copy or download this shard again") from None
+        raise kind(f"{path}: not a complete tar file ({error}): copy or download this shard again") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot read this shard ({error.strerror}): see to its storage and permissions") from None
-
-
-def _samples(archive):
-    """Iterates over (key, iterator over (key, suffix, member)) of the samples of an open tar file."""
-    return itertools.groupby(_members(archive), key=operator.itemgetter(0))
+        raise kind(f"{path}: cannot read this shard ({error.strerror}): see to its storage and permissions") from None
 
 
 def _members(archive):
+    """Iterates over (key, suffix, member) of the members of an open tar file that are of samples."""
     for member in iter(archive.next, None):
         archive.members.clear()  # where tarfile keeps all it has seen
-        key, suffix = base_plus_ext(member.name)
-        if member.isreg() and key is not None and not _META.match(key):
-            yield key, suffix.lower(), member
-    # tarfile takes anything after a whole member for the end
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("it is cut short or damaged after a whole member")
+        name = _NAME.fullmatch(member.name)
+        if member.isreg() and name and not _META.match(name[1]):
+            yield name[1], name[2].lower(), member

@@ -13,10 +13,10 @@ import torch
 from PIL import ExifTags, Image
 
 from dataset.images import FORMATS, ImageError, decode_image, read_image
-from dataset.shards import image_and_captions, read_shard
+from dataset.shards import image_and_captions, read_sample
 from dataset.text import is_blank, without_halves
 from dataset.workers import begin_worker
-from utils import InputError
+from utils import InputError, TrainingStopped
 
 TEXTS_A_BATCH = 1000
 UNKNOWN_SHOWN, UNKNOWN_KEPT, UNKNOWN_LENGTH = 10, 100_000, 30  # words that the vocabulary lacks, and characters of one
@@ -154,18 +154,19 @@ def look_at_files(items):
 
 
 def look_at_samples(job):
-    """(shard, sample numbers) -> (shard, [(number, key, error, Look, captions, digest), ...], what ended it or "")."""
-    path, numbers = job
+    """(shard, [(number, start, end), ...]) -> (shard, [(number, key, error, Look, captions, digest), ...], what ended it or "")."""
+    path, places = job
     seen = []
     try:
-        for number, sample in zip(numbers, read_shard(path, numbers)):
+        for number, start, end in places:
+            sample = read_sample(path, start, end)
             key = sample["__key__"]
             try:
                 image, captions = image_and_captions(sample, f"{path}: sample {key}")
                 seen.append((number, key, None, look_at(path, image), captions, digest((image, captions))))
             except InputError as error:
                 seen.append((number, key, error, None, [], 0))
-    except InputError as error:
+    except TrainingStopped as error:
         return path, seen, str(error)
     return path, seen, ""
 

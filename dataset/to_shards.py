@@ -7,17 +7,19 @@ Images are copied byte for byte, and equal inputs make equal shards. Interrupted
 """
 
 import functools
+import io
 import json
 import os
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from webdataset import TarWriter
 
 from dataset.annotations import load_annotations
-from dataset.shards import IMAGE_SUFFIXES, in_processes
+from dataset.shards import IMAGE_SUFFIXES
+from dataset.workers import in_processes, process_count
 from configs.flags import Flags
 from utils import InputError, atomic_write, hash_file, make_output_dir, run_script
 
@@ -35,8 +37,7 @@ def write_shard(number, annotations, image_root, output, samples):
     shard, list_of_skipped = output / f"{number:05d}.tar", output / f"{number:05d}_skipped.txt"
     skipped = []
     try:
-        # TarWriter's own time would differ from run to run
-        with atomic_write(shard) as file, TarWriter(file, mtime=0, encoder=False) as tar:
+        with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for i in entries:
                 path = _image(annotations, image_root, i)
                 try:
@@ -44,7 +45,8 @@ def write_shard(number, annotations, image_root, output, samples):
                 except (OSError, ValueError) as error:  # ValueError: a name that no file can have
                     skipped.append(f"{annotations.where(i)}: image {path!r}: {getattr(error, 'strerror', None) or error}\n")
                     continue
-                tar.write({"__key__": f"{i:09d}", _suffix(path): image, **_text(annotations.captions(i))})
+                add_member(tar, f"{i:09d}.{_suffix(path)}", image)
+                add_member(tar, *_text(f"{i:09d}", annotations.captions(i)))
             if skipped:
                 with atomic_write(list_of_skipped) as lines:
                     lines.write("".join(skipped).encode("utf-8", "backslashreplace"))
@@ -69,10 +71,18 @@ def _suffix(path):
     return suffix if suffix in IMAGE_SUFFIXES else "jpg"  # readers find the image by the suffix, and its format by its bytes
 
 
-def _text(captions):
+def _text(key, captions):
+    """Name and bytes of the member with the captions."""
     if len(captions) == 1:
-        return {"txt": captions[0].encode()}
-    return {"json": json.dumps({"caption": captions}, ensure_ascii=False).encode()}
+        return f"{key}.txt", captions[0].encode()
+    return f"{key}.json", json.dumps({"caption": captions}, ensure_ascii=False).encode()
+
+
+def add_member(tar, name, data):
+    """Append a file to an open tar file, without time, owner or whatever else would differ from run to run."""
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
 
 
 def convert(files, image_root, output, samples, processes=None):
@@ -92,8 +102,8 @@ def convert(files, image_root, output, samples, processes=None):
     write = functools.partial(write_shard, annotations=annotations, image_root=image_root, output=output, samples=samples)
     done = len(annotations) - sum(len(_entries(number, annotations, samples)) for number in left)
     with tqdm(total=len(annotations), initial=done, desc="shards", unit="sample", file=sys.stdout, dynamic_ncols=True,
-              mininterval=1) as bar:
-        for count in in_processes(write, left, processes):
+              mininterval=1) as bar, in_processes(process_count(len(left), processes)) as jobs:  # fmt: skip
+        for count in jobs(write, left):
             bar.update(count)
     skipped = b"".join(path.read_bytes() for path in sorted(output.glob("*_skipped.txt")))
     with atomic_write(output / "skipped.txt") as file:

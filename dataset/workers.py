@@ -14,9 +14,11 @@ import threading
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
-from utils import SIGNALS, InputError, TrainingStopped
+from utils import SIGNALS, InputError, TrainingStopped, cores
+
+MAX_PROCESSES = 8  # more would wait for the disk
 
 
 def begin_worker(_=None):
@@ -53,14 +55,12 @@ class Loader(DataLoader):
     """Batches of a data set, read by data workers whose errors reach the run as they are.
 
     collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating raises
-    WorkerDied, and the InputError of the data set.
+    WorkerDied, and the InputError or TrainingStopped of the data set.
     """
 
     def __init__(self, dataset, collate, count, device, **batching):
-        if not isinstance(dataset, IterableDataset):
-            collate = functools.partial(_read, dataset=dataset, collate=collate or default_collate)
-            dataset = range(len(dataset))
-        super().__init__(dataset, collate_fn=collate, num_workers=count, pin_memory=device.type == "cuda",
+        collate = functools.partial(_read, dataset=dataset, collate=collate or default_collate)
+        super().__init__(range(len(dataset)), collate_fn=collate, num_workers=count, pin_memory=device.type == "cuda",
                          worker_init_fn=begin_worker, **batching)  # fmt: skip
 
     def __iter__(self):
@@ -72,7 +72,7 @@ class Loader(DataLoader):
             signal.signal(signal.SIGCHLD, before)
         try:
             for batch in iterator:
-                if isinstance(batch, InputError):
+                if isinstance(batch, (InputError, TrainingStopped)):
                     raise batch
                 yield batch
         except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two where it dies while it hands a batch over
@@ -84,21 +84,30 @@ class Loader(DataLoader):
 
 
 def _read(indices, dataset, collate):
-    """A batch; an InputError takes its place, since torch makes a text with a stack trace of what a worker raises."""
+    """A batch; an error takes its place, since torch makes a text with a stack trace of what a worker raises."""
     several = getattr(dataset, "__getitems__", None)
     try:
         return collate(several(indices) if several else [dataset[index] for index in indices])
-    except InputError as error:
+    except (InputError, TrainingStopped) as error:
         return error
+
+
+def process_count(tasks, wanted=None):
+    """The processes for so many tasks on files: `wanted`, by default the cores, 8 at most; 0, this one, instead of one."""
+    count = min(wanted or min(MAX_PROCESSES, cores()), tasks)
+    return count if count > 1 else 0
 
 
 @contextlib.contextmanager
 def in_processes(count, begin=begin_worker):
     """Gives jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
 
-    Few items are taken ahead of the results. begin: what a process does first, begin_worker among it. Raises TrainingStopped
-    if a process dies.
+    Few items are taken ahead of the results. count: 0 to compute them in this process. begin: what a process does first,
+    begin_worker among it. Raises TrainingStopped if a process dies.
     """
+    if not count:
+        yield map
+        return
 
     def jobs(function, items):
         items, ahead = iter(items), deque()

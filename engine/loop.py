@@ -15,7 +15,7 @@ from tqdm import tqdm
 from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
 from engine.curves import Curves
 from dataset import to_device
-from dataset.batches import TrainBatches, samples_of
+from dataset.batches import TrainBatches
 from engine.processes import StopSignal
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
@@ -162,16 +162,15 @@ def finish_epoch(run, position, lr, validate, stop):
     return next_epoch
 
 
-def placed(position, batches, accumulate):
+def place(position, batches, config):
     """(position, end): a saved position in the iterations of this run, and the end of its epoch's, exclusive.
 
     The same as it was saved, unless the processes, batch size or accumulation have become others: then as many iterations
     count as done as the samples seen make now, and as many follow as those not seen make.
     """
-    batches.begin(position.epoch, position.phases)
-    step = batches.layout.batch_size * batches.layout.world_size * accumulate
-    iteration = samples_of(position.phases) // step
-    return position._replace(iteration=iteration), iteration + batches.batches // accumulate
+    batches.begin(position.epoch, position.seen)
+    iteration = position.seen // (config["batch_size"] * world_size() * config["accumulate"])
+    return position._replace(iteration=iteration), iteration + len(batches) // config["accumulate"]
 
 
 def announce(config, scheduler, iterations):
@@ -214,9 +213,9 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     position = resume(resume_from, model, optimizer, config, seed, len(dataset)) if resume_from else Position()
     batches = TrainBatches(dataset, tokenizer, config, device, seed)
     accumulate = config["accumulate"]
-    iterations = batches.batches // accumulate
+    iterations = len(batches) // accumulate
     if not iterations:
-        raise InputError(f"accumulate {accumulate}: an epoch has only {batches.batches} batches, lower it")
+        raise InputError(f"accumulate {accumulate}: an epoch has only {len(batches)} batches, lower it")
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
     if is_main():
@@ -229,7 +228,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
             warnings.simplefilter("ignore", FutureWarning)
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations, len(dataset))
-    position, end = placed(position, batches, accumulate)
+    position, end = place(position, batches, config)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     begun = position.epoch * iterations + position.iteration
     curves = Curves(run.output_dir / "tensorboard", begun + 1) if is_main() else None
@@ -237,12 +236,12 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     with StopSignal() as stop, contextlib.closing(curves) if curves else contextlib.nullcontext():
         while position.epoch < scheduler["epochs"]:
             model.train()
-            recorder = Recorder(position, batches.layout, config, device, run.output_dir, iterations, end, curves)
+            recorder = Recorder(position, config, device, run.output_dir, iterations, end, curves)
             with contextlib.closing(recorder):
                 lr = train_epoch(run, batches, position, recorder, stop)
                 position = recorder.position()
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
-            position, end = placed(finish_epoch(run, position, lr, validate, stop), batches, accumulate)
+            position, end = place(finish_epoch(run, position, lr, validate, stop), batches, config)
         # waits for the main process too: whoever goes on to read the best checkpoint finds it written
         stop.leave_together("training was complete and is saved; --resume goes on to the evaluation")
     if is_main():

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from engine.saving import LAST, Position
-from dataset.batches import continued
 from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, remake_output_dir, world_size
 
 # dense bf16 matrix-product peak in FLOP/s, by a part of the device's name
@@ -33,12 +32,11 @@ def device_peak(device, config):
 class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard.
 
-    position: where the epoch goes on; layout: the Phase, of no batches, of this run; iterations: of a whole epoch; end: the
-    epoch's last iteration, exclusive.
+    position: where the epoch goes on; iterations: of a whole epoch; end: the epoch's last iteration, exclusive.
     """
 
-    def __init__(self, position, layout, config, device, output_dir, iterations, end, curves):
-        self.start, self.layout, self.config, self.device = position, layout, config, device
+    def __init__(self, position, config, device, output_dir, iterations, end, curves):
+        self.start, self.config, self.device = position, config, device
         self.sums, self.counted, self.recent = dict(position.sums), position.counted, list(position.recent)
         self.spikes, self.skipped_steps = position.spikes, position.skipped_steps
         self.output_dir, self.iterations, self.end, self.epoch = Path(output_dir), iterations, end, position.epoch
@@ -163,9 +161,9 @@ class Recorder:
     def position(self):
         """Where the run stands after the iterations recorded so far; fetches them first. To be called on all processes."""
         self.fetch()
-        done = self.layout._replace(batches=(self.iteration - self.start.iteration) * self.config["accumulate"])
+        seen = self.start.seen + (self.iteration - self.start.iteration) * self.batch_samples
         return Position(
-            epoch=self.epoch, iteration=self.iteration, phases=continued(self.start.phases, done),
+            epoch=self.epoch, iteration=self.iteration, seen=seen,
             sums=dict(self.sums), counted=self.counted, recent=list(self.recent), spikes=self.spikes,
             skipped_steps=self.skipped_steps, skipped_steps_before=self.start.skipped_steps_before,
             skipped=gather_lists(self.skipped), best=self.start.best,

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from dataset.batches import Phase, samples_of
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
 from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size
 
@@ -25,7 +24,7 @@ class Position(NamedTuple):
 
     epoch: int = 0
     iteration: int = 0
-    phases: list = []  # Phase of each stretch of the epoch that is done
+    seen: int = 0  # samples of the epoch that all processes together have seen
     sums: dict = {}  # name -> sum over the epoch's `counted` iterations
     counted: int = 0
     recent: list = []  # sums of losses of the latest iterations, of this epoch and before
@@ -59,9 +58,8 @@ def save_checkpoint(path, model, optimizer_state, config, position, seed, lr, en
         "lr_scheduler": {"lr": lr},
         "config": config,
         "epoch": position.epoch - 1 if done else position.epoch,
-        "resume": {**position._asdict(), "phases": [list(phase) for phase in position.phases], "seed": seed,
-                   "world_size": world_size(), "entries": entries},
-    }  # fmt: skip
+        "resume": {**position._asdict(), "seed": seed, "world_size": world_size(), "entries": entries},
+    }
     with _writing(path):
         remake_output_dir(path.parent)
         with atomic_write(path) as file:
@@ -172,8 +170,7 @@ def newest_checkpoint(folder):
         try:
             resume = read_checkpoint(path).get("resume")
             if resume:  # by samples: an iteration may have been of another size
-                seen = samples_of(Phase(*phase) for phase in resume["phases"])
-                found.append((resume["epoch"], seen, path.name == LAST, path))
+                found.append((resume["epoch"], _seen(resume), path.name == LAST, path))
         except InputError as error:
             damaged.append(str(error))
     for *_, path in sorted(found, reverse=True):
@@ -186,6 +183,13 @@ def newest_checkpoint(folder):
     if damaged:
         raise InputError(f"--resume: {damaged[0]}; there is no other checkpoint to go on from: remove it to start anew")
     return None
+
+
+def _seen(resume):
+    """The samples seen of the epoch of a saved position; earlier versions kept its stretches, each with a layout of its own."""
+    if "seen" in resume:
+        return resume["seen"]
+    return sum(batches * batch_size * processes for batches, batch_size, processes, _ in resume["phases"])
 
 
 def damage(path):
@@ -215,10 +219,15 @@ def resume(path, model, optimizer, config, seed, entries=None):
     saved = state["resume"]
     seed_then, world_then, entries_then = (saved.pop(key) for key in ("seed", "world_size", "entries"))
     changed = [key for key in config if state["config"].get(key) != config[key]]
-    if saved["phases"]:
-        buffer, buffer_then = config["shuffle_buffer"], state["config"].get("shuffle_buffer")
-        for what, now, then in (("--seed", seed, seed_then), ("shuffle_buffer", buffer, buffer_then),
-                                ("the number of entries of train_file", entries, entries_then)):
+    seen = _seen(saved)
+    if seen:
+        kept = [("--seed", seed, seed_then), ("the number of entries of train_file", entries, entries_then)]
+        if any(name.endswith(".tar") for name in config["train_file"] or []):
+            kept.append(("shuffle_buffer", config["shuffle_buffer"], state["config"].get("shuffle_buffer")))
+            if "phases" in saved:
+                raise InputError(f"--resume: {path} was saved within an epoch of shards by an earlier version, which read them in "
+                                 "another order: finish the epoch with that version, or start from its weights with --checkpoint")
+        for what, now, then in kept:
             if now != then:
                 raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is "
                                  f"{then} as it was then, not {now}: change it when the epoch is over")
@@ -230,7 +239,8 @@ def resume(path, model, optimizer, config, seed, entries=None):
                   "epoch is still seen once, in another order")
         if changed:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
-    return Position(**{**saved, "phases": [Phase(*phase) for phase in saved["phases"]]})
+    saved.pop("phases", None)
+    return Position(**{**saved, "seen": seen})
 
 
 def _other_optimizer(path):

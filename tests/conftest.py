@@ -89,6 +89,16 @@ def shapes(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def sharded(shapes, tmp_path_factory):
+    """The pre-training data of shapes as WebDataset shards of 20 samples; returns their train_file."""
+    from dataset.to_shards import convert
+
+    folder = tmp_path_factory.mktemp("shards")
+    convert([str(shapes / "pretrain.json")], str(shapes), folder, samples=20, processes=1)
+    return f"{folder}/*.tar"
+
+
 @pytest.fixture
 def tiny_config(shapes):
     """A configuration that trains a tiny model on the shapes in a second."""

@@ -200,7 +200,7 @@ MUTANTS = [
     Mutant("dataset/text.py", "replace(\"<person>\", \"person\")", "replace(\"<person>\", \"\")"),
     Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
     Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),
-    Mutant("dataset/samples.py", "seed_sample(self.seed, self.epoch, index)", "seed_sample(self.seed, index)"),
+    Mutant("dataset/samples.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
 ]
 
 

@@ -63,9 +63,13 @@ def assert_same_run(left, right):
     assert (left / "log.txt").read_text() == (right / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("workers,accumulate,signum", [(0, 1, signal.SIGTERM), (2, 1, signal.SIGINT), (1, 2, signal.SIGTERM)])
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_config, tmp_path, workers, accumulate, signum):
+@pytest.mark.parametrize("workers,accumulate,signum,shards", [
+    (0, 1, signal.SIGTERM, False), (2, 1, signal.SIGINT, True), (1, 2, signal.SIGTERM, False),
+])  # fmt: skip
+def test_interrupted_and_resumed_equals_uninterrupted(tiny_config, sharded, tmp_path, workers, accumulate, signum, shards):
     config = {**tiny_config, "num_workers": workers, "accumulate": accumulate}
+    if shards:
+        config["train_file"] = [sharded]
     run(config, tmp_path / "whole")
     # in the middle of epoch 1: 6 batches an epoch
     with pytest.raises(Interrupted):

@@ -20,7 +20,7 @@ import chaos
 from engine.saving import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
 from conftest import log
 from dataset import build_dataset
-from dataset.batches import EpochBatches, Phase, TrainBatches
+from dataset.batches import EpochBatches, TrainBatches
 from engine import train
 from models import build_model
 from models.alignment import Alignment
@@ -238,8 +238,8 @@ def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
     model = torch.nn.Linear(3, 2)
     state = torch.optim.AdamW(model.parameters()).state_dict()
     # 15 iterations of 4, and from there with a batch of 8: 3 more, which make the 11th of 8
-    for name, iteration, phases in ((PREVIOUS, 15, [Phase(15, 4, 1, 1)]), (LAST, 10, [Phase(15, 4, 1, 1), Phase(3, 8, 1, 1)])):
-        position = Position(epoch=0, iteration=iteration, phases=phases)
+    for name, iteration, seen in ((PREVIOUS, 15, 60), (LAST, 10, 84)):
+        position = Position(epoch=0, iteration=iteration, seen=seen)
         save_checkpoint(tmp_path / name, model, state, {}, position, seed=0, lr=0.1)
         if name == PREVIOUS:
             os.rename(tmp_path / name, tmp_path / "checkpoint_99.pth")
@@ -288,6 +288,23 @@ def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     with pytest.raises(InputError, match="number of entries of train_file is 48 as it was then, not 40"):
         run({**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("form", ["lists", "shards"])
+def test_a_checkpoint_of_the_earlier_form_continues_or_is_refused(tiny_config, sharded, tmp_path, form):
+    config = {**tiny_config, "train_file": tiny_config["train_file"] if form == "lists" else [sharded]}
+    run(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(config, tmp_path / "parts", step=signal_at(9))
+    state = torch.load(tmp_path / "parts" / LAST, weights_only=True)
+    state["resume"]["phases"] = [[state["resume"].pop("seen") // 8, 8, 1, 1]]
+    torch.save(state, tmp_path / "parts" / LAST)
+    if form == "lists":
+        run(config, tmp_path / "parts", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    else:
+        with pytest.raises(InputError, match=f"{LAST} was saved within an epoch of shards by an earlier version"):
+            run(config, tmp_path / "parts", resume=True)
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
@@ -447,26 +464,25 @@ def test_a_sharded_optimizer_divides_its_state(tmp_path):
     assert len(counts) == 2 and counts[0] > 0 and sum(counts) == 4
 
 
-def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, tmp_path):
-    config = {**tiny_config, "batch_size": 4, "test_file": None}
+def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, sharded, tmp_path):
+    config = {**tiny_config, "train_file": [sharded], "batch_size": 4, "test_file": None}
     stopped = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "run", tmp_path))
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
-    assert seen["epoch"] == 1 and seen["phases"] == [[seen["iteration"], 4, 2, 1]]
+    assert seen["epoch"] == 1 and seen["seen"] == 8 * seen["iteration"] > 0
     resumed = torchrun("tests/helpers/list_files.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
     assert state["epoch"] == 1 and len(log(tmp_path / "run")) == 2
     # what the two processes had seen of the epoch, and what the three have
-    first = EpochBatches(48, 8, seed=42)
-    first.begin(1)
-    before = [index for batch in list(first)[: seen["iteration"]] for index in batch]
     dataset = build_dataset("pretrain", config)
-    files = [dataset.files(index)[0] for index in before]
+    first = EpochBatches(len(dataset), 8, seed=42, order=dataset.order)
+    first.begin(1)
+    files = [dataset[index].file for batch in list(first)[: seen["iteration"]] for index in batch]
     files += [file for path in (tmp_path / "run").glob("files*.txt") for file in path.read_text().split()]
-    left = 48 - 8 * seen["iteration"]
-    assert len(files) == len(set(files)) == 48 - left % 12
+    left = len(dataset) - 8 * seen["iteration"]
+    assert len(files) == len(set(files)) == len(dataset) - left % 12
 
 
 # ---------------------------------------------------------------------------------------------------------------------

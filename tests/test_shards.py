@@ -1,23 +1,27 @@
-"""WebDataset shards: what they are named, counted, read as, and made from JSON lists."""
+"""WebDataset shards: their names, samples, index and order, training on them, and making them from JSON lists."""
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import sys
 import tarfile
 import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from webdataset import TarWriter
-from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from conftest import exit_status, refusal
-from dataset import shards, to_shards
+from dataset import build_dataset, shards, to_shards
 from dataset.annotations import load_annotations
-from dataset.shards import count_shards, expand, image_and_captions, read_shard
+from dataset.batches import EpochBatches, TrainBatches
+from dataset.shards import Shards, expand, image_and_captions, read_sample
+from models.tokenizer import build_tokenizer
+from utils import InputError, TrainingStopped
 
 
 def picture(number, form="JPEG"):
@@ -48,10 +52,6 @@ def write_shard(path, numbers):
         members += [(f"{number:09d}.jpg", picture(number)), (f"{number:09d}.txt", f"caption {number}".encode()),
                     (f"{number:09d}.json", json.dumps({"caption": f"caption {number}"}).encode())]
     return write_tar(path, members)
-
-
-def keys(path, numbers):
-    return [sample["__key__"] for sample in read_shard(path, numbers)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def link_entry(name, target):
     return info
 
 
-def test_samples_are_grouped_and_counted_alike(tmp_path):
+def test_samples_are_runs_of_members_of_one_name(tmp_path):
     path = write_tar(tmp_path / "x.tar", [
         folder_entry("part.1"), ("__meta__.json", b"left out"), ("__index__/0.txt", b"left out"),
         ("part.1/a.jpg", b"1"), ("part.1/a.seg.PNG", b"2"), folder_entry("part.1/b.dir"), ("no_suffix", b""),
@@ -113,36 +113,17 @@ def test_samples_are_grouped_and_counted_alike(tmp_path):
         ("part.1/b.npy", b"big"), ("b.jpg", b"5"), ("b.jpg", b"6"), ("b.txt", b"7"), ("ü" * 80 + "/猫.jpg", b"8"),
         ("b.jpg", b"9"),
     ])  # fmt: skip
-    assert count_shards([path]) == [(path, 5)]
-    assert list(read_shard(path, range(5))) == [
+    other = write_shard(tmp_path / "y.tar", range(2))
+    samples = Shards([path, other])
+    assert samples.counts == [5, 2]
+    assert [samples[i] for i in range(6)] == [
         {"__key__": "part.1/a", "jpg": b"1", "seg.png": b"", "txt": b"3"}, {"__key__": "part.1/b", "jpg": b"4", "npy": b""},
         {"__key__": "b", "jpg": b"5", "txt": b"7"}, {"__key__": "ü" * 80 + "/猫", "jpg": b"8"}, {"__key__": "b", "jpg": b"9"},
+        {"__key__": "000000000", "jpg": picture(0), "txt": b"caption 0", "json": b'{"caption": "caption 0"}'},
     ]  # fmt: skip
-    assert keys(path, [1, 4]) == ["part.1/b", "b"] and keys(path, []) == []
-
-
-def test_samples_are_those_of_the_webdataset_library(tmp_path):
-    path = write_shard(tmp_path / "0.tar", range(20))
-    with open(path, "rb") as file:
-        files = ({**member, "__url__": path} for member in tar_file_iterator(file))
-        theirs = [{name: value for name, value in sample.items() if name != "__url__"} for sample in group_by_keys(files)]
-    assert list(read_shard(path, range(20))) == theirs
-    assert list(read_shard(path, [3, 4, 17])) == [theirs[3], theirs[4], theirs[17]]
-
-
-def test_only_what_is_wanted_is_read(tmp_path, monkeypatch):
-    path = write_shard(tmp_path / "0.tar", range(50))
-    read = []
-    extract = tarfile.TarFile.extractfile
-    monkeypatch.setattr(tarfile.TarFile, "extractfile", lambda self, member: read.append(member.name) or extract(self, member))
-    samples = read_shard(path, [10, 12])
-    assert next(samples)["__key__"] == "000000010" and len(read) == 3
-    assert next(samples)["__key__"] == "000000012" and len(read) == 6
-    read_headers = []
-    following = tarfile.TarFile.next
-    monkeypatch.setattr(tarfile.TarFile, "next", lambda self: read_headers.append(0) or following(self))
-    assert len(list(read_shard(path, range(5)))) == 5
-    assert len(read_headers) <= 5 * 3 + 2
+    for outside in -1, 7:
+        with pytest.raises(IndexError):
+            samples[outside]
 
 
 def test_images_and_captions_of_samples():
@@ -166,78 +147,78 @@ def test_images_and_captions_of_samples():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# counts
+# index
 
 
-def test_counts_are_kept_until_a_shard_changes(tmp_path, monkeypatch):
+def counts(paths, processes=1):
+    return Shards(paths, processes).counts
+
+
+def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
     paths = [write_shard(tmp_path / f"{i}.tar", range(n)) for i, n in enumerate([3, 0, 2])]
-    assert count_shards(paths) == list(zip(paths, [3, 0, 2]))
+    assert counts(paths, 2) == [3, 0, 2]
     with monkeypatch.context() as patch:
-        patch.delattr(shards, "_count")
-        assert count_shards(paths[::-1]) == list(zip(paths, [3, 0, 2]))[::-1]
+        patch.delattr(shards, "_scan")
+        assert counts(paths[::-1]) == [2, 0, 3]
     write_shard(paths[1], range(1))
-    assert count_shards(paths, processes=2) == list(zip(paths, [3, 1, 2]))
+    assert counts(paths) == [3, 1, 2]
     os.utime(paths[2], ns=(1, 1))
     more = write_shard(tmp_path / "more.tar", range(4))
-    assert count_shards([paths[2], more], processes=2) == [(paths[2], 2), (more, 4)]
+    assert counts([paths[2], more], 2) == [2, 4]
 
 
-def test_a_line_that_was_not_written_whole_is_no_count(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: b"\xff" + content])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
     paths = [write_shard(tmp_path / f"{i}.tar", range(i + 1)) for i in range(2)]
-    count_shards(paths[:1])
-    (cache,) = (tmp_path / os.environ["ALBEF_CACHE"]).rglob("counts.txt")
-    whole = cache.read_bytes()
-    for cut in range(len(whole)):
-        cache.write_bytes(whole[:cut])
-        for _ in range(2):
-            assert count_shards(paths, processes=1) == [(paths[0], 1), (paths[1], 2)]
-    cache.write_bytes(b"\xff\x00 \n1 2 3\n")
-    assert count_shards(paths) == [(paths[0], 1), (paths[1], 2)]
+    counts(paths)
+    for cache in (tmp_path / os.environ["ALBEF_CACHE"]).rglob("*.npy"):
+        cache.write_bytes(damage(cache.read_bytes()))
+    assert counts(paths) == [1, 2]
 
 
-def test_processes_that_start_together_count_once(tmp_path, monkeypatch):
+def test_processes_that_start_together_scan_once(tmp_path, monkeypatch):
     paths = [write_shard(tmp_path / f"{i}.tar", range(i)) for i in range(4)]
     context = multiprocessing.get_context("fork")
-    barrier, counted, results = context.Barrier(3), context.Value("i"), context.Queue()
-    count = shards._count
+    barrier, scanned, results = context.Barrier(3), context.Value("i"), context.Queue()
+    scan = shards._scan
 
     def counting(path):
-        with counted.get_lock():
-            counted.value += 1
-        return count(path)
+        with scanned.get_lock():
+            scanned.value += 1
+        return scan(path)
 
     def when_all_are_ready():
         barrier.wait()
-        results.put(count_shards(paths, processes=1))
+        results.put(counts(paths))
 
-    monkeypatch.setattr(shards, "_count", counting)
+    monkeypatch.setattr(shards, "_scan", counting)
     workers = [context.Process(target=when_all_are_ready) for _ in range(3)]
     for worker in workers:
         worker.start()
-    assert [results.get(timeout=60) for _ in workers] == [list(zip(paths, range(4)))] * 3
+    assert [results.get(timeout=60) for _ in workers] == [[0, 1, 2, 3]] * 3
     for worker in workers:
         worker.join()
-    assert counted.value == 4
+    assert scanned.value == 4
 
 
 begun = multiprocessing.get_context("fork").Semaphore(0)
 
 
-def count_for_ever(path):
+def scan_for_ever(path):
     begun.release()
     time.sleep(1000)
 
 
-def test_a_run_killed_while_it_counts_keeps_no_other_waiting(tmp_path, monkeypatch):
+def test_a_run_killed_while_it_scans_keeps_no_other_waiting(tmp_path, monkeypatch):
     paths = [write_shard(tmp_path / f"{i}.tar", range(2)) for i in range(2)]
-    run = multiprocessing.get_context("fork").Process(target=count_shards, args=(paths, 2))
+    run = multiprocessing.get_context("fork").Process(target=counts, args=(paths, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_count", count_for_ever)
+        patch.setattr(shards, "_scan", scan_for_ever)
         run.start()
         assert begun.acquire(timeout=60) and begun.acquire(timeout=60)
     run.kill()
     run.join()
-    assert count_shards(paths, 1) == [(path, 2) for path in paths]
+    assert counts(paths) == [2, 2]
 
 
 @pytest.mark.parametrize("damage", [
@@ -253,13 +234,14 @@ def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage, processes):
     bad = write_tar(tmp_path / "bad.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)], tarfile.USTAR_FORMAT)
     content = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(damage(content))
-    message = refusal(lambda: count_shards([good, bad], processes))
+    message = refusal(Shards, [good, bad], processes)
     assert message.startswith(f"{bad}: not a complete tar file") and "copy or download this shard again" in message
 
 
 def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
     path = write_tar(tmp_path / "x.tar", [(f"{'n' * 120}{i}.txt", b"text") for i in range(3)])
     content = bytearray((tmp_path / "x.tar").read_bytes())
+    places = [Shards([path]).place(i) for i in range(3)]
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(300):
@@ -267,28 +249,160 @@ def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
         for position in rng.integers(0, len(content) * 2 // 3, 3):
             damaged[position] = rng.integers(256)
         (tmp_path / "x.tar").write_bytes(damaged)
-        try:
-            list(read_shard(path, range(3)))
-        except shards.InputError as error:
-            assert str(error).startswith(f"{path}: ")
-            refused += 1
+        for function, arguments in [(shards._scan, (path,)), *((read_sample, place) for place in places)]:
+            try:
+                function(*arguments)
+            except (InputError, TrainingStopped) as error:
+                assert str(error).startswith(f"{path}: ")
+                refused += 1
     assert refused
 
 
 def test_shards_without_samples_are_refused_if_all_are(tmp_path):
     empty = [write_tar(tmp_path / f"{i}.tar", []) for i in range(2)]
-    assert "0.tar holds no sample, nor do the other shards" in refusal(count_shards, empty)
-    assert count_shards([*empty, write_shard(tmp_path / "2.tar", range(1))])[0] == (empty[0], 0)
+    assert "0.tar holds no sample, nor do the other shards" in refusal(Shards, empty)
+    assert counts([*empty, write_shard(tmp_path / "2.tar", range(1))]) == [0, 0, 1]
 
 
 def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
     path = write_shard(tmp_path / "x.tar", range(5))
-    samples = read_shard(path, range(10))
-    assert "has 5 samples, but had at least 6" in refusal(list, samples)
-    os.truncate(path, 512 * 5)
-    assert f"{path}: not a complete tar file" in refusal(list, read_shard(path, range(5)))
+    samples = Shards([path])
+    write_tar(path, [("a.jpg", bytes(5000)), ("b.txt", b"b"), ("c.txt", b"c")])
+    with pytest.raises(TrainingStopped, match=f"^{path}: has changed since the run started"):
+        samples[1]
+    os.truncate(path, 1000)
+    with pytest.raises(TrainingStopped, match=f"^{path}: not a complete tar file"):
+        samples[4]
+    shards._open.cache_clear()
     os.remove(path)
-    assert f"{path}: cannot read this shard (No such file" in refusal(list, read_shard(path, range(5)))
+    for read in samples.__getitem__, lambda index: samples.prefetch([index]):
+        with pytest.raises(TrainingStopped, match=rf"^{path}: cannot read this shard \(No such file"):
+            read(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+SIZES = (7, 1, 30, 0, 12)
+ENTRIES = 25
+TOTAL = sum(SIZES) + ENTRIES
+
+
+@pytest.fixture
+def make(tiny_config, tmp_path, monkeypatch):
+    """Makes the training set of uneven shards and of a list of ENTRIES, or of the parts that are named."""
+    monkeypatch.setattr("dataset.caption.UNIT", 8)
+    ends = itertools.accumulate(SIZES, initial=0)
+    for number, (start, end) in enumerate(itertools.pairwise(ends)):
+        write_shard(tmp_path / f"{number}.tar", range(start, end))
+    entries = []
+    for number in range(ENTRIES):
+        (tmp_path / f"{number}.png").write_bytes(picture(1000 + number, "PNG"))
+        entries.append({"image": f"{number}.png", "caption": [f"one {number}", f"two {number}"]})
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+
+    def dataset(parts=("list.json", "*.tar"), **keys):
+        config = {**tiny_config, "train_file": [str(tmp_path / part) for part in parts], "image_root": str(tmp_path)}
+        return build_dataset("pretrain", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3)
+
+    return dataset
+
+
+def indices(dataset, epoch, seen=0, batch_size=1, world_size=1, batches=None):
+    """The indices of an epoch, or of its first `batches` batches after some that were seen, of all processes."""
+    samplers = [EpochBatches(len(dataset), batch_size, 3, rank, world_size, dataset.order) for rank in range(world_size)]
+    for sampler in samplers:
+        sampler.begin(epoch, seen)
+    return [index for sampler in samplers for batch in list(sampler)[:batches] for index in batch]
+
+
+@pytest.mark.parametrize("parts", [("*.tar",), ("list.json", "*.tar")])
+@pytest.mark.parametrize("buffer", [1, 10, 1000])
+def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(make, parts, buffer):
+    dataset = make(parts, shuffle_buffer=buffer)
+    first, second, again = (indices(dataset, epoch) for epoch in (0, 1, 0))
+    assert sorted(first) == sorted(second) == list(range(len(dataset))) and first == again != second
+
+
+def test_samples_that_come_together_lie_near_each_other(make):
+    order = indices(make(), 0)
+    starts = itertools.accumulate(SIZES, initial=ENTRIES)
+    shard = {i: number for number, (start, end) in enumerate(itertools.pairwise(starts)) for i in range(start, end)}
+    windows = [order[start : start + 10] for start in range(0, TOTAL, 10)]
+    # the 30 samples of the largest shard fill two windows and parts of two more, or three
+    of_largest = [sum(shard.get(i) == 2 for i in window) for window in windows]
+    assert of_largest.count(10) >= 2 and sum(map(bool, of_largest)) <= 4
+    assert all(window != sorted(window) for window in windows)
+    assert 0 < sum(i < ENTRIES for i in order[:50]) < 25  # lists and shards are mixed, and so are the entries of a list
+    listed = [i for i in indices(make(shuffle_buffer=1), 0) if i < ENTRIES]
+    assert sum(b - a == 1 for a, b in itertools.pairwise(listed)) < ENTRIES // 2
+
+
+def test_any_history_leaves_what_was_not_seen(make):
+    dataset, rng = make(), random.Random(0)
+    for epoch in range(30):
+        seen = []
+        for _ in range(rng.randrange(1, 5)):
+            batch_size, world_size = rng.randint(1, 12), rng.randint(1, 4)
+            batches = rng.randint(0, (TOTAL - len(seen)) // (batch_size * world_size))
+            seen += indices(dataset, epoch, len(seen), batch_size, world_size, batches)
+        seen += indices(dataset, epoch, len(seen))
+        assert sorted(seen) == list(range(TOTAL))
+
+
+def load(dataset, config, epoch, seen=0):
+    """The batches that a process has of an epoch."""
+    batches = TrainBatches(dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu"), seed=3)
+    batches.begin(epoch, seen)
+    return list(batches)
+
+
+def test_content_depends_on_seed_epoch_and_index_alone(make, tiny_config):
+    dataset = make()
+    whole = load(dataset, {**tiny_config, "batch_size": 5}, 1)
+    rest = load(make(), {**tiny_config, "batch_size": 5, "num_workers": 2}, 1, seen=20)
+    for one, other in zip(whole[4:], rest, strict=True):
+        assert torch.equal(one.image, other.image) and torch.equal(one.text[0], other.text[0]) and one.files == other.files
+        assert one.image.dtype == torch.uint8 and one.image.shape == (5, 3, 8, 8) and (one.idx == -1).all()
+    samples = [dataset[ENTRIES + 3] for dataset.epoch in (1, 2)]
+    assert samples[0].file.endswith("0.tar/000000003") and samples[0].caption == "caption 3"
+    assert not torch.equal(samples[0].image, samples[1].image)
+
+
+def test_data_workers_share_no_position_in_a_shard(make, tiny_config):
+    """The main process has the shards open before it forks."""
+    dataset = make(("*.tar",), min_scale=1.0, hflip=False, randaugment=False)
+    expected = {dataset[i].file: dataset[i].image for i in range(len(dataset))}
+    for batch in load(dataset, {**tiny_config, "batch_size": 2, "num_workers": 2}, 0):
+        assert all(torch.equal(image, expected[file]) for image, file in zip(batch.image, batch.files))
+
+
+def test_samples_that_cannot_be_used_are_replaced_and_counted(make, tmp_path):
+    members = [member for i in range(9) for member in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"a caption"))]
+    members[5] = ("2.txt", b"")
+    members[9] = ("4.json", b'{"caption": null}')
+    members[12] = ("6.jpg", picture(6)[:200])
+    members[16] = ("8.exe", b"")
+    path = write_tar(tmp_path / "broken.tar", members)
+    dataset = make(("broken.tar",))
+    samples = [dataset[i] for i in range(9)]
+    assert [bool(sample.skipped) for sample in samples] == [i in (2, 4, 6, 8) for i in range(9)]
+    assert all(sample.image.shape == (3, 8, 8) and sample.caption == "a caption" for sample in samples)
+    for i, reason in ((2, "a caption is empty"), (4, "'caption' in its .json is None"), (6, "broken image"), (8, "no image")):
+        assert samples[i].skipped[0].startswith(f"{path}: sample {i}: {reason}")
+    assert dataset[4].skipped == samples[4].skipped and dataset[4].file == samples[4].file
+    write_tar(path, [(f"{number}.jpg", b"broken") for number in range(5)])
+    message = refusal(make(("broken.tar",)).__getitem__, 0)
+    assert "no usable entry in 100 tries" in message and f"{path}: sample" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_changes_ends_the_run(make, tiny_config, tmp_path, workers):
+    dataset = make(("2.tar",))
+    os.truncate(tmp_path / "2.tar", 4000)
+    with pytest.raises(TrainingStopped, match=f"^{tmp_path / '2.tar'}: "):
+        load(dataset, {**tiny_config, "num_workers": workers}, 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,11 +446,12 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
     name = printed.strip().splitlines()[-1]
     assert name == "train_file: ['out/{00000..00002}.tar']"
     _, paths = expand(["out/{00000..00002}.tar"])
-    assert [count for _, count in count_shards(paths)] == [9, 10, 6]
+    samples = Shards(paths)
+    assert samples.counts == [9, 10, 6]
     annotations = load_annotations(lists)
     expected = [((tmp_path / "images" / annotations.image(i)).read_bytes(), annotations.captions(i))
                 for i in range(27) if i not in (5, 25)]
-    found = [sample for path, count in count_shards(paths) for sample in read_shard(path, range(count))]
+    found = [samples[i] for i in range(25)]
     assert [image_and_captions(sample, "") for sample in found] == expected
     assert found[1].keys() == {"__key__", "png", "json"} and found[0].keys() == {"__key__", "jpg", "txt"}
     assert found[2].keys() == {"__key__", "jpg", "json"} and found[-1]["__key__"] == "000000026"
@@ -348,26 +463,24 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
 def test_interrupted_conversion_continues_and_twice_is_the_same(tmp_path, lists, monkeypatch, capsys):
     root = tmp_path / "images"
     to_shards.convert(lists, root, tmp_path / "whole", 4)
-    writes = []
+    add, added = to_shards.add_member, []
 
-    class Interrupted(TarWriter):
-        def write(self, sample):
-            writes.append(sample["__key__"])
-            if len(writes) == 14:
-                raise KeyboardInterrupt
-            return super().write(sample)
+    def interrupted(tar, name, data):
+        added.append(name)
+        if len(added) == 27:
+            raise KeyboardInterrupt
+        add(tar, name, data)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(to_shards, "TarWriter", Interrupted)
+        patch.setattr(to_shards, "add_member", interrupted)
         with pytest.raises(KeyboardInterrupt):
             to_shards.convert(lists, root, out, 4, processes=1)
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
     (out / ".00003.tar.killed.tmp").touch()  # what a process leaves that is killed
-    with monkeypatch.context() as patch:
-        patch.setattr(to_shards, "TarWriter", lambda *args, **kwargs: writes.append("shard") or TarWriter(*args, **kwargs))
-        assert to_shards.convert(lists, root, out, 4, processes=1) == (7, 2)
-    assert writes.count("shard") == 4
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert to_shards.convert(lists, root, out, 4, processes=1) == (7, 2)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # what is complete is not written again
     assert contents(out) == contents(tmp_path / "whole")
     assert to_shards.convert(lists, root, out, 4) == (7, 2)
     assert contents(out) == contents(tmp_path / "whole")
@@ -405,11 +518,10 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
     status, printed = run_to_shards(monkeypatch, capsys, tmp_path / "no.json", "--output", tmp_path / "out")
     assert status == 2 and printed.startswith(f"error: {tmp_path / 'no.json'}: cannot read") and len(printed.splitlines()) == 1
 
-    class Full(TarWriter):
-        def write(self, sample):
-            raise OSError(28, "No space left on device")
+    def full(tar, name, data):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(to_shards, "TarWriter", Full)
+    monkeypatch.setattr(to_shards, "add_member", full)
     message = refusal(lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "out", 10, processes=2))
     assert "No space left on device" in message and "run the same command again" in message
     assert not list((tmp_path / "out").glob("*.tar"))
