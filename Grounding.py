@@ -3,7 +3,7 @@
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/Grounding.yaml", "output/RefCOCO", "--checkpoint refcoco.pth --evaluate")
+flags = task_flags(__doc__, "configs/Grounding.yaml", "--checkpoint refcoco.pth --evaluate")
 flags.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
                    help="itm: cross-attention of the multimodal encoder; itc: self-attention of the image encoder")  # fmt: skip
 flags.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
@@ -16,7 +16,7 @@ import functools
 from Retrieval import step
 from engine import autocast
 from evaluation.divide import divided, gathered
-from engine.finetune import fine_tune
+from engine.task import run_task
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
 from utils import is_main
@@ -66,7 +66,7 @@ def main():
             check_block(model, block_num, mode)
 
     find = functools.partial(evaluate, mode=mode, block_num=block_num)
-    fine_tune("grounding", args, step, find, "val_d", show, check)
+    run_task("grounding", args, step, find, "val_d", show, check=check)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ tasks: $(TASKS)
 define RUN
 	@mkdir -p $(TO) && echo "$(1): running, see $(TO)/$(1).log"
 	@$(BIN)/python $(2).py --config configs/shapes/$(1).yaml --output_dir $(TO)/$(1) --resume --checkpoint $(3) \
-		>> $(TO)/$(1).log 2>&1; status=$$?; tr '\r' '\n' < $(TO)/$(1).log | tail -n 3; exit $$status
+		>> $(TO)/$(1).log 2>&1; status=$$?; tr '\r' '\n' < $(TO)/$(1).log | tail -n 6; exit $$status
 endef
 
 VQA Retrieval VE Grounding:

@@ -6,18 +6,18 @@
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/NLVR.yaml", "output/NLVR", "--checkpoint pretrain_model_nlvr.pth")
+flags = task_flags(__doc__, "configs/NLVR.yaml", "--checkpoint pretrain_model_nlvr.pth")
 if __name__ == "__main__":
     begin_script(flags)
 
 from evaluation.classification import evaluate, show, step
 from dataset.nlvr import LABELS
-from engine.finetune import fine_tune
+from engine.task import run_task
 
 
 def main():
     args = flags.parse_args()
-    fine_tune("nlvr", args, step, evaluate, "acc", show("NLVR2", len(LABELS)))
+    run_task("nlvr", args, step, evaluate, "acc", show("NLVR2", len(LABELS)))
 
 
 if __name__ == "__main__":

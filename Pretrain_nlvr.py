@@ -3,11 +3,11 @@
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/NLVR_pretrain.yaml", "output/NLVR_pretrain", "--checkpoint ALBEF.pth")
+flags = task_flags(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint ALBEF.pth")
 if __name__ == "__main__":
     begin_script(flags)
 
-from engine.finetune import fine_tune
+from engine.task import run_task
 
 
 def step(model, batch, alpha, update_momentum):
@@ -16,8 +16,7 @@ def step(model, batch, alpha, update_momentum):
 
 
 def main():
-    args = flags.parse_args()
-    fine_tune("nlvr_pretrain", args, step, evaluate=None, score=None, report=None)
+    run_task("nlvr_pretrain", flags.parse_args(), step)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,14 @@
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/Retrieval_flickr.yaml", "output/Retrieval_flickr",
-                   "--checkpoint ALBEF.pth --k_test 16 128")  # fmt: skip
+flags = task_flags(__doc__, "configs/Retrieval_flickr.yaml", "--checkpoint ALBEF.pth --k_test 16 128")
 flags.add_argument("--k_test", nargs="+", metavar="K", help="numbers of candidates to re-rank, each gives a row of the table")
 if __name__ == "__main__":
     begin_script(flags)
 
 import functools
 
-from engine.finetune import fine_tune
+from engine.task import run_task
 from evaluation.retrieval import evaluate_retrieval, flat, report
 from utils import InputError
 
@@ -45,7 +44,7 @@ def show(output_dir, title, split, epoch, metrics, result, dataset):
 
 def main():
     args = flags.parse_args()
-    fine_tune("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean", show)
+    run_task("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean", show)
 
 
 if __name__ == "__main__":

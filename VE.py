@@ -3,18 +3,18 @@
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/VE.yaml", "output/VE", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
+flags = task_flags(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
 if __name__ == "__main__":
     begin_script(flags)
 
 from evaluation.classification import evaluate, show, step
 from dataset.ve import LABELS
-from engine.finetune import fine_tune
+from engine.task import run_task
 
 
 def main():
     args = flags.parse_args()
-    fine_tune("ve", args, step, evaluate, "acc", show("visual entailment", len(LABELS)))
+    run_task("ve", args, step, evaluate, "acc", show("visual entailment", len(LABELS)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from argparse import SUPPRESS
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/VQA.yaml", "output/VQA", "--checkpoint ALBEF.pth --set k_test=64")
+flags = task_flags(__doc__, "configs/VQA.yaml", "--checkpoint ALBEF.pth --set k_test=64")
 # accepted for released command lines, without effect: the decoder starts from the multimodal encoder of --checkpoint
 flags.add_argument("--text_decoder", help=SUPPRESS)
 if __name__ == "__main__":
@@ -20,7 +20,7 @@ import torch
 from dataset.text import tokenize
 from engine import autocast
 from evaluation.divide import divided, gathered
-from engine.finetune import fine_tune
+from engine.task import run_task
 from evaluation.metrics import vqa_accuracy
 from utils import atomic_write, is_main
 
@@ -79,7 +79,7 @@ def show(output_dir, title, split, epoch, metrics, results, dataset):
 
 
 def main():
-    fine_tune("vqa", flags.parse_args(), step, evaluate, "acc", show)
+    run_task("vqa", flags.parse_args(), step, evaluate, "acc", show)
 
 
 if __name__ == "__main__":

@@ -43,13 +43,14 @@ from dataset.vqa import load_answer_list
 from visualize.explain import (
     UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
 )  # fmt: skip
+from engine.configuration import choose_config
 from engine.curves import read_curves
 from engine.processes import init_process_group
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
 from models.tokenizer import tokenizer_of
 from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
-from configs.schema import load_config, override, require
+from configs.schema import require
 from utils import InputError
 
 ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
@@ -106,15 +107,6 @@ def check_flags(args, task, state):
         raise InputError(f"--gradcam_mode itc: {where}; only pre-training and retrieval have a contrastive similarity")
 
 
-def checkpoint_config(args, saved):
-    """The configuration of --config, else the saved one of the checkpoint, with the overrides of --set."""
-    if args.config:
-        return load_config(args.config, args.set)
-    if not isinstance(saved, dict):
-        raise InputError(f"checkpoint {args.checkpoint} holds no configuration: name the YAML file of its training by --config")
-    return override(saved, args.set, f"configuration of {args.checkpoint}")
-
-
 def load_model(args):
     """The task, the model in eval mode on --device, and the tokenizer of --checkpoint."""
     device = init_process_group(args.device)
@@ -122,8 +114,9 @@ def load_model(args):
     state = named_tensors(file, args.checkpoint)
     task = task_of(state)
     check_flags(args, task, state)
-    config = checkpoint_config(args, file.get("config"))
     del file, state  # load_checkpoint reads the file again
+    config, _, text = choose_config(task, args, args.checkpoint)
+    print(f"configuration: {text}")
     require(config, "bert_config", "image_res")
     tokenizer = tokenizer_of(config)
     model = build_model(task, config, tokenizer)

@@ -71,15 +71,19 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def task_flags(description, config, output_dir, example):
-    """The flags that every task script has; config and output_dir are the task's defaults, example some more flags to show."""
-    flags = Flags(description, f"--config {config} --output_dir {output_dir} {example}")
-    flags.add_argument("--config", default=config, metavar="FILE", help="YAML file, every key of which --set may override")
-    flags.add_argument("--output_dir", default=output_dir, metavar="DIR", help="folder for checkpoints, log and results")
+def task_flags(description, config, example):
+    """The flags that every task script has; config is the task's default, example some more flags to show."""
+    flags = Flags(description, f"--config {config} {example}")
+    flags.set_defaults(default_config=config)
+    flags.add_argument("--config", metavar="FILE", help="YAML file, every key of which --set may override (default: what the "
+                       f"checkpoint of the task was trained with, else {config})")  # fmt: skip
+    flags.add_argument("--output_dir", metavar="DIR", help="folder for checkpoints, log and results (default: output/ and the "
+                       "name of the configuration; of --evaluate, evaluation/ in the checkpoint's run)")  # fmt: skip
     flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file")
     flags.add_argument("--text_encoder", metavar="BERT", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
     flags.add_argument("--tokenizer", metavar="VOCAB", help="vocab file, folder or hub name; text_encoder's by default")
     flags.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
+    flags.add_argument("--split", choices=["val", "test"], help="what --evaluate evaluates (default: both)")
     flags.add_argument(
         "--resume", nargs="?", const=True, default=False, type=_boolean, metavar="True",
         help="continue the run in output_dir exactly where it was saved (Pretrain.py: or the one saved in --checkpoint)",

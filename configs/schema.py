@@ -141,7 +141,7 @@ KEYS = {
     "optimizer.temp_lr_scale": Key(1.0, number()),
     "scheduler.sched": Key("cosine", one_of("cosine")),
     "scheduler.lr": Key(1e-4, number()),
-    "scheduler.epochs": Key(30, whole(0)),
+    "scheduler.epochs": Key(30, whole(1)),
     "scheduler.min_lr": Key(1e-5, number()),
     "scheduler.decay_rate": Key(1.0, number()),
     "scheduler.warmup_lr": Key(1e-5, number()),

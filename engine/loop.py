@@ -20,6 +20,7 @@ from engine.processes import StopSignal
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from engine.recorder import Recorder, following, summary, write_log
+from configs.schema import save_config
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import (
     InputError, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
@@ -67,7 +68,7 @@ class Run(NamedTuple):
         path = self.output_dir / name
         state = optimizer_state(self.optimizer)
         if is_main():
-            save_checkpoint(path, self.model, state, self.config, position, self.seed, lr, self.entries)
+            save_checkpoint(path, self.model, state, self.config, position, self.seed, lr, self.entries, self.model.task)
         return path
 
 
@@ -142,20 +143,24 @@ def finish_epoch(run, position, lr, validate, stop):
     """
     epoch, next_epoch, keep = position.epoch, following(position), run.config["keep_checkpoints"]
     if validate is None:
-        name = f"checkpoint_{epoch:02d}.pth"
+        file = f"checkpoint_{epoch:02d}.pth"
     else:
-        name = LAST
-        path = run.save(name, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
+        file = LAST
+        path = run.save(file, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
         with stop.leave_at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
-            metrics, score = validate()
+            metrics, name = validate()
         write_log(run.output_dir, epoch, **metrics)
         # a folder that vanished has taken the best one with it
         best_is_there = gather_lists([(run.output_dir / BEST).exists()])[0]
-        if score > position.best.get("score", float("-inf")) or not best_is_there:
-            next_epoch = next_epoch._replace(best={"score": score, "epoch": epoch})
-            name = BEST
-    path = run.save(name, next_epoch, lr)
-    if is_main() and name != LAST:
+        if metrics[name] > position.best.get("score", float("-inf")) or not best_is_there:
+            next_epoch = next_epoch._replace(best={"score": metrics[name], "epoch": epoch})
+            file = BEST
+        if is_main():
+            best = next_epoch.best
+            print(f"epoch {epoch}: {name.replace('_', ' ', 1)} {metrics[name]:.4g}, best {best['score']:.4g} "
+                  f"(epoch {best['epoch']})", flush=True)
+    path = run.save(file, next_epoch, lr)
+    if is_main() and file != LAST:
         make_last(path)
         if keep and validate is None:
             rotate(run.output_dir, epoch, keep)
@@ -173,11 +178,17 @@ def place(position, batches, config):
     return position._replace(iteration=iteration), iteration + len(batches) // config["accumulate"]
 
 
-def announce(config, scheduler, iterations):
-    """Prints the global batch, the learning rate for it, and a note where the warm-up does not get there.
+def announce(config, scheduler, iterations, position, resume_from):
+    """Prints where the run begins, the global batch, the learning rate for it, and a note where the warm-up does not get there.
 
-    iterations: of an epoch.
+    iterations: of an epoch. Of a run that is complete it says that alone.
     """
+    if position.epoch >= scheduler["epochs"]:
+        print(f"{resume_from}: the run is complete, it has {position.epoch} epochs and scheduler.epochs is "
+              f"{scheduler['epochs']}; to train on, --set scheduler.epochs=N", flush=True)
+        return
+    if resume_from:
+        print(f"resuming from {resume_from}: epoch {position.epoch}, iteration {position.iteration}")
     batch = config["batch_size"] * world_size() * config["accumulate"]
     reference, lr = config["reference_batch"], config["optimizer"]["lr"]
     rule = f"as configured (reference_batch would scale {lr:.3g} by sqrt({batch} / reference_batch))"
@@ -195,12 +206,13 @@ def announce(config, scheduler, iterations):
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
-    """Trains for scheduler.epochs epochs; leaves checkpoints, log.txt and TensorBoard files in output_dir.
+    """Trains for scheduler.epochs epochs; leaves checkpoints, config.yaml, log.txt and TensorBoard files in output_dir.
 
     step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
-    validate() -> (metrics for log.txt, score), the same on all processes, is called after every epoch. The checkpoints are
-    checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest score as
-    checkpoint_best.pth. Returns {score, epoch} of that one, or {}. Raises Interrupted after saving on SIGTERM or Ctrl-C,
+    validate() -> (metrics for log.txt, name of the one to maximize), the same on all processes, is called after every epoch.
+    The checkpoints are checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest
+    score as checkpoint_best.pth. Returns {score, epoch} of that one, or {epoch} of the last. Nothing is written before
+    everything is accepted. Raises InputError where resume_from does not fit, Interrupted after saving on SIGTERM or Ctrl-C,
     TrainingStopped when too many losses are not finite or too much data unusable.
     """
     if config["deterministic"] or device.type == "cpu":  # where it costs nothing
@@ -218,8 +230,6 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         raise InputError(f"accumulate {accumulate}: an epoch has only {len(batches)} batches, lower it")
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
-    if is_main():
-        announce(config, scheduler, iterations)
     if config["compile"]:
         compile_layers(model)
     wrapped = model
@@ -229,6 +239,10 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
             wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations, len(dataset))
     position, end = place(position, batches, config)
+    if is_main():
+        announce(config, scheduler, iterations, position, resume_from)
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run.output_dir)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     begun = position.epoch * iterations + position.iteration
     curves = Curves(run.output_dir / "tensorboard", begun + 1) if is_main() else None
@@ -246,4 +260,4 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         stop.leave_together("training was complete and is saved; --resume goes on to the evaluation")
     if is_main():
         (run.output_dir / PREVIOUS).unlink(missing_ok=True)  # of use only while the last one may be cut off
-    return position.best
+    return position.best or {"epoch": position.epoch - 1}

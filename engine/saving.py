@@ -44,12 +44,12 @@ def _writing(path):
         raise TrainingStopped(f"cannot write {path}: {error}; earlier checkpoints are untouched") from None
 
 
-def save_checkpoint(path, model, optimizer_state, config, position, seed, lr, entries=None):
+def save_checkpoint(path, model, optimizer_state, config, position, seed, lr, entries=None, task=None):
     """Writes the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming, atomically.
 
-    optimizer_state: from `optimizer_state`; entries: of the training set. epoch is the last one that was begun. Random states
-    need no key: every iteration seeds itself (utils.seed_everything). Raises TrainingStopped where it cannot be written; what
-    was there stays.
+    optimizer_state: from `optimizer_state`; entries: of the training set; task: of the model. epoch is the last one that was
+    begun. Random states need no key: every iteration seeds itself (utils.seed_everything). Raises TrainingStopped where it
+    cannot be written; what was there stays.
     """
     done = position.iteration == 0
     state = {
@@ -58,7 +58,7 @@ def save_checkpoint(path, model, optimizer_state, config, position, seed, lr, en
         "lr_scheduler": {"lr": lr},
         "config": config,
         "epoch": position.epoch - 1 if done else position.epoch,
-        "resume": {**position._asdict(), "seed": seed, "world_size": world_size(), "entries": entries},
+        "resume": {**position._asdict(), "seed": seed, "world_size": world_size(), "entries": entries, "task": task},
     }
     with _writing(path):
         remake_output_dir(path.parent)
@@ -136,44 +136,77 @@ def find_resume_file(output_dir, checkpoint, wanted):
     """The file that a run continues from, None for a new one. wanted: --resume was given; a restart means it too.
 
     It is the checkpoint of output_dir that is furthest in the run and undamaged. With checkpoint, --resume begins there, but
-    a restart goes on with what the run itself has saved since. Raises InputError where a new run would overwrite another.
+    a restart goes on with what the run itself has saved since. Raises InputError, on all processes, where a run would
+    overwrite the checkpoints of another.
     """
     # torchrun tells of a restart only on the node that caused it
     restart = any(gather_lists([is_restart()]))
-    search = is_main() and (restart or (wanted and not checkpoint))
-    found, there = gather_lists([(newest_checkpoint(output_dir) if search else None, _files(output_dir))])[0]
-    if found:
-        return found
-    if there and not restart and (checkpoint or not wanted):
+    found, refusal = None, None
+    if is_main():
+        try:
+            found = _find_resume_file(Path(output_dir), checkpoint, wanted, restart)
+        except InputError as error:
+            refusal = error
+    found, refusal = gather_lists([(found, refusal)])[0]
+    if refusal:
+        raise refusal
+    return found
+
+
+def _find_resume_file(output_dir, checkpoint, wanted, restart):
+    if restart or (wanted and not checkpoint):
+        if found := newest_checkpoint(output_dir):
+            return found
+    elif any(_saves_of(output_dir)):
         remedy = "leave out --checkpoint to continue it" if wanted else "add --resume to continue it"
-        raise InputError(f"--output_dir {output_dir} holds a run already ({there[0].name}): {remedy}, name another folder, or "
-                         "remove it")
+        raise InputError(f"--output_dir {output_dir} holds a run already ({run_files(output_dir)[0].name}): {remedy}, name "
+                         "another folder, or remove it")
     if wanted and checkpoint:
         return Path(checkpoint)
-    if is_main() and (wanted or restart):
+    if wanted or restart:
         why = "--resume" if wanted else "restart"
-        print(f"{why}: {Path(output_dir) / LAST} does not exist yet, starting from the beginning")
+        print(f"note: {why}: {output_dir} holds no checkpoint yet, so a new run starts", flush=True)
     return None
 
 
-def _files(folder):
-    return sorted(path for path in Path(folder).glob("checkpoint_*.pth") if path.is_file())
+def is_run_file(path):
+    """Whether a path has the name of a run's checkpoint."""
+    return bool(re.fullmatch(r"checkpoint_(\d+|last|previous|best)\.pth", path.name))
+
+
+def run_files(folder):
+    """The checkpoints of a run's folder, or of what was one of other code."""
+    return sorted(filter(is_run_file, Path(folder).glob("checkpoint_*.pth")))
+
+
+def _saves_of(folder):
+    """A folder's checkpoints as (epoch, samples of it seen, whether it is LAST, path), and what is wrong with unreadable ones.
+
+    Raises InputError for a checkpoint that no run can be continued from: a run in this folder would replace it.
+    """
+    saves, damaged = [], []
+    for path in run_files(folder):
+        try:
+            resume = read_checkpoint(path).get("resume")
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        if not resume:
+            raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
+                             "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
+                             f"{path} --output_dir OTHER")
+        # by samples: an iteration may have been of another size
+        saves.append((resume["epoch"], _seen(resume), path.name == LAST, path))
+    return saves, damaged
 
 
 def newest_checkpoint(folder):
     """The undamaged checkpoint of a run's folder that is furthest in the run, by what is in it, not by the clock; or None.
 
-    A damaged one is named and passed over. Raises InputError if there are only such.
+    A damaged one is named and passed over. Raises InputError if there are only such, and for one that is not a run's.
     """
-    found, damaged = [], []
-    for path in _files(folder):
-        try:
-            resume = read_checkpoint(path).get("resume")
-            if resume:  # by samples: an iteration may have been of another size
-                found.append((resume["epoch"], _seen(resume), path.name == LAST, path))
-        except InputError as error:
-            damaged.append(str(error))
-    for *_, path in sorted(found, reverse=True):
+    saves, damaged = _saves_of(folder)
+    for *_, path in sorted(saves, reverse=True):
         if reason := damage(path):
             damaged.append(f"checkpoint {path} is damaged: {reason}")
             continue
@@ -216,7 +249,7 @@ def resume(path, model, optimizer, config, seed, entries=None):
         raise _other_optimizer(path)
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
-    saved = state["resume"]
+    saved = {name: value for name, value in state["resume"].items() if name != "task"}
     seed_then, world_then, entries_then = (saved.pop(key) for key in ("seed", "world_size", "entries"))
     changed = [key for key in config if state["config"].get(key) != config[key]]
     seen = _seen(saved)
@@ -245,7 +278,7 @@ def resume(path, model, optimizer, config, seed, entries=None):
 
 def _other_optimizer(path):
     return InputError(f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
-                      "objectives and distill as they were, or start from its weights with --checkpoint alone")
+                      "objectives, distill and the model as they were, or start from its weights with --checkpoint alone")
 
 
 def load_optimizer(optimizer, state, path):

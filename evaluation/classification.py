@@ -28,7 +28,7 @@ def evaluate(model, dataset, tokenizer, config, device):
 
 
 def show(task, classes):
-    """The function that prints what evaluate found, as fine_tune takes it; task: what to call it."""
+    """The function that prints what evaluate found, as run_task takes it; task: what to call it."""
 
     def line(output_dir, title, split, epoch, metrics, count, dataset):
         if is_main():

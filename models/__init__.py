@@ -22,7 +22,9 @@ def build_model(task, config, tokenizer=None):
     """
     if task not in MODELS:
         raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")
-    return MODELS[task](with_defaults(config), tokenizer)
+    model = MODELS[task](with_defaults(config), tokenizer)
+    model.task = task
+    return model
 
 
 def task_of(state):

@@ -68,6 +68,11 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
+def contents(folder):
+    """The bytes of a folder's files by path, without hidden ones."""
+    return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a file of tests/golden."""

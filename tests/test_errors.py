@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import Visualize
-from conftest import ROOT
+from conftest import ROOT, contents
 from models import build_model
 
 
@@ -90,6 +90,27 @@ def test_resume_from_bare_weights(pretrain, tiny_config, tmp_path):
     torch.save(build_model("pretrain", tiny_config).state_dict(), tmp_path / "bare.pth")
     status, message = pretrain("--resume", "--checkpoint", tmp_path / "bare.pth")
     assert status == 2 and "has no optimizer" in message
+
+
+@pytest.mark.parametrize("resume", [["--resume"], []])
+def test_a_folder_with_checkpoints_of_other_code_is_refused(pretrain, pretrained, tmp_path, resume):
+    folder, released = tmp_path / "out", {"model": torch.load(pretrained)["model"], "epoch": 0}
+    folder.mkdir()
+    torch.save(released, folder / "checkpoint_00.pth")
+    (folder / "config.yaml").write_text("of the other code\n")
+    before = contents(folder)
+    status, message = pretrain(*resume)
+    assert status == 2 and message.count("\n") == 1
+    assert f"--checkpoint {folder / 'checkpoint_00.pth'} --output_dir OTHER" in message
+    assert contents(folder) == before
+    remedy = ["--checkpoint", folder / "checkpoint_00.pth", "--output_dir", tmp_path / "other"]
+    assert pretrain(*remedy, scheduler={"epochs": 1})[0] == 0
+    assert contents(folder) == before
+
+
+def test_a_run_of_no_epochs_is_refused(pretrain, tmp_path):
+    status, message = pretrain("--set", "scheduler.epochs=0")
+    assert status == 2 and "scheduler.epochs is 0" in message and not contents(tmp_path / "out")
 
 
 def test_evaluate_without_checkpoint(pretrain):

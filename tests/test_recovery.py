@@ -344,7 +344,7 @@ def test_a_restart_resumes_without_being_told(tiny_config, tmp_path, monkeypatch
             assert find_resume_file(tmp_path / "run", "x.pth", wanted=True) == tmp_path / "run" / LAST
             assert find_resume_file(tmp_path / "new", "x.pth", wanted=True) == Path("x.pth")
             assert find_resume_file(tmp_path / "new", "", wanted=False) is None
-            assert "starting from the beginning" in capsys.readouterr().out
+            assert "holds no checkpoint yet, so a new run starts" in capsys.readouterr().out
             patch.setenv(variable, "0")
             with pytest.raises(InputError, match="holds a run already"):
                 find_resume_file(tmp_path / "run", "", wanted=False)

@@ -32,7 +32,7 @@ def run(monkeypatch, config, output_dir, tmp_path, *arguments):
 
 
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
-    scores = iter([20.0, 30.0, 10.0, 99.0])
+    scores = iter([20.0, 30.0, 10.0, 99.0, 99.0])
     real = evaluation.retrieval.evaluate_retrieval
 
     def scored(*args):
@@ -52,10 +52,16 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     assert best["epoch"] == 1
     assert torch.load(folder / "checkpoint_last.pth", weights_only=True)["epoch"] == 2
     assert not (folder / "checkpoint_00.pth").exists()
-    assert "best epoch by val r_mean 30: epoch 1" in capsys.readouterr().out.splitlines()[-1]
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith("epoch ") and "r_mean" in line] == [
+        "epoch 0: val r_mean 20, best 20 (epoch 0)", "epoch 1: val r_mean 30, best 30 (epoch 1)",
+        "epoch 2: val r_mean 10, best 30 (epoch 1)"]  # fmt: skip
+    assert f"best epoch by val r_mean 30: epoch 1, {folder / 'checkpoint_best.pth'}; next:" in out
     results = json.loads((folder / "result/retrieval.json").read_text())
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
     assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
+    run(monkeypatch, config, folder, tmp_path, "--checkpoint", folder / "checkpoint_best.pth", "--evaluate", "--split", "test")
+    assert json.loads((folder / "evaluation/result/retrieval.json").read_text()) == results
 
 
 @pytest.mark.parametrize("where", ["in an epoch", "in a validation"])

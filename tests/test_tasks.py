@@ -4,14 +4,18 @@ import functools
 import importlib
 import json
 import pickle
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import log
+from conftest import contents, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
+from engine.configuration import default_output_dir
 from models import build_model
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
@@ -39,7 +43,7 @@ TASKS = {
 
 
 @pytest.fixture
-def program(tiny_config, shapes, pretrained, tmp_path, monkeypatch):
+def program(tiny_config, shapes, pretrained, tmp_path, call):
     """(configuration of a script's data, function that runs a script on a configuration)."""
 
     def config_of(script):
@@ -53,15 +57,24 @@ def program(tiny_config, shapes, pretrained, tmp_path, monkeypatch):
         return {**tiny_config, **paths, **keys}
 
     def run(script, config, output_dir, *arguments, checkpoint=pretrained):
-        command = [f"{script}.py", *command_line(config, output_dir, tmp_path), "--checkpoint", checkpoint, *arguments]
-        monkeypatch.setattr(sys, "argv", list(map(str, command)))
-        importlib.import_module(script).main()
+        call(f"{script}.py", *command_line(config, output_dir, tmp_path), "--checkpoint", checkpoint, *arguments)
 
     return config_of, run
 
 
+@pytest.fixture
+def call(monkeypatch):
+    """Runs a command line of a script in this process."""
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", list(map(str, [script, *arguments])))
+        importlib.import_module(script.removesuffix(".py")).main()
+
+    return run
+
+
 @pytest.mark.parametrize("script", TASKS)
-def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeypatch, script):
+def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeypatch, capsys, script):
     config_of, run = program
     config, module = config_of(script), importlib.import_module(script)
     run(script, config, tmp_path / "whole")
@@ -69,6 +82,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeyp
         patch.setattr(module, "step", signal_at(4)(module.step))
         run(script, config, tmp_path / "parts")
     run(script, config, tmp_path / "parts", "--resume", "True")
+    assert re.search(r"resuming from .*checkpoint_last.pth: epoch \d, iteration [1-9]", capsys.readouterr().out)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     entries = log(tmp_path / "whole")
@@ -106,6 +120,141 @@ def test_data_sets_can_be_handed_to_a_process(program, script):
             dataset = build_dataset(f"{task}_{split}", config)
             copied = pickle.loads(pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))).func.__self__
             assert repr(copied[1]) == repr(dataset[1])
+
+
+# a stopped run of VE: how a command line may not fit it, what the message says
+UNFIT = {
+    "another task": ("NLVR", {}, "checkpoint_last.pth is of task ve, this script's is nlvr"),
+    "other data": ("VE", {"train_file": ["ve_val.json"]}, "the number of entries of train_file"),
+    "another architecture": ("VE", {"vision_depth": 1}, "or of other parameters"),
+    "another optimizer": ("VE", {"optimizer": {"opt": "sgd"}}, "the state of another optimizer"),
+    "no epochs": ("VE", {"scheduler": {"epochs": 0}}, "scheduler.epochs is 0"),
+    "too much accumulation": ("VE", {"accumulate": 1000}, "accumulate 1000"),
+}  # fmt: skip
+
+
+def test_a_refused_resume_changes_no_file(program, shapes, tmp_path, monkeypatch):
+    config_of, run = program
+    VE = importlib.import_module("VE")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(VE, "step", signal_at(3)(VE.step))
+        run("VE", config_of("VE"), tmp_path / "run")
+    before = contents(tmp_path / "run")
+    for script, keys, message in UNFIT.values():
+        config = {**config_of(script), **keys}
+        config["train_file"] = [str(shapes / name) for name in config["train_file"]]
+        with pytest.raises(InputError, match=message):
+            run(script, config, tmp_path / "run", "--resume")
+        assert contents(tmp_path / "run") == before, message
+
+
+def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path, capsys):
+    config_of, run = program
+    folder = tmp_path / "run"
+    run("VE", config_of("VE"), folder, "--resume")
+    out = capsys.readouterr().out
+    assert f"note: --resume: {folder} holds no checkpoint yet, so a new run starts" in out
+    assert re.findall(r"epoch \d: val acc \S+, best \S+ \(epoch \d\)", out)
+    (best,) = re.findall(r"^best epoch by val acc .*: epoch (\d), (.*); next:$", out, re.MULTILINE)
+    assert best[1] == str(folder / "checkpoint_best.pth")
+    tested = next(entry["test_acc"] for entry in log(folder) if entry["epoch"] == int(best[0]))
+    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("    ") and line.strip()]
+    assert [command[0] for command in commands] == ["VE.py", "Visualize.py"]
+    for command in commands:
+        call(*command)
+    assert log(folder / "evaluation")[-1]["test_acc"] == tested
+    assert (folder / "curves.png").exists()
+    capsys.readouterr()
+    # more epochs, with the run's own configuration, and then fewer than there are
+    call("VE.py", "--resume", "--output_dir", folder, "--device", "cpu", "--set", "scheduler.epochs=3")
+    out = capsys.readouterr().out
+    assert f"configuration: that of {folder / 'checkpoint_' }" in out and "epoch 2, iteration 0" in out
+    call("VE.py", "--resume", "--output_dir", folder, "--device", "cpu", "--set", "scheduler.epochs=1")
+    out = capsys.readouterr().out
+    assert "the run is complete, it has 3 epochs and scheduler.epochs is 1" in out and "global batch" not in out
+    assert [entry["epoch"] for entry in log(folder)] == [0, 1, 2]
+
+
+def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(program, tmp_path, capsys):
+    config_of, run = program
+    config = {**config_of("VQA"), "scheduler": {"lr": 1e-3, "epochs": 1}}
+    run("VQA", config, tmp_path / "run")
+    before, results = contents(tmp_path / "run"), tmp_path / "run/evaluation"
+    for split in ("val", "test"):
+        run("VQA", config, tmp_path / "run", "--evaluate", "--split", split, checkpoint=tmp_path / "run/checkpoint_best.pth")
+        assert {name.split("_")[0] for name in log(results)[-1]} == {split, "checkpoint", "epoch"}
+    assert "holds a run" in capsys.readouterr().out
+    after = contents(tmp_path / "run")
+    assert {path: after[path] for path in before} == before
+    assert {path.relative_to(results).as_posix() for path in after.keys() - before.keys()} == {
+        "log.txt", "result/vqa_val_result_epoch0.json", "result/vqa_result_epoch0.json"}  # fmt: skip
+    with pytest.raises(InputError, match="--split val says what --evaluate evaluates"):
+        run("VQA", config, tmp_path / "run", "--split", "val")
+    with pytest.raises(InputError, match="--evaluate needs the key val_file"):
+        run("VQA", {**config, "val_file": None}, tmp_path / "new", "--evaluate", "--split", "val",
+            checkpoint=tmp_path / "run/checkpoint_best.pth")  # fmt: skip
+
+
+@pytest.fixture
+def repository(program, tiny_config, shapes, tmp_path, monkeypatch):
+    """A folder with default configurations of its own, of another model than tiny_config's, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    retrieval = {f"{split}_file": [str(shapes / f"{name}.json")] for split, name in
+                 (("train", "retrieval_train"), ("val", "val"), ("test", "test"))}  # fmt: skip
+    for name, keys in {"VE": program[0]("VE"), "Retrieval_flickr": retrieval, "Retrieval_coco": retrieval}.items():
+        folder = tmp_path / "configs" / name
+        folder.mkdir(parents=True)
+        command_line({**tiny_config, **keys, "embed_dim": 12, "scheduler": {"epochs": 1}}, "", folder)
+        (folder / "config.yaml").rename(tmp_path / f"configs/{name}.yaml")
+    return tmp_path
+
+
+def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(program, call, repository, tmp_path, capsys):
+    config_of, run = program
+    torch.save({**torch.load(tmp_path / "pretrained.pth"), "config": config_of("Pretrain_nlvr")}, "pretrained.pth")
+    run("VE", config_of("VE"), tmp_path / "mine")
+    tested = [entry["test_acc"] for entry in log(tmp_path / "mine") if "test_acc" in entry]
+    flags, evaluate = ("--device", "cpu"), ("--evaluate", "--checkpoint", "mine/checkpoint_best.pth", "--split", "test")
+
+    def said():
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("configuration: "))
+        return line.removeprefix("configuration: ")
+
+    said()
+    # a checkpoint of the task: its own, and its run's folder
+    call("VE.py", *flags, *evaluate)
+    assert said().startswith("that of mine/checkpoint_best.pth")
+    assert [entry["test_acc"] for entry in log(tmp_path / "mine/evaluation")] == tested
+    call("VE.py", *flags, *evaluate, "--config", "configs/VE.yaml")
+    assert said() == "configs/VE.yaml" and (tmp_path / "output/VE/log.txt").exists()
+    # a new run from a checkpoint of another task: the script's
+    call("VE.py", *flags, "--checkpoint", "pretrained.pth", "--output_dir", "new")
+    assert said().startswith("configs/VE.yaml")
+    assert torch.load("new/checkpoint_last.pth")["config"]["embed_dim"] == 12
+    # and one from a checkpoint of the same task: that of the checkpoint
+    call("VE.py", *flags, "--checkpoint", "new/checkpoint_best.pth", "--output_dir", "newer", "--set", "batch_size=4")
+    assert said().startswith("that of new/checkpoint_best.pth")
+    assert torch.load("newer/checkpoint_last.pth")["config"]["batch_size"] == 4
+    # not one of the released code
+    released = {"model": torch.load("mine/checkpoint_best.pth")["model"]}
+    torch.save({**released, "config": {"schedular": {"sched": "cosine"}, "test_file": "/export/ve.json"}}, "released.pth")
+    call("VE.py", *flags, "--evaluate", "--checkpoint", "released.pth")
+    assert said().startswith("configs/VE.yaml, with the model and tokenizer of released.pth")
+    # weights of another task that a script can evaluate: the script's data and their model
+    call("Retrieval.py", *flags, "--evaluate", "--checkpoint", "pretrained.pth")
+    assert said().startswith("configs/Retrieval_flickr.yaml, with the model and tokenizer of pretrained.pth")
+    assert (tmp_path / "output/Retrieval_flickr/log.txt").exists()
+
+
+def test_the_default_folder_is_named_after_task_and_configuration():
+    for task, source, folder in (
+        ("retrieval", "configs/Retrieval_coco.yaml", "output/Retrieval_coco"),
+        ("retrieval", "configs/shapes/Retrieval.yaml", "output/shapes/Retrieval"),
+        ("vqa", "/elsewhere/small.yaml", "output/vqa_small"),
+        ("vqa", "output/mine/checkpoint_best.pth", "output/vqa_mine"),
+        ("retrieval", "weights/mscoco.pth", "output/retrieval_mscoco"),
+    ):
+        assert default_output_dir(task, source, evaluate=False) == Path(folder)
 
 
 def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_path, capsys):

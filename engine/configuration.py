@@ -1,0 +1,69 @@
+"""Which configuration a script runs with, and which folder it writes to, as far as the command line leaves it open."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from configs.schema import load_config, override
+from engine.saving import is_run_file, run_files
+from models import task_of
+from models.checkpoint import named_tensors, read_checkpoint
+from utils import InputError
+
+# what the weights of a checkpoint were made for, whatever the data
+MODEL_KEYS = ("bert_config", "text_encoder", "tokenizer", "image_res", "patch_size", "vision_width", "vision_depth",
+              "vision_heads", "embed_dim")  # fmt: skip
+
+
+class Choice(NamedTuple):
+    """A configuration, the YAML file or checkpoint that it comes from, and how to say that."""
+
+    config: dict
+    source: str
+    text: str
+
+
+def task_in(content, task, path):
+    """The task that the content of a checkpoint file says it is of; `task` where the weights, grounding's, fit it as well."""
+    resume = content.get("resume")
+    if isinstance(resume, dict) and resume.get("task"):
+        return resume["task"]
+    found = task_of(named_tensors(content, path))
+    return task if (found, task) == ("retrieval", "grounding") else found
+
+
+def choose_config(task, args, checkpoint, default=None):
+    """The configuration of --config, else the one in the checkpoint, else of the file `default`, with the overrides of --set.
+
+    checkpoint: "" or what is no file for none. Where there is a default, the checkpoint's must be of the task and from this
+    code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the MODEL_KEYS
+    are used, where they are evaluated. Raises InputError where there is no configuration.
+    """
+    if args.config:
+        return Choice(load_config(args.config, args.set), args.config, args.config)
+    content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() else {}
+    saved = content.get("config") if isinstance(content.get("config"), dict) else {}
+    if saved and (default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)):
+        config = override(saved, args.set, f"configuration of {checkpoint}")
+        return Choice(config, checkpoint, f"that of {checkpoint} (another: --config FILE)")
+    if default is None:
+        raise InputError(f"checkpoint {checkpoint} holds no configuration: name the YAML file of its training by --config")
+    if saved and args.evaluate:
+        model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
+        config = override({**load_config(default), **model}, args.set, f"configuration of {checkpoint}")
+        return Choice(config, default, f"{default}, with the model and tokenizer of {checkpoint} (another: --config FILE)")
+    return Choice(load_config(default, args.set), default, f"{default} (another: --config FILE)")
+
+
+def default_output_dir(task, source, evaluate):
+    """The folder of a task's results where --output_dir names none: output/ and what the configuration is called.
+
+    source: the YAML file, of whose path the part after configs counts, or the checkpoint of the configuration. The file of a
+    run is called as its folder, and what is evaluated with it goes there.
+    """
+    path = Path(source)
+    of_run = path.name == "config.yaml" or is_run_file(path)
+    if evaluate and of_run and run_files(path.parent):
+        return path.parent
+    name = (path.parent.name if of_run else "") or path.stem
+    folders = path.parts[path.parts.index("configs") + 1 : -1] if "configs" in path.parts else ()
+    return Path("output", *folders, name if name.lower().startswith(task) else f"{task}_{name}")

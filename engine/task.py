@@ -1,0 +1,171 @@
+"""What every task script does: accept all that it is given, train, keep the best epoch, test it."""
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from configs.schema import require
+from dataset import build_dataset, file_key
+from engine.configuration import choose_config, default_output_dir, task_in
+from engine.loop import train
+from engine.processes import init_process_group
+from engine.recorder import write_log
+from engine.saving import BEST, LAST, find_resume_file, run_files
+from models import build_model
+from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint
+from models.tokenizer import tokenizer_of
+from utils import InputError, is_main, make_output_dir, seed_everything
+
+
+class Setup(NamedTuple):
+    """What a script works with."""
+
+    config: dict
+    output_dir: Path
+    device: torch.device
+    tokenizer: object
+    model: torch.nn.Module
+    train_set: object  # None with --evaluate
+    test_sets: dict  # by split, as far as the configuration names their files
+    resume_from: Path | None  # a checkpoint of the run in output_dir
+
+
+def run_task(task, args, step, evaluate=None, score=None, show=None, initialize=None, check=None):
+    """Runs a task script from its parsed arguments: training and a test of its best epoch, or with --evaluate a test alone.
+
+    task: as build_model names it.
+    step(model, batch, alpha, update_momentum) -> the losses of a batch by name, as train takes it.
+    evaluate(model, dataset, tokenizer, config, device) -> (metrics by name, whatever show needs beside), on all processes;
+    None for a task that only trains.
+    score: the name of the metric that picks the best epoch where there is validation data; without, the last one counts.
+    show(output_dir, title, split, epoch, metrics, result, dataset): prints and writes what evaluate found, on all processes;
+    epoch: of the weights.
+    initialize(model, config) -> reports: initial weights without --checkpoint. With --resume --checkpoint it is the run of that
+    file that goes on. None: a task that starts from --checkpoint.
+    check(model): raises InputError before anything slow if the task's own flags do not fit the model.
+
+    Metrics go to log.txt under their names after the split's, which is left out where they begin with it. Raises InputError.
+    """
+    setup = set_up(task, args, evaluate, initialize, check)
+    config, output_dir, device = setup.config, setup.output_dir, setup.device
+
+    def measure(split):
+        metrics, result = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, config, device)
+        return metrics, result, {prefixed(split, name): value for name, value in metrics.items()}
+
+    def validate():
+        return measure("val")[-1], prefixed("val", score)
+
+    def test(split, title, epoch, **source):
+        metrics, result, named = measure(split)
+        write_log(output_dir, None if source else epoch, **source, **named)
+        show(output_dir, f"{title}, {split}", split, epoch, metrics, result, setup.test_sets[split])
+
+    if args.evaluate:
+        for split in setup.test_sets:
+            test(split, args.checkpoint, checkpoint_epoch(args.checkpoint), checkpoint=args.checkpoint)
+        return
+    kept = train(setup.model, setup.train_set, setup.tokenizer, step, config, output_dir, device, args.seed,
+                 setup.resume_from, validate if "val" in setup.test_sets else None)  # fmt: skip
+    file, which = output_dir / LAST, "last epoch"
+    if "score" in kept:
+        file, which = output_dir / BEST, f"best epoch by {prefixed('val', score).replace('_', ' ', 1)} {kept['score']:.4g}"
+        load_checkpoint(setup.model, file)
+    if "test" in setup.test_sets:
+        test("test", f"epoch {kept['epoch']}", kept["epoch"])
+    if is_main():
+        use = ", which --checkpoint takes for fine-tuning" if "pretrain" in task else ""
+        print(f"{which}: epoch {kept['epoch']}, {file}{use}; next:")
+        evaluation = [(Path(sys.argv[0]).name, "--evaluate", "--checkpoint", file)] if setup.test_sets else []
+        for words in (*evaluation, ("Visualize.py", "--output_dir", output_dir)):
+            print(f"    {command_line(*words)}")
+
+
+def prefixed(split, name):
+    """A metric's name in log.txt."""
+    return name if name.startswith(split) else f"{split}_{name}"
+
+
+def set_up(task, args, evaluates, initialize, check):
+    """Everything that a script is given, accepted: Setup. Raises InputError; nothing of a run is written before."""
+    if args.evaluate and args.checkpoint in ("", "random"):
+        raise InputError("--evaluate needs --checkpoint, the weights to evaluate")
+    if args.split and not args.evaluate:
+        raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
+    device = init_process_group(args.device, args.timeout)
+    choice, output_dir, resume_from = find_run(task, args, args.checkpoint if initialize else "")
+    if not (resume_from or args.checkpoint or initialize):
+        raise InputError("--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or random")
+    if is_main():
+        print(f"configuration: {choice.text}")
+    config = choice.config
+    for key in ("text_encoder", "vision_encoder", "tokenizer"):
+        config[key] = getattr(args, key, None) or config[key]
+    require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
+    tokenizer = tokenizer_of(config)
+    train_set, test_sets = load_data(task, args, config, evaluates)
+
+    seed_everything(args.seed)
+    model = build_model(task, config, tokenizer)
+    if check:
+        check(model)
+    reports = []
+    if not (resume_from or args.checkpoint):
+        reports = initialize(model, config)
+    elif not resume_from and args.checkpoint != "random":
+        reports = [load_checkpoint(model, args.checkpoint, args.allow_missing, complete=args.evaluate)]
+    if is_main():
+        print(*reports, sep="\n", end="\n" if reports else "")
+    return Setup(config, output_dir, device, tokenizer, model.to(device), train_set, test_sets, resume_from)
+
+
+def find_run(task, args, run):
+    """The Choice of a configuration, the folder to write to, and the checkpoint to continue from, None for a new run.
+
+    run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
+    """
+    choice = choose_config(task, args, args.checkpoint, args.default_config)
+    output_dir = Path(args.output_dir or default_output_dir(task, choice.source, args.evaluate))
+    if args.evaluate:
+        if run_files(output_dir) or (output_dir / "config.yaml").exists():
+            output_dir /= "evaluation"
+            if is_main():
+                print(f"note: {output_dir.parent} holds a run, the results of this evaluation go to {output_dir}")
+        make_output_dir(output_dir, writes=False)
+        return choice, output_dir, None
+    make_output_dir(output_dir)
+    resume_from = find_resume_file(output_dir, run, args.resume)
+    if not resume_from:
+        return choice, output_dir, None
+    found = task_in(read_checkpoint(resume_from), task, resume_from)
+    if found != task:
+        raise InputError(f"--resume: {resume_from} is of task {found}, this script's is {task}: name another --output_dir")
+    return choose_config(task, args, resume_from, args.default_config), output_dir, resume_from
+
+
+def load_data(task, args, config, evaluates):
+    """The training set, None with --evaluate, and what to test on by split. Raises InputError."""
+    names = {split: f"{task}_{split}" for split in ("train", "val", "test")}
+    if task == "pretrain":
+        names = {"train": "pretrain", "test": "retrieval_test"}
+    train_set = None if args.evaluate else build_dataset(names["train"], config, args.seed)
+    splits = [split for split in ("val", "test") if evaluates and split in names and args.split in (None, split)]
+    test_sets = {split: build_dataset(names[split], config) for split in splits if config[file_key(names[split])]}
+    if args.evaluate and not test_sets:
+        keys = " or ".join(file_key(names[split]) for split in splits)
+        raise InputError(f"--evaluate needs the key {keys} of the configuration" if keys else
+                         f"--evaluate{' --split ' * bool(args.split)}{args.split or ''}: this task has nothing to evaluate")
+    return train_set, test_sets
+
+
+def command_line(script, *arguments):
+    """The command line that runs a script of this folder with this interpreter."""
+    python = Path(sys.executable).name
+    if shutil.which(python) != sys.executable:  # a virtual environment that is not activated
+        python = min(sys.executable, os.path.relpath(sys.executable), key=len)
+    return shlex.join([python, str(Path(sys.argv[0]).with_name(script)), *map(str, arguments)])
