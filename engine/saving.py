@@ -250,6 +250,9 @@ def resume(path, model, optimizer, config, seed, entries=None):
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
     saved = {name: value for name, value in state["resume"].items() if name != "task"}
+    if saved["best"] and "task" not in state["resume"] and model.task in ("ve", "nlvr", "grounding"):
+        # earlier versions, which did not note the task, kept these accuracies as shares
+        saved["best"] = {**saved["best"], "score": 100 * saved["best"]["score"]}
     seed_then, world_then, entries_then = (saved.pop(key) for key in ("seed", "world_size", "entries"))
     changed = [key for key in config if state["config"].get(key) != config[key]]
     seen = _seen(saved)
