@@ -10,7 +10,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Shows the default of every flag that has one to show."""
 
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, "", argparse.SUPPRESS) and action.default != []
+        shown = action.default not in (None, "", argparse.SUPPRESS, []) and action.default is not False
         return f"{action.help} (default: %(default)s)" if shown else action.help
 
 

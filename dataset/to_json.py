@@ -5,7 +5,6 @@
 Rows that name the same image become one entry with all their captions. Rows that cannot be used are left out and named.
 """
 
-import argparse
 import codecs
 import csv
 import io
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from dataset.annotations import read_json_values
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
+from configs.flags import Flags
 from utils import InputError, atomic_write, make_output_dir, run_script
 
 # names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
@@ -152,18 +152,18 @@ def _write(path, lines):
 
 def main():
     """Convert a table from the command line and print what came of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
-    parser.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
-    parser.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
-    parser.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json (default: none)")
-    parser.add_argument("--path", metavar="NAME", help="column of the image paths (default: by its name)")
-    parser.add_argument("--text", metavar="NAME", help="column of the captions (default: by its name)")
-    parser.add_argument("--encoding", help="of the table (default: UTF-8)")
-    parser.add_argument("--seed", type=int, default=0, help="another one holds out other images (default: 0)")
-    args = parser.parse_args()
+    flags = Flags(__doc__.splitlines()[0])
+    flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
+    flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
+    flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
+    flags.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json")
+    flags.add_argument("--path", metavar="NAME", help="column of the image paths (default: by its name)")
+    flags.add_argument("--text", metavar="NAME", help="column of the captions (default: by its name)")
+    flags.add_argument("--encoding", help="of the table (default: UTF-8)")
+    flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
+    args = flags.parse_args()
     if args.test < 0:
-        parser.error("--test must not be negative")
+        flags.error("--test must not be negative")
     captions, columns, problems = read_pairs(args.table, args.image_root, args.encoding, args.path, args.text)
     parts = hold_out(captions, args.test, args.seed)
     make_output_dir(args.output, writes=False)
