@@ -97,7 +97,7 @@ def run_script(main):
 @contextlib.contextmanager
 def interruptible(message):
     """Within it a signal raises Interrupted with this message, and a second one ends the process at once."""
-    process = os.getpid()
+    process, show = os.getpid(), sys.unraisablehook
 
     def interrupt(signum, _):
         if os.getpid() == process:  # and not a data worker that has only just been forked
@@ -105,10 +105,17 @@ def interruptible(message):
                 signal.signal(other, _leave_at_once)
             raise Interrupted(signum, message)
 
+    def unraisable(told):  # a signal while an object is being destroyed
+        if isinstance(told.exc_value, Interrupted):
+            _leave_at_once(told.exc_value.signum, None)
+        show(told)
+
     before = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = show
         for signum, handler in before.items():
             if signal.getsignal(signum) is interrupt:
                 signal.signal(signum, handler)

@@ -39,12 +39,13 @@ def _end_with_parent():
     os._exit(1)
 
 
-@atexit.register  # before multiprocessing's own, which would wait for processes that are waiting themselves
-def end_workers():
-    """Kills all processes that work for this one."""
+@atexit.register  # before multiprocessing's own, which would ask them to end and wait for it
+def _end_workers():
+    """Kills the data workers that are left where an error has ended the run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch makes an error of each
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 class WorkerDied(TrainingStopped):
@@ -125,11 +126,14 @@ def in_processes(count, begin=begin_worker):
                                       "--processes; else remove that file") from None
             yield done
 
+    others = multiprocessing.active_children()
     pool = concurrent.futures.ProcessPoolExecutor(count, initializer=begin)
     try:
         yield jobs
     except BaseException:
-        end_workers()  # what they are at is of no use any more
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()  # what it is at is of no use any more
         raise
     finally:
         pool.shutdown()

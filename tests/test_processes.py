@@ -132,3 +132,23 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
 def test_all_processes_of_torchrun_say_the_same_once():
     said = torchrun("VE.py", "--outptu_dir", "x").stderr
     assert said.count("did you mean --output_dir?") == 1, said
+
+
+def test_a_signal_in_a_destructor_is_not_lost(start):
+    program = """
+import os, signal, time
+from utils import run_script
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+
+def main():
+    Late()
+    time.sleep(60)
+
+run_script(main)
+"""
+    status, said = ending(start("-c", program))
+    assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said

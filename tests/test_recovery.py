@@ -27,7 +27,7 @@ from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from test_engine import CPU, assert_same_run, command_line, run, signal_at, torchrun
-from utils import InputError, Interrupted, TrainingStopped, make_output_dir
+from utils import InputError, Interrupted, TrainingStopped, is_lost_process, make_output_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,6 +384,11 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     assert "error: process 0: another process of the run has ended or does not answer; continue with --resume" in message
     assert "Traceback" not in message
     assert newest_checkpoint(tmp_path / "run") is not None
+
+
+def test_what_gloo_says_of_a_lost_process_is_recognized():
+    assert is_lost_process(RuntimeError("Application timeout caused pair closure"))
+    assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
