@@ -7,7 +7,7 @@ from .files import TASKS, vocabulary, write_dataset
 
 
 def main():
-    """Makes the data set from the command line."""
+    """Make the data set from the command line."""
     flags = Flags("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
     flags.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")
     flags.add_argument("--train", type=int, default=16000, help="training scenes")
@@ -16,13 +16,13 @@ def main():
     flags.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
     flags.add_argument("--seed", type=int, default=0, help="another seed draws other scenes from the same split")
     flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
-    flags.add_argument("--captions", type=int, default=4, help="captions an image")
+    flags.add_argument("--captions", type=int, default=4, help="captions per image")
     args = flags.parse_args()
     made = write_dataset(**vars(args), progress=True)
     print(f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "
           f"each, vocabulary of {len(vocabulary())}" + ("" if made else " (already there)"))
-    for task, names in TASKS.items():
-        print(f"{task}: {', '.join(names)}")
+    for name, task in TASKS.items():
+        print(f"{name}: {', '.join(task.FILES)}")
 
 
 if __name__ == "__main__":
