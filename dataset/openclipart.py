@@ -7,8 +7,10 @@ the SVG files has titles, descriptions and keywords. Much of that is not about t
 whole collection, place-holders such as HASH(0x8a4caac), stamps and authors in file names. Near-duplicates
 (numbered variants, repeated drawings) stay on one side of the train / val / test split.
 """
+
 import functools
 import html
+import itertools
 import json
 import os
 import random
@@ -58,21 +60,21 @@ BY_AUTHOR = re.compile(r"^clip ?art by .*? - ", re.IGNORECASE)
 
 
 class Drawing(NamedTuple):
-    """What the metadata say of a drawing. `key` is its path below the package's folder, without suffix."""
+    """What the metadata say about a drawing. `key` is its path below the package's folder, without suffix."""
+
     key: str
     title: str = ""
     description: str = ""
-    keywords: tuple[str, ...] = ()
+    keywords: tuple = ()
     creator: str = ""
 
 
-def clean_text(text: str, creator: str = "") -> str:
-    """Text without markup, addresses, file stamps, tool boilerplate, repeated words and the author's name."""
+def clean_text(text, creator=""):
+    """Remove markup, addresses, file stamps, tool boilerplate, repeated words and the author's name from a text."""
     text = html.unescape(html.unescape(text))  # some were escaped twice
     # Some UTF-8 was taken for Latin-1: "L\xc3\xa9zard".
     text = re.sub("[\xc2-\xc3][\x80-\xbf]", lambda match: match[0].encode("latin-1").decode(), text)
-    text = MARKUP.sub(" ", text)
-    text = BOILERPLATE.sub(" ", re.sub(r"[_\s]+", " ", text))
+    text = BOILERPLATE.sub(" ", re.sub(r"[_\s]+", " ", MARKUP.sub(" ", text)))
     if " " in creator:  # a single word may be an ordinary one
         text = re.sub(rf"(?:\bby )?{re.escape(creator)}", " ", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", text)  # FlowerAndPot
@@ -85,8 +87,8 @@ def clean_text(text: str, creator: str = "") -> str:
     return "" if text.lower() in PLACEHOLDERS or not re.search(r"\w", text) else text
 
 
-def clean_file_name(stem: str, creator: str = "") -> str:
-    """Words of a file name without counters ("_01", "1-4") and without the (often cut) name of its author."""
+def clean_file_name(stem, creator=""):
+    """Return the words of a file name without counters ("_01", "1-4") and the (often cut) name of its author."""
     card = re.fullmatch(r"[a-z]+_([cdhs])_(\d+|[ajqk])", stem)
     if card:
         return f"{RANKS.get(card[2], card[2])} of {SUITS[card[1]]}"
@@ -102,45 +104,43 @@ def clean_file_name(stem: str, creator: str = "") -> str:
     return clean_text(re.sub(r"[_\-.\s]+", " ", stem))
 
 
-def parse_metadata(key: str, svg: Path) -> Drawing:
-    """The drawing's metadata as they stand in the RDF of its SVG file; empty where the file is broken."""
+def parse_metadata(key, svg):
+    """Read a drawing's metadata as they stand in the RDF of its SVG file; empty if the file is broken."""
     try:
         root = ElementTree.parse(svg).getroot()
     except (ElementTree.ParseError, OSError, ValueError, LookupError):  # LookupError: an unknown encoding
         return Drawing(key)
-    work = root.find(".//{*}Work")
-    work = root if work is None else work
+    work = next(root.iterfind(".//{*}Work"), root)
 
     def first(tag, parent):
-        texts = (" ".join("".join(element.itertext()).split()) for element in parent.iterfind("{*}" + tag))
+        texts = (" ".join("".join(found.itertext()).split()) for found in parent.iterfind("{*}" + tag))
         return next(filter(None, texts), "")
 
     keywords = tuple(item.text.strip() for item in work.iterfind("{*}subject//{*}li") if item.text)
-    return Drawing(key, first("title", work) or first("title", root),
-                   first("description", work) or first("desc", root), keywords, first("creator", work))
+    return Drawing(key, first("title", work) or first("title", root), first("description", work) or first("desc", root),
+                   keywords, first("creator", work))
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation: what a caption clean-up leaves."""
+def words(text):
+    """Split a text into lower-case words without punctuation: what a caption clean-up leaves."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
-def cut(text: str, max_words: int) -> str:
-    """The first words of a text, without punctuation left dangling at the end."""
+def cut(text, max_words):
+    """Return the first words of a text, without punctuation left dangling at the end."""
     return " ".join(text.split()[:max_words]).rstrip(" ,:;-(")
 
 
-def categories(key: str) -> list[str]:
-    """Folder names of a drawing, the most specific first: animals/big_cats/x -> big cats, animals."""
-    folders = (clean_text(re.sub(r"^\d+_|[_\-]+", " ", folder)) for folder in reversed(key.split("/")[:-1]))
-    return [folder for folder in folders if folder]
+def categories(key):
+    """Return the folder names of a drawing, the most specific first: animals/big_cats/x -> big cats, animals."""
+    return list(filter(None, (clean_text(re.sub(r"^\d+_|[_\-]+", " ", folder)) for folder in key.split("/")[-2::-1])))
 
 
-def name_and_collection(drawing: Drawing, title_count: int) -> tuple[str, str]:
-    """What a drawing shows, and the collection it belongs to, perhaps "".
+def name_and_collection(drawing, title_count):
+    """Return what a drawing shows, and the collection it belongs to, perhaps "".
 
     A title that several drawings share names a collection ("Lemon SVG theme") or another drawing ("Clipart by
-    ... - pear", on an orange) unless the file name agrees with it; then the file name tells what is shown.
+    ... - pear", on an orange), and the file name tells what is shown, unless the two agree.
     """
     by_author = BY_AUTHOR.match(drawing.title)
     title = clean_text(BY_AUTHOR.sub("", drawing.title), drawing.creator)
@@ -156,8 +156,8 @@ def name_and_collection(drawing: Drawing, title_count: int) -> tuple[str, str]:
     return next(filter(None, ["" if by_author else title, *categories(drawing.key)]), ""), ""
 
 
-def captions(drawing: Drawing, title_count: int, keyword_counts: Counter) -> tuple[str, list[str], str]:
-    """(name, the training captions, the one test caption) of a drawing; no captions if nothing is known of it.
+def captions(drawing, title_count, keyword_counts):
+    """Return a drawing's name, its training captions and its one test caption; no captions if nothing is known about it.
 
     The test caption holds all that is known: name, collection, keywords from rare to frequent, category and
     description. The training captions are different views: name, name and category, all but the description,
@@ -187,10 +187,10 @@ def captions(drawing: Drawing, title_count: int, keyword_counts: Counter) -> tup
     return name, list(distinct.values()), cut(everything, TEST_WORDS)
 
 
-def render(paths: tuple[Path, Path], image_res: int) -> np.ndarray | None:
-    """Write one PNG as a square JPEG with sides of `image_res` pixels, centered on white.
+def render(paths, image_res):
+    """Write a PNG as a square JPEG with sides of `image_res` pixels, centered on white; paths are (png, jpeg).
 
-    Returns its ink (255 - value) on a 16x16 grid, uint8 [16, 16, 3], or None if it cannot be read or is empty.
+    Return its ink (255 - value) on a 16x16 grid, uint8 [16, 16, 3], or None if it cannot be read or is empty.
     """
     png, jpeg = paths
     try:
@@ -211,38 +211,34 @@ def render(paths: tuple[Path, Path], image_res: int) -> np.ndarray | None:
     return 255 - np.asarray(canvas.resize((HASH_SIZE, HASH_SIZE), Image.Resampling.BOX))
 
 
-def duplicate_groups(inks: np.ndarray, series: list[str]) -> list[int]:
-    """Group drawings [N, ...] with nearly the same picture or the same series name; returns N group labels."""
-    parent = list(range(len(series)))
-
-    def find(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+def duplicate_groups(inks, series):
+    """Label drawings [N, ...] that have nearly the same picture or the same series name alike; returns N labels."""
     first = {}
-    for i, name in enumerate(series):
-        parent[i] = first.setdefault(name, i)
+    edges = [[(i, first.setdefault(name, i)) for i, name in enumerate(series)]]
     flat = inks.reshape(len(inks), -1).astype(np.float32)
     norm = np.maximum(np.linalg.norm(flat, axis=1), 1e-6)
     for start in range(0, len(flat), 1024):  # blocks bound the memory of the N x N distances
         block = slice(start, start + 1024)
         ratio = norm[block, None] / norm
         distance = ratio + 1 / ratio - 2 * (flat[block] / norm[block, None]) @ (flat / norm[:, None]).T
-        for i, j in np.argwhere(distance < SAME_PICTURE):
-            parent[find(int(i) + start)] = find(int(j))
-    return [find(i) for i in range(len(series))]
+        edges.append(np.argwhere(distance < SAME_PICTURE) + [start, 0])
+    a, b = np.concatenate(edges).T
+    labels, before = np.arange(len(series)), None
+    while not np.array_equal(labels, before):  # every drawing takes the lowest label of those like it
+        before = labels.copy()
+        np.minimum.at(labels, a, before[b])
+        np.minimum.at(labels, b, before[a])
+    return labels.tolist()
 
 
-def series_name(key: str, name: str) -> str:
-    """Equal for the variants of a drawing within a folder: "Pear", "Pear 2", "Pear (sliced)"."""
+def series_name(key, name):
+    """Return a name that is the same for the variants of a drawing in a folder: "Pear", "Pear 2", "Pear (sliced)"."""
     name = re.sub(r"\(.*?\)|black and white", " ", name.lower())
     return key.rpartition("/")[0] + "/" + " ".join(re.findall(r"[^\W\d_]+|^\d+ of", name))
 
 
-def split_groups(groups: list[int], test_captions: list[str], sizes: dict[str, int], seed: int) -> dict:
-    """Indices of each split: "test", "val" of the given sizes, one drawing a group, no caption twice; "train".
+def split_groups(groups, test_captions, sizes, seed):
+    """Return the indices of each split: "test", "val" of the given sizes, one drawing per group, no caption twice; "train".
 
     The other members of a held-out group, and those beyond SERIES_LIMIT of a training group, are in no split.
     Raises InputError if there are too few groups.
@@ -272,8 +268,8 @@ def split_groups(groups: list[int], test_captions: list[str], sizes: dict[str, i
     return {split: sorted(indices) for split, indices in splits.items()}
 
 
-def fetch_packages(folder: Path) -> list[Path]:
-    """Download and unpack the Debian packages below `folder`, unless that is done; raises InputError."""
+def fetch_packages(folder):
+    """Download and unpack the Debian packages below `folder`, unless that is done. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     for package in PACKAGES:
@@ -296,17 +292,16 @@ def fetch_packages(folder: Path) -> list[Path]:
     return [folder / package for package in PACKAGES]
 
 
-def find_drawings(folders: list[Path]) -> dict[str, tuple[Path, Path]]:
-    """(png, svg) of every drawing that has both, by key; links, which repeat a drawing, are left out."""
+def find_drawings(folders):
+    """Return (png, svg) of every drawing that has both, by key, without links, which repeat drawings. Raises InputError."""
     found = {"png": {}, "svg": {}}
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"--packages {folder}: no such folder; give the folders that `dpkg-deb -x` wrote")
-        for root in (folder, *folder.rglob("openclipart")):
-            for kind, paths in found.items():
-                for path in (root / kind).rglob(f"*.{kind}"):
-                    if kind == "svg" or not path.is_symlink():
-                        paths[path.relative_to(root / kind).with_suffix("").as_posix()] = path
+        for kind, root in itertools.product(found, (folder, *folder.rglob("openclipart"))):
+            for path in (root / kind).rglob(f"*.{kind}"):
+                if kind == "svg" or not path.is_symlink():
+                    found[kind][path.relative_to(root / kind).with_suffix("").as_posix()] = path
     keys = sorted(found["png"].keys() & found["svg"].keys())
     if not keys:
         raise InputError(f"--packages {' '.join(map(str, folders))}: no drawing has both openclipart/png/*.png "
@@ -314,8 +309,8 @@ def find_drawings(folders: list[Path]) -> dict[str, tuple[Path, Path]]:
     return {key: (found["png"][key], found["svg"][key]) for key in keys}
 
 
-def image_names(keys: list[str]) -> list[str]:
-    """Unique ASCII names images/<folders>/<name>.jpg, also where a file system ignores case."""
+def image_names(keys):
+    """Return unique ASCII names images/<folders>/<name>.jpg, unique also where a file system ignores case."""
     names, used = [], set()
     for key in keys:
         name = base = re.sub(r"[^A-Za-z0-9_/\-]+", "_", key)
@@ -326,44 +321,42 @@ def image_names(keys: list[str]) -> list[str]:
     return names
 
 
-def write_json(path: Path, content) -> None:
-    """Write JSON as UTF-8 so that the file is never half written."""
+def write_json(path, content):
+    """Write JSON as UTF-8, in one step."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, ensure_ascii=False, indent=0).encode())
 
 
-def prepare(output: Path, folders: list[Path], image_res: int, sizes: dict[str, int], seed: int) -> dict:
-    """Write images and annotations below `output`; returns counts for the summary. Raises InputError."""
+def prepare(output, folders, image_res, sizes, seed):
+    """Write images and annotations below `output` and return counts for the summary. Raises InputError."""
     paths = find_drawings(folders)
-    keys = list(paths)
     drawings = [parse_metadata(key, svg) for key, (_, svg) in paths.items()]
     titles = [clean_text(drawing.title).lower() for drawing in drawings]
     title_counts = Counter(titles)
     keyword_counts = Counter(clean_text(word.lower()) for drawing in drawings for word in set(drawing.keywords))
     texts = [captions(drawing, title_counts[title], keyword_counts) for drawing, title in zip(drawings, titles)]
-    names = image_names(keys)
-    jobs = [(paths[key][0], output / name) for key, name in zip(keys, names)]
+    images = image_names(paths)
+    jobs = [(png, output / image) for (png, _), image in zip(paths.values(), images)]
     with in_processes(WORKERS) as run:
         inks = list(tqdm(run(functools.partial(render, image_res=image_res), jobs), total=len(jobs), desc="drawings", unit="img"))
-    kept = [i for i, ink in enumerate(inks) if ink is not None and texts[i][1]]
+    kept = [(*row, *text, ink) for *row, text, ink in zip(paths, images, texts, inks) if ink is not None and text[1]]
     if not kept:
-        raise InputError(f"{folders[0]}: no drawing of {len(keys)} can be read; unpack the packages again")
-    series = [series_name(keys[i], texts[i][0]) for i in kept]
-    groups = duplicate_groups(np.stack([inks[i] for i in kept]), series)
-    splits = split_groups(groups, [texts[i][2] for i in kept], sizes, seed)
-    annotations = {split: [{"image": names[kept[i]], "caption": texts[kept[i]][1] if split == "train"
-                            else [texts[kept[i]][2]]} for i in indices] for split, indices in splits.items()}
+        raise InputError(f"{folders[0]}: no drawing of {len(paths)} can be read; unpack the packages again")
+    keys, images, names, train, test, inks = zip(*kept)
+    groups = duplicate_groups(np.stack(inks), list(map(series_name, keys, names)))
+    annotations = {split: [{"image": images[i], "caption": train[i] if split == "train" else [test[i]]} for i in indices]
+                   for split, indices in split_groups(groups, test, sizes, seed).items()}
     for split, annotation in annotations.items():
         write_json(output / f"{split}.json", annotation)
     lengths = [len(words(caption)) for entry in annotations["train"] for caption in entry["caption"]]
-    return {"drawings": len(keys), "skipped": len(keys) - len(kept), "groups": len(set(groups)),
+    return {"drawings": len(paths), "skipped": len(paths) - len(kept), "groups": len(set(groups)),
             "left out": len(kept) - sum(map(len, annotations.values())),
             **{split: len(annotation) for split, annotation in annotations.items()},
             "captions in train": len(lengths), "words a caption": round(sum(lengths) / max(len(lengths), 1), 1)}
 
 
-def main() -> None:
-    """Prepares the data set from the command line."""
+def main():
+    """Prepare the data set from the command line."""
     flags = Flags(__doc__.splitlines()[0])
     flags.add_argument("--output", type=Path, default=Path("data/openclipart"), help="the configs' image_root")
     flags.add_argument("--packages", type=Path, nargs="+", metavar="DIR", help="folders of unpacked packages")
@@ -387,7 +380,7 @@ def main() -> None:
         counts = prepare(args.output, folders, args.image_res, {"test": args.test, "val": args.val}, args.seed)
         write_json(summary, {"settings": settings, "counts": counts})
     except OSError as error:
-        raise InputError(error) from None
+        raise InputError(str(error)) from None
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
