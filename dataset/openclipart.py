@@ -338,7 +338,8 @@ def prepare(output, folders, image_res, sizes, seed):
     images = image_names(paths)
     jobs = [(png, output / image) for (png, _), image in zip(paths.values(), images)]
     with in_processes(WORKERS) as run:
-        inks = list(tqdm(run(functools.partial(render, image_res=image_res), jobs), total=len(jobs), desc="drawings", unit="img"))
+        inks = run(functools.partial(render, image_res=image_res), jobs)
+        inks = list(tqdm(inks, total=len(jobs), desc="drawings", unit="img"))
     kept = [(*row, *text, ink) for *row, text, ink in zip(paths, images, texts, inks) if ink is not None and text[1]]
     if not kept:
         raise InputError(f"{folders[0]}: no drawing of {len(paths)} can be read; unpack the packages again")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pickle
 import random
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.workers import in_processes
+from dataset.workers import in_processes, process_count
 from utils import InputError, atomic_write
 
 from . import captions, grounding, nlvr, ve, vqa
@@ -116,10 +115,11 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         every = [scene for split in SPLITS for scene in scenes[split]]
         jobs = [(output / s["image"], s, None) for s in every]
         jobs += [(output / ve.covered_image(s["image"]), s, s["covered"]) for s in every if s["covered"]]
-        chunks = (jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK))
-        with in_processes(os.cpu_count()) as run, tqdm(total=len(jobs), desc="shapes", unit="image", disable=not progress) as bar:
-            for done in run(save_images, chunks):
-                bar.update(done)
+        chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
+        with in_processes(process_count(len(chunks))) as run:
+            with tqdm(total=len(jobs), desc="shapes", unit="image", disable=not progress) as bar:
+                for done in run(save_images, chunks):
+                    bar.update(done)
         save_text(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
         for name, content in zip(SCENES, scenes.values()):
             save_annotations(output / name, content)
