@@ -90,7 +90,7 @@ def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
 
 def test_overrides_reach_the_saved_configuration(visualize):
     status, out, err = visualize("ve", *TEXT["ve"], "--set", "image_res=48")
-    assert status == 0 and "resized: visual_encoder.pos_embed" in out, err
+    assert status == 0 and "resized: visual_encoder" in out, err
     status, _, err = visualize("ve", *TEXT["ve"], "--set", "image_rse=48")
     assert status == 2 and "--set image_rse" in err and "did you mean image_res?" in err
 
@@ -338,3 +338,14 @@ def test_pseudo_targets_need_momentum_weights(visualize, make):
 def test_a_run_or_a_checkpoint_must_be_named(visualize):
     status, _, err = visualize("ve", "--text", "dog", "--output_dir", "run")
     assert status == 2 and "either --output_dir" in err
+
+
+def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, capsys):
+    result = {"score": 1.0, "hit": True, "image": "a.jpg", "caption": "dog"}
+    query = {"image": "a.jpg", "caption": "dog", "results": [result]}
+    (tmp_path / "result").mkdir()
+    rankings = {"image_root": "gone", "text_to_image": [query], "image_to_text": [query]}
+    (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
+    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
+    assert exit_status(Visualize.main) == 2
+    assert "result/retrieval.json: image gone/a.jpg: does not exist: check its path" in capsys.readouterr().err
