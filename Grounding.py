@@ -43,7 +43,7 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
 
 
 def evaluate(model, dataset, tokenizer, config, device, mode, block_num):
-    """Percent of the expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set; and chance's."""
+    """Percent of expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set; and by chance."""
     maps = heat_maps(model, dataset, tokenizer, config, device, mode, block_num)
     right = grounding_accuracy(maps, *dataset.refer, dataset.detections)
     chance = chance_grounding(dataset.refer.refs, dataset.refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])

@@ -18,7 +18,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # Pillow is asked for these alone: its other plug-ins are code that nobody chose to run on files from the web, and the one of
 # EPS starts Ghostscript on them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so that a small file can keep a decoder busy
+# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file can keep a decoder busy
 # for minutes. To count scans beforehand costs about 1% of decoding an ordinary image, and is a time limit that works in every
 # thread and process; a signal would not interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
 MAX_SCANS = 100
@@ -114,7 +114,8 @@ def _check_scans(data):
     # the marker and the first byte of its length; what other data may hold of them by chance is far below the limit
     scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
     if scans > MAX_SCANS:
-        raise _Refused("too slow to decode", f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again")
+        problem = f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again"
+        raise _Refused("too slow to decode", problem)
 
 
 def _check_size(width, height):
