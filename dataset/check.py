@@ -3,516 +3,302 @@
     python -m dataset.check configs/Pretrain.yaml --report report.json
 
 A run refuses the first wrong entry of a list, and replaces or refuses samples that it cannot use (docs/faults.md). This goes on
-to the end, decodes every image, and counts. A list is read twice, for its entries and texts and then for its images, so that
-an entry takes a few bytes of memory, whatever it holds.
+to the end, decodes every image once, and counts.
 """
 
-import bisect
 import contextlib
-import functools
+import hashlib
+import io
 import itertools
 import json
+import math
 import os
-import re
 import sys
+import warnings
 from array import array
-from collections import Counter
-from pathlib import Path
-from typing import Callable, NamedTuple
+from collections import Counter, defaultdict
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from dataset.annotations import PAIR_KEYS, check_entry, grouped_entry, read_json_values, where
-from dataset.grounding import check_expression
-from dataset.labeled import labeled_entry
-from dataset.nlvr import nlvr_entry
-from dataset.refer import load_detections, load_refer
-from dataset.retrieval import captioned_image
-from dataset.shards import Shards, expand
-from dataset.survey import Images, Texts, digest, look_at_files, look_at_samples, prepare_process
-from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, pre_caption, pre_question
-from dataset.ve import ve_entry
-from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
-from dataset.workers import in_processes
 from configs.flags import Flags
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
+from dataset import LABELED
+from dataset.annotations import PAIR_KEYS, check_entry, grouped_entry, read_json_values, where
+from dataset.grounding import check_expression
+from dataset.images import FORMATS, ImageError, decode_image, read_image
+from dataset.labeled import labeled_entry
+from dataset.refer import load_detections, load_refer
+from dataset.retrieval import captioned_image
+from dataset.shards import Shards, expand, image_and_captions, read_sample
+from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_caption, pre_question, without_halves
+from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
+from dataset.workers import begin_worker, in_processes
 from utils import InputError, atomic_write, cores, run_script
 
-SHOWN = 20  # problems that are printed
-EXAMPLES = 3  # of entries that are the same
+SHOWN, EXAMPLES, UNKNOWN_SHOWN = 20, 3, 10  # problems, repeated entries and unknown words that are printed
+UNKNOWN_LENGTH = 30  # characters of an unknown word that are kept
 HEAD = 100  # entries that tell of which form a list is
+IMAGES_AT_A_TIME = 16  # that a process is given
+SIDES = (64, 128, 256, 512, 1024)  # pixels of the shorter side at which the bins of the histogram begin
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
-IMAGES_A_JOB = 16
-EMPTY = "empty text", "a caption is empty after clean-up: correct or remove it"
+BAR = {"leave": False, "file": sys.stdout, "dynamic_ncols": True, "mininterval": 1}
+FORMS = {  # of lists: title, ids that are kept of a text (None: what the model takes)
+    "pretrain": ("image-caption pairs for pre-training", SHORT_TOKENS),
+    "retrieval": ("captions with image_id for retrieval", MAX_TOKENS),
+    "retrieval_test": ("images with captions for a retrieval test", MAX_TOKENS),
+    "grounding": ("referring expressions to {} on", MAX_TOKENS), "ve": ("visual entailment to {} on", None),
+    "nlvr": ("NLVR2 to {} on", None), "vqa": ("questions to {} on", None),
+    "shards": ("WebDataset shards of image-caption pairs for pre-training", SHORT_TOKENS),
+}  # fmt: skip
 
 
-class Form(NamedTuple):
-    """A kind of list. read(entry, path, number) -> (key of the image folder, image paths, texts), or InputError."""
+class Check:
+    """What the check of every file needs, and what was found so far."""
 
-    title: str
-    read: Callable
-    max_tokens: int | None  # None: what the model takes
-    clean: Callable = pre_caption
-    max_words: int = MAX_WORDS
-
-
-class Findings:
-    """Problems: how many, the first ones, and all of them in the report, as there may be one for every image; notes."""
-
-    def __init__(self, report=None):
-        self.count, self.first, self.notes, self._report = 0, [], [], report
+    def __init__(self, config, images, compute):
+        self.config, self.images = config, images  # images: how many of each file to look at, None for all
+        self._compute = compute  # of in_processes
+        self.problems, self.notes = [], []  # problems: {file, entry, problem}
+        self.tokenizer = self.refer = None  # where they cannot be built
+        self.lost_roots, self.trained_images = set(), set()  # keys of image folders that do not exist; digests
 
     def add(self, path, entry, problem):
-        """path: None for a key of the configuration; entry: number in a list, key in a shard, None for the file as such."""
-        if self._report:
-            self._report.write(",\n" if self.count else "\n")
-            json.dump({"file": path, "entry": entry, "problem": problem}, self._report)
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(f"{_place(path, entry)}: {problem}".removeprefix(": "))
+        """problem: an error or a text. path: None for a key of the configuration; entry: index in a list, key in a shard."""
+        problem = str(problem).removeprefix(place(path, entry)).lstrip(": ")
+        self.problems.append({"file": path, "entry": entry, "problem": problem})
 
-    def add_error(self, path, entry, error):
-        """Adds the message of an error, which may name its place itself."""
-        self.add(path, entry, str(error).removeprefix(_place(path, entry)).removeprefix(":").strip())
+    @contextlib.contextmanager
+    def noting(self, path=None):
+        """Within it an InputError is a problem, and ends the block."""
+        try:
+            yield
+        except InputError as error:
+            self.add(path, None, error)
 
-
-class Context(NamedTuple):
-    """What the check of every file needs."""
-
-    config: dict
-    findings: Findings
-    jobs: Callable  # of in_processes
-    images: int | None  # how many of every file are looked at, None for all
-    tokenizer: object  # None where it cannot be built
-    refer: object  # likewise
-    lost_roots: list  # keys of image folders that do not exist
-    trained_images: list  # digests of the images of each list to train on, as far as they were checked
+    def look_at(self, jobs):
+        """Yields look(job) of the jobs in order, computed in processes. Raises TrainingStopped if one dies."""
+        chunks = iter(lambda: list(itertools.islice(jobs, IMAGES_AT_A_TIME)), [])
+        yield from itertools.chain.from_iterable(self._compute(look_at_all, ((some[0][1], some) for some in chunks)))
 
 
-class Split(NamedTuple):
-    """What the files of train_file, val_file or test_file have in common."""
-
-    key: str
-    training: bool
-    question_ids: set  # to test on
-    answered: Counter  # whether a question to test on has an answer
+def place(path, entry):
+    """How messages name an entry of a list or shard, or the file as such."""
+    return (path or "") if entry is None else where(path, entry) if isinstance(entry, int) else f"{path}: sample {entry}"
 
 
-def _place(path, entry):
-    if isinstance(entry, int):
-        return where(path, entry)
-    return (path or "") if entry is None else f"{path}: sample {entry}"
+def evenly(count, wanted):
+    """Indices below `count`: `wanted` of them, evenly spaced, or all."""
+    return range(count) if wanted is None or wanted >= count else np.linspace(0, count - 1, wanted).astype(int).tolist()
+
+
+def digest(value):
+    """64 bits that stand for a value."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# forms of lists
+# in the processes that decode
 
 
-def form_of(entry, training):
-    """The name in `forms` of an entry's form, by its keys; None if they are those of no task."""
-    if not isinstance(entry, dict):
-        return None
-    for key, name in (("question", "vqa"), ("images", "nlvr"), ("sentence", "ve"), ("text", "grounding")):
-        if key in entry:
-            return name
-    if "caption" not in entry:
-        return None
-    grouped = "image_id" in entry and not isinstance(entry["caption"], list)
-    return ("retrieval" if grouped else "pretrain") if training else "retrieval test"
+class Seen(NamedTuple):
+    """An image that was looked at: of entry `number` of a list, or in the sample of that number of a shard."""
+
+    number: int
+    path: str  # of the image, or of the shard
+    key: str | None = None  # of a sample, as the following two
+    captions: tuple = ()
+    digest: int = 0
+    error: InputError | None = None  # why the sample cannot be used
+    kind: str = ""  # why the image cannot be used: in short,
+    problem: str = ""  # and in full
+    format: str = "other"  # of the file, and its mode
+    side: int = 0  # the shorter one, in pixels
+    rotated: bool = False  # by EXIF
+    animated: bool = False
 
 
-def forms(training, refer=None):
-    """{name: Form} of the lists to train or to test on; refer: from load_refer, None if there is none."""
-
-    def pair(entry, path, number):
-        check_entry(entry, PAIR_KEYS, path, number)
-        captions = entry["caption"]
-        return "image_root", [entry["image"]], captions if isinstance(captions, list) else [captions]
-
-    def grouped(form, entry, path, number):
-        image, text, _ = grouped_entry(entry, form, path, number)
-        return "image_root", [image], [text]
-
-    def expression(entry, path, number):
-        if refer and not training:
-            check_expression(entry, path, number, refer)
-        return grouped("grounding", entry, path, number)
-
-    def captioned(entry, path, number):
-        captioned_image(entry, path, number)
-        return "image_root", [entry["image"]], entry["caption"]
-
-    def labeled(check, entry, path, number):
-        return "image_root", labeled_entry(check, entry, path, number)["images"], [entry["sentence"]]
-
-    def question(entry, path, number):
-        kind = vqa_entry(entry, path, number, training)["dataset"]
-        return ROOTS[kind], [entry["image"]], [entry["question"]]
-
-    part, use = functools.partial, "to train on" if training else "to test on"
-    question_tokens = SHORT_TOKENS if training else None
-    return {
-        "pretrain": Form("image-caption pairs for pre-training", pair, SHORT_TOKENS),
-        "retrieval": Form("captions with image_id for retrieval", part(grouped, "retrieval"), MAX_TOKENS),
-        "retrieval test": Form("images with captions for a retrieval test", captioned, MAX_TOKENS),
-        "grounding": Form(f"referring expressions {use}", expression, MAX_TOKENS),
-        "ve": Form(f"visual entailment {use}", part(labeled, ve_entry), None),
-        "nlvr": Form(f"NLVR2 {use}", part(labeled, nlvr_entry), None),
-        "vqa": Form(f"questions {use}", question, question_tokens, pre_question, max_question_words(training)),
-    }
+def begin():
+    """What a process that decodes images starts with."""
+    begin_worker()
+    warnings.simplefilter("ignore")  # of damaged files Pillow says a lot
+    torch.set_num_threads(1)
 
 
-def _bar(*iterable, **options):
-    return tqdm(*iterable, leave=False, file=sys.stdout, dynamic_ncols=True, mininterval=1, **options)
+def look(job):
+    """(number, path of an image), or (number, shard, start, end) of a sample -> Seen, decoded as a run does."""
+    seen, data = Seen(*job[:2]), None
+    try:
+        if job[2:]:
+            sample = read_sample(*job[1:])
+            seen = seen._replace(key=sample["__key__"])
+            data, captions = image_and_captions(sample, place(seen.path, seen.key))
+            seen = seen._replace(captions=captions, digest=digest((data, captions)))
+        data = read_image(seen.path) if data is None else data
+        seen = seen._replace(side=min(decode_image(data, seen.path).shape[1:]))
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # its pixels are there; what else it says of itself may be damaged
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            animated = getattr(image, "is_animated", False)
+            seen = seen._replace(format=f"{image.format} {image.mode}", rotated=rotated, animated=animated)
+    except InputError as error:
+        seen = seen._replace(error=error)
+    except ImageError as error:
+        seen = seen._replace(kind=error.kind, problem=error.problem)
+    return seen
+
+
+def look_at_all(jobs):
+    """(path of the first, [job, ...]) -> [Seen, ...]."""
+    return list(map(look, jobs[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # lists and shards
 
 
-def _form_name(path, training):
-    """The form of most of the first entries of a list, None if that is no task's or none can be read."""
-    names = Counter()
-    with contextlib.suppress(InputError):  # noted where the list is checked
-        for _, entry in itertools.islice(read_json_values(path), HEAD):
-            names[form_of(entry, training)] += 1
-    return max(names, key=names.get, default=None)
+class Tally:
+    """Counts of the entries, texts and images of a list, or of all shards together, and what is printed of them."""
+
+    def __init__(self, check, key, file, form):
+        self.check, self.form, self.training = check, form, key == "train_file"
+        title = FORMS[form][0].format("train" if self.training else "test")
+        self.result, self.rows = {"key": key, "file": file, "form": title}, [f"{key} {file}", f"  {title}"]
+        self.clean, self.max_words, self.max_tokens = pre_caption, MAX_WORDS, FORMS[form][1]
+        if form == "vqa":
+            self.clean, self.max_words = pre_question, max_question_words(self.training)
+            self.max_tokens = SHORT_TOKENS if self.training else None
+        self.entries, self.images, self.lost = 0, set(), set(check.lost_roots)  # images: digests
+        self.counts = defaultdict(Counter)
+        self.words, self.pieces = array("L"), array("L")  # of each text
+        self.digests, self.numbers = array("Q"), array("Q")  # of each entry, and what names it
+
+    def refuse(self, path, entry, error):
+        """Counts an entry that cannot be used."""
+        self.counts["wrong"][error.kind] += 1
+        self.check.add(path, entry, error)
+
+    def add_entry(self, path, entry, number, captions, value):
+        """Counts an entry and its captions; value: its digest."""
+        if not all([self._add_text(caption) for caption in captions]):
+            self.refuse(path, entry, InputError("a caption is empty after clean-up: correct or remove it", "empty text"))
+        self.numbers.append(number)
+        self.digests.append(value)
+
+    def _add_text(self, text):
+        """Counts a text; returns whether anything is left of it after clean-up."""
+        words = self.clean(text, sys.maxsize).split(" ")
+        kept = without_halves(" ".join(words[: self.max_words]))
+        usable = not is_blank(kept)
+        self.words.append(len(words) if usable else 0)
+        if tokenizer := self.check.tokenizer:
+            encoding = tokenizer.backend_tokenizer.encode(kept)
+            self.pieces.append(len(encoding.ids))
+            self.counts["words"]["all"] += encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0  # the first piece is [CLS]
+            for piece, (start, end) in zip(encoding.ids, encoding.offsets):
+                if piece == tokenizer.unk_token_id:  # a word that the vocabulary cannot spell
+                    self.counts["unknown"][kept[start : min(end, start + UNKNOWN_LENGTH)]] += 1
+        return usable
+
+    def add_image(self, path, entry, name, seen):
+        """Counts an image that was looked at."""
+        if seen.kind:
+            self.counts["unusable"][seen.kind] += 1
+            self.check.add(path, entry, f"{name}: {seen.problem}")
+            return
+        self.counts["sides"][sum(seen.side >= start for start in SIDES)] += 1
+        self.counts["formats"][seen.format] += 1
+        self.counts["traits"].update(
+            small=seen.side < (self.check.config["image_res"] or 0), rotated=seen.rotated, animated=seen.animated
+        )
+
+    def row(self, title, text, **numbers):
+        """Adds a line to what is printed, and numbers to what is reported."""
+        self.rows.append(f"  {title:<{TITLE_WIDTH}}{text}")
+        self.result.update(numbers)
+
+    def report(self, name, read=None):
+        """Prints the counts and returns them. name(number) is what to call an entry; read: entries of shards that were read."""
+        wrong, read = self.counts["wrong"], self.entries if read is None else read
+        sample = f", {read:,} read" if read < self.entries else ""
+        self.row("entries", f"{self.entries:,}{sample}{_unusable(wrong, read)}", entries=self.entries, entries_read=read,
+                 wrong=dict(wrong.most_common()))  # fmt: skip
+        values = np.frombuffer(self.digests, np.uint64)
+        order = np.argsort(values, kind="stable")
+        later = np.sort(order[1:][values[order[1:]] == values[order[:-1]]]).tolist()
+        pairs = [(i, int(np.argmax(values == values[i]))) for i in later[:EXAMPLES]]
+        examples = [" as ".join(name(self.numbers[i]) for i in pair) for pair in pairs]
+        self.result.update(duplicates=len(later), first_duplicates=examples)
+        if later:
+            self.row("repeated", f"{_part(len(later), read)}: {', '.join(examples)}{', ...' if len(later) > EXAMPLES else ''}")
+        self._report_texts()
+        self._report_images()
+        say("", *self.rows)
+        return self.result
+
+    def _report_texts(self):
+        self.row("texts", f"{len(self.words):,}", texts=len(self.words))
+        if self.words:
+            self._report_lengths("words", self.words, self.max_words)
+        if self.pieces:
+            self._report_lengths("word_pieces", self.pieces, self.max_tokens or self.check.tokenizer.model_max_length)
+            unknown = self.counts["unknown"]
+            count, most = unknown.total(), dict(unknown.most_common(UNKNOWN_SHOWN))
+            shares = count / max(1, self.counts["words"]["all"]), count / sum(self.pieces)
+            shown = ": " * bool(most) + ", ".join(f"{word} {count:,}" for word, count in most.items())
+            self.row("unknown words", f"{_percent(shares[0])} ({_percent(shares[1])} of the word pieces){shown}")
+            numbers = zip(("count", "share_of_words", "share_of_word_pieces", "most_frequent"), (count, *shares, most))
+            self.result["unknown_words"] = dict(numbers)
+
+    def _report_lengths(self, key, lengths, limit):
+        lengths = np.frombuffer(lengths, lengths.typecode)
+        low, median, p95, high = np.quantile(lengths, [0, 0.5, 0.95, 1], method="inverted_cdf").tolist()
+        cut = float((lengths > limit).mean())
+        text = f"{low:,} to {high:,}, median {median:,}, 95% up to {p95:,}; {_percent(cut)} cut at {limit:,}"
+        numbers = {"min": low, "median": median, "p95": p95, "max": high, "limit": limit, "cut": cut}
+        self.row(key.replace("_", " "), text, **{key: numbers})
+
+    def _report_images(self):
+        total, unusable, sides, traits = len(self.images), self.counts["unusable"], self.counts["sides"], self.counts["traits"]
+        image_res, limit = self.check.config["image_res"], self.check.config["max_skipped"]
+        usable, bad = sides.total(), unusable.total()
+        also = 0 if self.training else len(self.check.trained_images.intersection(self.images))
+        bins = [f"<{SIDES[0]}", *(f"{start}-{end - 1}" for start, end in itertools.pairwise(SIDES)), f">={SIDES[-1]}"]
+        self.result.update(
+            images=total, looked_at=usable + bad, unusable=dict(unusable.most_common()), folders_missing=sorted(self.lost),
+            images_also_trained_on=also, shorter_side={bin: sides[i] for i, bin in enumerate(bins)}, image_res=image_res,
+            smaller_than_image_res=traits["small"], formats=dict(self.counts["formats"].most_common()),
+            exif_rotated=traits["rotated"], animated=traits["animated"],
+        )  # fmt: skip
+        if self.lost:
+            self.row("images", f"not looked at in {', '.join(sorted(self.lost))}, which does not exist")
+        if total:
+            seen = "all" if usable + bad == total else f"{usable + bad:,}"
+            self.row("images", f"{total:,}, {seen} looked at{_unusable(unusable, usable + bad)}")
+        if self.training and bad > limit * (usable + bad):
+            self.row("", f"more than max_skipped ({_percent(limit)}): training would stop")
+        if also:
+            self.row("", f"{_part(also, total)} are in train_file too")
+        if not usable:
+            return
+        for i, count in sorted(sides.items()):
+            bar = "#" * round(count / usable * BAR_WIDTH)
+            title, share = "" if i > min(sides) else "shorter side", _percent(count / usable)
+            self.row(title, f"{bins[i]:<10}{count:>10,}  {share:>6}  {bar}")
+        if image_res:
+            self.row("", f"{_part(traits['small'], usable)} smaller than image_res {image_res}")
+        self.row("formats", ", ".join(f"{name} {count:,}" for name, count in self.counts["formats"].most_common()))
+        for name, key, use in (("EXIF-rotated", "rotated", "used as they are stored"),
+                               ("animated", "animated", "of which the first frame is used")):  # fmt: skip
+            self.row(name, f"{traits[key]:,}{f', {use}' * bool(traits[key])}")
 
 
-def check_list(path, split, context):
-    """Checks a JSON list, its texts and its images -> what the report says of it."""
-    findings, config = context.findings, context.config
-    result = {"key": split.key, "file": path}
-    name = _form_name(path, split.training)
-    if name is None:
-        with _noting(findings, path):
-            next(read_json_values(path))
-            raise InputError("most of its first entries have not the keys of any task's list: name such a list")
-        return result
-    if name == "grounding" and not split.training:
-        for key in ("refcoco_data", "det_file"):
-            if config[key] is None:
-                findings.add(path, None, f"the configuration lacks the key {key}, which referring expressions are tested with")
-    form = forms(split.training, context.refer)[name]
-    texts = Texts(form.clean, form.max_words, form.max_tokens, context.tokenizer)
-    wrong, lost = Counter(), set(context.lost_roots)
-    entries, numbers, digests, images = 0, array("Q"), array("Q"), array("Q")
-    with _bar(desc=os.path.basename(path), unit=" entries") as bar, _noting(findings, path):
-        for number, entry in read_json_values(path):
-            entries += 1
-            bar.update()
-            try:
-                root, files, captions = _read(form, entry, path, number)
-            except InputError as error:
-                wrong[error.kind] += 1
-                findings.add_error(path, number, error)
-                continue
-            problems = [] if all([texts.add(caption) for caption in captions]) else [EMPTY]
-            if name == "vqa" and not split.training:
-                problems += _question_problems(entry, split)
-            for kind, problem in problems:
-                wrong[kind] += 1
-                findings.add(path, number, problem)
-            if config[root] is None and root not in lost:
-                lost.add(root)
-                findings.add(path, number, f"the configuration lacks the key {root}, the folder of the images of such entries")
-            numbers.append(number)
-            digests.append(digest((files, captions, entry.get("label"), entry.get("ref_id"))))
-            images.extend(map(digest, _image_paths(root, files, lost, config)))
-    different, first = np.unique(np.frombuffer(images, np.uint64), return_index=True)
-    trained = np.concatenate([np.empty(0, np.uint64), *context.trained_images])
-    if split.training:
-        context.trained_images.append(different)
-    return {
-        **result, "form": form.title, "entries": entries, "wrong": dict(wrong.most_common()),
-        **_repeated(digests, lambda i: f"entry {numbers[i]}"), **texts.summary(),
-        "images": len(different), "folders_missing": sorted(lost),
-        "images_also_trained_on": 0 if split.training else int(np.isin(different, trained).sum()),
-        **_check_images(path, form, lost, _evenly(np.sort(first), context.images), context),
-    }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _noting(findings, path):
-    """Within it, what makes the rest of a file unreadable is a problem."""
-    try:
-        yield
-    except InputError as error:
-        findings.add_error(path, None, error)
-
-
-def _read(form, entry, path, number):
-    check_entry(entry, {}, path, number)
-    return form.read(entry, path, number)
-
-
-def _question_problems(entry, split):
-    """[(kind, problem)] of a question to test on that others have a part in."""
-    split.answered["answer" in entry] += 1
-    if entry["question_id"] in split.question_ids:
-        return [("repeated 'question_id'", f"another entry has the question_id {entry['question_id']!r} too: give it its own")]
-    split.question_ids.add(entry["question_id"])
-    return []
-
-
-def _image_paths(root, files, lost, config):
-    return [] if root in lost else [os.path.join(config[root], file) for file in files]
-
-
-def _evenly(items, count):
-    """`count` of the items, evenly spaced, or all."""
-    if count is None or count >= len(items):
-        return items
-    return items[np.linspace(0, len(items) - 1, count).astype(int)]
-
-
-def _repeated(digests, name):
-    """How many digests are the same as an earlier one, and the first of them; name(i) is what to call number i."""
-    values = np.frombuffer(digests, np.uint64)
-    order = np.argsort(values, kind="stable")
-    later = np.sort(order[1:][values[order[1:]] == values[order[:-1]]])
-    first = [f"{name(i)} as {name(int(np.argmax(values == values[i])))}" for i in later[:EXAMPLES].tolist()]
-    return {"duplicates": len(later), "first_duplicates": first}
-
-
-def _check_images(path, form, lost, places, context):
-    """Looks at the images that stand at these places, increasing, in the sequence of all that the entries name."""
-
-    def chosen():
-        wanted, place = iter(places.tolist()), 0
-        following = next(wanted, None)
-        with contextlib.suppress(InputError):  # noted before
-            for number, entry in read_json_values(path) if following is not None else ():
-                try:
-                    root, files, _ = _read(form, entry, path, number)
-                except InputError:
-                    continue
-                for image in _image_paths(root, files, lost, context.config):
-                    if place == following:
-                        yield number, image
-                        following = next(wanted, None)
-                    place += 1
-
-    images, found = Images(context.config["image_res"]), chosen()
-    batches = iter(lambda: list(itertools.islice(found, IMAGES_A_JOB)), [])
-    with _bar(total=len(places), desc=f"images of {os.path.basename(path)}", unit="img") as bar:
-        for batch in context.jobs(look_at_files, batches):
-            for number, image, look in batch:
-                images.add(look)
-                if look.reason:
-                    context.findings.add(path, number, f"image {image}: {look.problem}")
-            bar.update(len(batch))
-    return images.summary()
-
-
-def check_shards(paths, context):
-    """Checks the samples of WebDataset shards -> what the report says of all of them together."""
-    findings, shards = context.findings, []
-    for path in _bar(paths, desc="scanning shards", unit="shard"):
-        with _noting(findings, path):
-            shards.append(Shards([path], 1))
-    counts = {shard.paths[0]: len(shard) for shard in shards}
-    starts = np.cumsum([0, *counts.values()]).tolist()
-    chosen = _evenly(np.arange(starts[-1]), context.images)
-    texts = Texts(pre_caption, MAX_WORDS, SHORT_TOKENS, context.tokenizer)
-    images, wrong, places, digests = Images(context.config["image_res"]), Counter(), array("Q"), array("Q")
-
-    def jobs():
-        for shard, start, end in zip(shards, starts, starts[1:]):
-            numbers = (chosen[slice(*np.searchsorted(chosen, [start, end]))] - start).tolist()
-            for i in range(0, len(numbers), IMAGES_A_JOB):
-                yield shard.paths[0], [(number, *shard.place(number)[1:]) for number in numbers[i : i + IMAGES_A_JOB]]
-
-    def name(i):
-        shard = bisect.bisect(starts, places[i]) - 1
-        return f"number {places[i] - starts[shard]} of {os.path.basename(list(counts)[shard])}"
-
-    first = dict(zip(counts, starts))
-    with _bar(total=len(chosen), desc="samples of shards", unit="img") as bar:
-        for path, samples, end in context.jobs(look_at_samples, jobs()):
-            for number, key, error, look, captions, value in samples:
-                bar.update()
-                if error:
-                    wrong[error.kind] += 1
-                    findings.add_error(path, key, error)
-                    continue
-                if not all([texts.add(caption) for caption in captions]):
-                    wrong[EMPTY[0]] += 1
-                    findings.add(path, key, EMPTY[1])
-                images.add(look)
-                if look.reason:
-                    findings.add(path, key, f"image: {look.problem}")
-                places.append(first[path] + number)
-                digests.append(value)
-            if end:
-                findings.add_error(path, None, end)
-    return {
-        "key": "train_file", "file": paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}", "shards": counts,
-        "form": f"{len(paths)} WebDataset shards of image-caption pairs for pre-training",
-        "entries": starts[-1], "entries_read": len(chosen), "wrong": dict(wrong.most_common()),
-        **_repeated(digests, name), **texts.summary(), "images": starts[-1], **images.summary(),
-    }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what else a configuration names
-
-
-def check_others(config, findings, tokenizer_of):
-    """Opens what else the configuration names -> ({key: what it is}, tokenizer, refer, keys of folders that do not exist).
-
-    What cannot be opened is a problem, and None is in its place. A hub that cannot be reached is no fault of the configuration.
-    """
-    found, lost = {}, []
-    for root in ("image_root", *ROOTS.values()):
-        if config[root]:
-            found[root] = config[root]
-            if not os.path.isdir(config[root]):
-                lost.append(root)
-                found[root] += ": does not exist"
-                findings.add(None, None, f"{root}: folder {config[root]} does not exist; set {root} to the folder that the "
-                                         "image paths of the lists start from")
-
-    def load(key, describe, function, *arguments):
-        name = config[key] if isinstance(config[key], str) else "in the configuration"
-        try:
-            loaded = function(*arguments)
-        except InputError as error:
-            if _hub_is_away(name, str(error)):
-                found[key] = f"{name}: not looked at, the hub cannot be reached"
-                findings.notes.append(str(error))
-            else:
-                found[key] = f"{name}: cannot be used"
-                findings.add(None, None, str(error))
-            return None
-        found[key] = f"{name}: {describe(loaded)}"
-        return loaded
-
-    tokenizer = refer = None
-    if config["bert_config"] is None:
-        findings.add(None, None, "the configuration lacks the key bert_config: add it, or pass --set bert_config=...")
-    elif load("bert_config", lambda bert: f"{bert['num_hidden_layers']} layers", read_bert_config, config["bert_config"]):
-        key = "tokenizer" if config["tokenizer"] else "text_encoder"
-        tokenizer = load(key, lambda tokenizer: f"{len(tokenizer)} word pieces", tokenizer_of, config)
-    if config["answer_list"]:
-        load("answer_list", lambda answers: f"{len(answers)} answers", load_answer_list, config["answer_list"])
-    if config["refcoco_data"]:
-        refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"])
-    if config["det_file"] and refer:
-        load("det_file", lambda boxes: f"boxes of {len(boxes)} images", load_detections, config["det_file"], refer)
-    return found, tokenizer, refer, lost
-
-
-def _hub_is_away(name, problem):
-    """Whether what is wrong with a hub name is the network; a file name is none, nor one that the hub refuses."""
-    away = re.search("the hub (cannot be reached|does not give it)", problem)
-    return bool(away) and not Path(name).suffix and not re.search(r"\b4\d\d\b", problem)
-
-
-def check(context):
-    """Checks the lists that the configuration names, printing what it finds of each -> what the report says of them."""
-    results = []
-    for key in ANNOTATION_KEYS:
-        names = context.config[key] or []
-        split = Split(key, key == "train_file", set(), Counter())
-        lists, shards = _expand(names, context.findings) if split.training else (names, [])
-        checks = [functools.partial(check_list, path, split) for path in lists]
-        checks += [functools.partial(check_shards, shards)] if shards else []
-        for checked in checks:
-            results.append(checked(context))
-            say("", *describe(results[-1], context.config["max_skipped"]))
-        without, answered = split.answered[False], split.answered[True]
-        if without and answered:
-            context.findings.add(None, None, f"{key}: {without} questions have no 'answer', though {answered} have: give all "
-                                             "of them answers, or none")
-        if key == "val_file" and without and not answered:
-            context.findings.add(None, None, "val_file has no answers to compare with: leave val_file out, the last epoch is "
-                                             "then the result")
-    return results
-
-
-def _expand(names, findings):
-    """JSON lists and shards of train_file, what there is of them."""
-    try:
-        return expand(names)
-    except InputError as error:
-        findings.add_error(None, None, error)
-    lists, shards = [], {}
-    for name in names:
-        with contextlib.suppress(InputError):
-            more = expand([name])
-            lists += more[0]
-            shards |= dict.fromkeys(more[1])
-    return lists, list(shards)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the printed report
-
-
-def say(*lines):
-    """Prints lines, of which none has a character that a terminal could not show or would obey."""
-    for line in lines:
-        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
-
-
-def describe(result, max_skipped):
-    """Lines for people that say what check_list or check_shards found."""
-    lines = [f"{result['key']} {result['file']}"]
-    if "form" not in result:
-        return [*lines, "  cannot be read"]
-    lines.append(f"  {result['form']}")
-
-    def row(title, content):
-        lines.append(f"  {title:<{TITLE_WIDTH}}{content}")
-
-    entries, looked_at = result.get("entries_read", result["entries"]), result["looked_at"]
-    sample = f", {entries:,} read" if entries < result["entries"] else ""
-    row("entries", f"{result['entries']:,}{sample}{_counts(result['wrong'], entries)}")
-    if result["duplicates"]:
-        more = ", ..." if result["duplicates"] > EXAMPLES else ""
-        row("repeated", f"{_part(result['duplicates'], entries)}: {', '.join(result['first_duplicates'])}{more}")
-    row("texts", f"{result['texts']:,}")
-    for key in ("words", "word_pieces"):
-        if key in result:
-            row(key.replace("_", " "), "{min:,} to {max:,}, median {median:,}, 95% up to {p95:,}; ".format(**result[key])
-                                       + f"{_percent(result[key]['cut'])} cut at {result[key]['limit']:,}")
-    if "unknown_words" in result:
-        unknown = result["unknown_words"]
-        most = ", ".join(f"{word} {count:,}" for word, count in unknown["most_frequent"].items())
-        row("unknown words", f"{_percent(unknown['share_of_words'])} ({_percent(unknown['share_of_word_pieces'])} of the word "
-                             f"pieces){': ' * bool(most)}{most}")
-    if result.get("folders_missing"):
-        row("images", f"not looked at in {', '.join(result['folders_missing'])}, which does not exist")
-    if not result["images"]:
-        return lines
-    unusable = sum(result["unusable"].values())
-    seen = "all" if looked_at == result["images"] else f"{looked_at:,}"
-    row("images", f"{result['images']:,}, {seen} looked at{_counts(result['unusable'], looked_at)}")
-    if result["key"] == "train_file" and unusable > max_skipped * looked_at:
-        row("", f"more than max_skipped ({_percent(max_skipped)}): training would stop")
-    if result.get("images_also_trained_on"):
-        row("", f"{_part(result['images_also_trained_on'], result['images'])} are in train_file too")
-    if looked_at == unusable:
-        return lines
-    sides, usable = result["shorter_side"], looked_at - unusable
-    for i, (name, count) in enumerate((name, count) for name, count in sides.items() if count):
-        bar = "#" * round(count / usable * BAR_WIDTH)
-        row("" if i else "shorter side", f"{name:<10}{count:>10,}  {_percent(count / usable):>6}  {bar}".rstrip())
-    if result["image_res"]:
-        row("", f"{_part(result['smaller_than_image_res'], usable)} smaller than image_res {result['image_res']}")
-    row("formats", ", ".join(f"{name} {count:,}" for name, count in result["formats"].items()))
-    row("EXIF-rotated", f"{result['exif_rotated']:,}{', used as they are stored' * bool(result['exif_rotated'])}")
-    row("animated", f"{result['animated']:,}{', of which the first frame is used' * bool(result['animated'])}")
-    return lines
-
-
-def _counts(counts, whole):
-    """What cannot be used, by kind."""
-    if not counts:
-        return ""
-    return f"; {_part(sum(counts.values()), whole)} cannot be used: {', '.join(f'{n:,} {kind}' for kind, n in counts.items())}"
+def _unusable(counts, whole):
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+    return f"; {_part(counts.total(), whole)} cannot be used: {kinds}" if counts else ""
 
 
 def _part(count, whole):
@@ -523,17 +309,208 @@ def _percent(share):
     return "0%" if share == 0 else "<0.1%" if share < 0.001 else f"{share:.1%}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+def say(*lines):
+    """Prints lines, of which none has a character that a terminal could not show or would obey."""
+    for line in lines:
+        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line.rstrip()))
+
+
+def form_of(entry, training):
+    """The name in FORMS of an entry's form, by its keys; None if they are those of no task."""
+    keys = entry.keys() if isinstance(entry, dict) else ()
+    for key, form in {"question": "vqa", "images": "nlvr", "sentence": "ve", "text": "grounding"}.items():
+        if key in keys:
+            return form
+    if "caption" in keys and training:
+        return "retrieval" if "image_id" in keys and not isinstance(entry["caption"], list) else "pretrain"
+    return "retrieval_test" if "caption" in keys else None
+
+
+def read_entry(form, entry, path, number, training, refer):
+    """(key of the image folder, image paths, texts) of an entry of a list of that form. Raises InputError."""
+    check_entry(entry, {}, path, number)
+    if form == "vqa":
+        kind = vqa_entry(entry, path, number, training)["dataset"]
+        return ROOTS[kind], [entry["image"]], [entry["question"]]
+    if form in LABELED:
+        return "image_root", labeled_entry(LABELED[form], entry, path, number)["images"], [entry["sentence"]]
+    if form == "grounding" and refer and not training:
+        check_expression(entry, path, number, refer)
+    if form in ("grounding", "retrieval"):
+        image, text, _ = grouped_entry(entry, form, path, number)
+        return "image_root", [image], [text]
+    if form == "retrieval_test":
+        captioned_image(entry, path, number)
+    check_entry(entry, PAIR_KEYS, path, number)
+    return "image_root", [entry["image"]], [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+
+
+def unreadable(key, file):
+    """Prints that a list, or none of some shards, can be read -> what the report says of it."""
+    say("", f"{key} {file}", "  cannot be read")
+    return {"key": key, "file": file}
+
+
+def check_list(check, path, key, questions):
+    """Checks a JSON list, its texts and its images -> what the report says of it.
+
+    questions: {id: whether it has an answer} of the questions to test on, to which those of this list are added.
+    """
+    training, forms, chosen = key == "train_file", Counter(), None
+    with contextlib.suppress(InputError):  # noted below
+        forms.update(form_of(entry, training) for _, entry in itertools.islice(read_json_values(path), HEAD))
+    form = max(forms, key=forms.get, default=None)
+    if form is None:
+        with check.noting(path):
+            next(read_json_values(path))
+            raise InputError("most of its first entries have not the keys of any task's list: name such a list")
+        return unreadable(key, path)
+    for needed in ("refcoco_data", "det_file") if form == "grounding" and not training else ():
+        if check.config[needed] is None:
+            check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
+    if check.images is not None:
+        with contextlib.suppress(InputError):
+            chosen = set(evenly(sum(1 for _ in read_json_values(path)), check.images))
+    tally = Tally(check, key, path, form)
+    for seen in check.look_at(_new_images(tally, path, questions, chosen)):
+        tally.add_image(path, seen.number, f"image {seen.path}", seen)
+    result = tally.report("entry {}".format)
+    if training:
+        check.trained_images |= tally.images
+    return result
+
+
+def _new_images(tally, path, questions, chosen):
+    """Counts the entries of a list and yields (number, path) of its images, each once; of those chosen, if not None."""
+    check, form, training, due = tally.check, tally.form, tally.training, math.inf if chosen is None else 0
+    with check.noting(path):
+        for number, entry in tqdm(read_json_values(path), desc=os.path.basename(path), unit=" entries", **BAR):
+            tally.entries += 1
+            due += number in (chosen or ())  # what was looked at before leaves its turn to the images of the next entries
+            try:
+                root, files, captions = read_entry(form, entry, path, number, training, check.refer)
+            except InputError as error:
+                tally.refuse(path, number, error)
+                continue
+            value = digest((files, captions, entry.get("label"), entry.get("ref_id")))
+            tally.add_entry(path, number, number, captions, value)
+            if form == "vqa" and not training:
+                if entry["question_id"] in questions:
+                    problem = f"another entry has the question_id {entry['question_id']!r} too: give it its own"
+                    tally.refuse(path, number, InputError(problem, "repeated 'question_id'"))
+                questions[entry["question_id"]] = "answer" in entry
+            folder = check.config[root]
+            if folder is None and root not in tally.lost:
+                tally.lost.add(root)
+                check.add(path, number, f"the configuration lacks the key {root}, the folder of the images of such entries")
+            for image in [os.path.join(folder, file) for file in files] if root not in tally.lost else ():
+                value = digest(image)
+                if value not in tally.images and due:
+                    due -= 1
+                    yield number, image
+                tally.images.add(value)
+
+
+def check_shards(check, paths):
+    """Checks the samples of WebDataset shards -> what the report says of all of them together."""
+    counts, file = {}, paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
+    for path in paths:
+        with check.noting(path):
+            counts[path] = len(Shards([path], 1))
+    if not counts:
+        return unreadable("train_file", file)
+    shards, starts = Shards(list(counts), 1), np.cumsum([0, *counts.values()])
+
+    def name(number):
+        shard = int(np.searchsorted(starts, number, "right")) - 1
+        return f"number {number - starts[shard]} of {os.path.basename(shards.paths[shard])}"
+
+    tally = Tally(check, "train_file", file, "shards")
+    chosen = evenly(len(shards), check.images)
+    jobs = ((number, *shards.place(number)) for number in tqdm(chosen, desc="shards", unit="img", **BAR))
+    for seen in check.look_at(jobs):
+        if seen.error:
+            tally.refuse(seen.path, seen.key, seen.error)
+        else:
+            tally.add_entry(seen.path, seen.key, seen.number, seen.captions, seen.digest)
+            tally.add_image(seen.path, seen.key, "image", seen)
+    tally.rows[1] = f"  {len(paths)} {tally.result['form']}"
+    tally.entries, tally.images = len(shards), range(len(shards))
+    return {"shards": counts, **tally.report(name, len(chosen))}
+
+
+def check_lists(check):
+    """Checks the lists that the configuration names, printing what it finds of each -> what the report says of them."""
+    results = []
+    for key in ANNOTATION_KEYS:
+        lists, shards, questions = [], [], {}
+        for name in check.config[key] or []:
+            with check.noting():
+                more = expand([name]) if key == "train_file" else ([name], [])
+                lists, shards = lists + more[0], shards + more[1]
+        with check.noting():
+            expand(shards)  # none may be named twice
+        results += [check_list(check, path, key, questions) for path in lists]
+        results += [check_shards(check, list(dict.fromkeys(shards)))] if shards else []
+        without = sum(not answered for answered in questions.values())
+        if 0 < without < len(questions):
+            check.add(None, None, f"{key}: {without} questions have no 'answer', though {len(questions) - without} have: give "
+                                  "all of them answers, or none")
+        elif without and key == "val_file":
+            check.add(None, None, "val_file has no answers to compare with: leave val_file out, the last epoch is then the "
+                                  "result")
+    return results
+
+
+def check_others(check, tokenizer_of):
+    """Opens what else the configuration names -> {key: what it is}.
+
+    What cannot be opened is a problem; a hub that cannot be reached is no fault of the configuration.
+    """
+    config, found = check.config, {}
+    for root in filter(config.get, ("image_root", *ROOTS.values())):
+        found[root] = config[root]
+        if not os.path.isdir(config[root]):
+            check.lost_roots.add(root)
+            found[root] += ": does not exist"
+            check.add(None, None, f"{root}: folder {config[root]} does not exist; set {root} to the folder that the image "
+                                  "paths of the lists start from")
+
+    def load(key, describe, function, *arguments):
+        name = config[key] if isinstance(config[key], str) else "in the configuration"
+        try:
+            loaded = function(*arguments)
+            found[key] = f"{name}: {describe(loaded)}"
+            return loaded
+        except InputError as error:
+            if error.kind == "network" and not os.path.splitext(name)[1]:  # a file name is not of the hub
+                found[key] = f"{name}: not looked at, the hub cannot be reached"
+                check.notes.append(str(error))
+            else:
+                found[key] = f"{name}: cannot be used"
+                check.add(None, None, error)
+
+    if config["bert_config"] is None:
+        check.add(None, None, "the configuration lacks the key bert_config: add it, or pass --set bert_config=...")
+    elif load("bert_config", lambda bert: f"{bert['num_hidden_layers']} layers", read_bert_config, config["bert_config"]):
+        key = "tokenizer" if config["tokenizer"] else "text_encoder"
+        check.tokenizer = load(key, lambda tokenizer: f"{len(tokenizer)} word pieces", tokenizer_of, config)
+    if config["answer_list"]:
+        load("answer_list", lambda answers: f"{len(answers)} answers", load_answer_list, config["answer_list"])
+    if config["refcoco_data"]:
+        check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"])
+    if config["det_file"] and check.refer:
+        load("det_file", lambda boxes: f"boxes of {len(boxes)} images", load_detections, config["det_file"], check.refer)
+    return found
 
 
 def main():
     """Checks the data of a configuration from the command line; exits with status 1 if there are problems."""
-    flags = Flags("Check all files that the configuration of a task names.")
+    flags = Flags("Check all files that the configuration of a task names.", "configs/Pretrain.yaml --report report.json")
     flags.add_argument("config", help="YAML file of a task")
     flags.add_set()
-    flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images; by default one a core")
-    flags.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
+    flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images")
+    flags.add_argument("--images", type=int, metavar="N", help="look at those of N evenly spaced entries of every file only")
     flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
     args = flags.parse_args()
     if args.processes < 1 or (args.images is not None and args.images < 0):
@@ -545,30 +522,26 @@ def main():
     from models.tokenizer import tokenizer_of
 
     with contextlib.ExitStack() as stack:
-        report = None
         if args.report:
             try:
                 report = stack.enter_context(atomic_write(args.report, "w"))
             except OSError as error:
                 raise InputError(f"--report {args.report}: cannot write there ({error.strerror}), name another file") from None
-            report.write('{"problems": [')
-        findings = Findings(report)
-        others, tokenizer, refer, lost = check_others(config, findings, tokenizer_of)
+        check = Check(config, args.images, stack.enter_context(in_processes(args.processes, begin)))
+        others = check_others(check, tokenizer_of)
         say(args.config, *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()))
-        jobs = stack.enter_context(in_processes(args.processes, prepare_process))
-        results = check(Context(config, findings, jobs, args.images, tokenizer, refer, lost, []))
-        if report:
-            rest = {"count": findings.count, "notes": findings.notes, "config": args.config, "others": others, "files": results}
-            report.write(f"\n], {json.dumps(rest, indent=1)[1:]}\n")
-    say("", *(f"note: {note}" for note in findings.notes))
-    if not findings.count:
+        results = check_lists(check)
+        if args.report:
+            found = {"config": args.config, "others": others, "files": results, "notes": check.notes}
+            json.dump({"problems": check.problems, "count": len(check.problems), **found}, report, indent=1)
+    say("", *(f"note: {note}" for note in check.notes))
+    if not check.problems:
         say("No problems.")
         return
-    plural = "s" if findings.count > 1 else ""
-    say(f"{findings.count:,} problem{plural}; docs/faults.md says what a run makes of each", *findings.first)
-    if findings.count > SHOWN:
-        listed = f"{args.report} lists them all" if args.report else "--report FILE.json lists them all"
-        say(f"... and {findings.count - SHOWN:,} more; {listed}")
+    say(f"{len(check.problems):,} problem{'s' * (len(check.problems) > 1)}; docs/faults.md says what a run makes of each")
+    say(*(f"{place(of['file'], of['entry'])}: {of['problem']}".removeprefix(": ") for of in check.problems[:SHOWN]))
+    if len(check.problems) > SHOWN:
+        say(f"... and {len(check.problems) - SHOWN:,} more; {args.report or '--report FILE.json'} lists them all")
     sys.exit(1)
 
 
