@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import os
+import sys
 
 from utils import TIMEOUT, InputError
 
@@ -18,8 +20,10 @@ class Flags(argparse.ArgumentParser):
     """A parser whose errors are an InputError: one line, with the right spelling where there is one to guess."""
 
     def __init__(self, description, example=""):
-        example = example and f"example:\n  python %(prog)s {example}"
-        super().__init__(description=description, epilog=example, formatter_class=Help)
+        module = sys.modules["__main__"].__spec__  # of python -m
+        name = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {os.path.basename(sys.argv[0])}"
+        example = example and f"example:\n  {name} {example}"
+        super().__init__(prog=name, description=description, epilog=example, formatter_class=Help)
 
     def add_set(self):
         """Adds --set, which may come more than once."""

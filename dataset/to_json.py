@@ -14,9 +14,9 @@ import random
 import re
 from pathlib import Path
 
+from configs.flags import Flags
 from dataset.annotations import read_json_values
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
-from configs.flags import Flags
 from utils import InputError, atomic_write, make_output_dir, run_script
 
 # names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
@@ -152,14 +152,14 @@ def _write(path, lines):
 
 def main():
     """Convert a table from the command line and print what came of it."""
-    flags = Flags(__doc__.splitlines()[0])
+    flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100")
     flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
     flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
     flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
     flags.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json")
-    flags.add_argument("--path", metavar="NAME", help="column of the image paths (default: by its name)")
-    flags.add_argument("--text", metavar="NAME", help="column of the captions (default: by its name)")
-    flags.add_argument("--encoding", help="of the table (default: UTF-8)")
+    flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
+    flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
+    flags.add_argument("--encoding", metavar="NAME", help="of the table, such as cp1252; UTF-8 if not given")
     flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
     args = flags.parse_args()
     if args.test < 0:

@@ -129,7 +129,7 @@ def main():
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
     with atomic_write(args.output, "w") as file:
         file.write("".join(f"{piece}\n" for piece in pieces))
-    print(f"{args.output}: {len(pieces)} word pieces; set vocab_size to it in bert_config")
+    print(f"{args.output}: {len(pieces)} word pieces; vocab_size in bert_config must be {len(pieces)} or auto")
 
 
 if __name__ == "__main__":
