@@ -1,11 +1,14 @@
 """python -m dataset.to_json: tables as people have them -> the lists that training reads."""
 
+import importlib
 import json
+import re
+import shlex
 import sys
 
 import pytest
 
-from conftest import exit_status
+from conftest import ROOT, exit_status, log
 from dataset import to_json
 
 IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
@@ -110,3 +113,21 @@ def test_other_encodings(convert, tmp_path):
     table = "path,text\nb.jpg,été\n".encode("cp1252")
     assert convert(table, "--encoding", "cp1252")[2] == [{"image": "b.jpg", "caption": ["été"]}]
     assert "--encoding: unknown encoding: klingon" in convert(table, "--encoding", "klingon")[1]
+
+
+def test_the_lines_of_the_readme_lead_from_photos_to_pictures(shapes, tmp_path, monkeypatch):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "photos").symlink_to(shapes)
+    entries = json.loads((shapes / "pretrain.json").read_text())
+    rows = [f'{entry["image"]},"{text}"\n' for entry in entries for text in entry["caption"]]
+    (tmp_path / "captions.csv").write_text("".join(["path,text\n", *rows]))
+    monkeypatch.chdir(tmp_path)
+    section = re.search("## Your own photos.*?\n## ", (ROOT / "README.md").read_text(), re.S)[0]
+    for line in re.findall("^    python (.*)", section, re.M):
+        line = line.replace("--test 100", "--test 8").replace("PHOTO.jpg", entries[0]["image"])
+        line += " --set scheduler.epochs=1 num_workers=0" * line.startswith("Pretrain.py")
+        name, *flags = shlex.split(line.removeprefix("-m "))
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        assert exit_status(importlib.import_module(name.removesuffix(".py")).main) == 0, line
+    assert log(tmp_path / "output/small")[-1]["test_txt_r10"] > 0
+    assert all((tmp_path / name).stat().st_size > 10000 for name in ("output/small/retrieval.png", "heat.png"))
