@@ -14,9 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
-# torch is imported where it is used: it takes seconds, which a script's --help and a mistyped flag need not wait for
+# NumPy and torch are imported where they are used: they take seconds, which --help and a mistyped flag need not wait for
 
 # the data workers tokenize, each in one thread; without this the library warns at every fork
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -189,11 +187,14 @@ def local_rank():
 
 def seed_of(*coordinates):
     """A well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration, rank)."""
+    import numpy as np
+
     return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_everything(*coordinates):
     """Seeds Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
+    import numpy as np
     import torch
 
     value = seed_of(*coordinates)
