@@ -55,8 +55,8 @@ class WorkerDied(TrainingStopped):
 class Loader(DataLoader):
     """Batches of a data set, read by data workers whose errors reach the run as they are.
 
-    collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating raises
-    WorkerDied, and the InputError or TrainingStopped of the data set.
+    collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating
+    raises WorkerDied, and the InputError or TrainingStopped of the data set.
     """
 
     def __init__(self, dataset, collate, count, device, **batching):

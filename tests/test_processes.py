@@ -69,8 +69,9 @@ def retrieval(tiny_config, shapes, tmp_path, pretrained):
 
     def arguments(image="images/test/000000.jpg", entries=4000):
         (tmp_path / "test.json").write_text(json.dumps([{"image": image, "caption": ["a red circle"]}] * entries))
-        config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")],
-                  "num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}  # fmt: skip
+        files = {"train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")]}
+        keys = {"num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}
+        config = {**tiny_config, **files, **keys}
         return ["Retrieval.py", *command_line(config, tmp_path / "run", tmp_path), "--checkpoint", pretrained]
 
     return arguments
@@ -96,7 +97,7 @@ def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("doing,words", [("--evaluate", "ended before it was complete"), ("--resume", "continue with --resume")])
+@pytest.mark.parametrize("doing,words", [("--evaluate", "before it was complete"), ("--resume", "continue with --resume")])
 def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, signum, doing, words):
     run = start(*retrieval(), doing)
     until(lambda: len(processes(run.pid)) == 3 and run.poll() is None)
