@@ -20,6 +20,7 @@ from dataset import build_dataset
 from engine.curves import read_curves
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from configs.schema import load_config
+from utils import run_script
 
 # folder of a run: its rows, each the metric as printed and its name in log.txt, in percent
 RUNS = {
@@ -36,33 +37,24 @@ TIMED = {"NLVR": ["NLVR_pretrain", "NLVR"]}
 
 
 def read_results(folder):
-    """Metrics by name of a run's best epoch: what was tested, and beside it the epoch's validation. {} without a run."""
+    """Return the metrics of a run's best epoch by name: of the test, and of the epoch's validation. {} without a run."""
     log = folder / "log.txt"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     return next((line for line in reversed(lines) if any(name.startswith("test") for name in line)), {})
 
 
 def minutes(folder, run):
-    """Minutes of a run from its TensorBoard files, its stops left out; None if it is not there."""
-    total = 0
-    for name in TIMED.get(run, [run]):
-        if not (folder / name / "tensorboard").is_dir():
-            return None
-        curves = read_curves(folder / name / "tensorboard")
-        if "lr" not in curves:
-            return None
-        times = curves["lr"][2]
-        total += sum(gap for gap in np.diff(times) if gap < LONGEST_GAP) / 60
-    return total
+    """Return a run's minutes from its TensorBoard files, its stops left out; 0 if it is not there."""
+    logs = [folder / name / "tensorboard" for name in TIMED.get(run, [run])]
+    times = [read_curves(log).get("lr", ((), (), ()))[2] for log in logs if log.is_dir()]
+    return sum(gap for of_run in times for gap in np.diff(of_run) if gap < LONGEST_GAP) / 60
 
 
 def chances():
-    """What chance gives: {(run, name in log.txt): percent}."""
-    found = {}
+    """Return what chance gives: {(run, name in log.txt): percent}."""
     test_set = build_dataset("retrieval_test", load_config(ROOT / "configs/shapes/Retrieval.yaml"))
     recall = chance_recall(len(test_set.images), len(test_set.texts), test_set.img2txt)
-    for run in ("Pretrain", "Retrieval"):
-        found.update({(run, f"test_{name}"): value for name, value in recall.items()})
+    found = {(run, f"test_{name}"): value for run in ("Pretrain", "Retrieval") for name, value in recall.items()}
     questions = build_dataset("vqa_test", load_config(ROOT / "configs/shapes/VQA.yaml"))
     annotations = questions.annotations()
     constant = [
@@ -85,18 +77,17 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("output/shapes"))
     parser.add_argument("--scratch", type=Path, default=Path("output/shapes-scratch"))
     args = parser.parse_args()
-    chance = chances()
+    chance, spent = chances(), {run: minutes(args.runs, run) for run in RUNS}
     print(f"{'task':11}{'metric':20}{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}")
     for run, rows in RUNS.items():
         results = [read_results(folder / run) for folder in (args.scratch, args.runs)]
-        for number, (metric, name) in enumerate(rows):
+        for metric, name in rows:
+            first = metric == rows[0][0]
             scratch, trained = (f"{result[name]:.1f}" if name in result else "-" for result in results)
-            time = minutes(args.runs, run) if number == 0 else None
-            print(f"{run if number == 0 else '':11}{metric:20}{chance[run, name]:8.1f}{scratch:>14}{trained:>13}"
-                  f"{'' if time is None else f'{time:.1f}':>9}")
-    spent = [minutes(args.runs, run) or 0 for run in RUNS if run != "Pretrain"]
-    print(f"minutes of the fine-tuning runs together: {sum(spent):.1f}, one core each")
+            time = f"{spent[run]:.1f}" if first and spent[run] else ""
+            print(f"{run if first else '':11}{metric:20}{chance[run, name]:8.1f}{scratch:>14}{trained:>13}{time:>9}")
+    print(f"minutes of the fine-tuning runs together: {sum(spent.values()) - spent['Pretrain']:.1f}, one core each")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -160,18 +160,20 @@ def test_split_keeps_groups_together_and_is_deterministic():
     assert not set(members["train"]) & set(members["test"] + members["val"])
     assert Counter(members["train"])[99] == openclipart.SERIES_LIMIT
     assert openclipart.split_groups(groups, texts, sizes, seed=0) == splits
-    assert openclipart.split_groups(groups, texts, sizes, seed=1) != splits
+    for seed in range(1, 6):
+        others = openclipart.split_groups(groups, texts, sizes, seed)
+        assert others != splits and 99 not in {groups[i] for i in others["test"] + others["val"]}  # too long a series
     assert "ask for fewer" in refusal(openclipart.split_groups, groups, texts, {"test": 60, "val": 0}, 0)
 
 
 def test_image_names_are_ascii_and_unique():
-    names = openclipart.image_names(["a/é", "a/è", "a/B", "a/b", "a/c.d", "a/c_d"])
+    names = openclipart.image_names(["a/é", "a/è", "a/b", "a/B", "a/c.d", "a/c_d"])
     assert len({name.lower() for name in names}) == 6
     assert all(re.fullmatch(r"images/a/[A-Za-z0-9_\-]+\.jpg", name) for name in names)
 
 
-def run(monkeypatch, output, packages):
-    arguments = ["--output", output, "--image_res", "32", "--test", "3", "--val", "2", "--packages", *packages]
+def run(monkeypatch, output, packages, val=2):
+    arguments = ["--output", output, "--image_res", 32, "--test", 3, "--val", val, "--packages", *packages]
     monkeypatch.setattr(sys, "argv", ["openclipart", *map(str, arguments)])
     return exit_status(openclipart.main)
 
@@ -211,8 +213,11 @@ def test_command_writes_the_formats_survives_broken_files_and_runs_once(tmp_path
     (output / images[0]).unlink()
     assert run(monkeypatch, output, [tmp_path / "png", tmp_path / "svg"]) == 0
     assert "is complete" in capsys.readouterr().out and not (output / images[0]).exists()
-    (output / "summary.json").unlink()  # as after an interruption
+    with monkeypatch.context() as patch:
+        patch.setattr(openclipart, "split_groups", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run(monkeypatch, output, [tmp_path / "png", tmp_path / "svg"], val=1) == 130
     assert run(monkeypatch, output, [tmp_path / "png", tmp_path / "svg"]) == 0 and (output / images[0]).exists()
+    assert "drawings 14" in capsys.readouterr().out
     assert entries["train"] == json.loads((output / "train.json").read_text())
 
 

@@ -57,21 +57,16 @@ def save_images(jobs):
     return len(jobs)
 
 
-def save_text(path, text):
-    """Write a text file in one step."""
-    with atomic_write(path, "w") as file:
-        file.write(text)
-
-
-def save_annotations(path, content):
-    """Write an annotation file: a pickle as REFER's (path ends in .p), else JSON, a list with a line for each entry."""
+def save(path, content):
+    """Write a file in one step: a string as it is, a pickle as REFER's (*.p), or JSON, a list with one entry per line."""
     if path.suffix == ".p":
-        with atomic_write(path) as file:
-            pickle.dump(content, file, protocol=2)
+        content = pickle.dumps(content, protocol=2)
     elif isinstance(content, list):
-        save_text(path, "[" + ",\n".join(map(json.dumps, content)) + "]\n")
-    else:
-        save_text(path, json.dumps(content) + "\n")
+        content = "[" + ",\n".join(map(json.dumps, content)) + "]\n"
+    elif isinstance(content, dict):
+        content = json.dumps(content) + "\n"
+    with atomic_write(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
 
 
 def clear(output):
@@ -109,7 +104,7 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         elif output.is_dir() and any(output.iterdir()):
             raise InputError(f"{output}: holds other files and no shapes.json: choose another --output")
         output.mkdir(parents=True, exist_ok=True)
-        save_text(marker, json.dumps({**arguments, "complete": False}))
+        save(marker, json.dumps({**arguments, "complete": False}))
         clear(output)
         scenes = {split: draw_split(split, n, image_size, captions, noise, seed) for split, n in counts.items()}
         every = [scene for split in SPLITS for scene in scenes[split]]
@@ -120,13 +115,13 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
             with tqdm(total=len(jobs), desc="shapes", unit="image", disable=not progress) as bar:
                 for done in run(save_images, chunks):
                     bar.update(done)
-        save_text(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
+        save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
         for name, content in zip(SCENES, scenes.values()):
-            save_annotations(output / name, content)
+            save(output / name, content)
         for task in TASKS.values():
             for name, content in zip(task.FILES, task.annotations(scenes, seed)):
-                save_annotations(output / name, content)
-        save_text(marker, finished)
+                save(output / name, content)
+        save(marker, finished)
     except OSError as error:
         raise InputError(f"{error.filename or output}: {error.strerror}: choose another --output") from None
     return True
