@@ -2,19 +2,19 @@
 
     python -m dataset.shapes --output data/shapes
 
-A scene holds 1 to 5 objects. Its *combination* is the multiset of the (color, shape) of its objects, and a
-checksum of the combination alone decides its split: whatever the seeds and the counts, no combination of val or test
-is in train. scenes_{train,val,test}.json describe the scenes in full; all files have the released annotation formats:
+A scene holds 1 to 5 objects. Its *combination* is the multiset of the (color, shape) of its objects, and a checksum of the
+combination alone decides its split: whatever the seeds and the counts, no combination of val or test is in train.
+scenes_{train,val,test}.json describe the scenes in full; the other files have the released annotation formats, a module each:
 
-- pre-training and retrieval: captions; those of pretrain.json are partly wrong
-- VQA: questions on existence, number, color, shape and size and comparisons; ten annotators, of whom some disagree
-- visual entailment: half of the pictures have a curtain over a quadrant (images/*_covered/), and a hypothesis on what is
-  not in sight there is neutral. The text alone tells nothing of the label, the text and whether there is a curtain at
-  all are good for 67% accuracy, and the rest takes looking
-- NLVR2: each statement is once true and once false of two images of a split, so that it alone tells nothing
+- captions: pre-training and retrieval; the captions of pretrain.json are partly wrong
+- vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten annotators disagree
+- ve: half of the pictures have a curtain over a quadrant (images/*_covered/), and a hypothesis about what is not in sight
+  there is neutral. The text alone says nothing about the label; the text and whether there is a curtain give 67% accuracy
+- nlvr: each statement is once true and once false of two images of a split, so that it alone says nothing
 - grounding, as RefCOCO+: expressions without places that fit one object of at least two; testA refers to circles, hearts
   and moons, testB to the other shapes, both in the test images; refs(unc).p is REFER's file, dets.json has detected boxes
 """
+
 from .files import vocabulary, write_dataset
 
 __all__ = ["vocabulary", "write_dataset"]
