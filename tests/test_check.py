@@ -214,7 +214,8 @@ def test_images_of_evenly_spaced_entries_are_looked_at(run, write, count, looked
 def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
     other = "images/train/000001.jpg"
     test = write([{"image": GOOD, "caption": ["red"]}, {"image": other, "caption": ["red"]}], "test.json")
-    train = write(pairs(5, _3={"caption": "a red circle 1"}, _4={"caption": "a red circle 1"}))
+    train = write(pairs(5, _0={"image": "images/train/000002.jpg"}, _3={"caption": "a red circle 1"},
+                        _4={"caption": "a red circle 1"}))  # fmt: skip
     status, out, report = run(train_file=train, test_file=test)
     assert status == 0 and "2 (40.0%): entry 3 as entry 1, entry 4 as entry 1" in out
     assert report["files"][0]["duplicates"] == 2 and report["files"][1]["duplicates"] == 0
