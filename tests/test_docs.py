@@ -1,7 +1,6 @@
 """Whatever the documentation names exists: files, links, flags, keys, targets of make, tests."""
 
 import re
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -14,7 +13,7 @@ FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "eval
            "tests", "docs")  # fmt: skip
 OTHERS = {  # flags of other programs
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
-    "--ntasks-per-node", "--check",
+    "--ntasks-per-node", "--check", "--help",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Several nodes and Slurm, played on this machine: torchrun on each, restarts, srun, the batch script (docs/scale.md)."""
+"""Several nodes and Slurm, played on this machine: torchrun on each, restarts, srun, the batch script (docs/training.md)."""
 
 import os
 import shutil

@@ -185,7 +185,7 @@ def test_bad_input_is_named_and_nothing_is_written(config, shapes, pretrained, t
 
 
 def test_the_python_example_of_the_readme_runs(config, shapes, pretrained, tmp_path, monkeypatch, capsys):
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (ROOT / "docs/python.md").read_text().split("```python\n")[1].split("```")[0]
     assert "flickr30k.pth" in code and "photos" in code
     command_line({**config, "image_res": 32}, tmp_path, tmp_path)
     for old, new in (("configs/Retrieval_flickr.yaml", tmp_path / "config.yaml"), ("flickr30k.pth", pretrained),

@@ -122,7 +122,7 @@ def test_the_lines_of_the_readme_lead_from_photos_to_pictures(shapes, tmp_path, 
     rows = [f'{entry["image"]},"{text}"\n' for entry in entries for text in entry["caption"]]
     (tmp_path / "captions.csv").write_text("".join(["path,text\n", *rows]))
     monkeypatch.chdir(tmp_path)
-    section = re.search("## Your own photos.*?\n## ", (ROOT / "README.md").read_text(), re.S)[0]
+    section = re.search("## Train on my data.*?\n## ", (ROOT / "README.md").read_text(), re.S)[0]
     for line in re.findall("^    python (.*)", section, re.M):
         line = line.replace("--test 100", "--test 8").replace("PHOTO.jpg", entries[0]["image"])
         line += " --set scheduler.epochs=1 num_workers=0" * line.startswith("Pretrain.py")
