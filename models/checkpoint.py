@@ -128,8 +128,6 @@ def write_weights(file, suffix, tensors, more):
 def interpolate_pos_embed(pos_embed, tokens):
     """Position embeddings [1, 1+N, C] -> [1, tokens, C]: the square grid bicubically, the [CLS] position unchanged."""
     old, new = round((pos_embed.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
-    if old == new:
-        return pos_embed
     grid = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
@@ -170,13 +168,13 @@ def _match(targets, weights, names, may_be_new, allow_missing):
         in_file = names[name]
         if in_file in weights:
             value = weights[in_file]
-            if _is_made_anew(name) and (_misfit(name, value, target) or (requeue and "queue" in name)):
+            if requeue and name in (*QUEUES, "idx_queue"):
                 return Record(name, in_file, "new")
             cast = "" if value.dtype == target.dtype else str(value.dtype).removeprefix("torch.")
             return Record(name, in_file, "loaded", value.shape != target.shape, cast)
         module, _, rest = name.partition(".")
         base = names.get(f"{module.removesuffix('_m')}.{rest}")
-        if base in weights and not _misfit(name, weights[base], target) and (allow_missing or module not in modules):
+        if base in weights and (allow_missing or module not in modules):
             return Record(name, base, "copied")
         return Record(name, "", "new" if may_be_new(name) or _is_made_anew(name) else "missing")
 
@@ -285,7 +283,7 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
 
     def must_fit(name):
         module, _, rest = name.partition(".")
-        return module in matched and not rest.startswith("cls.") and not rest.endswith("position_ids")  # cls: the MLM head
+        return module in matched and not rest.startswith("cls.")  # the MLM head may find no use
 
     return load_weights(model, weights, path, names, may_be_new, must_fit, allow_missing)
 

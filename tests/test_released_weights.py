@@ -121,9 +121,6 @@ def test_order_is_free_and_damage_is_refused_by_name(name, tmp_path):
         with pytest.raises(InputError) as error:
             load_checkpoint(model, write(path, {**state, key: torch.empty(2, *state[key].shape, device="meta")}))
         assert f"{key} has shape [2, " in str(error.value)
-        with pytest.raises(InputError) as error:
-            load_checkpoint(model, write(path, {**state, key: torch.empty(state[key].shape, dtype=torch.int8, device="meta")}))
-        assert f"{key} is torch.strided torch.int8" in str(error.value)
     for share in (0.3, 0.8):  # cut off within the base model, and within the momentum model
         with pytest.raises(InputError, match=r"lacks \d+ tensors"):
             load_checkpoint(model, write(path, dict(list(state.items())[: int(share * len(state))])))
