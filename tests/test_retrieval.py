@@ -32,7 +32,7 @@ def run(monkeypatch, config, output_dir, tmp_path, *arguments):
 
 
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
-    scores = iter([20.0, 30.0, 10.0, 99.0, 99.0])
+    scores = iter([20.0, 30.0, 30.0, 99.0, 99.0])
     real = evaluation.retrieval.evaluate_retrieval
 
     def scored(*args):
@@ -45,7 +45,7 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
     entries = log(folder)
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
-    assert [entry["val_r_mean"] for entry in entries] == [20, 30, 10]
+    assert [entry["val_r_mean"] for entry in entries] == [20, 30, 30]
     assert ["test_r_mean" in entry for entry in entries] == [False, True, False]
     assert {"train_loss_ita", "train_loss_itm", "train_temp", "val_txt_r1", "val_itc_img_r10"} <= entries[0].keys()
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
@@ -55,7 +55,7 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("epoch ") and "r_mean" in line] == [
         "epoch 0: val r_mean 20, best 20 (epoch 0)", "epoch 1: val r_mean 30, best 30 (epoch 1)",
-        "epoch 2: val r_mean 10, best 30 (epoch 1)"]  # fmt: skip
+        "epoch 2: val r_mean 30, best 30 (epoch 1)"]  # fmt: skip
     assert f"best epoch by val r_mean 30: epoch 1, {folder / 'checkpoint_best.pth'}; next:" in out
     results = json.loads((folder / "result/retrieval.json").read_text())
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
