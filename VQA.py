@@ -54,7 +54,7 @@ def evaluate(model, dataset, tokenizer, config, device):
     """VQA accuracy in percent, overall and by answer type, if the file holds answers; and the results file's content."""
     model.eval()
     texts = answers(model, dataset, tokenizer, config, device)
-    results = [{"question_id": entry["question_id"], "answer": text} for entry, text in zip(dataset.entries, texts)]
+    results = [{"question_id": entry.question_id, "answer": text} for entry, text in zip(dataset.entries, texts)]
     annotations = dataset.annotations()
     if not annotations:
         return {}, results

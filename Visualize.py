@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from dataset.annotations import check_entry, read_json_list
+from dataset.caption import Captioned
 from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
 from dataset.transforms import normalize, test_transform
@@ -137,8 +138,7 @@ def read_texts(path):
     if Path(path).suffix == ".json":
         texts = []
         for number, entry in read_json_list(path):
-            check_entry(entry, {"caption": (str, list)}, path, number)
-            texts += [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+            texts += check_entry(entry, Captioned, path, number).texts
     else:
         try:
             texts = Path(path).read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,6 @@
 """What every room uses: errors, ranks, seeds, atomic files."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import random
@@ -324,30 +323,22 @@ def remake_output_dir(path):
         print(f"note: {path} was gone and is made anew; what it held is lost", file=sys.stderr, flush=True)
 
 
-_held = {}  # output_dir -> the open file whose lock this process has until it ends, however it ends
+_held = {}  # output_dir -> the lock that this process has until it ends, however it ends
 
 
 def _hold(folder, patience):
     """Locks a folder for this process. Raises InputError."""
-    key = str(folder.resolve())
-    if key in _held:
-        return
-    file = open(folder / ".lock", "w")
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            # of the process, not of the open file: data workers that outlive it do not keep it
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > deadline:
-                message = f"--output_dir {folder}: another run is writing there, name another folder or end it"
-                raise InputError(message) from None
-            time.sleep(0.1)
-        except OSError:  # a file system without locks
-            break
-        else:
-            break
-    _held[key] = file
+    from filelock import FileLock, Timeout
+
+    # filelock takes it from forked processes: data workers that outlive this one do not keep it
+    lock = _held.setdefault(str(folder.resolve()), FileLock(folder / ".lock", fallback_to_soft=False))
+    try:
+        if not lock.is_locked:
+            lock.acquire(timeout=patience)
+    except Timeout:
+        raise InputError(f"--output_dir {folder}: another run is writing there, name another folder or end it") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,29 +1,22 @@
-"""Images a second: the transform on one CPU core, and the loader of pre-training from image files and from shards.
+"""Images/s of the pre-training transform on one core, and of the loader on image files and on shards.
 
     python benchmarks/dataloader.py                   # decode, pre-training transform, normalization
     python benchmarks/dataloader.py --workers 0 1 2   # also the loader with these numbers of data workers
 
-The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The paths take turns, a pass over
-the images each, with the same random draws: the same work under the same load. Times are CPU times: what another process takes
-of the core does not count.
-
-The second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards that dataset.to_shards made
-of them: the same few photos under many names. "bytes alone" is one process that fetches the image bytes and captions of each
-pair once, the files in random order, the shards from start to end; nothing is decoded. The other rows are a whole epoch of
-Pretrain.py's batches (build_dataset, TrainBatches): start of the workers, reading, decoding, transform, tokenization and the
-way to the training process, but not normalization, which is the GPU's. Files and shards take turns. Images a second are by the
-clock, which on a shared machine is noise of tens of percent; CPU times, of all processes together, show small differences.
-With a cold page cache, the kernel gave up the pages of the files before every pass (posix_fadvise, which needs no root), but
-not the directories and inodes, nor the disk, or the host of a virtual one, what it caches itself: the first read of millions
-of files is slower than that.
+The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The second reads the same pairs as
+a JSON list with image files in folders of 1,000, and as shards made of them: a row is whole epochs of Pretrain.py's batches,
+from the start of the workers on, but without normalization, which is the GPU's. What is compared takes turns. CPU times, which
+on a shared machine are steadier than the clock, are of all processes together. With a cold page cache the kernel gave up the
+pages of the files before every epoch (posix_fadvise), not the directories, nor what the disk, or the host of a virtual one,
+caches.
 """
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import resource
@@ -39,19 +32,16 @@ import torchvision.transforms as tv
 from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs.schema import with_defaults
 from dataset import build_dataset, transforms as fast
-from dataset.annotations import load_annotations
 from dataset.batches import TrainBatches
 from dataset.images import load_image
-from dataset.shards import Shards, expand, image_and_captions
 from dataset.to_shards import convert
 from models.tokenizer import build_tokenizer, captions_of, train_vocab
-from configs.schema import with_defaults
 
 WIDTH, HEIGHT = 500, 375
 FOLDER = 1000  # image files in a folder, and pairs in a shard
 PAIRS, BATCH_SIZE = 2000, 64
-SOURCES = "files", "shards"  # of pairs: a JSON list and image files, or shards
 STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
@@ -96,18 +86,13 @@ def obvious_stages(image_res, min_scale):
             image = pillow_operation(name, direction, image_res)(image)
         return image
 
-    bicubic = tv.InterpolationMode.BICUBIC
-    crop = tv.RandomResizedCrop(image_res, scale=(min_scale, 1.0), interpolation=bicubic)
-    return (
-        decode,
-        tv.Compose([crop, tv.RandomHorizontalFlip()]),
-        randaugment,
-        tv.Compose([tv.ToTensor(), tv.Normalize(fast.MEAN, fast.STD)]),
-    )
+    crop = tv.RandomResizedCrop(image_res, scale=(min_scale, 1.0), interpolation=tv.InterpolationMode.BICUBIC)
+    normalize = tv.Compose([tv.ToTensor(), tv.Normalize(fast.MEAN, fast.STD)])
+    return decode, tv.Compose([crop, tv.RandomHorizontalFlip()]), randaugment, normalize
 
 
 def fast_stages(image_res, min_scale):
-    """load_image, train_transform and normalize of dataset/transforms.py, cut into STAGES."""
+    """load_image, train_transform and normalize, cut into STAGES."""
 
     def crop_and_flip(image):
         return fast.random_hflip(fast.random_resized_crop(image, image_res, min_scale))
@@ -133,181 +118,86 @@ def photo(generator):
     return Image.fromarray(image[0].clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def write_photos(folder, count):
-    generator = torch.Generator().manual_seed(0)
-    paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
-    for path in paths:
-        photo(generator).save(path, quality=90)
-    return paths
+def cpu_seconds():
+    """What this process and those that it has waited for have taken."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def run_stages(stages, path, seed, seconds):
-    """Run one image through the stages and add the CPU time of each to the list seconds."""
-    torch.manual_seed(seed)
-    value = path
-    for i, stage in enumerate(stages):
-        start = time.process_time()
-        value = stage(value)
-        seconds[i] += time.process_time() - start
-    return value
-
-
-def measure(chains, paths, rounds):
-    """Run the chains over all images in turn, `rounds` times -> [chain][round][stage], CPU seconds an image."""
-    timings = [[] for _ in chains]
+def measure_transform(paths, rounds, *options):
+    """CPU milliseconds per image of each of STAGES, a row for each path: medians of rounds in turn, with equal draws."""
+    chains, timings = [stages(*options) for stages in (obvious_stages, fast_stages)], [[], []]
     for seed in range(rounds + 1):
         for stages, rows in zip(chains, timings):
-            seconds = [0.0] * len(STAGES)
-            for i, path in enumerate(paths):
-                run_stages(stages, path, seed * len(paths) + i, seconds)
-            rows.append([s / len(paths) for s in seconds])
-    return [rows[1:] for rows in timings]  # the first round warmed up
+            rows.append([0.0] * len(STAGES))
+            for i, value in enumerate(paths):
+                torch.manual_seed(seed * len(paths) + i)
+                for number, stage in enumerate(stages):
+                    start = time.process_time()
+                    value = stage(value)
+                    rows[-1][number] += (time.process_time() - start) / len(paths) * 1e3
+    return [list(map(statistics.median, zip(*rows[1:]))) for rows in timings]  # the first round warmed up
 
 
 def write_pairs(folder, photos):
-    """PAIRS pairs, their images the photos in turn: {"files": train_file, "shards": train_file of the same pairs}."""
-    draw = random.Random(0)
+    """PAIRS pairs, their images the photos in turn -> {"files": train_file, "shards": train_file of the same pairs}."""
+    draw, pairs = random.Random(0), []
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
-    contents, pairs = [path.read_bytes() for path in photos], []
-    for i in range(PAIRS):
+    for i, photo in zip(range(PAIRS), itertools.cycle([path.read_bytes() for path in photos])):
         image = folder / f"images/{i // FOLDER:05d}/{i:09d}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
-        image.write_bytes(contents[i % len(contents)])
+        image.write_bytes(photo)
         pairs.append({"image": str(image), "caption": " ".join(draw.choices(words, k=draw.randint(4, 16)))})
     (folder / "train.json").write_text(json.dumps(pairs))
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with contextlib.redirect_stdout(io.StringIO()):
         convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
     return {"files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
 
 
-def reader_of_files(train_file):
-    """A function that fetches the captions and image bytes of every pair of a JSON list once, and the paths of the files."""
-    annotations = load_annotations([train_file])
-    paths = [annotations.image(i) for i in range(len(annotations))]
-
-    def read():
-        for i in torch.randperm(len(paths)).tolist():
-            assert annotations.captions(i) and Path(annotations.image(i)).read_bytes()
-
-    return read, paths
-
-
-def reader_of_shards(train_file):
-    """The same of shards."""
-    shards = Shards(expand([train_file])[1])
-
-    def read():
-        for i in range(len(shards)):
-            assert all(image_and_captions(shards[i], ""))
-
-    return read, shards.paths
-
-
-def reader_of_epoch(config, tokenizer):
-    """A function that goes through an epoch of pre-training batches, and the number of their samples."""
-    batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=0)
-    batches.begin(0)
-
-    def read():
-        batches.begin(0)
-        for _ in batches:
-            pass
-
-    return read, len(batches) * BATCH_SIZE
-
-
-def make_warm(paths):
-    """Has the page cache hold files."""
-    for path in paths:
-        Path(path).read_bytes()
-
-
-def make_cold(paths):
-    """Has the page cache give up files."""
+def prepare_cache(paths, cold):
+    """Have the page cache hold files, or give them up; returns whether it can: a file system in memory cannot."""
     for path in paths:
         with open(path, "rb") as file:
+            if not cold:
+                file.read()
+                continue
             os.fdatasync(file)  # what is not on the disk yet would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(BlockingIOError):  # there is a disk to wait for
+                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+                return False
+    return True
 
 
-def can_be_cold(path):
-    """Whether make_cold works on a file; in a file system that is in memory it does not."""
-    make_cold([path])
-    with open(path, "rb") as file:
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-        except BlockingIOError:  # there is a disk to wait for
-            return True
-        except OSError:  # such a file system need not know the question
-            pass
-    return False
-
-
-def clocks():
-    """Seconds that have passed, and CPU seconds that this process and the workers that have ended have taken."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def measure_loaders(folder, photos, workers, image_res, min_scale, rounds):
-    """Read pairs from files and from shards in turn -> {(cache, what): {source: [[seconds, CPU seconds], ...]}}.
-
-    Both are per image; there is a pair for each round.
-    """
+def print_loaders(folder, photos, workers, rounds, **options):
+    """Epochs from files and from shards in turn: medians of some rounds."""
     train_files = write_pairs(folder, photos)
     (folder / "vocab.txt").write_text("\n".join(train_vocab(captions_of([train_files["files"]]), 2000)))
     tokenizer = build_tokenizer(folder / "vocab.txt")
-    paths, readers = {}, {"bytes alone": {}}
-    for source, reader in zip(SOURCES, (reader_of_files, reader_of_shards)):
-        read, paths[source] = reader(train_files[source])
-        readers["bytes alone"][source] = read, PAIRS
-        for number in workers:
-            config = {"train_file": train_files[source], "image_res": image_res, "min_scale": min_scale,
-                      "batch_size": BATCH_SIZE, "num_workers": number}  # fmt: skip
-            name = f"{number} worker{'s' * (number != 1)}"
-            readers.setdefault(name, {})[source] = reader_of_epoch(with_defaults(config), tokenizer)
-    caches = {"warm": make_warm, "cold": make_cold}
-    if not can_be_cold(paths["shards"][0]):
-        print(f"no cold page cache: {folder} seems to be in memory, set TMPDIR to a folder on a disk")
-        del caches["cold"]
+    images = {"files": list(folder.glob("images/*/*")), "shards": list(folder.glob("shards/*.tar"))}
     timings = {}
-    for turn, cache, name in itertools.product(range(rounds), caches, readers):
-        for source in SOURCES[:: -1 if turn % 2 else 1]:
-            caches[cache](paths[source])
-            read, count = readers[name][source]
-            start = clocks()
-            read()
-            seconds = [(after - before) / count for before, after in zip(start, clocks())]
-            timings.setdefault((cache, name), {}).setdefault(source, []).append(seconds)
-    return timings
-
-
-def print_table(obvious, ours):
-    """Medians over the rounds; obvious and ours are [rounds][stages] in seconds."""
-    print(f"\n{'milliseconds an image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
-    for name, a, b in zip(STAGES, zip(*obvious), zip(*ours)):
-        a, b = statistics.median(a), statistics.median(b)
-        print(f"{name:<24}{a * 1e3:>10.3f}{b * 1e3:>11.3f}{a / b:>8.2f}")
-    totals = [[sum(row) for row in rows] for rows in (obvious, ours)]
-    for label, pick in (("images/s, median round", statistics.median), ("images/s, best round", min)):
-        a, b = (pick(rows) for rows in totals)
-        print(f"{label:<24}{1 / a:>10.0f}{1 / b:>11.0f}{a / b:>8.2f}")
-
-
-def print_loaders(timings):
-    """Medians over the rounds of what measure_loaders returns."""
-    for cache, rows in itertools.groupby(timings, key=operator.itemgetter(0)):
-        print(f"\n{cache + ' page cache':<16}{'images/s: files':>17}{'shards':>8}{'ratio':>7}", end="")
-        print(f"{'CPU ms an image: files':>26}{'shards':>8}{'ratio':>7}")
-        for row in rows:
-            files, shards = ([statistics.median(column) for column in zip(*timings[row][source])] for source in SOURCES)
-            print(f"{row[1]:<16}{1 / files[0]:>17.0f}{1 / shards[0]:>8.0f}{files[0] / shards[0]:>7.2f}", end="")
-            print(f"{files[1] * 1e3:>26.3f}{shards[1] * 1e3:>8.3f}{files[1] / shards[1]:>7.2f}")
+    for turn, cold, number, source in itertools.product(range(rounds), (False, True), workers, train_files):
+        if not prepare_cache(images[source], cold):
+            continue
+        config = with_defaults({**options, "train_file": train_files[source], "batch_size": BATCH_SIZE, "num_workers": number})
+        batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn)
+        start, cpu = time.perf_counter(), cpu_seconds()
+        count = sum(len(batch.files) for batch in batches)
+        seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
+        timings.setdefault((cold, number), {}).setdefault(source, []).append(seconds)
+    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {rounds} rounds")
+    print(f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}", end="")
+    print(f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}")
+    for (cold, number), rows in sorted(timings.items()):
+        (files, files_cpu), (shards, shards_cpu) = (map(statistics.median, zip(*rows[source])) for source in train_files)
+        print(f"{'cold' if cold else 'warm':<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}", end="")
+        print(f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}")
+    if len(timings) == len(workers):
+        print(f"no cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image_res", type=int, default=256)
     parser.add_argument("--min_scale", type=float, default=0.2)
     parser.add_argument("--images", type=int, default=64)
@@ -315,20 +205,24 @@ def main():
     parser.add_argument("--workers", type=int, nargs="+", help="also measure the loader with these numbers of data workers")
     parser.add_argument("--loader_rounds", type=int, default=3)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # as DataLoader workers do
+    torch.set_num_threads(1)  # as data workers do
 
-    with tempfile.TemporaryDirectory() as folder:
-        paths = write_photos(folder, args.images)
-        kilobytes = statistics.mean(path.stat().st_size for path in paths) / 1000
-        print(f"{args.images} JPEG files of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB each on average")
-        print(f"transform at {args.image_res} px, min_scale {args.min_scale}, one core, {args.rounds} rounds")
-        chains = [stages(args.image_res, args.min_scale) for stages in (obvious_stages, fast_stages)]
-        print_table(*measure(chains, paths, args.rounds))
+    with tempfile.TemporaryDirectory() as name:
+        generator, folder = torch.Generator().manual_seed(0), Path(name)
+        paths = [folder / f"{i}.jpg" for i in range(args.images)]
+        for path in paths:
+            photo(generator).save(path, quality=90)
+        size = statistics.mean(path.stat().st_size for path in paths) / 1000
+        print(f"{args.images} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {args.image_res} px, "
+              f"min_scale {args.min_scale}, one core, median of {args.rounds} rounds")
+        rows = measure_transform(paths, args.rounds, args.image_res, args.min_scale)
+        print(f"\n{'milliseconds per image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
+        for stage, obvious, ours in zip([*STAGES, "total"], *([*row, sum(row)] for row in rows)):
+            print(f"{stage:<24}{obvious:>10.3f}{ours:>11.3f}{obvious / ours:>8.2f}")
+        print(f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}")
         if args.workers:
-            os.environ["ALBEF_CACHE"] = f"{folder}/cache"
-            print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {args.loader_rounds} rounds")
-            options = args.workers, args.image_res, args.min_scale, args.loader_rounds
-            print_loaders(measure_loaders(Path(folder), paths, *options))
+            os.environ["ALBEF_CACHE"] = str(folder / "cache")
+            print_loaders(folder, paths, args.workers, args.loader_rounds, image_res=args.image_res, min_scale=args.min_scale)
 
 
 if __name__ == "__main__":

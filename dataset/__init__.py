@@ -4,32 +4,32 @@ import functools
 
 import torch
 
-from dataset.annotations import load_annotations
+from dataset.annotations import Entries
 from dataset.batches import workers
-from dataset.caption import CaptionDataset, ShardedCaptions
+from dataset.caption import CaptionDataset, GroundingPair, Pair, RetrievalPair, ShardedCaptions
 from dataset.grounding import GroundingTestSet
 from dataset.labeled import LabeledDataset
-from dataset.nlvr import nlvr_entry
+from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
 from dataset.samples import check_images
 from dataset.shards import Shards, expand
 from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
-from dataset.ve import ve_entry
+from dataset.ve import Entailment
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
 from dataset.workers import Loader
 from configs.schema import require
 from utils import InputError
 
 
-# of the training sets: form of the annotation files, smallest share of the image that a crop keeps (None: all), token ids
+# of the training sets: form of the entries, smallest share of the image that a crop keeps (None: all), token ids
 CAPTIONS = {
-    "pretrain": ("pretrain", 0.2, SHORT_TOKENS), "nlvr_pretrain_train": ("pretrain", 0.2, SHORT_TOKENS),
-    "retrieval_train": ("retrieval", 0.5, MAX_TOKENS), "grounding_train": ("grounding", None, MAX_TOKENS),
+    "pretrain": (Pair, 0.2, SHORT_TOKENS), "nlvr_pretrain_train": (Pair, 0.2, SHORT_TOKENS),
+    "retrieval_train": (RetrievalPair, 0.5, MAX_TOKENS), "grounding_train": (GroundingPair, None, MAX_TOKENS),
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
-LABELED = {"ve": ve_entry, "nlvr": nlvr_entry}
+LABELED = {"ve": Entailment, "nlvr": Statement}
 REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
 
 
@@ -85,16 +85,16 @@ def _image_captions(name, config, transform, seed):
     """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
     form, _, max_tokens = CAPTIONS[name]
     files, shards = expand(config["train_file"])
-    if shards and form != "pretrain":
+    if shards and form is not Pair:
         raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
-                         f"{form} needs JSON lists")
-    annotations = load_annotations(files, form) if files or not shards else []
-    dataset = CaptionDataset(annotations, config["image_root"], transform, seed, max_tokens)
+                         f"{name.removesuffix('_train')} needs JSON lists")
+    entries = Entries(files, form) if files or not shards else []
+    dataset = CaptionDataset(entries, config["image_root"], transform, seed, max_tokens)
     if len(dataset):
         check_images(dataset)
     if not shards:
         return dataset
-    return ShardedCaptions(annotations, config["image_root"], transform, seed, max_tokens, Shards(shards),
+    return ShardedCaptions(entries, config["image_root"], transform, seed, max_tokens, Shards(shards),
                            config["shuffle_buffer"])  # fmt: skip
 
 

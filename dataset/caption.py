@@ -1,17 +1,76 @@
 """Image-caption pairs to train on, in pre-training, retrieval and grounding."""
 
-import os
 from typing import NamedTuple
 
 import torch
 
+from dataset.annotations import Entry, Texts, digest
 from dataset.images import decode_image, load_image
 from dataset.samples import Samples
 from dataset.shards import image_and_captions, read_sample
-from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize
+from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize, without_halves
 from utils import Text
 
 UNIT = 1000  # entries of JSON lists that stay together where they are mixed with shards
+
+
+class Captioned(Entry):
+    """One or several captions."""
+
+    wanted = 'captions are entries {"caption": text or list of texts}'
+    caption: str | Texts
+
+    @property
+    def texts(self):
+        return [self.caption] if isinstance(self.caption, str) else self.caption
+
+
+class Pair(Captioned):
+    """An image with one or several captions, of which one is drawn each time."""
+
+    wanted = 'pre-training needs entries {"image": path, "caption": text or list of texts}'
+    image: str
+
+    @property
+    def group(self):
+        """What the entries of one image have in common, where that matters."""
+        return None
+
+    def check(self):
+        """A blank caption is replaced when it is drawn."""
+
+
+class RetrievalPair(Entry):
+    """A caption to train retrieval on."""
+
+    wanted = 'retrieval trains on an entry {"image": path, "caption": text, "image_id": text or number} for each caption'
+    image: str
+    caption: str
+    image_id: str | int
+
+    @property
+    def texts(self):
+        return [self.caption]
+
+    @property
+    def group(self):
+        return self.image_id
+
+
+class GroundingPair(Entry):
+    """A referring expression to train on."""
+
+    wanted = 'grounding trains on entries {"image": path, "text": referring expression}'
+    image: str
+    text: str
+
+    @property
+    def texts(self):
+        return [self.text]
+
+    @property
+    def group(self):
+        return self.image
 
 
 class Sample(NamedTuple):
@@ -33,7 +92,7 @@ class CaptionBatch(NamedTuple):
 
 def draw_caption(captions, where):
     """One of an entry's captions at random, cleaned up and cut to 30 words. Raises ValueError if it is empty then."""
-    caption = pre_caption(captions[int(torch.randint(len(captions), ()))], MAX_WORDS)
+    caption = pre_caption(without_halves(captions[int(torch.randint(len(captions), ()))]), MAX_WORDS)
     if is_blank(caption):
         raise ValueError(f"{where}: a caption is empty after clean-up")
     return caption
@@ -42,30 +101,18 @@ def draw_caption(captions, where):
 class CaptionDataset(Samples):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to 30 words.
 
-    annotations: from load_annotations. A pair cannot be used if its image cannot be read or its caption is empty after
-    clean-up.
+    entries: Entries of pairs. One cannot be used if its image cannot be read or its caption is empty after clean-up.
     """
 
-    def __init__(self, annotations, image_root, transform, seed, max_tokens):
-        super().__init__(seed)
-        self.annotations = annotations
-        self.roots = {"image_root": image_root}
-        self.transform = transform
+    def __init__(self, entries, image_root, transform, seed, max_tokens):
+        super().__init__(entries, {"image_root": image_root}, transform, seed)
         self.max_tokens = max_tokens
 
-    def __len__(self):
-        return len(self.annotations)
-
-    def files(self, index):
-        return [os.path.join(self.roots["image_root"] or "", self.annotations.image(index))]
-
-    def where(self, index):
-        return self.annotations.where(index)
-
     def read(self, index):
-        caption = draw_caption(self.annotations.captions(index), self.where(index))
-        (file,) = self.files(index)
-        return Sample(self.transform(load_image(file)), caption, self.annotations.image_id(index), file)
+        entry, (file,) = self.entry(index), self.files(index)
+        caption = draw_caption(entry.texts, self.where(index))
+        image_id = -1 if entry.group is None else digest(entry.group) >> 1  # of 63 bits
+        return Sample(self.transform(load_image(file)), caption, image_id, file)
 
     def collate(self, samples, tokenizer):
         """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
@@ -78,14 +125,14 @@ class CaptionDataset(Samples):
 
 
 class ShardedCaptions(CaptionDataset):
-    """The pairs of annotations, which may be empty, and after them the samples of shards (dataset.shards.Shards).
+    """The pairs of entries, which may be empty, and after them the samples of shards (dataset.shards.Shards).
 
     shuffle_buffer: samples that are mixed with one another.
     """
 
-    def __init__(self, annotations, image_root, transform, seed, max_tokens, shards, shuffle_buffer):
-        super().__init__(annotations, image_root, transform, seed, max_tokens)
-        self.listed, self.shards, self.shuffle_buffer = len(annotations), shards, shuffle_buffer
+    def __init__(self, entries, image_root, transform, seed, max_tokens, shards, shuffle_buffer):
+        super().__init__(entries, image_root, transform, seed, max_tokens)
+        self.listed, self.shards, self.shuffle_buffer = len(entries), shards, shuffle_buffer
 
     def __len__(self):
         return self.listed + len(self.shards)

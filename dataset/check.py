@@ -7,7 +7,6 @@ to the end, decodes every image once, and counts.
 """
 
 import contextlib
-import hashlib
 import io
 import itertools
 import json
@@ -26,16 +25,19 @@ from tqdm import tqdm
 
 from configs.flags import Flags
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
-from dataset import LABELED
-from dataset.annotations import PAIR_KEYS, check_entry, grouped_entry, read_json_values, where
-from dataset.grounding import check_expression
+from dataset.annotations import check_entry, digest, read_json_list, where
+from dataset.caption import GroundingPair, Pair, RetrievalPair
+from dataset.grounding import Expression
 from dataset.images import FORMATS, ImageError, decode_image, read_image
-from dataset.labeled import labeled_entry
+from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
-from dataset.retrieval import captioned_image
+from dataset.retrieval import CaptionedImage
 from dataset.shards import Shards, expand, image_and_captions, read_sample
-from dataset.text import MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_caption, pre_question, without_halves
-from dataset.vqa import ROOTS, load_answer_list, max_question_words, vqa_entry
+from dataset.text import (
+    MAX_QUESTION_WORDS, MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_caption, pre_question, without_halves,
+)  # fmt: skip
+from dataset.ve import Entailment
+from dataset.vqa import ROOTS, Question, TrainingQuestion, load_answer_list
 from dataset.workers import begin_worker, in_processes
 from utils import InputError, atomic_write, cores, run_script
 
@@ -46,13 +48,14 @@ IMAGES_AT_A_TIME = 16  # that a process is given
 SIDES = (64, 128, 256, 512, 1024)  # pixels of the shorter side at which the bins of the histogram begin
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
 BAR = {"leave": False, "file": sys.stdout, "dynamic_ncols": True, "mininterval": 1}
-FORMS = {  # of lists: title, ids that are kept of a text (None: what the model takes)
-    "pretrain": ("image-caption pairs for pre-training", SHORT_TOKENS),
-    "retrieval": ("captions with image_id for retrieval", MAX_TOKENS),
-    "retrieval_test": ("images with captions for a retrieval test", MAX_TOKENS),
-    "grounding": ("referring expressions to {} on", MAX_TOKENS), "ve": ("visual entailment to {} on", None),
-    "nlvr": ("NLVR2 to {} on", None), "vqa": ("questions to {} on", None),
-    "shards": ("WebDataset shards of image-caption pairs for pre-training", SHORT_TOKENS),
+FORMS = {  # of lists: title, ids that are kept of a text (None: what the model takes), forms of entries to train and to test on
+    "pretrain": ("image-caption pairs for pre-training", SHORT_TOKENS, Pair, None),
+    "retrieval": ("captions with image_id for retrieval", MAX_TOKENS, RetrievalPair, None),
+    "retrieval_test": ("images with captions for a retrieval test", MAX_TOKENS, None, CaptionedImage),
+    "grounding": ("referring expressions to {} on", MAX_TOKENS, GroundingPair, Expression),
+    "ve": ("visual entailment to {} on", None, Entailment, Entailment), "nlvr": ("NLVR2 to {} on", None, Statement, Statement),
+    "vqa": ("questions to {} on", None, TrainingQuestion, Question),
+    "shards": ("WebDataset shards of image-caption pairs for pre-training", SHORT_TOKENS, None, None),
 }  # fmt: skip
 
 
@@ -93,11 +96,6 @@ def place(path, entry):
 def evenly(count, wanted):
     """Indices below `count`: `wanted` of them, evenly spaced, or all."""
     return range(count) if wanted is None or wanted >= count else np.linspace(0, count - 1, wanted).astype(int).tolist()
-
-
-def digest(value):
-    """64 bits that stand for a value."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +167,7 @@ class Tally:
         self.result, self.rows = {"key": key, "file": file, "form": title}, [f"{key} {file}", f"  {title}"]
         self.clean, self.max_words, self.max_tokens = pre_caption, MAX_WORDS, FORMS[form][1]
         if form == "vqa":
-            self.clean, self.max_words = pre_question, max_question_words(self.training)
+            self.clean, self.max_words = pre_question, MAX_WORDS if self.training else MAX_QUESTION_WORDS
             self.max_tokens = SHORT_TOKENS if self.training else None
         self.entries, self.images, self.lost = 0, set(), set(check.lost_roots)  # images: digests
         self.counts = defaultdict(Counter)
@@ -326,25 +324,6 @@ def form_of(entry, training):
     return "retrieval_test" if "caption" in keys else None
 
 
-def read_entry(form, entry, path, number, training, refer):
-    """(key of the image folder, image paths, texts) of an entry of a list of that form. Raises InputError."""
-    check_entry(entry, {}, path, number)
-    if form == "vqa":
-        kind = vqa_entry(entry, path, number, training)["dataset"]
-        return ROOTS[kind], [entry["image"]], [entry["question"]]
-    if form in LABELED:
-        return "image_root", labeled_entry(LABELED[form], entry, path, number)["images"], [entry["sentence"]]
-    if form == "grounding" and refer and not training:
-        check_expression(entry, path, number, refer)
-    if form in ("grounding", "retrieval"):
-        image, text, _ = grouped_entry(entry, form, path, number)
-        return "image_root", [image], [text]
-    if form == "retrieval_test":
-        captioned_image(entry, path, number)
-    check_entry(entry, PAIR_KEYS, path, number)
-    return "image_root", [entry["image"]], [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
-
-
 def unreadable(key, file):
     """Prints that a list, or none of some shards, can be read -> what the report says of it."""
     say("", f"{key} {file}", "  cannot be read")
@@ -358,11 +337,11 @@ def check_list(check, path, key, questions):
     """
     training, forms, chosen = key == "train_file", Counter(), None
     with contextlib.suppress(InputError):  # noted below
-        forms.update(form_of(entry, training) for _, entry in itertools.islice(read_json_values(path), HEAD))
+        forms.update(form_of(entry, training) for _, entry in itertools.islice(read_json_list(path), HEAD))
     form = max(forms, key=forms.get, default=None)
     if form is None:
         with check.noting(path):
-            next(read_json_values(path))
+            next(read_json_list(path))
             raise InputError("most of its first entries have not the keys of any task's list: name such a list")
         return unreadable(key, path)
     for needed in ("refcoco_data", "det_file") if form == "grounding" and not training else ():
@@ -370,7 +349,7 @@ def check_list(check, path, key, questions):
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
     if check.images is not None:
         with contextlib.suppress(InputError):
-            chosen = set(evenly(sum(1 for _ in read_json_values(path)), check.images))
+            chosen = set(evenly(sum(1 for _ in read_json_list(path)), check.images))
     tally = Tally(check, key, path, form)
     for seen in check.look_at(_new_images(tally, path, questions, chosen)):
         tally.add_image(path, seen.number, f"image {seen.path}", seen)
@@ -384,26 +363,29 @@ def _new_images(tally, path, questions, chosen):
     """Counts the entries of a list and yields (number, path) of its images, each once; of those chosen, if not None."""
     check, form, training, due = tally.check, tally.form, tally.training, math.inf if chosen is None else 0
     with check.noting(path):
-        for number, entry in tqdm(read_json_values(path), desc=os.path.basename(path), unit=" entries", **BAR):
+        for number, entry in tqdm(read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR):
             tally.entries += 1
             due += number in (chosen or ())  # what was looked at before leaves its turn to the images of the next entries
             try:
-                root, files, captions = read_entry(form, entry, path, number, training, check.refer)
+                checked = check_entry(entry, FORMS[form][2 if training else 3], path, number)
+                if check.refer and isinstance(checked, Expression):
+                    checked.check_ref(check.refer)
             except InputError as error:
                 tally.refuse(path, number, error)
                 continue
-            value = digest((files, captions, entry.get("label"), entry.get("ref_id")))
-            tally.add_entry(path, number, number, captions, value)
-            if form == "vqa" and not training:
-                if entry["question_id"] in questions:
-                    problem = f"another entry has the question_id {entry['question_id']!r} too: give it its own"
+            value = digest((checked.images, checked.texts, entry.get("label"), entry.get("ref_id")))
+            tally.add_entry(path, number, number, checked.texts, value)
+            if isinstance(checked, Question):
+                if checked.question_id in questions:
+                    problem = f"another entry has the question_id {checked.question_id!r} too: give it its own"
                     tally.refuse(path, number, InputError(problem, "repeated 'question_id'"))
-                questions[entry["question_id"]] = "answer" in entry
+                questions[checked.question_id] = checked.answer is not None
+            root = checked.root
             folder = check.config[root]
             if folder is None and root not in tally.lost:
                 tally.lost.add(root)
                 check.add(path, number, f"the configuration lacks the key {root}, the folder of the images of such entries")
-            for image in [os.path.join(folder, file) for file in files] if root not in tally.lost else ():
+            for image in [os.path.join(folder, file) for file in checked.images] if root not in tally.lost else ():
                 value = digest(image)
                 if value not in tally.images and due:
                     due -= 1

@@ -1,15 +1,32 @@
 """Grounding data to test on: referring expressions with their images, and the boxes to choose from."""
 
-import os
 from typing import NamedTuple
 
 import torch
 
-from dataset.annotations import Entries, check_entry, grouped_entry, where
+from dataset.annotations import Entries, Entry
 from dataset.samples import Samples
-from dataset.text import MAX_TOKENS, MAX_WORDS, pre_caption, tokenize
+from dataset.text import MAX_TOKENS, tokenize
 from dataset.images import load_image
 from utils import InputError, Text
+
+
+class Expression(Entry):
+    """A referring expression to test on."""
+
+    wanted = 'test_file of grounding needs entries {"image": path, "text": referring expression, "ref_id": number}'
+    image: str
+    text: str
+    ref_id: int
+
+    @property
+    def texts(self):
+        return [self.text]
+
+    def check_ref(self, refer):
+        """Raise InputError, without the place, for a ref that refer does not know."""
+        if self.ref_id not in refer.refs:
+            raise InputError(f"ref_id {self.ref_id} is not among the refs of refcoco_data", "unknown 'ref_id'")
 
 
 class Sample(NamedTuple):
@@ -24,15 +41,6 @@ class GroundingBatch(NamedTuple):
     ref_ids: list
 
 
-def check_expression(entry, path, number, refer):
-    """Raises InputError unless entry is {image, text, ref_id} with a text and a ref that refer knows."""
-    grouped_entry(entry, "grounding", path, number)
-    check_entry(entry, {"ref_id": int}, path, number)
-    if entry["ref_id"] not in refer.refs:
-        raise InputError(f"{where(path, number)}: ref_id {entry['ref_id']} is not among the refs of refcoco_data",
-                         "unknown 'ref_id'")
-
-
 class GroundingTestSet(Samples):
     """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of `splits`.
 
@@ -41,32 +49,22 @@ class GroundingTestSet(Samples):
     """
 
     def __init__(self, files, image_root, transform, refer, detections, splits):
-        super().__init__()
-        self.roots = {"image_root": image_root}
-        self.transform = transform
+        entries, indices = Entries(files, Expression), []
+        for i, entry in enumerate(entries):
+            try:
+                entry.check_ref(refer)
+            except InputError as error:
+                raise InputError(f"{entries.where(i)}: {error}", error.kind) from None
+            if refer.refs[entry.ref_id]["split"] in splits:
+                indices.append(i)
+        super().__init__(entries, {"image_root": image_root}, transform, indices=indices)
         self.refer, self.detections = refer, detections
-
-        def checked(entry, path, number):
-            check_expression(entry, path, number, refer)
-            return entry if refer.refs[entry["ref_id"]]["split"] in splits else None
-
-        self.entries = Entries(files, checked)
         if not len(self):
             raise InputError(f"test_file {files[0]} has no expression of {', '.join(splits)}")
 
-    def __len__(self):
-        return len(self.entries)
-
-    def files(self, index):
-        return [os.path.join(self.roots["image_root"], self.entries[index]["image"])]
-
-    def where(self, index):
-        return self.entries.where(index)
-
     def read(self, index):
-        entry = self.entries[index]
-        (file,) = self.files(index)
-        return Sample(self.transform(load_image(file)), pre_caption(entry["text"], MAX_WORDS), entry["ref_id"])
+        entry, (file,) = self.entry(index), self.files(index)
+        return Sample(self.transform(load_image(file)), entry.clean(entry.text), entry.ref_id)
 
     def collate(self, samples, tokenizer):
         """Samples -> GroundingBatch; expressions become at most 30 ids, padded to the longest of the batch."""

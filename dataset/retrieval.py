@@ -1,24 +1,20 @@
 """Image-text retrieval data: images with all their captions."""
 
-import os
-
-from dataset.annotations import check_entry, read_json_list, where
-from dataset.samples import Samples
-from dataset.text import MAX_WORDS, is_blank, pre_caption
+from dataset.annotations import Entries, Entry, Texts
 from dataset.images import load_image
-from utils import InputError
+from dataset.samples import Samples
 
 
-def captioned_image(entry, path, number):
-    """The captions, cleaned up, of an entry {image, caption: list of strings}. Raises InputError."""
-    if isinstance(entry.get("caption"), str):
-        raise InputError(f"{where(path, number)}: its caption is one string: this is a training list; val_file and "
-                         "test_file need an entry for each image, with the list of its captions", "wrong 'caption'")
-    check_entry(entry, {"image": str, "caption": list}, path, number)
-    texts = [pre_caption(caption, MAX_WORDS) for caption in entry["caption"]]
-    if any(map(is_blank, texts)):
-        raise InputError(f"{where(path, number)}: a caption is empty after clean-up; correct or remove it", "empty text")
-    return texts
+class CaptionedImage(Entry):
+    """An image with all its captions, to test on."""
+
+    wanted = 'a retrieval test needs an entry {"image": path, "caption": list of texts} for each image'
+    image: str
+    caption: Texts
+
+    @property
+    def texts(self):
+        return self.caption
 
 
 class RetrievalTestSet(Samples):
@@ -29,27 +25,13 @@ class RetrievalTestSet(Samples):
     """
 
     def __init__(self, files, image_root, transform):
-        super().__init__()
-        self.roots = {"image_root": image_root}
-        self.transform = transform
-        self.images, self.texts, self.img2txt, self.txt2img, self._where = [], [], [], [], []
-        for path in files:
-            for number, entry in read_json_list(path):
-                texts = captioned_image(entry, path, number)
-                self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
-                self.txt2img.extend([len(self.images)] * len(texts))
-                self.images.append(entry["image"])
-                self.texts.extend(texts)
-                self._where.append((path, number))
-
-    def __len__(self):
-        return len(self.images)
-
-    def files(self, index):
-        return [os.path.join(self.roots["image_root"], self.images[index])]
-
-    def where(self, index):
-        return where(*self._where[index])
+        super().__init__(Entries(files, CaptionedImage), {"image_root": image_root}, transform)
+        self.images, self.texts, self.img2txt, self.txt2img = [], [], [], []
+        for i, entry in enumerate(self.entries):
+            self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(entry.texts))))
+            self.txt2img.extend([i] * len(entry.texts))
+            self.images.append(entry.image)
+            self.texts.extend(map(entry.clean, entry.texts))
 
     def read(self, index):
         (file,) = self.files(index)

@@ -19,14 +19,30 @@ class Samples(Dataset):
     sample that cannot be used is replaced by another: web data is noisy (Section 3.4). In testing it is an InputError, as
     every sample counts.
 
-    A subclass has __len__; read(index), which raises OSError or ValueError for a sample that cannot be used, and in
-    training returns a NamedTuple with a list `skipped`; files(index), the paths of its images; where(index), the entry for
-    error messages; roots, the folders of its images by key of the configuration.
+    entries: dataset.annotations.Entries; indices: of those that are samples, by default all; roots: the folders of their images
+    by key of the configuration. A subclass has read(index), which raises OSError or ValueError for a sample that cannot be
+    used, and in training returns a NamedTuple with a list `skipped`.
     """
 
-    def __init__(self, seed=None):
-        self.seed = seed
+    def __init__(self, entries, roots, transform, seed=None, indices=None):
+        self.entries, self.roots, self.transform, self.seed = entries, roots, transform, seed
+        self.indices = range(len(entries)) if indices is None else indices
         self.epoch = 0
+
+    def __len__(self):
+        return len(self.indices)
+
+    def entry(self, index):
+        return self.entries[self.indices[index]]
+
+    def files(self, index):
+        """The paths of a sample's images."""
+        entry = self.entry(index)
+        return [os.path.join(self.roots[entry.root] or "", image) for image in entry.images]
+
+    def where(self, index):
+        """File and number of a sample's entry, for error messages."""
+        return self.entries.where(self.indices[index])
 
     def __getitem__(self, index):
         if self.seed is None:

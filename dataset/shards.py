@@ -14,15 +14,12 @@ import operator
 import os
 import re
 import reprlib
-import sys
 import tarfile
 
 import numpy as np
 from braceexpand import braceexpand
-from tqdm import tqdm
 
-from dataset.annotations import cache_folder, fingerprint, locked
-from dataset.workers import in_processes, process_count
+from dataset.cache import load_cached
 from utils import InputError, TrainingStopped, atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -74,7 +71,7 @@ def _expand_pattern(pattern):
 
 
 class Shards:
-    """The samples of shards by index, one shard after another: {"__key__": str, suffix: bytes, ...}, as `read_sample` gives them.
+    """The samples of shards by index, one shard after another, as `read_sample` gives them.
 
     counts: samples of each shard. Shards that are new, or of another size or time of change than before, are scanned in that
     many processes (default: the cores, 8 at most); what is found is kept in the cache folder. Raises InputError for a file that
@@ -82,7 +79,7 @@ class Shards:
     """
 
     def __init__(self, paths, processes=None):
-        self.paths, self._offsets = paths, _offsets(paths, processes)
+        self.paths, self._offsets = paths, load_cached(paths, "shard", _scan, _load, processes)
         self.counts = [len(offsets) - 1 for offsets in self._offsets]
         self._ends = np.cumsum(self.counts)
         if not len(self):
@@ -132,7 +129,7 @@ def read_sample(path, start, end):
             else:
                 if sample and len(data) == end - start:
                     return sample
-    raise TrainingStopped(f"{path}: has changed since the run started: put the shard back as it was, and continue with --resume")
+    raise TrainingStopped(f"{path}: has changed since the run started: put it back as it was, and continue with --resume")
 
 
 def image_and_captions(sample, where):
@@ -161,33 +158,16 @@ def image_and_captions(sample, where):
     return sample[suffix], captions
 
 
-def _offsets(paths, processes):
-    """For each shard an int64 array of where its samples begin, and where the last one ends."""
-    folder = os.path.join(cache_folder(), "shards")
-    os.makedirs(folder, exist_ok=True)
-    caches = {path: os.path.join(folder, f"{fingerprint([path], 'shard')}.npy") for path in paths}
-    found = {path: _read_cache(cache) for path, cache in caches.items()}
-    if any(offsets is None for offsets in found.values()):
-        with locked(folder):
-            found = {path: _read_cache(cache) for path, cache in caches.items()}  # another process may have scanned meanwhile
-            new = [path for path, offsets in found.items() if offsets is None]
-            with in_processes(process_count(len(new), processes)) as jobs:
-                for path, offsets in tqdm(jobs(_scan, new), total=len(new), desc="scanning shards", unit="shard", delay=1,
-                                          leave=False, file=sys.stdout, dynamic_ncols=True, mininterval=1):
-                    found[path] = offsets
-                    with contextlib.suppress(OSError), atomic_write(caches[path]) as file:  # on a full disk it is scanned again
-                        np.save(file, offsets)
-    return [found[path] for path in paths]
-
-
-def _read_cache(path):
+def _load(name):
     try:
-        return np.load(path)
+        return np.load(f"{name}.npy")
     except (OSError, ValueError, EOFError):  # not there, or damaged
         return None
 
 
-def _scan(path):
+def _scan(job):
+    """Write where the samples of a shard begin, and where the last one ends: job is (path, name in the cache folder)."""
+    path, name = job
     with _errors_of(path, InputError), _archive(path) as archive:
         samples = itertools.groupby(_members(archive), key=operator.itemgetter(0))
         starts = [next(members)[-1].offset for _, members in samples]
@@ -195,7 +175,8 @@ def _scan(path):
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it is cut short or damaged after a whole member")
-        return path, np.array([*starts, archive.offset], np.int64)
+    with atomic_write(f"{name}.npy") as file:
+        np.save(file, np.array([*starts, archive.offset], np.int64))
 
 
 @functools.lru_cache(MAX_OPEN)

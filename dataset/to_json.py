@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from configs.flags import Flags
-from dataset.annotations import read_json_values
+from dataset.annotations import read_json_list
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
 from utils import InputError, atomic_write, make_output_dir, run_script
 
@@ -45,7 +45,7 @@ def read_rows(path, encoding=None):
         raise InputError(f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
                          "as --encoding cp1252") from None
     if text.lstrip().startswith("["):
-        return ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_values(path))
+        return ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path))
     lines = io.StringIO(text, newline="")
     return _read_json_lines(lines) if text.lstrip().startswith("{") else _read_csv(lines, path)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dataset.annotations import load_annotations
+from dataset.annotations import Entries
+from dataset.caption import Pair
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.workers import in_processes, process_count
 from configs.flags import Flags
@@ -46,7 +47,7 @@ def write_shard(number, annotations, image_root, output, samples):
                     skipped.append(f"{annotations.where(i)}: image {path!r}: {getattr(error, 'strerror', None) or error}\n")
                     continue
                 add_member(tar, f"{i:09d}.{_suffix(path)}", image)
-                add_member(tar, *_text(f"{i:09d}", annotations.captions(i)))
+                add_member(tar, *_text(f"{i:09d}", annotations[i].texts))
             if skipped:
                 with atomic_write(list_of_skipped) as lines:
                     lines.write("".join(skipped).encode("utf-8", "backslashreplace"))
@@ -63,7 +64,7 @@ def _entries(number, annotations, samples):
 
 
 def _image(annotations, image_root, i):
-    return os.path.join(image_root, annotations.image(i))
+    return os.path.join(image_root, annotations[i].image)
 
 
 def _suffix(path):
@@ -74,8 +75,8 @@ def _suffix(path):
 def _text(key, captions):
     """Name and bytes of the member with the captions."""
     if len(captions) == 1:
-        return f"{key}.txt", captions[0].encode()
-    return f"{key}.json", json.dumps({"caption": captions}, ensure_ascii=False).encode()
+        return f"{key}.txt", captions[0].encode("utf-8", "replace")
+    return f"{key}.json", json.dumps({"caption": captions}, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def add_member(tar, name, data):
@@ -90,7 +91,7 @@ def convert(files, image_root, output, samples, processes=None):
 
     files: JSON lists as pre-training takes them. processes: default the cores, 8 at most. Raises InputError.
     """
-    annotations = load_annotations(files)
+    annotations = Entries(files, Pair)
     _check_images(annotations, image_root)
     make_output_dir(output)
     _check_origin(output, {

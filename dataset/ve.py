@@ -1,18 +1,28 @@
 """SNLI-VE: does the sentence follow from the image?"""
 
-import reprlib
+from typing import Literal
 
-from dataset.annotations import check_entry, where
-from utils import InputError
+from dataset.annotations import Entry
 
 LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
 
 
-def ve_entry(entry, path, number):
-    """Reads an entry {image: name without .jpg, sentence, label} for LabeledDataset. Raises InputError."""
-    check_entry(entry, {"image": str, "sentence": str, "label": str}, path, number)
-    if entry["label"] not in LABELS:
-        raise InputError(f"{where(path, number)}: its label is {reprlib.repr(entry['label'])}, it must be {', '.join(LABELS)}",
-                         "wrong 'label'")
-    image = entry["image"] if entry["image"].endswith(".jpg") else f"{entry['image']}.jpg"
-    return {"images": [image], "sentence": entry["sentence"], "target": LABELS[entry["label"]]}
+class Entailment(Entry):
+    """A sentence about an image."""
+
+    wanted = f'VE needs entries {{"image": name, perhaps without .jpg, "sentence": text, "label": {" or ".join(LABELS)}}}'
+    image: str
+    sentence: str
+    label: Literal[*LABELS]
+
+    @property
+    def images(self):
+        return [self.image if self.image.endswith(".jpg") else f"{self.image}.jpg"]
+
+    @property
+    def texts(self):
+        return [self.sentence]
+
+    @property
+    def target(self):
+        return LABELS[self.label]

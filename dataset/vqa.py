@@ -1,21 +1,73 @@
 """Visual question answering data: questions about images with the annotators' answers."""
 
 import json
-import os
 import reprlib
 from collections import Counter
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from dataset.annotations import Entries, check_entry, where
+from dataset.annotations import Entries, Entry, Texts, where
 from dataset.samples import Samples
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_question, tokenize
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
 from dataset.images import load_image
 from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
 VG_WEIGHT = 0.5  # of an answer of Visual Genome, which has one annotator
+
+
+class TrainingQuestion(Entry):
+    """A question to train on, with the answers of the annotators, or the only one in Visual Genome."""
+
+    wanted = ('VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and "answer": list of texts, or '
+              '"dataset": "vg" and "answer": text')
+    image: str
+    question: str
+    dataset: Literal[*ROOTS]
+    answer: str | Texts
+
+    @property
+    def root(self):
+        return ROOTS[self.dataset]
+
+    @property
+    def texts(self):
+        return [self.question]
+
+    def clean(self, text):
+        return pre_question(text, MAX_WORDS)
+
+    def check(self):
+        super().check()
+        if isinstance(self.answer, list) != (self.dataset == "vqa"):
+            raise InputError(f"'answer' is {reprlib.repr(self.answer)}", "wrong 'answer'")
+
+
+class Question(Entry):
+    """A question to test on, perhaps with the answers of the annotators."""
+
+    wanted = ('a VQA test needs entries {"image": path, "question": text, "question_id": text or number} with, or without, '
+              '"dataset": "vqa" or "vg" and, of vqa, "answer": list of texts')
+    image: str
+    question: str
+    question_id: str | int
+    dataset: Literal[*ROOTS] = "vqa"
+    answer: str | Texts | None = None
+    answer_type: str | None = None
+
+    root, texts = TrainingQuestion.root, TrainingQuestion.texts
+
+    def clean(self, text):
+        return pre_question(text, MAX_QUESTION_WORDS)
+
+    def check(self):
+        super().check()
+        if self.dataset == "vg" and self.answer is not None:
+            raise InputError("an answer of Visual Genome has one annotator and cannot be scored; leave such entries, or their "
+                             "answers, out", "wrong 'answer'")
+        if isinstance(self.answer, str):
+            raise InputError(f"'answer' is {reprlib.repr(self.answer)}, not a list", "wrong 'answer'")
 
 
 class Sample(NamedTuple):
@@ -57,31 +109,6 @@ def load_answer_list(path):
     return answers
 
 
-def max_question_words(training):
-    """Words that are kept of a question."""
-    return MAX_WORDS if training else MAX_QUESTION_WORDS
-
-
-def vqa_entry(entry, path, number, training):
-    """A checked entry of VQADataset, with `dataset` filled in. Raises InputError."""
-    check_entry(entry, {"image": str, "question": str}, path, number)
-    kind = entry.get("dataset", None if training else "vqa")
-    if not isinstance(kind, str) or kind not in ROOTS:
-        raise InputError(f"{where(path, number)}: its dataset is {reprlib.repr(kind)}, it must be {' or '.join(ROOTS)}",
-                         "wrong 'dataset'")
-    if is_blank(pre_question(entry["question"], max_question_words(training))):
-        raise InputError(f"{where(path, number)}: its question {reprlib.repr(entry['question'])} is empty after clean-up",
-                         "empty text")
-    if training or "answer" in entry:
-        check_entry(entry, {"answer": list if kind == "vqa" else str}, path, number)
-    if not training:
-        check_entry(entry, {"question_id": (int, str)}, path, number)
-        if kind == "vg" and "answer" in entry:
-            raise InputError(f"{where(path, number)}: an answer of Visual Genome has one annotator and cannot be scored; leave "
-                             "such entries, or their answers, out of val_file and test_file", "wrong 'answer'")
-    return {**entry, "dataset": kind}
-
-
 class VQADataset(Samples):
     """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa) or string (vg)}.
 
@@ -91,50 +118,38 @@ class VQADataset(Samples):
     """
 
     def __init__(self, files, roots, transform, eos, seed=None, answer_list=None):
-        super().__init__(seed)
-        self.transform, self.eos, self.answer_list = transform, eos, answer_list
-        self.max_words = max_question_words(seed is not None)
-        used, ids, answered = set(), set(), []
-
-        def checked(entry, path, number):
-            entry = vqa_entry(entry, path, number, seed is not None)
-            used.add(ROOTS[entry["dataset"]])
-            if seed is None and entry["question_id"] in ids:
-                raise InputError(f"{where(path, number)}: another entry has the question_id {entry['question_id']!r} too")
-            ids.add(entry.get("question_id"))
-            answered.append("answer" in entry)
-            return entry
-
-        self.entries = Entries(files, checked)
-        self.roots = {key: roots[key] for key in sorted(used)}
+        entries = Entries(files, Question if seed is None else TrainingQuestion)
+        used = sorted({entry.root for entry in entries})
+        super().__init__(entries, {key: roots[key] for key in used}, transform, seed)
+        self.eos, self.answer_list = eos, answer_list
         for key, root in self.roots.items():
             if root is None:
                 raise InputError(f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to")
-        self._answered = all(answered)
-        if any(answered) and not self._answered:
-            raise InputError(f"{self.where(answered.index(False))} has no 'answer', though others have: give all of them "
-                             "answers, or none")
+        if seed is None:
+            self._check_questions()
 
-    def __len__(self):
-        return len(self.entries)
-
-    def files(self, index):
-        entry = self.entries[index]
-        return [os.path.join(self.roots[ROOTS[entry["dataset"]]], entry["image"])]
-
-    def where(self, index):
-        return self.entries.where(index)
+    def _check_questions(self):
+        """Raise InputError for questions with one id, and where some of them have answers and others not."""
+        ids, unanswered = set(), []
+        for i, entry in enumerate(self.entries):
+            if entry.question_id in ids:
+                raise InputError(f"{self.where(i)}: another entry has the question_id {entry.question_id!r} too")
+            ids.add(entry.question_id)
+            if entry.answer is None:
+                unanswered.append(i)
+        if 0 < len(unanswered) < len(self):
+            raise InputError(f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them answers, or "
+                             "none")
 
     def read(self, index):
-        entry = self.entries[index]
-        (file,) = self.files(index)
-        image, question = self.transform(load_image(file)), pre_question(entry["question"], self.max_words)
+        entry, (file,) = self.entry(index), self.files(index)
+        image, question = self.transform(load_image(file)), entry.clean(entry.question)
         if self.seed is None:
             return image, question
-        if entry["dataset"] == "vg":
-            shares = {entry["answer"]: VG_WEIGHT}
+        if entry.dataset == "vg":
+            shares = {entry.answer: VG_WEIGHT}
         else:
-            shares = {answer: count / len(entry["answer"]) for answer, count in Counter(entry["answer"]).items()}
+            shares = {answer: count / len(entry.answer) for answer, count in Counter(entry.answer).items()}
         return Sample(image, question, [answer + self.eos for answer in shares], list(shares.values()), file)
 
     def collate(self, samples, tokenizer):
@@ -154,4 +169,6 @@ class VQADataset(Samples):
 
     def annotations(self):
         """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""
-        return list(self.entries) if self._answered else []
+        known = ("question_id", "answer", "answer_type")
+        entries = [{key: value for key in known if (value := getattr(entry, key)) is not None} for entry in self.entries]
+        return entries if "answer" in entries[0] else []

@@ -261,8 +261,9 @@ def resume(path, model, optimizer, config, seed, entries=None):
         if any(name.endswith(".tar") for name in config["train_file"] or []):
             kept.append(("shuffle_buffer", config["shuffle_buffer"], state["config"].get("shuffle_buffer")))
             if "phases" in saved:
-                raise InputError(f"--resume: {path} was saved within an epoch of shards by an earlier version, which read them in "
-                                 "another order: finish the epoch with that version, or start from its weights with --checkpoint")
+                raise InputError(f"--resume: {path} was saved within an epoch of shards by an earlier version, which read them "
+                                 "in another order: finish the epoch with that version, or start from its weights with "
+                                 "--checkpoint")
         for what, now, then in kept:
             if now != then:
                 raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is "

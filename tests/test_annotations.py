@@ -1,3 +1,5 @@
+"""Annotation files: reading JSON lists of any layout, the store of their entries, and what is refused."""
+
 import io
 import json
 import multiprocessing
@@ -7,10 +9,14 @@ import pickle
 import pytest
 
 from conftest import refusal
-from dataset import annotations
-from dataset.annotations import check_entry, load_annotations, read_json_list
-from dataset.caption import CaptionDataset
+from dataset import annotations, cache
+from dataset.annotations import Entries, check_entry, read_json_list
+from dataset.caption import CaptionDataset, Pair, RetrievalPair
+from dataset.nlvr import Statement
+from dataset.retrieval import CaptionedImage
 from dataset.samples import check_images
+from dataset.ve import Entailment
+from dataset.vqa import Question, TrainingQuestion
 
 
 TRICKY = [
@@ -22,7 +28,8 @@ TRICKY = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch):
+    """The cache folder."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("ALBEF_CACHE", str(folder))
     return folder
@@ -38,8 +45,16 @@ def as_pairs(entries):
             for entry in entries]
 
 
+def load(*files):
+    return Entries(files, Pair)
+
+
 def contents(loaded):
-    return [(loaded.image(i), loaded.captions(i)) for i in range(len(loaded))]
+    return [(entry.image, entry.texts) for entry in loaded]
+
+
+def stores(folder):
+    return [path.name for path in folder.glob("Pair-*")]
 
 
 @pytest.mark.parametrize("options", [{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" \r\n,\t", " :")}])
@@ -63,95 +78,90 @@ def test_loaded_lists_equal_the_json_of_all_files_in_order(tmp_path, monkeypatch
     monkeypatch.setattr(annotations, "_BATCH", batch)
     one_caption = [{"image": f"{i}.jpg", "caption": "word " * i} for i in range(5)]
     files = [write(tmp_path / "1.json", TRICKY), write(tmp_path / "2.json", one_caption)]
-    loaded = load_annotations(files)
+    loaded = load(*files)
     assert len(loaded) == 9
     assert contents(loaded) == as_pairs(TRICKY + one_caption)
-    assert contents(load_annotations(files[1])) == as_pairs(one_caption)
+    assert contents(load(files[1])) == as_pairs(one_caption)
     assert loaded.where(3).startswith(f"{files[0]}: entry 3 ")
     assert loaded.where(4).startswith(f"{files[1]}: entry 0 ")
     for outside in -1, 9:
         with pytest.raises(IndexError):
-            loaded.image(outside)
+            loaded[outside]
 
 
-def test_half_a_surrogate_pair_in_a_caption_becomes_a_character_that_tokenizers_accept(tmp_path):
-    path = write(tmp_path / "list.json", [{"image": "a.jpg", "caption": "cut emoji \ud83d"}])
-    assert load_annotations(path).captions(0) == ["cut emoji ?"]
-
-
-def test_offsets_beyond_4_gib_take_8_bytes(tmp_path, monkeypatch, cache):
-    path = write(tmp_path / "list.json", TRICKY)
-    load_annotations(path)
-    small, = cache.iterdir()
-    small_bytes = small.stat().st_size
-    small.unlink()
-    monkeypatch.setattr(annotations, "_UINT32_END", 50)
-    loaded = load_annotations(path)
-    large, = cache.iterdir()
-    assert large.stat().st_size >= small_bytes + 4 * 10
-    assert contents(loaded) == as_pairs(TRICKY)
-
-
-def test_cache_holds_little_more_than_the_strings(tmp_path, cache):
+def test_cache_holds_little_more_than_the_strings(tmp_path, folder):
     entries = [{"image": f"cc12m/{i:05d}/{i:09d}.jpg", "caption": f"a caption of usual length, number {i}"}
                for i in range(2000)]
-    load_annotations(write(tmp_path / "list.json", entries))
-    file, = cache.iterdir()
-    assert file.stat().st_size < 1.3 * sum(len(entry["image"] + entry["caption"]) for entry in entries)
+    load(write(tmp_path / "list.json", entries))
+    strings = sum(len(entry["image"] + entry["caption"]) for entry in entries)
+    assert sum((folder / name).stat().st_size for name in stores(folder)) < 1.3 * strings
 
 
 def test_cache_is_used_until_the_file_changes(tmp_path, monkeypatch):
     path = write(tmp_path / "list.json", TRICKY)
-    load_annotations(path)
+    load(path)
     with monkeypatch.context() as patch:
-        patch.delattr(annotations, "_build_cache")
-        assert contents(load_annotations(path)) == as_pairs(TRICKY)
+        patch.delattr(annotations, "read_json_list")
+        assert contents(load(path)) == as_pairs(TRICKY)
     write(tmp_path / "list.json", TRICKY[:2])
-    assert contents(load_annotations(path)) == as_pairs(TRICKY[:2])
+    assert contents(load(path)) == as_pairs(TRICKY[:2])
     same_size = [{**entry, "image": entry["image"].replace("jpg", "png")} for entry in TRICKY[:2]]
     write(tmp_path / "list.json", same_size)
     os.utime(path, ns=(1, 1))
-    assert contents(load_annotations(path)) == as_pairs(same_size)
+    assert contents(load(path)) == as_pairs(same_size)
 
 
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: content[::-1]])
-def test_damaged_cache_is_built_again(tmp_path, cache, damage):
+@pytest.mark.parametrize("file", ["*.npy", "*.jsonl"])
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: None])
+def test_damaged_cache_is_built_again(tmp_path, folder, file, damage):
     path = write(tmp_path / "list.json", TRICKY)
-    load_annotations(path)
-    file, = cache.iterdir()
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(damage(content))
-    assert contents(load_annotations(path)) == as_pairs(TRICKY)
+    load(path)
+    (store,) = folder.glob(file)
+    content = damage(store.read_bytes())
+    store.unlink()
+    if content is not None:
+        store.write_bytes(content)
+    assert contents(load(path)) == as_pairs(TRICKY)
 
 
 def test_cache_goes_to_the_temporary_folder_when_its_own_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "occupied").touch()
     monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "occupied" / "cache"))
-    monkeypatch.setattr(annotations.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
     path = write(tmp_path / "list.json", TRICKY)
-    assert contents(load_annotations(path)) == as_pairs(TRICKY)
-    assert len(list((tmp_path / "tmp").glob("*/annotations-*.bin"))) == 1
-    monkeypatch.setattr(annotations.tempfile, "gettempdir", lambda: str(tmp_path / "occupied"))
-    assert "ALBEF_CACHE" in refusal(load_annotations, path)
+    assert contents(load(path)) == as_pairs(TRICKY)
+    assert len(list((tmp_path / "tmp").glob("*/Pair-*"))) == 2
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "occupied"))
+    assert "ALBEF_CACHE" in refusal(load, path)
 
 
-def test_processes_that_start_together_build_and_share_one_cache(tmp_path, monkeypatch, cache):
+def test_a_full_disk_is_named(tmp_path, folder, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    path = write(tmp_path / "list.json", TRICKY)
+    monkeypatch.setattr(annotations.np, "save", full)
+    message = refusal(load, path)
+    assert message.startswith(f"{folder}: cannot write the cache (No space left on device)") and "ALBEF_CACHE" in message
+    monkeypatch.undo()
+
+
+def test_processes_that_start_together_build_and_share_one_cache(tmp_path, monkeypatch, folder):
     path = write(tmp_path / "list.json", TRICKY * 500)
     context = multiprocessing.get_context("fork")
     barrier, builds, results = context.Barrier(3), context.Value("i"), context.Queue()
-    build = annotations._build_cache
+    read = annotations.read_json_list
 
-    def counted_build(*arguments):
+    def counted_read(*arguments):
         with builds.get_lock():
             builds.value += 1
-        build(*arguments)
+        return read(*arguments)
 
     def load_when_all_are_ready():
         barrier.wait()
-        results.put(contents(load_annotations(path)))
+        results.put(contents(load(path)))
 
-    monkeypatch.setattr(annotations, "_build_cache", counted_build)
+    monkeypatch.setattr(annotations, "read_json_list", counted_read)
     workers = [context.Process(target=load_when_all_are_ready) for _ in range(3)]
     for worker in workers:
         worker.start()
@@ -159,32 +169,32 @@ def test_processes_that_start_together_build_and_share_one_cache(tmp_path, monke
     for worker in workers:
         worker.join()
     assert found == [as_pairs(TRICKY * 500)] * 3
-    assert builds.value == 1
-    assert len(list(cache.iterdir())) == 1
+    assert builds.value == 1 and len(stores(folder)) == 2
 
 
-def test_processes_that_cannot_lock_all_build_a_complete_cache(tmp_path, monkeypatch, cache):
+def test_processes_that_cannot_lock_all_build_a_complete_cache(tmp_path, monkeypatch, folder):
     path = write(tmp_path / "list.json", TRICKY)
-    build = annotations._build_cache
+    build = annotations._build
 
-    def built_by_another_meanwhile(*arguments):
-        build(*arguments)
-        build(*arguments)
+    def built_by_another_meanwhile(*arguments, **options):
+        build(*arguments, **options)
+        build(*arguments, **options)
 
     def no_locks(*arguments):
         raise OSError("no locks available")
 
-    monkeypatch.setattr(annotations, "_build_cache", built_by_another_meanwhile)
-    monkeypatch.setattr(annotations.fcntl, "flock", no_locks)
-    assert contents(load_annotations(path)) == as_pairs(TRICKY)
-    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(annotations, "_build", built_by_another_meanwhile)
+    monkeypatch.setattr("filelock._unix.fcntl.flock", no_locks)
+    assert contents(load(path)) == as_pairs(TRICKY)
+    assert len(stores(folder)) == 2
 
 
 def test_pickle_reopens_the_cache_instead_of_carrying_it(tmp_path):
     entries = [{"image": f"{i}.jpg", "caption": "a b c d e f"} for i in range(1000)]
-    loaded = load_annotations(write(tmp_path / "list.json", entries))
+    loaded = load(write(tmp_path / "list.json", entries))
     pickled = pickle.dumps(loaded)
     assert len(pickled) < 1000
+    os.remove(tmp_path / "list.json")
     assert contents(pickle.loads(pickled)) == as_pairs(entries)
 
 
@@ -195,8 +205,6 @@ def test_pickle_reopens_the_cache_instead_of_carrying_it(tmp_path):
     ("[ \n ]", "is an empty list"),
     ('"text"', "is not a JSON list"),
     ('{"image": "a"}\n{"image": "b"}\n', "jq -s"),
-    ('[{"image": "a"}, 17]', "entry 1 (counting from 0) is 17, not an object"),
-    ('[{"image": "a"}, ["b"]]', "entry 1 (counting from 0) is ['b'], not an object"),
     ('[{"image": "a"},\n {"image" "b"}]', "line 2 column 11 (Expecting ':' delimiter); correct it"),
     ('[{"image": "a"},\n {"image": "b"}\n {"image": "c"}]', "line 3 column 2 (Expecting ',' or ']'); correct it"),
     ('[{"image": "a"}, {"image": bad, "caption": "long enough"}]', "line 1 column 28 (Expecting value); correct it"),
@@ -208,7 +216,7 @@ def test_pickle_reopens_the_cache_instead_of_carrying_it(tmp_path):
     ("[", "the file seems cut short"),
 ])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
-def test_files_that_are_no_list_of_objects_are_refused(tmp_path, monkeypatch, chunk, text, expected):
+def test_files_that_are_no_list_are_refused(tmp_path, monkeypatch, chunk, text, expected):
     monkeypatch.setattr(annotations, "_CHUNK", chunk)
     path = tmp_path / "bad.json"
     path.write_text(text)
@@ -224,40 +232,52 @@ def test_a_mistake_is_reported_without_reading_the_rest_of_the_file(monkeypatch)
     assert file.tell() <= 128
 
 
-@pytest.mark.parametrize("bad, expected", [
-    ({"caption": "a"}, "has no 'image', a string; it has ['caption']"),
-    ({"image": "a.jpg", "captions": ["a"]}, "has no 'caption', a string or a non-empty list of strings"),
-    ({"image": None, "caption": "a"}, "'image' is None, but must be a string"),
-    ({"image": ["a.jpg"], "caption": "a"}, "'image' is ['a.jpg'], but"),
-    ({"image": "a.jpg", "caption": []}, "'caption' is [], but must be a string or a non-empty list of strings"),
-    ({"image": "a.jpg", "caption": ["a", 3]}, "'caption' is ['a', 3], but"),
-    ({"image": "a.jpg", "caption": {"text": "line\nbreak"}}, "'caption' is {"),
-])
-def test_entries_without_image_or_caption_are_refused_by_number(tmp_path, cache, bad, expected):
-    files = [write(tmp_path / "good.json", TRICKY), write(tmp_path / "bad.json", TRICKY + [bad])]
-    message = refusal(load_annotations, files)
-    assert message.startswith(f"{files[1]}: entry 4 (counting from 0)")
-    assert expected in message
-    assert not list(cache.iterdir())
+@pytest.mark.parametrize("bad, form, words, kind", [
+    (17, Pair, "Expected 'object', got 'int' in 17", "no object"),
+    (["b"], Pair, "Expected 'object', got 'array'", "no object"),
+    ({"caption": "a"}, Pair, "missing required field 'image' in {'caption': 'a'}", "no 'image'"),
+    ({"image": "a", "captions": ["a"]}, Pair, "missing required field 'caption'", "no 'caption'"),
+    ({"image": None, "caption": "a"}, Pair, "Expected 'str', got 'null' - at 'image'", "'image' is null"),
+    ({"image": ["a.jpg"], "caption": "a"}, Pair, "Expected 'str', got 'array' - at 'image'", "wrong 'image'"),
+    ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'", "wrong 'caption'"),
+    ({"image": "a", "caption": ["a", None]}, Pair, "got 'null' - at 'caption[1]'", "wrong 'caption'"),
+    ({"image": "a", "caption": {"text": "line\nbreak"}}, Pair, "Expected 'str | array', got 'object'", "wrong 'caption'"),
+    ({"image": "a", "caption": ["a"]}, RetrievalPair, '"image_id": text or number} for each caption', "wrong 'caption'"),
+    ({"image": "a", "caption": "?!", "image_id": 1}, RetrievalPair, "'?!' is empty after clean-up", "empty text"),
+    ({"image": "a", "caption": "b"}, CaptionedImage, '"caption": list of texts} for each image', "wrong 'caption'"),
+    ({"images": ["a"], "sentence": "b", "label": "True"}, Statement, "of length >= 2 - at 'images'", "wrong 'images'"),
+    ({"image": "a", "sentence": "b", "label": "a\nb"}, Entailment, "contradiction or neutral or entailment", "wrong 'label'"),
+    ({"image": "a", "question": "b", "question_id": 3.5}, Question, "Expected 'int | str', got 'float'", "wrong 'question_id'"),
+    ({"image": "a", "question": "b", "dataset": "vqa", "answer": "c"}, TrainingQuestion, "'answer' is 'c'", "wrong 'answer'"),
+    ({"image": "a", "question": "b", "dataset": "x", "answer": "c"}, TrainingQuestion, "value 'x'", "wrong 'dataset'"),
+])  # fmt: skip
+def test_entries_of_another_form_are_refused_by_number_field_and_form(tmp_path, bad, form, words, kind):
+    with pytest.raises(annotations.InputError) as caught:
+        check_entry(bad, form, "list.json", 5)
+    message = str(caught.value)
+    assert message.startswith("list.json: entry 5 (counting from 0): ") and words in message and form.wanted in message
+    assert "\n" not in message and caught.value.kind == kind
 
 
-def test_check_entry_knows_the_keys_of_other_tasks():
-    keys = {"question": str, "question_id": (int, str), "answer": list}
-    check_entry({"question": "what", "question_id": 3, "answer": ["yes"]}, keys, "vqa.json", 5)
-    message = refusal(check_entry, {"question": "what", "question_id": 3.5, "answer": ["yes"]}, keys, "vqa.json", 5)
-    assert message == "vqa.json: entry 5 (counting from 0): 'question_id' is 3.5, but must be an integer or a string"
+@pytest.mark.parametrize("batch", [2, 1 << 14])
+def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(tmp_path, monkeypatch, folder, batch):
+    monkeypatch.setattr(annotations, "_BATCH", batch)
+    files = [write(tmp_path / "good.json", TRICKY), write(tmp_path / "bad.json", [*TRICKY, {"image": "a.jpg"}])]
+    assert refusal(load, files[1]).startswith(f"{files[1]}: entry 4 (counting from 0): ")
+    assert not stores(folder)
+    assert refusal(load, *files).startswith(f"{files[1]}: entry 4 (counting from 0): ")
 
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     missing = str(tmp_path / "missing.json")
-    for function in load_annotations, lambda path: list(read_json_list(path)):
+    for function in load, lambda path: list(read_json_list(path)):
         message = refusal(function, missing)
-        assert message.startswith(f"{missing}: cannot read this annotation file (No such file or directory); ")
-    assert f"{tmp_path}: cannot read this annotation file (Is a directory)" in refusal(load_annotations, tmp_path)
+        assert message.startswith(f"{missing}: cannot read this file (No such file or directory); ")
+    assert f"{tmp_path}: cannot read this file (Is a directory)" in refusal(load, tmp_path)
     latin = tmp_path / "latin.json"
     latin.write_bytes('[{"image": "caf\xe9.jpg", "caption": "a"}]'.encode("latin-1"))
-    assert f"{latin}: this annotation file is not UTF-8" in refusal(load_annotations, latin)
-    assert "train_file" in refusal(load_annotations, [])
+    assert f"{latin}: this annotation file is not UTF-8" in refusal(load, latin)
+    assert "train_file" in refusal(load)
 
 
 def test_missing_images_are_reported_with_entry_and_share(tmp_path):
@@ -267,10 +287,10 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
         (root / f"{i}.jpg").touch()
     files = [write(tmp_path / "1.json", [{"image": str(root / "0.jpg"), "caption": "absolute"}]),
              write(tmp_path / "2.json", [{"image": f"{i}.jpg", "caption": "a"} for i in range(10)])]
-    loaded = load_annotations(files)
+    loaded = load(*files)
 
-    def pairs(annotations, image_root):
-        return CaptionDataset(annotations, image_root, None, seed=0, max_tokens=25)
+    def pairs(entries, image_root):
+        return CaptionDataset(entries, image_root, None, seed=0, max_tokens=25)
 
     message = refusal(check_images, pairs(loaded, str(root)))
     assert message.startswith(f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist")
@@ -279,6 +299,6 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
     (root / "8.jpg").touch()
     (root / "9.jpg").touch()
     check_images(pairs(loaded, str(root)))
-    check_images(pairs(load_annotations(files[0]), None))
+    check_images(pairs(load(files[0]), None))
     message = refusal(check_images, pairs(loaded, str(tmp_path / "elsewhere")))
     assert message.startswith(f"image_root: folder {tmp_path / 'elsewhere'} does not exist")

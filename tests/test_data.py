@@ -98,7 +98,7 @@ def test_retrieval_test_set_errors(tiny_config, shapes, tmp_path):
         return build_dataset("retrieval_test", {**tiny_config, "test_file": [str(path)]})
 
     image = json.loads((shapes / "test.json").read_text())[0]["image"]
-    with pytest.raises(InputError, match="entry 1.*no 'caption'"):
+    with pytest.raises(InputError, match="entry 1.*missing required field 'caption'"):
         build([{"image": image, "caption": ["a"]}, {"image": image}])
     with pytest.raises(InputError, match="entry 0.*empty after clean-up"):
         build([{"image": image, "caption": ["a", "..."]}])

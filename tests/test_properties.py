@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dataset import annotations
-from dataset.annotations import Entries, load_annotations, read_json_list
+from dataset.annotations import Entries, digest, read_json_list
+from dataset.caption import Pair, RetrievalPair
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
 from configs.schema import KEYS, RENAMED, SECTIONS, load_config, override, save_config, with_defaults
@@ -206,12 +207,12 @@ def as_bytes(entries, layout):
 
 
 def reference(content):
-    """The entries as json.loads reads them, or None where there is no list of objects."""
+    """The entries as json.loads reads them, or None where there is no list of any."""
     try:
         entries = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return None
-    return entries if isinstance(entries, list) and entries and all(type(entry) is dict for entry in entries) else None
+    return entries if isinstance(entries, list) and entries else None
 
 
 def assert_read_as_by_json(folder, content, chunk):
@@ -264,33 +265,30 @@ def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
             assert "cut short" in one_line(caught.value, path)
 
 
-def is_right(entry):
-    captions = entry.get("caption")
-    listed = isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)
-    return isinstance(entry.get("image"), str) and (isinstance(captions, str) or bool(listed))
-
-
-def as_loaded(entries):
-    """(image path, captions) of entries, with "?" for the halves of surrogate pairs that no tokenizer takes."""
+def as_pairs(entries):
     pairs = ((entry["image"], entry["caption"]) for entry in entries)
-    pairs = ((image, [captions] if isinstance(captions, str) else captions) for image, captions in pairs)
-    return [(image, [caption.encode("utf-8", "replace").decode() for caption in captions]) for image, captions in pairs]
+    return [(image, [caption] if isinstance(caption, str) else caption) for image, caption in pairs]
 
 
 def contents(loaded):
-    return [(loaded.image(i), loaded.captions(i)) for i in range(len(loaded))]
+    return [(entry.image, entry.texts) for entry in loaded]
 
 
-@given(
-    st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, CHUNKS, st.sampled_from([1, 3, 1 << 14]), st.sampled_from([20, 1 << 32])
-)
-def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, chunk, batch, large):
+@given(st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, CHUNKS, st.sampled_from([1, 3, 1 << 14]))
+def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, chunk, batch):
     files = [new_file(folder, as_bytes(entries, layout)) for entries in lists]
-    with mock.patch.multiple(annotations, _CHUNK=chunk, _BATCH=batch, _UINT32_END=large):
-        loaded = load_annotations(files)
-    assert contents(loaded) == contents(load_annotations(files)) == as_loaded([entry for entries in lists for entry in entries])
+    with mock.patch.multiple(annotations, _CHUNK=chunk, _BATCH=batch):
+        loaded = Entries(files, Pair)
+    expected = as_pairs([entry for entries in lists for entry in json.loads(json.dumps(entries))])
+    assert contents(loaded) == contents(Entries(files, Pair)) == expected
     places = [annotations.where(file, number) for file, entries in zip(files, lists) for number in range(len(entries))]
     assert [loaded.where(i) for i in range(len(loaded))] == places
+
+
+def is_right(entry):
+    captions = entry.get("caption") if isinstance(entry, dict) else None
+    listed = isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)
+    return isinstance(entry, dict) and isinstance(entry.get("image"), str) and (isinstance(captions, str) or bool(listed))
 
 
 @given(PAIRS, LAYOUTS, CHUNKS, st.data())
@@ -299,36 +297,20 @@ def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(f
     path, expected = new_file(folder, content), reference(content)
     with mock.patch.object(annotations, "_CHUNK", chunk):
         try:
-            loaded = load_annotations(path)
+            loaded = Entries([path], Pair)
         except InputError as error:
             assert expected is None or not all(map(is_right, expected))
             one_line(error, path)
         else:
-            assert contents(loaded) == as_loaded(expected)
+            assert contents(loaded) == as_pairs(expected)
 
 
 IDS = st.integers() | st.text(st.characters()) | st.sampled_from([0, "0", 10**40])
 
 
 @given(st.lists(st.fixed_dictionaries({"image": PATHS, "caption": TEXTS.map("word ".__add__), "image_id": IDS}), min_size=1))
-def test_entries_have_one_number_if_they_have_one_image_id(folder, entries):
-    loaded = load_annotations(new_file(folder, as_bytes(entries, {})), "retrieval")
-    numbers = [loaded.image_id(i) for i in range(len(loaded))]
+def test_entries_are_of_one_group_if_they_have_one_image_id(folder, entries):
+    groups = [digest(entry.group) for entry in Entries([new_file(folder, as_bytes(entries, {}))], RetrievalPair)]
     ids = [entry["image_id"] for entry in json.loads(json.dumps(entries))]
     pairs = list(itertools.product(range(len(ids)), repeat=2))
-    assert [numbers[i] == numbers[k] for i, k in pairs] == [ids[i] == ids[k] for i, k in pairs]
-
-
-@given(st.lists(st.dictionaries(ANY_TEXT | st.just("left out"), JSON_VALUES, max_size=4), min_size=1), CHUNKS)
-@example([{"left out": 1}], 1)
-def test_entries_are_what_is_kept_of_any_list(folder, entries, chunk):
-    def check(entry, file, number):
-        return None if "left out" in entry else {"kept": entry}
-
-    path = new_file(folder, as_bytes(entries, {}))
-    with mock.patch.object(annotations, "_CHUNK", chunk):
-        kept = Entries([path, path], check)
-    expected = [(number, check(entry, path, number)) for number, entry in enumerate(json.loads(json.dumps(entries)))]
-    expected = [(number, entry) for number, entry in expected if entry] * 2
-    assert repr([kept[i] for i in range(len(kept))]) == repr([entry for _, entry in expected])
-    assert [kept.where(i) for i in range(len(kept))] == [annotations.where(path, number) for number, _ in expected]
+    assert [groups[i] == groups[k] for i, k in pairs] == [ids[i] == ids[k] for i, k in pairs]

@@ -308,16 +308,15 @@ def test_a_checkpoint_of_the_earlier_form_continues_or_is_refused(tiny_config, s
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
-    code = "import sys, time, utils; utils.make_output_dir(sys.argv[1]); print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
-    try:
+    code = ("import os, sys, time, utils; utils.make_output_dir(sys.argv[1]); os.fork() or os._exit(bool(sys.stdin.read())); "
+            "print('held', flush=True); time.sleep(60)")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes, cwd=Path(__file__).parent.parent) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match="another run is writing there"):
             make_output_dir(tmp_path, patience=0.3)
-    finally:
         holder.kill()
-        holder.wait()
-    make_output_dir(tmp_path)  # a killed run holds nothing
+        make_output_dir(tmp_path)  # a killed run holds nothing, though a process forked from it is still there
 
 
 # ---------------------------------------------------------------------------------------------------------------------

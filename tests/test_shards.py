@@ -17,8 +17,9 @@ from PIL import Image
 
 from conftest import exit_status, refusal
 from dataset import build_dataset, shards, to_shards
-from dataset.annotations import load_annotations
+from dataset.annotations import Entries
 from dataset.batches import EpochBatches, TrainBatches
+from dataset.caption import Pair
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from models.tokenizer import build_tokenizer
 from utils import InputError, TrainingStopped
@@ -158,7 +159,7 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
     paths = [write_shard(tmp_path / f"{i}.tar", range(n)) for i, n in enumerate([3, 0, 2])]
     assert counts(paths, 2) == [3, 0, 2]
     with monkeypatch.context() as patch:
-        patch.delattr(shards, "_scan")
+        patch.delattr(shards, "_archive")
         assert counts(paths[::-1]) == [2, 0, 3]
     write_shard(paths[1], range(1))
     assert counts(paths) == [3, 1, 2]
@@ -182,10 +183,10 @@ def test_processes_that_start_together_scan_once(tmp_path, monkeypatch):
     barrier, scanned, results = context.Barrier(3), context.Value("i"), context.Queue()
     scan = shards._scan
 
-    def counting(path):
+    def counting(job):
         with scanned.get_lock():
             scanned.value += 1
-        return scan(path)
+        return scan(job)
 
     def when_all_are_ready():
         barrier.wait()
@@ -249,7 +250,7 @@ def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
         for position in rng.integers(0, len(content) * 2 // 3, 3):
             damaged[position] = rng.integers(256)
         (tmp_path / "x.tar").write_bytes(damaged)
-        for function, arguments in [(shards._scan, (path,)), *((read_sample, place) for place in places)]:
+        for function, arguments in [(shards._scan, ((path, tmp_path / "index"),)), *((read_sample, place) for place in places)]:
             try:
                 function(*arguments)
             except (InputError, TrainingStopped) as error:
@@ -448,9 +449,9 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
     _, paths = expand(["out/{00000..00002}.tar"])
     samples = Shards(paths)
     assert samples.counts == [9, 10, 6]
-    annotations = load_annotations(lists)
-    expected = [((tmp_path / "images" / annotations.image(i)).read_bytes(), annotations.captions(i))
-                for i in range(27) if i not in (5, 25)]
+    entries = Entries(lists, Pair)
+    expected = [((tmp_path / "images" / entry.image).read_bytes(), entry.texts)
+                for i, entry in enumerate(entries) if i not in (5, 25)]
     found = [samples[i] for i in range(25)]
     assert [image_and_captions(sample, "") for sample in found] == expected
     assert found[1].keys() == {"__key__", "png", "json"} and found[0].keys() == {"__key__", "jpg", "txt"}

@@ -119,7 +119,7 @@ def test_texts_are_lines_or_captions(tmp_path):
     (tmp_path / "texts.json").write_text(json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}]))
     assert Visualize.read_texts(tmp_path / "texts.json") == ["a dog", "a cat"]
     (tmp_path / "texts.json").write_text(json.dumps([{"text": "a dog"}]))
-    with pytest.raises(InputError, match="texts.json: entry 0 .* no 'caption'"):
+    with pytest.raises(InputError, match="texts.json: entry 0 .* missing required field 'caption'"):
         Visualize.read_texts(tmp_path / "texts.json")
 
 
