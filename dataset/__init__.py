@@ -5,14 +5,14 @@ import functools
 import torch
 
 from dataset.annotations import Entries
+from dataset.base import check_images
 from dataset.batches import workers
 from dataset.caption import CaptionDataset, GroundingPair, Pair, RetrievalPair, ShardedCaptions
+from dataset.classification import ClassificationDataset
 from dataset.grounding import GroundingTestSet
-from dataset.labeled import LabeledDataset
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
 from dataset.retrieval import RetrievalTestSet
-from dataset.samples import check_images
 from dataset.shards import Shards, expand
 from dataset.text import MAX_TOKENS, SHORT_TOKENS
 from dataset.transforms import normalize, test_transform, train_transform
@@ -29,7 +29,7 @@ CAPTIONS = {
     "retrieval_train": (RetrievalPair, 0.5, MAX_TOKENS), "grounding_train": (GroundingPair, None, MAX_TOKENS),
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
-LABELED = {"ve": Entailment, "nlvr": Statement}
+CLASSIFICATION = {"ve": Entailment, "nlvr": Statement}
 REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
 
 
@@ -62,8 +62,8 @@ def build_dataset(name, config, seed=0):
         return _image_captions(name, config, transform, seed)
     if task == "retrieval":
         dataset = RetrievalTestSet(files, image_root, transform)
-    elif task in LABELED:
-        dataset = LabeledDataset(files, LABELED[task], image_root, transform, own_seed)
+    elif task in CLASSIFICATION:
+        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed)
     elif task == "vqa":
         roots = {root: config[root] for root in ROOTS.values()}
         answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from dataset.annotations import Entry, Texts, digest
+from dataset.base import EntryDataset
 from dataset.images import decode_image, load_image
-from dataset.samples import Samples
 from dataset.shards import image_and_captions, read_sample
 from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize, without_halves
 from utils import Text
@@ -73,7 +73,7 @@ class GroundingPair(Entry):
         return self.image
 
 
-class Sample(NamedTuple):
+class CaptionSample(NamedTuple):
     image: torch.Tensor  # uint8 [3, R, R]
     caption: str
     image_id: int  # equal for the captions of one image in retrieval and grounding, else -1
@@ -98,7 +98,7 @@ def draw_caption(captions, where):
     return caption
 
 
-class CaptionDataset(Samples):
+class CaptionDataset(EntryDataset):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to 30 words.
 
     entries: Entries of pairs. One cannot be used if its image cannot be read or its caption is empty after clean-up.
@@ -112,7 +112,7 @@ class CaptionDataset(Samples):
         entry, (file,) = self.entry(index), self.files(index)
         caption = draw_caption(entry.texts, self.where(index))
         image_id = -1 if entry.group is None else digest(entry.group) >> 1  # of 63 bits
-        return Sample(self.transform(load_image(file)), caption, image_id, file)
+        return CaptionSample(self.transform(load_image(file)), caption, image_id, file)
 
     def collate(self, samples, tokenizer):
         """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
@@ -160,4 +160,4 @@ class ShardedCaptions(CaptionDataset):
         where = f"{path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
         caption = draw_caption(captions, where)
-        return Sample(self.transform(decode_image(image, where)), caption, -1, f"{path}/{sample['__key__']}")
+        return CaptionSample(self.transform(decode_image(image, where)), caption, -1, f"{path}/{sample['__key__']}")

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import torch
 
 from dataset.annotations import Entries, Entry
-from dataset.samples import Samples
-from dataset.text import MAX_TOKENS, tokenize
+from dataset.base import EntryDataset
 from dataset.images import load_image
+from dataset.text import MAX_TOKENS, tokenize
 from utils import InputError, Text
 
 
@@ -29,7 +29,7 @@ class Expression(Entry):
             raise InputError(f"ref_id {self.ref_id} is not among the refs of refcoco_data", "unknown 'ref_id'")
 
 
-class Sample(NamedTuple):
+class GroundingSample(NamedTuple):
     image: torch.Tensor  # uint8 [3, R, R]
     text: str
     ref_id: int
@@ -41,7 +41,7 @@ class GroundingBatch(NamedTuple):
     ref_ids: list
 
 
-class GroundingTestSet(Samples):
+class GroundingTestSet(EntryDataset):
     """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of `splits`.
 
     refer: from load_refer; detections: from load_detections. Raises InputError for a ref that refer does not know and
@@ -64,7 +64,7 @@ class GroundingTestSet(Samples):
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)
-        return Sample(self.transform(load_image(file)), entry.clean(entry.text), entry.ref_id)
+        return GroundingSample(self.transform(load_image(file)), entry.clean(entry.text), entry.ref_id)
 
     def collate(self, samples, tokenizer):
         """Samples -> GroundingBatch; expressions become at most 30 ids, padded to the longest of the batch."""

@@ -1,8 +1,8 @@
 """Image-text retrieval data: images with all their captions."""
 
 from dataset.annotations import Entries, Entry, Texts
+from dataset.base import EntryDataset
 from dataset.images import load_image
-from dataset.samples import Samples
 
 
 class CaptionedImage(Entry):
@@ -17,7 +17,7 @@ class CaptionedImage(Entry):
         return self.caption
 
 
-class RetrievalTestSet(Samples):
+class RetrievalTestSet(EntryDataset):
     """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R, R].
 
     images: path of each image, as in the file; texts: all captions, cleaned up; img2txt: for each image the list of its

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 
 from dataset.annotations import Entries, Entry, Texts, where
-from dataset.samples import Samples
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
+from dataset.base import EntryDataset
 from dataset.images import load_image
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
 from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
@@ -70,7 +70,7 @@ class Question(Entry):
             raise InputError(f"'answer' is {reprlib.repr(self.answer)}, not a list", "wrong 'answer'")
 
 
-class Sample(NamedTuple):
+class VQASample(NamedTuple):
     image: torch.Tensor  # uint8 [3, R, R]
     question: str
     answers: list
@@ -109,7 +109,7 @@ def load_answer_list(path):
     return answers
 
 
-class VQADataset(Samples):
+class VQADataset(EntryDataset):
     """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa) or string (vg)}.
 
     To test on, the answers may be missing, and so may `dataset`, which then is vqa; each question is an item
@@ -150,7 +150,7 @@ class VQADataset(Samples):
             shares = {entry.answer: VG_WEIGHT}
         else:
             shares = {answer: count / len(entry.answer) for answer, count in Counter(entry.answer).items()}
-        return Sample(image, question, [answer + self.eos for answer in shares], list(shares.values()), file)
+        return VQASample(image, question, [answer + self.eos for answer in shares], list(shares.values()), file)
 
     def collate(self, samples, tokenizer):
         """Samples -> VQABatch; texts are padded to the longest of the batch."""

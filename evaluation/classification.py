@@ -16,7 +16,7 @@ def step(model, batch, alpha, update_momentum):
 
 @torch.no_grad()
 def evaluate(model, dataset, tokenizer, config, device):
-    """Accuracy on a LabeledDataset in percent, as {"acc"}; and the number of sentences."""
+    """Accuracy on a ClassificationDataset in percent, as {"acc"}; and the number of sentences."""
     model.eval()
     right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):

@@ -6,7 +6,7 @@ from torch import nn
 
 from models.albef import ALBEF
 from models.bert import BertModel
-from models.classifier import Classifier
+from models.classification import Classifier
 from models.losses import draw
 
 IMAGE_TEMP = 0.07  # of the image-image similarities that negatives are drawn by; a constant, not the learned temp

@@ -1,7 +1,7 @@
 """Visual entailment (Section 5): does the sentence follow from the image?"""
 
 from models.bert import BertModel
-from models.classifier import Classifier
+from models.classification import Classifier
 
 
 class VE(Classifier):

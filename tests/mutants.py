@@ -35,13 +35,13 @@ TESTS = {
     "models/alignment.py": "pretrain_model retrieval_model evaluation trajectory loop",
     "models/pretrain.py": "pretrain_model trajectory loop",
     "models/retrieval.py": "retrieval_model loop",
-    "models/bert.py": "pretrain_model retrieval_model vqa_model classifier_models loop",
+    "models/bert.py": "pretrain_model retrieval_model vqa_model classification_models loop",
     "models/vit.py": "pretrain_model",
     "models/decoder.py": "vqa_model",
     "models/vqa.py": "vqa_model loop",
-    "models/classifier.py": "classifier_models loop",
-    "models/nlvr.py": "classifier_models loop",
-    "models/ve.py": "classifier_models",
+    "models/classification.py": "classification_models loop",
+    "models/nlvr.py": "classification_models loop",
+    "models/ve.py": "classification_models",
     "models/gradcam.py": "gradcam",
     "models/momentum.py": "pretrain_model trajectory",
     "models/queue.py": "pretrain_model trajectory",
@@ -62,7 +62,7 @@ TESTS = {
     "dataset/transforms.py": "transforms",
     "dataset/vqa.py": "data tasks",
     "dataset/caption.py": "data loop",
-    "dataset/samples.py": "data data_faults",
+    "dataset/base.py": "data data_faults",
 }  # fmt: skip
 
 MUTANTS = [
@@ -134,8 +134,8 @@ MUTANTS = [
     Mutant("models/vqa.py", "labels = answer.input_ids[:, 1:].masked_fill(~is_token, -100)", "labels = answer.input_ids[:, 1:]",
            "the losses of padding are multiplied by 0 in the next line but one"),
     Mutant("models/vqa.py", "log_probs[..., ids.eos].masked_fill_(ended, 0.0)", "pass"),
-    Mutant("models/classifier.py", "                if update_momentum:\n", "                if True:\n"),
-    Mutant("models/classifier.py", "logits_m, alpha)[0].mean()", "logits_m, alpha)[1].mean()"),
+    Mutant("models/classification.py", "                if update_momentum:\n", "                if True:\n"),
+    Mutant("models/classification.py", "logits_m, alpha)[0].mean()", "logits_m, alpha)[1].mean()"),
     Mutant("models/nlvr.py", "if share == \"all\":", "if share == \"none\":"),
     Mutant("models/nlvr.py", "fill_diagonal_(0)", "contiguous()"),
     Mutant("models/nlvr.py", "torch.randint(3 if batch > 2 else 2,", "torch.randint(2,"),
@@ -231,7 +231,7 @@ MUTANTS = [
     Mutant("dataset/text.py", "replace(\"<person>\", \"person\")", "replace(\"<person>\", \"\")"),
     Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
     Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),
-    Mutant("dataset/samples.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
+    Mutant("dataset/base.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
 ]
 
 

@@ -14,7 +14,7 @@ from dataset.annotations import Entries, check_entry, read_json_list
 from dataset.caption import CaptionDataset, Pair, RetrievalPair
 from dataset.nlvr import Statement
 from dataset.retrieval import CaptionedImage
-from dataset.samples import check_images
+from dataset.base import check_images
 from dataset.ve import Entailment
 from dataset.vqa import Question, TrainingQuestion
 

@@ -12,7 +12,7 @@ from utils import InputError, seed_of
 MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
 
 
-class Samples(Dataset):
+class EntryDataset(Dataset):
     """Samples by index, to train on if there is a seed, else to test on.
 
     In training what an index gives depends on (seed, epoch, index) alone, not on the worker or on what came before, and a

@@ -5,13 +5,13 @@ from typing import NamedTuple
 import torch
 
 from dataset.annotations import Entries
-from dataset.samples import Samples
-from dataset.text import tokenize
+from dataset.base import EntryDataset
 from dataset.images import load_image
+from dataset.text import tokenize
 from utils import Text
 
 
-class Sample(NamedTuple):
+class ClassificationSample(NamedTuple):
     image: torch.Tensor  # uint8 [images, 3, R, R]
     sentence: str
     target: int
@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     skipped: list = []
 
 
-class LabeledBatch(NamedTuple):
+class ClassificationBatch(NamedTuple):
     image: tuple  # uint8 [B, 3, R, R] each: the images, or the first ones and the second ones
     text: Text  # [B, L]
     targets: torch.Tensor  # [B]
@@ -27,7 +27,7 @@ class LabeledBatch(NamedTuple):
     skipped: list
 
 
-class LabeledDataset(Samples):
+class ClassificationDataset(EntryDataset):
     """Sentences with their images and their class. form: dataset.ve.Entailment or dataset.nlvr.Statement."""
 
     def __init__(self, files, form, image_root, transform, seed=None):
@@ -36,11 +36,11 @@ class LabeledDataset(Samples):
     def read(self, index):
         entry, files = self.entry(index), self.files(index)
         image = torch.stack([self.transform(load_image(file)) for file in files])
-        return Sample(image, entry.clean(entry.sentence), entry.target, files)
+        return ClassificationSample(image, entry.clean(entry.sentence), entry.target, files)
 
     def collate(self, samples, tokenizer):
-        """Samples -> LabeledBatch; sentences are padded to the longest of the batch."""
-        return LabeledBatch(
+        """Samples -> ClassificationBatch; sentences are padded to the longest of the batch."""
+        return ClassificationBatch(
             torch.stack([sample.image for sample in samples], dim=1).unbind(),
             tokenize([sample.sentence for sample in samples], tokenizer),
             torch.tensor([sample.target for sample in samples]), [file for sample in samples for file in sample.files],
