@@ -62,6 +62,7 @@ TESTS = {
     "dataset/transforms.py": "transforms",
     "dataset/vqa.py": "data tasks",
     "dataset/caption.py": "data loop",
+    "dataset/refer.py": "metrics refer",
     "dataset/base.py": "data data_faults",
 }  # fmt: skip
 
@@ -193,7 +194,7 @@ MUTANTS = [
     Mutant("engine/loop.py", "            model.train()\n", ""),
     Mutant("engine/loop.py", "enabled=config[\"precision\"] == \"bf16\" and", "enabled=False and"),
     Mutant("engine/loop.py", "        param.requires_grad_(False)\n", "        pass\n"),
-    Mutant("engine/loop.py", "scaled(config[\"scheduler\"], ", "(lambda scheduler, *_: scheduler)(config[\"scheduler\"], "),
+    Mutant("engine/loop.py", "scaled(schedule, ", "(lambda schedule, *_: schedule)(schedule, "),
     Mutant("engine/loop.py", "metrics[name] > position.best.get(\"score\", float(\"-inf\"))", "metrics[name] >= position.best.get(\"score\", float(\"-inf\"))"),
     Mutant("engine/loop.py", "metrics[name] > position.best.get(\"score\", float(\"-inf\"))", "True"),
     Mutant("engine/recorder.py", "            mean /= world_size()\n", ""),
@@ -203,7 +204,7 @@ MUTANTS = [
     Mutant("engine/recorder.py", "position.skipped_steps_before + position.skipped_steps", "position.skipped_steps_before"),
     Mutant("engine/recorder.py", "usual + SPIKE * spread", "usual + 100 * SPIKE * spread"),
     Mutant("engine/saving.py", "return Position(**{**saved,", "return Position(**{**saved, \"best\": {},"),
-    Mutant("engine/saving.py", "        group.update(own)\n", "        pass\n"),
+    Mutant("engine/saving.py", "        group |= {name: value for name, value in own.items() if name != \"params\"}", "        pass"),
     Mutant("engine/saving.py", "int(number[1]) <= epoch - keep", "int(number[1]) < epoch - keep"),
     Mutant("engine/saving.py", "sorted(saves, reverse=True)", "sorted(saves)"),
     Mutant("engine/saving.py", "        if not resume:\n", "        if False:\n"),
@@ -224,7 +225,7 @@ MUTANTS = [
     Mutant("evaluation/metrics.py", "ranks.append((others > best).sum() + 0.5 * (others == best).sum())", "ranks.append((others > best).sum())"),
     Mutant("evaluation/metrics.py", "best = row[own].max()", "best = row[own].min()"),
     Mutant("evaluation/metrics.py", "(sum(equal) - left_out) / 3", "sum(equal) / 3"),
-    Mutant("evaluation/metrics.py", "if width <= 1 or height <= 1:", "if width <= 0 or height <= 0:"),
+    Mutant("dataset/refer.py", "if width <= 1 or height <= 1:", "if width <= 0 or height <= 0:"),
     Mutant("evaluation/metrics.py", "/ (w * h) ** alpha", ""),
     Mutant("evaluation/metrics.py", "mode=\"bicubic\"", "mode=\"nearest\""),
     # loading
