@@ -11,7 +11,7 @@ from conftest import log
 from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import distillation_weight, learning_rate
-from configs.schema import load_config, with_defaults
+from configs.schema import load_config, read_bert_config, with_defaults
 from utils import InputError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
@@ -20,7 +20,7 @@ CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
 @pytest.mark.parametrize("path", CONFIGS)
 def test_every_config_loads_and_its_bert_config_fits(path):
     config = load_config(path)
-    bert = json.load(open(config["bert_config"]))
+    bert = read_bert_config(config["bert_config"])
     assert bert["encoder_width"] == config["vision_width"]
     assert config["image_res"] % config["patch_size"] == 0
 
