@@ -154,8 +154,8 @@ BAD_INPUT = {
     "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test 16 many"),
     "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be a whole number from 1"),
     "no checkpoint": ({"--checkpoint": None}, [], "--checkpoint is missing"),
-    "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*training list"),
-    "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*test or pre-training list"),
+    "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*caption.*a retrieval test needs .*list of texts"),
+    "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*caption.*retrieval trains on"),
     "image without caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": []}]}, [], "entry 0.*caption"),
     "empty test caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": ["?!"]}]}, [], "entry 0.*empty"),
     "empty train caption": (
