@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 # of each file, the test files that have to notice a mistake in it, the fastest first
 TESTS = {
     "models/losses.py": "losses pretrain_model trajectory",
-    "models/alignment.py": "pretrain_model retrieval_model evaluation trajectory loop",
+    "models/alignment.py": "pretrain_model retrieval_model evaluation trajectory loop engine",
     "models/pretrain.py": "pretrain_model trajectory loop",
     "models/retrieval.py": "retrieval_model loop",
     "models/bert.py": "pretrain_model retrieval_model vqa_model classification_models loop",
@@ -44,7 +44,7 @@ TESTS = {
     "models/ve.py": "classification_models",
     "models/gradcam.py": "gradcam",
     "models/momentum.py": "pretrain_model trajectory",
-    "models/queue.py": "pretrain_model trajectory",
+    "models/queue.py": "losses pretrain_model trajectory",
     "models/checkpoint.py": "checkpoint released_weights",
     "models/load_report.py": "checkpoint",
     "optim/__init__.py": "config trajectory loop",

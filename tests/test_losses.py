@@ -72,3 +72,12 @@ def test_queue_takes_any_batch_size():
         newest = {t % size: value for t, value in enumerate(history)}
         assert queue[0].tolist() == [newest.get(slot, 0.0) for slot in range(size)]
         assert torch.equal(queue[1], -queue[0])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_rows_that_are_not_finite_stay_out_of_all_queues(bad):
+    queues, ptr = [torch.zeros(2, 4), torch.zeros(1, 4)], torch.zeros(1, dtype=torch.long)
+    rows = torch.ones(3, 2)
+    rows[1, 0] = bad
+    enqueue_(queues, [rows, torch.ones(3, 1)], ptr)
+    assert queues[0].tolist() == [[1, 0, 1, 0]] * 2 and queues[1].tolist() == [[1, 0, 1, 0]] and ptr.item() == 3

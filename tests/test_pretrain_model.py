@@ -1,5 +1,8 @@
 """The pre-training model against the released implementation's numbers, the plain path, and its own edge cases."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -157,6 +160,28 @@ def test_batch_of_one_has_no_negatives_and_one_image_twice_is_fine(step):
     image, text, masked = random_batch(2)
     losses = model(image[:1].expand(2, -1, -1, -1), text, masked=masked)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_temp_is_kept_in_its_range(step):
+    data, model, text, masked = step
+    for start, kept in ((2.0, 0.5), (0.0, 0.001)):
+        with torch.no_grad():
+            model.temp.fill_(start)
+        model(data["image"], text, masked=masked)
+        assert model.temp.item() == pytest.approx(kept)
+
+
+def test_random_weights_and_dropout_are_those_of_the_configuration(golden):
+    data = golden("pretrain.pt")
+    bert = {**json.loads(Path(BERT).read_text()), "initializer_range": 0.3, "hidden_dropout_prob": 0.5}
+    torch.manual_seed(0)
+    model = build_model("pretrain", {**data["config"], "bert_config": bert})
+    vit = model.visual_encoder
+    for weight, std in ((model.bert.encoder.layer[0].intermediate.dense.weight, 0.3), (vit.patch_embed.proj.weight, 0.6),
+                        (vit.blocks[0].mlp.fc1.weight, 0.3), (model.text_encoder.cls.predictions.transform.dense.weight, 0.3)):
+        assert weight.std().item() == pytest.approx(std, rel=0.1)
+    embeds = model.train().bert.embeddings(torch.arange(5, 45)[None])
+    assert (embeds == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_text_without_a_masked_token_gives_an_exact_zero(step):

@@ -46,7 +46,19 @@ whole = build()
 whole_mlm = gradients(whole, batch, ["loss_mlm"])
 alone = [gradients(build(), half) for half in halves]
 
+
+
+@torch.no_grad()
+def matching_scores():
+    model, (image, text, _) = build().eval(), batch
+    images, texts = model.encode_image(image), model.encode_text(text)
+    return torch.stack(model.rerank(*images, *texts, text.attention_mask, k=2))
+
+
+scores = matching_scores()
+
 init_process_group("cpu")
+assert torch.allclose(matching_scores(), scores, atol=1e-5)
 model = build()
 wrapped = DistributedDataParallel(model, broadcast_buffers=False)
 together = gradients(wrapped, halves[rank()])
