@@ -9,6 +9,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+def compute_dtype(tensor):
+    """The dtype that a matrix product of a tensor has: autocast's where it is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def additive_mask(allowed, dtype):
+    """What attention adds to its scores: allowed [..., N], bool or 0 and 1 -> 0 where allowed and -inf elsewhere.
+
+    Built once for all layers: fused kernels on a GPU would convert a bool mask in every layer, and copy one whose rows do not
+    begin at multiples of 8 numbers.
+    """
+    length = allowed.shape[-1]
+    rows = torch.full((*allowed.shape[:-1], length + -length % 8), -torch.inf, dtype=dtype, device=allowed.device)
+    return rows[..., :length].masked_fill_(allowed.bool(), 0)
+
+
 class Embeddings(nn.Module):
     """Word, position and token-type embeddings: input_ids [B, L], the first at position `start` -> [B, L, C]."""
 
@@ -48,14 +65,14 @@ class MultiHeadAttention(nn.Module):
         return self._heads(self.key(source)), self._heads(self.value(source))
 
     def attend(self, query, keys, values, mask=None):
-        """query [B, h, L, d], keys and values [B, h, N, d], mask broadcastable to [B, h, L, N] -> [B, h, L, d]."""
+        """query [B, h, L, d], keys and values [B, h, N, d], additive mask broadcastable to [B, h, L, N] -> [B, h, L, d]."""
         dropout = self.dropout_prob if self.training else 0.0
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, dropout_p=dropout)
 
     def forward(self, hidden, mask, queries=None, keys_values=None):
         """Self-attention of the first `queries` positions, all by default -> [B, queries, C].
 
-        hidden [B, L, C]; mask bool, broadcastable to [B, h, queries, L]; keys_values: of a longer text that hidden ends, by
+        hidden [B, L, C]; mask additive, broadcastable to [B, h, queries, L]; keys_values: of a longer text that hidden ends, by
         default hidden's own.
         """
         keys, values = keys_values or self.keys_values(hidden)
@@ -65,9 +82,10 @@ class MultiHeadAttention(nn.Module):
     def cross(self, hidden, keys, values, extra_index, mask=None):
         """Cross-attention of R text rows to B sources (images) without copying a source's keys and values for its rows.
 
-        hidden [R, L, C]; keys, values [B, h, N, d]; mask bool [B, 1, 1, N]. The last len(extra_index) rows attend to the
-        sources that extra_index names. The rows before them are whole groups of B, row i of a group attending to source i:
-        their queries are laid side by side, so that each source is visited once for all its rows.
+        hidden [R, L, C]; keys, values [B, h, N, d]. The last len(extra_index) rows attend to the sources that extra_index
+        names. The rows before them are whole groups of B, row i of a group attending to source i: their queries are laid
+        side by side, so that each source is visited once for all its rows. mask: additive, where all rows are of one kind:
+        [B, 1, 1, N] for groups, [R, 1, 1, N] for rows that extra_index names.
         """
         query = self._heads(self.query(hidden))
         rows, heads, length, dim = query.shape
@@ -83,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         if extra:
             # index_select: its gradient is the same in every run on a CPU, and faster than that of indexing
             keys, values = keys.index_select(0, extra_index), values.index_select(0, extra_index)
-            context = self.attend(query[rows - extra :], keys, values, None if mask is None else mask[extra_index])
+            context = self.attend(query[rows - extra :], keys, values, mask)
             contexts.append(context.transpose(1, 2).flatten(2))
         return torch.cat(contexts)
 
@@ -178,16 +196,14 @@ class BertModel(nn.Module):
     def encode_text(self, input_ids, attention_mask):
         """input_ids, attention_mask [B, L] -> text_embeds [B, L, C]."""
         hidden = self.embeddings(input_ids)
-        mask = attention_mask.bool()[:, None, None]
+        mask = additive_mask(attention_mask[:, None, None], compute_dtype(hidden))
         for layer in self.encoder.layer[: self.fusion_layer]:
             hidden = self.run(layer, hidden, mask)
         return hidden
 
     def image_keys_values(self, image_embeds):
         """image_embeds [B, 1+N, C] -> for each multimodal layer the image's keys and values, each [B, h, 1+N, d]."""
-        device = image_embeds.device.type
-        if torch.is_autocast_enabled(device):  # once, where every layer would cast them anew and keep its own copy
-            image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
+        image_embeds = image_embeds.to(compute_dtype(image_embeds))  # or every layer would cast them anew and keep its own copy
         return [layer.crossattention.self.keys_values(image_embeds) for layer in self.encoder.layer[self.fusion_layer :]]
 
     def fuse(self, text_embeds, attention_mask, image_keys_values, extra_index=None, cls_only=False):
@@ -202,7 +218,7 @@ class BertModel(nn.Module):
         return self._fuse(layers, text_embeds, attention_mask, image_keys_values, extra_index, 1 if cls_only else None)
 
     def _fuse(self, layers, hidden, attention_mask, image_keys_values, extra_index, last_queries):
-        mask = attention_mask.bool()[:, None, None]
+        mask = additive_mask(attention_mask[:, None, None], compute_dtype(hidden))
         for number, (layer, (keys, values)) in enumerate(zip(layers, image_keys_values, strict=True), 1):
             queries = last_queries if number == len(layers) else None
             hidden = self.run(layer, hidden, mask, queries, keys, values, extra_index)

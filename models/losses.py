@@ -40,11 +40,14 @@ def distilled_cross_entropy(logits, targets, logits_m=None, alpha=0.0):
     logits, logits_m: [R, K]; targets: class indices [R] or distributions [R, K]; q = softmax(logits_m), or no
     distillation when logits_m is None. Computed in float32. Returns (loss [R], H(y, p) [R]).
     """
-    logits = logits.float()
-    hard = F.cross_entropy(logits, targets, reduction="none")
+    log_p = logits.float().log_softmax(dim=-1)  # shared by both terms
+    if targets.is_floating_point():
+        hard = -(targets * log_p).sum(dim=-1)
+    else:
+        hard = F.nll_loss(log_p, targets, reduction="none")
     if logits_m is None:
         return hard, hard
-    soft = F.cross_entropy(logits, logits_m.float().softmax(dim=-1), reduction="none")
+    soft = -(logits_m.float().softmax(dim=-1) * log_p).sum(dim=-1)
     return (1 - alpha) * hard + alpha * soft, hard
 
 

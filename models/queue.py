@@ -5,12 +5,20 @@ import torch.distributed as dist
 
 
 def gather(rows):
-    """rows [n, ...] of this process -> [world * n, ...] in the order of the ranks. No gradient flows through."""
+    """rows: tensors [n, w] of this process -> each [world * n, w] in the order of the ranks, in one message for each dtype.
+
+    No gradient flows through.
+    """
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
+    gathered = {}
+    for dtype in dict.fromkeys(new.dtype for new in rows):
+        names = [i for i, new in enumerate(rows) if new.dtype == dtype]
+        own = torch.cat([rows[i] for i in names], dim=1)
+        everyone = own.new_empty(dist.get_world_size() * len(own), own.shape[1])
+        dist.all_gather_into_tensor(everyone, own)
+        gathered |= zip(names, everyone.split([rows[i].shape[1] for i in names], dim=1))
+    return [gathered[i] for i in range(len(rows))]
 
 
 @torch.no_grad()
@@ -21,7 +29,7 @@ def enqueue_(queues, rows, ptr):
     of more than Q rows the last Q stay. Where a row of any queue is not finite all keep their old entry: such a step is left
     out, and must not stay in the queues.
     """
-    size, rows = queues[0].shape[1], [gather(new) for new in rows]
+    size, rows = queues[0].shape[1], gather(rows)
     count = len(rows[0])
     slots = ((ptr + torch.arange(count, device=ptr.device)) % size)[-size:]
     finite = torch.stack([new[-size:].isfinite().all(dim=1) for new in rows]).all(dim=0)

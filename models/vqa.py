@@ -20,14 +20,14 @@ class VQA(ALBEF):
             self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
     def _question(self, visual_encoder, bert, decoder, image, question):
-        """The keys and values of the questions' states for each layer of the decoder, and their mask [B, 1, 1, L]."""
+        """The keys and values of the questions' states for each layer of the decoder, and their attention_mask [B, L]."""
         text_embeds = bert.encode_text(question.input_ids, question.attention_mask)
         keys_values = bert.image_keys_values(visual_encoder.forward_features(image))
         states = bert.fuse(text_embeds, question.attention_mask, keys_values)
-        return decoder.bert.image_keys_values(states), question.attention_mask.bool()[:, None, None]
+        return decoder.bert.image_keys_values(states), question.attention_mask
 
     def encode_question(self, image, question):
-        """What the decoder attends to: for each of its layers keys and values [B, h, L, d]; their mask [B, 1, 1, L].
+        """What the decoder attends to: for each of its layers keys and values [B, h, L, d]; their mask [B, L].
 
         image [B, 3, H, W]; question with input_ids and attention_mask [B, L].
         """
