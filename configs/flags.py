@@ -61,9 +61,9 @@ class Flags(argparse.ArgumentParser):
 
 def _spelling(key):
     """key as --set takes it, optimizer.lr for lr and for itself; "" if it is not a key of the configuration."""
-    from configs.schema import KEYS, RENAMED, SECTIONS  # reads YAML, which most command lines do without
+    from configs.schema import KEYS, OTHER_NAMES, SECTIONS  # reads YAML, which most command lines do without
 
-    return next((name for name in (*KEYS, *SECTIONS, *RENAMED) if key in (name, name.rpartition(".")[2])), "")
+    return next((name for name in (*KEYS, *SECTIONS, *OTHER_NAMES) if key in (name, name.rpartition(".")[2])), "")
 
 
 def _boolean(text):

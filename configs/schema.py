@@ -140,7 +140,6 @@ KEYS = {
     "optimizer.opt_betas": Key(None, BETAS),
     "optimizer.temp_lr_scale": Key(1.0, number()),
     "scheduler.sched": Key("cosine", one_of("cosine")),
-    "scheduler.lr": Key(1e-4, number()),
     "scheduler.epochs": Key(30, whole(1)),
     "scheduler.min_lr": Key(1e-5, number()),
     "scheduler.decay_rate": Key(1.0, number()),
@@ -167,8 +166,9 @@ BERT_KEYS = {
     "initializer_range": Key(0.02, number()),
     "hidden_act": Key("gelu", one_of("gelu")),
 }
-RENAMED = {"schedular": "scheduler", "batch_size_train": "batch_size"}  # spellings of released files
-RATES = ("optimizer.lr", "scheduler.lr")  # one learning rate: released files have it twice
+OTHER_NAMES = {  # in released files, which have the learning rate twice
+    "schedular": "scheduler", "batch_size_train": "batch_size", "scheduler.lr": "optimizer.lr",
+}  # fmt: skip
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 ANNOTATION_KEYS = [key for key, (_, kind) in KEYS.items() if kind is PATHS]
 
@@ -183,85 +183,73 @@ def _check_key(key, known, where):
     """Raises InputError for a key that is not known, naming the nearest one."""
     if key not in known:
         near = [name for name in known if name.endswith(f".{key}")]
-        near = near or difflib.get_close_matches(str(key), [*known, *SECTIONS, *RENAMED], 1, 0.5)
+        near = near or difflib.get_close_matches(key, [*known, *SECTIONS, *OTHER_NAMES], 1, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "configs/schema.py lists all keys"
         raise InputError(f"{where}: unknown key {_REPR.repr(key)}, {hint}")
 
 
-def _check_value(key, value, known, where):
-    """Raises InputError for a value that the key may not have."""
-    default, kind = known[key]
-    if not (kind.fits(value) or (value is None and default is None)):
-        raise InputError(f"{where}: {key} is {_REPR.repr(value)}, it must be {kind.wanted}")
+def _check_values(values, known, where):
+    """Raises InputError for a key that is not known, and for a value that a key may not have."""
+    for key, value in values.items():
+        _check_key(key, known, where)
+        default, kind = known[key]
+        if not (kind.fits(value) or (value is None and default is None)):
+            raise InputError(f"{where}: {key} is {_REPR.repr(value)}, it must be {kind.wanted}")
 
 
 def _check_multiple(config, key, divisor, where):
+    """Raises InputError where one value does not divide another."""
     value, part = config[key], config[divisor]
     if value is not None and value % part:
         multiple = max(1, round(value / part)) * part
-        whole_part = min((n for n in range(1, value + 1) if value % n == 0), key=lambda n: abs(n - part))
-        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple} or "
-                         f"{divisor} to {whole_part}")
+        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple}, or another "
+                         f"{divisor}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # configurations
 
 
-def _flatten(config, where):
-    """config in our spelling, with the key optimizer.lr for lr in optimizer.
+def _items(config, where):
+    """Yields the keys and values of a configuration, section.key for those of a section. Raises InputError."""
+    for key, value in config.items():
+        if OTHER_NAMES.get(key, key) not in SECTIONS:
+            yield str(key), value
+        elif MAPPING.fits(value):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        elif value is not None:  # as it is where all its lines are comments
+            raise InputError(f"{where}: {key} is {_REPR.repr(value)}, it must be {MAPPING.wanted}")
 
-    Raises InputError where a section is not a mapping, and where two spellings of a key have two values.
+
+def _flatten(config, where):
+    """The values of a configuration by our name of the key, section.key for those of a section.
+
+    Raises InputError where a section is not a mapping, and where two names of a key have two values.
     """
-    flat = {}
-    for given, value in config.items():
-        name = RENAMED.get(given, given)
-        if name in SECTIONS and value is None:  # all its lines are comments
-            continue
-        if name in SECTIONS and not MAPPING.fits(value):
-            raise InputError(f"{where}: {given} is {_REPR.repr(value)}, it must be {MAPPING.wanted}")
-        inner = {f"{name}.{key}": value for key, value in value.items()} if name in SECTIONS else {name: value}
-        for key, value in inner.items():
-            if None not in (value, flat.get(key)) and value != flat[key]:
-                spellings = [spelling for spelling in (*RENAMED, name) if RENAMED.get(spelling, spelling) == name]
-                raise InputError(f"{where}: {key} has the values {_REPR.repr(flat[key])} and {_REPR.repr(value)}: "
-                                 f"{' and '.join(spellings)} are one key, keep one of them")
-            if flat.get(key) is None:
-                flat[key] = value
+    flat, names = {}, {}
+    for name, value in _items(config, where):
+        section, dot, last = name.rpartition(".")
+        key = f"{OTHER_NAMES.get(section, section)}{dot}{last}"
+        key = OTHER_NAMES.get(key, key)
+        if None not in (value, flat.get(key)) and value != flat[key]:
+            raise InputError(f"{where}: {names[key]} is {_REPR.repr(flat[key])} and {name} is {_REPR.repr(value)}: they are "
+                             "one key, keep one of them")  # fmt: skip
+        if flat.get(key) is None:
+            flat[key], names[key] = value, name
     return flat
 
 
-def _complete(flat, where):
-    """The configuration of flat keys, checked, with every default filled in."""
-    for key, value in flat.items():
-        _check_key(key, KEYS, where)
-        _check_value(key, value, KEYS, where)
-    rate = next((flat[key] for key in RATES if key in flat), KEYS[RATES[0]].default)
-    defaults = {key: default for key, (default, _) in KEYS.items()} | dict.fromkeys(RATES, rate)
-    config = {}
-    for key, value in copy.deepcopy(defaults | flat).items():
-        section, _, name = key.rpartition(".")
-        (config.setdefault(section, {}) if section else config)[name] = value
-    for key in ANNOTATION_KEYS:
-        if isinstance(config[key], str):
-            config[key] = [config[key]]
-    _check_multiple(config, "image_res", "patch_size", where)
-    _check_multiple(config, "vision_width", "vision_heads", where)
-    return config
-
-
 def with_defaults(config, where="config"):
-    """A checked copy of a task's configuration with every default filled in.
+    """Return a checked copy of a task's configuration with every default filled in.
 
-    Released spellings (schedular, batch_size_train) are accepted; optimizer.lr and scheduler.lr are one learning rate, and
-    either stands for both. Raises InputError, with where for the file, for an unknown key, naming the nearest one, and for a
-    value that the key may not have.
+    OTHER_NAMES of keys are accepted; the result has the one learning rate as optimizer.lr and as scheduler.lr. Raises
+    InputError, with `where` for the file, for an unknown key, naming the nearest one, and for a value that the key may not have.
     """
-    return _complete(_flatten(config, where), where)
+    return override(config, (), where)
 
 
 def override(config, overrides, where):
-    """config with key=value overrides, checked and completed as by with_defaults.
+    """Return config with key=value overrides, checked and completed as by with_defaults.
 
     Dots reach into optimizer, scheduler and bert_config; of the latter a file is read. Raises InputError.
     """
@@ -277,12 +265,22 @@ def override(config, overrides, where):
             bert = _read_bert_file(flat.get("bert_config") or {})
             _check_key(name, BERT_KEYS | bert, shown)
             flat["bert_config"] = {**bert, name: value}
-            continue
-        for key, value in _flatten({section: {name: value}} if section else {name: value}, shown).items():
-            _check_key(key, KEYS, shown)
-            _check_value(key, value, KEYS, shown)
-            flat.update(dict.fromkeys(RATES if key in RATES else [key], value))
-    return _complete(flat, where)
+        else:
+            changed = _flatten({path: value}, shown)
+            _check_values(changed, KEYS, shown)
+            flat |= changed
+    _check_values(flat, KEYS, where)
+    complete = {}
+    for key, value in copy.deepcopy({key: default for key, (default, _) in KEYS.items()} | flat).items():
+        section, _, name = key.rpartition(".")
+        (complete.setdefault(section, {}) if section else complete)[name] = value
+    complete["scheduler"]["lr"] = complete["optimizer"]["lr"]
+    for key in ANNOTATION_KEYS:
+        if isinstance(complete[key], str):
+            complete[key] = [complete[key]]
+    _check_multiple(complete, "image_res", "patch_size", where)
+    _check_multiple(complete, "vision_width", "vision_heads", where)
+    return complete
 
 
 def load_config(path, overrides=()):
@@ -296,10 +294,6 @@ def load_config(path, overrides=()):
     if not MAPPING.fits(config):
         raise InputError(f"{path}: a configuration is {MAPPING.wanted}")
     config = override(config, overrides, path)
-    rate, other = config["optimizer"]["lr"], config["scheduler"]["lr"]
-    if rate != other:
-        raise InputError(f"{path}: optimizer.lr is {rate} and scheduler.lr is {other}: they are one learning rate, keep "
-                         "optimizer.lr, which the released code uses too")
     for key, value in config.items():
         for text in value if isinstance(value, list) else [value]:
             _check_folder(f"{path}: {key}", text)
@@ -336,8 +330,7 @@ def read_bert_config(value):
     missing = [key for key in BERT_KEYS if bert[key] is None]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
-    for key in BERT_KEYS:
-        _check_value(key, bert[key], BERT_KEYS, where)
+    _check_values({key: bert[key] for key in BERT_KEYS}, BERT_KEYS, where)
     _check_multiple(bert, "hidden_size", "num_attention_heads", where)
     if bert["fusion_layer"] >= bert["num_hidden_layers"]:
         raise InputError(f"{where}: fusion_layer is {bert['fusion_layer']}, it must be below num_hidden_layers "
