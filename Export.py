@@ -15,7 +15,6 @@ if __name__ == "__main__":
     begin_script(flags)
 
 import os
-import re
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, 
 from utils import InputError, atomic_write
 
 SUFFIXES = (".safetensors", ".pth")
-OF_MOMENTUM = rf"^\w+_m\.|^({'|'.join(QUEUES)}|idx_queue)$"  # the queues hold the momentum model's features
 
 
 def released_names(tensors):
@@ -48,14 +46,14 @@ def check_target(path, overwrite):
 def export(source, target, momentum=False, overwrite=False):
     """Writes the weights of a checkpoint file, its config and its epoch to another file, atomically.
 
-    momentum: with the momentum model and its queues. Returns (number of tensors, modules and queues left out, the
+    momentum: with the momentum model and the queues, which hold its features. Returns (number of tensors, modules and queues left out, the
     keys of METADATA that came along). Raises InputError.
     """
     target = Path(target)
     check_target(target, overwrite)
     content = read_checkpoint(source)
     tensors = released_names(named_tensors(content, source))
-    left_out = [name for name in tensors if re.search(OF_MOMENTUM, name) and not momentum]
+    left_out = [name for name in tensors if not momentum and (name.split(".")[0].endswith("_m") or name in QUEUES)]
     kept = {name: value for name, value in tensors.items() if name not in left_out}
     more = {key: content[key] for key in METADATA if key in content}
     try:

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.hub import hub_file
+from models.hub import find_file
 from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
 from utils import InputError, verify_hash
 
-QUEUES = ("image_queue", "text_queue", "queue_ptr")  # of use together only; idx_queue is of fine-tuning alone
+QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")  # of use together only; the last is of fine-tuning alone
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
@@ -63,12 +63,11 @@ def read_checkpoint(path):
         else:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = " ".join((str(error) or repr(error)).split())[:200]
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
-    except Exception as error:  # pickle.UnpicklingError and what broken pickles raise besides
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        what = f": it wants {wanted[1]}" if wanted else ", or is not a checkpoint"
-        raise InputError(f"checkpoint {path} holds more than tensors, numbers and text{what}; it was not run") from None
+    except Exception:  # pickle.UnpicklingError and what broken pickles raise besides
+        raise InputError(f"checkpoint {path} is not a checkpoint, or holds more than tensors, numbers and text; no code in it "
+                         "was run") from None  # fmt: skip
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return content
@@ -149,9 +148,9 @@ def _misfit(name, value, target):
     return ""
 
 
-def _is_made_anew(name):
-    """Whether `name` is a buffer that the model itself makes, so that a released or older file may lack it."""
-    return name.endswith("position_ids") or name in (*QUEUES, "idx_queue")
+def _module(name):
+    """The module of a model that a tensor belongs to, the same for base and momentum."""
+    return name.split(".")[0].removesuffix("_m")
 
 
 def _match(targets, weights, names, may_be_new, allow_missing):
@@ -160,25 +159,26 @@ def _match(targets, weights, names, may_be_new, allow_missing):
     A momentum module that the file lacks is copied from the base; one that it has must be complete, unless allow_missing.
     Queues of another size, and all with them, stay as they are.
     """
-    modules = {name.split(".")[0] for name in targets if names[name] in weights and not _is_made_anew(name)}
-    requeue = any(names[queue] not in weights or weights[names[queue]].shape != targets[queue].shape
-                  for queue in QUEUES if queue in targets)  # fmt: skip
-
-    def record(name, target):
-        in_file = names[name]
-        if in_file in weights:
-            value = weights[in_file]
-            if requeue and name in (*QUEUES, "idx_queue"):
-                return Record(name, in_file, "new")
-            cast = "" if value.dtype == target.dtype else str(value.dtype).removeprefix("torch.")
-            return Record(name, in_file, "loaded", value.shape != target.shape, cast)
+    made_anew = {name for name in targets if name.endswith("position_ids") or name in QUEUES}  # a file may lack them
+    in_file = {name.split(".")[0] for name in targets if names[name] in weights and name not in made_anew}
+    keep_queues = all(names[queue] in weights and weights[names[queue]].shape == targets[queue].shape
+                      for queue in QUEUES[:3] if queue in targets)  # fmt: skip
+    records = []
+    for name, target in targets.items():
+        old, value = names[name], weights.get(names[name])
         module, _, rest = name.partition(".")
         base = names.get(f"{module.removesuffix('_m')}.{rest}")
-        if base in weights and (allow_missing or module not in modules):
-            return Record(name, base, "copied")
-        return Record(name, "", "new" if may_be_new(name) or _is_made_anew(name) else "missing")
-
-    return [record(name, target) for name, target in targets.items()]
+        if value is not None and name in QUEUES and not keep_queues:
+            records.append(Record(name, old, "new"))
+        elif value is not None:
+            cast = "" if value.dtype == target.dtype else str(value.dtype).removeprefix("torch.")
+            records.append(Record(name, old, "loaded", value.shape != target.shape, cast))
+        elif base in weights and (allow_missing or module not in in_file):
+            records.append(Record(name, base, "copied"))
+        else:
+            records.append(Record(name, "", "new" if may_be_new(name) or name in made_anew else "missing"))
+    used = {record.in_file for record in records}
+    return records + [Record("", name, "ignored") for name in weights if name not in used]
 
 
 def _check(records, targets, weights, source, must_fit, allow_missing):
@@ -186,26 +186,26 @@ def _check(records, targets, weights, source, must_fit, allow_missing):
     loaded = [record for record in records if record.outcome == "loaded"]
     misfits = {r.in_file: why for r in loaded if (why := _misfit(r.name, weights[r.in_file], targets[r.name]))}
     if misfits:
-        if all(name.split(".")[0].removesuffix("_m") in HEADS for name in misfits):
+        hint = "the file is of another configuration (image_res, patch_size, vision_width, embed_dim, bert_config) or task"
+        if all(_module(name) in HEADS for name in misfits):
             hint = "it is the head of another task: start from pre-trained weights, or name a checkpoint of this task"
-        else:
-            hint = "the file is of another configuration (image_res, patch_size, vision_width, embed_dim, bert_config) or task"
-        shown = [f"{name} {why}" for name, why in misfits.items()][:3]
-        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
-        raise InputError(f"{source}: {', '.join(shown)}{more}: {hint}")
+        shown = listed([f"{name} {why}" for name, why in misfits.items()], 3)
+        raise InputError(f"{source}: {shown}: {hint}")
     if allow_missing:
         return
     missing = [record.name for record in records if record.outcome == "missing"]
     unplaced = [record.in_file for record in records if record.outcome == "ignored" and must_fit(record.in_file)]
-    way_out = " --allow_missing {}" if allow_missing is not None else ""
+    names = listed(shorten(unplaced, weights))
     if missing:
-        has = f"; it has {listed(shorten(unplaced, weights))} instead" if unplaced else ""
-        raise InputError(f"{source} lacks {len(missing)} tensors of the model: {listed(shorten(missing, targets))}{has}; is it "
-                         "the right file?" + way_out.format("leaves them at their initialization"))  # fmt: skip
-    if unplaced:
-        raise InputError(f"{source} has {len(unplaced)} tensors that the model has no place for: "
-                         f"{listed(shorten(unplaced, weights))}; is it of a deeper model, of another kind or fusion_layer, or "
-                         "of a task with two images?" + way_out.format("leaves them out"))  # fmt: skip
+        problem = f"lacks {len(missing)} tensors of the model: {listed(shorten(missing, targets))}"
+        question, effect = f"it has {names} instead; " * bool(unplaced) + "is it the right file?", "leaves them as initialized"
+    elif unplaced:
+        problem = f"has {len(unplaced)} tensors that the model has no place for: {names}"
+        question = "is it of a deeper model, of another kind or fusion_layer, or of a task with two images?"
+        effect = "leaves them out"
+    else:
+        return
+    raise InputError(f"{source} {problem}; {question}" + ("" if allow_missing is None else f" --allow_missing {effect}"))
 
 
 def _copy(records, targets, weights, source):
@@ -254,8 +254,6 @@ def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fi
     names = names or {name: name for name in state}
     targets = {name: state[name] for name in names}
     records = _match(targets, weights, names, may_be_new, allow_missing)
-    used = {record.in_file for record in records}
-    records += [Record("", name, "ignored") for name in weights if name not in used]
     _check(records, targets, weights, source, must_fit, allow_missing)
     _copy(records, targets, weights, source)
     return LoadReport(str(source), [r._replace(outcome="new") if r.outcome == "missing" else r for r in records])
@@ -279,7 +277,7 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
 
     def may_be_new(name):
-        return name.split(".")[0].removesuffix("_m") in new_heads
+        return _module(name) in new_heads
 
     def must_fit(name):
         module, _, rest = name.partition(".")
@@ -322,16 +320,6 @@ def task_names(model, weights):
 # initialization of pre-training
 
 
-def _local_or_hub(source, key):
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not found:
-            raise InputError(f"{key}: folder {source} has no {' or '.join(WEIGHT_FILES)}")
-        return found[0]
-    return path if path.is_file() else hub_file(source, WEIGHT_FILES, key)
-
-
 def bert_names(model, weights):
     """Return name in the pre-training model -> name in a file of Hugging Face's BERT, with or without its prefix bert.
 
@@ -355,7 +343,7 @@ def load_text_encoder(model, source):
     source: a folder, a .bin or .safetensors file, or a hub name. Layers below fusion_layer become the text encoder, the
     rest the multimodal encoder; cross-attention is new, and so is the MLM head where the file has none.
     """
-    path = _local_or_hub(source, "text_encoder")
+    path = find_file(source, WEIGHT_FILES, "text_encoder")
     weights = read_weights(path)
     has_head = any(name.startswith("cls.predictions.transform.") for name in weights)
 
@@ -377,7 +365,7 @@ def load_vision_encoder(model, source):
         if pretrained is None or not pretrained.hf_hub_id:
             raise InputError(f"vision_encoder: timm has no pre-trained weights named {source}")
         source = pretrained.hf_hub_id
-    path = _local_or_hub(source, "vision_encoder")
+    path = find_file(source, WEIGHT_FILES, "vision_encoder")
     weights = read_weights(path)
     if "dist_token" in weights:
         raise InputError(f"vision_encoder: {path} is a distilled DeiT with a second class token; use the plain DeiT")

@@ -4,9 +4,6 @@ import re
 from os.path import commonprefix
 from typing import NamedTuple
 
-NAMES_SHOWN = 10
-
-
 class Record(NamedTuple):
     """What became of a tensor of the model, or of one of the file that the model has no place for."""
 
@@ -88,7 +85,7 @@ def condense(names):
     return [name[0] if len(name) == 1 else re.sub(r"_m\b", "[_m]", max(name, key=len)) for name in pairs.values()]
 
 
-def listed(names):
+def listed(names, most=10):
     """Return the first of a list of names for a message."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.flags import Flags
 from configs.schema import read_bert_config
-from models.hub import hub_file
+from models.hub import find_file
 from utils import InputError, atomic_write, run_script
 
 FILES = ["vocab.txt", "tokenizer.json"]
@@ -24,29 +24,12 @@ SPECIAL = {
 
 
 def build_tokenizer(source):
-    """The tokenizer of a vocab file, of a folder that holds vocab.txt or tokenizer.json, or of a hub name.
+    """Return the tokenizer of a vocab file, of a folder that holds vocab.txt or tokenizer.json, or of a hub name.
 
     Called on a list of texts with padding, truncation and max_length as any transformers tokenizer; its ids begin with
     [CLS] and have no [SEP]. Raises InputError where there is no usable vocabulary or the hub is out of reach.
     """
-    path = Path(source)
-    if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
-        if not found:
-            raise InputError(f"tokenizer: folder {source} has no {' or '.join(FILES)}")
-        path = found[0]
-    elif not path.is_file():
-        path = Path(hub_file(source, FILES, "tokenizer"))
-    backend = _read_backend(path)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A", special_tokens=[("[CLS]", tokenizer.cls_token_id)]
-    )
-    return tokenizer
-
-
-def _read_backend(path):
-    """The Tokenizer of a vocab file or a tokenizer.json. Raises InputError where it lacks a token of SPECIAL."""
+    path = find_file(source, FILES, "tokenizer")
     remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
         if path.suffix == ".json":
@@ -62,20 +45,13 @@ def _read_backend(path):
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     if missing:
         raise InputError(f"tokenizer: {path} is not a vocabulary, it lacks {', '.join(missing)}: {remedy}")
-    return backend
-
-
-def check_vocab_size(tokenizer, bert_config, source):
-    """Raises InputError where the vocabulary and bert_config disagree about its size."""
-    if len(tokenizer) != bert_config["vocab_size"]:
-        raise InputError(
-            f"tokenizer {source} has {len(tokenizer)} word pieces and bert_config has vocab_size "
-            f"{bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set vocab_size to {len(tokenizer)}"
-        )
+    start = [("[CLS]", backend.token_to_id("[CLS]"))]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=start)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
 def tokenizer_of(config):
-    """The tokenizer that a task's configuration names, of the size that its bert_config says.
+    """Return the tokenizer that a task's configuration names, of the size that its bert_config says.
 
     Without the key tokenizer it is the one that belongs to text_encoder: the same hub name or folder, or the folder of a
     weight file. Where bert_config has the vocab_size auto, config["bert_config"] becomes a dict with the tokenizer's size.
@@ -87,29 +63,31 @@ def tokenizer_of(config):
     if not source:
         source = str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
     tokenizer = build_tokenizer(source)
-    bert_config = read_bert_config(config["bert_config"])
+    bert_config, size = read_bert_config(config["bert_config"]), len(tokenizer)
     if bert_config["vocab_size"] == "auto":
-        config["bert_config"] = bert_config = {**bert_config, "vocab_size": len(tokenizer)}
-    check_vocab_size(tokenizer, bert_config, source)
+        config["bert_config"] = bert_config = {**bert_config, "vocab_size": size}
+    if bert_config["vocab_size"] != size:
+        raise InputError(f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
+                         f"name the tokenizer that belongs to the config, or set vocab_size to {size}")  # fmt: skip
     tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
     return tokenizer
 
 
 def captions_of(files):
-    """Yields every caption of annotation files whose entries have `caption`, a string or a list of strings."""
+    """Yield every caption of annotation files whose entries have `caption`, a string or a list of strings. Raises InputError."""
     for path in files:
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as a JSON list: {error}") from None
-        for number, entry in enumerate(entries, 1):
+        for index, entry in enumerate(entries):
             if not isinstance(entry, dict) or "caption" not in entry:
-                raise InputError(f"{path}: entry {number} has no 'caption'")
+                raise InputError(f"{path}: entry {index} has no 'caption'")
             yield from [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
 
 
 def train_vocab(captions, size, min_frequency=2):
-    """Trains a WordPiece vocabulary of at most `size` pieces on an iterable of captions; returns the pieces in order."""
+    """Train a WordPiece vocabulary of at most `size` pieces on an iterable of captions; return the pieces in order."""
     trainer = BertWordPieceTokenizer(lowercase=True)
     trainer.train_from_iterator(
         captions, vocab_size=size, min_frequency=min_frequency, special_tokens=list(SPECIAL.values()), show_progress=False
@@ -119,11 +97,11 @@ def train_vocab(captions, size, min_frequency=2):
 
 
 def main():
-    """Trains a vocabulary from the command line."""
+    """Train a vocabulary from the command line."""
     flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.")
     flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
-    flags.add_argument("--output", required=True, help="the vocab file to write, one word piece a line")
-    flags.add_argument("--size", type=int, default=30522, help="number of word pieces at most")
+    flags.add_argument("--output", required=True, help="the vocab file to write, one word piece per line")
+    flags.add_argument("--size", type=int, default=30522, help="most word pieces that it may have")
     args = flags.parse_args()
     pieces = train_vocab(captions_of(args.files), args.size)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
