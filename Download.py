@@ -121,13 +121,13 @@ def attempt(url, part):
             raise InputError(f"{url}: the server does not say how large the file is: try another mirror (--url)")
         interval = 0.5 if sys.stderr.isatty() else 30  # in a log file each update is a line
         with (
-            open(part, "ab", buffering=0) as file,  # what is in it is what has come, whatever ends the process
+            open(part, "ab") as file,
             tqdm(total=size, initial=have, desc=part.stem, unit="B", unit_scale=True, mininterval=interval) as bar,
         ):
-            while data := memoryview(response.read1(2**20)):
+            while data := response.read1(2**20):
+                file.write(data)
+                file.flush()  # what has come is kept, whatever ends the process
                 bar.update(len(data))
-                while data:
-                    data = data[file.write(data) :]
             os.fsync(file.fileno())  # else a power failure could leave the name without the bytes
     if size_of(part) != size:
         raise ConnectionError(f"the connection closed at {size_of(part):,} of {size:,} bytes")
@@ -171,28 +171,27 @@ def fetch(url, path):
 
 def unpack(path):
     """Unpack an archive beside itself, all or nothing, unless its files are there. Raises InputError, also if some differ."""
-    unpacked, folder, is_zip = path.with_name(f"{path.name}.unpacking"), path.parent.resolve(), path.suffix.lower() == ".zip"
+    unpacked = path.with_name(f"{path.name}.unpacking")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        with zipfile.ZipFile(path) if is_zip else tarfile.open(path) as archive:
-            names = [Path(name) for name in (archive.namelist() if is_zip else archive.getnames())]
-            if outside := [name for name in names if name.is_absolute() or ".." in name.parts]:
-                raise tarfile.TarError(f"its member '{outside[0]}' leaves the folder")
-            if all((folder / name).exists() for name in names):
-                return print(f"{path}: its files are in {path.parent}/ already and stay as they are")
-            archive.extractall(unpacked, **({} if is_zip else {"filter": "data"}))  # zipfile makes only files and folders
-        files = {f: folder / f.relative_to(unpacked) for f in unpacked.rglob("*") if f.is_symlink() or not f.is_dir()}
-        for file, target in files.items():
-            if file.is_symlink():
-                raise tarfile.TarError(f"its member '{file.relative_to(unpacked)}' is a link")
-            linked = target.resolve() != target
-            if linked or (target.exists() and not filecmp.cmp(file, target, shallow=False)):
-                why = "is, or lies behind, a link" if linked else "exists and differs from the archive's"
-                raise InputError(f"{path}: {target} {why}: nothing was unpacked; move it away, or unpack into another folder "
-                                 "with --to; --no_unpack leaves the archive as it is")  # fmt: skip
+        if path.suffix.lower() == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(unpacked)
+        else:
+            with tarfile.open(path) as archive:
+                archive.extractall(unpacked, filter="data")
+        files = {file: path.parent / file.relative_to(unpacked) for file in unpacked.rglob("*") if not file.is_dir()}
+        present = [(file, target) for file, target in files.items() if target.exists()]
+        if len(present) == len(files):
+            print(f"{path}: its files are in {path.parent}/ already and stay as they are")
+            return
+        for file, target in present:
+            if not filecmp.cmp(file, target, shallow=False):
+                raise InputError(f"{path}: {target} exists and differs from the archive's: nothing was unpacked; move it away, "
+                                 "or unpack into another folder with --to; --no_unpack leaves the archive as it is")  # fmt: skip
         for file, target in files.items():
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+            shutil.move(file, target)  # a folder of the user may be a link to another disk
         print(f"{path}: {len(files)} files unpacked into {path.parent}/")
     except BROKEN as error:
         why = (str(error) or repr(error)).splitlines()[0]

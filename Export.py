@@ -26,7 +26,7 @@ SUFFIXES = (".safetensors", ".pth")
 
 
 def released_names(tensors):
-    """tensors by name with the position_ids that files of other or newer code lack and released ones have."""
+    """Return tensors by name with the position_ids that files of other or newer code lack and released ones have."""
     positions = ".position_embeddings.weight"
     embeddings = [name.removesuffix(positions) for name in tensors if name.endswith(positions)]
     ids = {f"{name}.position_ids": torch.arange(len(tensors[name + positions]))[None] for name in embeddings}
@@ -34,7 +34,7 @@ def released_names(tensors):
 
 
 def check_target(path, overwrite):
-    """Raises InputError where the file to write has no known suffix, exists already or cannot be written."""
+    """Raise InputError where the file to write has no known suffix, exists already or cannot be written."""
     if path.suffix not in SUFFIXES:
         raise InputError(f"--to {path}: the name of a weight file ends in {' or '.join(SUFFIXES)}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -44,7 +44,7 @@ def check_target(path, overwrite):
 
 
 def export(source, target, momentum=False, overwrite=False):
-    """Writes the weights of a checkpoint file, its config and its epoch to another file, atomically.
+    """Write the weights of a checkpoint file, its config and its epoch to another file, atomically.
 
     momentum: with the momentum model and the queues, which hold its features. Returns (number of tensors, modules and queues left out, the
     keys of METADATA that came along). Raises InputError.

@@ -49,7 +49,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def begin_script(flags):
-    """Parses a script's flags before its imports, which take seconds: --help and mistakes are answered at once.
+    """Parse a script's flags before its imports, which take seconds: --help and mistakes are answered at once.
 
     A signal during the imports ends the process with one line.
     """
@@ -59,7 +59,7 @@ def begin_script(flags):
 
 
 def run_script(main):
-    """Runs a script's main function and turns signals and the errors a user can do something about into a line and a status."""
+    """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
     status, message = 0, ""
     try:
         with interruptible("ended before it was complete"):
@@ -93,7 +93,7 @@ def run_script(main):
 
 @contextlib.contextmanager
 def interruptible(message):
-    """Within it a signal raises Interrupted with this message, and a second one ends the process at once."""
+    """Have a signal raise Interrupted with this message within it, and a second one end the process at once."""
     process, show = os.getpid(), sys.unraisablehook
 
     def interrupt(signum, _):
@@ -125,7 +125,7 @@ def _leave_at_once(signum, _):
 
 
 def _number():
-    """Number of this process, by what the launcher says, also before it has joined the others."""
+    """Return the rank of this process by what the launcher says, also before it has joined the others."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
@@ -134,7 +134,7 @@ def _number():
 
 
 def is_lost_process(error):
-    """Whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
+    """Return whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
     import torch.distributed as dist
 
     network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
@@ -143,7 +143,7 @@ def is_lost_process(error):
 
 
 def _group():
-    """torch.distributed if this process has joined others, which it cannot have without importing it; else None."""
+    """Return torch.distributed if this process has joined others, which it cannot have without importing it; else None."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist and dist.is_available() and dist.is_initialized() else None
 
@@ -165,7 +165,7 @@ def is_main():
 
 
 def gather_lists(values):
-    """The lists of all processes in one, in the order of the ranks, on every process."""
+    """Return the lists of all processes in one, in the order of the ranks, on every process."""
     if not is_distributed():
         return list(values)
     parts = [None] * world_size()
@@ -174,25 +174,25 @@ def gather_lists(values):
 
 
 def cores():
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     # macOS has no sched_getaffinity
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def local_rank():
-    """Rank within this machine."""
+    """Return the rank within this machine."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
 
 
 def seed_of(*coordinates):
-    """A well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration, rank)."""
+    """Return a well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration, rank)."""
     import numpy as np
 
     return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_everything(*coordinates):
-    """Seeds Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
+    """Seed Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
     import numpy as np
     import torch
 
@@ -203,7 +203,7 @@ def seed_everything(*coordinates):
 
 
 def make_deterministic():
-    """Has every operation give the same result each time (key deterministic), also where a GPU has a faster one."""
+    """Make every operation give the same result each time (key deterministic), also where a GPU has a faster one."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -221,7 +221,7 @@ TEMPORARY = ".tmp"  # how the names of files end that are not complete; they beg
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Opens a temporary file beside path and renames it to path when the block ends well: never a half-written file."""
+    """Open a temporary file beside path and rename it to path when the block ends well: never a half-written file."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
@@ -271,7 +271,7 @@ _verified = {}  # path -> recorded hash, size and time of change of a file that 
 
 
 def verify_hash(path):
-    """Whether a file has a recorded SHA-256; a file is read for it once per process. Raises InputError if it has another."""
+    """Return whether a file has a recorded SHA-256. It is read for it once per process. Raises InputError if it has another."""
     expected = recorded_hash(path)
     if expected is None:
         return False
@@ -296,12 +296,12 @@ def _umask():
     return mask
 
 
-def make_output_dir(path, writes=True, patience=10):
-    """Creates output_dir and checks that it can be written to, before anything expensive. Raises InputError.
+def make_output_dir(path, writes=True, patience=10, flag="--output_dir"):
+    """Create an output folder and check that it can be written to, before anything expensive. Raises InputError.
 
     writes: a run will write its checkpoints there. Then no other run may until this process ends, and what a killed one has
     left half written is removed. Called on all processes; one of them holds the folder. patience: seconds that the run before
-    may take to die.
+    may take to die. flag: what names the folder, for messages.
     """
     path = Path(path)
     try:
@@ -309,15 +309,15 @@ def make_output_dir(path, writes=True, patience=10):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"--output_dir {path}: cannot write there ({error.strerror}), name another folder") from None
+        raise InputError(f"{flag} {path}: cannot write there ({error.strerror}), name another folder") from None
     if writes and is_main():
-        _hold(path, patience)
+        _hold(path, patience, flag)
         for leftover in path.glob(f".*{TEMPORARY}"):
             leftover.unlink(missing_ok=True)
 
 
 def remake_output_dir(path):
-    """Makes the folder of a running run again if it is gone, and says so. Raises OSError."""
+    """Make the folder of a running run again if it is gone, and say so. Raises OSError."""
     if not Path(path).is_dir():
         Path(path).mkdir(parents=True, exist_ok=True)
         print(f"note: {path} was gone and is made anew; what it held is lost", file=sys.stderr, flush=True)
@@ -326,8 +326,8 @@ def remake_output_dir(path):
 _held = {}  # output_dir -> the lock that this process has until it ends, however it ends
 
 
-def _hold(folder, patience):
-    """Locks a folder for this process. Raises InputError."""
+def _hold(folder, patience, flag):
+    """Lock a folder for this process. Raises InputError."""
     from filelock import FileLock, Timeout
 
     # filelock takes it from forked processes: data workers that outlive this one do not keep it
@@ -336,7 +336,7 @@ def _hold(folder, patience):
         if not lock.is_locked:
             lock.acquire(timeout=patience)
     except Timeout:
-        raise InputError(f"--output_dir {folder}: another run is writing there, name another folder or end it") from None
+        raise InputError(f"{flag} {folder}: another run is writing there, name another folder or end it") from None
     except OSError:  # a file system without locks
         pass
 
@@ -352,5 +352,5 @@ class Text(NamedTuple):
     attention_mask: Any  # tensor [B, L], 1 for a token, 0 for padding
 
     def to(self, device):
-        """The same text on a device."""
+        """Return the same text on a device."""
         return Text(*(x.to(device, non_blocking=True) for x in self))

@@ -9,7 +9,7 @@ from utils import TIMEOUT, InputError
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every flag that has one to show."""
+    """Show the default of every flag that has one to show."""
 
     def _get_help_string(self, action):
         shown = action.default not in (None, "", argparse.SUPPRESS, []) and action.default is not False
@@ -26,7 +26,7 @@ class Flags(argparse.ArgumentParser):
         super().__init__(prog=name, description=description, epilog=example, formatter_class=Help)
 
     def add_set(self):
-        """Adds --set, which may come more than once."""
+        """Add --set, which may come more than once."""
         self.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                           help="override keys of the configuration, such as scheduler.epochs=3")  # fmt: skip
 
@@ -34,7 +34,7 @@ class Flags(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
     def parse_args(self, args=None, namespace=None):
-        """As ArgumentParser does. Raises InputError."""
+        """Parse as ArgumentParser does. Raises InputError."""
         result, unknown = self.parse_known_args(args, namespace)
         if unknown:
             raise InputError(self._about_unknown(unknown))
@@ -60,14 +60,14 @@ class Flags(argparse.ArgumentParser):
 
 
 def _spelling(key):
-    """key as --set takes it, optimizer.lr for lr and for itself; "" if it is not a key of the configuration."""
+    """Return key as --set takes it, optimizer.lr for lr and for itself; "" if it is not a key of the configuration."""
     from configs.schema import KEYS, OTHER_NAMES, SECTIONS  # reads YAML, which most command lines do without
 
     return next((name for name in (*KEYS, *SECTIONS, *OTHER_NAMES) if key in (name, name.rpartition(".")[2])), "")
 
 
 def _boolean(text):
-    """A boolean flag that may stand alone or carry a word, as the released --resume True."""
+    """Return the value of a boolean flag that may stand alone or carry a word, as the released --resume True."""
     if text.lower() in ("true", "1", "yes"):
         return True
     if text.lower() in ("false", "0", "no"):
@@ -76,7 +76,7 @@ def _boolean(text):
 
 
 def task_flags(description, config, example):
-    """The flags that every task script has; config is the task's default, example some more flags to show."""
+    """Return the flags that every task script has; config is the task's default, example some more flags to show."""
     flags = Flags(description, f"--config {config} {example}")
     flags.set_defaults(default_config=config)
     flags.add_argument("--config", metavar="FILE", help="YAML file, every key of which --set may override (default: what the "

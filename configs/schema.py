@@ -35,29 +35,29 @@ class Key(NamedTuple):
 
 
 def number(low=0, high=None):
-    """The kind of a finite number. YAML reads "1e-4" in quotes and 1,000 as text, which does not fit."""
+    """Return the kind of a finite number. YAML reads "1e-4" in quotes and 1,000 as text, which does not fit."""
     wanted = f"a number from {low}" if high is None else f"a number from {low} to {high}"
     high = sys.float_info.max if high is None else high
     return Kind(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
 
 
 def whole(low):
-    """The kind of a whole number that is not below `low`."""
+    """Return the kind of a whole number that is not below `low`."""
     return Kind(f"a whole number from {low}", lambda value: type(value) is int and value >= low)
 
 
 def one_of(*choices):
-    """The kind of a value out of `choices`."""
+    """Return the kind of a value out of `choices`."""
     return Kind("one of " * (len(choices) > 1) + ", ".join(choices), lambda value: value in choices)
 
 
 def list_of(kind, wanted):
-    """The kind of a list with at least one value, all of a kind."""
+    """Return the kind of a list with at least one value, all of a kind."""
     return Kind(wanted, lambda value: isinstance(value, list) and value != [] and all(map(kind.fits, value)))
 
 
 def either(*kinds):
-    """The kind of a value that fits one of `kinds`."""
+    """Return the kind of a value that fits one of `kinds`."""
     return Kind(" or ".join(kind.wanted for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
 
 
@@ -180,7 +180,7 @@ _REPR.maxstring = _REPR.maxother = 80
 
 
 def _check_key(key, known, where):
-    """Raises InputError for a key that is not known, naming the nearest one."""
+    """Raise InputError for a key that is not known, naming the nearest one."""
     if key not in known:
         near = [name for name in known if name.endswith(f".{key}")]
         near = near or difflib.get_close_matches(key, [*known, *SECTIONS, *OTHER_NAMES], 1, 0.5)
@@ -189,7 +189,7 @@ def _check_key(key, known, where):
 
 
 def _check_values(values, known, where):
-    """Raises InputError for a key that is not known, and for a value that a key may not have."""
+    """Raise InputError for a key that is not known, and for a value that a key may not have."""
     for key, value in values.items():
         _check_key(key, known, where)
         default, kind = known[key]
@@ -198,7 +198,7 @@ def _check_values(values, known, where):
 
 
 def _check_multiple(config, key, divisor, where):
-    """Raises InputError where one value does not divide another."""
+    """Raise InputError where one value does not divide another."""
     value, part = config[key], config[divisor]
     if value is not None and value % part:
         multiple = max(1, round(value / part)) * part
@@ -211,7 +211,7 @@ def _check_multiple(config, key, divisor, where):
 
 
 def _items(config, where):
-    """Yields the keys and values of a configuration, section.key for those of a section. Raises InputError."""
+    """Yield the keys and values of a configuration, section.key for those of a section. Raises InputError."""
     for key, value in config.items():
         if OTHER_NAMES.get(key, key) not in SECTIONS:
             yield str(key), value
@@ -222,7 +222,7 @@ def _items(config, where):
 
 
 def _flatten(config, where):
-    """The values of a configuration by our name of the key, section.key for those of a section.
+    """Return the values of a configuration by our name of the key, section.key for those of a section.
 
     Raises InputError where a section is not a mapping, and where two names of a key have two values.
     """
@@ -284,7 +284,7 @@ def override(config, overrides, where):
 
 
 def load_config(path, overrides=()):
-    """Reads a YAML file and applies overrides as `override` does. Raises InputError."""
+    """Read a YAML file and applies overrides as `override` does. Raises InputError."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -301,7 +301,7 @@ def load_config(path, overrides=()):
 
 
 def _check_folder(where, path):
-    """Raises InputError for a relative path that is found in the repository's folder, but not in the one the script runs in."""
+    """Raise InputError for a relative path that is found in the repository's folder, but not in the one the script runs in."""
     folder = Path(__file__).resolve().parents[1]
     if isinstance(path, str) and path and not os.path.exists(path) and os.path.exists(folder / path):
         raise InputError(f"{where} {path} is not in the working directory {Path.cwd()}, where relative paths start, but in "
@@ -309,7 +309,7 @@ def _check_folder(where, path):
 
 
 def _read_bert_file(value):
-    """bert_config as a new dict, read if it is the path of a JSON file."""
+    """Return bert_config as a new dict, read if it is the path of a JSON file."""
     if MAPPING.fits(value):
         return dict(value)
     try:
@@ -339,14 +339,14 @@ def read_bert_config(value):
 
 
 def require(config, *keys):
-    """Raises InputError for a key that the task needs and the configuration lacks."""
+    """Raise InputError for a key that the task needs and the configuration lacks."""
     for key in keys:
         if config[key] is None:
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
 
 
 def _parse_yaml(content, where):
-    """The value that YAML text holds. Raises InputError, with where for the file, if it holds none."""
+    """Return the value that YAML text holds. Raises InputError, with where for the file, if it holds none."""
     try:
         return YAML(typ="safe").load(content)
     except Exception as error:  # dates and characters that do not exist raise other errors than YAMLError
@@ -357,7 +357,7 @@ def _parse_yaml(content, where):
 
 
 def save_config(config, output_dir):
-    """Writes config.yaml, the configuration as it runs, defaults and overrides included."""
+    """Write config.yaml, the configuration as it runs, defaults and overrides included."""
     yaml = YAML(typ="safe")
     yaml.width = sys.maxsize  # where a long string is folded, a blank may be lost
     with atomic_write(Path(output_dir) / "config.yaml", "w") as file:

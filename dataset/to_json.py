@@ -166,7 +166,7 @@ def main():
         flags.error("--test must not be negative")
     captions, columns, problems = read_pairs(args.table, args.image_root, args.encoding, args.path, args.text)
     parts = hold_out(captions, args.test, args.seed)
-    make_output_dir(args.output, writes=False)
+    make_output_dir(args.output, writes=False, flag="--output")
     print("{}: images from column {!r}, captions from column {!r}".format(args.table, *columns))
     for name, entries in zip(("train.json", "test.json"), parts):
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]

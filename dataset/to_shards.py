@@ -93,7 +93,7 @@ def convert(files, image_root, output, samples, processes=None):
     """
     annotations = Entries(files, Pair)
     _check_images(annotations, image_root)
-    make_output_dir(output)
+    make_output_dir(output, flag="--output")
     _check_origin(output, {
         "lists": [[os.path.abspath(file), hash_file(file)] for file in files],
         "image_root": os.path.abspath(image_root), "samples": samples,

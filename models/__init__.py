@@ -15,7 +15,7 @@ MODELS = {
 
 
 def build_model(task, config, tokenizer=None):
-    """The model of a task with its initial, random weights.
+    """Return the model of a task with its initial, random weights.
 
     task: a key of MODELS; config: the task's YAML as a dict, missing keys take their defaults, bert_config is a path or a
     dict; tokenizer: supplies the special token ids, BERT's (models.albef.SpecialIds) without one. Raises InputError.
@@ -28,7 +28,7 @@ def build_model(task, config, tokenizer=None):
 
 
 def task_of(state):
-    """The task, a key of MODELS, that a checkpoint's tensors by name belong to, those of grounding to retrieval.
+    """Return the task, a key of MODELS, that a checkpoint's tensors by name belong to, those of grounding to retrieval.
 
     Raises InputError if they belong to none.
     """

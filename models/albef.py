@@ -61,7 +61,7 @@ class ALBEF(nn.Module):
         return getattr(self.text_encoder_m, "bert", self.text_encoder_m)
 
     def add_momentum(self, *names):
-        """Gives each named module a momentum copy `name_m` (Section 3.3)."""
+        """Give each named module a momentum copy `name_m` (Section 3.3)."""
         for name in names:
             self.add_module(f"{name}_m", copy.deepcopy(getattr(self, name)))
         copy_to_momentum_(self)
@@ -71,7 +71,7 @@ class ALBEF(nn.Module):
         return self.bert.fuse(text_embeds, attention_mask, self.bert.image_keys_values(image_embeds))
 
     def idle_parameters(self):
-        """Parameters that no loss reaches; training leaves them out, so that data parallelism does not wait for them."""
+        """Return parameters that no loss reaches; training leaves them out, so that data parallelism does not wait for them."""
         return []
 
     def prepare(self, batch):
@@ -79,5 +79,5 @@ class ALBEF(nn.Module):
         return batch
 
     def extra_metrics(self):
-        """Tensors worth logging beside the losses, by name, of the last step."""
+        """Return tensors worth logging beside the losses, by name, of the last step."""
         return {}

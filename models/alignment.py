@@ -64,7 +64,7 @@ class Alignment(ALBEF):
 
     @torch.no_grad()
     def begin_step(self, update_momentum):
-        """Keeps temp in its range and moves the momentum model."""
+        """Keep temp in its range and move the momentum model."""
         self.temp.clamp_(0.001, 0.5)
         if update_momentum:
             update_momentum_(self, self.config["momentum"])
@@ -83,12 +83,12 @@ class Alignment(ALBEF):
         return *itc_loss(contrast, targets, contrast_m, alpha), contrast
 
     def enqueue(self, features_m, **others):
-        """The queues take this step's momentum features (image, text) of all processes; others: rows by name of their queue."""
+        """Let the queues take this step's momentum features (image, text) of all processes; others: rows by name of their queue."""
         queues = [self.image_queue, self.text_queue, *(getattr(self, name) for name in others)]
         enqueue_(queues, [*features_m, *others.values()], self.queue_ptr)
 
     def negatives(self, contrast, positives):
-        """Indices of a negative text for each image and of a negative image for each text [B], and validity [B].
+        """Return indices of a negative text for each image and of a negative image for each text [B], and validity [B].
 
         positives: bool [B, B], symmetric, the pairs that match; contrast is not read where negatives are uniform.
         """
@@ -100,7 +100,7 @@ class Alignment(ALBEF):
         return negative_text, negative_image, valid
 
     def match(self, text_embeds, attention_mask, keys_values, contrast, positives, text_embeds_masked=None):
-        """Fuses matched pairs, their hard negatives and perhaps masked texts in one pass of the multimodal encoder.
+        """Fuse matched pairs, their hard negatives and perhaps masked texts in one pass of the multimodal encoder.
 
         Returns the [CLS] embeddings [3B, C] of B matched pairs, B images with a negative text and B texts with a negative
         image, the fused masked texts [B, L, C] (no rows without them), and validity of the negatives [B].
@@ -115,7 +115,7 @@ class Alignment(ALBEF):
         return cls, fused, valid
 
     def idle_parameters(self):
-        """Parameters that no objective reaches when ITC or ITM is off."""
+        """Return parameters that no objective reaches when ITC or ITM is off."""
         idle = []
         if "itc" not in self.objectives:
             idle += [self.temp, *self.vision_proj.parameters(), *self.text_proj.parameters()]
@@ -127,7 +127,7 @@ class Alignment(ALBEF):
 
     @torch.no_grad()
     def rerank(self, image_embeds, image_feat, text_embeds, text_feat, attention_mask, k, progress=iter, rows=256):
-        """Matching scores of the k most similar candidates of every image and every text (Section 5, retrieval).
+        """Return matching scores of the k most similar candidates of every image and every text (Section 5, retrieval).
 
         image_embeds [NI, 1+N, C] and image_feat [NI, D]; text_embeds [NT, L, C], text_feat [NT, D], attention_mask
         [NT, L]. image_embeds and text_embeds may lie on any device, or be anything that an index or slice turns into

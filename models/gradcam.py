@@ -49,7 +49,7 @@ def default_block(model, mode="itm", words=False):
 
 
 def check_block(model, block_num, mode="itm"):
-    """Raises InputError unless the model has such a block: for itm with cross-attention, for itc in the image encoder."""
+    """Raise InputError unless the model has such a block: for itm with cross-attention, for itc in the image encoder."""
     first, end, what = 0, len(model.visual_encoder.blocks), "those of the image encoder"
     if mode == "itm":
         first, end, what = model.bert.fusion_layer, len(model.bert.encoder.layer), "those with cross-attention"

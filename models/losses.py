@@ -15,12 +15,12 @@ class MaskedText(NamedTuple):
 
 
 def masked_text(input_ids, labels):
-    """Finds the masked positions. On a GPU this waits for the device; in the training loop it runs on the host."""
+    """Find the masked positions. On a GPU this waits for the device; in the training loop it runs on the host."""
     return MaskedText(input_ids, labels, (labels.flatten() != -100).nonzero().squeeze(1))
 
 
 def mask_tokens(input_ids, vocab_size, special_ids, probability=0.15):
-    """Masks tokens as BERT does (Section 3.2): of the chosen 15%, 80% become [MASK], 10% random, 10% stay.
+    """Mask tokens as BERT does (Section 3.2): of the chosen 15%, 80% become [MASK], 10% random, 10% stay.
 
     input_ids: [B, L]; special_ids has pad, cls and mask. [CLS] and padding are never chosen. Returns a MaskedText.
     """
@@ -82,7 +82,7 @@ def itc_loss(contrast, targets, contrast_m=None, alpha=0.0):
 
 @torch.no_grad()
 def draw(log_weights, count):
-    """Draws `count` different columns of each row: log_weights [R, K], -inf for never -> indices [R, count].
+    """Draw `count` different columns of each row: log_weights [R, K], -inf for never -> indices [R, count].
 
     The columns with the largest sums of log weight and Gumbel noise: without a loop over rows or a wait for the device.
     """
@@ -92,7 +92,7 @@ def draw(log_weights, count):
 
 @torch.no_grad()
 def sample_negatives(sim, positives):
-    """Draws one hard negative per row from softmax(sim) without the positives (Section 3.2).
+    """Draw one hard negative per row from softmax(sim) without the positives (Section 3.2).
 
     sim: [B, B] similarities divided by temp (all equal for uniform negatives); positives: bool [B, B]. Returns
     (index [B], valid [B]): a row without any negative is not valid and its index means nothing.

@@ -15,7 +15,7 @@ def _pairs(model):
 
 @torch.no_grad()
 def copy_to_momentum_(model):
-    """Starts the momentum model as a copy of the base model and takes it out of the optimizer's reach."""
+    """Start the momentum model as a copy of the base model and take it out of the optimizer's reach."""
     for param, param_m in zip(*_pairs(model)):
         param_m.copy_(param)
         param_m.requires_grad_(False)

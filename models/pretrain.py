@@ -20,7 +20,7 @@ class Pretrain(Alignment):
         return self.text_encoder.cls.predictions(fused)
 
     def mask(self, input_ids):
-        """Masks a batch of texts for MLM: input_ids [B, L] -> MaskedText."""
+        """Mask a batch of texts for MLM: input_ids [B, L] -> MaskedText."""
         vocab_size, probability = self.bert_config["vocab_size"], self.config["mlm_probability"]
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 

@@ -23,7 +23,7 @@ def gather(rows):
 
 @torch.no_grad()
 def enqueue_(queues, rows, ptr):
-    """Writes the rows of all processes at the pointer, oldest entries first, around the end if need be.
+    """Write the rows of all processes at the pointer, oldest entries first, around the end if need be.
 
     queues: tensors [D, Q]; rows: for each queue this process's [n, D]; ptr: int64 [1], moved in place. Any n works:
     of more than Q rows the last Q stay. Where a row of any queue is not finite all keep their old entry: such a step is left

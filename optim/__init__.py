@@ -9,7 +9,7 @@ from utils import InputError
 
 
 def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
-    """Two groups: biases and one-dimensional parameters without weight decay, then all others with it.
+    """Return two groups: biases and one-dimensional parameters without weight decay, then all others with it.
 
     temp gets a third group if its learning rate is scaled: Adam moves it by about the learning rate in every step, which at
     rates far above the paper's 1e-4 makes it collapse before the features have learned anything.
@@ -29,7 +29,7 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
 
 
 def create_optimizer(config, model, sharded=False):
-    """The optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
+    """Return the optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
     config: {opt, lr, weight_decay, temp_lr_scale}, and opt_eps and opt_betas where they are not the optimizer's own; sharded:
     its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.

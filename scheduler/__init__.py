@@ -6,7 +6,7 @@ WARMUP_STEP = 100  # iterations between two learning rates of the released warm-
 
 
 def scaled(scheduler, batch, reference_batch):
-    """The schedule for another global batch: rates times sqrt(batch / reference_batch), as Adam's noise grows and falls.
+    """Return the schedule for another global batch: rates times sqrt(batch / reference_batch), as Adam's noise grows and falls.
 
     batch: samples of an optimizer step; reference_batch: those that the rates were chosen for, None: they hold as they are.
     """
@@ -20,7 +20,7 @@ def _cosine(scheduler, progress):
 
 
 def learning_rate(scheduler, epoch, iteration, iterations):
-    """The learning rate of an iteration (an optimizer step) of an epoch that has `iterations` of them.
+    """Return the learning rate of an iteration (an optimizer step) of an epoch that has `iterations` of them.
 
     The released schedule: in epoch 0 a warm-up from warmup_lr to lr in `warmup_epochs` steps of 100 iterations, then a rate
     that is constant within an epoch and follows the cosine from epoch to epoch. With warmup_iters the smooth one: linear
