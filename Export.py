@@ -46,8 +46,8 @@ def check_target(path, overwrite):
 def export(source, target, momentum=False, overwrite=False):
     """Write the weights of a checkpoint file, its config and its epoch to another file, atomically.
 
-    momentum: with the momentum model and the queues, which hold its features. Returns (number of tensors, modules and queues left out, the
-    keys of METADATA that came along). Raises InputError.
+    momentum: with the momentum model and the queues, which hold its features. Returns (number of tensors,
+    modules and queues left out, the keys of METADATA that came along). Raises InputError.
     """
     target = Path(target)
     check_target(target, overwrite)

@@ -243,7 +243,7 @@ def with_defaults(config, where="config"):
     """Return a checked copy of a task's configuration with every default filled in.
 
     OTHER_NAMES of keys are accepted; the result has the one learning rate as optimizer.lr and as scheduler.lr. Raises
-    InputError, with `where` for the file, for an unknown key, naming the nearest one, and for a value that the key may not have.
+    InputError, with `where` for the file, for an unknown key, naming the nearest one, and for a value that a key may not have.
     """
     return override(config, (), where)
 

@@ -83,7 +83,10 @@ class Alignment(ALBEF):
         return *itc_loss(contrast, targets, contrast_m, alpha), contrast
 
     def enqueue(self, features_m, **others):
-        """Let the queues take this step's momentum features (image, text) of all processes; others: rows by name of their queue."""
+        """Put this step's momentum features (image, text) of all processes into the queues.
+
+        others: name of another queue = its rows.
+        """
         queues = [self.image_queue, self.text_queue, *(getattr(self, name) for name in others)]
         enqueue_(queues, [*features_m, *others.values()], self.queue_ptr)
 

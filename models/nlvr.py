@@ -32,7 +32,7 @@ class PairBert(BertModel):
                 other.key, other.value = one.key, one.value
 
     def pair_keys_values(self, image_embeds, first, second):
-        """Return keys and values, each [B, h, 1+N, d], for every block: of the images `first` in even, of `second` in odd blocks.
+        """Return keys and values, each [B, h, 1+N, d], for every block, even ones of the images `first`, odd ones of `second`.
 
         image_embeds [I, 1+N, C] of any number of images; first, second: slices or indices [B] of them.
         """

@@ -67,14 +67,14 @@ def tokenizer_of(config):
     if bert_config["vocab_size"] == "auto":
         config["bert_config"] = bert_config = {**bert_config, "vocab_size": size}
     if bert_config["vocab_size"] != size:
-        raise InputError(f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
-                         f"name the tokenizer that belongs to the config, or set vocab_size to {size}")  # fmt: skip
+        raise InputError(f"tokenizer {source} has {size} word pieces and bert_config has vocab_size "
+                         f"{bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set vocab_size to {size}")  # fmt: skip
     tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
     return tokenizer
 
 
 def captions_of(files):
-    """Yield every caption of annotation files whose entries have `caption`, a string or a list of strings. Raises InputError."""
+    """Yield every caption of annotation files whose entries have `caption`, a string or a list. Raises InputError."""
     for path in files:
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8"))
