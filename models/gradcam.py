@@ -75,9 +75,8 @@ def cross_gradcam(model, keys_values, text, block_num, score):
     with torch.enable_grad(), _recorded(*(bert.encoder.layer[number].crossattention.self for number in blocks)) as maps:
         value = score(bert.fuse(text_embeds, text.attention_mask, keys_values))
         gradients = torch.autograd.grad(value, maps)
-    mask = text.attention_mask[:, None, :, None]
-    grid = model.visual_encoder.patch_embed.grid_size
-    return [_heat(attention.detach() * mask, gradient, grid) for attention, gradient in zip(maps, gradients)], value.detach()
+    grid = model.visual_encoder.patch_embed.grid_size  # at padding the gradient is 0: nothing attends to it
+    return [_heat(attention.detach(), gradient, grid) for attention, gradient in zip(maps, gradients)], value.detach()
 
 
 def itm_gradcam(model, image, text, block_num):

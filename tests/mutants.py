@@ -143,7 +143,6 @@ MUTANTS = [
     Mutant("models/nlvr.py", "loss if len(image) > 1 else 0 * loss", "loss"),
     Mutant("models/nlvr.py", "torch.where(label == 0, one, other)", "one"),
     Mutant("models/gradcam.py", "gradient.clamp(min=0)", "gradient"),
-    Mutant("models/gradcam.py", "mask = text.attention_mask[:, None, :, None]", "mask = 1"),
     Mutant("models/gradcam.py", "/ model.temp, maps)", ", maps)"),
     # weights in and out
     Mutant("models/checkpoint.py", "mmap=zipfile.is_zipfile(path)", "mmap=False"),

@@ -54,6 +54,13 @@ def test_full_size_keys_shapes_and_parameter_counts(task, name, image_res):
     assert_released_size(model, name)
 
 
+def test_the_momentum_model_moves_once_for_an_optimizer_step(golden):
+    data, model, text = released(golden, "ve.pt", "ve", "bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(data["image"], text, targets=data["targets"], alpha=data["alpha"], update_momentum=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_distilled_loss_without_distillation_is_the_cross_entropy(golden):
     data, model, text = released(golden, "ve.pt", "ve", "bert")
     model.config["distill"] = False

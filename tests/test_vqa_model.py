@@ -34,6 +34,14 @@ def test_loss_gradients_and_state_are_the_released_ones(step):
     assert_released_step(model, model(**inputs), data)
 
 
+def test_the_momentum_model_moves_once_for_an_optimizer_step(step):
+    _, build, inputs = step
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(**inputs, update_momentum=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_loss_without_distillation_is_the_released_one(step):
     data, build, inputs = step
     model = build(distill=False)
@@ -87,9 +95,11 @@ def plain_log_prob(model, inputs, tokens):
 
 
 @torch.no_grad()
-def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step):
+@pytest.mark.parametrize("eos_bias", [0, 3])  # with the bias the most probable answer ends before the others
+def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step, eos_bias):
     data, build, inputs = step
     model, vocab = build().eval(), 61
+    model.text_decoder.cls.predictions.bias[3] += eos_bias
     model.special_ids = model.special_ids._replace(cls=2, eos=3)
     best, best_score = None, float("-inf")
     for first in range(vocab):
