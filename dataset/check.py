@@ -6,24 +6,34 @@ A run refuses the first wrong entry of a list, and replaces or refuses samples t
 to the end, decodes every image once, and counts.
 """
 
+from configs.flags import Flags
+from utils import begin_script, cores, run_script
+
+flags = Flags("Check all files that the configuration of a task names.", "configs/Pretrain.yaml --report report.json")
+flags.add_argument("config", help="YAML file of a task")
+flags.add_set()
+flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images")
+flags.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
+flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import contextlib
 import io
 import itertools
 import json
-import math
 import os
 import sys
 import warnings
 from array import array
-from collections import Counter, defaultdict
-from typing import NamedTuple
+from collections import Counter
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from configs.flags import Flags
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.caption import GroundingPair, Pair, RetrievalPair
@@ -39,24 +49,45 @@ from dataset.text import (
 from dataset.ve import Entailment
 from dataset.vqa import ROOTS, Question, TrainingQuestion, load_answer_list
 from dataset.workers import begin_worker, in_processes
-from utils import InputError, atomic_write, cores, run_script
+from utils import InputError, atomic_write
 
 SHOWN, EXAMPLES, UNKNOWN_SHOWN = 20, 3, 10  # problems, repeated entries and unknown words that are printed
 UNKNOWN_LENGTH = 30  # characters of an unknown word that are kept
-HEAD = 100  # entries that tell of which form a list is
+HEAD = 100  # entries that tell the form of a list
 IMAGES_AT_A_TIME = 16  # that a process is given
 SIDES = (64, 128, 256, 512, 1024)  # pixels of the shorter side at which the bins of the histogram begin
+BINS = [f"<{SIDES[0]}", *(f"{start}-{end - 1}" for start, end in itertools.pairwise(SIDES)), f">={SIDES[-1]}"]
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
 BAR = {"leave": False, "file": sys.stdout, "dynamic_ncols": True, "mininterval": 1}
-FORMS = {  # of lists: title, ids that are kept of a text (None: what the model takes), forms of entries to train and to test on
-    "pretrain": ("image-caption pairs for pre-training", SHORT_TOKENS, Pair, None),
-    "retrieval": ("captions with image_id for retrieval", MAX_TOKENS, RetrievalPair, None),
-    "retrieval_test": ("images with captions for a retrieval test", MAX_TOKENS, None, CaptionedImage),
-    "grounding": ("referring expressions to {} on", MAX_TOKENS, GroundingPair, Expression),
-    "ve": ("visual entailment to {} on", None, Entailment, Entailment), "nlvr": ("NLVR2 to {} on", None, Statement, Statement),
-    "vqa": ("questions to {} on", None, TrainingQuestion, Question),
-    "shards": ("WebDataset shards of image-caption pairs for pre-training", SHORT_TOKENS, None, None),
-}  # fmt: skip
+
+
+class Form(NamedTuple):
+    """What a list holds: its title in the report, the class of its entries, and how much of a text a model reads."""
+
+    title: str
+    entry: type = None
+    max_tokens: int = None  # None: what the model takes
+    clean: Callable = pre_caption
+    max_words: int = MAX_WORDS
+
+
+# by the key that only entries of this form have
+TRAIN_FORMS = {
+    "question": Form("questions to train on", TrainingQuestion, SHORT_TOKENS, pre_question),
+    "images": Form("NLVR2 to train on", Statement),
+    "sentence": Form("visual entailment to train on", Entailment),
+    "text": Form("referring expressions to train on", GroundingPair, MAX_TOKENS),
+    "caption": Form("image-caption pairs for pre-training", Pair, SHORT_TOKENS),
+}
+TEST_FORMS = {
+    "question": Form("questions to test on", Question, None, pre_question, MAX_QUESTION_WORDS),
+    "images": Form("NLVR2 to test on", Statement),
+    "sentence": Form("visual entailment to test on", Entailment),
+    "text": Form("referring expressions to test on", Expression, MAX_TOKENS),
+    "caption": Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS),
+}
+RETRIEVAL = Form("captions with image_id for retrieval", RetrievalPair, MAX_TOKENS)
+SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", None, SHORT_TOKENS)
 
 
 class Check:
@@ -66,8 +97,8 @@ class Check:
         self.config, self.images = config, images  # images: how many of each file to look at, None for all
         self._compute = compute  # of in_processes
         self.problems, self.notes = [], []  # problems: {file, entry, problem}
-        self.tokenizer = self.refer = None  # where they cannot be built
-        self.lost_roots, self.trained_images = set(), set()  # keys of image folders that do not exist; digests
+        self.tokenizer = self.refer = None  # where they cannot be loaded
+        self.lost_roots, self.trained_images = set(), set()  # keys of image folders that do not exist; paths
 
     def add(self, path, entry, problem):
         """problem: an error or a text. path: None for a key of the configuration; entry: index in a list, key in a shard."""
@@ -82,8 +113,15 @@ class Check:
         except InputError as error:
             self.add(path, None, error)
 
-    def look_at(self, jobs):
-        """Yields look(job) of the jobs in order, computed in processes. Raises TrainingStopped if one dies."""
+    def evenly(self, things):
+        """Those of a sequence that are looked at."""
+        if self.images is None or self.images >= len(things):
+            return things
+        return [things[i] for i in np.linspace(0, len(things) - 1, self.images).astype(int).tolist()]
+
+    def look_at(self, jobs, name):
+        """Yield look(job) of the jobs in order, computed in processes. Raises TrainingStopped if one dies."""
+        jobs = iter(tqdm(jobs, desc=name, unit="img", **BAR))
         chunks = iter(lambda: list(itertools.islice(jobs, IMAGES_AT_A_TIME)), [])
         yield from itertools.chain.from_iterable(self._compute(look_at_all, ((some[0][1], some) for some in chunks)))
 
@@ -93,19 +131,14 @@ def place(path, entry):
     return (path or "") if entry is None else where(path, entry) if isinstance(entry, int) else f"{path}: sample {entry}"
 
 
-def evenly(count, wanted):
-    """Indices below `count`: `wanted` of them, evenly spaced, or all."""
-    return range(count) if wanted is None or wanted >= count else np.linspace(0, count - 1, wanted).astype(int).tolist()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # in the processes that decode
 
 
 class Seen(NamedTuple):
-    """An image that was looked at: of entry `number` of a list, or in the sample of that number of a shard."""
+    """An image that was looked at: of an entry of a list, or in a sample of the shards."""
 
-    number: int
+    index: int  # of the entry or sample
     path: str  # of the image, or of the shard
     key: str | None = None  # of a sample, as the following two
     captions: tuple = ()
@@ -127,7 +160,7 @@ def begin():
 
 
 def look(job):
-    """(number, path of an image), or (number, shard, start, end) of a sample -> Seen, decoded as a run does."""
+    """(index, path of an image), or (index, shard, start, end) of a sample -> Seen, decoded as a run does."""
     seen, data = Seen(*job[:2]), None
     try:
         if job[2:]:
@@ -155,101 +188,101 @@ def look_at_all(jobs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lists and shards
+# what is counted, printed and reported of a file
 
 
 class Tally:
-    """Counts of the entries, texts and images of a list, or of all shards together, and what is printed of them."""
+    """Counts of the entries, texts and images of a list, or of all shards together."""
 
     def __init__(self, check, key, file, form):
         self.check, self.form, self.training = check, form, key == "train_file"
-        title = FORMS[form][0].format("train" if self.training else "test")
-        self.result, self.rows = {"key": key, "file": file, "form": title}, [f"{key} {file}", f"  {title}"]
-        self.clean, self.max_words, self.max_tokens = pre_caption, MAX_WORDS, FORMS[form][1]
-        if form == "vqa":
-            self.clean, self.max_words = pre_question, MAX_WORDS if self.training else MAX_QUESTION_WORDS
-            self.max_tokens = SHORT_TOKENS if self.training else None
-        self.entries, self.images, self.lost = 0, set(), set(check.lost_roots)  # images: digests
-        self.counts = defaultdict(Counter)
+        self.rows, self.result = [], {"key": key, "file": file, "form": form.title}  # what is printed and reported
+        self.entries, self.lost_roots = 0, set(check.lost_roots)
+        self.wrong, self.unusable = Counter(), Counter()  # entries and images that cannot be used, by kind
+        self.digests, self.indices = array("Q"), array("Q")  # of each entry that can
         self.words, self.pieces = array("L"), array("L")  # of each text
-        self.digests, self.numbers = array("Q"), array("Q")  # of each entry, and what names it
+        self.all_words, self.unknown = 0, Counter()
+        self.sides, self.formats, self.traits = Counter(), Counter(), Counter()  # of each image
 
     def refuse(self, path, entry, error):
-        """Counts an entry that cannot be used."""
-        self.counts["wrong"][error.kind] += 1
+        """Count an entry that cannot be used."""
+        self.wrong[error.kind] += 1
         self.check.add(path, entry, error)
 
-    def add_entry(self, path, entry, number, captions, value):
-        """Counts an entry and its captions; value: its digest."""
+    def add_entry(self, path, entry, index, captions, value):
+        """Count an entry and its captions; value: its digest."""
         if not all([self._add_text(caption) for caption in captions]):
             self.refuse(path, entry, InputError("a caption is empty after clean-up: correct or remove it", "empty text"))
-        self.numbers.append(number)
+        self.indices.append(index)
         self.digests.append(value)
 
     def _add_text(self, text):
-        """Counts a text; returns whether anything is left of it after clean-up."""
-        words = self.clean(text, sys.maxsize).split(" ")
-        kept = without_halves(" ".join(words[: self.max_words]))
+        """Count a text; returns whether anything is left of it after clean-up."""
+        words = self.form.clean(text, sys.maxsize).split(" ")
+        kept = without_halves(" ".join(words[: self.form.max_words]))
         usable = not is_blank(kept)
         self.words.append(len(words) if usable else 0)
         if tokenizer := self.check.tokenizer:
             encoding = tokenizer.backend_tokenizer.encode(kept)
             self.pieces.append(len(encoding.ids))
-            self.counts["words"]["all"] += encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0  # the first piece is [CLS]
+            self.all_words += encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0  # the first piece is [CLS]
             for piece, (start, end) in zip(encoding.ids, encoding.offsets):
                 if piece == tokenizer.unk_token_id:  # a word that the vocabulary cannot spell
-                    self.counts["unknown"][kept[start : min(end, start + UNKNOWN_LENGTH)]] += 1
+                    self.unknown[kept[start : min(end, start + UNKNOWN_LENGTH)]] += 1
         return usable
 
     def add_image(self, path, entry, name, seen):
-        """Counts an image that was looked at."""
+        """Count an image that was looked at."""
         if seen.kind:
-            self.counts["unusable"][seen.kind] += 1
+            self.unusable[seen.kind] += 1
             self.check.add(path, entry, f"{name}: {seen.problem}")
             return
-        self.counts["sides"][sum(seen.side >= start for start in SIDES)] += 1
-        self.counts["formats"][seen.format] += 1
-        self.counts["traits"].update(
-            small=seen.side < (self.check.config["image_res"] or 0), rotated=seen.rotated, animated=seen.animated
-        )
+        self.sides[sum(seen.side >= start for start in SIDES)] += 1
+        self.formats[seen.format] += 1
+        small = seen.side < (self.check.config["image_res"] or 0)
+        self.traits.update(small=small, rotated=seen.rotated, animated=seen.animated)
 
     def row(self, title, text, **numbers):
-        """Adds a line to what is printed, and numbers to what is reported."""
+        """Add a line to what is printed, and numbers to what is reported."""
         self.rows.append(f"  {title:<{TITLE_WIDTH}}{text}")
         self.result.update(numbers)
 
-    def report(self, name, read=None):
-        """Prints the counts and returns them. name(number) is what to call an entry; read: entries of shards that were read."""
-        wrong, read = self.counts["wrong"], self.entries if read is None else read
+    def report(self, name, images, read=None, title=None):
+        """Print the counts and return them.
+
+        name(index) is what to call an entry; images: those that the entries name; read: how many entries were read, default
+        all; title: default that of the form.
+        """
+        self._report_entries(name, self.entries if read is None else read)
+        self._report_texts()
+        self._report_images(images)
+        say("", f"{self.result['key']} {self.result['file']}", f"  {title or self.form.title}", *self.rows)
+        return self.result
+
+    def _report_entries(self, name, read):
         sample = f", {read:,} read" if read < self.entries else ""
-        self.row("entries", f"{self.entries:,}{sample}{_unusable(wrong, read)}", entries=self.entries, entries_read=read,
-                 wrong=dict(wrong.most_common()))  # fmt: skip
-        values = np.frombuffer(self.digests, np.uint64)
-        order = np.argsort(values, kind="stable")
-        later = np.sort(order[1:][values[order[1:]] == values[order[:-1]]]).tolist()
-        pairs = [(i, int(np.argmax(values == values[i]))) for i in later[:EXAMPLES]]
-        examples = [" as ".join(name(self.numbers[i]) for i in pair) for pair in pairs]
+        self.row("entries", f"{self.entries:,}{sample}{_unusable(self.wrong, read)}",
+                 entries=self.entries, entries_read=read, wrong=dict(self.wrong.most_common()))  # fmt: skip
+        digests, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
+        earlier = first[which]  # the first entry with the digest of each
+        later = np.flatnonzero(earlier < np.arange(len(earlier))).tolist()
+        examples = [f"{name(self.indices[i])} as {name(self.indices[earlier[i]])}" for i in later[:EXAMPLES]]
         self.result.update(duplicates=len(later), first_duplicates=examples)
         if later:
-            self.row("repeated", f"{_part(len(later), read)}: {', '.join(examples)}{', ...' if len(later) > EXAMPLES else ''}")
-        self._report_texts()
-        self._report_images()
-        say("", *self.rows)
-        return self.result
+            self.row("repeated", f"{_part(len(later), read)}: {', '.join(examples)}{', ...' * (len(later) > EXAMPLES)}")
 
     def _report_texts(self):
         self.row("texts", f"{len(self.words):,}", texts=len(self.words))
         if self.words:
-            self._report_lengths("words", self.words, self.max_words)
+            self._report_lengths("words", self.words, self.form.max_words)
         if self.pieces:
-            self._report_lengths("word_pieces", self.pieces, self.max_tokens or self.check.tokenizer.model_max_length)
-            unknown = self.counts["unknown"]
-            count, most = unknown.total(), dict(unknown.most_common(UNKNOWN_SHOWN))
-            shares = count / max(1, self.counts["words"]["all"]), count / sum(self.pieces)
-            shown = ": " * bool(most) + ", ".join(f"{word} {count:,}" for word, count in most.items())
-            self.row("unknown words", f"{_percent(shares[0])} ({_percent(shares[1])} of the word pieces){shown}")
-            numbers = zip(("count", "share_of_words", "share_of_word_pieces", "most_frequent"), (count, *shares, most))
-            self.result["unknown_words"] = dict(numbers)
+            self._report_lengths("word_pieces", self.pieces, self.form.max_tokens or self.check.tokenizer.model_max_length)
+            count, most = self.unknown.total(), dict(self.unknown.most_common(UNKNOWN_SHOWN))
+            of_words, of_pieces = count / max(1, self.all_words), count / sum(self.pieces)
+            shown = ": " * bool(most) + ", ".join(f"{word} {times:,}" for word, times in most.items())
+            self.row("unknown words", f"{_percent(of_words)} ({_percent(of_pieces)} of the word pieces){shown}", unknown_words={
+                "count": count, "share_of_words": of_words, "share_of_word_pieces": of_pieces, "most_frequent": most,
+            })  # fmt: skip
 
     def _report_lengths(self, key, lengths, limit):
         lengths = np.frombuffer(lengths, lengths.typecode)
@@ -259,39 +292,39 @@ class Tally:
         numbers = {"min": low, "median": median, "p95": p95, "max": high, "limit": limit, "cut": cut}
         self.row(key.replace("_", " "), text, **{key: numbers})
 
-    def _report_images(self):
-        total, unusable, sides, traits = len(self.images), self.counts["unusable"], self.counts["sides"], self.counts["traits"]
-        image_res, limit = self.check.config["image_res"], self.check.config["max_skipped"]
-        usable, bad = sides.total(), unusable.total()
-        also = 0 if self.training else len(self.check.trained_images.intersection(self.images))
-        bins = [f"<{SIDES[0]}", *(f"{start}-{end - 1}" for start, end in itertools.pairwise(SIDES)), f">={SIDES[-1]}"]
+    def _report_images(self, images):
+        total, also_trained = len(images), 0 if self.training else len(self.check.trained_images.intersection(images))
+        usable, bad = self.sides.total(), self.unusable.total()
+        looked_at, limit, image_res = usable + bad, self.check.config["max_skipped"], self.check.config["image_res"]
         self.result.update(
-            images=total, looked_at=usable + bad, unusable=dict(unusable.most_common()), folders_missing=sorted(self.lost),
-            images_also_trained_on=also, shorter_side={bin: sides[i] for i, bin in enumerate(bins)}, image_res=image_res,
-            smaller_than_image_res=traits["small"], formats=dict(self.counts["formats"].most_common()),
-            exif_rotated=traits["rotated"], animated=traits["animated"],
+            images=total, looked_at=looked_at, unusable=dict(self.unusable.most_common()), folders_missing=sorted(self.lost_roots),
+            images_also_trained_on=also_trained, shorter_side={name: self.sides[i] for i, name in enumerate(BINS)},
+            image_res=image_res, smaller_than_image_res=self.traits["small"], formats=dict(self.formats.most_common()),
+            exif_rotated=self.traits["rotated"], animated=self.traits["animated"],
         )  # fmt: skip
-        if self.lost:
-            self.row("images", f"not looked at in {', '.join(sorted(self.lost))}, which does not exist")
+        if self.lost_roots:
+            self.row("images", f"not looked at in {', '.join(sorted(self.lost_roots))}, which does not exist")
         if total:
-            seen = "all" if usable + bad == total else f"{usable + bad:,}"
-            self.row("images", f"{total:,}, {seen} looked at{_unusable(unusable, usable + bad)}")
-        if self.training and bad > limit * (usable + bad):
+            shown = "all" if looked_at == total else f"{looked_at:,}"
+            self.row("images", f"{total:,}, {shown} looked at{_unusable(self.unusable, looked_at)}")
+        if self.training and bad > limit * looked_at:
             self.row("", f"more than max_skipped ({_percent(limit)}): training would stop")
-        if also:
-            self.row("", f"{_part(also, total)} are in train_file too")
-        if not usable:
-            return
-        for i, count in sorted(sides.items()):
+        if also_trained:
+            self.row("", f"{_part(also_trained, total)} are in train_file too")
+        if usable:
+            self._report_usable_images(usable, image_res)
+
+    def _report_usable_images(self, usable, image_res):
+        for i, count in sorted(self.sides.items()):
+            title = "shorter side" if i == min(self.sides) else ""
             bar = "#" * round(count / usable * BAR_WIDTH)
-            title, share = "" if i > min(sides) else "shorter side", _percent(count / usable)
-            self.row(title, f"{bins[i]:<10}{count:>10,}  {share:>6}  {bar}")
+            self.row(title, f"{BINS[i]:<10}{count:>10,}  {_percent(count / usable):>6}  {bar}")
         if image_res:
-            self.row("", f"{_part(traits['small'], usable)} smaller than image_res {image_res}")
-        self.row("formats", ", ".join(f"{name} {count:,}" for name, count in self.counts["formats"].most_common()))
-        for name, key, use in (("EXIF-rotated", "rotated", "used as they are stored"),
-                               ("animated", "animated", "of which the first frame is used")):  # fmt: skip
-            self.row(name, f"{traits[key]:,}{f', {use}' * bool(traits[key])}")
+            self.row("", f"{_part(self.traits['small'], usable)} smaller than image_res {image_res}")
+        self.row("formats", ", ".join(f"{name} {count:,}" for name, count in self.formats.most_common()))
+        rotated, animated = self.traits["rotated"], self.traits["animated"]
+        self.row("EXIF-rotated", f"{rotated:,}{', used as they are stored' * bool(rotated)}")
+        self.row("animated", f"{animated:,}{', of which the first frame is used' * bool(animated)}")
 
 
 def _unusable(counts, whole):
@@ -308,34 +341,36 @@ def _percent(share):
 
 
 def say(*lines):
-    """Prints lines, of which none has a character that a terminal could not show or would obey."""
+    """Print lines, of which none has a character that a terminal could not show or would obey."""
     for line in lines:
         print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line.rstrip()))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# lists and shards
+
+
 def form_of(entry, training):
-    """The name in FORMS of an entry's form, by its keys; None if they are those of no task."""
-    keys = entry.keys() if isinstance(entry, dict) else ()
-    for key, form in {"question": "vqa", "images": "nlvr", "sentence": "ve", "text": "grounding"}.items():
-        if key in keys:
-            return form
-    if "caption" in keys and training:
-        return "retrieval" if "image_id" in keys and not isinstance(entry["caption"], list) else "pretrain"
-    return "retrieval_test" if "caption" in keys else None
+    """The Form of an entry by its keys; None if they are those of no task."""
+    forms = TRAIN_FORMS if training else TEST_FORMS
+    key = next((key for key in forms if isinstance(entry, dict) and key in entry), None)
+    if training and key == "caption" and "image_id" in entry and not isinstance(entry["caption"], list):
+        return RETRIEVAL
+    return forms.get(key)
 
 
 def unreadable(key, file):
-    """Prints that a list, or none of some shards, can be read -> what the report says of it."""
+    """Print that a list, or none of some shards, can be read -> what the report says of it."""
     say("", f"{key} {file}", "  cannot be read")
     return {"key": key, "file": file}
 
 
 def check_list(check, path, key, questions):
-    """Checks a JSON list, its texts and its images -> what the report says of it.
+    """Check a JSON list, its texts and its images -> what the report says of it.
 
     questions: {id: whether it has an answer} of the questions to test on, to which those of this list are added.
     """
-    training, forms, chosen = key == "train_file", Counter(), None
+    training, forms = key == "train_file", Counter()
     with contextlib.suppress(InputError):  # noted below
         forms.update(form_of(entry, training) for _, entry in itertools.islice(read_json_list(path), HEAD))
     form = max(forms, key=forms.get, default=None)
@@ -344,57 +379,51 @@ def check_list(check, path, key, questions):
             next(read_json_list(path))
             raise InputError("most of its first entries have not the keys of any task's list: name such a list")
         return unreadable(key, path)
-    for needed in ("refcoco_data", "det_file") if form == "grounding" and not training else ():
+    for needed in ("refcoco_data", "det_file") if form.entry is Expression else ():
         if check.config[needed] is None:
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
-    if check.images is not None:
-        with contextlib.suppress(InputError):
-            chosen = set(evenly(sum(1 for _ in read_json_list(path)), check.images))
     tally = Tally(check, key, path, form)
-    for seen in check.look_at(_new_images(tally, path, questions, chosen)):
-        tally.add_image(path, seen.number, f"image {seen.path}", seen)
-    result = tally.report("entry {}".format)
+    images = _count_entries(tally, path, questions)
+    jobs = [(index, image) for image, index in check.evenly(list(images.items()))]
+    for seen in check.look_at(jobs, os.path.basename(path)):
+        tally.add_image(path, seen.index, f"image {seen.path}", seen)
     if training:
-        check.trained_images |= tally.images
-    return result
+        check.trained_images.update(images)
+    return tally.report("entry {}".format, images)
 
 
-def _new_images(tally, path, questions, chosen):
-    """Counts the entries of a list and yields (number, path) of its images, each once; of those chosen, if not None."""
-    check, form, training, due = tally.check, tally.form, tally.training, math.inf if chosen is None else 0
+def _count_entries(tally, path, questions):
+    """Count the entries of a list -> {path of an image: index of the first entry that names it}."""
+    check, images = tally.check, {}
     with check.noting(path):
-        for number, entry in tqdm(read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR):
+        for index, entry in tqdm(read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR):
             tally.entries += 1
-            due += number in (chosen or ())  # what was looked at before leaves its turn to the images of the next entries
             try:
-                checked = check_entry(entry, FORMS[form][2 if training else 3], path, number)
-                if check.refer and isinstance(checked, Expression):
+                checked = check_entry(entry, tally.form.entry, path, index)
+                if isinstance(checked, Expression) and check.refer:
                     checked.check_ref(check.refer)
             except InputError as error:
-                tally.refuse(path, number, error)
+                tally.refuse(path, index, error)
                 continue
             value = digest((checked.images, checked.texts, entry.get("label"), entry.get("ref_id")))
-            tally.add_entry(path, number, number, checked.texts, value)
+            tally.add_entry(path, index, index, checked.texts, value)
             if isinstance(checked, Question):
                 if checked.question_id in questions:
                     problem = f"another entry has the question_id {checked.question_id!r} too: give it its own"
-                    tally.refuse(path, number, InputError(problem, "repeated 'question_id'"))
+                    tally.refuse(path, index, InputError(problem, "repeated 'question_id'"))
                 questions[checked.question_id] = checked.answer is not None
             root = checked.root
-            folder = check.config[root]
-            if folder is None and root not in tally.lost:
-                tally.lost.add(root)
-                check.add(path, number, f"the configuration lacks the key {root}, the folder of the images of such entries")
-            for image in [os.path.join(folder, file) for file in checked.images] if root not in tally.lost else ():
-                value = digest(image)
-                if value not in tally.images and due:
-                    due -= 1
-                    yield number, image
-                tally.images.add(value)
+            if check.config[root] is None and root not in tally.lost_roots:
+                tally.lost_roots.add(root)
+                check.add(path, index, f"the configuration lacks the key {root}, the folder of the images of such entries")
+            if root not in tally.lost_roots:
+                for image in checked.images:
+                    images.setdefault(os.path.join(check.config[root], image), index)
+    return images
 
 
 def check_shards(check, paths):
-    """Checks the samples of WebDataset shards -> what the report says of all of them together."""
+    """Check the samples of WebDataset shards -> what the report says of all of them together."""
     counts, file = {}, paths[0] if len(paths) == 1 else f"{paths[0]} ... {paths[-1]}"
     for path in paths:
         with check.noting(path):
@@ -403,26 +432,23 @@ def check_shards(check, paths):
         return unreadable("train_file", file)
     shards, starts = Shards(list(counts), 1), np.cumsum([0, *counts.values()])
 
-    def name(number):
-        shard = int(np.searchsorted(starts, number, "right")) - 1
-        return f"number {number - starts[shard]} of {os.path.basename(shards.paths[shard])}"
+    def name(index):
+        shard = int(np.searchsorted(starts, index, "right")) - 1
+        return f"number {index - starts[shard]} of {os.path.basename(shards.paths[shard])}"
 
-    tally = Tally(check, "train_file", file, "shards")
-    chosen = evenly(len(shards), check.images)
-    jobs = ((number, *shards.place(number)) for number in tqdm(chosen, desc="shards", unit="img", **BAR))
-    for seen in check.look_at(jobs):
+    tally, chosen = Tally(check, "train_file", file, SHARDS), check.evenly(range(len(shards)))
+    for seen in check.look_at([(index, *shards.place(index)) for index in chosen], "shards"):
         if seen.error:
             tally.refuse(seen.path, seen.key, seen.error)
         else:
-            tally.add_entry(seen.path, seen.key, seen.number, seen.captions, seen.digest)
+            tally.add_entry(seen.path, seen.key, seen.index, seen.captions, seen.digest)
             tally.add_image(seen.path, seen.key, "image", seen)
-    tally.rows[1] = f"  {len(paths)} {tally.result['form']}"
-    tally.entries, tally.images = len(shards), range(len(shards))
-    return {"shards": counts, **tally.report(name, len(chosen))}
+    tally.entries = len(shards)
+    return {"shards": counts, **tally.report(name, range(len(shards)), len(chosen), f"{len(paths)} {SHARDS.title}")}
 
 
 def check_lists(check):
-    """Checks the lists that the configuration names, printing what it finds of each -> what the report says of them."""
+    """Check the lists that the configuration names, printing what it finds of each -> what the report says of them."""
     results = []
     for key in ANNOTATION_KEYS:
         lists, shards, questions = [], [], {}
@@ -487,13 +513,7 @@ def check_others(check, tokenizer_of):
 
 
 def main():
-    """Checks the data of a configuration from the command line; exits with status 1 if there are problems."""
-    flags = Flags("Check all files that the configuration of a task names.", "configs/Pretrain.yaml --report report.json")
-    flags.add_argument("config", help="YAML file of a task")
-    flags.add_set()
-    flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images")
-    flags.add_argument("--images", type=int, metavar="N", help="look at those of N evenly spaced entries of every file only")
-    flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
+    """Check the data of a configuration from the command line; exits with status 1 if there are problems."""
     args = flags.parse_args()
     if args.processes < 1 or (args.images is not None and args.images < 0):
         flags.error("--processes must be at least 1, and --images not negative")

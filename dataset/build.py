@@ -1,0 +1,124 @@
+"""Data sets by task and split, and the loaders that feed them."""
+
+import functools
+
+import torch
+
+from dataset.annotations import Entries
+from dataset.base import check_images
+from dataset.batches import workers
+from dataset.caption import CaptionDataset, GroundingPair, Pair, RetrievalPair, ShardedCaptions
+from dataset.classification import ClassificationDataset
+from dataset.grounding import GroundingTestSet
+from dataset.nlvr import Statement
+from dataset.refer import load_detections, load_refer
+from dataset.retrieval import RetrievalTestSet
+from dataset.shards import Shards, expand
+from dataset.text import MAX_TOKENS, SHORT_TOKENS
+from dataset.transforms import normalize, test_transform, train_transform
+from dataset.ve import Entailment
+from dataset.vqa import ROOTS, VQADataset, load_answer_list
+from dataset.workers import Loader
+from configs.schema import require
+from utils import InputError
+
+
+# of the training sets: form of the entries, smallest share of the image that a crop keeps (None: all), token ids
+CAPTIONS = {
+    "pretrain": (Pair, 0.2, SHORT_TOKENS), "nlvr_pretrain_train": (Pair, 0.2, SHORT_TOKENS),
+    "retrieval_train": (RetrievalPair, 0.5, MAX_TOKENS), "grounding_train": (GroundingPair, None, MAX_TOKENS),
+}  # fmt: skip
+FINE_TUNING_SCALE = 0.5
+CLASSIFICATION = {"ve": Entailment, "nlvr": Statement}
+REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
+
+
+def _task_and_split(name):
+    task, _, split = name.rpartition("_")
+    return (task, split) if task else (name, "train")
+
+
+def file_key(name):
+    """The key of the configuration that names the annotation files of data set `name`."""
+    return "test_file" if name == "grounding_val" else f"{_task_and_split(name)[1]}_file"
+
+
+def build_dataset(name, config, seed=0):
+    """The data set `name`: pretrain, nlvr_pretrain_train, or {retrieval, vqa, ve, nlvr, grounding}_{train, val, test}.
+
+    All its annotation files are checked here. seed: of the training sets. Raises InputError.
+    """
+    task, split = _task_and_split(name)
+    key, image_root = file_key(name), config["image_root"]
+    require(config, "image_res", key)
+    training = split == "train"
+    scale = CAPTIONS[name][1] if name in CAPTIONS else FINE_TUNING_SCALE
+    transform = test_transform(config["image_res"])
+    if training:
+        scale = scale if config["min_scale"] is None else config["min_scale"]
+        transform = train_transform(config["image_res"], scale, config["hflip"], config["randaugment"])
+    files, own_seed = config[key], seed if training else None
+    if name in CAPTIONS:
+        return _image_captions(name, config, transform, seed)
+    if task == "retrieval":
+        dataset = RetrievalTestSet(files, image_root, transform)
+    elif task in CLASSIFICATION:
+        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed)
+    elif task == "vqa":
+        roots = {root: config[root] for root in ROOTS.values()}
+        answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None
+        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, answers)
+        if split == "val" and not dataset.annotations():
+            raise InputError(f"val_file {files[0]} has no answers to compare with: leave val_file out, the last epoch is then "
+                             "the result")
+    elif task == "grounding":
+        refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file")))
+        dataset = GroundingTestSet(files, image_root, transform, refer, detections, REF_SPLITS[split])
+    else:
+        raise InputError(f"data set {name!r} is unknown, there are pretrain and {{retrieval, vqa, ve, nlvr, grounding}}_"
+                         "{train, val, test}")
+    check_images(dataset, 1000 if training else None)
+    return dataset
+
+
+def _image_captions(name, config, transform, seed):
+    """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
+    form, _, max_tokens = CAPTIONS[name]
+    files, shards = expand(config["train_file"])
+    if shards and form is not Pair:
+        raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
+                         f"{name.removesuffix('_train')} needs JSON lists")
+    entries = Entries(files, form) if files or not shards else []
+    dataset = CaptionDataset(entries, config["image_root"], transform, seed, max_tokens)
+    if len(dataset):
+        check_images(dataset)
+    if not shards:
+        return dataset
+    return ShardedCaptions(entries, config["image_root"], transform, seed, max_tokens, Shards(shards),
+                           config["shuffle_buffer"])  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def grounding_data(refcoco_data, det_file):
+    """RefCOCO+ and the detected boxes, read once for val and test."""
+    for key, value in (("refcoco_data", refcoco_data), ("det_file", det_file)):
+        if value is None:
+            raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
+    refer = load_refer(refcoco_data)
+    return refer, load_detections(det_file, refer)
+
+
+def test_loader(dataset, config, device, collate=None):
+    """A loader of batches in the order of the data set."""
+    return Loader(dataset, collate, workers(config), device, batch_size=config["batch_size_test"])
+
+
+def to_device(value, device):
+    """A batch, tuples in it included, with its tensors on the device and its images, which are uint8 until then, normalized."""
+    if isinstance(value, torch.Tensor):
+        value = value.to(device, non_blocking=True)
+        return normalize(value) if value.dtype == torch.uint8 else value
+    if isinstance(value, tuple):
+        moved = [to_device(part, device) for part in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
