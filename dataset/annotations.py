@@ -9,6 +9,7 @@ and halves of surrogate pairs, which Python writes.
 """
 
 import bisect
+import codecs
 import functools
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import os
 import re
 import reprlib
 from array import array
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import msgspec
@@ -77,7 +79,7 @@ def check_entry(entry, form, path, number):
         checked.check()
         return checked
     except msgspec.ValidationError as error:
-        problem = str(error).replace("`$.", "`").replace("`", "'")
+        problem = _without_ticks(error).replace("'$.", "'")
         kind, field = "no object", re.search(r"'(\w+)((?:\[\d+\])?)'$", problem)
         if field and isinstance(entry, dict):
             missing, null = problem.startswith("Object missing"), "got 'null'" in problem and not field[2]
@@ -182,6 +184,30 @@ def _json_lines(entries):
 def digest(value):
     """64 bits that stand for a value."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+
+
+def read_json(path, form, remedy):
+    """A small JSON file as an object of `form`, a type that msgspec knows. Raises InputError."""
+    try:
+        content = msgspec.json.decode(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    return as_form(content, form, path, remedy)
+
+
+def as_form(value, form, where, remedy):
+    """A value of a file as an object of `form`, a type that msgspec knows. Raises InputError, which begins with `where`."""
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {_without_ticks(error)}; {remedy}") from None
+
+
+def _without_ticks(error):
+    """A message of msgspec, in which names stand as in Python's."""
+    return str(error).replace("`", "'")
 
 
 def read_json_list(path):

@@ -5,6 +5,23 @@
 Rows that name the same image become one entry with all their captions. Rows that cannot be used are left out and named.
 """
 
+from pathlib import Path
+
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100")
+flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
+flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
+flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
+flags.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json")
+flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
+flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
+flags.add_argument("--encoding", metavar="NAME", help="of the table, such as cp1252; UTF-8 if not given")
+flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import codecs
 import csv
 import io
@@ -12,12 +29,10 @@ import json
 import os
 import random
 import re
-from pathlib import Path
 
-from configs.flags import Flags
 from dataset.annotations import read_json_list
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
-from utils import InputError, atomic_write, make_output_dir, run_script
+from utils import InputError, atomic_write, make_output_dir
 
 # names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
@@ -152,15 +167,6 @@ def _write(path, lines):
 
 def main():
     """Convert a table from the command line and print what came of it."""
-    flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100")
-    flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
-    flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
-    flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
-    flags.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json")
-    flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
-    flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
-    flags.add_argument("--encoding", metavar="NAME", help="of the table, such as cp1252; UTF-8 if not given")
-    flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
     args = flags.parse_args()
     if args.test < 0:
         flags.error("--test must not be negative")

@@ -6,13 +6,26 @@ Reading a few large files in sequence is what network and spinning disks are fas
 Images are copied byte for byte, and equal inputs make equal shards. Interrupted, the command goes on where it was.
 """
 
+from pathlib import Path
+
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+flags = Flags(__doc__.splitlines()[0])
+flags.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
+flags.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
+flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
+flags.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
+flags.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import functools
 import io
 import json
 import os
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -21,8 +34,7 @@ from dataset.annotations import Entries
 from dataset.caption import Pair
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.workers import in_processes, process_count
-from configs.flags import Flags
-from utils import InputError, atomic_write, hash_file, make_output_dir, run_script
+from utils import InputError, atomic_write, hash_file, make_output_dir
 
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied
@@ -143,12 +155,6 @@ def _check_origin(output, origin):
 
 def main():
     """Makes shards from the command line and prints the train_file line that names them."""
-    flags = Flags(__doc__.splitlines()[0])
-    flags.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
-    flags.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
-    flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
-    flags.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
-    flags.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
     args = flags.parse_args()
     if args.samples < 1:
         flags.error("--samples must be at least 1")

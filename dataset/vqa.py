@@ -1,13 +1,13 @@
 """Visual question answering data: questions about images with the annotators' answers."""
 
-import json
 import reprlib
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from msgspec import Meta
 
-from dataset.annotations import Entries, Entry, Texts, where
+from dataset.annotations import Entries, Entry, Texts, read_json
 from dataset.base import EntryDataset
 from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
@@ -15,6 +15,7 @@ from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
 VG_WEIGHT = 0.5  # of an answer of Visual Genome, which has one annotator
+_Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=1)]
 
 
 class TrainingQuestion(Entry):
@@ -91,18 +92,7 @@ class VQABatch(NamedTuple):
 
 def load_answer_list(path):
     """The candidates of ranking, a JSON list of strings. Raises InputError if it is empty or has an answer twice."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            answers = json.load(file)
-    except OSError as error:
-        raise InputError(f"answer_list: cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"answer_list: {path} is not valid JSON: {error}") from None
-    if not isinstance(answers, list) or not answers:
-        raise InputError(f"answer_list: {path} is {'empty' if answers == [] else 'no list'}; it must be a JSON list of answers")
-    for number, answer in enumerate(answers):
-        if not isinstance(answer, str) or not answer.strip():
-            raise InputError(f"answer_list: {where(path, number)} is {reprlib.repr(answer)}, it must be an answer")
+    answers = read_json(path, _Answers, "answer_list must name a JSON list of answers")
     repeated, count = Counter(answers).most_common(1)[0]
     if count > 1:
         raise InputError(f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; every answer may be there once")

@@ -374,10 +374,10 @@ QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset
 VE_ENTRY = {"image": IMAGE[:-4], "sentence": "a star", "label": "neutral"}
 # script, key, value (a list or object is written to a file), what the message says
 BAD_INPUT = {
-    "empty answer list": ("VQA", "answer_list", [], "bad.json is empty"),
+    "empty answer list": ("VQA", "answer_list", [], "bad.json: Expected 'array' of length >= 1"),
     "repeated answer": ("VQA", "answer_list", ["yes", "no", "yes"], "bad.json has 'yes' 2 times"),
-    "answer list of numbers": ("VQA", "answer_list", ["yes", 2], "bad.json: entry 1 .* is 2, it must be an answer"),
-    "answer list missing": ("VQA", "answer_list", "nowhere.json", "answer_list: cannot read .*nowhere.json"),
+    "answer list of numbers": ("VQA", "answer_list", ["yes", 2], r"bad.json: .*'int' - at '\$\[1\]'"),
+    "answer list missing": ("VQA", "answer_list", "nowhere.json", "nowhere.json: cannot be read .*answer_list"),
     "unknown data set": ("VQA", "train_file", [{**QUESTION, "dataset": "coco", "answer": ["a"]}], "'coco' - at 'dataset'"),
     "no answers": ("VQA", "train_file", [QUESTION], "entry 0 .* missing required field 'answer'"),
     "answer of vg as a list": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": ["a"]}], "'answer' is .*'vg'"),
