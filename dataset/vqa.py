@@ -84,7 +84,7 @@ class VQABatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
     question: Text  # [B, L]
     answer: Text  # [A, L'], the answers of each question after those of the one before
-    n: list  # number of answers of each question
+    n: torch.Tensor  # number of answers of each question [B]
     weights: torch.Tensor  # [A]
     files: list
     skipped: list
@@ -148,7 +148,7 @@ class VQADataset(EntryDataset):
             torch.stack([sample.image for sample in samples]),
             tokenize([sample.question for sample in samples], tokenizer, SHORT_TOKENS),
             tokenize([answer for sample in samples for answer in sample.answers], tokenizer),
-            [len(sample.answers) for sample in samples],
+            torch.tensor([len(sample.answers) for sample in samples]),
             torch.tensor([weight for sample in samples for weight in sample.weights]),
             [sample.file for sample in samples], [reason for sample in samples for reason in sample.skipped],
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """Visual question answering (Section 5): the answer is generated, or chosen by its likelihood from a list."""
 
+import functools
+
 import torch
 
 from models.albef import ALBEF
@@ -7,6 +9,27 @@ from models.bert import BertModel
 from models.decoder import AnswerDecoder
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
+
+
+PASS_ROWS = 1024  # candidates that are decoded together: 1 GB of vocabulary logits for answers of 4 tokens
+
+
+def computes_on_host(tensor):
+    """Whether the host computes: waiting is free there, and an operation costs what it computes rather than a launch."""
+    return tensor.device.type == "cpu"
+
+
+def length_buckets(lengths, questions, k):
+    """How to decode k candidates of each question by length without looking at them: [(start, end, width)], widest first.
+
+    lengths [A]: of all answers of the list, [CLS] and eos included. However the questions choose, of their candidates in
+    the order of falling length those from `start` to `end` have at most `width` tokens.
+    """
+    lengths = lengths.cpu()
+    widths = torch.arange(int(lengths.max()), 2, -1)  # nothing follows the first token of a shorter one
+    at_least = (lengths[:, None] >= widths).sum(dim=0)
+    ends = [questions * min(k, count) for count in at_least.tolist()]
+    return [(start, end, width) for start, end, width in zip([0, *ends], ends, widths.tolist()) if start < end]
 
 
 class VQA(ALBEF):
@@ -49,8 +72,8 @@ class VQA(ALBEF):
         image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer likewise [A, L'], the questions' answers
         one after another; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
         """
-        # the question of each answer; made on the host, as the device would have to be waited for
-        rows = torch.repeat_interleave(torch.as_tensor(n)).to(image.device, non_blocking=True)
+        # the question of each answer; without output_size the device would have to be waited for
+        rows = torch.repeat_interleave(torch.as_tensor(n, device=image.device), output_size=len(answer.input_ids))
         logits, logits_m = self.answer_logits(self.encode_question(image, question), answer.input_ids, rows), None
         if self.config["distill"]:
             with torch.no_grad():
@@ -75,40 +98,63 @@ class VQA(ALBEF):
         both [B, min(k, A)].
         """
         k = min(k, len(answer_list.input_ids))
+        lengths = answer_list.attention_mask.sum(dim=1)
+        after_first = self._log_probs_by_prefix
+        if not computes_on_host(image):  # the lengths are waited for here, before the device has anything else to do
+            after_first = functools.partial(self._log_probs_in_buckets, buckets=length_buckets(lengths, len(image), k))
         keys_values, mask = self.encode_question(image, question)
         start = answer_list.input_ids[:1, :1].expand(len(image), 1)
         hidden, past = self.text_decoder(start, keys_values, mask)
         probs = self.text_decoder.cls.predictions(hidden[:, 0]).float().softmax(dim=1)
         first, candidates = probs[:, answer_list.input_ids[:, 1]].topk(k, dim=1)  # [B, k]
-        lengths = answer_list.attention_mask.sum(dim=1)
-        scores = 2 * first.log()
-        for number, ids in enumerate(candidates):
-            one = slice(number, number + 1)
-            of_one = [[(keys[one], values[one]) for keys, values in layers] for layers in (keys_values, past)]
-            scores[number] += self._log_prob_after_first(answer_list.input_ids[ids], lengths[ids], mask[one], *of_one)
+        ids, lengths = answer_list.input_ids[candidates], lengths[candidates]
+        scores = 2 * first.log() + after_first(ids, lengths, mask, keys_values, past)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order), scores.softmax(dim=1).gather(1, order)
 
-    def _log_prob_after_first(self, ids, lengths, mask, keys_values, past):
-        """Sum of log p of the tokens after the first of one question's candidates: ids [k, L], lengths [k] -> [k].
+    def _log_probs_by_prefix(self, ids, lengths, mask, keys_values, past):
+        """Sum of log p of the tokens after the first of each question's candidates: ids [B, k, L], lengths [B, k] -> [B, k].
 
-        Token by token; candidates that begin alike share a row, and what no candidate asks for is not computed: nothing
-        after eos, and no [CLS], whose keys and values are the `past`.
+        Question by question and token by token, with the fewest operations: candidates that begin alike share a row, and what
+        no candidate asks for is not computed: nothing after eos, and no [CLS], whose keys and values are the `past`.
         """
-        total = torch.zeros(len(ids), device=ids.device)
-        row = torch.zeros(len(ids), dtype=torch.long, device=ids.device)  # of `past`, for each candidate
-        for position in range(1, ids.shape[1] - 1):
-            alive = (lengths > position + 1).nonzero().squeeze(1)
-            if not len(alive):
-                break
-            prefixes, new_row = ids[alive, : position + 1].unique(dim=0, return_inverse=True)
-            parent = row.new_empty(len(prefixes)).index_copy_(0, new_row, row[alive])
-            past = [(keys[parent], values[parent]) for keys, values in past]
-            hidden, past = self.text_decoder(prefixes[:, -1:], keys_values, mask, past)
-            logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()  # [P, V]
-            total[alive] += logits[new_row, ids[alive, position + 1]] - logits.logsumexp(dim=1)[new_row]
-            row[alive] = new_row
-        return total
+        totals = torch.zeros(lengths.shape, device=ids.device)
+        for number, (own_ids, own_lengths, total) in enumerate(zip(ids, lengths, totals)):
+            one = slice(number, number + 1)
+            own_keys_values, own_past = ([(keys[one], values[one]) for keys, values in kv] for kv in (keys_values, past))
+            row = torch.zeros(len(own_ids), dtype=torch.long, device=ids.device)  # of `own_past`, for each candidate
+            for position in range(1, ids.shape[2] - 1):
+                alive = (own_lengths > position + 1).nonzero().squeeze(1)
+                if not len(alive):
+                    break
+                prefixes, new_row = own_ids[alive, : position + 1].unique(dim=0, return_inverse=True)
+                parent = row.new_empty(len(prefixes)).index_copy_(0, new_row, row[alive])
+                own_past = [(keys[parent], values[parent]) for keys, values in own_past]
+                hidden, own_past = self.text_decoder(prefixes[:, -1:], own_keys_values, mask[one], own_past)
+                logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()  # [P, V]
+                total[alive] += logits[new_row, own_ids[alive, position + 1]] - logits.logsumexp(dim=1)[new_row]
+                row[alive] = new_row
+        return totals
+
+    def _log_probs_in_buckets(self, ids, lengths, mask, keys_values, past, buckets):
+        """What _log_probs_by_prefix returns, with the fewest launches and without waiting for the device.
+
+        The candidates of all questions go together, each whole, the longest first. buckets: from length_buckets.
+        """
+        rows = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1])  # the question of each candidate
+        flat_ids, flat_lengths = ids.flatten(0, 1), lengths.flatten()
+        totals = torch.zeros(flat_lengths.shape, device=ids.device)
+        by_length = flat_lengths.argsort(descending=True)
+        for start, end, width in buckets:
+            for part in by_length[start:end].split(PASS_ROWS):
+                own, tokens = rows[part], flat_ids[part, 1:width]
+                own_past = [(keys[own], values[own]) for keys, values in past]
+                hidden, _ = self.text_decoder(tokens[:, :-1], keys_values, mask, own_past, own)
+                logits = self.text_decoder.cls.predictions(hidden).float()  # [R, width - 2, V]
+                log_probs = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=2)
+                is_token = torch.arange(2, width, device=ids.device) < flat_lengths[part, None]
+                totals[part] = (log_probs * is_token).sum(dim=1)
+        return totals.view_as(lengths)
 
     @torch.no_grad()
     def generate(self, image, question, beams=1, max_length=10):

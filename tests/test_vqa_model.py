@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import models.vqa
 from benchmarks import plain
 from conftest import assert_close, assert_released_size, assert_released_step
 from models import build_model
@@ -75,8 +76,11 @@ def random_answers(count, longest):
     return Text(distinct, (places < (distinct != 0).sum(dim=1, keepdim=True)).long())
 
 
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("k", [1, 7, 1000])
-def test_ranking_equals_the_plain_form(step, k):
+def test_ranking_equals_the_plain_form(step, monkeypatch, k, on_host):
+    monkeypatch.setattr(models.vqa, "computes_on_host", lambda image: on_host)
+    monkeypatch.setattr(models.vqa, "PASS_ROWS", 13)
     data, build, inputs = step
     model, answers = build().eval(), random_answers(60, 7)
     ids, probs = model.rank_answers(data["image"], inputs["question"], answers, k)
