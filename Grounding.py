@@ -15,15 +15,14 @@ import functools
 
 from Retrieval import step
 from engine import autocast
-from evaluation.divide import divided, gathered
 from engine.task import run_task
+from evaluation.divide import divide, gather
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
-from utils import is_main
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
-    """(ref_id, heat map [h, w]) of every expression, on all processes.
+    """Return (ref_id, heat map [h, w]) of every expression, on all processes.
 
     mode: itm, matching on the cross-attention of a multimodal layer, the mean over tokens, or itc, similarity on the
     self-attention of a ViT block; block_num: the layer, None for the usual one.
@@ -32,29 +31,30 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     found = {}
     block_num = default_block(model, mode) if block_num is None else block_num
     collate = functools.partial(dataset.collate, tokenizer=tokenizer)
-    for numbers, batch in divided(dataset, config, device, "expressions", collate):
+    for indices, batch in divide(dataset, config, device, "expressions", collate):
         with autocast(config, device):
             if mode == "itm":
                 maps = itm_gradcam(model, batch.image, batch.text, block_num).mean(dim=1)
             else:
                 maps = itc_gradcam(model, batch.image, batch.text, block_num)
-        found.update(zip(numbers, zip(batch.ref_ids, maps.float().cpu().numpy())))
-    return gathered(found)
+        found.update(zip(indices, zip(batch.ref_ids, maps.float().cpu().numpy())))
+    return gather(found)
 
 
-def evaluate(model, dataset, tokenizer, config, device, mode, block_num):
-    """Percent of expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set; and by chance."""
+def evaluate(model, dataset, tokenizer, config, device, report=None, *, mode, block_num):
+    """Return the percent of expressions whose best detected box is right, for each of RefCOCO+'s splits in the data set.
+
+    Report a line for each, with the percent of a random box.
+    """
     maps = heat_maps(model, dataset, tokenizer, config, device, mode, block_num)
-    right = grounding_accuracy(maps, *dataset.refer, dataset.detections)
-    chance = chance_grounding(dataset.refer.refs, dataset.refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])
-    return tuple({name: 100 * share for name, share in shares.items()} for shares in (right, chance))
-
-
-def show(output_dir, title, split, epoch, metrics, chance, dataset):
-    """A line for each split."""
-    if is_main():
-        for name, value in metrics.items():
-            print(f"grounding, {title}: {name.removesuffix('_d')} {value:.2f}% (a random box: {chance[name]:.1f}%)")
+    shares = grounding_accuracy(maps, *dataset.refer, dataset.detections)
+    if report:
+        refer = dataset.refer
+        chance = chance_grounding(refer.refs, refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])
+        for name, share in shares.items():
+            split = name.removesuffix("_d")
+            print(f"grounding, {report.title}: {split} {100 * share:.2f}% (a random box: {100 * chance[name]:.1f}%)")
+    return {name: 100 * share for name, share in shares.items()}
 
 
 def main():
@@ -66,7 +66,7 @@ def main():
             check_block(model, block_num, mode)
 
     find = functools.partial(evaluate, mode=mode, block_num=block_num)
-    run_task("grounding", args, step, find, "val_d", show, check=check)
+    run_task("grounding", args, step, find, "val_d", check=check)
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ flags = task_flags(__doc__, "configs/NLVR.yaml", "--checkpoint pretrain_model_nl
 if __name__ == "__main__":
     begin_script(flags)
 
-from evaluation.classification import evaluate, show, step
-from dataset.nlvr import LABELS
 from engine.task import run_task
+from evaluation.classification import evaluate, step
 
 
 def main():
-    args = flags.parse_args()
-    run_task("nlvr", args, step, evaluate, "acc", show("NLVR2", len(LABELS)))
+    run_task("nlvr", flags.parse_args(), step, evaluate, "acc")
 
 
 if __name__ == "__main__":

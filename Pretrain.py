@@ -8,32 +8,24 @@ flags.add_argument("--vision_encoder", metavar="VIT", help="ViT weights: timm na
 if __name__ == "__main__":
     begin_script(flags)
 
-import functools
-
-from Retrieval import evaluate
 from engine.task import run_task
+from evaluation.retrieval import evaluate
 from models.checkpoint import load_text_encoder, load_vision_encoder
-from evaluation.retrieval import report
 
 
 def step(model, batch, alpha, update_momentum):
-    """The losses of a batch by name."""
+    """Return the losses of a batch by name."""
     return model(batch.image, batch.text, alpha=alpha, masked=batch.masked, update_momentum=update_momentum)
 
 
 def initialize(model, config):
-    """Initial weights: BERT and DeiT (Section 3.1); the configuration must ask for random ones. Returns the load reports."""
+    """Load BERT and DeiT (Section 3.1), but where the configuration says random. Return the load reports."""
     sources = (("text_encoder", load_text_encoder), ("vision_encoder", load_vision_encoder))
     return [load(model, config[key]) for key, load in sources if config[key] != "random"]
 
 
-def show(output_dir, title, split, epoch, metrics, result, dataset):
-    """The table and result/retrieval.json."""
-    report(output_dir, f"zero-shot retrieval, {title}", *result, dataset)
-
-
 def main():
-    run_task("pretrain", flags.parse_args(), step, functools.partial(evaluate, ks=None), show=show, initialize=initialize)
+    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=initialize)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from engine.task import run_task
 
 
 def step(model, batch, alpha, update_momentum):
-    """The losses of a batch by name."""
+    """Return the losses of a batch by name."""
     return model(batch.image, batch.text)
 
 

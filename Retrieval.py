@@ -11,17 +11,17 @@ if __name__ == "__main__":
 import functools
 
 from engine.task import run_task
-from evaluation.retrieval import evaluate_retrieval, flat, report
+from evaluation.retrieval import evaluate
 from utils import InputError
 
 
 def step(model, batch, alpha, update_momentum):
-    """The losses of a batch by name."""
+    """Return the losses of a batch by name."""
     return model(batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
 
 
 def candidates(values):
-    """--k_test as whole numbers, None if the flag is not given."""
+    """Return --k_test as whole numbers, None if the flag is not given. Raises InputError."""
     try:
         ks = values and [int(value) for value in values]
     except ValueError:
@@ -31,20 +31,9 @@ def candidates(values):
     return ks
 
 
-def evaluate(model, dataset, tokenizer, config, device, ks):
-    """Recall by name, of the largest k as it is; beside it the recall for every k, and the ranked lists."""
-    metrics, ranked = evaluate_retrieval(model, dataset, tokenizer, config, device, ks)
-    return flat(metrics), (metrics, ranked)
-
-
-def show(output_dir, title, split, epoch, metrics, result, dataset):
-    """The table and result/retrieval.json."""
-    report(output_dir, f"retrieval, {title}", *result, dataset)
-
-
 def main():
     args = flags.parse_args()
-    run_task("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean", show)
+    run_task("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean")
 
 
 if __name__ == "__main__":

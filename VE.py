@@ -7,14 +7,12 @@ flags = task_flags(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set opt
 if __name__ == "__main__":
     begin_script(flags)
 
-from evaluation.classification import evaluate, show, step
-from dataset.ve import LABELS
 from engine.task import run_task
+from evaluation.classification import evaluate, step
 
 
 def main():
-    args = flags.parse_args()
-    run_task("ve", args, step, evaluate, "acc", show("visual entailment", len(LABELS)))
+    run_task("ve", flags.parse_args(), step, evaluate, "acc")
 
 
 if __name__ == "__main__":

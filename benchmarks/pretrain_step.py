@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import Pretrain
 from dataset.caption import CaptionBatch
@@ -72,10 +73,12 @@ def measure(path, precision, compiled, batch_size, steps):
 
     run = Run(model, model, optimizer, step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1)
 
-    def train_step(number, count_flops=False):
-        return iterate(run, iter([batch]), 0, number, 0.4, count_flops)
+    def train_step(number):
+        return iterate(run, iter([batch]), 0, number, 0.4)
 
-    flops = train_step(0, count_flops=True)[-1]  # before compiling: the counter sees single operations
+    with FlopCounterMode(display=False) as counter:  # before compiling: the counter sees single operations
+        train_step(0)
+    flops = counter.get_total_flops()
     if compiled:
         compile_layers(model)
     for number in range(WARM_UP):  # compilation, and on a CPU the first touch of fresh memory

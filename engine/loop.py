@@ -1,26 +1,26 @@
-"""The one training loop: precision, accumulation, schedule, and when to log, save, validate and stop."""
+"""The training loop: precision, accumulation, schedule, and when to log, save, validate and stop."""
 
 import contextlib
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from timm.models.vision_transformer import Block
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, optimizer_state, resume, rotate, save_checkpoint
-from engine.curves import Curves
+from configs.schema import save_config
 from dataset import to_device
 from dataset.batches import TrainBatches
+from engine.curves import Curves
 from engine.processes import StopSignal
+from engine.recorder import Recorder, summary, write_log
+from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
 from models.bert import Layer
 from optim import create_optimizer, step_if_finite
-from engine.recorder import Recorder, following, summary, write_log
-from configs.schema import save_config
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import (
     InputError, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
@@ -33,19 +33,15 @@ def has_bf16(device):
 
 
 def autocast(config, device):
-    """The context of the forward pass: bf16 autocast if the configuration and the device have it."""
+    """Return the context of the forward pass: bf16 autocast if the configuration and the device have it."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16" and has_bf16(device))
 
 
 def compile_layers(model):
-    """Compiles every transformer layer in place; names in the state dict stay as they are."""
+    """Compile every transformer layer in place; names in the state dict stay as they are."""
     for module in model.modules():
         if isinstance(module, (Block, Layer)):
             module.compile()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
 
 
 class Run(NamedTuple):
@@ -64,16 +60,14 @@ class Run(NamedTuple):
     entries: int = 0  # of the training set
 
     def save(self, name, position, lr):
-        """Writes a checkpoint on the main process; to be called on all. Returns its path. Raises TrainingStopped."""
+        """Write a checkpoint; every process must call it. Return its path. Raises TrainingStopped."""
         path = self.output_dir / name
-        state = optimizer_state(self.optimizer)
-        if is_main():
-            save_checkpoint(path, self.model, state, self.config, position, self.seed, lr, self.entries, self.model.task)
+        save_checkpoint(path, self.model, self.optimizer, self.config, position, self.seed, lr, self.entries)
         return path
 
 
-def iterate(run, batches, epoch, iteration, alpha, count_flops=False):
-    """One optimizer step over config["accumulate"] batches. Returns (values, files, skipped reasons, FLOPs or None).
+def iterate(run, batches, epoch, iteration, alpha):
+    """Take one optimizer step over config["accumulate"] batches. Return (values, files, skipped reasons).
 
     The sum of the losses that run.step(model, batch, alpha, update_momentum) returns is minimized; values has them, the
     model's extra metrics and grad_norm, the norm of all gradients, by name. Where that is not finite the weights and the
@@ -81,31 +75,30 @@ def iterate(run, batches, epoch, iteration, alpha, count_flops=False):
     """
     totals, files, skipped = {}, [], []
     accumulate, clip_grad = run.config["accumulate"], run.config["clip_grad"]
-    with FlopCounterMode(display=False) if count_flops else contextlib.nullcontext() as counter:
-        for micro in range(accumulate):
-            batch = next(batches)
-            seed_everything(run.seed, epoch, iteration, micro, rank())
-            batch = to_device(run.model.prepare(batch), run.device)
-            last = micro == accumulate - 1
-            with contextlib.nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():
-                with autocast(run.config, run.device):
-                    losses = run.step(run.wrapped, batch, alpha, micro == 0)
-                (sum(losses.values()) / accumulate).backward()
-            for name, value in {**losses, **run.model.extra_metrics()}.items():
-                totals[name] = totals.get(name, 0) + value.detach() / accumulate
-            files += batch.files
-            skipped += batch.skipped
+    for micro in range(accumulate):
+        batch = next(batches)
+        seed_everything(run.seed, epoch, iteration, micro, rank())
+        batch = to_device(run.model.prepare(batch), run.device)
+        last = micro == accumulate - 1
+        with contextlib.nullcontext() if last or run.wrapped is run.model else run.wrapped.no_sync():
+            with autocast(run.config, run.device):
+                losses = run.step(run.wrapped, batch, alpha, micro == 0)
+            (sum(losses.values()) / accumulate).backward()
+        for name, value in {**losses, **run.model.extra_metrics()}.items():
+            totals[name] = totals.get(name, 0) + value.detach() / accumulate
+        files += batch.files
+        skipped += batch.skipped
     params = [param for param in run.model.parameters() if param.grad is not None]
     norm = torch.nn.utils.get_total_norm([param.grad for param in params])
     if clip_grad:
         torch.nn.utils.clip_grads_with_norm_(params, clip_grad, norm)
     step_if_finite(run.optimizer, norm)
     run.optimizer.zero_grad(set_to_none=True)
-    return {**totals, "grad_norm": norm}, files, skipped, counter.get_total_flops() if counter else None
+    return {**totals, "grad_norm": norm}, files, skipped
 
 
 def train_epoch(run, batches, position, recorder, stop):
-    """The rest of an epoch from a position on. Returns the last learning rate; raises Interrupted after saving."""
+    """Train from a position to the end of its epoch. Return the last learning rate. Raises Interrupted after saving."""
     config, epoch, iterations = run.config, position.epoch, run.iterations
     batches = iter(batches)
     lr = learning_rate(run.scheduler, epoch, iterations - 1, iterations)  # where nothing is left of the epoch
@@ -114,9 +107,8 @@ def train_epoch(run, batches, position, recorder, stop):
         alpha = distillation_weight(config, epoch, iteration, iterations)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1)
-        count_flops = recorder.peak is not None and recorder.flops is None and not config["compile"]
-        values, files, skipped, flops = iterate(run, batches, epoch, iteration, alpha, count_flops)
-        recorder.flops = flops or recorder.flops
+        with recorder.count_flops():
+            values, files, skipped = iterate(run, batches, epoch, iteration, alpha)
         recorder.add(values, lr, files, skipped)
 
         signum = stop.agree()
@@ -137,23 +129,25 @@ def train_epoch(run, batches, position, recorder, stop):
 
 
 def finish_epoch(run, position, lr, validate, stop):
-    """Validates, logs and saves what an epoch has made. Returns the position of the next epoch.
+    """Validate, log and save what an epoch has made. Return the position of the next epoch.
 
     Without validation every epoch's checkpoint stays, or the last keep_checkpoints of them, with it the best one.
     """
-    epoch, next_epoch, keep = position.epoch, following(position), run.config["keep_checkpoints"]
+    epoch, next_epoch, keep = position.epoch, position.following(), run.config["keep_checkpoints"]
     if validate is None:
         file = f"checkpoint_{epoch:02d}.pth"
     else:
         file = LAST
         path = run.save(file, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
-        with stop.leave_at_once(f"saved {path} before the validation of epoch {epoch}; continue with --resume"):
+        saved = f"saved {path} before the validation of epoch {epoch}; continue with --resume"
+        stop.leave_together(saved)
+        with stop.leave_at_once(saved):
             metrics, name = validate()
         write_log(run.output_dir, epoch, **metrics)
         # a folder that vanished has taken the best one with it
         best_is_there = gather_lists([(run.output_dir / BEST).exists()])[0]
         if metrics[name] > position.best.get("score", float("-inf")) or not best_is_there:
-            next_epoch = next_epoch._replace(best={"score": metrics[name], "epoch": epoch})
+            next_epoch.best = {"score": metrics[name], "epoch": epoch}
             file = BEST
         if is_main():
             best = next_epoch.best
@@ -168,25 +162,28 @@ def finish_epoch(run, position, lr, validate, stop):
 
 
 def place(position, batches, config):
-    """(position, end): a saved position in the iterations of this run, and the end of its epoch's, exclusive.
+    """Place a saved position in the iterations of this run. Return it and the end of its epoch's, exclusive.
 
     The same as it was saved, unless the processes, batch size or accumulation have become others: then as many iterations
     count as done as the samples seen make now, and as many follow as those not seen make.
     """
     batches.begin(position.epoch, position.seen)
     iteration = position.seen // (config["batch_size"] * world_size() * config["accumulate"])
-    return position._replace(iteration=iteration), iteration + len(batches) // config["accumulate"]
+    return replace(position, iteration=iteration), iteration + len(batches) // config["accumulate"]
 
 
-def announce(config, scheduler, iterations, position, resume_from):
-    """Prints where the run begins, the global batch, the learning rate for it, and a note where the warm-up does not get there.
+def announce(run, position, resume_from):
+    """Print where the run begins, the global batch, the learning rate for it, and a note where the warm-up does not get there.
 
-    iterations: of an epoch. Of a run that is complete it says that alone.
+    Of a run that is complete it says that alone.
     """
+    config, scheduler, iterations = run.config, run.scheduler, run.iterations
     if position.epoch >= scheduler["epochs"]:
         print(f"{resume_from}: the run is complete, it has {position.epoch} epochs and scheduler.epochs is "
               f"{scheduler['epochs']}; to train on, --set scheduler.epochs=N", flush=True)
         return
+    if config["precision"] == "bf16" and not has_bf16(run.device):
+        print("note: this device has no bf16, training in fp32")
     if resume_from:
         print(f"resuming from {resume_from}: epoch {position.epoch}, iteration {position.iteration}")
     batch = config["batch_size"] * world_size() * config["accumulate"]
@@ -205,20 +202,19 @@ def announce(config, scheduler, iterations, position, resume_from):
               f"{available}: it ends below the learning rate; lower {key}", flush=True)
 
 
-def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
-    """Trains for scheduler.epochs epochs; leaves checkpoints, config.yaml, log.txt and TensorBoard files in output_dir.
+def wrap(model, config):
+    """Compile the layers of a model if the configuration says so. Return it, or its DistributedDataParallel."""
+    if config["compile"]:
+        compile_layers(model)
+    if not is_distributed():
+        return model
+    with warnings.catch_warnings():  # of the newer name of broadcast_buffers, which torch 2.11 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
-    validate() -> (metrics for log.txt, name of the one to maximize), the same on all processes, is called after every epoch.
-    The checkpoints are checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest
-    score as checkpoint_best.pth. Returns {score, epoch} of that one, or {epoch} of the last. Nothing is written before
-    everything is accepted. Raises InputError where resume_from does not fit, Interrupted after saving on SIGTERM or Ctrl-C,
-    TrainingStopped when too many losses are not finite or too much data unusable.
-    """
-    if config["deterministic"] or device.type == "cpu":  # where it costs nothing
-        make_deterministic()
-    if config["precision"] == "bf16" and not has_bf16(device) and is_main():
-        print("note: this device has no bf16, training in fp32")
+
+def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from):
+    """Accept what train is given. Return the Run, its batches and the Position that it begins at. Raises InputError."""
     for param in model.idle_parameters():
         param.requires_grad_(False)
     optimizer = create_optimizer(config["optimizer"], model, config["shard_optimizer"])
@@ -230,28 +226,36 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         raise InputError(f"accumulate {accumulate}: an epoch has only {len(batches)} batches, lower it")
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
-    if config["compile"]:
-        compile_layers(model)
-    wrapped = model
-    if is_distributed():
-        with warnings.catch_warnings():  # of the newer name of broadcast_buffers, which torch 2.11 does not know
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-    run = Run(model, wrapped, optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations, len(dataset))
+    run = Run(model, wrap(model, config), optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations,
+              len(dataset))  # fmt: skip
+    return run, batches, position
+
+
+def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
+    """Train for scheduler.epochs epochs; leaves checkpoints, config.yaml, log.txt and TensorBoard files in output_dir.
+
+    step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
+    validate() -> (metrics for log.txt, name of the one to maximize), the same on all processes, is called after every epoch.
+    The checkpoints are checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest
+    score as checkpoint_best.pth. Return {score, epoch} of that one, or {epoch} of the last. Nothing is written before
+    everything is accepted. Raises InputError where resume_from does not fit, Interrupted after saving on SIGTERM or Ctrl-C,
+    TrainingStopped when too many losses are not finite or too much data unusable.
+    """
+    if config["deterministic"] or device.type == "cpu":  # where it costs nothing
+        make_deterministic()
+    run, batches, position = prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from)
     position, end = place(position, batches, config)
     if is_main():
-        announce(config, scheduler, iterations, position, resume_from)
+        announce(run, position, resume_from)
         run.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run.output_dir)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
-    begun = position.epoch * iterations + position.iteration
-    curves = Curves(run.output_dir / "tensorboard", begun + 1) if is_main() else None
+    curves = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1)
 
-    with StopSignal() as stop, contextlib.closing(curves) if curves else contextlib.nullcontext():
-        while position.epoch < scheduler["epochs"]:
+    with StopSignal() as stop, contextlib.closing(curves):
+        while position.epoch < run.scheduler["epochs"]:
             model.train()
-            recorder = Recorder(position, config, device, run.output_dir, iterations, end, curves)
-            with contextlib.closing(recorder):
+            with contextlib.closing(Recorder(run, position, end, curves)) as recorder:
                 lr = train_epoch(run, batches, position, recorder, stop)
                 position = recorder.position()
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))

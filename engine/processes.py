@@ -1,6 +1,5 @@
 """Joining the process group that torchrun or Slurm has started, if one has, and leaving it together."""
 
-import contextlib
 import datetime
 import os
 import re
@@ -16,7 +15,7 @@ from utils import SIGNALS, TIMEOUT, InputError, Interrupted, gather_lists, inter
 
 
 def init_process_group(device, timeout=TIMEOUT):
-    """Joins the process group of the launcher, if there is one, and returns this process's device.
+    """Join the process group of the launcher, if there is one. Return this process's device. Raises InputError.
 
     device: None for a GPU where there is one. timeout: seconds after which a process that waits for the others gives up.
     """
@@ -50,7 +49,7 @@ def _join(backend, timeout):
 
 
 def _slurm_to_environment():
-    """Translates Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
+    """Translate Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
     if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script itself is no step
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -64,7 +63,7 @@ def _slurm_to_environment():
 
 
 def _agree_on_prefix(store, rank, world_size, timeout):
-    """A prefix for the keys of this start of the run, which process 0 draws and hands to each of the others.
+    """Return a prefix for the keys of this start of the run, which process 0 draws and hands to each of the others.
 
     torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: whoever
     reads one waits for ever. So every process says which number it has drawn, and the answer is under that number.
@@ -92,7 +91,8 @@ def _agree_on_prefix(store, rank, world_size, timeout):
 class StopSignal:
     """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together.
 
-    What waits for the other processes says so: every process must call it, at the same place.
+    Every process must call agree, after each iteration, and leave_together, at the same places: they wait for the others.
+    leave_at_once concerns nobody else.
     """
 
     def __enter__(self):
@@ -108,7 +108,7 @@ class StopSignal:
         self.signum = signum
 
     def agree(self):
-        """Every process calls it after every iteration. Returns the signal to stop for, the same on all; 0 for none.
+        """Return the signal to stop for, the same on all processes, 0 for none. Every process must call it.
 
         It is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to iteration i
         is read after iteration i + 1.
@@ -125,16 +125,13 @@ class StopSignal:
         return answer
 
     def leave_together(self, message):
-        """Every process calls it, and waits for the others, the saving one too. Raises Interrupted if one has had a signal.
+        """Raise Interrupted if any process has had a signal. Every process must call it; it waits for the one that saves, too.
 
         The launcher ends all processes as soon as one has left.
         """
         if signum := max(gather_lists([self.signum])):
             raise Interrupted(signum, message)
 
-    @contextlib.contextmanager
     def leave_at_once(self, message):
-        """Every process enters this context, as by leave_together; within it a signal ends the process that gets it at once."""
-        self.leave_together(message)
-        with interruptible(message):
-            yield
+        """Return a context within which a signal ends the process that gets it at once, by Interrupted."""
+        return interruptible(message)

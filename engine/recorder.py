@@ -1,18 +1,21 @@
 """What an epoch records: losses, progress, unusable entries, steps that went wrong, log.txt."""
 
+import contextlib
 import json
 import math
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from engine.saving import LAST, Position
-from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, remake_output_dir, world_size
+from engine.saving import LAST, writing
+from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, world_size
 
 # dense bf16 matrix-product peak in FLOP/s, by a part of the device's name
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
@@ -22,7 +25,7 @@ SPIKE = 6  # standard deviations above their mean that make a loss spike
 
 
 def device_peak(device, config):
-    """bf16 matrix-product peak of the device in FLOP/s, None where it is not known."""
+    """Return the bf16 matrix-product peak of the device in FLOP/s, None where it is not known."""
     if device.type != "cuda" or config["precision"] != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -32,126 +35,138 @@ def device_peak(device, config):
 class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard.
 
-    position: where the epoch goes on; iterations: of a whole epoch; end: the epoch's last iteration, exclusive.
+    position: where the epoch goes on, kept up to date from there; end: the epoch's last iteration, exclusive.
     """
 
-    def __init__(self, position, config, device, output_dir, iterations, end, curves):
-        self.start, self.config, self.device = position, config, device
-        self.sums, self.counted, self.recent = dict(position.sums), position.counted, list(position.recent)
-        self.spikes, self.skipped_steps = position.spikes, position.skipped_steps
-        self.output_dir, self.iterations, self.end, self.epoch = Path(output_dir), iterations, end, position.epoch
+    def __init__(self, run, position, end, curves):
+        self.run, self.config, self.now, self.end, self.curves = run, run.config, position, end, curves
         # the entries an interrupted epoch could not use belong to no process in particular
         self.skipped, self.new_skipped = list(position.skipped) if is_main() else [], []
-        self.batch_samples = config["batch_size"] * config["accumulate"] * world_size()
-        self.iteration, self.pending = position.iteration, []
+        self.batch_samples = self.config["batch_size"] * self.config["accumulate"] * world_size()
+        self.pending = []  # values by name and files of the iterations since those that `now` has
         # on a CPU there is nothing to wait for
-        self.every = config["log_every"] if device.type == "cuda" else 1
-        self.peak, self.flops = device_peak(device, config), None
+        self.every = self.config["log_every"] if run.device.type == "cuda" else 1
+        self.peak, self.flops = device_peak(run.device, self.config), None
         self.bar = tqdm(
             total=end, initial=position.iteration, desc=f"epoch {position.epoch}", disable=not is_main(),
             file=sys.stdout, dynamic_ncols=True, mininterval=1,
         )  # fmt: skip
-        self.curves = curves
         self.clock = time.perf_counter()
+
+    def close(self):
+        self.bar.close()
+
+    @contextlib.contextmanager
+    def count_flops(self):
+        """Count what a step computes, once and where it tells how busy the device is. The counter sees no compiled layers."""
+        if self.flops is not None or self.peak is None or self.config["compile"]:
+            yield
+            return
+        with FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
 
     def add(self, values, lr, files, skipped):
         """values: name -> scalar tensor on the device; files: this process's; skipped: reasons."""
         self.pending.append((values, files))
         self.new_skipped += skipped
         self.lr = lr
-        self.iteration += 1
-        if len(self.pending) >= self.every or self.iteration == self.end:
+        if len(self.pending) >= self.every or self.now.iteration + len(self.pending) == self.end:
             self.fetch()
 
     def fetch(self):
-        """Brings what is pending to the host, averaged over the processes. Raises TrainingStopped."""
+        """Bring what is pending to the host, its mean over the processes; all must call it. Raises TrainingStopped."""
         if not self.pending:
             return
         names = list(self.pending[0][0])
-        local = torch.stack([torch.stack([values[n].detach().float() for n in names]) for values, _ in self.pending])
-        count = torch.tensor([len(self.skipped) + len(self.new_skipped)], device=self.device)
-        mean = local.clone()
+        own = torch.stack([torch.stack([values[n].detach().float() for n in names]) for values, _ in self.pending])
+        skipped = torch.tensor([len(self.skipped) + len(self.new_skipped)], device=self.run.device)
+        mean = own.clone()
         if is_distributed():
             dist.all_reduce(mean)
-            dist.all_reduce(count)
+            dist.all_reduce(skipped)
             mean /= world_size()
-        first = self.iteration - len(self.pending)
+        pending, self.pending = self.pending, []
         good = []
-        for number, (row, own) in enumerate(zip(mean.double().cpu(), local.cpu())):
-            values = dict(zip(names, row.tolist()))
-            if row.isfinite().all():
+        for (_, files), row, own_row in zip(pending, mean.double().cpu().tolist(), own.cpu().tolist()):
+            values = dict(zip(names, row))
+            if all(map(math.isfinite, row)):
                 good.append(values)
-                self._check_spike(values, first + number, self.pending[number][1])
+                self._add_good(values, files)
             else:
-                bad = [name for name in names if not math.isfinite(values[name])]
-                bad = [name for name in bad if name.startswith("loss")] or bad  # gradients are not finite on all processes
-                own_bad = not all(own[names.index(name)].isfinite() for name in bad)
-                files = self.pending[number][1] if own_bad else []
-                self._note_nonfinite(bad, first + number, files, not math.isfinite(values["grad_norm"]))
-        for values in good:
-            for name, value in values.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-        self.counted += len(good)
-        self._note_skipped(int(count))
-        self._show({name: statistics.fmean(values[name] for values in good) for name in names if good}, len(self.pending))
-        self.pending = []
+                self._note_nonfinite(values, dict(zip(names, own_row)), files)
+            self.now.iteration += 1
+            self.now.seen += self.batch_samples
+        self._note_skipped(int(skipped))
+        self._show({name: statistics.fmean(values[name] for values in good) for name in names if good}, len(pending))
 
-    def _check_spike(self, values, iteration, files):
-        loss = sum(value for name, value in values.items() if name.startswith("loss"))
-        if len(self.recent) == RECENT:
-            usual, spread = statistics.fmean(self.recent), statistics.stdev(self.recent)
+    def _add_good(self, values, files):
+        """Add an iteration's values to the sums, and report a loss spike."""
+        now, losses = self.now, {name: value for name, value in values.items() if name.startswith("loss")}
+        for name, value in values.items():
+            now.sums[name] = now.sums.get(name, 0.0) + value
+        now.counted += 1
+        loss = sum(losses.values())
+        if len(now.recent) == RECENT:
+            usual, spread = statistics.fmean(now.recent), statistics.stdev(now.recent)
             if loss > usual + SPIKE * spread:
-                self.spikes += 1
-                losses = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name.startswith("loss"))
-                self._report(f"loss spike in epoch {self.epoch} iteration {iteration}: {losses}; their sum {loss:.4g} was "
+                now.spikes += 1
+                shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
+                self._report(f"loss spike in epoch {now.epoch} iteration {now.iteration}: {shown}; their sum {loss:.4g} was "
                              f"{usual:.4g} +- {spread:.2g} in the {RECENT} steps before", gather_lists(files))
-        self.recent = [*self.recent, loss][-RECENT:]
+        now.recent = [*now.recent, loss][-RECENT:]
 
-    def _note_nonfinite(self, names, iteration, files, step_skipped):
-        self.skipped_steps += 1
-        what = f"{', '.join(names)} not finite in epoch {self.epoch} iteration {iteration}"
-        files = gather_lists(files)
-        self._report(f"{what}: the step was {'skipped' if step_skipped else 'done, its gradients were finite'}", files)
-        skipped = self.start.skipped_steps_before + self.skipped_steps
-        if skipped > self.config["max_skipped_steps"]:
-            last = self.output_dir / LAST
+    def _note_nonfinite(self, values, own, files):
+        """Report an iteration whose values are not finite, with the files of the processes where they were not: own values."""
+        now, bad = self.now, [name for name, value in values.items() if not math.isfinite(value)]
+        bad = [name for name in bad if name.startswith("loss")] or bad  # gradients are not finite on all processes
+        now.skipped_steps += 1
+        what = f"{', '.join(bad)} not finite in epoch {now.epoch} iteration {now.iteration}"
+        files = gather_lists([] if all(math.isfinite(own[name]) for name in bad) else files)
+        done = "was done, its gradients were finite" if math.isfinite(values["grad_norm"]) else "was skipped"
+        self._report(f"{what}: the step {done}", files)
+        skipped, most = now.skipped_steps_before + now.skipped_steps, self.config["max_skipped_steps"]
+        if skipped > most:
+            last = self.run.output_dir / LAST
             raise TrainingStopped(
-                f"{what}; {skipped} steps skipped, max_skipped_steps is {self.config['max_skipped_steps']}; "
+                f"{what}; {skipped} steps skipped, max_skipped_steps is {most}; "
                 f"{f'the last checkpoint is {last}' if last.exists() else 'there is no checkpoint yet'}; "
                 f"files of this step: {', '.join(files)}"
             )
 
     def _report(self, what, files):
-        """Writes what happened in a step, with its files on all processes, to bad_steps.txt and to the screen."""
+        """Write what happened in a step, with its files on all processes, to bad_steps.txt and to the screen."""
         if is_main():
-            append(self.output_dir / "bad_steps.txt", [f"{what}; files of this step: {', '.join(files)}"])
-            tqdm.write(f"note: {what}; its files are in {self.output_dir / 'bad_steps.txt'}", file=sys.stderr)
+            path = self.run.output_dir / "bad_steps.txt"
+            append(path, [f"{what}; files of this step: {', '.join(files)}"])
+            tqdm.write(f"note: {what}; its files are in {path}", file=sys.stderr)
 
     def _note_skipped(self, count):
+        path = self.run.output_dir / "skipped.txt"
         if self.new_skipped:
-            append(self.output_dir / "skipped.txt", [f"epoch {self.epoch}: {reason}" for reason in self.new_skipped])
+            append(path, [f"epoch {self.now.epoch}: {reason}" for reason in self.new_skipped])
             self.skipped += self.new_skipped
             self.new_skipped = []
-        samples = self.iterations * self.batch_samples
+        samples = self.run.iterations * self.batch_samples
         if count > self.config["max_skipped"] * samples:
             last = gather_lists(self.skipped)[-1]
             raise TrainingStopped(
                 f"{count} entries could not be used, more than {self.config['max_skipped']:.1%} (max_skipped) of an epoch's "
-                f"{samples}; they are listed in {self.output_dir / 'skipped.txt'}, one of them: {last}"
+                f"{samples}; they are listed in {path}, one of them: {last}"
             )
 
     def _show(self, means, iterations):
-        now = time.perf_counter()
-        seconds, self.clock = (now - self.clock) / iterations, now
-        if self.curves is None:
+        clock = time.perf_counter()
+        seconds, self.clock = (clock - self.clock) / iterations, clock
+        if not is_main():
             return
-        step = self.epoch * self.iterations + self.iteration
+        step = self.now.epoch * self.run.iterations + self.now.iteration
         rate = self.batch_samples / seconds
         shown = {**means, "lr": self.lr, "samples_per_s": rate}
-        if self.flops and self.peak:
+        if self.flops:
             shown["mfu"] = self.flops / seconds / self.peak
         self.curves.add({f"train/{name}": value for name, value in shown.items()}, step)
-        left = (self.config["scheduler"]["epochs"] * self.iterations - step) * seconds
+        left = (self.config["scheduler"]["epochs"] * self.run.iterations - step) * seconds
         text = " ".join(f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n.startswith("loss"))
         mfu = f" MFU {shown['mfu']:.1%}" if "mfu" in shown else ""
         eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
@@ -159,30 +174,13 @@ class Recorder:
         self.bar.update(iterations)
 
     def position(self):
-        """Where the run stands after the iterations recorded so far; fetches them first. To be called on all processes."""
+        """Return where the run stands after what was added so far; every process must call it. Raises TrainingStopped."""
         self.fetch()
-        seen = self.start.seen + (self.iteration - self.start.iteration) * self.batch_samples
-        return Position(
-            epoch=self.epoch, iteration=self.iteration, seen=seen,
-            sums=dict(self.sums), counted=self.counted, recent=list(self.recent), spikes=self.spikes,
-            skipped_steps=self.skipped_steps, skipped_steps_before=self.start.skipped_steps_before,
-            skipped=gather_lists(self.skipped), best=self.start.best,
-        )  # fmt: skip
-
-    def close(self):
-        self.bar.close()
-
-
-def following(position):
-    """The position at the beginning of the epoch after a finished one."""
-    return Position(
-        epoch=position.epoch + 1, recent=position.recent, best=position.best,
-        skipped_steps_before=position.skipped_steps_before + position.skipped_steps,
-    )  # fmt: skip
+        return replace(self.now, skipped=gather_lists(self.skipped))
 
 
 def summary(position):
-    """A finished epoch's means and counts for log.txt, keys train_*."""
+    """Return a finished epoch's means and counts for log.txt, keys train_*."""
     means = {f"train_{name}": total / max(1, position.counted) for name, total in position.sums.items()}
     counts = {"skipped": len(position.skipped), "skipped_steps": position.skipped_steps, "loss_spikes": position.spikes}
     means |= {f"train_{name}": count for name, count in counts.items() if count}
@@ -192,22 +190,17 @@ def summary(position):
 
 
 def append(path, lines):
-    """Appends lines to a text file of a run's folder, which is made if it is gone. Raises TrainingStopped."""
-    try:
-        remake_output_dir(path.parent)
-        with open(path, "a") as file:
-            file.writelines(f"{line}\n" for line in lines)
-    except OSError as error:
-        raise TrainingStopped(f"cannot write {path}: {error.strerror}") from None
+    """Append lines to a text file of a run's folder. Raises TrainingStopped."""
+    with writing(path), open(path, "a") as file:
+        file.writelines(f"{line}\n" for line in lines)
 
 
 def write_log(output_dir, epoch, **values):
-    """Adds values to an epoch's JSON object in log.txt, on the main process; epoch None: as an object of its own."""
+    """Add values to an epoch's JSON object in log.txt, on the main process; epoch None: as an object of its own."""
     if not is_main():
         return
     path = Path(output_dir) / "log.txt"
-    try:
-        remake_output_dir(path.parent)
+    with writing(path, "earlier lines are untouched"):
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         entry = next((line for line in lines if line["epoch"] == epoch), None) if epoch is not None else None
         if entry is None:
@@ -216,5 +209,3 @@ def write_log(output_dir, epoch, **values):
         entry["epoch"] = entry.pop("epoch", epoch)  # at the end
         with atomic_write(path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-    except OSError as error:
-        raise TrainingStopped(f"cannot write {path}: {error.strerror}; earlier lines are untouched") from None

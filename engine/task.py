@@ -1,4 +1,4 @@
-"""What every task script does: accept all that it is given, train, keep the best epoch, test it."""
+"""What every task script does: set up what it is given, train, test the best epoch."""
 
 import os
 import shlex
@@ -16,6 +16,7 @@ from engine.loop import train
 from engine.processes import init_process_group
 from engine.recorder import write_log
 from engine.saving import BEST, LAST, find_resume_file, run_files
+from evaluation import Report
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint
 from models.tokenizer import tokenizer_of
@@ -35,16 +36,14 @@ class Setup(NamedTuple):
     resume_from: Path | None  # a checkpoint of the run in output_dir
 
 
-def run_task(task, args, step, evaluate=None, score=None, show=None, initialize=None, check=None):
-    """Runs a task script from its parsed arguments: training and a test of its best epoch, or with --evaluate a test alone.
+def run_task(task, args, step, evaluate=None, score=None, initialize=None, check=None):
+    """Run a task script from its parsed arguments: training and a test of its best epoch, or with --evaluate a test alone.
 
     task: as build_model names it.
     step(model, batch, alpha, update_momentum) -> the losses of a batch by name, as train takes it.
-    evaluate(model, dataset, tokenizer, config, device) -> (metrics by name, whatever show needs beside), on all processes;
-    None for a task that only trains.
+    evaluate(model, dataset, tokenizer, config, device, report) -> metrics by name, on all processes; it prints and writes what
+    it found where report, an evaluation.Report, is not None. None for a task that only trains.
     score: the name of the metric that picks the best epoch where there is validation data; without, the last one counts.
-    show(output_dir, title, split, epoch, metrics, result, dataset): prints and writes what evaluate found, on all processes;
-    epoch: of the weights.
     initialize(model, config) -> reports: initial weights without --checkpoint. With --resume --checkpoint it is the run of that
     file that goes on. None: a task that starts from --checkpoint.
     check(model): raises InputError before anything slow if the task's own flags do not fit the model.
@@ -52,47 +51,44 @@ def run_task(task, args, step, evaluate=None, score=None, show=None, initialize=
     Metrics go to log.txt under their names after the split's, which is left out where they begin with it. Raises InputError.
     """
     setup = set_up(task, args, evaluate, initialize, check)
-    config, output_dir, device = setup.config, setup.output_dir, setup.device
 
-    def measure(split):
-        metrics, result = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, config, device)
-        return metrics, result, {prefixed(split, name): value for name, value in metrics.items()}
+    def measure(split, report=None):
+        metrics = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, setup.config, setup.device, report)
+        return {prefixed(split, name): value for name, value in metrics.items()}
 
-    def validate():
-        return measure("val")[-1], prefixed("val", score)
-
-    def test(split, title, epoch, **source):
-        metrics, result, named = measure(split)
-        write_log(output_dir, None if source else epoch, **source, **named)
-        show(output_dir, f"{title}, {split}", split, epoch, metrics, result, setup.test_sets[split])
+    def test(split, weights, epoch, **source):
+        report = Report(f"{weights}, {split}", split, epoch, setup.output_dir / "result") if is_main() else None
+        write_log(setup.output_dir, None if source else epoch, **source, **measure(split, report))
 
     if args.evaluate:
         for split in setup.test_sets:
             test(split, args.checkpoint, checkpoint_epoch(args.checkpoint), checkpoint=args.checkpoint)
         return
-    kept = train(setup.model, setup.train_set, setup.tokenizer, step, config, output_dir, device, args.seed,
-                 setup.resume_from, validate if "val" in setup.test_sets else None)  # fmt: skip
-    file, which = output_dir / LAST, "last epoch"
+    score = score and prefixed("val", score)
+    validate = (lambda: (measure("val"), score)) if "val" in setup.test_sets else None
+    kept = train(setup.model, setup.train_set, setup.tokenizer, step, setup.config, setup.output_dir, setup.device, args.seed,
+                 setup.resume_from, validate)  # fmt: skip
+    file, which = setup.output_dir / LAST, "last epoch"
     if "score" in kept:
-        file, which = output_dir / BEST, f"best epoch by {prefixed('val', score).replace('_', ' ', 1)} {kept['score']:.4g}"
+        file, which = setup.output_dir / BEST, f"best epoch by {score.replace('_', ' ', 1)} {kept['score']:.4g}"
         load_checkpoint(setup.model, file)
     if "test" in setup.test_sets:
         test("test", f"epoch {kept['epoch']}", kept["epoch"])
     if is_main():
         use = ", which --checkpoint takes for fine-tuning" if "pretrain" in task else ""
         print(f"{which}: epoch {kept['epoch']}, {file}{use}; next:")
-        evaluation = [(Path(sys.argv[0]).name, "--evaluate", "--checkpoint", file)] if setup.test_sets else []
-        for words in (*evaluation, ("Visualize.py", "--output_dir", output_dir)):
-            print(f"    {command_line(*words)}")
+        if setup.test_sets:
+            print(f"    {command_line(Path(sys.argv[0]).name, '--evaluate', '--checkpoint', file)}")
+        print(f"    {command_line('Visualize.py', '--output_dir', setup.output_dir)}")
 
 
 def prefixed(split, name):
-    """A metric's name in log.txt."""
+    """Return a metric's name in log.txt."""
     return name if name.startswith(split) else f"{split}_{name}"
 
 
 def set_up(task, args, evaluates, initialize, check):
-    """Everything that a script is given, accepted: Setup. Raises InputError; nothing of a run is written before."""
+    """Accept everything that a script is given. Return a Setup. Raises InputError; nothing of a run is written before."""
     if args.evaluate and args.checkpoint in ("", "random"):
         raise InputError("--evaluate needs --checkpoint, the weights to evaluate")
     if args.split and not args.evaluate:
@@ -119,37 +115,34 @@ def set_up(task, args, evaluates, initialize, check):
         reports = initialize(model, config)
     elif not resume_from and args.checkpoint != "random":
         reports = [load_checkpoint(model, args.checkpoint, args.allow_missing, complete=args.evaluate)]
-    if is_main():
-        print(*reports, sep="\n", end="\n" if reports else "")
+    if is_main() and reports:
+        print(*reports, sep="\n")
     return Setup(config, output_dir, device, tokenizer, model.to(device), train_set, test_sets, resume_from)
 
 
 def find_run(task, args, run):
-    """The Choice of a configuration, the folder to write to, and the checkpoint to continue from, None for a new run.
+    """Return the Choice of a configuration, the folder to write to, and the checkpoint to continue from, None for a new run.
 
     run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
     """
     choice = choose_config(task, args, args.checkpoint, args.default_config)
     output_dir = Path(args.output_dir or default_output_dir(task, choice.source, args.evaluate))
-    if args.evaluate:
-        if run_files(output_dir) or (output_dir / "config.yaml").exists():
-            output_dir /= "evaluation"
-            if is_main():
-                print(f"note: {output_dir.parent} holds a run, the results of this evaluation go to {output_dir}")
-        make_output_dir(output_dir, writes=False)
-        return choice, output_dir, None
-    make_output_dir(output_dir)
-    resume_from = find_resume_file(output_dir, run, args.resume)
-    if not resume_from:
-        return choice, output_dir, None
-    found = task_in(read_checkpoint(resume_from), task, resume_from)
-    if found != task:
-        raise InputError(f"--resume: {resume_from} is of task {found}, this script's is {task}: name another --output_dir")
-    return choose_config(task, args, resume_from, args.default_config), output_dir, resume_from
+    if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):
+        output_dir /= "evaluation"
+        if is_main():
+            print(f"note: {output_dir.parent} holds a run, the results of this evaluation go to {output_dir}")
+    make_output_dir(output_dir, writes=not args.evaluate)
+    resume_from = None if args.evaluate else find_resume_file(output_dir, run, args.resume)
+    if resume_from:
+        found = task_in(read_checkpoint(resume_from), task, resume_from)
+        if found != task:
+            raise InputError(f"--resume: {resume_from} is of task {found}, this script's is {task}: name another --output_dir")
+        choice = choose_config(task, args, resume_from, args.default_config)
+    return choice, output_dir, resume_from
 
 
 def load_data(task, args, config, evaluates):
-    """The training set, None with --evaluate, and what to test on by split. Raises InputError."""
+    """Return the training set, None with --evaluate, and what to test on by split. Raises InputError."""
     names = {split: f"{task}_{split}" for split in ("train", "val", "test")}
     if task == "pretrain":
         names = {"train": "pretrain", "test": "retrieval_test"}
@@ -164,7 +157,7 @@ def load_data(task, args, config, evaluates):
 
 
 def command_line(script, *arguments):
-    """The command line that runs a script of this folder with this interpreter."""
+    """Return the command line that runs a script of this folder with this interpreter."""
     python = Path(sys.executable).name
     if shutil.which(python) != sys.executable:  # a virtual environment that is not activated
         python = min(sys.executable, os.path.relpath(sys.executable), key=len)

@@ -2,21 +2,20 @@
 
 import sys
 
-import torch.distributed as dist
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 from dataset import test_loader, to_device
-from utils import is_distributed, is_main, rank, world_size
+from utils import gather_lists, is_main, rank, world_size
 
 
 def progress_bar(iterable, what):
-    """iterable with a bar on the main process's screen, gone when it is done."""
+    """Iterate with a bar on the main process's screen, gone when it is done."""
     return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1)
 
 
-def divided(dataset, config, device, what, collate=None):
-    """Yields (indices of the samples, batch on the device) of this process's samples, every world_size-th of the data set.
+def divide(dataset, config, device, what, collate=None):
+    """Yield (indices of the samples, batch on the device) of this process's samples, every world_size-th of the data set.
 
     what: said before the progress bar; collate: as a loader takes it.
     """
@@ -27,10 +26,7 @@ def divided(dataset, config, device, what, collate=None):
         yield mine[number * batch_size : (number + 1) * batch_size], to_device(batch, device)
 
 
-def gathered(results):
-    """What the processes found for their samples, {number: result} -> that of all samples on every process, in order."""
-    if is_distributed():
-        parts = [None] * world_size()
-        dist.all_gather_object(parts, results)
-        results = {number: result for part in parts for number, result in part.items()}
-    return [results[number] for number in sorted(results)]
+def gather(results):
+    """Return the results of all processes, {index of a sample: result} each, in the order of the samples, on every process."""
+    results = dict(gather_lists(results.items()))
+    return [results[index] for index in sorted(results)]

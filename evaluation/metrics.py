@@ -14,7 +14,7 @@ from utils import InputError
 
 
 def _ranks(scores, positives):
-    """For each query the rank (0 is best) of its best positive; ties count half, so that order plays no part.
+    """Return for each query the rank (0 is best) of its best positive; ties count half, so that order plays no part.
 
     scores: [Q, K]; positives: for each query the indices of its positives. A query without a positive has no rank.
     """
@@ -28,7 +28,7 @@ def _ranks(scores, positives):
 
 
 def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
-    """Recall at 1, 5 and 10 of image-to-text (txt_*) and text-to-image (img_*) retrieval, in percent.
+    """Return the recall at 1, 5 and 10 of image-to-text (txt_*) and text-to-image (img_*) retrieval, in percent.
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
     number; images without a text are no queries. A query is a hit at k when fewer than k wrong candidates stand before its
@@ -49,7 +49,7 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
 
 def chance_recall(images, texts, img2txt):
-    """Expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent."""
+    """Return the expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent."""
     results = {}
     for k in (1, 5, 10):
         misses = []
@@ -85,7 +85,7 @@ _CONTRACTED = {
 
 
 def _contractions():
-    """For each contraction, every spelling that lacks one of its apostrophes -> the contraction."""
+    """Return {a contraction without one of its apostrophes: the contraction}."""
     spellings = {"somebody'd": "somebodyd"}  # the wrong way round in the official list
     for ending, words in _CONTRACTED.items():
         for full in (word + ending for word in words.split()):
@@ -98,7 +98,7 @@ _CONTRACTIONS = _contractions()
 
 @cache
 def _without_punctuation(answer):
-    """A mark becomes a space; it goes without one if any such mark in the answer is next to a space, or at "1,000"."""
+    """Replace marks by spaces, or by nothing where one is next to a space in the answer or it has a "1,000"."""
     cleaned = answer
     numeric = _DIGITS_WITH_COMMA.search(answer)
     for mark in _PUNCTUATION:
@@ -109,14 +109,14 @@ def _without_punctuation(answer):
 
 @cache
 def _normalized(answer):
-    """A predicted answer as it is compared: no punctuation, lower case, digits, no articles, contractions' apostrophes."""
+    """Return a predicted answer as it is compared: no punctuation, lower case, digits, no articles, contractions' apostrophes."""
     answer = answer.replace("\n", " ").replace("\t", " ").strip()  # before punctuation, which looks at spaces alone
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(answer).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _by_question(entries, kind):
-    """{question_id: entry}, refusing a second entry of a question."""
+    """Return {question_id: entry}. Raises InputError for a second entry of a question."""
     questions = {}
     for entry in entries:
         if entry["question_id"] in questions:
@@ -126,7 +126,7 @@ def _by_question(entries, kind):
 
 
 def _human_answers(annotation):
-    """The annotators' answers, without punctuation unless all are the same."""
+    """Return the annotators' answers, without punctuation unless all are the same. Raises InputError."""
     answers = annotation.get("answers", annotation.get("answer"))
     if isinstance(answers, list):
         answers = [given.get("answer") if isinstance(given, dict) else given for given in answers]
@@ -137,7 +137,7 @@ def _human_answers(annotation):
 
 
 def vqa_accuracy(predictions, annotations):
-    """The official VQA accuracy, in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+    """Return the official VQA accuracy in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
 
     predictions: list of {question_id, answer}; annotations: list of {question_id, the ten annotators' answers as answer
     (list of str) or answers (list of {answer}), perhaps answer_type}. A prediction scores min(1, m / 3) against nine of the
@@ -150,14 +150,11 @@ def vqa_accuracy(predictions, annotations):
     pair up one to one or an annotation has no answers.
     """
     predicted, annotated = _by_question(predictions, "prediction"), _by_question(annotations, "annotation")
-    for question_id in annotated:
-        if question_id not in predicted:
-            raise InputError(f"question {question_id} has no prediction ({len(predicted)} predictions, {len(annotated)} "
-                             "annotated questions): predict every question of the annotation file")
-    for question_id in predicted:
-        if question_id not in annotated:
-            raise InputError(f"question {question_id} is predicted but not annotated ({len(predicted)} predictions, "
-                             f"{len(annotated)} annotated questions): use the annotation file of these questions")
+    counts = f"{len(predicted)} predictions, {len(annotated)} annotated questions"
+    for question_id in {**annotated, **predicted}:
+        if question_id not in predicted or question_id not in annotated:
+            lacking = "prediction" if question_id in annotated else "annotation"
+            raise InputError(f"question {question_id} has no {lacking} ({counts}): give both for the same questions")
     if not annotated:
         raise InputError("there are no predictions and no annotations to score")
     per_question, by_type = {}, defaultdict(list)
@@ -184,7 +181,7 @@ def _percent(accuracies):
 
 
 def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
-    """Share of referring expressions whose best detected box is right: {"val_d", "testA_d", "testB_d"}, in [0, 1].
+    """Return the share of referring expressions whose best detected box is right: {"val_d", "testA_d", "testB_d"}, in [0, 1].
 
     cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): RefCOCO+ has several expressions for a ref, each of which
     counts. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
@@ -214,7 +211,7 @@ def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
 
 
 def chance_grounding(refs, boxes, detections, ref_ids=None):
-    """Expected `grounding_accuracy` of detected boxes drawn at random, with its arguments, keys and errors.
+    """Return the expected `grounding_accuracy` of detected boxes drawn at random, with its arguments, keys and errors.
 
     ref_ids: the ref of each expression evaluated (a ref counts as often as it occurs); without it every ref counts once.
     """
@@ -239,7 +236,7 @@ def _find_ref(refs, ref_id):
 
 
 def _candidates(detections, ref, ref_id):
-    """The detected boxes of a ref's image."""
+    """Return the detected boxes of a ref's image. Raises InputError."""
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
@@ -248,7 +245,7 @@ def _candidates(detections, ref, ref_id):
 
 
 def _box_score(cam, box, alpha):
-    """Sum of a map [H, W] inside a box [x, y, w, h, ...], divided by (w * h)^alpha."""
+    """Return the sum of a map [H, W] inside a box [x, y, w, h, ...], divided by (w * h)^alpha."""
     x, y, w, h = box[:4]
     # a negative start would count from the far edge
     inside = cam[max(0, int(y)):max(0, int(y + h)), max(0, int(x)):max(0, int(x + w))]

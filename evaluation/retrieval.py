@@ -1,18 +1,15 @@
 """Image-text retrieval with a trained model (Section 5): encoding, re-ranking, recall, rankings, tables."""
 
-import json
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 
 from dataset import to_device
 from dataset.text import MAX_TOKENS, tokenize
 from engine import autocast
-from evaluation.divide import divided, progress_bar
+from evaluation.divide import divide, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
 from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
-from utils import Text, atomic_write, is_distributed, is_main, world_size
+from utils import Text, is_distributed, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
 
@@ -56,8 +53,8 @@ def encode_images(model, dataset, config, device):
     """A data set's images, divided over the processes -> ImageEmbeds and the image_feat [NI, D] of all."""
     image_embeds = ImageEmbeds(model, dataset, config, device)
     image_feat = torch.zeros(len(dataset), config["embed_dim"], device=device)
-    for numbers, image in divided(dataset, config, device, "images"):
-        image_feat[numbers] = image_embeds.encode(image)[1]
+    for indices, image in divide(dataset, config, device, "images"):
+        image_feat[indices] = image_embeds.encode(image)[1]
     if is_distributed():
         dist.all_reduce(image_feat)
     return image_embeds, image_feat
@@ -82,11 +79,12 @@ def encode_texts(model, texts, tokenizer, config, device):
 
 
 @torch.no_grad()
-def evaluate_retrieval(model, dataset, tokenizer, config, device, ks=None):
-    """Ranks a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k of ks (Table 6).
+def evaluate(model, dataset, tokenizer, config, device, report=None, ks=None):
+    """Rank a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k of ks (Table 6).
 
-    ks: k_test alone by default; nothing is encoded or scored twice for another k. Returns (metrics by k, rankings): the
-    metrics of recall_at_k after re-ranking, those of ITC alone as k 0; the rankings of the largest k.
+    ks: k_test alone by default; nothing is encoded or scored twice for another k. Return the metrics of recall_at_k after
+    re-ranking: of the largest k by their names, of another with its prefix, k16_, and of ITC alone with itc_. Report a table
+    and, for the largest k, result/retrieval.json.
     """
     model.eval()
     ks = sorted(ks or [config["k_test"]])
@@ -103,17 +101,16 @@ def evaluate_retrieval(model, dataset, tokenizer, config, device, ks=None):
         i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
         t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
         metrics[k] = recall_at_k(i2t.cpu(), t2i.cpu(), dataset.txt2img, dataset.img2txt)
-    return metrics, rankings(scores_i2t, scores_t2i, dataset)
-
-
-def flat(metrics):
-    """Metrics by k as log.txt has them: those of the largest k as they are, others as k16_..., ITC alone as itc_..."""
-    prefixes = {k: f"k{k}_" for k in metrics} | {max(metrics): "", 0: "itc_"}
+    if report:
+        report.write("retrieval.json", rankings(scores_i2t, scores_t2i, dataset))
+        kind = "zero-shot retrieval" if model.task == "pretrain" else "retrieval"
+        print_table(f"{kind}, {report.title}", metrics, dataset)
+    prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
     return {prefixes[k] + name: value for k, values in metrics.items() for name, value in values.items()}
 
 
 def print_table(title, metrics, dataset):
-    """Recall of ITC alone and after ITM re-ranking, beside what chance would give; metrics by k, dataset as evaluated."""
+    """Print the recall of ITC alone, metrics[0], and after ITM re-ranking, by k, beside what chance would give."""
     print(f"{title}, {len(dataset.images)} images and {len(dataset.texts)} texts, percent")
     print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
     chance = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
@@ -138,14 +135,3 @@ def rankings(scores_i2t, scores_t2i, dataset, top=10):
         "image_to_text": [{"image": image, "results": row} for image, row in zip(dataset.images, texts)],
         "text_to_image": [{"caption": text, "results": row} for text, row in zip(dataset.texts, images)],
     }
-
-
-def report(output_dir, title, metrics, ranked, dataset):
-    """Writes result/retrieval.json and prints the table, on the main process; metrics and ranked from evaluate_retrieval."""
-    if not is_main():
-        return
-    folder = Path(output_dir) / "result"
-    folder.mkdir(exist_ok=True)
-    with atomic_write(folder / "retrieval.json", "w") as file:
-        json.dump(ranked, file)
-    print_table(title, metrics, dataset)

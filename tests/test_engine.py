@@ -42,10 +42,10 @@ def signal_at(number, signum=signal.SIGTERM):
     def wrap(step):
         calls = iter(range(1, 1000))
 
-        def stepped(*args):
+        def stepped(*args, **options):
             if next(calls) == number:
                 os.kill(os.getpid(), signum)
-            return step(*args)
+            return step(*args, **options)
 
         return stepped
 

@@ -105,7 +105,7 @@ def test_vqa_predictions_and_annotations_must_pair_up():
 
     annotations = [{"question_id": i, "answer": ["yes"] * 10} for i in (7, 8)]
     assert "question 8 has no prediction" in refusal(vqa_accuracy, answers(7), annotations)
-    assert "question 9 is predicted but not annotated" in refusal(vqa_accuracy, answers(7, 8, 9), annotations)
+    assert "question 9 has no annotation" in refusal(vqa_accuracy, answers(7, 8, 9), annotations)
     assert "question 8 has more than one prediction" in refusal(vqa_accuracy, answers(7, 8, 8), annotations)
     assert "question 7 has more than one annotation" in refusal(vqa_accuracy, answers(7, 8), annotations + annotations[:1])
     assert "no predictions and no annotations" in refusal(vqa_accuracy, [], [])

@@ -76,9 +76,9 @@ class Killing:
 def save(folder, epoch):
     model = torch.nn.Linear(3, 2)
     torch.nn.init.constant_(model.weight, epoch)
-    optimizer = torch.optim.AdamW(model.parameters())
-    state, position = optimizer.state_dict(), Position(epoch=epoch, iteration=5)
-    save_checkpoint(folder / LAST, model, state, {}, position, seed=0, lr=0.1)
+    model.task = "pretrain"
+    optimizer, position = torch.optim.AdamW(model.parameters()), Position(epoch=epoch, iteration=5)
+    save_checkpoint(folder / LAST, model, optimizer, {}, position, seed=0, lr=0.1)
 
 
 def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
@@ -236,11 +236,12 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path):
 
 def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
     model = torch.nn.Linear(3, 2)
-    state = torch.optim.AdamW(model.parameters()).state_dict()
+    model.task = "pretrain"
+    optimizer = torch.optim.AdamW(model.parameters())
     # 15 iterations of 4, and from there with a batch of 8: 3 more, which make the 11th of 8
     for name, iteration, seen in ((PREVIOUS, 15, 60), (LAST, 10, 84)):
         position = Position(epoch=0, iteration=iteration, seen=seen)
-        save_checkpoint(tmp_path / name, model, state, {}, position, seed=0, lr=0.1)
+        save_checkpoint(tmp_path / name, model, optimizer, {}, position, seed=0, lr=0.1)
         if name == PREVIOUS:
             os.rename(tmp_path / name, tmp_path / "checkpoint_99.pth")
     assert newest_checkpoint(tmp_path).name == LAST

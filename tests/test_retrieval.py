@@ -1,8 +1,6 @@
 """Retrieval.py as a whole: fine-tuning, choosing the best epoch, resuming, evaluation, several processes, bad input."""
 
 import json
-import os
-import signal
 import sys
 
 import pytest
@@ -10,7 +8,6 @@ import torch
 
 import Retrieval
 import Visualize
-import evaluation.retrieval
 from conftest import ROOT, log
 from models import build_model
 from models.checkpoint import load_checkpoint
@@ -31,16 +28,22 @@ def run(monkeypatch, config, output_dir, tmp_path, *arguments):
     Retrieval.main()
 
 
-def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys):
-    scores = iter([20.0, 30.0, 30.0, 99.0, 99.0])
-    real = evaluation.retrieval.evaluate_retrieval
+@pytest.fixture
+def scores(monkeypatch):
+    """Scores that the evaluations return one after the other, in place of what they find; and the weights that they saw."""
+    given, seen, real = [], [], Retrieval.evaluate
 
-    def scored(*args):
-        metrics, rankings = real(*args)
-        metrics[max(metrics)]["r_mean"] = next(scores)
-        return metrics, rankings
+    def evaluate(model, *args, **options):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return {**real(model, *args, **options), "r_mean": given.pop(0)}
 
-    monkeypatch.setattr(Retrieval, "evaluate_retrieval", scored)
+    monkeypatch.setattr(Retrieval, "evaluate", evaluate)
+    return given, seen
+
+
+def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys, scores):
+    given, seen = scores
+    given += [20.0, 30.0, 30.0, 99.0, 99.0]
     folder = tmp_path / "run"
     run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
     entries = log(folder)
@@ -48,10 +51,12 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     assert [entry["val_r_mean"] for entry in entries] == [20, 30, 30]
     assert ["test_r_mean" in entry for entry in entries] == [False, True, False]
     assert {"train_loss_ita", "train_loss_itm", "train_temp", "val_txt_r1", "val_itc_img_r10"} <= entries[0].keys()
-    best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
-    assert best["epoch"] == 1
-    assert torch.load(folder / "checkpoint_last.pth", weights_only=True)["epoch"] == 2
+    best, last = (torch.load(folder / f"checkpoint_{name}.pth", weights_only=True) for name in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (1, 2)
     assert not (folder / "checkpoint_00.pth").exists()
+    tested = seen[-1]
+    assert all(torch.equal(value, best["model"][name]) for name, value in tested.items())
+    assert not torch.equal(tested["itm_head.weight"], last["model"]["itm_head.weight"])
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("epoch ") and "r_mean" in line] == [
         "epoch 0: val r_mean 20, best 20 (epoch 0)", "epoch 1: val r_mean 30, best 30 (epoch 1)",
@@ -64,21 +69,24 @@ def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_pat
     assert json.loads((folder / "evaluation/result/retrieval.json").read_text()) == results
 
 
+def test_a_worse_epoch_after_a_resume_does_not_replace_the_best(config, pretrained, tmp_path, monkeypatch, scores):
+    given, seen = scores
+    given += [30.0, 99.0, 20.0, 25.0, 99.0]
+    folder = tmp_path / "run"
+    run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained, "--set", "scheduler.epochs=1")
+    run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained, "--resume")
+    assert [entry["val_r_mean"] for entry in log(folder)] == [30, 20, 25]
+    best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
+    assert best["epoch"] == 0 and best["resume"]["best"] == {"score": 30, "epoch": 0}
+    assert all(torch.equal(value, best["model"][name]) for name, value in seen[-1].items())
+
+
 @pytest.mark.parametrize("where", ["in an epoch", "in a validation"])
 def test_interrupted_and_resumed_equals_uninterrupted(config, pretrained, tmp_path, monkeypatch, where):
     run(monkeypatch, config, tmp_path / "whole", tmp_path, "--checkpoint", pretrained)
+    name, number = {"in an epoch": ("step", 9), "in a validation": ("evaluate", 2)}[where]
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        if where == "in an epoch":
-            patch.setattr(Retrieval, "step", signal_at(9)(Retrieval.step))
-        else:
-            calls = iter(range(1, 100))
-
-            def interrupted(*args, real=evaluation.retrieval.evaluate_retrieval):
-                if next(calls) == 2:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return real(*args)
-
-            patch.setattr(Retrieval, "evaluate_retrieval", interrupted)
+        patch.setattr(Retrieval, name, signal_at(number)(getattr(Retrieval, name)))
         run(patch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained)
     run(monkeypatch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")

@@ -318,8 +318,8 @@ def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
 
 
 RIGHT = {  # script: what makes a quarter of its test data right
-    "VE": ("evaluation.classification.gathered", lambda _: [True, False, False, False]),
-    "NLVR": ("evaluation.classification.gathered", lambda _: [True, False, False, False]),
+    "VE": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
+    "NLVR": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
     "Grounding": ("Grounding.grounding_accuracy", lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25)),
 }
 
