@@ -386,7 +386,7 @@ BAD_INPUT = {
     "answers of some questions": ("VQA", "test_file", [{**QUESTION, "answer": ["a"]}, {**QUESTION, "question_id": 8}],
                                   "entry 1 .*has no 'answer', though others have"),
     "answers of Visual Genome to score": ("VQA", "test_file", [{**QUESTION, "dataset": "vg", "answer": "a"}], "one annotator"),
-    "two batch sizes": ("VE", "batch_size_train", 4, "batch_size has the values 8 and 4"),
+    "two batch sizes": ("VE", "batch_size_train", 4, "batch_size is 8 and batch_size_train is 4"),
     "objectives of another task": ("Grounding", "--set", "objectives=[mlm]", "objectives is mlm, this task has itc, itm"),
     "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is no token"),
     "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
