@@ -8,7 +8,6 @@ The lists are read by Python's json, in pieces: msgspec, which checks the entrie
 and halves of surrogate pairs, which Python writes.
 """
 
-import bisect
 import codecs
 import functools
 import hashlib
@@ -24,7 +23,7 @@ from typing import Annotated, ClassVar
 import msgspec
 import numpy as np
 
-from dataset.cache import load_cached, unreadable
+from dataset.cache import load_cached, locate, unreadable
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from utils import InputError, atomic_write
 
@@ -118,20 +117,14 @@ class Entries:
         return self._ends[-1]
 
     def __getitem__(self, i):
-        file, number = self._place(i)
+        file, number = locate(i, self._ends)
         start, end = self._offsets[file][number : number + 2].tolist()
         return self.form(*json.loads(self._lines[file][start:end].tobytes()))
 
     def where(self, i):
         """File and number of entry i, for error messages."""
-        file, number = self._place(i)
+        file, number = locate(i, self._ends)
         return where(self.files[file], number)
-
-    def _place(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"entry {i} of {len(self)}")
-        file = bisect.bisect(self._ends, i)
-        return file, i - (self._ends[file - 1] if file else 0)
 
 
 def _open(name):

@@ -63,7 +63,7 @@ class EntryDataset(Dataset):
 
 
 def check_images(dataset, sample=1000):
-    """Raises InputError unless the image folders and the images of `sample` evenly spaced samples exist (None: of all).
+    """Raise InputError unless the image folders and the images of `sample` evenly spaced samples exist (None: of all).
 
     A root may be None or empty if the annotation files hold absolute paths; those win over it.
     """

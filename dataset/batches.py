@@ -14,7 +14,7 @@ MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
 
 
 def check_length(length, batch_size, world_size):
-    """Raises InputError for a training set of less than one batch."""
+    """Raise InputError for a training set of less than one batch."""
     if length < batch_size * world_size:
         processes = f" on each of {world_size} processes" if world_size > 1 else ""
         raise InputError(f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
@@ -59,8 +59,6 @@ def workers(config):
     if config["num_workers"] is not None:
         return config["num_workers"]
     return min(8, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 
 
 class TrainBatches:

@@ -1,5 +1,6 @@
 """What is worked out once from a file and kept in a cache folder, until the file changes."""
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -41,9 +42,19 @@ def load_cached(paths, kind, build, load, processes=None):
     return loaded
 
 
+def locate(index, ends):
+    """(file, index in it) of an index in files that are joined in order; ends: their summed lengths. Raises IndexError."""
+    if not 0 <= index < ends[-1]:
+        raise IndexError(f"index {index} of {ends[-1]}")
+    file = bisect.bisect(ends, index)
+    return file, index - (ends[file - 1] if file else 0)
+
+
 def cache_folder():
-    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else in the temporary folder. Raises InputError if none can be
-    written."""
+    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else in the temporary folder.
+
+    Raises InputError if none of them can be written.
+    """
     wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef")
     for folder in wanted, os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}"):

@@ -116,12 +116,9 @@ class CaptionDataset(EntryDataset):
 
     def collate(self, samples, tokenizer):
         """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
-        return CaptionBatch(
-            torch.stack([sample.image for sample in samples]),
-            tokenize([sample.caption for sample in samples], tokenizer, self.max_tokens),
-            torch.tensor([sample.image_id for sample in samples]), [sample.file for sample in samples],
-            [reason for sample in samples for reason in sample.skipped],
-        )  # fmt: skip
+        images, captions, image_ids, files, skipped = zip(*samples)
+        text = tokenize(captions, tokenizer, self.max_tokens)
+        return CaptionBatch(torch.stack(images), text, torch.tensor(image_ids), list(files), sum(skipped, []))
 
 
 class ShardedCaptions(CaptionDataset):

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
+from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
 from dataset.grounding import Expression
 from dataset.images import FORMATS, ImageError, decode_image, read_image
@@ -297,9 +298,10 @@ class Tally:
         usable, bad = self.sides.total(), self.unusable.total()
         looked_at, limit, image_res = usable + bad, self.check.config["max_skipped"], self.check.config["image_res"]
         self.result.update(
-            images=total, looked_at=looked_at, unusable=dict(self.unusable.most_common()), folders_missing=sorted(self.lost_roots),
-            images_also_trained_on=also_trained, shorter_side={name: self.sides[i] for i, name in enumerate(BINS)},
-            image_res=image_res, smaller_than_image_res=self.traits["small"], formats=dict(self.formats.most_common()),
+            images=total, looked_at=looked_at, unusable=dict(self.unusable.most_common()),
+            folders_missing=sorted(self.lost_roots), images_also_trained_on=also_trained,
+            shorter_side={name: self.sides[i] for i, name in enumerate(BINS)}, image_res=image_res,
+            smaller_than_image_res=self.traits["small"], formats=dict(self.formats.most_common()),
             exif_rotated=self.traits["rotated"], animated=self.traits["animated"],
         )  # fmt: skip
         if self.lost_roots:
@@ -430,11 +432,11 @@ def check_shards(check, paths):
             counts[path] = len(Shards([path], 1))
     if not counts:
         return unreadable("train_file", file)
-    shards, starts = Shards(list(counts), 1), np.cumsum([0, *counts.values()])
+    shards, ends = Shards(list(counts), 1), list(itertools.accumulate(counts.values()))
 
     def name(index):
-        shard = int(np.searchsorted(starts, index, "right")) - 1
-        return f"number {index - starts[shard]} of {os.path.basename(shards.paths[shard])}"
+        shard, number = locate(index, ends)
+        return f"number {number} of {os.path.basename(shards.paths[shard])}"
 
     tally, chosen = Tally(check, "train_file", file, SHARDS), check.evenly(range(len(shards)))
     for seen in check.look_at([(index, *shards.place(index)) for index in chosen], "shards"):
@@ -471,7 +473,7 @@ def check_lists(check):
 
 
 def check_others(check, tokenizer_of):
-    """Opens what else the configuration names -> {key: what it is}.
+    """Open what else the configuration names -> {key: what it is}.
 
     What cannot be opened is a problem; a hub that cannot be reached is no fault of the configuration.
     """

@@ -40,9 +40,8 @@ class ClassificationDataset(EntryDataset):
 
     def collate(self, samples, tokenizer):
         """Samples -> ClassificationBatch; sentences are padded to the longest of the batch."""
+        images, sentences, targets, files, skipped = zip(*samples)
+        text = tokenize(sentences, tokenizer)
         return ClassificationBatch(
-            torch.stack([sample.image for sample in samples], dim=1).unbind(),
-            tokenize([sample.sentence for sample in samples], tokenizer),
-            torch.tensor([sample.target for sample in samples]), [file for sample in samples for file in sample.files],
-            [reason for sample in samples for reason in sample.skipped],
-        )  # fmt: skip
+            torch.stack(images, dim=1).unbind(), text, torch.tensor(targets), sum(files, []), sum(skipped, [])
+        )

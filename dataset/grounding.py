@@ -68,7 +68,5 @@ class GroundingTestSet(EntryDataset):
 
     def collate(self, samples, tokenizer):
         """Samples -> GroundingBatch; expressions become at most 30 ids, padded to the longest of the batch."""
-        return GroundingBatch(
-            torch.stack([sample.image for sample in samples]),
-            tokenize([sample.text for sample in samples], tokenizer, MAX_TOKENS), [sample.ref_id for sample in samples],
-        )  # fmt: skip
+        images, texts, ref_ids = zip(*samples)
+        return GroundingBatch(torch.stack(images), tokenize(texts, tokenizer, MAX_TOKENS), list(ref_ids))

@@ -11,7 +11,6 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -25,15 +24,11 @@ MAX_SCANS = 100
 
 
 class ImageError(OSError):
-    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full."""
+    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full, by default kind: detail."""
 
-    def __init__(self, name, kind, problem=None):
-        self.kind, self.problem = kind, problem or kind
+    def __init__(self, name, kind, detail="", problem=""):
+        self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
         super().__init__(f"{name}: {self.problem}")
-
-
-class _Refused(Exception):
-    """A file is not decoded, though it might be. args: kind and problem of an ImageError."""
 
 
 def load_image(path):
@@ -46,11 +41,11 @@ def read_image(path):
     try:
         return Path(path).read_bytes()
     except (FileNotFoundError, IsADirectoryError):
-        raise ImageError(path, "missing", no_file(path)) from None
+        raise ImageError(path, "missing", problem=no_file(path)) from None
     except OSError as error:
-        raise ImageError(path, "unreadable", f"unreadable: {error.strerror}") from None
+        raise ImageError(path, "unreadable", error.strerror) from None
     except ValueError as error:  # a name that no file can have, with a NUL in it for one
-        raise ImageError(repr(path), "unreadable", f"unreadable: {error}") from None
+        raise ImageError(repr(path), "unreadable", str(error)) from None
 
 
 def no_file(path):
@@ -74,26 +69,26 @@ def decode_image(data, name):
     try:
         image = None
         if data.startswith(b"\xff\xd8\xff"):
-            _check_scans(data)
-            image = _decode_jpeg(data)
-        return _decode_with_pillow(data) if image is None else image
+            _check_scans(data, name)
+            image = _decode_jpeg(data, name)
+        return _decode_with_pillow(data, name) if image is None else image
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise ImageError(name, "not an image", f"not an image: it is none of {', '.join(FORMATS)}") from None
-    except _Refused as error:
-        raise ImageError(name, *error.args) from None
+        raise ImageError(name, "not an image", f"it is none of {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError as error:
-        raise ImageError(name, "too large", f"too large: {error}") from None
+        raise ImageError(name, "too large", str(error)) from None
     except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
-        raise ImageError(name, "broken image", f"broken image: {error}") from error
+        raise ImageError(name, "broken image", str(error)) from error
 
 
-def _decode_jpeg(data):
+def _decode_jpeg(data, name):
     """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for one."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
-        _check_size(width, height)
+        _check_size(width, height, name)
         return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     except ValueError as error:
         if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
@@ -101,40 +96,38 @@ def _decode_jpeg(data):
         return None
 
 
-def _decode_with_pillow(data):
+def _decode_with_pillow(data, name):
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(*image.size)
+        _check_size(*image.size, name)
         image.load()
         image.info.pop("transparency", None)  # without effect on the pixels of an RGB image, but Pillow warns of it
-        return from_pillow(_to_8_bits(image).convert("RGB"))
+        return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
-def _check_scans(data):
+def _check_scans(data, name):
     values = np.frombuffer(data, np.uint8)
     # the marker and the first byte of its length; what other data may hold of them by chance is far below the limit
     scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
     if scans > MAX_SCANS:
-        problem = f"too slow to decode: {scans} scans, the limit is {MAX_SCANS}; save the image again"
-        raise _Refused("too slow to decode", problem)
+        raise ImageError(name, "too slow to decode", f"{scans} scans, the limit is {MAX_SCANS}; save the image again")
 
 
-def _check_size(width, height):
+def _check_size(width, height, name):
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
-        raise _Refused("too large", f"too large: {width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+        raise ImageError(name, "too large", f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
 
 
-def _to_8_bits(image):
+def _to_8_bits(image, name):
     """A gray image of more than 8 bits as one of 8, others as they are. 16-bit colors Pillow has scaled the same way."""
     if image.mode == "F":
-        raise _Refused("unknown range of gray", "unknown range of gray: 32-bit float says nothing of which value is white; save "
-                       "the image with 8 bits")
+        raise ImageError(name, "unknown range of gray", "32-bit float does not say which value is white; save the image with "
+                         "8 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         low, high = values.min(), values.max()
         if image.mode == "I" and (low < 0 or high > 65535):
-            raise _Refused("unknown range of gray", f"unknown range of gray: 32-bit values of {low} to {high}; save the image "
-                           "with 8 bits")
+            raise ImageError(name, "unknown range of gray", f"32-bit values of {low} to {high}; save the image with 8 bits")
         if image.mode != "I" or high > 255:  # mode I holds 16 bits (PGM), but 8-bit values (TIFF) as well
             return Image.fromarray((values >> 8).astype(np.uint8))
     return image

@@ -19,7 +19,7 @@ import tarfile
 import numpy as np
 from braceexpand import braceexpand
 
-from dataset.cache import load_cached
+from dataset.cache import load_cached, locate
 from utils import InputError, TrainingStopped, atomic_write
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -28,7 +28,9 @@ MAX_OPEN = 128  # shards that a process keeps open: on a network file system it 
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
 _NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # of a member: key and suffix
-_META = re.compile(r"__[^/]*__($|/)")  # keys of what is no sample, such as __meta__.json or __index__/0.txt
+_META = re.compile(r"__[^/]*__($|/)")  # keys of what is not a sample, such as __meta__.json or __index__/0.txt
+
+
 def expand(entries):
     """The names in train_file -> (JSON lists, shards), lists of paths in the order of the names.
 
@@ -81,28 +83,25 @@ class Shards:
     def __init__(self, paths, processes=None):
         self.paths, self._offsets = paths, load_cached(paths, "shard", _scan, _load, processes)
         self.counts = [len(offsets) - 1 for offsets in self._offsets]
-        self._ends = np.cumsum(self.counts)
+        self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
             others = ", nor do the other shards" if paths[1:] else ""
             raise InputError(f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
                              "000000012.txt")
 
     def __len__(self):
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def __getitem__(self, index):
         return read_sample(*self.place(index))
 
     def place(self, index):
         """(path, start, end): where the bytes of a sample are."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, index, "right"))
-        first = index - int(self._ends[shard]) + self.counts[shard]
-        return self.paths[shard], *self._offsets[shard][first : first + 2].tolist()
+        shard, number = locate(index, self._ends)
+        return self.paths[shard], *self._offsets[shard][number : number + 2].tolist()
 
     def prefetch(self, indices):
-        """Has the kernel begin to read samples, all at a time."""
+        """Have the kernel begin to read samples, all at a time."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
             for path, start, end in map(self.place, indices):
                 with _errors_of(path, TrainingStopped):
@@ -200,7 +199,7 @@ def _errors_of(path, kind):
 
 
 def _members(archive):
-    """Iterates over (key, suffix, member) of the members of an open tar file that are of samples."""
+    """Iterate over (key, suffix, member) of the members of an open tar file that are of samples."""
     for member in iter(archive.next, None):
         archive.members.clear()  # where tarfile keeps all it has seen
         name = _NAME.fullmatch(member.name)

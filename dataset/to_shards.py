@@ -41,7 +41,7 @@ CHECKED = 1000  # images looked for before the first is copied
 
 
 def write_shard(number, annotations, image_root, output, samples):
-    """Writes shard `number` of output: that many samples from entry number * samples on. Returns how many entries it is of.
+    """Write shard `number` of output: that many samples from entry number * samples on. Returns how many entries it is of.
 
     An image that cannot be read is left out and named, with the reason, in %05d_skipped.txt. Raises InputError if the shard
     cannot be written; then there is none.
@@ -99,7 +99,7 @@ def add_member(tar, name, data):
 
 
 def convert(files, image_root, output, samples, processes=None):
-    """Writes the shards of `samples` entries each that are not there yet, and skipped.txt. Returns (shards, entries left out).
+    """Write the shards of `samples` entries each that are not there yet, and skipped.txt. Returns (shards, entries left out).
 
     files: JSON lists as pre-training takes them. processes: default the cores, 8 at most. Raises InputError.
     """
@@ -134,7 +134,7 @@ def _check_images(annotations, image_root):
 
 
 def _check_origin(output, origin):
-    """Writes what the shards are made of to shards.json; raises InputError if those in output are made of something else."""
+    """Write what the shards are made of to shards.json; raises InputError if those in output are made of something else."""
     path = output / MADE_OF
     remedy = f"name another --output, or remove {output} to make all shards anew"
     try:
@@ -154,7 +154,7 @@ def _check_origin(output, origin):
 
 
 def main():
-    """Makes shards from the command line and prints the train_file line that names them."""
+    """Make shards from the command line and print the train_file line that names them."""
     args = flags.parse_args()
     if args.samples < 1:
         flags.error("--samples must be at least 1")

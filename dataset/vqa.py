@@ -144,18 +144,16 @@ class VQADataset(EntryDataset):
 
     def collate(self, samples, tokenizer):
         """Samples -> VQABatch; texts are padded to the longest of the batch."""
+        images, questions, answers, weights, files, skipped = zip(*samples)
         return VQABatch(
-            torch.stack([sample.image for sample in samples]),
-            tokenize([sample.question for sample in samples], tokenizer, SHORT_TOKENS),
-            tokenize([answer for sample in samples for answer in sample.answers], tokenizer),
-            torch.tensor([len(sample.answers) for sample in samples]),
-            torch.tensor([weight for sample in samples for weight in sample.weights]),
-            [sample.file for sample in samples], [reason for sample in samples for reason in sample.skipped],
+            torch.stack(images), tokenize(questions, tokenizer, SHORT_TOKENS), tokenize(sum(answers, []), tokenizer),
+            torch.tensor(list(map(len, answers))), torch.tensor(sum(weights, [])), list(files), sum(skipped, []),
         )  # fmt: skip
 
     def collate_questions(self, samples, tokenizer):
         """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
-        return torch.stack([image for image, _ in samples]), tokenize([question for _, question in samples], tokenizer)
+        images, questions = zip(*samples)
+        return torch.stack(images), tokenize(questions, tokenizer)
 
     def annotations(self):
         """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""

@@ -41,7 +41,7 @@ def _end_with_parent():
 
 @atexit.register  # before multiprocessing's own, which would ask them to end and wait for it
 def _end_workers():
-    """Kills the data workers that are left where an error has ended the run."""
+    """Kill the data workers that are left where an error has ended the run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch makes an error of each
     for process in multiprocessing.active_children():
         if process.daemon:
@@ -101,7 +101,7 @@ def process_count(tasks, wanted=None):
 
 @contextlib.contextmanager
 def in_processes(count, begin=begin_worker):
-    """Gives jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
+    """Give jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
 
     Few items are taken ahead of the results. count: 0 to compute them in this process. begin: what a process does first,
     begin_worker among it. Raises TrainingStopped if a process dies.
