@@ -1,6 +1,5 @@
 """What becomes of faulty data: docs/faults.md has the table of which every row is tested here or in test_images.py."""
 
-import io
 import json
 import re
 import unicodedata
@@ -39,9 +38,7 @@ def tokenizer(tiny_config):
 def folder(shapes, tmp_path):
     """An image folder with every file of UNUSABLE, but gone.jpg, and a good one."""
     good = (shapes / GOOD).read_bytes()
-    png = io.BytesIO()
-    Image.open(shapes / GOOD).save(png, "PNG")
-    png = png.getvalue()
+    png = encoded(Image.open(shapes / GOOD), "PNG")
     files = {
         "corrupt.jpg": good[:-200] + b"\xff\xd9", "truncated.jpg": good[:-200],
         "corrupt.png": png[:60] + bytes(len(png) - 60), "empty.jpg": b"", "html.jpg": b"<html>404 Not Found</html>",

@@ -72,23 +72,15 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=40).map("".
 
 
 @given(TEXTS, st.integers(1, 60), st.sampled_from([1, 1, 1, 500]))
-def test_captions_are_clean_short_and_stay_as_they_are(text, max_words, times):
-    clean = pre_caption(text * times, max_words)
-    assert len(clean.split(" ")) <= max_words
-    assert not set(clean) & set(LISTED)
-    assert clean == clean.lower()
-    assert clean == clean.strip(" ") and "  " not in clean and not clean.endswith("\n")
-    assert clean in pre_caption(text * times, 10**9)
-    assert pre_caption(clean, max_words) == clean or "<person>" in clean  # "<<person>>" loses a pair of brackets each time
-
-
-@given(TEXTS, st.integers(1, 60), st.sampled_from([1, 1, 1, 500]))
-def test_questions_are_clean_short_and_stay_as_they_are(text, max_words, times):
-    clean = pre_question(text * times, max_words)
-    assert len(clean.split(" ")) <= max_words
-    assert not set(clean) & set(LISTED)
-    assert clean == clean.lower()
-    assert pre_question(clean, max_words) == clean.rstrip(" ")
+def test_texts_are_clean_short_and_stay_as_they_are(text, max_words, times):
+    caption, question = (clean_up(text * times, max_words) for clean_up in (pre_caption, pre_question))
+    for clean in caption, question:
+        assert len(clean.split(" ")) <= max_words and not set(clean) & set(LISTED) and clean == clean.lower()
+    assert caption == caption.strip(" ") and "  " not in caption and not caption.endswith("\n")
+    assert caption in pre_caption(text * times, 10**9)
+    # "<<person>>" loses a pair of brackets each time
+    assert pre_caption(caption, max_words) == caption or "<person>" in caption
+    assert pre_question(question, max_words) == question.rstrip(" ")
 
 
 @pytest.fixture(scope="module")
@@ -243,14 +235,11 @@ def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content, chunk
     assert_read_as_by_json(folder, content, chunk)
 
 
-@given(PAIRS, LAYOUTS, CHUNKS, st.booleans())
-def test_any_list_is_read_as_by_json(folder, entries, layout, chunk, ascii_only):
-    assert_read_as_by_json(folder, as_bytes(entries, {**layout, "ensure_ascii": ascii_only}), chunk)
-
-
-@given(PAIRS, LAYOUTS, CHUNKS, st.data())
-def test_any_slip_in_a_list_is_read_as_by_json_or_refused_in_a_line(folder, entries, layout, chunk, data):
-    assert_read_as_by_json(folder, nearly(as_bytes(entries, layout), data), chunk)
+@given(PAIRS, LAYOUTS, CHUNKS, st.booleans(), st.data())
+def test_any_list_and_any_slip_in_one_is_read_as_by_json_or_refused(folder, entries, layout, chunk, ascii_only, data):
+    content = as_bytes(entries, {**layout, "ensure_ascii": ascii_only})
+    assert_read_as_by_json(folder, content, chunk)
+    assert_read_as_by_json(folder, nearly(content, data), chunk)
 
 
 def test_a_list_cut_short_anywhere_is_refused_as_such(folder):

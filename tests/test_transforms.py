@@ -7,21 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.dataloader import obvious_stages, photo, pillow_operation
+from benchmarks.dataloader import obvious_stages, pillow_operation
 from dataset import transforms as T
 from dataset.images import load_image
+from test_images import picture, to_tensor  # noqa: F401, a fixture
 
 GOLDEN = Path(__file__).parent / "golden"
 AFFINE = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return photo(torch.Generator().manual_seed(0))
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_pillow(image):
