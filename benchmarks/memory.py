@@ -1,59 +1,46 @@
 """Memory per GPU of a pre-training step by batch size, precision, gradient checkpointing and optimizer sharding: an estimate.
 
-The step is the training loop's own (engine.iterate over Pretrain.step), forward, backward and optimizer, run on tensors that
-have a shape but no data (torch's FakeTensorMode), so that neither a GPU nor the memory of the model is needed. Followed are
-the storages alive at each operation; the peak of their bytes, in the blocks of 512 that the CUDA allocator hands out, is what
-torch.cuda.max_memory_allocated would report. Weights, momentum model, queues, gradients and optimizer state are counted from
-the tensors, activations are the rest of the peak. With more than one process the gradients are those buckets of
-DistributedDataParallel that outlive a step; alone they come and go with the backward pass and count as activations. A sharded
-optimizer is ZeRO-1 as torch's ZeroRedundancyOptimizer divides it, the fullest process counts. Not in it: what lies outside of
-torch's allocator (CUDA context, NCCL) and what the allocator cannot reuse, for which the columns of 24, 40 and 80 GB leave a
-tenth of the GPU free; and buffers inside an operation (cuBLAS workspace, some MB). torch.compile is off. GB are 10^9 bytes.
+The step is the training loop's own (engine.iterate over Pretrain.step), run on tensors that have a shape but no data (torch's
+FakeTensorMode): neither a GPU nor the memory of the model is needed. The peak of the bytes of all storages alive, in the blocks
+of 512 that the CUDA allocator hands out, is what torch.cuda.max_memory_allocated would report. Weights, momentum model, queues,
+gradients and optimizer state are counted from the tensors, activations are the rest of the peak. With more than one process the
+gradients are buckets of DistributedDataParallel that outlive a step; alone they come and go with the backward pass and count as
+activations. A sharded optimizer is ZeRO-1 as torch's ZeroRedundancyOptimizer divides it, the fullest process counts. Not in it:
+what lies outside of torch's allocator (CUDA context, NCCL) and what the allocator cannot reuse, for which the columns of 24, 40
+and 80 GB leave a tenth of the GPU free; and buffers inside an operation. torch.compile is off. GB are 10^9 bytes.
 
     python benchmarks/memory.py [--config FILE] [--set key=value ...] [--batch_size 16 32 64 128] [--world_size 8]
-    python benchmarks/memory.py --measure [--batch_size 2 4]
-
-The second takes the same steps with data and compares: on a GPU with torch.cuda.max_memory_allocated; elsewhere with the
-most bytes that torch's CPU allocator had handed out at once, as its profiler logs every allocation, those inside operations
-too. There the estimate is of a step on the CPU, without what gpu_kernels swaps.
 """
 
 import argparse
 import contextlib
 import copy
 import itertools
-import json
-import os
-import sys
-import tempfile
 import weakref
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of every machine without a GPU that it has none
+from bench import ROOT
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import Pretrain
+from configs.schema import load_config
 from dataset.transforms import normalize
 from engine import Run, iterate
 from models import build_model
 from optim import create_optimizer
-from pretrain_step import CONFIG, make_batch
-from configs.schema import load_config
+from pretrain_step import make_batch
 from utils import InputError
 
 BLOCK = 512  # bytes, the granularity of the CUDA caching allocator
 GPUS = (24, 40, 80)  # GB
 USABLE = 0.9  # of a GPU's memory
-OPTIONS = list(itertools.product(("fp32", "bf16"), (False, True)))  # precision, gradient_checkpointing
+ON_OFF = {True: "on", False: "off"}
 
 
 class Memory(NamedTuple):
@@ -83,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
         self.block, self.sizes, self.now, self.peak = block, {}, 0, 0
 
     def size(self, tensor):
-        """Bytes of a tensor's storage in whole blocks."""
+        """Return the bytes of a tensor's storage in whole blocks."""
         return -(-tensor.untyped_storage().nbytes() // self.block) * self.block
 
     def add(self, tensor):
@@ -107,7 +94,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def gpu_kernels():
-    """Lets tensors that are fake CPU tensors keep for the backward pass what CUDA's kernels keep.
+    """Let tensors that are fake CPU tensors keep for the backward pass what CUDA's kernels keep.
 
     Fake CUDA tensors have no backward pass on a machine without a GPU. Of the operations of this model three differ: attention
     is fused with dropout too and keeps no L x L matrix, dropout keeps one byte an element, and under autocast LayerNorm is in
@@ -130,17 +117,16 @@ def gpu_kernels():
 
 
 def real_batch(model):
-    """A batch and its masked texts, the same for an estimate and a measurement."""
+    """Return a batch and its masked texts."""
     config = model.config
     batch = make_batch(config["batch_size"], config["image_res"])
-    input_ids = batch.text.input_ids.clamp(max=model.bert_config["vocab_size"] - 1)
-    batch = batch._replace(text=batch.text._replace(input_ids=input_ids))
+    batch.text.input_ids.clamp_(max=model.bert_config["vocab_size"] - 1)
     torch.manual_seed(0)
-    return batch, model.mask(input_ids)
+    return batch, model.mask(batch.text.input_ids)
 
 
 def prepare(model, masked, device, world_size):
-    """A run with all that outlives a step in place: optimizer state and, with several processes, gradients."""
+    """Return a run with all that outlives a step in place: optimizer state and, with several processes, gradients."""
     config = model.config
     model.mask = lambda input_ids: masked
     for param in model.idle_parameters():
@@ -152,11 +138,13 @@ def prepare(model, masked, device, world_size):
     optimizer.step()
     if world_size == 1:
         optimizer.zero_grad(set_to_none=True)
-    return Run(model, model, optimizer, Pretrain.step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1)
+    return Run(
+        model, model, optimizer, Pretrain.step, config, config["scheduler"], device, seed=0, output_dir=None, iterations=1
+    )
 
 
 def fullest_shard(optimizer, size, world_size):
-    """Bytes of state of the process that gets most under ZeroRedundancyOptimizer: largest first, to whom has fewest so far."""
+    """Return the bytes of state of the fullest process as ZeroRedundancyOptimizer deals: the largest, to whom has fewest."""
     elements, state = [0] * world_size, [0] * world_size
     for group in optimizer.param_groups:
         for param in sorted(group["params"], key=torch.Tensor.numel, reverse=True):
@@ -167,7 +155,7 @@ def fullest_shard(optimizer, size, world_size):
 
 
 def fake_copy(model):
-    """A meta model as a model of fake CPU tensors, tied weights tied; to be called in a FakeTensorMode."""
+    """Return a meta model as a model of fake CPU tensors, tied weights tied; to be called in a FakeTensorMode."""
     fakes = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         fake = torch.empty_like(tensor, device="cpu")
@@ -176,7 +164,7 @@ def fake_copy(model):
 
 
 def estimate(config, world_size, gpu=True):
-    """The Memory of a step on each of world_size processes, on a GPU or on a CPU, by a complete pre-training configuration.
+    """Return the Memory of a step on each of world_size processes, on a GPU or on a CPU, by a complete configuration.
 
     Raises InputError for an optimizer other than AdamW: only its fused step decides without looking at the gradients.
     """
@@ -186,15 +174,15 @@ def estimate(config, world_size, gpu=True):
         model = build_model("pretrain", config)
     batch, masked = real_batch(model)
     normalize(batch.image[:1])  # keeps constants for good, and they should be real ones
-    fake_mode, live, device = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(BLOCK if gpu else 1), torch.device("cpu")
+    fake_mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(BLOCK if gpu else 1)
     with fake_mode, live, gpu_kernels() if gpu else contextlib.nullcontext():
         model, fake = fake_copy(model), fake_mode.from_tensor
         masked = type(masked)(*map(fake, masked))
         batch = batch._replace(image=fake(batch.image), text=type(batch.text)(*map(fake, batch.text)), idx=fake(batch.idx))
         for tensor in (batch.image, *batch.text, batch.idx, *masked):
             live.add(tensor)
-        run = prepare(model, masked, device, world_size)
-        parts = {"weights": 0, "momentum": 0, "queues": 0, "gradients": 0, "optimizer": 0}
+        run = prepare(model, masked, torch.device("cpu"), world_size)
+        parts = dict.fromkeys(Memory._fields[:-2], 0)
         for name, param in model.named_parameters():
             parts["momentum" if name.partition(".")[0].endswith("_m") else "weights"] += live.size(param)
             parts["gradients"] += live.size(param.grad) if param.grad is not None else 0
@@ -207,111 +195,45 @@ def estimate(config, world_size, gpu=True):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the measurement
-
-
-def allocator_peak(function):
-    """The most bytes that torch's CPU allocator had handed out at once while function() ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    logged = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
-    totals = [e["args"]["Total Allocated"] for e in logged]
-    return max(totals) - (totals[0] - logged[0]["args"]["Bytes"])  # an earlier profile's tensors may still be counted
-
-
-def measure(config, world_size, device):
-    """Bytes at the peak of a step with data, from before the model is built on. None if they are more than the GPU has."""
-
-    def take_step():
-        torch.manual_seed(0)
-        model = build_model("pretrain", config).to(device)
-        batch, masked = real_batch(model)
-        iterate(prepare(model, masked, device, world_size), itertools.repeat(batch), 0, 0, 0.4)
-
-    if device.type != "cuda":
-        return allocator_peak(take_step)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    try:
-        take_step()
-    except torch.OutOfMemoryError:
-        return None
-    return torch.cuda.max_memory_allocated() - before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the tables
-
-
-def with_options(config, precision, checkpointing, batch_size):
-    return {**config, "precision": precision, "gradient_checkpointing": checkpointing, "batch_size": batch_size}
-
-
-def option_text(precision, checkpointing):
-    return f"{precision:11}{'on' if checkpointing else 'off':15}"
+# the table
 
 
 def largest_fitting(batch_sizes, totals, gigabytes):
-    """The largest batch size whose total leaves enough of a GPU's memory free, - if none does."""
+    """Return the largest batch size whose total leaves enough of a GPU's memory free, - if none does."""
     return max((b for b, total in zip(batch_sizes, totals) if total <= USABLE * gigabytes * 1e9), default="-")
 
 
 def print_estimates(config, batch_sizes, world_size):
     print(f"{'':37}{'GB at batch size':>{8 * len(batch_sizes)}}   {'largest batch size within':>27}")
     print(f"{'precision':11}{'checkpointing':15}{'optimizer':11}" + "".join(f"{b:8}" for b in batch_sizes) + "   "
-          + "".join(f"{f'{gb} GB':>9}" for gb in GPUS))
-    found = {}
-    for option in OPTIONS:
-        memories = [estimate(with_options(config, *option, b), world_size) for b in batch_sizes]
-        found.update({(*option, b): memory for b, memory in zip(batch_sizes, memories)})
+          + "".join(f"{f'{gb} GB':>9}" for gb in GPUS))  # fmt: skip
+    for precision, checkpointing in itertools.product(("fp32", "bf16"), (False, True)):
+        options = {"precision": precision, "gradient_checkpointing": checkpointing}
+        memories = [estimate({**config, **options, "batch_size": batch_size}, world_size) for batch_size in batch_sizes]
         for sharded in (False, True):
             totals = [memory.total(sharded) for memory in memories]
-            print(option_text(*option) + f"{'sharded' if sharded else 'whole':11}"
-                  + "".join(f"{total / 1e9:8.2f}" for total in totals) + "   "
-                  + "".join(f"{largest_fitting(batch_sizes, totals, gb):>9}" for gb in GPUS), flush=True)
-    batch_size = config["batch_size"] if config["batch_size"] in batch_sizes else max(batch_sizes)
-    precision, checkpointing = config["precision"], config["gradient_checkpointing"]
-    memory = found[precision, checkpointing, batch_size]
-    print(f"parts in GB at batch {batch_size}, {precision}, checkpointing {'on' if checkpointing else 'off'}:")
+            print(f"{precision:11}{ON_OFF[checkpointing]:15}{'sharded' if sharded else 'whole':11}"
+                  + "".join(f"{total / 1e9:8.2f}" for total in totals)
+                  + "   " + "".join(f"{largest_fitting(batch_sizes, totals, gb):>9}" for gb in GPUS), flush=True)  # fmt: skip
+    memory, checkpointing = estimate(config, world_size), ON_OFF[config["gradient_checkpointing"]]
+    print(f"parts in GB at batch {config['batch_size']}, {config['precision']}, checkpointing {checkpointing}:")
     print(", ".join(f"{name} {getattr(memory, name) / 1e9:.2f}" for name in Memory._fields[:-1])
-          + f"; {memory.shard / 1e9:.2f} of the optimizer if sharded")
-
-
-def print_comparison(config, batch_sizes, world_size, device):
-    print(f"{'precision':11}{'checkpointing':15}{'batch':>6}{'estimated GB':>14}{'measured GB':>13}{'ratio':>8}")
-    for option in OPTIONS:
-        for batch_size in batch_sizes:
-            row = with_options(config, *option, batch_size)
-            estimated, measured = estimate(row, world_size, device.type == "cuda").total(), measure(row, world_size, device)
-            outcome = f"{measured / 1e9:13.3f}{estimated / measured:8.3f}" if measured else f"{'does not fit':>13}"
-            print(f"{option_text(*option)}{batch_size:6}{estimated / 1e9:14.3f}{outcome}", flush=True)
+          + f"; {memory.shard / 1e9:.2f} of the optimizer if sharded")  # fmt: skip
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--config", default=str(ROOT / "configs/Pretrain.yaml"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the configuration")
-    parser.add_argument("--batch_size", type=int, nargs="+", help="of each process")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[16, 32, 64, 128], help="of each process")
     parser.add_argument("--world_size", type=int, default=8, help="processes")
-    parser.add_argument("--measure", action="store_true", help="compare with the same steps with data on this machine")
     args = parser.parse_args()
     config = load_config(args.config, args.set)
     if isinstance(config["bert_config"], str):
         config["bert_config"] = str(ROOT / config["bert_config"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = ("CPU" if device.type == "cpu" else torch.cuda.get_device_name()) if args.measure else "estimated for a GPU"
-    print(f"memory of a pre-training step of {Path(args.config).name} on each of {args.world_size} processes, {name}, "
-          f"torch {torch.__version__}")
-    if args.measure:
-        small = [2, 4] if device.type == "cpu" else [16, 32, 64, 128]
-        print_comparison(config, args.batch_size or small, args.world_size, device)
-    else:
-        print_estimates(config, args.batch_size or [16, 32, 64, 128], args.world_size)
+    print(f"memory of a pre-training step of {Path(args.config).name} on each of {args.world_size} processes, "
+          f"estimated for a GPU, torch {torch.__version__}")  # fmt: skip
+    print_estimates(config, args.batch_size, args.world_size)
 
 
 if __name__ == "__main__":

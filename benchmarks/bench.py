@@ -1,0 +1,49 @@
+"""What the benchmarks of models share: the device, full-size configurations, random texts, and seconds of a computation."""
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from configs.schema import load_config
+from utils import Text
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+MACHINE = f"{NAME}, torch {torch.__version__}"
+CLS = 101
+
+
+def full_size_config(name, *overrides):
+    """Return the configuration of configs/NAME.yaml with overrides, wherever the benchmark runs."""
+    return load_config(ROOT / f"configs/{name}.yaml", [f"bert_config={ROOT / 'configs/config_bert.json'}", *overrides])
+
+
+def random_text(lengths, padded, generator):
+    """Return a Text of random tokens after [CLS]: lengths [B], padded to `padded` tokens."""
+    mask = (torch.arange(padded) < lengths[:, None]).long()
+    input_ids = torch.randint(1000, 30000, mask.shape, generator=generator) * mask
+    input_ids[:, 0] = CLS
+    return Text(input_ids, mask)
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, repeats):
+    """Return the seconds of each of `repeats` calls."""
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return times
