@@ -32,15 +32,6 @@ def assert_released_step(model, losses, data):
         assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
 
 
-def assert_released_size(model, name):
-    """Asserts the keys, shapes and parameter counts that the released checkpoints of a full-size model have."""
-    released = json.loads((ROOT / "tests/golden/state_dict_keys.json").read_text())
-    assert {key: list(value.shape) for key, value in model.state_dict().items()} == released[name]
-    counts = released[f"{name}.__parameters__"]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
-    assert sum(p.numel() for p in model.parameters()) == counts["all"]
-
-
 def refusal(function, *arguments):
     """The message, one line, of the InputError that function(*arguments) raises."""
     from utils import InputError
@@ -77,6 +68,23 @@ def contents(folder):
 def golden():
     """Loads a file of tests/golden."""
     return lambda name: torch.load(ROOT / "tests/golden" / name, weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def released(golden):
+    """Builds the small released model of a task with some keys changed; returns (golden values, model, text)."""
+    from models import build_model
+    from utils import Text
+
+    def build(task, **keys):
+        data, bert = golden(f"{task}.pt"), "bert_nlvr" if "nlvr" in task else "bert"
+        model = build_model(task, {**data["config"], "bert_config": f"tests/golden/{bert}.json", **keys})
+        missing, unexpected = model.load_state_dict(data["state_dict"], strict=False)
+        assert not missing and all("_m." in name and keys.get("distill") is False for name in unexpected)
+        prefix = "question_" * (task == "vqa")
+        return data, model.train(), Text(data[f"{prefix}input_ids"], data[f"{prefix}attention_mask"])
+
+    return build
 
 
 @pytest.fixture(autouse=True)

@@ -4,18 +4,15 @@ import pytest
 import torch
 
 from conftest import assert_close
-from models import build_model
 from models.gradcam import cross_gradcam, default_block, itc_gradcam, itm_gradcam
 from utils import InputError, Text
 
 
 @pytest.fixture
-def retrieval(golden):
+def retrieval(golden, released):
     """(golden maps, the released model, its text)."""
-    data, released = golden("gradcam.pt"), golden("retrieval.pt")
-    model = build_model("retrieval", {**released["config"], "bert_config": "tests/golden/bert.json"})
-    model.load_state_dict(released["state_dict"], strict=True)
-    return data, model.eval(), Text(data["input_ids"], data["attention_mask"])
+    data = golden("gradcam.pt")
+    return data, released("retrieval")[1].eval(), Text(data["input_ids"], data["attention_mask"])
 
 
 def test_maps_of_matching_are_the_released_ones(retrieval):
@@ -44,12 +41,9 @@ def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retr
 
 
 @pytest.mark.parametrize("share", ["all", "none"])
-def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(golden, share):
-    data = golden("nlvr.pt")
-    text = Text(data["input_ids"], data["attention_mask"])
-    config = {**data["config"], "bert_config": "tests/golden/bert_nlvr.json", "distill": False}
-    torch.manual_seed(0)
-    models = [build_model("nlvr", {**config, "share": kind}).eval() for kind in ("all", share)]
+def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(released, share):
+    (data, first, text), (_, second, _) = (released("nlvr", distill=False, share=kind) for kind in ("all", share))
+    models = [first.eval(), second.eval()]
     models[1].load_state_dict(models[0].state_dict())
     heats = []
     for model in models:
@@ -60,11 +54,9 @@ def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(golden, share)
 
 
 @torch.no_grad()
-def test_a_pair_of_blocks_has_a_map_for_each_image(golden):
-    data = golden("nlvr.pt")
-    model = build_model("nlvr", {**data["config"], "bert_config": "tests/golden/bert_nlvr.json"}).eval()
-    model.load_state_dict(data["state_dict"], strict=True)
-    text = Text(data["input_ids"], data["attention_mask"])
+def test_a_pair_of_blocks_has_a_map_for_each_image(released):
+    data, model, text = released("nlvr")
+    model.eval()
 
     def maps(images, block_num):
         with torch.enable_grad():

@@ -46,6 +46,14 @@ def model_of(task):
         return build_model(task, {"image_res": image_res, "bert_config": str(ROOT / "configs/config_bert.json")})
 
 
+@pytest.mark.parametrize("name", TASK)
+def test_full_size_keys_shapes_and_parameter_counts(name):
+    model, counts = model_of(TASK[name]), KEYS[f"{name}.__parameters__"]
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == KEYS[name]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == counts["trainable"]
+    assert sum(p.numel() for p in model.parameters()) == counts["all"]
+
+
 def state_of(name):
     whole = {key: torch.empty(shape, device="meta") for key, shape in KEYS[name].items()}
     integers = {key: value.long() for key, value in whole.items() if key.endswith(("position_ids", "queue_ptr", "idx_queue"))}

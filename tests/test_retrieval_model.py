@@ -4,51 +4,26 @@ import pytest
 import torch
 
 from benchmarks import plain
-from conftest import assert_close, assert_released_size, assert_released_step
-from models import build_model
+from conftest import assert_close, assert_released_step
 from utils import Text
 
-BERT = "tests/golden/bert.json"
-
-
-@pytest.fixture
-def step(golden):
-    """(golden values, function that builds the model with more keys, text)."""
-    data = golden("retrieval.pt")
-
-    def build(**keys):
-        model = build_model("retrieval", {**data["config"], "bert_config": BERT, **keys})
-        model.load_state_dict(data["state_dict"], strict=True)
-        return model.train()
-
-    return data, build, Text(data["input_ids"], data["attention_mask"])
-
-
-def test_losses_gradients_and_state_are_the_released_ones(step):
-    data, build, text = step
-    model = build()
+def test_losses_gradients_and_state_are_the_released_ones(released):
+    data, model, text = released("retrieval")
     losses = model(data["image"], text, idx=data["idx"], alpha=data["alpha"])
     assert set(losses) == {"loss_ita", "loss_itm"}
     assert_released_step(model, losses, data)
 
 
-def test_losses_without_distillation_are_the_released_ones(step):
-    data, build, text = step
-    losses = build(distill=False)(data["image"], text, idx=data["idx"], alpha=data["alpha"])
+def test_losses_without_distillation_are_the_released_ones(released):
+    data, model, text = released("retrieval", distill=False)
+    losses = model(data["image"], text, idx=data["idx"], alpha=data["alpha"])
     for name, loss in losses.items():
         assert_close(name, loss.detach(), torch.tensor(data[f"{name}_no_distill"]), 1e-4, 1e-5)
 
 
-def test_full_size_keys_shapes_and_parameter_counts():
-    with torch.device("meta"):
-        model = build_model("retrieval", {"image_res": 384, "bert_config": "configs/config_bert.json"})
-    assert_released_size(model, "Retrieval")
-
-
 @torch.no_grad()
-def test_evaluation_scores_are_the_released_ones(step, golden):
-    data, build, _ = step
-    data, model = golden("retrieval_eval.pt"), build().eval()
+def test_evaluation_scores_are_the_released_ones(released, golden):
+    data, model = golden("retrieval_eval.pt"), released("retrieval")[1].eval()
     image_embeds, image_feat = model.encode_image(data["image"])
     text_embeds, text_feat = model.encode_text(Text(data["input_ids"], data["attention_mask"]))
     assert_close("sims", image_feat @ text_feat.T, data["sims"], 1e-4, 1e-5)
@@ -60,9 +35,8 @@ def test_evaluation_scores_are_the_released_ones(step, golden):
 
 @pytest.mark.parametrize("k", [1, 5, 100])
 @torch.no_grad()
-def test_reranking_equals_the_plain_path(step, k):
-    _, build, _ = step
-    model = build().eval()
+def test_reranking_equals_the_plain_path(released, k):
+    model = released("retrieval")[1].eval()
     generator = torch.Generator().manual_seed(k)
     lengths = torch.randint(2, 15, (23,), generator=generator)
     mask = (torch.arange(14) < lengths[:, None]).long()
@@ -77,9 +51,8 @@ def test_reranking_equals_the_plain_path(step, k):
         assert torch.equal(fast.topk(top).indices, slow.topk(top).indices)
 
 
-def test_images_with_one_id_are_never_each_others_negatives(step):
-    _, build, _ = step
-    model = build()
+def test_images_with_one_id_are_never_each_others_negatives(released):
+    _, model, _ = released("retrieval")
     idx = torch.tensor([7, 7, 3, 5])
     contrast = torch.zeros(4, 4), torch.zeros(4, 4)
     positives = idx[:, None] == idx
@@ -90,8 +63,8 @@ def test_images_with_one_id_are_never_each_others_negatives(step):
         assert (idx[negative_text] != idx).all() and (idx[negative_image] != idx).all()
 
 
-def test_a_batch_of_one_image_id_has_no_matching_loss(step):
-    data, build, text = step
-    losses = build()(data["image"], text, idx=torch.tensor([4, 4]), alpha=0.4)
+def test_a_batch_of_one_image_id_has_no_matching_loss(released):
+    data, model, text = released("retrieval")
+    losses = model(data["image"], text, idx=torch.tensor([4, 4]), alpha=0.4)
     assert losses["loss_itm"] == 0 and losses["loss_ita"].isfinite()
     sum(losses.values()).backward()

@@ -5,28 +5,16 @@ import torch
 
 import models.vqa
 from benchmarks import plain
-from conftest import assert_close, assert_released_size, assert_released_step
-from models import build_model
+from conftest import assert_close, assert_released_step
 from utils import Text
 
-BERT = "tests/golden/bert.json"
-
-
 @pytest.fixture
-def step(golden):
+def step(released):
     """(golden values, function that builds the model with more keys, the arguments of a step)."""
-    data = golden("vqa.pt")
-
-    def build(**keys):
-        model = build_model("vqa", {**data["config"], "bert_config": BERT, **keys})
-        missing, unexpected = model.load_state_dict(data["state_dict"], strict=False)
-        assert not missing and all("_m." in name for name in unexpected)
-        return model.train()
-
-    question = Text(data["question_input_ids"], data["question_attention_mask"])
+    data, _, question = released("vqa")
     answer = Text(data["answer_input_ids"], data["answer_attention_mask"])
     inputs = {"image": data["image"], "question": question, "answer": answer, "n": data["n"], "weights": data["weights"]}
-    return data, build, {**inputs, "alpha": data["alpha"]}
+    return data, lambda **keys: released("vqa", **keys)[1], {**inputs, "alpha": data["alpha"]}
 
 
 def test_loss_gradients_and_state_are_the_released_ones(step):
@@ -56,12 +44,6 @@ def test_ranking_is_the_released_one(step):
     ids, probs = build().eval().rank_answers(data["image"], inputs["question"], answers, data["k_test"])
     assert torch.equal(ids, data["topk_ids"])
     assert_close("topk_probs", probs, data["topk_probs"], 1e-4, 1e-5)
-
-
-def test_full_size_keys_shapes_and_parameter_counts():
-    with torch.device("meta"):
-        model = build_model("vqa", {"image_res": 384, "bert_config": "configs/config_bert.json"})
-    assert_released_size(model, "VQA")
 
 
 def random_answers(count, longest):
