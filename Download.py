@@ -188,7 +188,7 @@ def unpack(path):
         for file, target in present:
             if not filecmp.cmp(file, target, shallow=False):
                 raise InputError(f"{path}: {target} exists and differs from the archive's: nothing was unpacked; move it "
-                                 "away, or unpack into another folder with --to; --no_unpack leaves the archive as it is")  # fmt: skip
+                                 "away, or unpack into another folder (--to), or not at all (--no_unpack)")  # fmt: skip
         for file, target in files.items():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(file, target)  # a folder of the user may be a link to another disk

@@ -67,8 +67,10 @@ def tokenizer_of(config):
     if bert_config["vocab_size"] == "auto":
         config["bert_config"] = bert_config = {**bert_config, "vocab_size": size}
     if bert_config["vocab_size"] != size:
-        raise InputError(f"tokenizer {source} has {size} word pieces and bert_config has vocab_size "
-                         f"{bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set vocab_size to {size}")  # fmt: skip
+        raise InputError(
+            f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
+            f"name the tokenizer that belongs to the config, or set vocab_size to {size}"
+        )
     tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
     return tokenizer
 
