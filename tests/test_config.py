@@ -7,11 +7,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from conftest import log
+from configs.schema import load_config, override, read_bert_config, save_config, with_defaults
 from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import distillation_weight, learning_rate
-from configs.schema import load_config, read_bert_config, with_defaults
 from utils import InputError
 
 CONFIGS = sorted(str(path) for path in Path("configs").rglob("*.yaml"))
@@ -93,23 +92,24 @@ def test_released_spelling_and_overrides(tmp_path):
     assert load_config(path, ["scheduler={min_lr: 0.5}"])["scheduler"]["epochs"] == 3  # what it does not name stays
 
 
-SCHEDULE = {"epochs": 1, "warmup_epochs": 0}
-
-
 @pytest.mark.parametrize("keys, flags", [
-    ({"optimizer": {"lr": 2e-3}, "scheduler": SCHEDULE}, []),
-    ({"optimizer": None, "scheduler": {**SCHEDULE, "lr": 2e-3}}, []),
-    ({"optimizer": {"lr": 2e-3}, "scheduler": {**SCHEDULE, "lr": 2e-3}}, []),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": {**SCHEDULE, "lr": 1e-3}}, ["optimizer.lr=2e-3"]),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": {**SCHEDULE, "lr": 1e-3}}, ["scheduler.lr=2e-3"]),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": None, "schedular": {**SCHEDULE, "lr": 1e-3}}, ["schedular.lr=2e-3"]),
+    ({"optimizer": {"lr": 2e-3}}, []),
+    ({"optimizer": None, "scheduler": {"lr": 2e-3}}, []),
+    ({"optimizer": {"lr": 2e-3}, "schedular": {"lr": 2e-3}}, []),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["optimizer.lr=2e-3"]),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["scheduler.lr=2e-3"]),
+    ({"optimizer": {"lr": 1e-3}, "scheduler": None, "schedular": {"lr": 1e-3}}, ["schedular.lr=2e-3"]),
+    ({"batch_size": 16}, []),
+    ({"batch_size": None, "batch_size_train": 16}, []),
+    ({"batch_size": 8}, ["batch_size_train=16"]),
+    ({"batch_size_train": 8}, ["batch_size=16"]),
 ])  # fmt: skip
-def test_there_is_one_learning_rate_in_the_file_or_behind_set(pretrain, tmp_path, keys, flags):
-    assert pretrain("--set", "test_file=null", *flags, **keys) == (0, "")
-    assert log(tmp_path / "out")[0]["train_lr"] == 2e-3
-    groups = saved(tmp_path)["optimizer"]["param_groups"]
-    assert [group["lr"] for group in groups] == [2e-3, 2e-3]
-    assert load_config(tmp_path / "out/config.yaml")["optimizer"]["lr"] == 2e-3
+def test_two_names_of_a_key_are_one_key(keys, flags):
+    config = override(keys, flags, "config")
+    if "optimizer" in keys:
+        assert config["optimizer"]["lr"] == config["scheduler"]["lr"] == 2e-3
+    else:
+        assert config["batch_size"] == 16 and "batch_size_train" not in config
 
 
 def saved(folder):
@@ -149,13 +149,6 @@ def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(pretrain,
     assert_loads_again(tmp_path)
     with pytest.raises(InputError, match="vocab_size is auto"):
         build_model("pretrain", {**tiny_config, "bert_config": bert})
-
-
-@pytest.mark.parametrize("keys", [{"batch_size": 8}, {"batch_size": None, "batch_size_train": 8}])
-@pytest.mark.parametrize("flag", ["batch_size=16", "batch_size_train=16"])
-def test_the_batch_size_has_two_spellings(pretrain, tmp_path, keys, flag):
-    assert pretrain("--set", "test_file=null", "scheduler.epochs=1", flag, **keys) == (0, "")
-    assert saved(tmp_path)["optimizer"]["state"][0]["step"] == 3  # of 48 samples
 
 
 def test_a_configuration_is_a_copy_of_its_defaults_and_of_what_it_is_made_from():
@@ -211,8 +204,6 @@ def test_optimizers_and_schedules_by_name():
 
 
 def test_snapshot_can_be_loaded_again(tmp_path):
-    from configs.schema import save_config
-
     config = load_config("configs/Pretrain.yaml")
     save_config(config, tmp_path)
     assert load_config(tmp_path / "config.yaml") == config

@@ -1,6 +1,5 @@
 """Export.py: weights and configuration out to .safetensors and back, in the released names, and its errors."""
 
-import importlib
 import json
 import sys
 
@@ -13,7 +12,6 @@ import Export
 from conftest import exit_status
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
-from test_engine import command_line
 from utils import seed_everything
 
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
@@ -104,38 +102,6 @@ def test_without_momentum_it_is_half_as_large_and_starts_the_momentum_model_from
     assert set(report.new) == {"image_queue", "text_queue", "queue_ptr"}
     for name in report.copied:
         assert torch.equal(loaded[name], state[name.replace("_m.", ".", 1)])
-
-
-def test_an_exported_file_starts_every_other_task(checkpoint, make, run, tmp_path):
-    _, path = checkpoint
-    run(path, tmp_path / "model.safetensors", "--momentum")
-    for task in TASKS[1:]:
-        models = make(task), make(task)
-        reports = [load_checkpoint(model, tmp_path / name) for model, name in zip(models, ("run.pth", "model.safetensors"))]
-        assert reports[0].loaded == reports[1].loaded and reports[0].converted == reports[1].converted
-        assert_equal(models[0].state_dict(), models[1].state_dict())
-
-
-def test_an_exported_file_is_evaluated_and_pictured_as_the_original(run, tiny_config, shapes, tmp_path, monkeypatch, capsys):
-    seed_everything(2)
-    model = build_model("retrieval", tiny_config)
-    torch.save({"model": model.state_dict(), "config": model.config, "epoch": 1}, tmp_path / "model.pth")
-    assert run(tmp_path / "model.pth", tmp_path / "model.safetensors")[0] == 0
-    image = next((shapes / "images/test").iterdir())
-    logs = []
-    for name in ("model.pth", "model.safetensors"):
-        folder = tmp_path / f"{name}.out"
-        for argv in (
-            ["Retrieval.py", *command_line(tiny_config, folder, tmp_path), "--evaluate", "--checkpoint", tmp_path / name],
-            ["Visualize.py", "--checkpoint", tmp_path / name, "--image", image, "--text", "red circle",
-             "--to", folder / "map.png", "--device", "cpu"],
-        ):  # fmt: skip
-            monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-            importlib.import_module(argv[0].removesuffix(".py")).main()
-        assert (folder / "map.png").exists()
-        logs.append(json.loads((folder / "log.txt").read_text()))
-        assert logs[-1].pop("checkpoint").endswith(name)
-    assert logs[0] == logs[1] and "test_r_mean" in logs[0]
 
 
 def test_an_existing_file_stays_without_overwrite(checkpoint, run, tmp_path):

@@ -1,6 +1,7 @@
 """Token ids as the released checkpoints were trained with, and vocabularies made from captions."""
 
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -12,7 +13,6 @@ from tokenizers.models import WordLevel
 
 from conftest import refusal
 from models.tokenizer import build_tokenizer, main, train_vocab
-from utils import InputError
 
 GOLDEN = json.load(open("tests/golden/text.json"))
 
@@ -34,28 +34,29 @@ def test_token_ids_are_the_released_ones(tokenizer):
 
 def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/vocab.txt").write_bytes(open("tests/golden/vocab.txt", "rb").read())
+    shutil.copy("tests/golden/vocab.txt", tmp_path / "a")
     tokenizer.save_pretrained(tmp_path / "b")
     text = GOLDEN["tokens"][2]["text"]
     for folder in ("a", "b"):
         assert build_tokenizer(tmp_path / folder)(text)["input_ids"] == GOLDEN["tokens"][2]["input_ids"]
+    (tmp_path / "empty").mkdir()
+    assert "empty has no vocab.txt or tokenizer.json" in refusal(build_tokenizer, tmp_path / "empty")
 
 
-def test_bad_vocabularies_are_named(tokenizer, tmp_path):
-    (tmp_path / "vocab.txt").write_text("[PAD]\na\nb\n")
-    with pytest.raises(InputError, match=r"lacks \[UNK\], \[CLS\]"):
-        build_tokenizer(tmp_path / "vocab.txt")
-    for name, content in {"captions.json": [{"image": "a.jpg", "caption": "b"}], "tokenizer.json": {"version": "1.0"}}.items():
-        (tmp_path / name).write_text(json.dumps(content))
-        assert f"{name} is not a vocabulary" in refusal(build_tokenizer, tmp_path / name)
-    other = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a model that is not BERT
-    other.save(str(tmp_path / "tokenizer.json"))
-    assert "tokenizer.json is not a vocabulary, it lacks [PAD], [CLS], [SEP], [MASK]" in refusal(build_tokenizer, tmp_path / "tokenizer.json")
-    (tmp_path / "photo.png").write_bytes(Path("tests/golden/photo.png").read_bytes())
-    assert "photo.png is not a vocabulary" in refusal(build_tokenizer, tmp_path / "photo.png")
-    with pytest.raises(InputError, match="has no vocab.txt or tokenizer.json"):
-        (tmp_path / "empty").mkdir()
-        build_tokenizer(tmp_path / "empty")
+OTHER = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a model that is not BERT
+
+
+@pytest.mark.parametrize("name, content, lacking", [
+    ("vocab.txt", b"[PAD]\na\nb\n", "[UNK], [CLS]"),
+    ("captions.json", b'[{"image": "a.jpg", "caption": "b"}]', ""),
+    ("tokenizer.json", b'{"version": "1.0"}', ""),
+    ("tokenizer.json", OTHER.to_str().encode(), "[PAD], [CLS], [SEP], [MASK]"),
+    ("photo.png", Path("tests/golden/photo.png").read_bytes(), ""),
+])  # fmt: skip
+def test_bad_vocabularies_are_named(tmp_path, name, content, lacking):
+    (tmp_path / name).write_bytes(content)
+    message = refusal(build_tokenizer, tmp_path / name)
+    assert f"{name} is not a vocabulary" in message and lacking in message and "python -m models.tokenizer" in message
 
 
 def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys):
@@ -64,7 +65,8 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
     assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     entries = [{"image": "x.jpg", "caption": captions[0]}, {"image": "y.jpg", "caption": captions[1:]}]
     (tmp_path / "train.json").write_text(json.dumps(entries))
-    monkeypatch.setattr("sys.argv", ["t", str(tmp_path / "train.json"), "--output", str(tmp_path / "v/vocab.txt"), "--size", "200"])
+    flags = ["--output", str(tmp_path / "v/vocab.txt"), "--size", "200"]
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", str(tmp_path / "train.json"), *flags])
     main()
     tokenizer = build_tokenizer(tmp_path / "v/vocab.txt")
     assert str(len(tokenizer)) in capsys.readouterr().out
@@ -122,8 +124,8 @@ def test_a_hub_without_the_file_or_the_repository(hub):
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
     place_hub(monkeypatch, "http://127.0.0.1:9")
     message = refusal(build_tokenizer, "some-lab/some-bert")
-    assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message and "local copy of vocab" in message
-    assert "proxy" in message
+    assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
+    assert "proxy variables" in message and "local copy of vocab" in message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "unset HF_HUB_OFFLINE, or name a local copy of vocab.txt" in refusal(build_tokenizer, "some-lab/some-bert")
 
