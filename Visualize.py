@@ -35,35 +35,28 @@ from pathlib import Path
 
 import torch
 
+from configs.schema import require
 from dataset.annotations import check_entry, read_json_list
 from dataset.caption import Captioned
 from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import load_answer_list
-from visualize.explain import (
-    UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
-)  # fmt: skip
 from engine.configuration import choose_config
 from engine.curves import read_curves
 from engine.processes import init_process_group
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
 from models.tokenizer import tokenizer_of
-from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
-from configs.schema import require
 from utils import InputError
-
-ALIGNED = ("pretrain", "retrieval")  # tasks whose models have a contrastive similarity
-PAIRED = ("nlvr", "nlvr_pretrain")  # tasks of two images
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a run
+from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
+from visualize.explain import (
+    UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
+)  # fmt: skip
 
 
 def picture_run(folder, queries):
-    """Draws curves.png and retrieval.png of a run, as far as it has what they show."""
+    """Draw curves.png and retrieval.png of a run, as far as it has what they show."""
     tensorboard, result = folder / "tensorboard", folder / "result/retrieval.json"
     if not (tensorboard.is_dir() or result.exists()):
         raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/retrieval.json")
@@ -82,34 +75,27 @@ def picture_run(folder, queries):
         print(f"wrote {folder / 'retrieval.png'}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# a model
-
-
 def check_flags(args, task, state):
-    """Raises InputError where the flags do not go with the task of the checkpoint, before anything slow."""
-    where = f"checkpoint {args.checkpoint} is of task {task}"
-    count = 2 if task in PAIRED else 1
-    if len(args.image) != count:
-        raise InputError(f"--image: {where}, which takes {count} image{'s' * (count - 1)}; {len(args.image)} given")
-    if args.pseudo_targets:
-        if task != "pretrain":
-            raise InputError(f"--pseudo_targets: {where}; only pre-training has a momentum model of words and texts")
-        if not any(name.startswith("text_encoder_m.") for name in state):
-            raise InputError(f"--pseudo_targets: checkpoint {args.checkpoint} has no momentum model (text_encoder_m.*)")
+    """Raise InputError where the flags do not fit the task of the checkpoint, before anything slow."""
+    count = 2 if task in ("nlvr", "nlvr_pretrain") else 1
     wanted, other = ("question", "text") if task == "vqa" else ("text", "question")
-    if getattr(args, other) is not None:
-        raise InputError(f"--{other}: {where}; pass --{wanted} instead")
-    if getattr(args, wanted) is None:
-        raise InputError(f"--{wanted} is missing: {where}")
-    if args.answer and task != "vqa":
-        raise InputError(f"--answer: {where}; only VQA has answers")
-    if args.gradcam_mode == "itc" and task not in ALIGNED:
-        raise InputError(f"--gradcam_mode itc: {where}; only pre-training and retrieval have a contrastive similarity")
+    momentum = any(name.startswith("text_encoder_m.") for name in state)
+    for wrong, flag, reason in (
+        (len(args.image) != count, "--image", f"takes {count} image{'s' * (count - 1)}; {len(args.image)} given"),
+        (args.pseudo_targets and task != "pretrain", "--pseudo_targets", "has no momentum model of words; pass one of pre-training"),
+        (args.pseudo_targets and not momentum, "--pseudo_targets", "has no momentum model (text_encoder_m.*); pass one with it"),
+        (getattr(args, other) is not None, f"--{other}", f"takes no {other}; pass --{wanted} instead"),
+        (getattr(args, wanted) is None, f"--{wanted} is missing", f"takes a {wanted}"),
+        (args.answer and task != "vqa", "--answer", "has no answers; only VQA has"),
+        (args.gradcam_mode == "itc" and task not in ("pretrain", "retrieval"), "--gradcam_mode itc",
+         "has no contrastive similarity; only pre-training and retrieval have"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(f"{flag}: checkpoint {args.checkpoint} is of task {task}, which {reason}")
 
 
 def load_model(args):
-    """The task, the model in eval mode on --device, and the tokenizer of --checkpoint."""
+    """Return the task, the model in eval mode on --device, and the tokenizer of --checkpoint."""
     device = init_process_group(args.device)
     file = read_checkpoint(args.checkpoint)
     state = named_tensors(file, args.checkpoint)
@@ -125,99 +111,82 @@ def load_model(args):
     return task, model.to(device).eval(), tokenizer
 
 
-def read_images(paths):
-    """Images of --image: list of uint8 [3, H, W]."""
-    try:
-        return [load_image(path) for path in paths]
-    except OSError as error:
-        raise InputError(f"--image: {error}") from None
-
-
 def read_texts(path):
-    """The texts of a file, cleaned up, each once: captions of a JSON list, else the lines."""
+    """Read the texts of a file, cleaned up, each once: captions of a JSON list, else the lines."""
     if Path(path).suffix == ".json":
-        texts = []
-        for number, entry in read_json_list(path):
-            texts += check_entry(entry, Captioned, path, number).texts
+        texts = [text for number, entry in read_json_list(path) for text in check_entry(entry, Captioned, path, number).texts]
     else:
         try:
             texts = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--texts {path}: cannot be read as text, one a line: {error}") from None
-    texts = list(dict.fromkeys(pre_caption(text, MAX_WORDS) for text in texts))
-    return [text for text in texts if text]
+            raise InputError(f"--texts {path}: cannot be read as text, one per line: {error}") from None
+    return [text for text in dict.fromkeys(pre_caption(text, MAX_WORDS) for text in texts) if text]
 
 
 def candidate_texts(args, config):
-    """The texts to compare an image with: of --texts, else of the configuration's test_file; none if it is out of reach."""
-    if args.texts:
-        texts = read_texts(args.texts)
-        if not texts:
-            raise InputError(f"--texts {args.texts}: no text in it")
-        return texts
-    files = [path for path in config["test_file"] or [] if Path(path).is_file()]
+    """Return the texts to compare an image with: of --texts, else of test_file where it exists, else none."""
+    files = [args.texts] if args.texts else [path for path in config["test_file"] or [] if Path(path).is_file()]
     if not files:
         print("note: no texts to compare with, as --texts is not given and the checkpoint's test_file is out of reach")
-    return list(dict.fromkeys(text for path in files for text in read_texts(path)))
+    texts = list(dict.fromkeys(text for path in files for text in read_texts(path)))
+    if args.texts and not texts:
+        raise InputError(f"--texts {args.texts}: no text in it")
+    return texts
 
 
 def candidate_answers(args, config):
-    """The answers to choose from: --answer, else those of the configuration's answer_list; none if it is out of reach."""
+    """Return the answers to choose from: --answer, else those of answer_list where it exists, else none."""
     if args.answer:
         return [args.answer]
     path = config["answer_list"]
-    if not path or not Path(path).is_file():
-        print("note: the answer is generated, as --answer is not given and the checkpoint's answer_list is out of reach")
-        return []
-    return load_answer_list(path)
+    if path and Path(path).is_file():
+        return load_answer_list(path)
+    print("note: the answer is generated, as --answer is not given and the checkpoint's answer_list is out of reach")
+    return []
 
 
 def read_phrase(args, model, tokenizer):
-    """The text or question as the model reads it. Raises InputError where clean-up leaves nothing of it."""
+    """Return --text or --question as the model reads it, and lines on the words that the vocabulary lacks, if any.
+
+    Raises InputError where clean-up leaves nothing of it.
+    """
     text = pre_caption(args.text, MAX_WORDS) if args.text is not None else pre_question(args.question, MAX_QUESTION_WORDS)
     phrase = split_words(text, model, tokenizer)
     if not phrase.words:
-        flag, given = ("text", args.text) if args.text is not None else ("question", args.question)
-        raise InputError(f"--{flag} {given!r}: nothing is left of it after clean-up, give a text with words")
-    return phrase
-
-
-def about_unknown(phrase):
-    """A line on the words that the vocabulary lacks, where there are some: the model cannot tell them apart."""
-    lacking = [word.removesuffix(UNKNOWN) for word in phrase.words if word.endswith(UNKNOWN)]
-    return [f"not in the vocabulary, all the same to the model: {', '.join(lacking)}"] if lacking else []
+        given = f"--text {args.text!r}" if args.text is not None else f"--question {args.question!r}"
+        raise InputError(f"{given}: nothing is left of it after clean-up, give a text with words")
+    lacking = ", ".join(word.removesuffix(UNKNOWN) for word in phrase.words if word.endswith(UNKNOWN))
+    return phrase, [f"not in the vocabulary, all the same to the model: {lacking}"] if lacking else []
 
 
 def picture_heat_maps(args, images, image, task, model, tokenizer):
-    """Draws the heat maps of a decision. images: uint8 [H, W, 3] each; image [I, 3, R, R]: as the model takes them."""
-    phrase = read_phrase(args, model, tokenizer)
+    """Draw the heat maps of a decision. images: uint8 [H, W, 3] each; image [I, 3, R, R]: as the model takes them."""
+    phrase, unknown = read_phrase(args, model, tokenizer)
     if args.gradcam_mode == "itc":
         maps = explain_similarity(model, image, phrase, args.block_num)
     elif task == "vqa":
-        answers = candidate_answers(args, model.config)
-        maps = explain_answer(model, image, phrase, answers, tokenizer, args.block_num)
+        maps = explain_answer(model, image, phrase, candidate_answers(args, model.config), tokenizer, args.block_num)
     else:
         maps = explain_class(task, model, image, phrase, args.block_num)
-    whole, by_word = maps.whole.cpu().numpy(), maps.by_word.cpu().numpy()
-    panels = [(f"whole {'question' if task == 'vqa' else 'text'}", whole)]
-    panels += [(word, by_word[:, number]) for number, word in enumerate(phrase.words[: by_word.shape[1]])]
-    draw_heat_maps(images, panels, [phrase.text.strip(), maps.verdict, *about_unknown(phrase)], args.to)
+    panels = [(f"whole {'question' if task == 'vqa' else 'text'}", maps.whole.cpu().numpy())]
+    panels += zip(phrase.words, maps.by_word.cpu().numpy().swapaxes(0, 1))
+    draw_heat_maps(images, panels, [phrase.text.strip(), maps.verdict, *unknown], args.to)
 
 
 def picture_pseudo_targets(args, images, image, model, tokenizer):
-    """Draws the momentum model's words and texts for an image and its caption. Arguments as in picture_heat_maps."""
-    phrase = read_phrase(args, model, tokenizer)
+    """Draw the momentum model's words and texts for an image and its caption. Arguments as in picture_heat_maps."""
+    phrase, unknown = read_phrase(args, model, tokenizer)
     texts = candidate_texts(args, model.config)
     with torch.no_grad():
         image_embeds, image_feat = model.encode_image(image, momentum=True)
     words = list(zip(phrase.words, word_targets(model, image_embeds, phrase, tokenizer)))
     best = text_targets(model, image_feat, texts, phrase.text, tokenizer) if texts else []
-    title = [f"caption: {phrase.text}", *about_unknown(phrase), "what the momentum model expects in place of each word:"]
+    title = [f"caption: {phrase.text}", *unknown, "what the momentum model expects in place of each word:"]
     draw_pseudo_targets(images[0], words, best, title, f"the most similar of {len(texts)} texts:", args.to)
 
 
 def picture_model(args):
-    """Draws what a checkpoint makes of an image and a text."""
+    """Draw what a checkpoint makes of an image and a text."""
     args.to = Path(args.to or ("pseudo_targets.png" if args.pseudo_targets else "heatmap.png"))
     if args.to.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise InputError(f"--to {args.to}: the name of a picture ends in .png, .jpg, .pdf or .svg")
@@ -225,7 +194,10 @@ def picture_model(args):
         raise InputError(f"--to {args.to}: cannot write there, name a file in a folder that exists")
     if not args.image:
         raise InputError("--image is missing: name the image to explain")
-    images = read_images(args.image)
+    try:
+        images = [load_image(path) for path in args.image]
+    except OSError as error:
+        raise InputError(f"--image: {error}") from None
     task, model, tokenizer = load_model(args)
     resize = test_transform(model.config["image_res"])
     image = normalize(torch.stack([resize(picture) for picture in images])).to(next(model.parameters()).device)

@@ -7,9 +7,9 @@ from tqdm import tqdm
 
 from dataset import nlvr, ve
 from dataset.text import tokenize
-from utils import Text
 from models.alignment import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
+from utils import Text
 
 # the head on the multimodal [CLS] and its classes in order, of matching only the one that is shown
 HEADS = {
@@ -48,9 +48,9 @@ class Candidate(NamedTuple):
 
 
 def split_words(text, model, tokenizer):
-    """A cleaned-up text -> Phrase, on the model's device; of a text longer than the model's positions only the beginning.
+    """Return the Phrase of a cleaned-up text, on the model's device, cut at the model's positions.
 
-    Words are those of BERT's pre-tokenizer: separated by blanks, what clean-up has left of symbols by itself.
+    Words are those of BERT's pre-tokenizer: separated by blanks, each symbol that clean-up leaves by itself.
     """
     tokens = tokenizer([text], truncation=True, max_length=model.bert_config["max_position_embeddings"])
     pieces = {}
@@ -67,13 +67,13 @@ def split_words(text, model, tokenizer):
 
 
 def join_pieces(heat, pieces):
-    """Heat maps of tokens [I, L, h, w] -> of words [I, W, h, w], each the mean over the positions of its pieces."""
+    """Turn heat maps of tokens [I, L, h, w] into those of words [I, W, h, w], the mean over the positions of a word's pieces."""
     return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
 
 
 @torch.no_grad()
 def _cross_attention_maps(model, image, phrase, block_num, score):
-    """Heat maps of score(fused [1, L, C]) on I images [I, 3, H, W]: of the whole text and by word. Returns also the score."""
+    """Return heat maps of score(fused [1, L, C]) on I images [I, 3, H, W]: of the whole text and by word; and the score."""
     image_embeds = model.visual_encoder.forward_features(image)
     if len(image) == 2:
         keys_values = model.bert.pair_keys_values(image_embeds, slice(1), slice(1, 2))
@@ -86,7 +86,7 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
 
 
 def explain_class(task, model, image, phrase, block_num=None):
-    """Heat maps of the most probable class, in pre-training and retrieval of "match" -> HeatMaps.
+    """Return the HeatMaps of the most probable class, in pre-training and retrieval those of "match".
 
     model: in eval mode, of a task in HEADS; image [I, 3, H, W], two for pairs, else one; block_num: as cross_gradcam takes it.
     """
@@ -106,7 +106,7 @@ def explain_class(task, model, image, phrase, block_num=None):
 
 @torch.no_grad()
 def explain_similarity(model, image, phrase, block_num=None):
-    """Heat map of the contrastive similarity on a block of the ViT, the last by default -> HeatMaps without words.
+    """Return the HeatMaps, without words, of the contrastive similarity on a block of the ViT, by default the last.
 
     model: of pre-training or retrieval, in eval mode; image [1, 3, H, W].
     """
@@ -117,7 +117,7 @@ def explain_similarity(model, image, phrase, block_num=None):
 
 
 def find_answer(model, image, phrase, answers, tokenizer):
-    """The likeliest answer of a list, or without a list the one that beam search finds -> (answer, token ids [1, L']).
+    """Return the most probable answer of a list, without a list the one that beam search finds, and its token ids [1, L'].
 
     model: of VQA, in eval mode; image [1, 3, H, W]. The ids begin with [CLS] and end with eos.
     """
@@ -132,7 +132,7 @@ def find_answer(model, image, phrase, answers, tokenizer):
 
 
 def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
-    """Heat maps of log p of an answer's tokens, that of find_answer -> HeatMaps. Arguments as there."""
+    """Return the HeatMaps of the log p of an answer's tokens, the answer of find_answer. Arguments as there."""
     answer, ids = find_answer(model, image, phrase, answers, tokenizer)
 
     def score(fused):
@@ -146,10 +146,10 @@ def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
 
 @torch.no_grad()
 def word_targets(model, image_embeds, phrase, tokenizer):
-    """The momentum model's candidates for each word of a caption, all of the word's pieces being masked.
+    """Return the momentum model's candidates for each word of a caption, with all pieces of the word masked.
 
-    model: of pre-training, in eval mode; image_embeds [1, 1+N, C]: of the momentum image encoder. What is predicted is the
-    first piece. Returns for each word a list of TOP Candidates, the most probable first.
+    model: of pre-training, in eval mode; image_embeds [1, 1+N, C]: of the momentum image encoder. The first piece
+    is predicted. Returns for each word a list of TOP Candidates, the most probable first.
     """
     ids, rows = phrase.tokens.input_ids, len(phrase.words)
     masked, mask = ids.repeat(rows, 1), phrase.tokens.attention_mask.expand(rows, -1)
@@ -168,7 +168,7 @@ def word_targets(model, image_embeds, phrase, tokenizer):
 
 @torch.no_grad()
 def text_targets(model, image_feat, texts, caption, tokenizer):
-    """The TOP texts of a list that the momentum model finds most similar to an image, a list of Candidates.
+    """Return the TOP texts of a list that the momentum model finds most similar to an image, a list of Candidates.
 
     model: of pre-training, in eval mode; image_feat [1, D]: of the momentum image encoder; texts: cleaned up, none twice.
     """
