@@ -12,10 +12,8 @@ import functools
 import html
 import itertools
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 import warnings
 import xml.etree.ElementTree as ElementTree
@@ -42,20 +40,22 @@ HELD_OUT_SERIES = 4  # larger series stay in training, since all but one member 
 
 SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
 RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"}
-MARKUP = re.compile(r"<!--.*?-->|<[^>]*>|[\x00-\x1f\x7f-\x9f\ufffd]", re.DOTALL)
-BOILERPLATE = re.compile("|".join([
-    r"[(\[]?(?:https?://|www\.)[^\s\])]+[\])]?", r"\S+@\S+",
-    r"\((?:mon|tue|wed|thu|fri|sat|sun) [^)]*\)", r"\bhash ?\(0x[0-9a-f]+\)", r"\b0x[0-9a-f]{5,}\b",
-    r"\b(?:(?:this (?:work|image|file) is|made by [^.]*?\.) )?(?:hereby )?(?:released (?:in|und)|dedicat)\w+ "
-    r"(?:to )?(?:the )?public domain.*", r"\b(?:e-?mail|contact)\s*:", r"\bdata from\s*:.*",
-    r"\beps converted from\b", r"\bpart of (?:the )?",
-    r"\b(?:by |from )?(?:the )?open ?clip ?art(?: library)?\b", r"\bwmf2svg\b",
-    r",? ?(?:and )?\b(?:created?|made|drawn|converted to [\w ]+?) (?:with|in) (?:the )?(?:inkscape|sodipodi)\b"
-    r"(?: with the new trace tool)?", r"\bexploring inkscape capabilities\b",
-]), re.IGNORECASE)
-PLACEHOLDERS = {"hash", "untitled", "unnamed", "none", "title", "no title", "new document", "drawing", "magick",
-                "unsorted", "duplicates", "special", "examples", "clipart", "openclipart", "various cliparts",
-                "r16 sibmission"}
+PLACEHOLDERS = {"hash", "magick", "unsorted", "special", "examples", "clipart", "various cliparts", "r16 sibmission"}
+CLEANING = [(re.compile(pattern, re.IGNORECASE | re.DOTALL), replacement) for pattern, replacement in (
+    (r"(?:<!--.*?-->|<[^>]*>|[\x00-\x1f\x7f-\x9f\ufffd]|\s)+", " "),  # markup, control characters
+    (r"[(\[]?(?:https?://|www\.)[^\s\])]+[\])]?|\S+@\S+|\b(?:e-?mail|contact)\s*:", " "),
+    (r"\((?:mon|tue|wed|thu|fri|sat|sun) [^)]*\)|\b(?:hash ?\()?0x[0-9a-f]{5,}\b\)?|\bdata from\s*:.*", " "),
+    (r"\b(?:(?:this (?:work|image|file) is|made [^.]*?\.) )?(?:hereby )?(?:released (?:in|und)|dedicat)\w+ "
+     r"(?:to )?(?:the )?public domain.*", " "),
+    (r"\beps converted from\b|\bpart of (?:the )?|\b(?:by |from )?(?:the )?open ?clip ?art(?: library)?\b|\bwmf2svg\b", " "),
+    (r",? ?(?:and )?\b(?:created?|made|drawn|converted to [\w ]+?) (?:with|in) (?:the )?(?:inkscape|sodipodi)\b"
+     r"(?: with the new trace tool)?|\bexploring inkscape capabilities\b", " "),
+    (r"(?-i:(?<=[a-z]{2})(?=[A-Z][a-z]))", " "),  # FlowerAndPot
+    (r"(?<![\d.])0\d+\b", " "),  # the counter of "Woman Police 01"
+    (r"(?-i:(?<=[a-z]{4}))\d\b", " "),  # motorcycle1
+    (r"\b(?:b and w|bw)\b", "black and white"),
+    (r"\b(\w+)(?:\W+\1\b)+", r"\1"),  # repeated words
+    (r"\s+", " "))]
 BY_AUTHOR = re.compile(r"^clip ?art by .*? - ", re.IGNORECASE)
 
 
@@ -73,17 +73,12 @@ def clean_text(text, creator=""):
     """Remove markup, addresses, file stamps, tool boilerplate, repeated words and the author's name from a text."""
     text = html.unescape(html.unescape(text))  # some were escaped twice
     # Some UTF-8 was taken for Latin-1: "L\xc3\xa9zard".
-    text = re.sub("[\xc2-\xc3][\x80-\xbf]", lambda match: match[0].encode("latin-1").decode(), text)
-    text = BOILERPLATE.sub(" ", re.sub(r"[_\s]+", " ", MARKUP.sub(" ", text)))
+    text = re.sub("[\xc2-\xc3][\x80-\xbf]", lambda match: match[0].encode("latin-1").decode(), text).replace("_", " ")
     if " " in creator:  # a single word may be an ordinary one
         text = re.sub(rf"(?:\bby )?{re.escape(creator)}", " ", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[a-z]{2})(?=[A-Z][a-z])", " ", text)  # FlowerAndPot
-    text = re.sub(r"(?<![\d.])0\d+\b", " ", text)  # the counter of "Woman Police 01"
-    text = re.sub(r"(?<=[a-z]{4})\d\b", " ", text)  # motorcycle1
-    text = re.sub(r"\b(?:b and w|bw)\b", "black and white", text, flags=re.IGNORECASE)
-    text = re.sub(r"\b(\w+)(?:\W+\1\b)+", r"\1", text, flags=re.IGNORECASE)
-    text = re.sub(r"\(\s*\)|\[\s*\]", " ", text)
-    text = re.sub(r"\s+", " ", text).strip(" -,.;:!#*/\"'")
+    for pattern, replacement in CLEANING:
+        text = pattern.sub(replacement, text)
+    text = text.strip(" -,.;:!#*/\"'")
     return "" if text.lower() in PLACEHOLDERS or not re.search(r"\w", text) else text
 
 
@@ -124,6 +119,11 @@ def parse_metadata(key, svg):
 def words(text):
     """Split a text into lower-case words without punctuation: what a caption clean-up leaves."""
     return re.findall(r"[^\W_]+", text.lower())
+
+
+def singulars(text):
+    """Return the different words of a text, plurals as singulars, or nearly so."""
+    return {word.rstrip("s") for word in words(text)}
 
 
 def cut(text, max_words):
@@ -168,17 +168,15 @@ def captions(drawing, title_count, keyword_counts):
     description = clean_text(drawing.description, drawing.creator)
     keywords = sorted({clean_text(keyword.lower(), drawing.creator.lower()) for keyword in drawing.keywords},
                       key=lambda keyword: (keyword_counts[keyword], keyword))
-    parts, seen = [name], {word.rstrip("s") for word in words(name)}
+    parts, seen = [name], singulars(name)
     for part in (collection, *keywords[:8], *folders):  # only what adds a word, other than a number or a plural
-        new = {word.rstrip("s") for word in words(part) if not word.isdigit()} - seen
+        new = {word for word in singulars(part) if not word.isdigit()} - seen
         if new:
             parts.append(part)
             seen |= new
     everything = ", ".join(parts)
-    if {word.rstrip("s") for word in words(description)} <= seen:
-        description = ""
     views = [name, f"a drawing of {', '.join([name, *folders[:2]])}", everything]
-    if description:
+    if not singulars(description) <= seen:
         views.append(f"{name}. {description}")
         everything = f"{everything}. {description}"
     distinct = {}
@@ -269,18 +267,14 @@ def split_groups(groups, test_captions, sizes, seed):
 
 
 def fetch_packages(folder):
-    """Download and unpack the Debian packages below `folder`, unless that is done. Raises InputError."""
+    """Download the Debian packages to `folder`, unless they are there, and unpack them below it. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
-    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     for package in PACKAGES:
-        target, partial = folder / package, folder / f"{package}.partial"
-        if target.is_dir():
-            continue
         try:
             if not list(folder.glob(f"{package}_*.deb")):
-                run(["apt-get", "download", package], cwd=folder)
-            shutil.rmtree(partial, ignore_errors=True)
-            run(["dpkg-deb", "-x", max(folder.glob(f"{package}_*.deb")), partial])
+                subprocess.run(["apt-get", "download", package], cwd=folder, check=True, capture_output=True, text=True)
+            deb = max(folder.glob(f"{package}_*.deb"))
+            subprocess.run(["dpkg-deb", "-x", deb, folder / package], check=True, capture_output=True, text=True)
         except FileNotFoundError as error:
             raise InputError(f"{error.filename} is missing: install Debian's apt tools, or pass "
                              f"--packages with the folders of unpacked {' and '.join(PACKAGES)}") from None
@@ -288,20 +282,19 @@ def fetch_packages(folder):
             reason = (error.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(f"{error.cmd[0]} failed on {package} ({reason}): run `apt-get update`, remove "
                              f"broken .deb files from {folder}, or pass --packages") from None
-        os.replace(partial, target)
     return [folder / package for package in PACKAGES]
 
 
 def find_drawings(folders):
     """Return (png, svg) of every drawing that has both, by key, without links, which repeat drawings. Raises InputError."""
     found = {"png": {}, "svg": {}}
-    for folder in folders:
+    for folder, kind in itertools.product(folders, found):
         if not folder.is_dir():
             raise InputError(f"--packages {folder}: no such folder; give the folders that `dpkg-deb -x` wrote")
-        for kind, root in itertools.product(found, (folder, *folder.rglob("openclipart"))):
-            for path in (root / kind).rglob(f"*.{kind}"):
-                if kind == "svg" or not path.is_symlink():
-                    found[kind][path.relative_to(root / kind).with_suffix("").as_posix()] = path
+        for path in folder.rglob(f"*.{kind}"):
+            key = path.relative_to(folder).with_suffix("").as_posix().rpartition(f"openclipart/{kind}/")[2]
+            if kind == "svg" or not path.is_symlink():
+                found[kind][key] = path
     keys = sorted(found["png"].keys() & found["svg"].keys())
     if not keys:
         raise InputError(f"--packages {' '.join(map(str, folders))}: no drawing has both openclipart/png/*.png "
