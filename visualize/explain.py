@@ -136,7 +136,7 @@ def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
     answer, ids = find_answer(model, image, phrase, answers, tokenizer)
 
     def score(fused):
-        states = model.text_decoder.bert.image_keys_values(fused), phrase.tokens.attention_mask.bool()[:, None, None]
+        states = model.text_decoder.bert.image_keys_values(fused), phrase.tokens.attention_mask
         log_probs = model.answer_logits(states, ids, ids.new_zeros(1)).log_softmax(dim=-1)  # [1, L'-1, V]
         return log_probs.gather(2, ids[:, 1:, None]).sum()
 
