@@ -193,7 +193,7 @@ def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
     assert "generated" not in visualize("vqa", "--question", "what color", "--answer", "red")[1]
     (tmp_path / "answers.json").write_text('{"red": 1}')
     status, _, err = visualize("vqa", "--question", "what color", keys=answers)
-    assert status == 2 and "answers.json is no list" in err
+    assert status == 2 and "answers.json" in err and "answer_list" in err
 
 
 @torch.no_grad()
