@@ -28,9 +28,32 @@ BERT = json.load(open("tests/golden/bert.json"))
 
 
 @pytest.fixture
+def state(golden):
+    """The pre-trained weights of tests/golden, whose momentum weights differ from the base."""
+    return dict(golden("pretrain.pt")["state_dict"])
+
+
+@pytest.fixture
+def build(golden):
+    """Builds a model of a task in the size of the golden values, from random weights."""
+    return lambda task, **keys: build_model(task, {**golden("vqa.pt")["config"], "bert_config": BERT, **keys})
+
+
+@pytest.fixture
 def model(golden):
     torch.manual_seed(0)
     return build_model("pretrain", {**golden("pretrain.pt")["config"], "bert_config": BERT})
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes weights to file.pth, or what else a file may hold, and loads it into a model."""
+
+    def load(model, content, **flags):
+        torch.save(content, tmp_path / "file.pth")
+        return load_checkpoint(model, tmp_path / "file.pth", **flags)
+
+    return load
 
 
 @pytest.fixture(scope="module")
@@ -126,40 +149,38 @@ def test_another_kind_of_vit_is_refused(model, tmp_path):
     assert "use the plain DeiT" in refusal(load_vision_encoder, model, tmp_path / "distilled.pth")
 
 
-def test_released_checkpoint_without_position_ids_or_momentum_and_at_another_resolution(golden, tmp_path):
-    data = golden("pretrain.pt")
-    state = {k: v for k, v in data["state_dict"].items() if "position_ids" not in k and "_m." not in k}
-    torch.save({"state_dict": state, "epoch": "last"}, tmp_path / "bare.pth")
-    assert checkpoint_epoch(tmp_path / "bare.pth") == 0
-    model = build_model("pretrain", {**data["config"], "image_res": 64, "bert_config": BERT})
-    report = load_checkpoint(model, tmp_path / "bare.pth")
+def test_released_checkpoint_without_position_ids_or_momentum_and_at_another_resolution(golden, state, load, tmp_path):
+    state = {name: value for name, value in state.items() if "position_ids" not in name and "_m." not in name}
+    model = build_model("pretrain", {**golden("pretrain.pt")["config"], "image_res": 64, "bert_config": BERT})
+    report = load(model, {"state_dict": state, "epoch": "last"})
+    assert checkpoint_epoch(tmp_path / "file.pth") == 0
     assert "visual_encoder.pos_embed" in report.resized
     assert len(report.copied) == sum(1 for name in model.state_dict() if "_m." in name and "position_ids" not in name)
-    assert torch.equal(model.text_encoder_m.bert.embeddings.word_embeddings.weight,
-                       state["text_encoder.bert.embeddings.word_embeddings.weight"])
+    words = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.state_dict()[f"text_encoder_m.{words}"], state[f"text_encoder.{words}"])
     assert torch.equal(model.image_queue, state["image_queue"])
 
 
-def test_missing_weights_are_an_error_unless_allowed(model, golden, tmp_path):
-    state = dict(golden("pretrain.pt")["state_dict"])
+def test_missing_weights_are_an_error_unless_allowed(model, state, load):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     for name in [name for name in state if name.startswith("itm_head") or "layer.1.attention.self" in name]:
         del state[name]
-    torch.save({"model": state}, tmp_path / "partial.pth")
-    message = refusal(load_checkpoint, model, tmp_path / "partial.pth")
+    message = refusal(load, model, {"model": state})
     assert "lacks 14 tensors of the model: text_encoder[_m].bert.encoder.layer.1.attention.self.*, itm_head.*; " in message
     assert "--allow_missing" in message
-    report = load_checkpoint(model, tmp_path / "partial.pth", allow_missing=True)
-    assert "itm_head.weight" in report.new
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # a refused file changes nothing
+    assert "itm_head.weight" in load(model, {"model": state}, allow_missing=True).new
 
 
-def test_tensors_of_another_shape_or_kind_are_named(model, golden, tmp_path):
-    state, name = golden("pretrain.pt")["state_dict"], "vision_proj.weight"
-    for value, message in ((torch.zeros(4, 16), r"has shape \[4, 16\].*\[8, 16\].*embed_dim"),
-                           (state[name].int(), "is torch.strided torch.int32 .* torch.float32"),
-                           (state[name].to_sparse(), "is torch.sparse_coo .* torch.strided")):  # fmt: skip
-        torch.save({**state, name: value}, tmp_path / "other.pth")
-        with pytest.raises(InputError, match=f"{name} {message}"):
-            load_checkpoint(model, tmp_path / "other.pth")
+@pytest.mark.parametrize("change, message", [
+    (lambda value: value[:4], r"has shape \[4, 16\].*\[8, 16\].*embed_dim"),
+    (torch.Tensor.int, "is torch.strided torch.int32 .* torch.float32"),
+    (torch.Tensor.to_sparse, "is torch.sparse_coo .* torch.strided"),
+])  # fmt: skip
+def test_tensors_of_another_shape_or_kind_are_named(model, state, load, change, message):
+    name = "vision_proj.weight"
+    with pytest.raises(InputError, match=f"{name} {message}"):
+        load(model, {**state, name: change(state[name])})
 
 
 def test_unreadable_files_are_one_line(tmp_path, golden):
@@ -187,12 +208,10 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
 
 
-def test_a_report_names_modules_layers_and_momentum_in_one_line_each(golden, tmp_path):
-    model, state = of_task(golden, "ve"), golden("pretrain.pt")["state_dict"]
-    torch.save({name: value.half() if name == "visual_encoder.cls_token" else value for name, value in state.items()},
-               tmp_path / "p.pth")  # fmt: skip
-    assert str(load_checkpoint(model, tmp_path / "p.pth")).splitlines() == [
-        f"{tmp_path / 'p.pth'}: 240 of 248 tensors loaded",
+def test_a_report_names_modules_layers_and_momentum_in_one_line_each(build, state, load, tmp_path):
+    state["visual_encoder.cls_token"] = state["visual_encoder.cls_token"].half()
+    assert str(load(build("ve"), state)).splitlines() == [
+        f"{tmp_path / 'file.pth'}: 240 of 248 tensors loaded",
         "  converted: text_encoder[_m].bert.* -> text_encoder[_m].* (180)",
         "  cast: from float16 (1)",
         "  new: cls_head[_m].* (8)",
@@ -212,47 +231,34 @@ def test_names_are_shortened_to_what_they_have_in_common_alone():
     assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
 
 
-@pytest.fixture
-def pretrained_file(golden, tmp_path):
-    """(state, path of a pre-training checkpoint whose momentum weights differ from the base)."""
-    data = golden("pretrain.pt")
-    torch.save({"model": data["state_dict"]}, tmp_path / "pretrained.pth")
-    return data["state_dict"], tmp_path / "pretrained.pth"
+def first_parts(names):
+    return {name.split(".")[0] for name in names}
 
 
-def of_task(golden, task, bert="bert"):
-    """A model of a task in the size of the golden values, from random weights."""
-    return build_model(task, {**golden("vqa.pt")["config"], "bert_config": f"tests/golden/{bert}.json"})
-
-
-def test_pre_training_fills_the_answer_decoder(golden, pretrained_file):
-    state, path = pretrained_file
-    model = of_task(golden, "vqa")
-    report = load_checkpoint(model, path)
+def test_pre_training_fills_the_answer_decoder(build, state, load):
+    model = build("vqa")
+    report = load(model, {"model": state})
     loaded = model.state_dict()
     for copy in ("", "_m"):
-        source = f"text_encoder{copy}.bert.encoder.layer"
+        source, decoder = f"text_encoder{copy}", f"text_decoder{copy}"
+        key = "encoder.layer.3.attention.self.key.bias"
+        pairs = {f"{source}.{key}": f"bert.{key}"}
         for layer in (0, 1):  # the multimodal layers are 2 and 3
             for name in ("attention.self.query.weight", "crossattention.self.key.weight", "output.LayerNorm.bias"):
-                target = loaded[f"text_decoder{copy}.bert.encoder.layer.{layer}.{name}"]
-                assert torch.equal(target, state[f"{source}.{layer + 2}.{name}"])
-        words = "embeddings.word_embeddings.weight"
-        assert torch.equal(loaded[f"text_decoder{copy}.bert.{words}"], state[f"text_encoder{copy}.bert.{words}"])
-        head = "cls.predictions.transform.dense.weight"
-        assert torch.equal(loaded[f"text_decoder{copy}.{head}"], state[f"text_encoder{copy}.{head}"])
-        assert torch.equal(loaded[f"text_encoder{copy}.encoder.layer.3.attention.self.key.bias"],
-                           state[f"{source}.3.attention.self.key.bias"])
+                pairs[f"{decoder}.bert.encoder.layer.{layer}.{name}"] = f"bert.encoder.layer.{layer + 2}.{name}"
+        for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.transform.dense.weight"):
+            pairs[f"{decoder}.{name}"] = name
+        assert all(torch.equal(loaded[name], state[f"{source}.{old}"]) for name, old in pairs.items())
     assert not report.new and not report.copied
-    assert {name.split(".")[0] for name in report.ignored} == {
+    assert first_parts(report.ignored) == {
         "temp", "image_queue", "text_queue", "queue_ptr", "itm_head", "vision_proj", "vision_proj_m", "text_proj", "text_proj_m",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["nlvr", "nlvr_pretrain"])
-def test_both_blocks_of_a_pair_are_the_layer_and_momentum_starts_as_the_base(golden, pretrained_file, task):
-    state, path = pretrained_file
-    model = of_task(golden, task)
-    report = load_checkpoint(model, path)
+@pytest.mark.parametrize("task, head", [("nlvr", {"cls_head", "cls_head_m"}), ("nlvr_pretrain", {"ta_head"})])
+def test_both_blocks_of_a_pair_are_the_layer_and_momentum_starts_as_the_base(build, state, load, task, head):
+    model = build(task)
+    report = load(model, {"model": state})
     loaded = model.state_dict()
     for block, layer in {0: 0, 1: 1, 2: 2, 3: 2, 4: 3, 5: 3}.items():
         name = f"encoder.layer.{block}.attention.self.query.weight"
@@ -260,44 +266,35 @@ def test_both_blocks_of_a_pair_are_the_layer_and_momentum_starts_as_the_base(gol
         assert torch.equal(loaded[f"text_encoder.{name}"], state[old])
         if task == "nlvr":
             assert torch.equal(loaded[f"text_encoder_m.{name}"], loaded[f"text_encoder.{name}"])
-    assert {name.split(".")[0].removesuffix("_m") for name in report.new} == {"cls_head" if task == "nlvr" else "ta_head"}
+    assert first_parts(report.new) == head
     assert "visual_encoder_m.cls_token" in report.ignored
 
 
-def test_text_assignment_continues_as_nlvr(golden, tmp_path):
-    assigned = of_task(golden, "nlvr_pretrain")
-    torch.save({"model": assigned.state_dict()}, tmp_path / "assigned.pth")
-    model = of_task(golden, "nlvr")
-    report = load_checkpoint(model, tmp_path / "assigned.pth")
-    state = model.state_dict()
-    for name, value in assigned.state_dict().items():
+def test_text_assignment_continues_as_nlvr(build, load):
+    assigned, model = build("nlvr_pretrain").state_dict(), build("nlvr")
+    report = load(model, {"model": assigned})
+    loaded = model.state_dict()
+    for name, value in assigned.items():
         if name.startswith(("text_encoder", "visual_encoder")):
             base, _, rest = name.partition(".")
-            assert torch.equal(state[name], value) and torch.equal(state[f"{base}_m.{rest}"], value)
-    assert not report.converted and set(report.new) == {name for name in state if name.startswith("cls_head")}
+            assert torch.equal(loaded[name], value) and torch.equal(loaded[f"{base}_m.{rest}"], value)
+    assert not report.converted and set(report.new) == {name for name in loaded if name.startswith("cls_head")}
 
 
-def test_a_head_may_be_new_in_training_not_in_evaluation(golden, pretrained_file, tmp_path):
-    _, path = pretrained_file
-    model = of_task(golden, "ve")
-    report = load_checkpoint(model, path)
-    assert {name.split(".")[0] for name in report.new} == {"cls_head", "cls_head_m"}
-    with pytest.raises(InputError, match="pretrained.pth has no cls_head.*fine-tuned"):
-        load_checkpoint(model, path, complete=True)
-    with pytest.raises(InputError, match="pretrained.pth has no text_decoder, which this task evaluates with"):
-        load_checkpoint(of_task(golden, "vqa"), path, complete=True)
-    torch.save({"model": model.state_dict()}, tmp_path / "ve.pth")
-    assert not load_checkpoint(of_task(golden, "ve"), tmp_path / "ve.pth", complete=True).new
-    state = model.state_dict()
-    del state["cls_head.0.weight"]
-    torch.save({"model": state}, tmp_path / "cut.pth")
-    with pytest.raises(InputError, match="lacks 1 tensors of the model: cls_head.0.weight"):
-        load_checkpoint(model, tmp_path / "cut.pth")
+def test_a_head_may_be_new_in_training_not_in_evaluation(build, state, load):
+    model = build("ve")
+    assert first_parts(load(model, {"model": state}).new) == {"cls_head", "cls_head_m"}
+    for task, lacking in (("ve", "cls_head.*fine-tuned"), ("vqa", "text_decoder, which this task evaluates with")):
+        with pytest.raises(InputError, match=f"file.pth has no {lacking}"):
+            load(build(task), {"model": state}, complete=True)
+    tuned = model.state_dict()
+    assert not load(build("ve"), {"model": tuned}, complete=True).new
+    del tuned["cls_head.0.weight"]
+    assert "lacks 1 tensors of the model: cls_head.0.weight" in refusal(load, model, {"model": tuned})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_prefixes_precision_and_order_do_not_matter(model, golden, tmp_path, suffix):
-    state = golden("pretrain.pt")["state_dict"]
+def test_prefixes_precision_and_order_do_not_matter(model, state, tmp_path, suffix):
     halves = {f"module._orig_mod.{name}": value.half() if value.is_floating_point() else value for name, value in state.items()}
     with open(tmp_path / f"half{suffix}", "wb") as file:
         write_weights(file, suffix, dict(reversed(halves.items())), {})
@@ -308,99 +305,63 @@ def test_prefixes_precision_and_order_do_not_matter(model, golden, tmp_path, suf
         assert value.dtype == state[name].dtype and torch.equal(value, state[name].half().to(value.dtype)), name
 
 
-def test_files_of_before_torch_1_6_load(model, golden, tmp_path):
-    state = golden("pretrain.pt")["state_dict"]
+def test_files_of_before_torch_1_6_load(model, state, tmp_path):
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert len(load_checkpoint(model, tmp_path / "old.pth").loaded) == len(state)
     assert torch.equal(model.itm_head.weight, state["itm_head.weight"])
 
 
-def test_queues_of_another_size_start_anew_together_with_their_pointer(golden, tmp_path):
-    data = golden("retrieval.pt")
-    state = {**data["state_dict"], "queue_ptr": torch.tensor([3])}
-    size = data["config"]["queue_size"]
-    torch.save(state, tmp_path / "retrieval.pth")
-    for queue_size in (size, size + 2):
+def test_queues_of_another_size_start_anew_together_with_their_pointer(golden, load):
+    data, queues = golden("retrieval.pt"), {"image_queue", "text_queue", "idx_queue", "queue_ptr"}
+    state, size = {**data["state_dict"], "queue_ptr": torch.tensor([3])}, data["config"]["queue_size"]
+    alone = {name: value for name, value in state.items() if name != "text_queue"}  # the others are of no use without it
+    for weights, queue_size, new in ((state, size, False), (state, size + 2, True), (alone, size, True)):
         model = build_model("retrieval", {**data["config"], "bert_config": BERT, "queue_size": queue_size})
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        report = load_checkpoint(model, tmp_path / "retrieval.pth")
-        queues = {"image_queue", "text_queue", "idx_queue", "queue_ptr"}
-        assert set(report.new) == (queues if queue_size != size else set())
-        for name in queues:
-            assert torch.equal(model.state_dict()[name], before[name] if queue_size != size else state[name])
-    del state["text_queue"]  # the others are of no use without it
-    torch.save(state, tmp_path / "retrieval.pth")
-    model = build_model("retrieval", {**data["config"], "bert_config": BERT})
-    assert set(load_checkpoint(model, tmp_path / "retrieval.pth").new) == queues and model.queue_ptr.item() == 0
+        before = {name: model.state_dict()[name].clone() for name in queues}
+        assert set(load(model, weights).new) == (queues if new else set())
+        assert all(torch.equal(model.state_dict()[name], before[name] if new else state[name]) for name in queues)
 
 
-def test_a_momentum_module_is_missing_as_a_whole_or_not_at_all(model, golden, tmp_path):
-    state = dict(golden("pretrain.pt")["state_dict"])
-    whole = {name: value for name, value in state.items() if not name.startswith("text_encoder_m.")}
-    torch.save(whole, tmp_path / "whole.pth")
-    report = load_checkpoint(model, tmp_path / "whole.pth")
+def test_a_momentum_module_is_missing_as_a_whole_or_not_at_all(model, state, load):
+    report = load(model, {name: value for name, value in state.items() if not name.startswith("text_encoder_m.")})
     assert report.copied and all(name.startswith("text_encoder_m.") for name in report.copied)
-    for name in report.copied:
-        assert torch.equal(model.state_dict()[name], state[name.replace("_m.", ".", 1)])
+    assert all(torch.equal(model.state_dict()[name], state[name.replace("_m.", ".", 1)]) for name in report.copied)
     assert torch.equal(model.visual_encoder_m.pos_embed, state["visual_encoder_m.pos_embed"])
     lost = "text_encoder_m.bert.encoder.layer.1.output.dense.weight"
     del state[lost]
-    torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(InputError, match=f"lacks 1 tensors of the model: {lost}"):
-        load_checkpoint(model, tmp_path / "part.pth")
-    assert load_checkpoint(model, tmp_path / "part.pth", allow_missing=True).copied == [lost]
-
-
-def test_a_refused_file_leaves_the_model_alone(model, golden, tmp_path):
-    state = dict(golden("pretrain.pt")["state_dict"])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    del state["text_proj_m.bias"]
-    torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(InputError):
-        load_checkpoint(model, tmp_path / "part.pth")
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert f"lacks 1 tensors of the model: {lost}" in refusal(load, model, state)
+    assert load(model, state, allow_missing=True).copied == [lost]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
-def test_weights_that_no_training_gives_are_refused(model, golden, tmp_path, value):
-    state = {name: tensor.clone() for name, tensor in golden("pretrain.pt")["state_dict"].items()}
+def test_weights_that_no_training_gives_are_refused(model, state, load, value):
     name = "visual_encoder.blocks.1.attn.qkv.weight"
-    if value is None:
-        state[name] = state[name].to("meta")
-    else:
-        state[name][3, 4] = value
-    torch.save({"model": state}, tmp_path / "diverged.pth")
-    with pytest.raises(InputError, match=f"diverged.pth: 1 tensors hold NaN, infinity or nothing: {name}"):
-        load_checkpoint(model, tmp_path / "diverged.pth")
+    state[name] = state[name].to("meta") if value is None else state[name].index_fill(0, torch.tensor([3]), value)
+    assert f"file.pth: 1 tensors hold NaN, infinity or nothing: {name}" in refusal(load, model, {"model": state})
 
 
-def test_a_head_of_another_task_is_called_so(golden, tmp_path):
-    torch.save({"model": of_task(golden, "ve").state_dict()}, tmp_path / "ve.pth")
-    for allow_missing in (False, True):
-        with pytest.raises(InputError, match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*head of another task"):
-            load_checkpoint(of_task(golden, "nlvr"), tmp_path / "ve.pth", allow_missing)
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_a_head_of_another_task_is_called_so(build, load, allow_missing):
+    with pytest.raises(InputError, match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*head of another task"):
+        load(build("nlvr"), build("ve").state_dict(), allow_missing=allow_missing)
 
 
-def test_weights_without_a_place_are_an_error(golden, tmp_path):
+def test_weights_without_a_place_are_an_error(build, load):
     """They would be left out silently: layers of a pair would stand for layers, cross-attention would be lost."""
-    torch.save(of_task(golden, "nlvr_pretrain").state_dict(), tmp_path / "pairs.pth")
     with pytest.raises(InputError, match=r"no place for: text_encoder.encoder.layer.{4-5}.*two images"):
-        load_checkpoint(of_task(golden, "ve"), tmp_path / "pairs.pth")
-    config = {**golden("vqa.pt")["config"], "bert_config": {**BERT, "fusion_layer": 1}}
-    torch.save(build_model("ve", config).state_dict(), tmp_path / "earlier.pth")
+        load(build("ve"), build("nlvr_pretrain").state_dict())
+    earlier = build("ve", bert_config={**BERT, "fusion_layer": 1}).state_dict()
     with pytest.raises(InputError, match=r"no place for: text_encoder\[_m\].encoder.layer.1.crossattention.*fusion_layer"):
-        load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth")
-    assert load_checkpoint(of_task(golden, "ve"), tmp_path / "earlier.pth", allow_missing=True).ignored
+        load(build("ve"), earlier)
+    assert load(build("ve"), earlier, allow_missing=True).ignored
 
 
-def test_pairs_that_share_more_than_those_of_the_file_are_refused(golden, tmp_path):
-    config = {**golden("vqa.pt")["config"], "bert_config": BERT}
-    for share in ("none", "cross_attention", "all"):
-        torch.save(build_model("nlvr", {**config, "share": share}).state_dict(), tmp_path / f"{share}.pth")
+def test_pairs_that_share_more_than_those_of_the_file_are_refused(build, load):
+    states = {share: build("nlvr", share=share).state_dict() for share in ("none", "cross_attention", "all")}
     for share, source in (("cross_attention", "none"), ("all", "none"), ("all", "cross_attention")):
         with pytest.raises(InputError, match=r"layer.3.* and .*layer.2.* differ but are one parameter .*`share`"):
-            load_checkpoint(build_model("nlvr", {**config, "share": share}), tmp_path / f"{source}.pth")
-        load_checkpoint(build_model("nlvr", {**config, "share": source}), tmp_path / f"{share}.pth")
+            load(build("nlvr", share=share), states[source])
+        load(build("nlvr", share=source), states[share])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,6 +409,5 @@ def test_no_script_reads_a_file_in_another_way():
         if not {".venv", "tests"} & set(path.relative_to(ROOT).parts):
             for name in re.findall(r"torch\.load\b|torch\.hub|pickle\.loads?\b|Unpickler\)|YAML\(.*\)\.load", path.read_text()):
                 found.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    assert found == {
-        "torch.load": ["models/checkpoint.py"], 'YAML(typ="safe").load': ["configs/schema.py"], "Unpickler)": ["dataset/refer.py"],
-    }  # fmt: skip
+    assert found == {"torch.load": ["models/checkpoint.py"], 'YAML(typ="safe").load': ["configs/schema.py"],
+                     "Unpickler)": ["dataset/refer.py"]}  # fmt: skip
