@@ -1,16 +1,14 @@
 """ALBEF models by task."""
 
-from models.nlvr import NLVR, TextAssignment
-from models.pretrain import Pretrain
-from models.retrieval import Retrieval
-from models.ve import VE
-from models.vqa import VQA
+from importlib import import_module
+
 from configs.schema import with_defaults
 from utils import InputError
 
+# task: module and class, imported when a model is built: `python -m models.tokenizer --help` does not wait for torch
 MODELS = {
-    "pretrain": Pretrain, "retrieval": Retrieval, "vqa": VQA, "ve": VE, "nlvr": NLVR, "nlvr_pretrain": TextAssignment,
-    "grounding": Retrieval,
+    "pretrain": ("pretrain", "Pretrain"), "retrieval": ("retrieval", "Retrieval"), "grounding": ("retrieval", "Retrieval"),
+    "vqa": ("vqa", "VQA"), "ve": ("ve", "VE"), "nlvr": ("nlvr", "NLVR"), "nlvr_pretrain": ("nlvr", "TextAssignment"),
 }  # fmt: skip
 
 
@@ -22,7 +20,8 @@ def build_model(task, config, tokenizer=None):
     """
     if task not in MODELS:
         raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")
-    model = MODELS[task](with_defaults(config), tokenizer)
+    module, name = MODELS[task]
+    model = getattr(import_module(f"models.{module}"), name)(with_defaults(config), tokenizer)
     model.task = task
     return model
 

@@ -3,6 +3,16 @@
 `python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language.
 """
 
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.", "train.json --size 5000 --output vocab.txt")
+flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
+flags.add_argument("--output", required=True, help="the vocab file to write, one word piece per line")
+flags.add_argument("--size", type=int, default=30522, help="most word pieces that it may have")
+if __name__ == "__main__":
+    begin_script(flags)
+
 import json
 import os
 from pathlib import Path
@@ -12,10 +22,9 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from configs.flags import Flags
 from configs.schema import read_bert_config
 from models.hub import find_file
-from utils import InputError, atomic_write, run_script
+from utils import InputError, atomic_write
 
 FILES = ["vocab.txt", "tokenizer.json"]
 SPECIAL = {
@@ -100,10 +109,6 @@ def train_vocab(captions, size, min_frequency=2):
 
 def main():
     """Train a vocabulary from the command line."""
-    flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.")
-    flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
-    flags.add_argument("--output", required=True, help="the vocab file to write, one word piece per line")
-    flags.add_argument("--size", type=int, default=30522, help="most word pieces that it may have")
     args = flags.parse_args()
     pieces = train_vocab(captions_of(args.files), args.size)
     os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)

@@ -31,25 +31,33 @@ CASES = {
     "annotation file is a folder": (lambda d: {"train_file": str(d)}, ["cannot"]),
     "not a list": (lambda d: {"train_file": write(d / "a.json", {"image": 1})}, ["a.json", "list"]),
     "cut off": (lambda d: {"train_file": write(d / "a.json", '[{"image": "x", "capt')}, ["a.json"]),
-    "entry without caption": (lambda d: {"train_file": write(d / "a.json", [GOOD, {"image": "x"}])}, ["a.json", "entry 1", "'caption'"]),
-    "entry without image": (lambda d: {"train_file": write(d / "a.json", [{"caption": "x"}])}, ["a.json", "entry 0", "'image'"]),
+    "entry without caption": (lambda d: {"train_file": write(d / "a.json", [GOOD, {"image": "x"}])},
+        ["a.json", "entry 1", "'caption'"]),
+    "entry without image": (lambda d: {"train_file": write(d / "a.json", [{"caption": "x"}])},
+        ["a.json", "entry 0", "'image'"]),
     "missing image_root": (lambda d: {"image_root": str(d / "nowhere")}, ["image_root", "nowhere"]),
-    "missing image": (lambda d: {"train_file": write(d / "a.json", [GOOD, {**GOOD, "image": "x.jpg"}])}, ["a.json", "entry 1", "x.jpg", "image_root"]),
+    "missing image": (lambda d: {"train_file": write(d / "a.json", [GOOD, {**GOOD, "image": "x.jpg"}])},
+        ["a.json", "entry 1", "x.jpg", "image_root"]),
     "misspelled key": (lambda d: {"quue_size": 3}, ["quue_size", "queue_size"]),
     "wrong vocab": (lambda d: {"tokenizer": "tests/golden/vocab.txt"}, ["166", "vocab_size"]),
-    "no network for BERT": (lambda d: {"text_encoder": "some-lab/some-bert"}, ["text_encoder: some-lab/some-bert", "local copy"]),
+    "no network for BERT": (lambda d: {"text_encoder": "some-lab/some-bert"},
+        ["text_encoder: some-lab/some-bert", "local copy"]),
     "no network for ViT": (lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"}, ["vision_encoder", "local copy"]),
     "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
-    "captions for a vocabulary": (lambda d: {"tokenizer": write(d / "captions.json", [GOOD])}, ["captions.json is not a vocabulary"]),
+    "captions for a vocabulary": (lambda d: {"tokenizer": write(d / "captions.json", [GOOD])},
+        ["captions.json is not a vocabulary"]),
     "too small a data set": (lambda d: {"batch_size": 500}, ["batch_size"]),
     "unknown schedule": (lambda d: {"scheduler": {"sched": "tanh"}}, ["tanh", "cosine"]),
-    "two learning rates": (lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}}, ["optimizer.lr is 0.001", "scheduler.lr is 0.002", "one key"]),
+    "two learning rates": (lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}},
+        ["optimizer.lr is 0.001", "scheduler.lr is 0.002", "one key"]),
     "two batch sizes": (lambda d: {"batch_size_train": 4}, ["batch_size is 8", "batch_size_train is 4", "one key"]),
-    "patch beyond the image": (lambda d: {"image_res": 40}, ["image_res 40", "patch_size 16", "set image_res to 32, or another patch_size"]),
+    "patch beyond the image": (lambda d: {"image_res": 40},
+        ["image_res 40", "patch_size 16", "set image_res to 32, or another patch_size"]),
     "heads of the ViT": (lambda d: {"vision_heads": 3}, ["vision_width 16", "vision_heads 3", "another vision_heads"]),
     "heads of BERT": (lambda d: {"bert_config": bert(d, num_attention_heads=3)}, ["hidden_size 16", "num_attention_heads 3"]),
     "no layer that fuses": (lambda d: {"bert_config": bert(d, fusion_layer=4)}, ["fusion_layer is 4", "num_hidden_layers 4"]),
-    "another activation": (lambda d: {"bert_config": bert(d, hidden_act="relu")}, ["other.json", "hidden_act is 'relu'", "gelu"]),
+    "another activation": (lambda d: {"bert_config": bert(d, hidden_act="relu")},
+        ["other.json", "hidden_act is 'relu'", "gelu"]),
     "no batch size": (lambda d: {"batch_size": None}, ["batch_size"]),
     "widths differ": (lambda d: {"vision_width": 32}, ["vision_width 32", "encoder_width"]),
 }  # fmt: skip
@@ -155,7 +163,7 @@ def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(
 SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"])
 def test_help_does_not_wait_for_torch(script):
     command = [sys.executable, "-X", "importtime", *(["-m", script] if "." in script else [f"{script}.py"]), "--help"]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
