@@ -62,6 +62,11 @@ class EntryDataset(Dataset):
         raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
 
 
+def evenly(length, wanted):
+    """Indices below `length`: `wanted` of them, evenly spaced, or all (None)."""
+    return range(length) if wanted is None or wanted >= length else np.linspace(0, length - 1, wanted).astype(int).tolist()
+
+
 def check_images(dataset, sample=1000):
     """Raise InputError unless the image folders and the images of `sample` evenly spaced samples exist (None: of all).
 
@@ -71,10 +76,8 @@ def check_images(dataset, sample=1000):
         if root and not os.path.isdir(root):
             raise InputError(f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
                              "annotation files start from")
-    count = len(dataset) if sample is None else min(sample, len(dataset))
-    numbers = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
     # many samples may share an image, which is looked up once: its first sample remains
-    checked = {path: i for i in reversed(numbers) for path in dataset.files(i)}
+    checked = {path: i for i in reversed(evenly(len(dataset), sample)) for path in dataset.files(i)}
     missing = [(i, path) for path, i in checked.items() if not os.path.isfile(path)]
     if missing:
         i, path = min(missing)

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
+from dataset.base import evenly
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
 from dataset.grounding import Expression
@@ -113,12 +114,6 @@ class Check:
             yield
         except InputError as error:
             self.add(path, None, error)
-
-    def evenly(self, things):
-        """Those of a sequence that are looked at."""
-        if self.images is None or self.images >= len(things):
-            return things
-        return [things[i] for i in np.linspace(0, len(things) - 1, self.images).astype(int).tolist()]
 
     def look_at(self, jobs, name):
         """Yield look(job) of the jobs in order, computed in processes. Raises TrainingStopped if one dies."""
@@ -386,7 +381,8 @@ def check_list(check, path, key, questions):
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
     tally = Tally(check, key, path, form)
     images = _count_entries(tally, path, questions)
-    jobs = [(index, image) for image, index in check.evenly(list(images.items()))]
+    jobs = [(index, image) for image, index in images.items()]
+    jobs = [jobs[i] for i in evenly(len(jobs), check.images)]
     for seen in check.look_at(jobs, os.path.basename(path)):
         tally.add_image(path, seen.index, f"image {seen.path}", seen)
     if training:
@@ -438,7 +434,7 @@ def check_shards(check, paths):
         shard, number = locate(index, ends)
         return f"number {number} of {os.path.basename(shards.paths[shard])}"
 
-    tally, chosen = Tally(check, "train_file", file, SHARDS), check.evenly(range(len(shards)))
+    tally, chosen = Tally(check, "train_file", file, SHARDS), evenly(len(shards), check.images)
     for seen in check.look_at([(index, *shards.place(index)) for index in chosen], "shards"):
         if seen.error:
             tally.refuse(seen.path, seen.key, seen.error)

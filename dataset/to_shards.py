@@ -27,11 +27,12 @@ import os
 import sys
 import tarfile
 
-import numpy as np
 from tqdm import tqdm
 
 from dataset.annotations import Entries
+from dataset.base import evenly
 from dataset.caption import Pair
+from dataset.images import ImageError, read_image
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.workers import in_processes, process_count
 from utils import InputError, atomic_write, hash_file, make_output_dir
@@ -40,26 +41,25 @@ MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied
 
 
-def write_shard(number, annotations, image_root, output, samples):
-    """Write shard `number` of output: that many samples from entry number * samples on. Returns how many entries it is of.
+def write_shard(job, annotations, image_root):
+    """Write a shard: job is (path, indices of its entries). Returns how many entries it is of.
 
     An image that cannot be read is left out and named, with the reason, in %05d_skipped.txt. Raises InputError if the shard
     cannot be written; then there is none.
     """
-    entries = _entries(number, annotations, samples)
-    shard, list_of_skipped = output / f"{number:05d}.tar", output / f"{number:05d}_skipped.txt"
-    skipped = []
+    shard, indices = job
+    list_of_skipped, skipped = shard.with_name(f"{shard.stem}_skipped.txt"), []
     try:
         with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for i in entries:
-                path = _image(annotations, image_root, i)
+            for i in indices:
+                entry = annotations[i]
                 try:
-                    image = Path(path).read_bytes()
-                except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-                    skipped.append(f"{annotations.where(i)}: image {path!r}: {getattr(error, 'strerror', None) or error}\n")
+                    image = read_image(os.path.join(image_root, entry.image))
+                except ImageError as error:
+                    skipped.append(f"{annotations.where(i)}: image {error}\n")
                     continue
-                add_member(tar, f"{i:09d}.{_suffix(path)}", image)
-                add_member(tar, *_text(f"{i:09d}", annotations[i].texts))
+                add_member(tar, f"{i:09d}.{_suffix(entry.image)}", image)
+                add_member(tar, *_text(f"{i:09d}", entry.texts))
             if skipped:
                 with atomic_write(list_of_skipped) as lines:
                     lines.write("".join(skipped).encode("utf-8", "backslashreplace"))
@@ -68,15 +68,7 @@ def write_shard(number, annotations, image_root, output, samples):
     except OSError as error:
         raise InputError(f"{shard}: cannot be written ({error.strerror}): make room and run the same command again, complete "
                          "shards are kept") from None
-    return len(entries)
-
-
-def _entries(number, annotations, samples):
-    return range(number * samples, min((number + 1) * samples, len(annotations)))
-
-
-def _image(annotations, image_root, i):
-    return os.path.join(image_root, annotations[i].image)
+    return len(indices)
 
 
 def _suffix(path):
@@ -110,10 +102,11 @@ def convert(files, image_root, output, samples, processes=None):
         "lists": [[os.path.abspath(file), hash_file(file)] for file in files],
         "image_root": os.path.abspath(image_root), "samples": samples,
     })  # fmt: skip
-    shards = [output / f"{number:05d}.tar" for number in range(-(-len(annotations) // samples))]
-    left = [number for number, shard in enumerate(shards) if not shard.exists()]
-    write = functools.partial(write_shard, annotations=annotations, image_root=image_root, output=output, samples=samples)
-    done = len(annotations) - sum(len(_entries(number, annotations, samples)) for number in left)
+    shards = {output / f"{first // samples:05d}.tar": range(first, min(first + samples, len(annotations)))
+              for first in range(0, len(annotations), samples)}  # fmt: skip
+    left = [(shard, indices) for shard, indices in shards.items() if not shard.exists()]
+    write = functools.partial(write_shard, annotations=annotations, image_root=image_root)
+    done = len(annotations) - sum(len(indices) for _, indices in left)
     with tqdm(total=len(annotations), initial=done, desc="shards", unit="sample", file=sys.stdout, dynamic_ncols=True,
               mininterval=1) as bar, in_processes(process_count(len(left), processes)) as jobs:  # fmt: skip
         for count in jobs(write, left):
@@ -126,11 +119,10 @@ def convert(files, image_root, output, samples, processes=None):
 
 def _check_images(annotations, image_root):
     """A wrong folder must not end in shards of nothing."""
-    numbers = np.linspace(0, len(annotations) - 1, min(CHECKED, len(annotations))).astype(int).tolist()
-    if not any(os.path.isfile(_image(annotations, image_root, i)) for i in numbers):
-        root, first = image_root or "(not given)", _image(annotations, image_root, 0)
-        raise InputError(f"--image_root {root}: none of {len(numbers)} images looked for exists, such as {first}; name the "
-                         "folder that the lists' image paths start from")
+    paths = [os.path.join(image_root, annotations[i].image) for i in evenly(len(annotations), CHECKED)]
+    if not any(map(os.path.isfile, paths)):
+        raise InputError(f"--image_root {image_root or '(not given)'}: none of {len(paths)} images looked for exists, such as "
+                         f"{paths[0]}; name the folder that the lists' image paths start from")
 
 
 def _check_origin(output, origin):

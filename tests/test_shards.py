@@ -428,7 +428,7 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
     assert found[1].keys() == {"__key__", "png", "json"} and found[0].keys() == {"__key__", "jpg", "txt"}
     assert found[2].keys() == {"__key__", "jpg", "json"} and found[-1]["__key__"] == "000000026"
     lines = (tmp_path / "out/skipped.txt").read_text().splitlines()
-    assert len(lines) == 2 and f"{lists[0]}: entry 5 " in lines[0] and "No such file" in lines[0]
+    assert len(lines) == 2 and f"{lists[0]}: entry 5 " in lines[0] and "does not exist" in lines[0]
     assert f"{lists[1]}: entry 2 " in lines[1]
     status, printed = run_to_shards(monkeypatch, capsys, lists[1], "--image_root", "images", "--output", "one")
     assert status == 0 and printed.endswith("train_file: ['one/00000.tar']\n")
