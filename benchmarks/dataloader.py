@@ -37,11 +37,12 @@ from dataset import build_dataset, transforms as fast
 from dataset.batches import TrainBatches
 from dataset.images import load_image
 from dataset.to_shards import convert
-from models.tokenizer import build_tokenizer, captions_of, train_vocab
+from models.tokenizer import build_tokenizer, train_vocab
 
-WIDTH, HEIGHT = 500, 375
+PHOTOS, WIDTH, HEIGHT = 64, 500, 375
+IMAGE_RES, MIN_SCALE = 256, 0.2  # of pre-training
 FOLDER = 1000  # image files in a folder, and pairs in a shard
-PAIRS, BATCH_SIZE = 2000, 64
+PAIRS, BATCH_SIZE, LOADER_ROUNDS = 2000, 64, 3
 STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
@@ -118,15 +119,9 @@ def photo(generator):
     return Image.fromarray(image[0].clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def cpu_seconds():
-    """What this process and those that it has waited for have taken."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def measure_transform(paths, rounds, *options):
+def measure_transform(paths, rounds):
     """CPU milliseconds per image of each of STAGES, a row for each path: medians of rounds in turn, with equal draws."""
-    chains, timings = [stages(*options) for stages in (obvious_stages, fast_stages)], [[], []]
+    chains, timings = [stages(IMAGE_RES, MIN_SCALE) for stages in (obvious_stages, fast_stages)], [[], []]
     for seed in range(rounds + 1):
         for stages, rows in zip(chains, timings):
             rows.append([0.0] * len(STAGES))
@@ -139,8 +134,19 @@ def measure_transform(paths, rounds, *options):
     return [list(map(statistics.median, zip(*rows[1:]))) for rows in timings]  # the first round warmed up
 
 
+def print_transform(paths, rounds):
+    size = statistics.mean(path.stat().st_size for path in paths) / 1000
+    print(f"{len(paths)} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {IMAGE_RES} px, min_scale {MIN_SCALE}, one "
+          f"core, median of {rounds} rounds\n")
+    rows = measure_transform(paths, rounds)
+    print(f"{'milliseconds per image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
+    for stage, obvious, ours in zip([*STAGES, "total"], *([*row, sum(row)] for row in rows)):
+        print(f"{stage:<24}{obvious:>10.3f}{ours:>11.3f}{obvious / ours:>8.2f}")
+    print(f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}")
+
+
 def write_pairs(folder, photos):
-    """PAIRS pairs, their images the photos in turn -> {"files": train_file, "shards": train_file of the same pairs}."""
+    """PAIRS pairs, their images the photos in turn -> ({"files": train_file, "shards": train_file}, captions)."""
     draw, pairs = random.Random(0), []
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
     for i, photo in zip(range(PAIRS), itertools.cycle([path.read_bytes() for path in photos])):
@@ -151,7 +157,8 @@ def write_pairs(folder, photos):
     (folder / "train.json").write_text(json.dumps(pairs))
     with contextlib.redirect_stdout(io.StringIO()):
         convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
-    return {"files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
+    train_files = {"files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
+    return train_files, [pair["caption"] for pair in pairs]
 
 
 def prepare_cache(paths, cold):
@@ -169,60 +176,55 @@ def prepare_cache(paths, cold):
     return True
 
 
-def print_loaders(folder, photos, workers, rounds, **options):
-    """Epochs from files and from shards in turn: medians of some rounds."""
-    train_files = write_pairs(folder, photos)
-    (folder / "vocab.txt").write_text("\n".join(train_vocab(captions_of([train_files["files"]]), 2000)))
+def cpu_seconds():
+    """What this process and those that it has waited for have taken."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def print_loaders(folder, photos, workers):
+    """Epochs from files and from shards in turn: medians of LOADER_ROUNDS."""
+    train_files, captions = write_pairs(folder, photos)
+    (folder / "vocab.txt").write_text("\n".join(train_vocab(captions, 2000)))
     tokenizer = build_tokenizer(folder / "vocab.txt")
     images = {"files": list(folder.glob("images/*/*")), "shards": list(folder.glob("shards/*.tar"))}
     timings = {}
-    for turn, cold, number, source in itertools.product(range(rounds), (False, True), workers, train_files):
+    for turn, cold, number, source in itertools.product(range(LOADER_ROUNDS), (False, True), workers, train_files):
         if not prepare_cache(images[source], cold):
             continue
-        config = with_defaults({**options, "train_file": train_files[source], "batch_size": BATCH_SIZE, "num_workers": number})
+        config = with_defaults({"train_file": train_files[source], "image_res": IMAGE_RES, "min_scale": MIN_SCALE,
+                                "batch_size": BATCH_SIZE, "num_workers": number})  # fmt: skip
         batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn)
         start, cpu = time.perf_counter(), cpu_seconds()
         count = sum(len(batch.files) for batch in batches)
         seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
         timings.setdefault((cold, number), {}).setdefault(source, []).append(seconds)
-    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {rounds} rounds")
-    print(f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}", end="")
-    print(f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}")
+    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds")
+    print(f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"
+          f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}")  # fmt: skip
     for (cold, number), rows in sorted(timings.items()):
         (files, files_cpu), (shards, shards_cpu) = (map(statistics.median, zip(*rows[source])) for source in train_files)
-        print(f"{'cold' if cold else 'warm':<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}", end="")
-        print(f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}")
+        print(f"{'cold' if cold else 'warm':<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"
+              f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}")  # fmt: skip
     if len(timings) == len(workers):
         print(f"no cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image_res", type=int, default=256)
-    parser.add_argument("--min_scale", type=float, default=0.2)
-    parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--workers", type=int, nargs="+", help="also measure the loader with these numbers of data workers")
-    parser.add_argument("--loader_rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=15, help="of the transform")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as data workers do
-
     with tempfile.TemporaryDirectory() as name:
         generator, folder = torch.Generator().manual_seed(0), Path(name)
-        paths = [folder / f"{i}.jpg" for i in range(args.images)]
+        paths = [folder / f"{i}.jpg" for i in range(PHOTOS)]
         for path in paths:
             photo(generator).save(path, quality=90)
-        size = statistics.mean(path.stat().st_size for path in paths) / 1000
-        print(f"{args.images} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {args.image_res} px, "
-              f"min_scale {args.min_scale}, one core, median of {args.rounds} rounds")
-        rows = measure_transform(paths, args.rounds, args.image_res, args.min_scale)
-        print(f"\n{'milliseconds per image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
-        for stage, obvious, ours in zip([*STAGES, "total"], *([*row, sum(row)] for row in rows)):
-            print(f"{stage:<24}{obvious:>10.3f}{ours:>11.3f}{obvious / ours:>8.2f}")
-        print(f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}")
+        print_transform(paths, args.rounds)
         if args.workers:
             os.environ["ALBEF_CACHE"] = str(folder / "cache")
-            print_loaders(folder, paths, args.workers, args.loader_rounds, image_res=args.image_res, min_scale=args.min_scale)
+            print_loaders(folder, paths, args.workers)
 
 
 if __name__ == "__main__":
