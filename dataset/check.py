@@ -115,9 +115,9 @@ class Check:
         except InputError as error:
             self.add(path, None, error)
 
-    def look_at(self, jobs, name):
-        """Yield look(job) of the jobs in order, computed in processes. Raises TrainingStopped if one dies."""
-        jobs = iter(tqdm(jobs, desc=name, unit="img", **BAR))
+    def look_at(self, length, job, name):
+        """Yield look(job(i)) for indices below length in order, computed in processes. Raises TrainingStopped if one dies."""
+        jobs = map(job, tqdm(evenly(length, self.images), desc=name, unit="img", **BAR))
         chunks = iter(lambda: list(itertools.islice(jobs, IMAGES_AT_A_TIME)), [])
         yield from itertools.chain.from_iterable(self._compute(look_at_all, ((some[0][1], some) for some in chunks)))
 
@@ -193,7 +193,8 @@ class Tally:
     def __init__(self, check, key, file, form):
         self.check, self.form, self.training = check, form, key == "train_file"
         self.rows, self.result = [], {"key": key, "file": file, "form": form.title}  # what is printed and reported
-        self.entries, self.lost_roots = 0, set(check.lost_roots)
+        self.entries = self.read = 0  # of shards, not all may be read
+        self.lost_roots = set(check.lost_roots)
         self.wrong, self.unusable = Counter(), Counter()  # entries and images that cannot be used, by kind
         self.digests, self.indices = array("Q"), array("Q")  # of each entry that can
         self.words, self.pieces = array("L"), array("L")  # of each text
@@ -243,29 +244,28 @@ class Tally:
         self.rows.append(f"  {title:<{TITLE_WIDTH}}{text}")
         self.result.update(numbers)
 
-    def report(self, name, images, read=None, title=None):
+    def report(self, name, images, title=None):
         """Print the counts and return them.
 
-        name(index) is what to call an entry; images: those that the entries name; read: how many entries were read, default
-        all; title: default that of the form.
+        name(index) is what to call an entry; images: those that the entries name; title: default that of the form.
         """
-        self._report_entries(name, self.entries if read is None else read)
+        self._report_entries(name)
         self._report_texts()
         self._report_images(images)
         say("", f"{self.result['key']} {self.result['file']}", f"  {title or self.form.title}", *self.rows)
         return self.result
 
-    def _report_entries(self, name, read):
-        sample = f", {read:,} read" if read < self.entries else ""
-        self.row("entries", f"{self.entries:,}{sample}{_unusable(self.wrong, read)}",
-                 entries=self.entries, entries_read=read, wrong=dict(self.wrong.most_common()))  # fmt: skip
+    def _report_entries(self, name):
+        sample = f", {self.read:,} read" if self.read < self.entries else ""
+        self.row("entries", f"{self.entries:,}{sample}{_unusable(self.wrong, self.read)}",
+                 entries=self.entries, entries_read=self.read, wrong=dict(self.wrong.most_common()))  # fmt: skip
         digests, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
         earlier = first[which]  # the first entry with the digest of each
         later = np.flatnonzero(earlier < np.arange(len(earlier))).tolist()
         examples = [f"{name(self.indices[i])} as {name(self.indices[earlier[i]])}" for i in later[:EXAMPLES]]
         self.result.update(duplicates=len(later), first_duplicates=examples)
         if later:
-            self.row("repeated", f"{_part(len(later), read)}: {', '.join(examples)}{', ...' * (len(later) > EXAMPLES)}")
+            self.row("repeated", f"{_part(len(later), self.read)}: {', '.join(examples)}{', ...' * (len(later) > EXAMPLES)}")
 
     def _report_texts(self):
         self.row("texts", f"{len(self.words):,}", texts=len(self.words))
@@ -381,9 +381,8 @@ def check_list(check, path, key, questions):
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
     tally = Tally(check, key, path, form)
     images = _count_entries(tally, path, questions)
-    jobs = [(index, image) for image, index in images.items()]
-    jobs = [jobs[i] for i in evenly(len(jobs), check.images)]
-    for seen in check.look_at(jobs, os.path.basename(path)):
+    paths = list(images)
+    for seen in check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
         tally.add_image(path, seen.index, f"image {seen.path}", seen)
     if training:
         check.trained_images.update(images)
@@ -395,7 +394,7 @@ def _count_entries(tally, path, questions):
     check, images = tally.check, {}
     with check.noting(path):
         for index, entry in tqdm(read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR):
-            tally.entries += 1
+            tally.entries, tally.read = tally.entries + 1, tally.read + 1
             try:
                 checked = check_entry(entry, tally.form.entry, path, index)
                 if isinstance(checked, Expression) and check.refer:
@@ -434,15 +433,16 @@ def check_shards(check, paths):
         shard, number = locate(index, ends)
         return f"number {number} of {os.path.basename(shards.paths[shard])}"
 
-    tally, chosen = Tally(check, "train_file", file, SHARDS), evenly(len(shards), check.images)
-    for seen in check.look_at([(index, *shards.place(index)) for index in chosen], "shards"):
+    tally = Tally(check, "train_file", file, SHARDS)
+    tally.entries = len(shards)
+    for seen in check.look_at(len(shards), lambda i: (i, *shards.place(i)), "shards"):
+        tally.read += 1
         if seen.error:
             tally.refuse(seen.path, seen.key, seen.error)
         else:
             tally.add_entry(seen.path, seen.key, seen.index, seen.captions, seen.digest)
             tally.add_image(seen.path, seen.key, "image", seen)
-    tally.entries = len(shards)
-    return {"shards": counts, **tally.report(name, range(len(shards)), len(chosen), f"{len(paths)} {SHARDS.title}")}
+    return {"shards": counts, **tally.report(name, range(len(shards)), f"{len(paths)} {SHARDS.title}")}
 
 
 def check_lists(check):
