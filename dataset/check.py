@@ -471,7 +471,7 @@ def check_lists(check):
 def check_others(check, tokenizer_of):
     """Open what else the configuration names -> {key: what it is}.
 
-    What cannot be opened is a problem; a hub that cannot be reached is no fault of the configuration.
+    What cannot be opened is a problem; a hub that cannot be reached is not, as the configuration may be right.
     """
     config, found = check.config, {}
     for root in filter(config.get, ("image_root", *ROOTS.values())):

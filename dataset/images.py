@@ -14,8 +14,8 @@ from PIL import Image, UnidentifiedImageError
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-# Pillow is asked for these alone: its other plug-ins are code that nobody chose to run on files from the web, and the one of
-# EPS starts Ghostscript on them
+# Pillow is asked for these alone: its other plug-ins were not chosen to run on files from the web, and that of EPS starts
+# Ghostscript on them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file can keep a decoder busy
 # for minutes. To count scans beforehand costs about 1% of decoding an ordinary image, and is a time limit that works in every
@@ -49,7 +49,7 @@ def read_image(path):
 
 
 def no_file(path):
-    """What a path at which there is no image file is instead, and the remedy."""
+    """What is wrong with a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
     return "is a folder: name an image file in it" if os.path.isdir(path) else "does not exist: check its path"

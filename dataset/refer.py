@@ -57,7 +57,7 @@ _Boxes = list[Annotated[list[float], Meta(min_length=4, max_length=5)]]
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Builds containers, strings and numbers only; whatever a pickle wants to import or run is refused."""
+    """Build containers, strings and numbers only; refuse what a pickle wants to import or run."""
 
     def __init__(self, file, path):
         # strings of Python 2 are bytes; latin1 has a character for each

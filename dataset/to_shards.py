@@ -84,7 +84,7 @@ def _text(key, captions):
 
 
 def add_member(tar, name, data):
-    """Append a file to an open tar file, without time, owner or whatever else would differ from run to run."""
+    """Append a file to an open tar file, without time, owner and what else differs from run to run."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -34,7 +34,7 @@ def begin_worker(_=None):
 
 
 def _end_with_parent():
-    """However the run ends, by SIGKILL say: a process that waits for its next task would wait for ever."""
+    """End this process with the run, also when that is killed: otherwise it would wait for its next task forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -133,7 +133,7 @@ def in_processes(count, begin=begin_worker):
     except BaseException:
         for process in multiprocessing.active_children():
             if process not in others:
-                process.kill()  # what it is at is of no use any more
+                process.kill()  # what it is computing is of no use any more
         raise
     finally:
         pool.shutdown()
