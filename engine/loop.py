@@ -1,4 +1,4 @@
-"""The training loop: precision, accumulation, schedule, and when to log, save, validate and stop."""
+"""The training loop: accumulation, schedule, and when to log, save, validate and stop."""
 
 import contextlib
 import sys
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from timm.models.vision_transformer import Block
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -16,32 +15,13 @@ from configs.schema import save_config
 from dataset import to_device
 from dataset.batches import TrainBatches
 from engine.curves import Curves
+from engine.device import autocast, compile_layers, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
 from engine.recorder import Recorder, summary, write_log
 from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
-from models.bert import Layer
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
-from utils import (
-    InputError, TrainingStopped, gather_lists, is_distributed, is_main, make_deterministic, rank, seed_everything, world_size,
-)  # fmt: skip
-
-
-def has_bf16(device):
-    """Whether the device computes in bf16; every CPU does, some of them slowly."""
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def autocast(config, device):
-    """Return the context of the forward pass: bf16 autocast if the configuration and the device have it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16" and has_bf16(device))
-
-
-def compile_layers(model):
-    """Compile every transformer layer in place; names in the state dict stay as they are."""
-    for module in model.modules():
-        if isinstance(module, (Block, Layer)):
-            module.compile()
+from utils import InputError, TrainingStopped, gather_lists, is_distributed, is_main, rank, seed_everything, world_size
 
 
 class Run(NamedTuple):
@@ -184,6 +164,8 @@ def announce(run, position, resume_from):
         return
     if config["precision"] == "bf16" and not has_bf16(run.device):
         print("note: this device has no bf16, training in fp32")
+    elif run.device.type == "cuda" and config["precision"] == "bf16" and not device_peak(run.device, config):
+        print(f"note: no peak is known of {torch.cuda.get_device_name(run.device)}, so that no MFU is shown")
     if resume_from:
         print(f"resuming from {resume_from}: epoch {position.epoch}, iteration {position.iteration}")
     batch = config["batch_size"] * world_size() * config["accumulate"]
@@ -241,8 +223,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     everything is accepted. Raises InputError where resume_from does not fit, Interrupted after saving on SIGTERM or Ctrl-C,
     TrainingStopped when too many losses are not finite or too much data unusable.
     """
-    if config["deterministic"] or device.type == "cpu":  # where it costs nothing
-        make_deterministic()
+    use_device(config, device)
     run, batches, position = prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from)
     position, end = place(position, batches, config)
     if is_main():
@@ -250,14 +231,14 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
         run.output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run.output_dir)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
-    curves = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1)
+    curves, flops = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1), None
 
     with StopSignal() as stop, contextlib.closing(curves):
         while position.epoch < run.scheduler["epochs"]:
             model.train()
-            with contextlib.closing(Recorder(run, position, end, curves)) as recorder:
+            with contextlib.closing(Recorder(run, position, end, curves, flops)) as recorder:
                 lr = train_epoch(run, batches, position, recorder, stop)
-                position = recorder.position()
+                position, flops = recorder.position(), recorder.flops
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = place(finish_epoch(run, position, lr, validate, stop), batches, config)
         # waits for the main process too: whoever goes on to read the best checkpoint finds it written

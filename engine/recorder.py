@@ -14,31 +14,23 @@ import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from engine.device import device_peak
 from engine.saving import LAST, writing
 from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, world_size
 
-# dense bf16 matrix-product peak in FLOP/s, by a part of the device's name
-PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10": 125e12, "L4": 121e12}
 SKIPPED_IN_LOG = 100  # names of unusable files an epoch's entry in log.txt lists; skipped.txt has them all
 RECENT = 100  # iterations that a loss is compared with
 SPIKE = 6  # standard deviations above their mean that make a loss spike
 
 
-def device_peak(device, config):
-    """Return the bf16 matrix-product peak of the device in FLOP/s, None where it is not known."""
-    if device.type != "cuda" or config["precision"] != "bf16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_BF16.items() if part in name), None)
-
-
 class Recorder:
     """Collects losses on the device and fetches them every `every` iterations: checks, sums, progress, TensorBoard.
 
-    position: where the epoch goes on, kept up to date from there; end: the epoch's last iteration, exclusive.
+    position: where the epoch goes on, kept up to date from there; end: the epoch's last iteration, exclusive; flops: of a step
+    as an earlier epoch has counted them.
     """
 
-    def __init__(self, run, position, end, curves):
+    def __init__(self, run, position, end, curves, flops=None):
         self.run, self.config, self.now, self.end, self.curves = run, run.config, position, end, curves
         # the entries an interrupted epoch could not use belong to no process in particular
         self.skipped, self.new_skipped = list(position.skipped) if is_main() else [], []
@@ -46,7 +38,7 @@ class Recorder:
         self.pending = []  # values by name and files of the iterations since those that `now` has
         # on a CPU there is nothing to wait for
         self.every = self.config["log_every"] if run.device.type == "cuda" else 1
-        self.peak, self.flops = device_peak(run.device, self.config), None
+        self.peak, self.flops = device_peak(run.device, self.config), flops
         self.bar = tqdm(
             total=end, initial=position.iteration, desc=f"epoch {position.epoch}", disable=not is_main(),
             file=sys.stdout, dynamic_ncols=True, mininterval=1,
@@ -58,11 +50,12 @@ class Recorder:
 
     @contextlib.contextmanager
     def count_flops(self):
-        """Count what a step computes, once and where it tells how busy the device is. The counter sees no compiled layers."""
-        if self.flops is not None or self.peak is None or self.config["compile"]:
+        """Count what a step computes, once and where it tells how busy the device is."""
+        if self.flops is not None or self.peak is None:
             yield
             return
-        with FlopCounterMode(display=False) as counter:
+        # the counter sees nothing of compiled layers
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             yield
         self.flops = counter.get_total_flops()
 

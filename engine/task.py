@@ -12,6 +12,7 @@ import torch
 from configs.schema import require
 from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir, task_in
+from engine.device import use_device
 from engine.loop import train
 from engine.processes import init_process_group
 from engine.recorder import write_log
@@ -61,6 +62,7 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
         write_log(setup.output_dir, None if source else epoch, **source, **measure(split, report))
 
     if args.evaluate:
+        use_device(setup.config, setup.device)
         for split in setup.test_sets:
             test(split, args.checkpoint, checkpoint_epoch(args.checkpoint), checkpoint=args.checkpoint)
         return
