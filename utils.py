@@ -71,7 +71,7 @@ def run_script(main):
     except (TrainingStopped, InputError) as error:
         # what a library says, which a message may hold, can have several lines
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).splitlines())}"
-        if _number():
+        if _launched_rank():
             # most likely all processes say the same; the launcher ends this one once the first has left
             time.sleep(1 + local_rank())
     except Exception as error:
@@ -80,7 +80,7 @@ def run_script(main):
         lost = "another process of the run has ended or does not answer; continue with --resume"
         said = lost if is_lost_process(error) else f"\n{traceback.format_exc()}"
         status, message = 1, f"error: process {rank()}: {said}"
-    if message and (not _number() or status in (1, 2)):
+    if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
     if is_distributed():
         # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
@@ -119,12 +119,12 @@ def interruptible(message):
 
 
 def _leave_at_once(signum, _):
-    if not _number():
+    if not _launched_rank():
         os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # print may be what was interrupted
     os._exit(128 + signum)
 
 
-def _number():
+def _launched_rank():
     """Return the rank of this process by what the launcher says, also before it has joined the others."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 

@@ -183,16 +183,18 @@ def test_tensors_of_another_shape_or_kind_are_named(model, state, load, change, 
         load(model, {**state, name: change(state[name])})
 
 
-def test_unreadable_files_are_one_line(tmp_path, golden):
+def test_unreadable_files_are_one_line(tmp_path, state):
     whole = tmp_path / "whole.pth"
-    torch.save(golden("pretrain.pt")["state_dict"], whole)
-    (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:5000])
+    torch.save(state, whole)
+    for size in (0, 3, 5000, whole.stat().st_size - 100):
+        (tmp_path / "cut.pth").write_bytes(whole.read_bytes()[:size])
+        assert "cut.pth" in refusal(read_weights, tmp_path / "cut.pth")
     (tmp_path / "text.pth").write_text("not a checkpoint")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     shutil.copy(whole, tmp_path / "changed.pth")
     (tmp_path / "changed.pth.sha256").write_text(f"{0:064x}  changed.pth\n")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    for name in ("cut.pth", "text.pth", "cut.safetensors", "changed.pth", "empty.pth", "absent.pth"):
+    for name in ("text.pth", "cut.safetensors", "changed.pth", "empty.pth", "absent.pth"):
         assert name in refusal(read_weights, tmp_path / name)
 
 
@@ -251,7 +253,8 @@ def test_pre_training_fills_the_answer_decoder(build, state, load):
         assert all(torch.equal(loaded[name], state[f"{source}.{old}"]) for name, old in pairs.items())
     assert not report.new and not report.copied
     assert first_parts(report.ignored) == {
-        "temp", "image_queue", "text_queue", "queue_ptr", "itm_head", "vision_proj", "vision_proj_m", "text_proj", "text_proj_m",
+        "temp", "image_queue", "text_queue", "queue_ptr", "itm_head", "vision_proj", "vision_proj_m", "text_proj",
+        "text_proj_m",
     }  # fmt: skip
 
 

@@ -7,16 +7,16 @@ import functools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, refusal
 from models import build_model
 from models.checkpoint import load_checkpoint
-from utils import InputError
 
 KEYS = json.loads((ROOT / "tests/golden/state_dict_keys.json").read_text())
 TASK = {
@@ -111,9 +111,8 @@ def test_a_released_file_of_no_use_is_refused_by_name(released, name, task):
         message = r"no place for: text_encoder.encoder.layer.{12-17}.* two images"
     else:
         message = r"lacks \d+ tensors of the model: .*(itm_head|text_(en|de)coder\[_m\].cls|vision_proj|temp)"
-    with pytest.raises(InputError, match=message) as error:
-        load_checkpoint(model_of(task), released(name))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    found = refusal(load_checkpoint, model_of(task), released(name))
+    assert re.search(message, found) and len(found) < 500
 
 
 @pytest.mark.parametrize("name", TASK)
@@ -123,23 +122,16 @@ def test_order_is_free_and_damage_is_refused_by_name(name, tmp_path):
     draw = random.Random(name)
     for key in draw.sample(weights, 2):
         rest = {other: value for other, value in state.items() if other != key}
-        with pytest.raises(InputError) as error:
-            load_checkpoint(model, write(path, {**rest, f"{key}_old": state[key]}))
-        assert f"lacks 1 tensors of the model: {key}" in str(error.value) and f"it has {key}_old instead" in str(error.value)
-        with pytest.raises(InputError) as error:
-            load_checkpoint(model, write(path, {**state, key: torch.empty(2, *state[key].shape, device="meta")}))
-        assert f"{key} has shape [2, " in str(error.value)
+        message = refusal(load_checkpoint, model, write(path, {**rest, f"{key}_old": state[key]}))
+        assert f"lacks 1 tensors of the model: {key}" in message and f"it has {key}_old instead" in message
+        larger = torch.empty(2, *state[key].shape, device="meta")
+        assert f"{key} has shape [2, " in refusal(load_checkpoint, model, write(path, {**state, key: larger}))
     for share in (0.3, 0.8):  # cut off within the base model, and within the momentum model
-        with pytest.raises(InputError, match=r"lacks \d+ tensors"):
-            load_checkpoint(model, write(path, dict(list(state.items())[: int(share * len(state))])))
+        part = dict(list(state.items())[: int(share * len(state))])
+        assert re.search(r"lacks \d+ tensors", refusal(load_checkpoint, model, write(path, part)))
     shuffled = draw.sample(list(state.items()), len(state))
     report = load_checkpoint(model, write(path, dict(shuffled)))
     assert len(report.loaded) == len(model.state_dict())
-    whole = path.read_bytes()
-    for size in (0, 3, len(whole) // 3, len(whole) - 100):
-        path.write_bytes(whole[:size])
-        with pytest.raises(InputError, match="file.pth"):
-            load_checkpoint(model, path)
 
 
 # Writes pre-training files of zeros to argv[2:] and loads each into a VE model of ones of the configuration argv[1]. Prints for
@@ -197,8 +189,8 @@ def test_loading_takes_the_memory_of_the_model_alone(tmp_path):
     paths = [str(tmp_path / f"file{suffix}") for suffix in (".pth", ".safetensors")]
     # glibc keeps freed blocks below a moving threshold for reuse, which would hide what loading takes
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-c", LOAD, json.dumps(config), *paths], cwd=ROOT, env=environment, capture_output=True,
-                          text=True)
+    command = [sys.executable, "-c", LOAD, json.dumps(config), *paths]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for ones, model, file, grown in map(json.loads, done.stdout.splitlines()):
         assert file > 250e6 and first_parts(ones) == HEAD
