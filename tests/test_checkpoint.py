@@ -172,6 +172,11 @@ def test_missing_weights_are_an_error_unless_allowed(model, state, load):
     assert "itm_head.weight" in load(model, {"model": state}, allow_missing=True).new
 
 
+def test_a_fine_tuned_file_lacks_the_vocabulary_head_alone(model, golden, load):
+    message = refusal(load, model, golden("retrieval.pt")["state_dict"])
+    assert "tensors of the model: text_encoder[_m].cls.*; is it the right file?" in message
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda value: value[:4], r"has shape \[4, 16\].*\[8, 16\].*embed_dim"),
     (torch.Tensor.int, "is torch.strided torch.int32 .* torch.float32"),
