@@ -31,7 +31,7 @@ class ALBEF(nn.Module):
         self.config = config
         self.bert_config = read_bert_config(config["bert_config"])
         if self.bert_config["vocab_size"] == "auto":
-            raise InputError("bert_config: vocab_size is auto: models.tokenizer.tokenizer_of(config) sets it to the tokenizer's")
+            raise InputError("bert_config: vocab_size is auto: let models.tokenizer.tokenizer_of(config) set it")
         vision_width = config["vision_width"]
         if self.bert_config["encoder_width"] != vision_width:
             raise InputError(

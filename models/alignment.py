@@ -30,7 +30,8 @@ class Alignment(ALBEF):
         super().__init__(config, bert, tokenizer)
         self.objectives = [name for name in config["objectives"] if name in known]
         if not self.objectives:
-            raise InputError(f"objectives is {', '.join(config['objectives'])}, this task has {', '.join(known)}: name one of them")
+            named = ", ".join(config["objectives"])
+            raise InputError(f"objectives is {named}, this task has {', '.join(known)}: name one of them")
         distill = config["distill"]
         self.distilled = distill if isinstance(distill, list) else self.objectives * distill
         self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives
