@@ -112,9 +112,8 @@ def sharded(shapes, tmp_path_factory):
     return f"{folder}/*.tar"
 
 
-@pytest.fixture
-def tiny_config(shapes):
-    """A configuration that trains a tiny model on the shapes in a second."""
+def tiny(shapes):
+    """A configuration that trains a tiny model on the data set of shapes in a folder in a second."""
     from configs.schema import with_defaults
 
     vocab = (shapes / "vocab.txt").read_text().splitlines()
@@ -131,6 +130,22 @@ def tiny_config(shapes):
         "queue_size": 20, "batch_size": 8, "num_workers": 0, "k_test": 4,
         "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
     })  # fmt: skip
+
+
+@pytest.fixture
+def tiny_config(shapes):
+    """A configuration that trains a tiny model on the shapes in a second."""
+    return tiny(shapes)
+
+
+@pytest.fixture(scope="session")
+def whole(shapes, tmp_path_factory):
+    """The folder of an undisturbed run of the tiny configuration."""
+    from test_engine import run
+
+    folder = tmp_path_factory.mktemp("whole")
+    run(tiny(shapes), folder)
+    return folder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import chaos
 from conftest import log
 from engine.processes import _slurm_to_environment
-from test_engine import assert_same_run
+from chaos import assert_same_run
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 24
@@ -119,9 +119,9 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
         "--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=localhost:{free_port()}",
-        "tests/helpers/mishap_pretrain.py", "--config", config, "--output_dir", tmp_path / "run", "--device", "cpu",
+        "tests/helpers/troubled.py", "--config", config, "--output_dir", tmp_path / "run", "--device", "cpu",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(tmp_path / "trace")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(tmp_path / "trace"), "MISHAP": "1"}
     nodes, outputs = [], [tmp_path / f"node{number}.out" for number in range(2)]
     try:
         for output in outputs:
@@ -140,8 +140,8 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
 def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_on(config, slurm, undisturbed, tmp_path):
     (tmp_path / "a copy").mkdir()
     (tmp_path / "a copy/scripts").symlink_to(ROOT / "scripts")
-    (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/helpers/mishap_pretrain.py")
-    environment = in_job(slurm, tmp_path, TRACE=str(tmp_path / "trace"))
+    (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/helpers/troubled.py")
+    environment = in_job(slurm, tmp_path, TRACE=str(tmp_path / "trace"), MISHAP="1")
     job = environment["SLURM_JOB_ID"]
     arguments = ["--config", config, "--output_dir", "the run", "--device", "cpu"]
     first = submit(tmp_path, environment, *arguments)

@@ -92,7 +92,7 @@ def test_a_training_set_without_a_usable_image_ends_the_training(tiny_config, st
 def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
     config = {**tiny_config, "num_workers": 2}
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    status, said = ending(start("tests/helpers/interrupt_one_process.py", *arguments, ERROR="a bug", RANK="1"))
+    status, said = ending(start("tests/helpers/troubled.py", *arguments, ERROR="a bug", RANK="1"))
     assert status == 1 and said.splitlines()[-1] == "ValueError: a bug", said
 
 

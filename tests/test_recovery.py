@@ -1,5 +1,7 @@
 """What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go wrong (docs/faults.md)."""
 
+import functools
+import itertools
 import json
 import os
 import random
@@ -17,206 +19,139 @@ import pytest
 import torch
 
 import chaos
-from engine.saving import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
-from conftest import log
+from chaos import assert_same_run
+from conftest import ROOT, log, refusal
 from dataset import build_dataset
 from dataset.batches import EpochBatches, TrainBatches
 from engine import train
+from engine.saving import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
 from models import build_model
 from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
-from test_engine import CPU, assert_same_run, command_line, run, signal_at, torchrun
-from utils import InputError, Interrupted, TrainingStopped, is_lost_process, make_output_dir
+from test_engine import CPU, at, command_line, run, stop_at, torchrun
+from utils import InputError, TrainingStopped, is_lost_process, make_output_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
 
-class Killing:
-    """In a child process: kills it at the number-th operation on files."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def __call__(self, function):
-        def called(*args, **kwargs):
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return called
-
-    def install(self, patch):
-        for name in ("fsync", "replace", "link", "unlink", "chmod"):
-            patch.setattr(os, name, self(getattr(os, name)))
-        fdopen = os.fdopen
-
-        def opened(*args):
-            file = fdopen(*args, buffering=0)
-            killing = self
-
-            class Writer:
-                def __enter__(self):
-                    return self
-
-                def __exit__(self, *_):
-                    file.close()
-
-                def __getattr__(self, name):
-                    return killing(getattr(file, name)) if name == "write" else getattr(file, name)
-
-            return Writer()
-
-        patch.setattr(os, "fdopen", opened)
-
-
-def save(folder, epoch):
-    model = torch.nn.Linear(3, 2)
-    torch.nn.init.constant_(model.weight, epoch)
-    model.task = "pretrain"
-    optimizer, position = torch.optim.AdamW(model.parameters()), Position(epoch=epoch, iteration=5)
-    save_checkpoint(folder / LAST, model, optimizer, {}, position, seed=0, lr=0.1)
-
-
-def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
-    points = 0
-    for point in range(1, 1000):
-        folder = tmp_path / str(point)
-        folder.mkdir()
-        save(folder, 1)
-        save(folder, 2)
-        child = os.fork()
-        if not child:
-            Killing(point).install(pytest.MonkeyPatch())
-            save(folder, 3)
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        found = newest_checkpoint(folder)
-        state = torch.load(found, weights_only=True)
-        assert state["resume"]["epoch"] in (2, 3) and (state["model"]["weight"] == state["resume"]["epoch"]).all()
-        for path in folder.glob("checkpoint_*.pth"):  # whatever has a checkpoint's name is a whole one
-            assert read_checkpoint(path)["resume"]["epoch"] in (1, 2, 3)
-        make_output_dir(folder)
-        assert not list(folder.glob(".*.tmp"))  # the next run clears away what was begun
-        if os.WIFEXITED(status):
-            assert state["resume"]["epoch"] == 3  # what was reported as saved is what a run continues from
-            break
-        points += 1
-    assert points > 20 and os.WIFEXITED(status)
-
-
-@pytest.mark.parametrize("damaged", [b"", lambda data: data[: len(data) // 2], "flip"])
-def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, damaged):
-    config = {**tiny_config, "save_every": 4}
-    run(config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(config, tmp_path / "parts", step=signal_at(12))
-    last = tmp_path / "parts" / LAST
-    data = last.read_bytes()
-    if damaged == "flip":  # a bit in the middle of the weights
-        middle = len(data) // 2
-        damaged = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-    last.write_bytes(damaged(data) if callable(damaged) else damaged)
-    run(config, tmp_path / "parts", resume=True)
-    assert f"note: checkpoint {last}" in capsys.readouterr().out
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
-    (tmp_path / LAST).write_bytes(b"PK\x03\x04 half a file")
-    with pytest.raises(InputError, match=f"{LAST}.*remove it to start anew"):
-        find_resume_file(tmp_path, "", wanted=True)
-    with pytest.raises(InputError, match="holds a run already"):
-        find_resume_file(tmp_path, "", wanted=False)
-
-
-def limited(size):
+def limit(size):
     """Lets no file of this process grow beyond size bytes, None: any; writing more fails as on a full disk."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
 
+def save(path, **position):
+    model = torch.nn.Linear(3, 2)
+    model.task = "pretrain"
+    torch.nn.init.constant_(model.weight, position["epoch"])
+    save_checkpoint(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
+
+
+def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
+    def survives(number, in_file):
+        """Whether a save ends in a process that dies at byte `number` of a file, or at the number-th other operation."""
+        folder = tmp_path / f"{number} {in_file}"
+        folder.mkdir()
+        for epoch in (1, 2):
+            save(folder / LAST, epoch=epoch, iteration=5)
+        child = os.fork()
+        if not child:
+            if in_file:
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # it kills, where Python has it ignored
+                limit(number)
+            else:
+                die = at(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+                call = die(lambda function, *args, **options: function(*args, **options))
+                for name in ("fsync", "replace", "link", "unlink", "chmod"):
+                    setattr(os, name, functools.partial(call, getattr(os, name)))
+            save(folder / LAST, epoch=3, iteration=5)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        state = torch.load(newest_checkpoint(folder), weights_only=True)
+        epoch = state["resume"]["epoch"]
+        assert epoch in (2, 3) and (state["model"]["weight"] == epoch).all()
+        for path in folder.glob("checkpoint_*.pth"):  # whatever has a checkpoint's name is a whole one
+            assert read_checkpoint(path)["resume"]["epoch"] in (1, 2, 3)
+        make_output_dir(folder)
+        assert not list(folder.glob(".*.tmp"))  # the next run clears away what was begun
+        assert epoch == 3 or not os.WIFEXITED(status)  # what was reported as saved is what a run continues from
+        return os.WIFEXITED(status)
+
+    instants = list(itertools.takewhile(lambda number: not survives(number, False), range(1, 100)))
+    assert len(instants) > 5
+    sizes = list(itertools.takewhile(lambda size: not survives(size, True), range(0, 10_000, 200)))
+    assert len(sizes) > 10
+
+
+@pytest.mark.parametrize("damaged", ["empty", "half", "flip"])
+def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, whole, damaged):
+    stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
+    last = tmp_path / LAST
+    data = last.read_bytes()
+    middle = len(data) // 2
+    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]  # a bit in the middle of the weights
+    last.write_bytes({"empty": b"", "half": data[:middle], "flip": flipped}[damaged])
+    run({**tiny_config, "save_every": 4}, tmp_path, resume=True)
+    assert f"note: checkpoint {last}" in capsys.readouterr().out
+    assert_same_run(whole, tmp_path)
+
+
+def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
+    (tmp_path / LAST).write_bytes(b"PK\x03\x04 half a file")
+    assert "remove it to start anew" in refusal(find_resume_file, tmp_path, "", True)
+    assert "holds a run already" in refusal(find_resume_file, tmp_path, "", False)
+
+
 def full_disk(first, last):
     """Wraps a step so that files cannot grow beyond 20 kB from the first to the last of its calls."""
-
-    def wrap(step):
-        calls = iter(range(1, 1000))
-
-        def stepped(*args):
-            number = next(calls)
-            if number == first:
-                limited(20_000)
-            if number == last + 1:
-                limited(None)
-            return step(*args)
-
-        return stepped
-
-    return wrap
+    return lambda step: at(first, lambda: limit(20_000))(at(last + 1, lambda: limit(None))(step))
 
 
-def test_a_full_disk_within_an_epoch_is_survived(tiny_config, tmp_path, capfd):
-    config = {**tiny_config, "save_every": 2}
-    run(config, tmp_path / "whole")
+def test_a_full_disk_within_an_epoch_is_survived(tiny_config, tmp_path, capfd, whole):
     try:
-        run(config, tmp_path / "parts", step=full_disk(3, 5))
+        run({**tiny_config, "save_every": 2}, tmp_path, step=full_disk(3, 5))
     finally:
-        limited(None)
+        limit(None)
     assert "cannot write" in (message := capfd.readouterr().err) and "saves again after 2 iterations" in message
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert_same_run(whole, tmp_path)
 
 
-def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_saved(tiny_config, tmp_path):
+def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_saved(tiny_config, tmp_path, whole):
     config = {**tiny_config, "save_every": 4}
-    run(config, tmp_path / "whole")
     try:
         with pytest.raises(TrainingStopped, match="cannot write .*checkpoint_01.pth.*earlier checkpoints are untouched"):
-            run(config, tmp_path / "parts", step=full_disk(11, 1000))
+            run(config, tmp_path, step=full_disk(11, 1000))
     finally:
-        limited(None)
-    assert newest_checkpoint(tmp_path / "parts").name == LAST
-    run(config, tmp_path / "parts", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+        limit(None)
+    assert newest_checkpoint(tmp_path).name == LAST
+    run(config, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
 
 
-def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys):
-    run(tiny_config, tmp_path / "whole")
-
-    def vanish(step):
-        calls = iter(range(1, 1000))
-
-        def stepped(*args):
-            if next(calls) == 9:
-                shutil.rmtree(tmp_path / "parts")
-            return step(*args)
-
-        return stepped
-
-    run(tiny_config, tmp_path / "parts", step=vanish)
+def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys, whole):
+    run(tiny_config, tmp_path / "parts", step=at(9, lambda: shutil.rmtree(tmp_path / "parts")))
     assert "was gone and is made anew" in capsys.readouterr().err
-    whole, parts = (read_weights(tmp_path / name / LAST) for name in ("whole", "parts"))
-    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
-    assert log(tmp_path / "parts") == log(tmp_path / "whole")[1:]
+    expected, found = (read_weights(folder / LAST) for folder in (whole, tmp_path / "parts"))
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert log(tmp_path / "parts") == log(whole)[1:]
 
 
-def test_clock_jumps_do_not_matter(tiny_config, tmp_path, monkeypatch):
+def test_clock_jumps_do_not_matter(tiny_config, tmp_path, monkeypatch, whole):
     config = {**tiny_config, "save_every": 4}
-    run(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         jumps = random.Random(0)
         patch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
-        with pytest.raises(Interrupted):
-            run(config, tmp_path / "parts", step=signal_at(9))
-    for age, path in enumerate(sorted((tmp_path / "parts").glob("checkpoint_*.pth"), reverse=True)):
+        stop_at(9, config, tmp_path)
+    for age, path in enumerate(sorted(tmp_path.glob("checkpoint_*.pth"), reverse=True)):
         os.utime(path, (1e9 * age, 1e9 * age))  # checkpoint_00 is the youngest by its date
-    assert newest_checkpoint(tmp_path / "parts").name == LAST
-    (tmp_path / "parts" / LAST).unlink()
-    assert newest_checkpoint(tmp_path / "parts").name == PREVIOUS
-    run(config, tmp_path / "parts", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert newest_checkpoint(tmp_path).name == LAST
+    (tmp_path / LAST).unlink()
+    assert newest_checkpoint(tmp_path).name == PREVIOUS
+    run(config, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
 
 
 def test_old_checkpoints_are_rotated_by_count(tiny_config, tmp_path):
@@ -229,90 +164,71 @@ def test_rotation_keeps_the_best_and_the_last(tmp_path):
     for name in ("00", "01", "07", "12", "best", "last", "previous"):
         (tmp_path / f"checkpoint_{name}.pth").write_text("")
     rotate(tmp_path, epoch=12, keep=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"checkpoint_{name}.pth" for name in ("12", "best", "last", "previous")
-    ]
+    assert {path.stem.removeprefix("checkpoint_") for path in tmp_path.iterdir()} == {"12", "best", "last", "previous"}
 
 
 def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
-    model = torch.nn.Linear(3, 2)
-    model.task = "pretrain"
-    optimizer = torch.optim.AdamW(model.parameters())
     # 15 iterations of 4, and from there with a batch of 8: 3 more, which make the 11th of 8
-    for name, iteration, seen in ((PREVIOUS, 15, 60), (LAST, 10, 84)):
-        position = Position(epoch=0, iteration=iteration, seen=seen)
-        save_checkpoint(tmp_path / name, model, optimizer, {}, position, seed=0, lr=0.1)
-        if name == PREVIOUS:
-            os.rename(tmp_path / name, tmp_path / "checkpoint_99.pth")
+    save(tmp_path / "checkpoint_99.pth", epoch=0, iteration=15, seen=60)
+    save(tmp_path / LAST, epoch=0, iteration=10, seen=84)
     assert newest_checkpoint(tmp_path).name == LAST
 
 
 def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
-    save(tmp_path, 1)
-    with pytest.raises(InputError, match="holds a run already.*leave out --checkpoint to continue it"):
-        find_resume_file(tmp_path, "elsewhere/checkpoint_00.pth", wanted=True)
+    save(tmp_path / LAST, epoch=1)
+    assert "leave out --checkpoint to continue it" in refusal(find_resume_file, tmp_path, "elsewhere/checkpoint_00.pth", True)
 
 
-@pytest.mark.parametrize("change", [{"opt": "sgd"}, {"temp_lr_scale": 0.1}])
-def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path, change):
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path, step=signal_at(3))
-    with pytest.raises(InputError, match="holds the state of another optimizer"):
-        run({**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}, tmp_path, resume=True)
+def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path):
+    stop_at(3, tiny_config, tmp_path)
+    for change in ({"opt": "sgd"}, {"temp_lr_scale": 0.1}):
+        config = {**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}
+        assert "holds the state of another optimizer" in refusal(run, config, tmp_path, True)
 
 
-def test_the_checkpoint_of_an_older_torch_resumes(tiny_config, tmp_path):
-    run(tiny_config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path / "parts", step=signal_at(3))
-    state = torch.load(tmp_path / "parts" / LAST, weights_only=True)
-    for group in state["optimizer"]["param_groups"]:  # as torch 1.8 had them
-        for name in group.keys() - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
-            del group[name]
-    torch.save(state, tmp_path / "parts" / LAST)
-    run(tiny_config, tmp_path / "parts", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
+    stop_at(3, tiny_config, tmp_path / "run")
+    (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
+    (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
+    config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
+    assert "number of entries of train_file is 48 as it was then, not 40" in refusal(run, config, tmp_path / "run", True)
 
 
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path, step=signal_at(3))
+    stop_at(3, tiny_config, tmp_path)
     run({**tiny_config, "optimizer": {**tiny_config["optimizer"], "weight_decay": 0.5}}, tmp_path, resume=True)
     groups = torch.load(tmp_path / LAST, weights_only=True)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.0, 0.5]
 
 
-def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path / "run", step=signal_at(3))
-    (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
-    (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
-    with pytest.raises(InputError, match="number of entries of train_file is 48 as it was then, not 40"):
-        run({**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}, tmp_path / "run", resume=True)
+def older_torch(state):
+    for group in state["optimizer"]["param_groups"]:  # as torch 1.8 had them
+        for name in group.keys() - {"params", "lr", "betas", "eps", "weight_decay", "amsgrad"}:
+            del group[name]
 
 
-@pytest.mark.parametrize("form", ["lists", "shards"])
-def test_a_checkpoint_of_the_earlier_form_continues_or_is_refused(tiny_config, sharded, tmp_path, form):
-    config = {**tiny_config, "train_file": tiny_config["train_file"] if form == "lists" else [sharded]}
-    run(config, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(config, tmp_path / "parts", step=signal_at(9))
-    state = torch.load(tmp_path / "parts" / LAST, weights_only=True)
+def earlier_form(state):
     state["resume"]["phases"] = [[state["resume"].pop("seen") // 8, 8, 1, 1]]
-    torch.save(state, tmp_path / "parts" / LAST)
-    if form == "lists":
-        run(config, tmp_path / "parts", resume=True)
-        assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    else:
-        with pytest.raises(InputError, match=f"{LAST} was saved within an epoch of shards by an earlier version"):
-            run(config, tmp_path / "parts", resume=True)
+
+
+@pytest.mark.parametrize("change", [older_torch, earlier_form])
+def test_a_checkpoint_of_an_older_torch_or_version_resumes(tiny_config, sharded, tmp_path, whole, change):
+    stop_at(9, tiny_config, tmp_path)
+    state = torch.load(tmp_path / LAST, weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / LAST)
+    if change is earlier_form:
+        message = refusal(run, {**tiny_config, "train_file": [sharded]}, tmp_path, True)
+        assert f"{LAST} was saved within an epoch of shards by an earlier version" in message
+    run(tiny_config, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
     code = ("import os, sys, time, utils; utils.make_output_dir(sys.argv[1]); os.fork() or os._exit(bool(sys.stdin.read())); "
             "print('held', flush=True); time.sleep(60)")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes, cwd=Path(__file__).parent.parent) as holder:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes, cwd=ROOT) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match="another run is writing there"):
             make_output_dir(tmp_path, patience=0.3)
@@ -333,34 +249,32 @@ def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
     chaos.check(tmp_path / "whole", tmp_path / "parts", tmp_path / "parts.trace", iterations)
 
 
-def test_a_restart_resumes_without_being_told(tiny_config, tmp_path, monkeypatch, capsys):
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path / "run", step=signal_at(9))
-    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
-        with monkeypatch.context() as patch:
-            patch.setenv(variable, "1")
-            assert find_resume_file(tmp_path / "run", "", wanted=False) == tmp_path / "run" / LAST
-            # of --resume --checkpoint X only the first start begins at X
-            assert find_resume_file(tmp_path / "run", "x.pth", wanted=True) == tmp_path / "run" / LAST
-            assert find_resume_file(tmp_path / "new", "x.pth", wanted=True) == Path("x.pth")
-            assert find_resume_file(tmp_path / "new", "", wanted=False) is None
-            assert "holds no checkpoint yet, so a new run starts" in capsys.readouterr().out
-            patch.setenv(variable, "0")
-            with pytest.raises(InputError, match="holds a run already"):
-                find_resume_file(tmp_path / "run", "", wanted=False)
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restart_resumes_without_being_told(tmp_path, monkeypatch, capsys, variable):
+    (tmp_path / "run").mkdir()
+    save(last := tmp_path / "run" / LAST, epoch=1, iteration=5)
+    monkeypatch.setenv(variable, "1")
+    assert find_resume_file(tmp_path / "run", "", wanted=False) == last
+    # of --resume --checkpoint X only the first start begins at X
+    assert find_resume_file(tmp_path / "run", "x.pth", wanted=True) == last
+    assert find_resume_file(tmp_path / "new", "x.pth", wanted=True) == Path("x.pth")
+    assert find_resume_file(tmp_path / "new", "", wanted=False) is None
+    assert "holds no checkpoint yet, so a new run starts" in capsys.readouterr().out
+    monkeypatch.setenv(variable, "0")
+    assert "holds a run already" in refusal(find_resume_file, tmp_path / "run", "", False)
 
 
-def pair(script, arguments, timeout, **variables):
+def pair(arguments, timeout, **variables):
     """Two processes of a group without a launcher that looks after them; returns them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     common = {**os.environ, "OMP_NUM_THREADS": "1", **group, **variables}
-    command = [sys.executable, script, *map(str, arguments), "--timeout", str(timeout)]
+    command = [sys.executable, "tests/helpers/troubled.py", *map(str, arguments), "--timeout", str(timeout)]
     return [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-                         stdout=subprocess.DEVNULL, text=True, cwd=Path(__file__).parent.parent) for rank in range(2)
+                         stdout=subprocess.DEVNULL, text=True, cwd=ROOT) for rank in range(2)
     ]  # fmt: skip
 
 
@@ -369,7 +283,7 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
     trace = tmp_path / "trace"
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair("tests/helpers/traced_pretrain.py", arguments, timeout=5, TRACE=str(trace))
+    first, second = pair(arguments, timeout=5, TRACE=str(trace))
     try:
         deadline = time.monotonic() + 120
         while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
@@ -394,7 +308,7 @@ def test_what_gloo_says_of_a_lost_process_is_recognized():
 def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4}
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair("tests/helpers/interrupt_one_process.py", arguments, timeout=60, ERROR="broken on purpose")
+    first, second = pair(arguments, timeout=60, ERROR="broken on purpose")
     try:
         messages = [process.communicate(timeout=50)[1] for process in (second, first)]
     finally:
@@ -409,7 +323,7 @@ def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_confi
     config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
     config["val_file"] = config["test_file"]
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    ended = torchrun("tests/helpers/slow_save.py", *arguments, "--checkpoint", pretrained)
+    ended = torchrun("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3")
     assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
     assert newest_checkpoint(tmp_path / "run").name == LAST
 
@@ -449,12 +363,13 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
         list(batches_of(config, dataset))
 
 
-def test_two_processes_with_a_sharded_optimizer_equal_whole_ones(tiny_config, tmp_path):
-    config = {**tiny_config, "batch_size": 4, "test_file": None}
+def test_two_processes_resume_exactly_also_with_a_sharded_optimizer(tiny_config, tmp_path):
+    config = {**tiny_config, "batch_size": 4, "num_workers": 1, "test_file": None}
     whole = torchrun("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
     assert whole.returncode == 0, whole.stderr
     # the first half of the other run is whole, the second sharded: a state goes from one to the other, and is saved by both
-    half = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "mixed", tmp_path))
+    # only one of the two processes hears the signal; both must stop after the same iteration
+    half = torchrun("tests/helpers/troubled.py", *command_line(config, tmp_path / "mixed", tmp_path), INTERRUPT="1")
     assert "continue with --resume" in half.stderr, half.stderr
     sharded = command_line({**config, "shard_optimizer": True}, tmp_path / "mixed", tmp_path)
     rest = torchrun("Pretrain.py", *sharded, "--resume")
@@ -471,11 +386,12 @@ def test_a_sharded_optimizer_divides_its_state(tmp_path):
 
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, sharded, tmp_path):
     config = {**tiny_config, "train_file": [sharded], "batch_size": 4, "test_file": None}
-    stopped = torchrun("tests/helpers/interrupt_one_process.py", *command_line(config, tmp_path / "run", tmp_path))
+    arguments = command_line(config, tmp_path / "run", tmp_path)
+    stopped = torchrun("tests/helpers/troubled.py", *arguments, INTERRUPT="1")
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
     assert seen["epoch"] == 1 and seen["seen"] == 8 * seen["iteration"] > 0
-    resumed = torchrun("tests/helpers/list_files.py", *command_line(config, tmp_path / "run", tmp_path), "--resume", processes=3)
+    resumed = torchrun("tests/helpers/troubled.py", *arguments, "--resume", processes=3, FILES=str(tmp_path / "files"))
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
@@ -485,7 +401,7 @@ def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_
     first = EpochBatches(len(dataset), 8, seed=42, order=dataset.order)
     first.begin(1)
     files = [dataset[index].file for batch in list(first)[: seen["iteration"]] for index in batch]
-    files += [file for path in (tmp_path / "run").glob("files*.txt") for file in path.read_text().split()]
+    files += [file for path in tmp_path.glob("files*") for file in path.read_text().split()]
     left = len(dataset) - 8 * seen["iteration"]
     assert len(files) == len(set(files)) == len(dataset) - left % 12
 
@@ -494,35 +410,44 @@ def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_
 # numbers
 
 
-def poison(numbers, factor):
-    """Wraps a step so that its losses are multiplied in some of its calls."""
+def change_losses(numbers, change):
+    """Wraps a step so that change is applied to each of its losses in some of its calls."""
 
     def wrap(step):
         calls = iter(range(1, 1000))
 
         def stepped(*args):
             losses, number = step(*args), next(calls)
-            return {name: loss * factor for name, loss in losses.items()} if number in numbers else losses
+            return {name: change(loss) for name, loss in losses.items()} if number in numbers else losses
 
         return stepped
 
     return wrap
 
 
+def times(factor):
+    return lambda loss: loss * factor
+
+
 @pytest.mark.parametrize("opt", ["adamW", "sgd"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
 def test_a_step_that_is_not_finite_is_skipped_and_reported(tiny_config, tmp_path, capfd, opt, factor):
     config = {**tiny_config, "max_skipped_steps": 2, "optimizer": {**tiny_config["optimizer"], "opt": opt}}
-    model = run(config, tmp_path, step=poison({3, 8}, factor))
+    model = run(config, tmp_path / "run", step=change_losses({3, 8}, times(factor)))
     assert all(value.isfinite().all() for value in model.state_dict().values())
-    assert [entry.get("train_skipped_steps") for entry in log(tmp_path)] == [1, 1]
-    assert all(map(torch.isfinite, (torch.tensor(v) for v in log(tmp_path)[0].values() if isinstance(v, float))))
-    lines = (tmp_path / "bad_steps.txt").read_text().splitlines()
+    entries = log(tmp_path / "run")
+    assert [entry.get("train_skipped_steps") for entry in entries] == [1, 1]
+    assert all(map(torch.isfinite, (torch.tensor(v) for v in entries[0].values() if isinstance(v, float))))
+    lines = (tmp_path / "run/bad_steps.txt").read_text().splitlines()
     assert len(lines) == 2 and "not finite in epoch 0 iteration 2: the step was skipped" in lines[0]
     assert lines[0].count(".jpg") == 8 and "loss_mlm" in lines[0]
     assert capfd.readouterr().err.count("the step was skipped") == 2
-    with pytest.raises(TrainingStopped, match="3 steps skipped, max_skipped_steps is 2"):
-        run(config, tmp_path / "again", step=poison({3, 8, 10}, factor))
+    with pytest.raises(TrainingStopped, match="3 steps skipped, max_skipped_steps is 2") as error:
+        run(config, tmp_path / "again", step=change_losses({3, 8, 10}, times(factor)))
+    message = str(error.value)
+    assert "loss_itm" in message and "not finite in epoch 1 iteration 3;" in message and message.count(".jpg") == 8
+    assert f"the last checkpoint is {tmp_path / 'again' / LAST}" in message and "\n" not in message
+    assert all(value.isfinite().all() for value in read_weights(tmp_path / "again" / LAST).values())
 
 
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, tmp_path):
@@ -530,7 +455,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, t
     steps = []
 
     def keep(step):
-        poisoned = poison({4}, float("nan"))(step)
+        poisoned = change_losses({4}, times(float("nan")))(step)
 
         def stepped(model, *args):
             if (tmp_path / LAST).exists():  # of the iteration before
@@ -574,32 +499,23 @@ def test_gradients_that_are_not_finite_are_found_though_losses_are(tiny_config, 
         def backward(ctx, grad):
             return grad * float("inf")
 
-    def explode(step):
-        calls = iter(range(1, 1000))
-
-        def stepped(*args):
-            losses = step(*args)
-            return {name: Explode.apply(loss) for name, loss in losses.items()} if next(calls) == 5 else losses
-
-        return stepped
-
     with pytest.raises(TrainingStopped, match="grad_norm not finite in epoch 0 iteration 4;"):
-        run(tiny_config, tmp_path, step=explode)
+        run(tiny_config, tmp_path, step=change_losses({5}, Explode.apply))
 
 
 def test_loss_spikes_are_reported_with_step_and_files(tiny_config, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("engine.recorder.RECENT", 6)
-    whole = run(tiny_config, tmp_path / "whole", step=poison({9}, 3.0))
+    whole = run(tiny_config, tmp_path / "whole", step=change_losses({9}, times(3.0)))
     assert [entry.get("train_loss_spikes") for entry in log(tmp_path / "whole")] == [None, 1]
     (line,) = (tmp_path / "whole/bad_steps.txt").read_text().splitlines()
     assert "loss spike in epoch 1 iteration 2: loss_ita" in line and line.count(".jpg") == 8
     assert "loss spike" in capfd.readouterr().err
     # a resumed run compares with the same losses before
-    with pytest.raises(Interrupted):
-        run(tiny_config, tmp_path / "parts", step=signal_at(8))
-    run(tiny_config, tmp_path / "parts", resume=True, step=poison({1}, 3.0))
+    stop_at(8, tiny_config, tmp_path / "parts")
+    run(tiny_config, tmp_path / "parts", resume=True, step=change_losses({1}, times(3.0)))
     assert log(tmp_path / "parts") == log(tmp_path / "whole")
-    assert all(torch.equal(value, read_weights(tmp_path / "parts" / LAST)[name]) for name, value in whole.state_dict().items())
+    weights = read_weights(tmp_path / "parts" / LAST)
+    assert all(torch.equal(value, weights[name]) for name, value in whole.state_dict().items())
 
 
 def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
@@ -625,21 +541,20 @@ def test_the_switch_makes_other_devices_deterministic_too(tiny_config, tmp_path,
 
 
 def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config, tmp_path, capsys):
-    run(tiny_config, tmp_path / "plain")
-    said = "global batch 8: 1 processes x batch_size 8 x accumulate 1; learning rate 0.001, as configured"
-    assert said in capsys.readouterr().out
-    config = {**tiny_config, "reference_batch": 32}
-    run(config, tmp_path / "scaled")
-    assert "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)" in capsys.readouterr().out
-    rates = [[entry["train_lr"] for entry in log(tmp_path / name)] for name in ("plain", "scaled")]
-    assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
+    config = {**tiny_config, "scheduler": {**tiny_config["scheduler"], "epochs": 1}}
+    for name, reference, said in (("plain", None, "learning rate 0.001, as configured"),
+                                  ("scaled", 32, "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)")):
+        run({**config, "reference_batch": reference}, tmp_path / name)
+        assert f"global batch 8: 1 processes x batch_size 8 x accumulate 1; {said}" in capsys.readouterr().out
+    rates = [entry["train_lr"] for name in ("plain", "scaled") for entry in log(tmp_path / name)]
+    assert rates[1] == pytest.approx(rates[0] / 2)
     saved = torch.load(tmp_path / "scaled" / LAST, weights_only=True)
     assert saved["config"]["scheduler"]["lr"] == 1e-3 and saved["config"]["reference_batch"] == 32
 
 
 @pytest.mark.parametrize("keys, said", [
     ({"warmup_iters": 13}, "scheduler.warmup_iters 13 is a warm-up of 13 iterations, the run has only 12"),
-    ({"warmup_iters": None, "warmup_epochs": 1}, "scheduler.warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6"),
+    ({"warmup_iters": None, "warmup_epochs": 1}, "warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6"),
     ({"warmup_iters": 12}, None),
     ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it
 ])  # fmt: skip

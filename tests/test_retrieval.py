@@ -8,10 +8,11 @@ import torch
 
 import Retrieval
 import Visualize
+from chaos import assert_same_run
 from conftest import ROOT, log
 from models import build_model
 from models.checkpoint import load_checkpoint
-from test_engine import assert_same_run, command_line, signal_at, torchrun
+from test_engine import command_line, signal_at, torchrun
 from utils import InputError, Interrupted
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from chaos import assert_same_run
 from conftest import contents, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
@@ -20,7 +21,7 @@ from engine.configuration import choose_config, default_output_dir
 from models import build_model
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
-from test_engine import assert_same_run, command_line, signal_at, torchrun
+from test_engine import command_line, signal_at, torchrun
 from utils import InputError, Interrupted, TrainingStopped
 
 # script: the keys of the configuration that hold its data, by file name in the folder of shapes; metrics of its log

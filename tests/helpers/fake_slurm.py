@@ -29,7 +29,7 @@ def children():
 
 
 def srun(*arguments):
-    """Starts a command once for each task, one task a node, and ends with the highest status; SIGTERM kills the tasks at once."""
+    """Starts a command once per task, one task per node, and ends with the highest status; SIGTERM kills the tasks at once."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what outlives its task becomes a child of this process
     number = next(int(argument.partition("=")[2]) for argument in arguments if argument.startswith("--ntasks="))
     command = arguments[next(i for i, argument in enumerate(arguments) if not argument.startswith("--")) :]

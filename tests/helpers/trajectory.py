@@ -26,7 +26,7 @@ class Stop(Exception):
 
 
 class Served:
-    """A data set of `epoch_batches` batches an epoch that serves those of the trajectory in their order, whatever its sampler asks.
+    """A data set of `epoch_batches` batches per epoch that serves the trajectory's in their order, whatever its sampler asks.
 
     Of each, a process gets every world_size-th row. After the last one Stop is raised.
     """

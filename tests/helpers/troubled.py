@@ -1,0 +1,79 @@
+"""Pretrain.py, or the script SCRIPT, to which something happens that the environment says. Started by tests.
+
+TRACE=FILE     the main process appends its process number and each iteration of the run that it begins
+FILES=PREFIX   each process appends the files of its batches to PREFIX and its rank
+INTERRUPT      process 1 gets SIGTERM in its 8th iteration
+ERROR=WORDS    process 1 raises ValueError(ERROR) in it
+MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
+               run goes on when SIGTERM has come to all of its processes
+SLOW=SECONDS   process 0 takes so long to save, and process 1 gets SIGTERM when the first epoch ends
+"""
+
+import importlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from engine import loop
+from utils import is_main, rank, run_script
+
+script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
+first_start = not Path(trouble.get("TRACE", "")).is_file()
+iterate, save_checkpoint, finish_epoch = loop.iterate, loop.save_checkpoint, loop.finish_epoch
+calls = iter(range(1, 1000))
+
+
+def append(path, text):
+    with open(path, "a") as file:
+        file.write(text)
+
+
+def meet_mishap():
+    told, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *args: (told.append(True), before(*args)))
+    if rank() == 1:
+        batch = trouble.get("BATCH")
+        os.kill(int(batch or os.getpid()), signal.SIGTERM if batch else signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while not told and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)  # whoever waits for this process has some waiting to do
+
+
+def troubled_iterate(run, batches, epoch, iteration, *others):
+    number = epoch * run.iterations + iteration
+    if "TRACE" in trouble and is_main():
+        append(trouble["TRACE"], f"{os.getpid()} {number}\n")
+    if next(calls) == 8 and trouble.get("RANK") == "1":
+        if "ERROR" in trouble:
+            raise ValueError(trouble["ERROR"])
+        if "INTERRUPT" in trouble:
+            os.kill(os.getpid(), signal.SIGTERM)
+    if "MISHAP" in trouble and number == 14 and first_start:
+        meet_mishap()
+    result = iterate(run, batches, epoch, iteration, *others)
+    if "FILES" in trouble:
+        append(f"{trouble['FILES']}{rank()}", "".join(f"{name}\n" for name in result[1]))
+    return result
+
+
+def slow_save_checkpoint(*args):
+    if rank() == 0:
+        time.sleep(float(trouble["SLOW"]))
+    save_checkpoint(*args)
+
+
+def interrupted_finish_epoch(*args):
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return finish_epoch(*args)
+
+
+loop.iterate = troubled_iterate
+if "SLOW" in trouble:
+    loop.save_checkpoint, loop.finish_epoch = slow_save_checkpoint, interrupted_finish_epoch
+run_script(script.main)
