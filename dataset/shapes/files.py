@@ -18,7 +18,6 @@ from . import captions, grounding, nlvr, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
-CHUNK = 32  # images that a process draws at a time
 VERSION = 4  # of the generator: data made by another version is made anew
 TASKS = {"retrieval": captions, "VQA": vqa, "VE": ve, "NLVR2": nlvr, "grounding": grounding}
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
@@ -50,11 +49,10 @@ def draw_split(split, count, image_size, per_image, noise, seed):
     return scenes
 
 
-def save_images(jobs):
-    """Render scenes to JPEG files, each job a (path, scene, cover), and return how many."""
-    for path, scene, cover in jobs:
-        render(scene, cover).save(path, quality=90)
-    return len(jobs)
+def save_image(job):
+    """Render a scene to a JPEG file; job: (path, scene, cover)."""
+    path, scene, cover = job
+    render(scene, cover).save(path, quality=90)
 
 
 def save(path, content):
@@ -62,11 +60,11 @@ def save(path, content):
     if path.suffix == ".p":
         content = pickle.dumps(content, protocol=2)
     elif isinstance(content, list):
-        content = "[" + ",\n".join(map(json.dumps, content)) + "]\n"
-    elif isinstance(content, dict):
-        content = json.dumps(content) + "\n"
+        content = ("[" + ",\n".join(map(json.dumps, content)) + "]\n").encode()
+    else:
+        content = (content if isinstance(content, str) else json.dumps(content) + "\n").encode()
     with atomic_write(path) as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
+        file.write(content)
 
 
 def clear(output):
@@ -110,11 +108,9 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         every = [scene for split in SPLITS for scene in scenes[split]]
         jobs = [(output / s["image"], s, None) for s in every]
         jobs += [(output / ve.covered_image(s["image"]), s, s["covered"]) for s in every if s["covered"]]
-        chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
-        with in_processes(process_count(len(chunks))) as run:
-            with tqdm(total=len(jobs), desc="shapes", unit="image", disable=not progress) as bar:
-                for done in run(save_images, chunks):
-                    bar.update(done)
+        with in_processes(process_count(len(jobs))) as run:
+            for _ in tqdm(run(save_image, jobs), total=len(jobs), desc="shapes", unit="image", disable=not progress):
+                pass
         save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
         for name, content in zip(SCENES, scenes.values()):
             save(output / name, content)
