@@ -50,7 +50,7 @@ TESTS = {
     "optim/__init__.py": "config trajectory loop recovery",
     "scheduler/__init__.py": "config trajectory loop",
     "engine/device.py": "device loop",
-    "engine/loop.py": "trajectory loop engine",
+    "engine/loop.py": "trajectory loop engine retrieval",
     "engine/recorder.py": "trajectory loop engine",
     "engine/saving.py": "retrieval engine recovery tasks",
     "engine/task.py": "retrieval tasks",

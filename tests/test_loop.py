@@ -108,6 +108,11 @@ def test_dropout_is_that_of_the_configuration_and_on_in_every_epoch(tiny_config,
     assert without != losses("attention", "attention_probs_dropout_prob", 0.5)
 
 
+def test_what_no_objective_reaches_is_not_trained(tiny_config, tmp_path):
+    _, model = trained(tiny_config, tmp_path, objectives=["itm"])
+    assert model.idle_parameters() and not any(param.requires_grad for param in model.idle_parameters())
+
+
 def test_dropout_of_1_leaves_nothing(tiny_config):
     from models.bert import Embeddings, MultiHeadAttention, ResidualOutput
 

@@ -45,8 +45,10 @@ def scores(monkeypatch):
 def test_best_epoch_by_validation_is_kept_and_tested(config, pretrained, tmp_path, monkeypatch, capsys, scores):
     given, seen = scores
     given += [20.0, 30.0, 30.0, 99.0, 99.0]
-    folder = tmp_path / "run"
+    folder, step, training = tmp_path / "run", Retrieval.step, []
+    monkeypatch.setattr(Retrieval, "step", lambda model, *others: training.append(model.training) or step(model, *others))
     run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
+    assert all(training)  # also after a validation
     entries = log(folder)
     assert [entry["epoch"] for entry in entries] == [0, 1, 2]
     assert [entry["val_r_mean"] for entry in entries] == [20, 30, 30]

@@ -40,19 +40,20 @@ def test_the_loop_follows_the_released_one(tmp_path):
 def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
     """Two epochs of 24 batches; of the model nothing but its losses and their gradients is used. All else is in float64.
 
-    Returns (the mean of each loss, [epochs] by name; the state dict at the end).
+    Returns (the mean of each loss and of the norm of the gradients, [epochs] by name; the state dict at the end). The norm says
+    what AdamW does not: gradients that are all too large by one factor make nearly the same steps.
     """
     config, model = build()
     weights = {name: param.data.double() for name, param in model.named_parameters()}
     trained = [name for name, param in model.named_parameters() if param.requires_grad]
     moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in trained}
     queues, pointer = [model.image_queue.double(), model.text_queue.double()], int(model.queue_ptr)
-    entering, means, step = [], {name: [] for name in LOSSES}, 0
+    entering, means, step = [], {name: [] for name in (*LOSSES, "grad_norm")}, 0
     model.enqueue = entering.append
     iterations = 24 // accumulate
     for epoch in range(2):
         lr = 1e-4 if epoch == 0 else 1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi / 2)) / 2
-        sums = dict.fromkeys(LOSSES, 0.0)
+        sums = dict.fromkeys(means, 0.0)
         for iteration in range(iterations):
             alpha = 0.4 * min(1, iteration / iterations) if epoch == 0 else 0.4
             weights["temp"].clamp_(0.001, 0.5)
@@ -81,6 +82,7 @@ def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
                     pointer = (pointer + 1) % queues[0].shape[1]
                 entering.clear()
             norm = math.sqrt(sum(float((gradient**2).sum()) for gradient in gradients.values()))
+            sums["grad_norm"] += norm
             step += 1
             for name in trained:
                 gradient, (first, second) = gradients[name], moments[name]
@@ -92,7 +94,7 @@ def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
                 first.mul_(0.9).add_(0.1 * gradient)
                 second.mul_(0.999).add_(0.001 * gradient**2)
                 weights[name] -= rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-        for name in LOSSES:
+        for name in means:
             means[name].append(sums[name] / iterations)
     model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
     return means, {**model.state_dict(), "image_queue": queues[0], "text_queue": queues[1],
