@@ -204,7 +204,8 @@ def _saves_of(folder):
 def newest_checkpoint(folder):
     """Return the undamaged checkpoint of a run's folder that is furthest in the run, by what is in it, not by the clock.
 
-    None if there is no checkpoint. A damaged one is named and passed over. Raises InputError if there are only such, and for one that is not a run's.
+    None if there is no checkpoint. A damaged one is named and passed over. Raises InputError if there are only such, and for
+    one that is not a run's.
     """
     saves, damaged = _saves_of(folder)
     for *_, path in sorted(saves, reverse=True):
@@ -259,8 +260,8 @@ def resume(path, model, optimizer, config, seed, entries=None):
         if saved["seed"] != seed:
             print("note: seed differs from the saved run's, the trajectory will not be the same")
         if saved["world_size"] != world_size():
-            print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample of "
-                  "the epoch is still seen once, in another order")
+            print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
+                  "of the epoch is still seen once, in another order")
         if changed := [key for key in config if saved_config.get(key) != config[key]]:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
     return position
@@ -280,7 +281,7 @@ def _check_same_epoch(path, saved, saved_config, config, seed, entries):
         kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
         if "phases" in saved:
             raise InputError(f"--resume: {path} was saved within an epoch of shards by an earlier version, which read them "
-                             "in another order: finish the epoch with that version, or start from its weights with --checkpoint")
+                             "in another order: finish the epoch with that version, or start from its weights by --checkpoint")
     for what, now, then in kept:
         if now != then:
             raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is {then} "

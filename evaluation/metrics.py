@@ -109,7 +109,7 @@ def _without_punctuation(answer):
 
 @cache
 def _normalized(answer):
-    """Return a predicted answer as it is compared: no punctuation, lower case, digits, no articles, contractions' apostrophes."""
+    """Return a predicted answer as it is compared: no punctuation, lower case, digits, no articles, apostrophes."""
     answer = answer.replace("\n", " ").replace("\t", " ").strip()  # before punctuation, which looks at spaces alone
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(answer).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)

@@ -19,7 +19,7 @@ def assert_close(name, ours, theirs, relative, absolute):
 
 
 def assert_released_step(model, losses, data):
-    """Asserts the losses, the gradients of their sum and, if it is there, the state after the step of a file of tests/golden."""
+    """Asserts the losses, the gradients of their sum and, if there, the state after the step of a file of tests/golden."""
     for name, loss in losses.items():
         assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
     sum(losses.values()).backward()

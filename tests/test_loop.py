@@ -148,9 +148,12 @@ def test_objectives_are_those_of_the_configuration(tiny_config, tmp_path, object
     assert logged == {f"train_{OBJECTIVES[name]}" for name in objectives}
 
 
-@pytest.mark.parametrize("distill,soft", [(True, {"loss_ita", "loss_mlm"}), (False, set()), (["itc"], {"loss_ita"}), (["mlm"], {"loss_mlm"})])
+@pytest.mark.parametrize("distill,soft", [
+    (True, {"loss_ita", "loss_mlm"}), (False, set()), (["itc"], {"loss_ita"}), (["mlm"], {"loss_mlm"}),
+])  # fmt: skip
 def test_only_what_is_distilled_depends_on_alpha(tiny_config, tmp_path, distill, soft):
-    first = [trained(tiny_config, tmp_path / str(alpha), distill=distill, alpha=alpha, warm_up=False)[0][0].losses for alpha in (0.1, 0.9)]
+    keys = {"distill": distill, "warm_up": False}
+    first = [trained(tiny_config, tmp_path / str(alpha), alpha=alpha, **keys)[0][0].losses for alpha in (0.1, 0.9)]
     assert {name for name in first[0] if not torch.equal(first[0][name], first[1][name])} == soft
 
 

@@ -96,7 +96,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(config, pretrained, tmp_pa
 
 
 def test_several_k_in_one_run_are_those_of_single_runs(config, pretrained, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, config, tmp_path / "many", tmp_path, "--checkpoint", pretrained, "--evaluate", "--k_test", "100", "2", "12")
+    flags = ("--checkpoint", pretrained, "--evaluate", "--k_test")
+    run(monkeypatch, config, tmp_path / "many", tmp_path, *flags, "100", "2", "12")
     out = capsys.readouterr().out
     assert all(f"ITC + ITM, k {k} " in out for k in (2, 12, 100))
     many = log(tmp_path / "many")[-1]
@@ -104,7 +105,7 @@ def test_several_k_in_one_run_are_those_of_single_runs(config, pretrained, tmp_p
     Visualize.main()
     assert (tmp_path / "many/retrieval.png").stat().st_size > 10_000
     for k, prefix in ((2, "k2_"), (100, "")):
-        run(monkeypatch, config, tmp_path / str(k), tmp_path, "--checkpoint", pretrained, "--evaluate", "--k_test", str(k))
+        run(monkeypatch, config, tmp_path / str(k), tmp_path, *flags, str(k))
         one = log(tmp_path / str(k))[-1]
         assert one["checkpoint"] == str(pretrained)
         assert not (tmp_path / str(k) / "config.yaml").exists()
@@ -165,7 +166,7 @@ BAD_INPUT = {
     "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test 16 many"),
     "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be a whole number from 1"),
     "no checkpoint": ({"--checkpoint": None}, [], "--checkpoint is missing"),
-    "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*caption.*a retrieval test needs .*list of texts"),
+    "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*caption.*a retrieval test needs .*list"),
     "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*caption.*retrieval trains on"),
     "image without caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": []}]}, [], "entry 0.*caption"),
     "empty test caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": ["?!"]}]}, [], "entry 0.*empty"),

@@ -108,7 +108,8 @@ def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, sc
     if TASKS[script][1]:
         name = "best" if script == "Grounding" else "last"
         run(script, config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / f"two/checkpoint_{name}.pth")
-        alone = {key: value for found in log(tmp_path / "one") for key, value in found.items() if key not in ("checkpoint", "epoch")}
+        found = {key: value for line in log(tmp_path / "one") for key, value in line.items()}
+        alone = {key: value for key, value in found.items() if key not in ("checkpoint", "epoch")}
         assert alone and alone == pytest.approx({key: entry[key] for key in alone})
 
 
@@ -300,7 +301,7 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
     config = {**tiny_config, **keys}
     dataset, tokenizer = build_dataset("vqa_train", config), tokenizer_of(config)
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
-    assert batch.n == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
+    assert batch.n.tolist() == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
     assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [f"[CLS] {word} [SEP]" for word in ("red", "blue", "orange")]
     assert tokenizer.decode(batch.question[0][0]) == "[CLS] what color is the star"
 
@@ -348,7 +349,8 @@ def test_accuracies_are_percent_also_where_an_older_run_had_shares(program, tmp_
 def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(program, shapes, tmp_path):
     config_of, run = program
     config = config_of("Grounding")
-    pairs = [{"image": entry["image"], "text": entry["text"]} for entry in json.loads((shapes / "grounding_train.json").read_text())]
+    entries = json.loads((shapes / "grounding_train.json").read_text())
+    pairs = [{"image": entry["image"], "text": entry["text"]} for entry in entries]
     expressions = json.loads((shapes / "grounding_test.json").read_text())
     splits = {ref["ref_id"]: ref["split"] for ref in pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())}
     by_split = {"val": [], "test": []}
