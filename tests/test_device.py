@@ -51,3 +51,18 @@ def test_operations_are_counted_once_a_run_also_of_compiled_layers(tiny_config, 
                 with recorder.count_flops():
                     layer(x)
                 assert recorder.flops == counted
+
+
+def test_a_gpu_is_asked_for_its_losses_every_log_every_iterations(tiny_config, tmp_path):
+    run = mock.Mock(config={**tiny_config, "log_every": 3}, device=CUDA, output_dir=tmp_path)
+    asked = []
+    with contextlib.closing(Recorder(run, Position(), 8, None)) as recorder:
+        def fetch():
+            asked.append(len(recorder.pending))
+            recorder.now.iteration += len(recorder.pending)
+            recorder.pending = []
+
+        with mock.patch.object(recorder, "fetch", fetch):
+            for _ in range(8):
+                recorder.add({}, 0.1, [], [])
+    assert asked == [3, 3, 2]

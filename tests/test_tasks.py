@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from engine.configuration import choose_config, default_output_dir
 from models import build_model
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
+from models.vqa import VQA
 from test_engine import command_line, signal_at, torchrun
 from utils import InputError, Interrupted, TrainingStopped
 
@@ -94,6 +96,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeyp
     kept = {path.name for path in (tmp_path / "whole").glob("checkpoint_*.pth")}
     expected = {"checkpoint_best.pth"} if validated else {"checkpoint_00.pth", "checkpoint_01.pth"}
     assert kept == expected | {"checkpoint_last.pth"}
+
+
+def test_without_a_list_answers_are_generated_with_num_beams(program, tmp_path, monkeypatch):
+    config_of, run = program
+    config = {**config_of("VQA"), "answer_list": None, "num_beams": 2, "val_file": None}
+    torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
+    with mock.patch.object(VQA, "generate", side_effect=lambda image, question, beams: [[beams]] * len(image)):
+        run("VQA", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "vqa.pth")
+    answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
+    assert {entry["answer"] for entry in answers} == {build_tokenizer(config["tokenizer"]).decode([2])}
 
 
 @pytest.mark.parametrize("script", TASKS)
