@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 # of each file, the test files that have to notice a mistake in it, the fastest first
 TESTS = {
     "models/losses.py": "losses pretrain_model trajectory",
-    "models/alignment.py": "pretrain_model retrieval_model evaluation trajectory loop engine",
+    "models/alignment.py": "pretrain_model retrieval_model evaluation trajectory loop retrieval",
     "models/pretrain.py": "pretrain_model trajectory loop",
     "models/retrieval.py": "retrieval_model loop",
     "models/bert.py": "pretrain_model retrieval_model vqa_model classification_models loop",

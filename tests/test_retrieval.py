@@ -147,6 +147,7 @@ def test_two_processes_evaluate_as_one(config, pretrained, tmp_path, monkeypatch
         one, two = (json.loads((tmp_path / name / "result/retrieval.json").read_text()) for name in ("one", where))
         for query, same in zip(one["text_to_image"], two["text_to_image"], strict=True):
             assert [r["image"] for r in query["results"]] == [r["image"] for r in same["results"]]
+            assert [r["score"] for r in query["results"]] == pytest.approx([r["score"] for r in same["results"]], abs=1e-5)
 
 
 def test_pre_trained_weights_load_by_their_names(tiny_config, pretrained):
