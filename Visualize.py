@@ -82,8 +82,10 @@ def check_flags(args, task, state):
     momentum = any(name.startswith("text_encoder_m.") for name in state)
     for wrong, flag, reason in (
         (len(args.image) != count, "--image", f"takes {count} image{'s' * (count - 1)}; {len(args.image)} given"),
-        (args.pseudo_targets and task != "pretrain", "--pseudo_targets", "has no momentum model of words; pass one of pre-training"),
-        (args.pseudo_targets and not momentum, "--pseudo_targets", "has no momentum model (text_encoder_m.*); pass one with it"),
+        (args.pseudo_targets and task != "pretrain", "--pseudo_targets",
+         "has no momentum model of words; pass one of pre-training"),
+        (args.pseudo_targets and not momentum, "--pseudo_targets",
+         "has no momentum model (text_encoder_m.*); pass one with it"),
         (getattr(args, other) is not None, f"--{other}", f"takes no {other}; pass --{wanted} instead"),
         (getattr(args, wanted) is None, f"--{wanted} is missing", f"takes a {wanted}"),
         (args.answer and task != "vqa", "--answer", "has no answers; only VQA has"),

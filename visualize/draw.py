@@ -151,7 +151,7 @@ def draw_heat_maps(images, panels, title, path):
 
 
 def _draw_candidates(axis, title, candidates, score, inches):
-    """Draw up to five candidates in `inches`, with their scores as bars and as numbers in the format `score`; green is a hit."""
+    """Draw up to five candidates in `inches`, their scores as bars and as numbers in the format `score`; green is a hit."""
     axis.set(xlim=(0, 1), ylim=(4.5, -0.5))
     axis.axis("off")
     title, size = _fit(title, inches, 12)

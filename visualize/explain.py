@@ -67,7 +67,7 @@ def split_words(text, model, tokenizer):
 
 
 def join_pieces(heat, pieces):
-    """Turn heat maps of tokens [I, L, h, w] into those of words [I, W, h, w], the mean over the positions of a word's pieces."""
+    """Turn heat maps of tokens [I, L, h, w] into those of words [I, W, h, w]: the mean over a word's pieces."""
     return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
 
 
