@@ -51,7 +51,7 @@ TESTS = {
     "scheduler/__init__.py": "config trajectory loop",
     "engine/device.py": "device loop",
     "engine/loop.py": "trajectory loop engine retrieval",
-    "engine/recorder.py": "trajectory loop engine",
+    "engine/recorder.py": "trajectory loop engine recovery",
     "engine/saving.py": "retrieval engine recovery tasks",
     "engine/task.py": "retrieval tasks",
     "engine/configuration.py": "tasks",
