@@ -161,18 +161,24 @@ def write_pairs(folder, photos):
     return train_files, [pair["caption"] for pair in pairs]
 
 
-def prepare_cache(paths, cold):
-    """Have the page cache hold files, or give them up; returns whether it can: a file system in memory cannot."""
+def make_warm(paths):
+    for path in paths:
+        path.read_bytes()
+
+
+def make_cold(paths):
     for path in paths:
         with open(path, "rb") as file:
-            if not cold:
-                file.read()
-                continue
             os.fdatasync(file)  # what is not on the disk yet would stay
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with contextlib.suppress(BlockingIOError):  # there is a disk to wait for
-                os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-                return False
+
+
+def can_be_cold(path):
+    """Whether the page cache gives a file up: a file system in memory does not."""
+    make_cold([path])
+    with open(path, "rb") as file, contextlib.suppress(BlockingIOError):  # there is a disk to wait for
+        os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
+        return False
     return True
 
 
@@ -188,26 +194,26 @@ def print_loaders(folder, photos, workers):
     (folder / "vocab.txt").write_text("\n".join(train_vocab(captions, 2000)))
     tokenizer = build_tokenizer(folder / "vocab.txt")
     images = {"files": list(folder.glob("images/*/*")), "shards": list(folder.glob("shards/*.tar"))}
-    timings = {}
-    for turn, cold, number, source in itertools.product(range(LOADER_ROUNDS), (False, True), workers, train_files):
-        if not prepare_cache(images[source], cold):
-            continue
+    timings, caches = {}, {"warm": make_warm, "cold": make_cold}
+    if not can_be_cold(images["shards"][0]):
+        print(f"\nno cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
+        del caches["cold"]
+    for turn, cache, number, source in itertools.product(range(LOADER_ROUNDS), caches, workers, train_files):
+        caches[cache](images[source])
         config = with_defaults({"train_file": train_files[source], "image_res": IMAGE_RES, "min_scale": MIN_SCALE,
                                 "batch_size": BATCH_SIZE, "num_workers": number})  # fmt: skip
         batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn)
         start, cpu = time.perf_counter(), cpu_seconds()
         count = sum(len(batch.files) for batch in batches)
         seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
-        timings.setdefault((cold, number), {}).setdefault(source, []).append(seconds)
+        timings.setdefault((cache, number), {}).setdefault(source, []).append(seconds)
     print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds")
     print(f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"
           f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}")  # fmt: skip
-    for (cold, number), rows in sorted(timings.items()):
+    for (cache, number), rows in timings.items():
         (files, files_cpu), (shards, shards_cpu) = (map(statistics.median, zip(*rows[source])) for source in train_files)
-        print(f"{'cold' if cold else 'warm':<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"
+        print(f"{cache:<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"
               f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}")  # fmt: skip
-    if len(timings) == len(workers):
-        print(f"no cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
 
 
 def main():
