@@ -52,7 +52,7 @@ TESTS = {
     "engine/device.py": "device loop",
     "engine/loop.py": "trajectory loop engine retrieval",
     "engine/recorder.py": "trajectory loop engine recovery",
-    "engine/saving.py": "retrieval engine recovery tasks",
+    "engine/saving.py": "retrieval errors engine recovery tasks",
     "engine/task.py": "retrieval tasks",
     "engine/configuration.py": "tasks",
     "evaluation/metrics.py": "metrics",

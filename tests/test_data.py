@@ -1,14 +1,12 @@
-"""Pre-training samples and batches, retrieval test sets, and metrics."""
+"""Pre-training samples and batches, and retrieval test sets."""
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from dataset import build_dataset
 from dataset.batches import EpochBatches, TrainBatches
-from evaluation.metrics import chance_recall, recall_at_k
 from models.tokenizer import build_tokenizer
 from utils import InputError
 
@@ -78,33 +76,3 @@ def test_retrieval_test_set(tiny_config, shapes):
     assert [len(texts) for texts in dataset.img2txt] == [len(entry["caption"]) for entry in entries]
     assert all(dataset.txt2img[text] == image for image, texts in enumerate(dataset.img2txt) for text in texts)
     assert dataset[0].shape == (3, 32, 32)
-
-
-def test_recall_at_k_against_a_count_by_hand():
-    # 3 images; image 0 has texts 0 and 1, image 1 text 2, image 2 none
-    i2t = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.6], [1.0, 1.0, 1.0]])
-    t2i = np.array([[0.9, 0.1, 0.2], [0.1, 0.2, 0.3], [0.5, 0.4, 0.1]])
-    result = recall_at_k(i2t, t2i, txt2img=[0, 0, 1], img2txt=[[0, 1], [2], []])
-    assert result["txt_r1"] == 50.0 and result["txt_r5"] == 100.0
-    assert result["img_r1"] == pytest.approx(100 / 3) and result["img_r5"] == 100.0
-    assert result["txt_r_mean"] == pytest.approx((50 + 100 + 100) / 3)
-    assert result["r_mean"] == pytest.approx((result["txt_r_mean"] + result["img_r_mean"]) / 2)
-
-
-def test_ties_do_not_depend_on_order():
-    rng = np.random.default_rng(0)
-    scores = rng.integers(0, 3, (20, 20)).astype(float)
-    own = list(range(20))
-    order = rng.permutation(20)
-    result = recall_at_k(scores, scores.T, own, [[i] for i in own])
-    shuffled = scores[order][:, order]
-    assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == result
-    constant = np.zeros((20, 20))
-    assert recall_at_k(constant, constant, own, [[i] for i in own])["txt_r5"] == 0.0
-
-
-def test_chance_is_that_of_a_random_ranking():
-    chance = chance_recall(4, 12, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
-    assert chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
-    assert chance["txt_r10"] == 100  # of 12 texts only 9 are wrong
-    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is no query

@@ -27,7 +27,7 @@ def test_results_of_several_processes_are_in_the_order_of_the_samples(monkeypatc
     assert evaluation.divide.gather({0: "a", 2: "c", 4: "e"}) == list("abcde")
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, 5])
 def test_every_sample_is_some_process_s_once(tiny_config, monkeypatch, processes):
     dataset = build_dataset("retrieval_test", tiny_config)
     seen = []

@@ -1,4 +1,4 @@
-"""VQA accuracy, box IoU and grounding accuracy: the released numbers and what the golden files leave open."""
+"""VQA accuracy, recall, box IoU and grounding accuracy: the released numbers and what the golden files leave open."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import ROOT, refusal
-from evaluation.metrics import box_iou, chance_grounding, grounding_accuracy, vqa_accuracy
+from evaluation.metrics import box_iou, chance_grounding, chance_recall, grounding_accuracy, recall_at_k, vqa_accuracy
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
 GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())
@@ -215,3 +215,33 @@ def test_image_without_detections_and_unknown_ref_are_refused():
     assert "ref_id 9 of test_file is not among the refs" in refusal(
         grounding_accuracy, {9: cams[0]}, refs, boxes, images, detections)
     assert "ref_id 9 of test_file is not among the refs" in refusal(chance_grounding, refs, boxes, detections, [9])
+
+
+def test_recall_at_k_against_a_count_by_hand():
+    # 3 images; image 0 has texts 0 and 1, image 1 text 2, image 2 none
+    i2t = np.array([[0.1, 0.9, 0.5], [0.7, 0.2, 0.6], [1.0, 1.0, 1.0]])
+    t2i = np.array([[0.9, 0.1, 0.2], [0.1, 0.2, 0.3], [0.5, 0.4, 0.1]])
+    result = recall_at_k(i2t, t2i, txt2img=[0, 0, 1], img2txt=[[0, 1], [2], []])
+    assert result["txt_r1"] == 50.0 and result["txt_r5"] == 100.0
+    assert result["img_r1"] == pytest.approx(100 / 3) and result["img_r5"] == 100.0
+    assert result["txt_r_mean"] == pytest.approx((50 + 100 + 100) / 3)
+    assert result["r_mean"] == pytest.approx((result["txt_r_mean"] + result["img_r_mean"]) / 2)
+
+
+def test_ties_do_not_depend_on_order():
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 3, (20, 20)).astype(float)
+    own = list(range(20))
+    order = rng.permutation(20)
+    result = recall_at_k(scores, scores.T, own, [[i] for i in own])
+    shuffled = scores[order][:, order]
+    assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == result
+    constant = np.zeros((20, 20))
+    assert recall_at_k(constant, constant, own, [[i] for i in own])["txt_r5"] == 0.0
+
+
+def test_chance_is_that_of_a_random_ranking():
+    chance = chance_recall(4, 12, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
+    assert chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
+    assert chance["txt_r10"] == 100  # of 12 texts only 9 are wrong
+    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is no query
