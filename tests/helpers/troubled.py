@@ -10,6 +10,7 @@ SLOW=SECONDS   process 0 takes so long to save, and process 1 gets SIGTERM when 
 """
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from utils import is_main, rank, run_script
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
 iterate, save_checkpoint, finish_epoch = loop.iterate, loop.save_checkpoint, loop.finish_epoch
-calls = iter(range(1, 1000))
+calls = itertools.count(1)
 
 
 def append(path, text):
