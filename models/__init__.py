@@ -5,10 +5,11 @@ from importlib import import_module
 from configs.schema import with_defaults
 from utils import InputError
 
-# task: module and class, imported when a model is built: `python -m models.tokenizer --help` does not wait for torch
+# task: module (with a dot: of this package) and class, imported when a model is built: `python -m models.tokenizer --help`
+# does not wait for torch. Another class in its place changes the method for the whole framework (docs/extend.md)
 MODELS = {
-    "pretrain": ("pretrain", "Pretrain"), "retrieval": ("retrieval", "Retrieval"), "grounding": ("retrieval", "Retrieval"),
-    "vqa": ("vqa", "VQA"), "ve": ("ve", "VE"), "nlvr": ("nlvr", "NLVR"), "nlvr_pretrain": ("nlvr", "TextAssignment"),
+    "pretrain": (".pretrain", "Pretrain"), "retrieval": (".retrieval", "Retrieval"), "grounding": (".retrieval", "Retrieval"),
+    "vqa": (".vqa", "VQA"), "ve": (".ve", "VE"), "nlvr": (".nlvr", "NLVR"), "nlvr_pretrain": (".nlvr", "TextAssignment"),
 }  # fmt: skip
 
 
@@ -21,7 +22,7 @@ def build_model(task, config, tokenizer=None):
     if task not in MODELS:
         raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")
     module, name = MODELS[task]
-    model = getattr(import_module(f"models.{module}"), name)(with_defaults(config), tokenizer)
+    model = getattr(import_module(module, __name__), name)(with_defaults(config), tokenizer)
     model.task = task
     return model
 

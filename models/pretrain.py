@@ -58,7 +58,7 @@ class Pretrain(Alignment):
         text_embeds, text_embeds_masked = text_embeds[:batch], text_embeds[batch:]
         text_feat = text_feat[:batch]
         with torch.no_grad():
-            features_m, mlm_logits_m = self._momentum_forward(image, text, text_all, masked)
+            features_m, mlm_logits_m = self.momentum_forward(image, text, text_all, masked)
 
         losses, contrast = {}, None
         if "itc" in self.objectives:
@@ -82,7 +82,7 @@ class Pretrain(Alignment):
                 losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
         return losses
 
-    def _momentum_forward(self, image, text, text_all, masked):
+    def momentum_forward(self, image, text, text_all, masked):
         """The momentum model's features (image_feat_m, text_feat_m) and its MLM logits at the masked positions [M, V]."""
         distill_mlm = "mlm" in self.objectives and "mlm" in self.distilled
         if "itc" not in self.objectives and not distill_mlm:

@@ -1,0 +1,68 @@
+"""examples/: what changes the method without touching the framework trains, resumes and computes what it says."""
+
+import sys
+
+import pytest
+import torch
+from conftest import assert_close, log
+from ruamel.yaml import YAML
+
+import examples.tcl
+from chaos import assert_same_run
+from models import MODELS, build_model
+from models.checkpoint import load_checkpoint
+from test_engine import command_line, signal_at
+from utils import Interrupted
+
+
+@pytest.fixture
+def run(tiny_config, tmp_path, monkeypatch):
+    """Runs examples.tcl on the tiny configuration; MODELS is as before afterwards."""
+    monkeypatch.setitem(MODELS, "pretrain", MODELS["pretrain"])
+
+    def call(output_dir, *flags):
+        argv = ["tcl.py", *command_line(tiny_config, output_dir, tmp_path), *flags]
+        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+        examples.tcl.main()
+
+    return call
+
+
+def test_tcl_averages_the_four_contrasts(released, monkeypatch):
+    monkeypatch.setitem(MODELS, "pretrain", ("examples.tcl", "TCL"))
+    data, model, text = released("pretrain", distill=False)
+    seen, encode = [], model.encode_image
+    monkeypatch.setattr(model, "encode_image", lambda image, momentum=False: (seen.append(image), encode(image, momentum))[1])
+    images, texts = model.image_queue.clone(), model.text_queue.clone()
+    entered = []
+    monkeypatch.setattr(model, "enqueue", entered.append)
+    losses = model(data["image"], text, masked=(data["masked_input_ids"], data["labels"]))
+
+    online, second = seen
+    assert torch.equal(online, data["image"]) and second.shape == online.shape and not torch.equal(second, online)
+    (image_m, text_m), temp = entered[0], model.temp.detach()
+    with torch.no_grad():
+        image, sentence = encode(data["image"])[1], model.encode_text(text)[1]
+    contrasts = [(image, text_m, texts), (sentence, image_m, images), (image, image_m, images), (sentence, text_m, texts)]
+    by_hand = [-torch.diag((rows @ torch.cat([others.T, queue], 1) / temp).log_softmax(1)).mean()
+               for rows, others, queue in contrasts]  # fmt: skip
+    assert_close("loss_ita", losses["loss_ita"].detach(), torch.stack(by_hand).mean(), 1e-5, 1e-6)
+    assert_close("intra", model.extra_metrics()["intra"], torch.stack(by_hand[2:]).mean(), 1e-5, 1e-6)
+
+
+def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(run, tiny_config, tmp_path, monkeypatch):
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(examples.tcl, "step", signal_at(4)(examples.tcl.step))
+        run(tmp_path / "parts")
+    run(tmp_path / "parts", "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert all(entry["train_intra"] > 0 for entry in log(tmp_path / "whole"))
+    load_checkpoint(build_model("retrieval", tiny_config), tmp_path / "whole/checkpoint_last.pth")
+
+
+def test_the_configuration_is_the_quickstarts():
+    ours, quickstart = (YAML(typ="safe").load(open(path)) for path in ("examples/tcl.yaml", "configs/shapes/Pretrain.yaml"))
+    from configs.schema import with_defaults
+
+    assert with_defaults(ours) == with_defaults(quickstart)
