@@ -65,7 +65,7 @@ def run_script(main):
         with interruptible("ended before it was complete"):
             main()
             if is_distributed():
-                _group().barrier()  # the launcher ends all processes as soon as one has left
+                gather_lists([])  # the launcher ends all processes as soon as one has left
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
     except (TrainingStopped, InputError) as error:
@@ -75,11 +75,11 @@ def run_script(main):
             # most likely all processes say the same; the launcher ends this one once the first has left
             time.sleep(1 + local_rank())
     except Exception as error:
-        if not is_distributed():
+        said = explain(error)
+        if not (said or is_distributed()):
             raise
-        lost = "another process of the run has ended or does not answer; continue with --resume"
-        said = lost if is_lost_process(error) else f"\n{traceback.format_exc()}"
-        status, message = 1, f"error: process {rank()}: {said}"
+        process = f"process {rank()}: " if is_distributed() else ""
+        status, message = 1, f"error: {process}" + (said or f"\n{traceback.format_exc()}")
     if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
     if is_distributed():
@@ -133,13 +133,43 @@ def _launched_rank():
 # processes and seeds
 
 
-def is_lost_process(error):
-    """Return whether an error of a collective operation says that another process has died, hangs or cannot be reached."""
-    import torch.distributed as dist
+LOST = "another process of the run has ended or does not answer; continue with --resume"
+# what NCCL says in its own words, and what to do about it
+NCCL_REMEDIES = {
+    "duplicate gpu": "start as many processes as there are GPUs (torchrun --nproc_per_node)",
+    "shm|shared memory": "/dev/shm is too small; start the container with more, such as docker run --shm-size=16g",
+    "out of memory|cuda (calloc|malloc|host alloc)": "lower batch_size, or end what else runs on this GPU",
+}
 
-    network = isinstance(error, (dist.DistBackendError, dist.DistNetworkError))
-    of_gloo = re.search("gloo|pair closure|connection (closed|reset)|timed out", str(error), re.IGNORECASE)
-    return network or (isinstance(error, RuntimeError) and of_gloo)
+
+def explain(error):
+    """Return one line on an error of other processes, of NCCL or of a GPU's memory, which no stack trace explains; else ""."""
+    torch = sys.modules.get("torch")
+    if not (torch and isinstance(error, RuntimeError)):
+        return ""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", text):
+        return (f"out of GPU memory: lower batch_size, in an evaluation batch_size_test, or end what else runs on this GPU "
+                f"({' '.join(text.splitlines()[0].split()[:40])})")  # fmt: skip
+    dist = torch.distributed
+    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
+        return explain_nccl(text) or LOST
+    return LOST if re.search("gloo|pair closure|connection (closed|reset)|timed out", text, re.IGNORECASE) else ""
+
+
+def explain_nccl(text):
+    """Return a line with NCCL's own words and a remedy for the text of an error of torch, "" if it is not NCCL's."""
+    words = re.search(r"Last error:[ \t]*\n(?!Exception raised)[ \t]*(\S.*)", text)
+    words = words or re.search(r"^(nccl[A-Z]\w+: .*)", text, re.MULTILINE)
+    if not words:
+        return ""
+    said = f"NCCL: {words[1].strip()}"
+    for pattern, remedy in NCCL_REMEDIES.items():
+        if re.search(pattern, said, re.IGNORECASE):
+            return f"{said}; {remedy}"
+    if re.search("ncclRemoteError|closed by remote peer|connection (reset|refused)|abort", text, re.IGNORECASE):
+        return f"{LOST} ({said})"
+    return f"{said}; NCCL_DEBUG=INFO in the environment tells more"
 
 
 def _group():

@@ -95,7 +95,8 @@ def task_flags(description, config, example):
     flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
     flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
     flags.add_argument("--seed", default=42, type=int, help="of everything random")
-    flags.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another process before giving up")
+    flags.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another "
+                       "process before giving up; a third of it between GPUs")  # fmt: skip
     flags.add_set()
     # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):

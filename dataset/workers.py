@@ -81,7 +81,8 @@ class Loader(DataLoader):
             if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
                 raise
             raise WorkerDied(f"a data worker died ({str(error) or type(error).__name__}); if memory ran out, lower num_workers "
-                             "or the batch size") from None
+                             "or the batch size; if shared memory did (/dev/shm), start the container with a larger --shm-size"
+                             ) from None
 
 
 def _read(indices, dataset, collate):

@@ -11,7 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from utils import SIGNALS, TIMEOUT, InputError, Interrupted, gather_lists, interruptible, is_distributed, local_rank
+from utils import (SIGNALS, TIMEOUT, InputError, Interrupted, explain_nccl, gather_lists, interruptible, is_distributed,
+                   local_rank)  # fmt: skip
+
+NCCL_SHARE = 3  # an operation of the GPUs waits a third as long as one of the hosts: nobody reads files between two of them
 
 
 def init_process_group(device, timeout=TIMEOUT):
@@ -27,25 +30,51 @@ def init_process_group(device, timeout=TIMEOUT):
         device = torch.device(device)
     except RuntimeError:
         raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", local_rank() % torch.cuda.device_count())  # srun may show each task its own GPU alone
-            torch.cuda.set_device(device)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if device.type == "cuda":
+        device = _own_gpu(device, several)
+    if several:
         try:
-            _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout)
+            _join(device, timeout)
         except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+            if said := explain_nccl(str(error)):
+                raise InputError(said) from None
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise InputError(f"--timeout {timeout:g}: the processes of the run do not find each other by {address}: start as "
                              f"many as WORLD_SIZE says, or see to the network ({str(error).splitlines()[0]})") from None
     return device
 
 
-def _join(backend, timeout):
+def _own_gpu(device, several):
+    """Return the GPU of this process: of several on a machine the one of its local rank. Raises InputError."""
+    count, number = torch.cuda.device_count(), local_rank()
+    if not several:
+        if (device.index or 0) >= count:
+            raise InputError(f"--device {device}: torch finds {count} GPUs here, the last one is cuda:{count - 1}")
+        return device
+    if count == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        number = 0  # srun may show each task its own GPU alone; torchrun shows all
+    if number >= count:
+        raise InputError(f"process {number} of this machine has no GPU, torch finds {count} here: start as many processes as "
+                         f"GPUs (torchrun --nproc_per_node={count}), or use --device cpu")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device, timeout):
+    """Join the group: gloo for the hosts, and NCCL, which connects at once and says here what is wrong, for GPUs."""
     patience = datetime.timedelta(seconds=timeout)
     store, rank, world_size = next(rendezvous("env://", timeout=patience))
     if "TORCHELASTIC_RUN_ID" in os.environ:
         store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size, timeout), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    if device.type != "cuda":
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
+        return
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world_size, timeout=patience, device_id=device
+    )
+    dist.group.WORLD._get_backend(device)._set_default_timeout(patience / NCCL_SHARE)
 
 
 def _slurm_to_environment():

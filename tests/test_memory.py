@@ -1,9 +1,11 @@
-"""The memory that benchmarks/memory.py estimates is what a step takes."""
+"""The memory that engine/memory.py estimates is what a step takes, and what it says where memory runs out."""
 
+import importlib
 import itertools
 import json
 import os
 import sys
+from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells of every machine without a GPU that it has none
 
@@ -11,12 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, refusal
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
+import Pretrain
+from dataset import build_dataset
 from engine import iterate
+from engine.memory import USABLE, fitting, gpu_kernels, prepare
 from models import build_model
+from models.tokenizer import build_tokenizer
 from configs.schema import save_config
+from utils import seed_everything
 
 sys.path.append(str(ROOT / "benchmarks"))  # where a benchmark that is run as a script finds the others
 import memory
@@ -32,7 +39,7 @@ def config(tiny_config):
 @pytest.fixture
 def estimate(config):
     """The estimate for a tiny model with some keys changed."""
-    return lambda world_size=8, gpu=False, **keys: memory.estimate({**config, **keys}, world_size, gpu)
+    return lambda world_size=8, gpu=False, **keys: memory.estimate_pretraining({**config, **keys}, world_size, gpu)
 
 
 def test_what_outlives_a_step_is_counted_exactly(estimate, config):
@@ -75,7 +82,7 @@ def test_sharding_divides_the_optimizer_state(estimate, config):
 
 def test_attention_of_a_gpu_keeps_no_square():
     saved = []
-    with FakeTensorMode(), memory.gpu_kernels(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
+    with FakeTensorMode(), gpu_kernels(), torch.autograd.graph.saved_tensors_hooks(saved.append, lambda _: None):
         query, key, value = (torch.empty(2, 2, 512, 8, requires_grad=True) for _ in range(3))
         F.scaled_dot_product_attention(query, key, value, torch.ones(2, 1, 1, 512, dtype=torch.bool), 0.1)
     assert max(tensor.untyped_storage().nbytes() for tensor in saved) == query.nbytes
@@ -84,18 +91,18 @@ def test_attention_of_a_gpu_keeps_no_square():
 def test_estimate_is_what_a_step_allocates(estimate, config, tmp_path):
     """By the log of torch's CPU allocator, which has the allocations inside operations too."""
     for keys in ({}, {"precision": "bf16", "gradient_checkpointing": True}):
-        torch.manual_seed(0)
+        seed_everything(0)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             model = build_model("pretrain", {**config, **keys})
-            batch, masked = memory.real_batch(model)
-            iterate(memory.prepare(model, masked, torch.device("cpu"), 8), itertools.repeat(batch), 0, 0, 0.4)
+            batch = memory.pretrain_batch(model.config)
+            iterate(prepare(model, Pretrain.step, torch.device("cpu"), 8), itertools.repeat(batch), 0, 0, 0.4)
         profiler.export_chrome_trace(str(tmp_path / "trace.json"))
         events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
         logged = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
         totals = [event["args"]["Total Allocated"] for event in logged]
         before = totals[0] - logged[0]["args"]["Bytes"]  # tensors of an earlier profile may still be counted
         assert estimate(**keys).total() == pytest.approx(max(totals) - before, rel=0.05 if not keys else 0.15)
-        del model, batch, masked
+        del model, batch
 
 
 def test_other_optimizers_are_refused(estimate, config):
@@ -120,3 +127,41 @@ def test_table_of_estimates(config, tmp_path, monkeypatch, capsys):
 def test_largest_batch_leaves_a_tenth_free():
     assert memory.largest_fitting([1, 2, 4], [10e9, 21.6e9, 22e9], 24) == 2
     assert memory.largest_fitting([1], [22e9], 24) == "-"
+
+
+def total_of(config, **keys):
+    return memory.estimate_pretraining({**config, **keys}, 1).total()
+
+
+def test_what_would_fit_is_the_largest_batch_within_the_memory_of_each_option(config):
+    tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset("pretrain", config)
+    usable = total_of(config, batch_size=4) * 1.05
+    found = fitting("pretrain", config, Pretrain.step, dataset, tokenizer, usable, 1)
+    assert found["fp32", False] == 4 and found["bf16", True] >= found["bf16", False] >= 4
+    assert fitting("pretrain", config, Pretrain.step, dataset, tokenizer, 1000, 1) == {}
+
+
+@pytest.mark.parametrize("script, task, file", [("VQA", "vqa", "vqa_train.json"), ("NLVR", "nlvr", "nlvr_train.json")])
+def test_what_would_fit_is_known_of_every_task(config, shapes, script, task, file):
+    config = {**config, "train_file": [str(shapes / file)], "vqa_root": str(shapes)}
+    dataset, step = build_dataset(f"{task}_train", config), importlib.import_module(script).step
+    found = fitting(task, config, step, dataset, build_tokenizer(config["tokenizer"]), 1e12, 1)
+    assert found == {("fp32", False): 4, ("fp32", True): 8, ("bf16", False): 8, ("bf16", True): 8}
+
+
+def test_memory_that_runs_out_in_training_is_one_line_that_says_what_would_fit(pretrain, tiny_config, monkeypatch):
+    plain = Pretrain.step
+
+    def full(model, batch, *rest):
+        if isinstance(batch.image, FakeTensor):  # of the estimate
+            return plain(model, batch, *rest)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0 has a total capacity of 79.11 GiB")
+
+    usable = total_of(tiny_config, batch_size=4) * 1.05 / USABLE
+    monkeypatch.setattr(Pretrain, "step", full)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(total_memory=int(usable)))
+    status, said = pretrain()
+    line = said.splitlines()[-1]
+    assert status == 1 and "Traceback" not in said
+    assert line.startswith("error: out of GPU memory (0 GB) with batch_size 8 in fp32, gradient_checkpointing false; by")
+    assert "--set batch_size=4 precision=fp32 gradient_checkpointing=false, or batch_size=" in line and "2.50 GiB" in line

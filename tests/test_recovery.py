@@ -30,7 +30,7 @@ from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from test_engine import CPU, at, command_line, run, stop_at, torchrun
-from utils import InputError, TrainingStopped, is_lost_process, make_output_dir
+from utils import InputError, TrainingStopped, make_output_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,11 +300,6 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     assert newest_checkpoint(tmp_path / "run") is not None
 
 
-def test_what_gloo_says_of_a_lost_process_is_recognized():
-    assert is_lost_process(RuntimeError("Application timeout caused pair closure"))
-    assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-
-
 def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4}
     arguments = command_line(config, tmp_path / "run", tmp_path)
@@ -359,7 +354,7 @@ def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_pat
 def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
     config = {**tiny_config, "num_workers": 1}
     dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=1000, notes=tmp_path)
-    with pytest.raises(TrainingStopped, match="4 times in a row a data worker died.*num_workers"):
+    with pytest.raises(TrainingStopped, match="4 times in a row a data worker died.*num_workers.*--shm-size"):
         list(batches_of(config, dataset))
 
 
