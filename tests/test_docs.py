@@ -13,7 +13,7 @@ FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "eval
            "tests", "docs")  # fmt: skip
 OTHERS = {  # flags of other programs
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
-    "--ntasks-per-node", "--check", "--help",
+    "--ntasks-per-node", "--check", "--help", "--shm-size",
 }  # fmt: skip
 
 
