@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# of the runs on shapes that `shapes` and `shapes-scratch` make: the weights to start from, the folder to write to
-FROM := output/shapes/Pretrain/checkpoint_last.pth
-TO := output/shapes
-TASKS := NLVR VQA Retrieval VE Grounding
+# the driver of experiments; the + has `make -n` call it, too, to show the runs
+DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
+RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
+PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-noise paper-section4 paper-figures
 
-.PHONY: quickstart openclipart shapes shapes-scratch tasks $(TASKS) test mutants benchmarks clean
+.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) test mutants benchmarks clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
@@ -21,31 +21,13 @@ openclipart: .venv/installed
 	$(BIN)/python Visualize.py --output_dir output/openclipart
 
 shapes: .venv/installed
-	$(BIN)/python -m dataset.shapes --output data/shapes
-	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --set scheduler.epochs=10 --output_dir output/shapes/Pretrain --resume
-	OMP_NUM_THREADS=1 $(MAKE) -j2 tasks
-	$(BIN)/python benchmarks/shapes_table.py
+	$(RUN) experiments/shapes.yaml $(DRY)
 
 shapes-scratch: .venv/installed
-	$(BIN)/python -m dataset.shapes --output data/shapes
-	OMP_NUM_THREADS=1 $(MAKE) -j2 tasks FROM=random TO=output/shapes-scratch
-	$(BIN)/python benchmarks/shapes_table.py
+	$(RUN) experiments/shapes.yaml --scratch $(DRY)
 
-tasks: $(TASKS)
-
-# two runs side by side, each on one core, make more of two cores than one run after the other on both
-define RUN
-	@mkdir -p $(TO) && echo "$(1): running, see $(TO)/$(1).log"
-	@$(BIN)/python $(2).py --config configs/shapes/$(1).yaml --output_dir $(TO)/$(1) --resume --checkpoint $(3) \
-		>> $(TO)/$(1).log 2>&1; status=$$?; tr '\r' '\n' < $(TO)/$(1).log | tail -n 6; exit $$status
-endef
-
-VQA Retrieval VE Grounding:
-	$(call RUN,$@,$@,$(FROM))
-
-NLVR:
-	$(call RUN,NLVR_pretrain,Pretrain_nlvr,$(FROM))
-	$(call RUN,NLVR,NLVR,$(TO)/NLVR_pretrain/checkpoint_last.pth)
+paper $(PAPER): .venv/installed
+	$(RUN) experiments/paper.yaml $(patsubst paper-%,--table %,$(filter paper-%,$@)) $(DRY)
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests

@@ -10,7 +10,7 @@ from configs.schema import KEYS
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "evaluation", "visualize", "benchmarks", "scripts",
-           "tests", "docs")  # fmt: skip
+           "experiments", "tests", "docs")  # fmt: skip
 OTHERS = {  # flags of other programs
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
     "--ntasks-per-node", "--check", "--help", "--shm-size",
@@ -33,7 +33,7 @@ def test_files_exist(page):
     for piece in code(page.read_text()):
         named |= set(re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)", piece))
         named |= set(re.findall(r"(?<![\w/.])[A-Z]\w+\.py", piece))
-        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ((?:dataset|models)\.\w+)", piece)}
+        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ((?:dataset|models|experiments)\.\w+)", piece)}
     missing = {name for name in named if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()}
     assert not missing
 
@@ -63,8 +63,9 @@ def test_keys_exist(page):
 
 
 def test_targets_of_make_exist(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    named = {name for piece in code(page.read_text()) for name in re.findall(r"^ *make ([\w-]+)", piece, re.M)}
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][\w-]*)(?: \S+)?:", makefile, re.M)) | set(re.findall(r"\b(?:paper-\w+)", makefile))
+    named = {name for piece in code(page.read_text()) for name in re.findall(r"^ *make ([a-z][\w-]*)", piece, re.M)}
     assert not named - targets
 
 

@@ -37,6 +37,12 @@ def _save(figure, path):
     plt.close(figure)
 
 
+def _average(values):
+    """Return the moving average [N] of values [N] over a fortieth of them."""
+    window = np.ones(len(values) // 80 * 2 + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
 def draw_curves(curves, path):
     """Draw one panel per scalar that TITLES knows, the raw values pale behind their moving average.
 
@@ -47,15 +53,24 @@ def draw_curves(curves, path):
     figure = plt.figure(figsize=(14, 3.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):
         steps, values, *_ = curves[name]
-        window = np.ones(len(values) // 80 * 2 + 1)
-        average = np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
         axis = figure.add_subplot(rows, 3, place, title=TITLES[name], xlabel="iteration")
         axis.plot(steps, values, color="#9db8d9", linewidth=0.8)
-        axis.plot(steps, average, color="#1f4e8c", linewidth=1.8)
+        axis.plot(steps, _average(values), color="#1f4e8c", linewidth=1.8)
         axis.grid(alpha=0.3)
         settled = values[len(values) // 50 :]  # the first steps would squeeze the rest into a line
         margin = 0.05 * (settled.max() - settled.min() or abs(settled.max()) or 1)
         axis.set_ylim(settled.min() - margin, settled.max() + margin)
+    _save(figure, path)
+
+
+def draw_lines(curves, name, path):
+    """Draw a scalar that TITLES knows of several runs in one panel. curves: run -> (steps, values, ...), arrays [N]."""
+    figure = plt.figure(figsize=(7, 4), layout="constrained")
+    axis = figure.add_subplot(title=TITLES[name], xlabel="iteration")
+    for run, (steps, values, *_) in curves.items():
+        axis.plot(steps, _average(values), label=run)
+    axis.grid(alpha=0.3)
+    axis.legend()
     _save(figure, path)
 
 

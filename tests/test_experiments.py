@@ -1,0 +1,242 @@
+"""The driver of experiments runs each row once, whatever happens in between, and the reports say what the runs have shown."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, refusal
+from PIL import Image
+from ruamel.yaml import YAML
+
+from experiments import report
+from experiments.run import (Place, check_unchanged, expand, is_complete, minutes, read_experiments, rows_of, run, show,
+                             with_needs)
+
+SCRIPT = '''
+import sys, time, pathlib
+folder = pathlib.Path(sys.argv[sys.argv.index("--to") + 1])
+with open(folder / "starts", "a") as file:
+    file.write("x")
+if "--slow" in sys.argv and len((folder / "starts").read_text()) == 1:
+    time.sleep(60)
+if "--fail" in sys.argv:
+    sys.exit("first line\\nno such photo")
+(folder / "log.txt").write_text('{"test_acc": 50.0, "epoch": 0}')
+'''
+ONE = [Place("one core of a test", {}, None)]
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Makes rows of a script that takes no time: name -> its keys; returns their Rows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fake.py").write_text(SCRIPT)
+
+    def rows(**keys):
+        for row in keys.values():
+            row.setdefault("script", "fake.py")
+            row["flags"] = "--to {folder} " + row.get("flags", "")
+        return expand({"rows": keys}, tmp_path / "out")
+
+    return rows
+
+
+def starts(row):
+    return len((row.folder / "starts").read_text())
+
+
+def test_a_second_call_does_nothing(fake):
+    rows = fake(a={}, b={"from": "a"})
+    assert run(rows, ONE) == ([], [])
+    assert run(rows, ONE) == ([], [])
+    assert [starts(row) for row in rows.values()] == [1, 1] and all(map(is_complete, rows.values()))
+    assert rows["b"].command[1:3] == ["--checkpoint", str(rows["a"].folder / "checkpoint_last.pth")]
+
+
+def test_what_a_row_creates_is_made_again_where_it_is_gone(fake, tmp_path):
+    rows = fake(a={"creates": "data.json"})
+    run(rows, ONE)
+    assert not is_complete(rows["a"])
+    (tmp_path / "data.json").touch()
+    assert is_complete(rows["a"])
+
+
+def test_a_failing_row_is_reported_and_the_others_go_on(fake, capsys):
+    rows = fake(a={"flags": "--fail"}, b={"from": "a"}, c={})
+    assert run(rows, ONE) == (["a"], ["b"])
+    said = capsys.readouterr().out
+    assert "a: ended with status 1" in said and "    no such photo" in said and is_complete(rows["c"])
+    run(rows, ONE)
+    assert starts(rows["a"]) == 2 and starts(rows["c"]) == 1
+
+
+DRIVER = """
+from experiments.run import Place, expand, run
+from utils import run_script
+keys = {"script": "fake.py", "flags": "--to {folder}"}
+rows = {"a": keys, "b": {**keys, "flags": "--to {folder} --slow", "needs": ["a"]}}
+run_script(lambda: run(expand({"rows": rows}, "out"), [Place("one core of a test", {}, None)]))
+"""
+
+
+def test_an_interrupted_run_goes_on_and_counts_all_its_minutes(fake, tmp_path):
+    a, b = fake(a={}, b={"flags": "--slow", "needs": ["a"]}).values()
+    command, environment = [sys.executable, "-c", DRIVER], {**os.environ, "PYTHONPATH": str(ROOT)}
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        while not (b.folder / "starts").exists():
+            assert driver.poll() is None, driver.stdout.read()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        driver.send_signal(sent)
+        driver.communicate(timeout=20)  # ends when the run, which has the same output, has ended, too
+        record = json.loads((b.folder / "experiment.json").read_text())
+        assert not record["complete"] and (record["seconds"] > 0.2) and ("began" in record) == (sent == signal.SIGKILL)
+        (b.folder / "starts").unlink()
+    os.utime(b.log, (record["began"] + 90,) * 2)  # until when the killed one has written
+    (b.folder / "starts").write_text("x")
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert is_complete(b) and starts(b) == 2 and 1.5 < minutes(b) < 2
+    assert starts(a) == 1
+
+
+def test_changed_settings_are_refused_also_in_what_a_row_starts_from(fake, tmp_path):
+    (tmp_path / "config.yaml").write_text("image_res: 64\n")
+    keys = {"a": {"config": "config.yaml"}, "b": {"from": "a"}}
+    run(fake(**json.loads(json.dumps(keys))), ONE)
+    check_unchanged(fake(**json.loads(json.dumps(keys))))
+    (tmp_path / "config.yaml").write_text("image_res: 64\nk_test: 128\n")  # what it was by default
+    check_unchanged(fake(**json.loads(json.dumps(keys))))
+    (tmp_path / "config.yaml").write_text("image_res: 32\n")
+    rows = fake(**json.loads(json.dumps(keys)))
+    assert "row a has changed since it was run, image_res was 64: remove" in refusal(check_unchanged, rows)
+    (rows["a"].folder / "experiment.json").unlink()
+    assert "row b has changed since it was run, of a, image_res was 64" in refusal(check_unchanged, rows)
+    keys["a"]["set"] = {"k_tset": 3}
+    assert "did you mean k_test?" in refusal(check_unchanged, fake(**keys))
+
+
+def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(fake):
+    rows = fake(a={"seeds": [3, 5]}, b={"from": "a", "seeds": [3, 5]}, c={"from": "a/checkpoint_best.pth"})
+    assert list(rows) == ["a/seed3", "b/seed3", "c", "a/seed5", "b/seed5"]
+    assert rows["b/seed5"].needs == ["a/seed5"] and rows["c"].needs == ["a/seed3"]
+    assert list(with_needs(rows, ["c"])) == ["a/seed3", "c"] and "--seed 5" in " ".join(rows["a/seed5"].command)
+
+
+def test_wrong_rows_are_refused(fake, tmp_path):
+    assert "row b: there is no row c" in refusal(lambda: fake(b={"from": "c"}))
+    (tmp_path / "file.yaml").write_text("rows: {a: {script: VE.py, form: b}}")
+    assert "row a has the unknown key form" in refusal(read_experiments, tmp_path / "file.yaml")
+
+
+@pytest.mark.parametrize("name", ["shapes", "paper"])
+def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    content = read_experiments(f"experiments/{name}.yaml")
+    rows = expand(content, "output/none")
+    check_unchanged(rows)  # reads every configuration
+    for table in content.get("tables", {}):
+        assert rows_of(content, table, rows)
+    show(rows)
+    said = capsys.readouterr().out
+    assert all(f"{row} (" in said for row in rows) and "minutes on one core are left" in said and "not known" not in said
+
+
+def test_make_shows_the_runs_without_running_them(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for room in ("experiments", "configs", "utils.py", "requirements.txt"):
+        (tmp_path / room).symlink_to(ROOT / room)
+    call = subprocess.run(["make", "-n", "paper-table5"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "grounding/itm3 (1 min): python Grounding.py" in call.stdout and "VQA.py" not in call.stdout
+    assert not (tmp_path / "output").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reports
+
+
+def complete(rows, name, seconds=60, **metrics):
+    """Leaves what a complete run of a row leaves."""
+    row = rows[name]
+    row.folder.mkdir(parents=True, exist_ok=True)
+    (row.folder / "log.txt").write_text(json.dumps(metrics | {"epoch": 0}) + "\n")
+    (row.folder / "experiment.json").write_text(json.dumps({"complete": True, "seconds": seconds, "machine": "one core"}))
+
+
+PAGE = {
+    "page": "docs/page.md", "title": "A page", "about": "What it is.",
+    "rows": {"a": {"script": "VE.py", "config": "config.yaml", "seeds": [0, 1]}, "b": {"script": "VE.py", "seeds": [0, 1]},
+             "c": {"script": "NLVR.py"}, "picture": {"script": "Visualize.py", "flags": "--to {folder}/figure.png"}},
+    "tables": {
+        "one": {"title": "One", "columns": [{"label": "VE", "row": "{row}", "metric": "test_acc"}], "rows": {
+            "first": {"row": "a", "paper": {"VE": 77.0}}, "second": {"row": "b", "paper": {"VE": 79.5}}, "third": {"row": "c"}},
+            "trends": {"better": {"from": "first", "to": "second"}, "new": {"from": "second", "to": "third"}}},
+        "bound": {"title": "Bound", "history": "train_mi_bound", "picture": {"metric": "mi_bound", "file": "b.png"},
+                  "rows": {"a": "a"}},
+        "figures": {"title": "Figures", "pictures": [{"row": "picture", "about": "A figure."}]},
+    },
+}  # fmt: skip
+
+
+def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("image_res: 64\n")
+    rows = expand(PAGE, tmp_path / "out")
+    complete(rows, "a/seed0", test_acc=50, train_mi_bound=1.25)
+    complete(rows, "a/seed1", test_acc=54, train_mi_bound=9)
+    complete(rows, "b/seed0", test_acc=60, seconds=120)
+    complete(rows, "picture", seconds=0)
+    Image.effect_noise((2200, 100), 50).save(rows["picture"].folder / "figure.png")
+    report.report(PAGE, tmp_path / "out")
+    text = (tmp_path / "docs/page.md").read_text()
+    assert "4 of 6 runs are complete, 4 minutes together, each on one core." in text
+    assert "| first | 52.0 ± 2.8 [77.00] |" in text and "| second | 60.0 [79.50] |" in text and "| third | – |" in text
+    assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
+    assert "- **better**: VE +8.0 (the paper +2.50), shows" in text and "- **new**: VE not run yet" in text
+    assert "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1." in text
+    with Image.open(tmp_path / "docs/page/picture.png") as picture:
+        assert picture.size == (1100, 50)
+
+
+@pytest.mark.parametrize(("before", "after", "paper", "flat", "said"), [
+    ([50, 52], [60, 62], 1.4, None, "+10.0 ± 1.4 (the paper +1.40), shows"),
+    ([60], [50], 1.4, None, "-10.0 (the paper +1.40), does not show"),
+    ([60], [50], -1.4, None, "-10.0 (the paper -1.40), shows"),
+    ([50, 60], [52, 62], None, None, "+2.0 ± 7.1, within the error"),
+    ([50], [60], 0.01, None, "+10.0 (the paper +0.01), no trend in the paper"),
+    ([50], [50.4], -0.03, 1, "+0.4 (the paper -0.03), shows"),
+    ([50], [52], -0.03, 1, "+2.0 (the paper -0.03), does not show"),
+])  # fmt: skip
+def test_a_trend_shows_where_it_has_the_papers_direction_and_exceeds_its_error(before, after, paper, flat, said):
+    assert report.compare(before, after, paper, flat) == said
+
+
+def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    content = read_experiments("experiments/shapes.yaml")
+    rows, scratch = expand(content, tmp_path / "out"), expand(content, tmp_path / "out-scratch", scratch=True)
+    complete(rows, "VE", test_acc=76.7, seconds=426)
+    complete(rows, "NLVR_pretrain", seconds=600)
+    complete(rows, "NLVR", test_acc=72, seconds=960)
+    complete(scratch, "VE", test_acc=66.6)
+    report.report(content, tmp_path / "out")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["VE", "accuracy", "33.3", "66.6", "76.7", "7.1"] in lines
+    assert ["NLVR", "accuracy", "50.0", "–", "72.0", "26.0"] in lines
+    assert lines[-1][-4:] == ["33.1,", "one", "core", "each"]
+
+
+def test_chance_is_that_of_the_data(shapes, tiny_config, tmp_path):
+    """Whatever the model, what a run may reach by guessing is known from the files of its configuration."""
+    YAML(typ="safe").dump({key: tiny_config[key] for key in ("test_file", "image_root", "image_res")}, tmp_path / "config.yaml")
+    rows = expand({"rows": {"a": {"script": "Retrieval.py", "config": str(tmp_path / "config.yaml")}, "b": {
+        "script": "Retrieval.py", "from": "a/checkpoint_best.pth", "flags": "--evaluate"}}}, tmp_path / "out")  # fmt: skip
+    assert report.chance(rows["b"], "test_k16_img_r5", rows) == pytest.approx(100 * 5 / 12)
+    assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(100 * (1 + 5 + 10) / 36)
