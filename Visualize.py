@@ -1,4 +1,4 @@
-"""Pictures of a run (--output_dir): curves.png from its TensorBoard files, retrieval.png from its result/retrieval.json.
+"""Pictures of a run (--output_dir): curves.png from its TensorBoard files, retrieval.png and attributes.png from its results.
 
 Pictures of what a model sees (--checkpoint): heat maps of its decision on an image and a text (Figures 4 to 6 of the paper),
 and with --pseudo_targets the words and texts that the momentum model proposes (Figure 2).
@@ -9,7 +9,7 @@ from utils import begin_script, run_script
 
 flags = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
 flags.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
-flags.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png")
+flags.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png, or boxes in attributes.png")
 flags.add_argument("--checkpoint", help="the weights to explain, of any task")
 flags.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")
 flags.add_argument("--text", help="the text to explain, or the caption of --pseudo_targets")
@@ -49,30 +49,32 @@ from models import build_model, task_of
 from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
 from models.tokenizer import tokenizer_of
 from utils import InputError
-from visualize.draw import TITLES, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
+from visualize.draw import TITLES, draw_attributes, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
 from visualize.explain import (
     UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
 )  # fmt: skip
 
 
 def picture_run(folder, queries):
-    """Draw curves.png and retrieval.png of a run, as far as it has what they show."""
-    tensorboard, result = folder / "tensorboard", folder / "result/retrieval.json"
-    if not (tensorboard.is_dir() or result.exists()):
-        raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/retrieval.json")
+    """Draw curves.png, retrieval.png and attributes.png of a run, as far as it has what they show."""
+    tensorboard, draws = folder / "tensorboard", {"retrieval": draw_retrieval, "attributes": draw_attributes}
+    results = {folder / f"result/{name}.json": draw for name, draw in draws.items()}
+    if not (tensorboard.is_dir() or any(result.exists() for result in results)):
+        raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/{{{','.join(draws)}}}.json")
     if tensorboard.is_dir():
         curves = read_curves(tensorboard)
         if not TITLES.keys() & curves.keys():
             raise InputError(f"{tensorboard}: no curves there yet, train first")
         draw_curves(curves, folder / "curves.png")
         print(f"wrote {folder / 'curves.png'}")
-    if result.exists():
-        rankings = json.loads(result.read_text())
-        try:
-            draw_retrieval(rankings, rankings["image_root"], folder / "retrieval.png", queries)
-        except OSError as error:
-            raise InputError(f"{result}: image {error}") from None
-        print(f"wrote {folder / 'retrieval.png'}")
+    for result, draw in results.items():
+        if result.exists():
+            picture = folder / f"{result.stem}.png"
+            try:
+                draw(json.loads(result.read_text()), picture, queries)
+            except OSError as error:
+                raise InputError(f"{result}: image {error}") from None
+            print(f"wrote {picture}")
 
 
 def check_flags(args, task, state):

@@ -75,23 +75,28 @@ def _boolean(text):
     raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-def task_flags(description, config, example):
-    """Return the flags that every task script has; config is the task's default, example some more flags to show."""
+def task_flags(description, config, example, trains=True):
+    """Return the flags that every task script has; config is the task's default, example some more flags to show.
+
+    trains: False for a task that has an evaluation alone; --evaluate goes without saying then.
+    """
     flags = Flags(description, f"--config {config} {example}")
-    flags.set_defaults(default_config=config)
+    flags.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
     flags.add_argument("--config", metavar="FILE", help="YAML file, every key of which --set may override (default: what the "
                        f"checkpoint of the task was trained with, else {config})")  # fmt: skip
     flags.add_argument("--output_dir", metavar="DIR", help="folder for checkpoints, log and results (default: output/ and the "
                        "name of the configuration; of --evaluate, evaluation/ in the checkpoint's run)")  # fmt: skip
-    flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file")
+    flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file" if trains else
+                       "the weights to evaluate")  # fmt: skip
     flags.add_argument("--text_encoder", metavar="BERT", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
     flags.add_argument("--tokenizer", metavar="VOCAB", help="vocab file, folder or hub name; text_encoder's by default")
-    flags.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training")
-    flags.add_argument("--split", choices=["val", "test"], help="what --evaluate evaluates (default: both)")
-    flags.add_argument(
-        "--resume", nargs="?", const=True, default=False, type=_boolean, metavar="True",
-        help="continue the run in output_dir exactly where it was saved (Pretrain.py: or the one saved in --checkpoint)",
-    )  # fmt: skip
+    flags.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training" if trains else argparse.SUPPRESS)
+    if trains:
+        flags.add_argument("--split", choices=["val", "test"], help="what --evaluate evaluates (default: both)")
+        flags.add_argument(
+            "--resume", nargs="?", const=True, type=_boolean, metavar="True",
+            help="continue the run in output_dir exactly where it was saved (Pretrain.py: or the one saved in --checkpoint)",
+        )  # fmt: skip
     flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
     flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
     flags.add_argument("--seed", default=42, type=int, help="of everything random")

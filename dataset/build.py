@@ -3,8 +3,10 @@
 import functools
 
 import torch
+from PIL import Image
 
 from dataset.annotations import Entries
+from dataset.attributes import AttributeTestSet
 from dataset.base import check_images
 from dataset.batches import workers
 from dataset.caption import CaptionDataset, GroundingPair, Pair, RetrievalPair, ShardedCaptions
@@ -44,7 +46,8 @@ def file_key(name):
 
 
 def build_dataset(name, config, seed=0):
-    """The data set `name`: pretrain, nlvr_pretrain_train, or {retrieval, vqa, ve, nlvr, grounding}_{train, val, test}.
+    """The data set `name`: pretrain, nlvr_pretrain_train, {retrieval, vqa, ve, nlvr, grounding}_{train, val, test}, or
+    attributes_{val, test}.
 
     All its annotation files are checked here. seed: of the training sets. Raises InputError.
     """
@@ -74,9 +77,12 @@ def build_dataset(name, config, seed=0):
     elif task == "grounding":
         refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file")))
         dataset = GroundingTestSet(files, image_root, transform, refer, detections, REF_SPLITS[split])
+    elif task == "attributes" and not training:
+        # bilinear, as where the published number comes from
+        dataset = AttributeTestSet(files, image_root, test_transform(config["image_res"], Image.Resampling.BILINEAR))
     else:
-        raise InputError(f"data set {name!r} is unknown, there are pretrain and {{retrieval, vqa, ve, nlvr, grounding}}_"
-                         "{train, val, test}")
+        raise InputError(f"data set {name!r} is unknown, there are pretrain, {{retrieval, vqa, ve, nlvr, grounding}}_"
+                         "{train, val, test} and attributes_test")
     check_images(dataset, 1000 if training else None)
     return dataset
 

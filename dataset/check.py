@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
+from dataset.attributes import read_boxes
 from dataset.base import evenly
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
@@ -89,6 +90,7 @@ TEST_FORMS = {
     "caption": Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS),
 }
 RETRIEVAL = Form("captions with image_id for retrieval", RetrievalPair, MAX_TOKENS)
+BOXES = Form("boxes with attributes to test on")
 SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", None, SHORT_TOKENS)
 
 
@@ -381,12 +383,36 @@ def check_list(check, path, key, questions):
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
     tally = Tally(check, key, path, form)
     images = _count_entries(tally, path, questions)
-    paths = list(images)
-    for seen in check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
-        tally.add_image(path, seen.index, f"image {seen.path}", seen)
     if training:
         check.trained_images.update(images)
-    return tally.report("entry {}".format, images)
+    return _report_images(tally, path, images, "entry {}".format)
+
+
+def _report_images(tally, path, images, name):
+    """Look at the images {path: index of the first entry that names it} of a file, and report what is counted of it."""
+    paths = list(images)
+    for seen in tally.check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
+        tally.add_image(path, seen.index, f"image {seen.path}", seen)
+    return tally.report(name, images)
+
+
+def check_boxes(check, path, key):
+    """Check a file of attributes in boxes, up to its first mistake, and its images -> what the report says of it."""
+    tally, images = Tally(check, key, path, BOXES), {}
+    with check.noting(path):
+        for index, box in enumerate(read_boxes(path)[1]):
+            tally.entries, tally.read = tally.entries + 1, tally.read + 1
+            tally.add_entry(path, index, index, (), digest((box.image, box.pixels)))
+            if "image_root" not in tally.lost_roots:
+                images.setdefault(os.path.join(check.config["image_root"], box.image), index)
+        return _report_images(tally, path, images, "box {}".format)
+    return unreadable(key, path)
+
+
+def _is_object(path):
+    """Return whether a file holds a JSON object, as one of attributes does, and not a list."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
+        return file.read(HEAD).lstrip().startswith("{")
 
 
 def _count_entries(tally, path, questions):
@@ -456,7 +482,9 @@ def check_lists(check):
                 lists, shards = lists + more[0], shards + more[1]
         with check.noting():
             expand(shards)  # none may be named twice
-        results += [check_list(check, path, key, questions) for path in lists]
+        for path in lists:
+            boxes = key != "train_file" and _is_object(path)
+            results.append(check_boxes(check, path, key) if boxes else check_list(check, path, key, questions))
         results += [check_shards(check, list(dict.fromkeys(shards)))] if shards else []
         without = sum(not answered for answered in questions.values())
         if 0 < without < len(questions):

@@ -42,14 +42,14 @@ def _train(image, image_res, min_scale, hflip, augment):
     return randaugment(image) if augment else image.contiguous()
 
 
-def test_transform(image_res):
-    """Bicubic resize by Pillow, bit for bit: uint8 [3, H, W] -> uint8 [3, image_res, image_res]."""
-    return partial(_resize_as_pillow, image_res=image_res)
+def test_transform(image_res, resampling=Image.Resampling.BICUBIC):
+    """Resize by Pillow, bit for bit: uint8 [3, H, W] -> uint8 [3, image_res, image_res]."""
+    return partial(_resize_as_pillow, image_res=image_res, resampling=resampling)
 
 
-def _resize_as_pillow(image, image_res):
+def _resize_as_pillow(image, image_res, resampling=Image.Resampling.BICUBIC):
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
-    return from_pillow(pixels.resize((image_res, image_res), Image.Resampling.BICUBIC)).contiguous()
+    return from_pillow(pixels.resize((image_res, image_res), resampling)).contiguous()
 
 
 def normalize(images):

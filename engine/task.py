@@ -94,7 +94,7 @@ def prefixed(split, name):
 def set_up(task, args, evaluates, initialize, check):
     """Accept everything that a script is given. Return a Setup. Raises InputError; nothing of a run is written before."""
     if args.evaluate and args.checkpoint in ("", "random"):
-        raise InputError("--evaluate needs --checkpoint, the weights to evaluate")
+        raise InputError("an evaluation needs --checkpoint, the weights to evaluate")
     if args.split and not args.evaluate:
         raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
     device = init_process_group(args.device, args.timeout)

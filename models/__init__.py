@@ -9,6 +9,7 @@ from utils import InputError
 # does not wait for torch. Another class in its place changes the method for the whole framework (docs/extend.md)
 MODELS = {
     "pretrain": (".pretrain", "Pretrain"), "retrieval": (".retrieval", "Retrieval"), "grounding": (".retrieval", "Retrieval"),
+    "attributes": (".retrieval", "Retrieval"),
     "vqa": (".vqa", "VQA"), "ve": (".ve", "VE"), "nlvr": (".nlvr", "NLVR"), "nlvr_pretrain": (".nlvr", "TextAssignment"),
 }  # fmt: skip
 

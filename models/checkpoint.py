@@ -23,6 +23,7 @@ from models.momentum import copy_to_momentum_
 from utils import InputError, verify_hash
 
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")  # of use together only; the last is of fine-tuning alone
+PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
@@ -273,6 +274,9 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     lacking = new_heads | (modules & {"text_decoder"} - in_file)
     if complete and lacking:
         raise InputError(f"{path} has no {lacking.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it")
+    if complete and (unprojected := modules & set(PROJECTIONS) - in_file):
+        raise InputError(f"{path} has no {unprojected.pop()}, the contrastive projection that this task evaluates with: name a "
+                         "checkpoint of pre-training, retrieval or grounding")  # fmt: skip
     names = task_names(model, weights)
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
 

@@ -85,6 +85,18 @@ def test_good_data_of_every_task(run, shapes):
     assert report["others"].keys() == opened
 
 
+def test_boxes_with_attributes_are_read_and_their_images_looked_at(run, shapes, write):
+    content = json.loads((shapes / "attributes.json").read_text())
+    status, out, report = run(train_file=None, test_file=str(shapes / "attributes.json"))
+    assert status == 0 and "boxes with attributes to test on" in out
+    assert report["files"][0]["entries"] == 12 and report["files"][0]["images"] == report["files"][0]["looked_at"] == 3
+    content["images"][1]["file_name"] = "absent.jpg"
+    assert "absent.jpg: does not exist" in run(train_file=None, test_file=write(content))[1]
+    content["annotations"][5]["att_vec"] = []
+    status, out, report = run(train_file=None, test_file=write(content))
+    assert status == 1 and report["count"] == 1 and "annotation 5" in out and "0 labels for 27 attributes" in out
+
+
 def test_wrong_entries_are_all_found(run, write):
     entries = pairs(
         9, _1={"caption": None}, _2={"caption": 5}, _3={"image": None}, _4={"caption": "?!"}, _5={"caption": ["fine", "\u200b"]}

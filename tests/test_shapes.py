@@ -15,7 +15,7 @@ from PIL import Image
 from configs.schema import load_config
 from dataset import build_dataset
 from dataset.refer import box_iou
-from dataset.shapes import captions, grounding, nlvr, ve, vocabulary, vqa, words, write_dataset
+from dataset.shapes import attributes, captions, grounding, nlvr, ve, vocabulary, vqa, words, write_dataset
 from dataset.shapes.__main__ import main
 from dataset.shapes.files import draw_split
 from dataset.shapes.scenes import (BACKGROUNDS, COLORS, CURTAIN, POSITIONS, QUADRANTS, SHAPES, SPLITS, combination_of,
@@ -96,6 +96,7 @@ def test_finished_data_is_kept_and_interrupted_or_other_data_is_made_anew(tmp_pa
     ("VE", {"ve_train": 96, "ve_val": 8, "ve_test": 24}),
     ("NLVR", {"nlvr_train": 192, "nlvr_val": 8, "nlvr_test": 24}),
     ("Grounding", {"grounding_train": None, "grounding_val": None, "grounding_test": None}),
+    ("Attributes", {"attributes_test": 12}),
 ])
 def test_every_task_reads_its_files(shapes, tmp_path, config, names):
     text = (ROOT / f"configs/shapes/{config}.yaml").read_text()
@@ -116,6 +117,7 @@ def test_every_word_is_in_the_vocabulary(scenes):
     for task, key in ((vqa, "question"), (ve, "sentence"), (nlvr, "sentence"), (grounding, "text")):
         texts += [entry[key] for entries in task.annotations(scenes, 0)[:2] for entry in entries]
     texts += vqa.annotations(scenes, 0)[-1]
+    texts += [value for of in attributes.annotations(scenes, 0)[0]["attributes"] for value in of["name"].split(":")[1].split("/")]
     for text in texts:
         said = pre_caption(re.sub("{.*?}", "", text), 99).split()
         assert set(said) <= set(vocab) and text == text.lower() and not re.search(r"\ba [aeiou]", text), text
@@ -446,3 +448,34 @@ def test_every_object_is_detected_once(image_size):
             assert box_iou(hit[:4], obj["box"]) > 0.7
         assert 3 <= len(found) - len(scene["objects"]) <= 4
         assert all(min(box) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= image_size + 0.02 for box in found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attributes
+
+
+def test_a_box_shows_the_attributes_that_it_is_labeled_with(shapes):
+    content = load(shapes, "attributes.json")
+    files = {image["id"]: image["file_name"] for image in content["images"]}
+    names = [attribute["name"].split(":") for attribute in content["attributes"]]
+    open_labels = [label == -1 for box in content["annotations"] for label in box["att_vec"]]
+    assert 0.05 < np.mean(open_labels) < 0.2
+    for box in content["annotations"]:
+        x, y, w, h = box["bbox"]
+        with Image.open(shapes / files[box["image_id"]]) as image:
+            pixels = np.asarray(image.crop((x, y, x + w, y + h)), dtype=int)
+        said = {kind: value.split("/")[0] for (kind, value), label in zip(names, box["att_vec"]) if label == 1}
+        own = {kind: sum(label == 1 for (other, _), label in zip(names, box["att_vec"]) if other == kind) for kind, _ in names}
+        assert max(own.values()) == 1
+        background = BACKGROUNDS.get(said.get("background"), np.median(pixels, axis=(0, 1)))
+        drawn = np.abs(pixels - background).max(axis=2) > 60
+        assert 0 < drawn.mean() < 0.1
+        rows, columns = (np.flatnonzero(drawn.any(axis=axis)) for axis in (1, 0))
+        if "color" in said and said.get("pattern") == "solid":
+            assert min(np.abs(pixels[drawn] - COLORS[said["color"]]).max(axis=1)) < 60
+        if "size" in said:
+            assert (max(np.ptp(rows), np.ptp(columns)) + 1 > 0.75 * w / 4) == (said["size"] == "big")
+        if "left" in said.get("position", ""):
+            assert columns.mean() < w / 2
+        if "bottom" in said.get("position", ""):
+            assert rows.mean() > h / 2

@@ -1,4 +1,4 @@
-"""Drawing: curves of a run, rankings of retrieval, heat maps and pseudo-targets, each from arrays and text to a file."""
+"""Drawing: curves of a run, rankings, attributes, heat maps and pseudo-targets, each from arrays and text to a file."""
 
 import math
 import os
@@ -74,7 +74,7 @@ def draw_lines(curves, name, path):
     _save(figure, path)
 
 
-def draw_retrieval(rankings, image_root, path, queries=5, top=5):
+def draw_retrieval(rankings, path, queries=5, top=5):
     """Draw text queries with their best images, then image queries with their best captions; green is a hit, red a miss.
 
     rankings: the content of result/retrieval.json; queries: how many of each direction, spread over all of them.
@@ -93,7 +93,7 @@ def draw_retrieval(rankings, image_root, path, queries=5, top=5):
 
     def show_image(cell, name, **style):
         axis = figure.add_subplot(cell, xticks=[], yticks=[], **style)
-        axis.imshow(load_image(os.path.join(image_root, name)).permute(1, 2, 0))
+        axis.imshow(load_image(os.path.join(rankings["image_root"], name)).permute(1, 2, 0).numpy())
         return axis
 
     for row, query in enumerate(texts):
@@ -109,6 +109,31 @@ def draw_retrieval(rankings, image_root, path, queries=5, top=5):
                   HIT if result["hit"] else MISS) for result in query["results"][:top]]  # fmt: skip
         show_text(grid[row, 1:], *lines, x=0, fontsize=10)
     figure.suptitle("queries and their best results with ITM scores: green is right, red is wrong", fontsize=13)
+    _save(figure, path)
+
+
+def draw_attributes(result, path, count=5):
+    """Draw boxes in their images with their best and worst attributes; green is right, red is wrong, gray is not labeled.
+
+    result: the content of result/attributes.json; count: how many boxes, spread over all of them.
+    """
+    boxes, attributes = result["boxes"], result["attributes"]
+    chosen = [boxes[i] for i in np.linspace(0, len(boxes) - 1, min(count, len(boxes))).astype(int)]
+    figure = plt.figure(figsize=(13, 2.05 * len(chosen) + 0.6), layout="constrained")
+    grid = figure.add_gridspec(len(chosen), 3, width_ratios=[1, 2, 2])
+    for row, box in enumerate(chosen):
+        axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
+        axis.imshow(load_image(os.path.join(result["image_root"], box["image"])).permute(1, 2, 0).numpy())
+        x, y, w, h = box["box"]
+        axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor="#ff2d9b", linewidth=2.5))
+        for column, (kind, right) in enumerate((("best", 1), ("worst", 0)), 1):
+            axis = figure.add_subplot(grid[row, column], title=kind if row == 0 else None)
+            axis.axis("off")
+            for i, (number, score, label) in enumerate(box[kind]):
+                text = textwrap.shorten(f"{score:.3f}  {attributes[number]['name']}", 60, placeholder=" ...")
+                color = "#888888" if label < 0 else HIT if label == right else MISS
+                axis.text(0, 1 - (i + 0.5) / len(box[kind]), text, color=color, va="center", fontsize=10)
+    figure.suptitle("boxes with their best and worst attributes: green is right, red is wrong, gray is not labeled", fontsize=13)
     _save(figure, path)
 
 

@@ -13,6 +13,8 @@ scenes_{train,val,test}.json describe the scenes in full; the other files have t
 - nlvr: each statement is once true and once false of two images of a split, so that it alone says nothing
 - grounding, as RefCOCO+: expressions without places that fit one object of at least two; testA refers to circles, hearts
   and moons, testB to the other shapes, both in the test images; refs(unc).p is REFER's file, dets.json has detected boxes
+- attributes, as OVAD: sheets of four pictures of one object each, a box around each picture; color,
+  background, size, pattern, position
 """
 
 from .files import vocabulary, write_dataset

@@ -14,12 +14,13 @@ from tqdm import tqdm
 from dataset.workers import in_processes, process_count
 from utils import InputError, atomic_write
 
-from . import captions, grounding, nlvr, ve, vqa
+from . import attributes, captions, grounding, nlvr, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
-VERSION = 4  # of the generator: data made by another version is made anew
-TASKS = {"retrieval": captions, "VQA": vqa, "VE": ve, "NLVR2": nlvr, "grounding": grounding}
+VERSION = 5  # of the generator: data made by another version is made anew
+TASKS = {"retrieval": captions, "VQA": vqa, "VE": ve, "NLVR2": nlvr, "grounding": grounding,
+         "attributes": attributes}
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
 
 
@@ -50,9 +51,9 @@ def draw_split(split, count, image_size, per_image, noise, seed):
 
 
 def save_image(job):
-    """Render a scene to a JPEG file; job: (path, scene, cover)."""
-    path, scene, cover = job
-    render(scene, cover).save(path, quality=90)
+    """Draw a JPEG file; job: (path, a function that gives an image, its arguments)."""
+    path, draw, *arguments = job
+    draw(*arguments).save(path, quality=90)
 
 
 def save(path, content):
@@ -77,6 +78,7 @@ def clear(output):
     for split in SPLITS:
         (output / "images" / split).mkdir(parents=True)
         (output / "images" / f"{split}_covered").mkdir()
+    (output / "images" / attributes.FOLDER).mkdir()
 
 
 def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4, progress=False):
@@ -84,7 +86,7 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
 
     train, val and test are numbers of scenes, noise the share of corrupted captions in pretrain.json, image_size the
     side in pixels, captions the number per image; progress shows a bar. Same arguments, same bytes, on any number of
-    processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, vocab.txt, and only then scenes_{split}.json
+    processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then scenes_{split}.json
     (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if all this was already
     there. Raises InputError for arguments out of range and for a folder that has other files or cannot be written.
     """
@@ -106,8 +108,9 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         clear(output)
         scenes = {split: draw_split(split, n, image_size, captions, noise, seed) for split, n in counts.items()}
         every = [scene for split in SPLITS for scene in scenes[split]]
-        jobs = [(output / s["image"], s, None) for s in every]
-        jobs += [(output / ve.covered_image(s["image"]), s, s["covered"]) for s in every if s["covered"]]
+        jobs = [(output / s["image"], render, s) for s in every]
+        jobs += [(output / ve.covered_image(s["image"]), render, s, s["covered"]) for s in every if s["covered"]]
+        jobs += [(output / name, attributes.render_sheet, *sheet) for name, sheet in attributes.draw_sheets(scenes, seed).items()]
         with in_processes(process_count(len(jobs))) as run:
             for _ in tqdm(run(save_image, jobs), total=len(jobs), desc="shapes", unit="image", disable=not progress):
                 pass
