@@ -31,6 +31,7 @@ from visualize.draw import draw_lines
 
 PICTURE_WIDTH, PICTURE_COLORS = 1100, 128  # pixels and palette of the pictures beside the page
 NO_DIFFERENCE = 0.1  # percent; where the paper's numbers differ by less there is no trend to compare with
+ONE_SEED = 1.0  # percent by which single runs may differ for no reason
 
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
@@ -153,17 +154,24 @@ def compare(before, after, paper, flat=None):
     if not before or not after:
         return "not run yet"
     ours, several = statistics.fmean(after) - statistics.fmean(before), min(len(before), len(after)) > 1
-    error = sum(statistics.variance(some) / len(some) for some in (before, after)) ** 0.5 if several else 0
+    error = sum(statistics.variance(some) / len(some) for some in (before, after)) ** 0.5 if several else ONE_SEED
     text = f"{ours:+.1f}{f' ± {error:.1f}' if several else ''}" + ("" if paper is None else f" (the paper {paper:+.2f})")
     if flat is not None:
         return f"{text}, {'shows' if abs(ours) <= flat else 'does not show'}"
     if paper is not None and abs(paper) < NO_DIFFERENCE:
         return f"{text}, no trend in the paper"
-    same = ours * (1 if paper is None else paper) > 0
-    return f"{text}, {'shows' if same and abs(ours) > error else 'within the error' if abs(ours) <= error else 'does not show'}"
+    if abs(ours) <= error:
+        return f"{text}, within the error"
+    return f"{text}, {'shows' if ours * (1 if paper is None else paper) > 0 else 'does not show'}"
+
+
+def _runs(column, line, rows):
+    """Return the Rows of a column's run in a line, none where the file has no such row."""
+    return runs_of(column["row"].format_map(line), rows)
 
 
 def _cell(column, line, rows):
+    """Return the numbers of a column in a line."""
     return values(column["row"].format_map(line), column["metric"].format_map(line), rows)
 
 
@@ -172,13 +180,17 @@ def trend_lines(table, rows):
     columns, lines = {column["label"]: column for column in table["columns"]}, table["rows"]
     for label, trend in table.get("trends", {}).items():
         first, last = lines[trend.get("from", trend.get("row"))], lines[trend.get("to", trend.get("row"))]
-        parts = []
+        parts, missing = [], 0
         for one, other in trend.get("pairs", {label: label for label in columns}).items():
+            if not (_runs(columns[one], first, rows) and _runs(columns[other], last, rows)):
+                continue  # a column that a line does not have
             papers = first.get("paper", {}).get(one), last.get("paper", {}).get(other)
-            known = None not in papers
-            parts.append(f"{one.partition(',')[0] if one != other else one} " + compare(
-                _cell(columns[one], first, rows), _cell(columns[other], last, rows), papers[1] - papers[0] if known else None,
-                trend.get("flat")))  # fmt: skip
+            difference = None if None in papers else papers[1] - papers[0]
+            before, after = _cell(columns[one], first, rows), _cell(columns[other], last, rows)
+            missing += not before or not after
+            shown_as = one.partition(",")[0] if one != other else one
+            parts.append(f"{shown_as} {compare(before, after, difference, trend.get('flat'))}")
+        parts = ["not run yet"] if missing == len(parts) else parts
         yield f"- **{label}**: {'; '.join(parts)}"
 
 
@@ -204,7 +216,7 @@ def number_table(table, rows):
 
 
 def _column_chance(column, lines, rows):
-    runs = [(run, column["metric"].format_map(line)) for line in lines for run in runs_of(column["row"].format_map(line), rows)]
+    runs = [(run, column["metric"].format_map(line)) for line in lines for run in _runs(column, line, rows)]
     return chance(*runs[0], rows) if runs else None
 
 

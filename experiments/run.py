@@ -61,15 +61,6 @@ class Row(NamedTuple):
 # rows
 
 
-def _fill(value, each):
-    """Return a value of a row with {each} replaced, in lists and mappings, too."""
-    if isinstance(value, dict):
-        return {key: _fill(inner, each) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_fill(inner, each) for inner in value]
-    return value.replace("{each}", each) if isinstance(value, str) else value
-
-
 def read_experiments(path):
     """Read an experiment file. Raises InputError."""
     try:
@@ -87,8 +78,10 @@ def expand(content, output, scratch=False):
 
     output: the folder of all results. scratch: what starts from a pre-training row starts from random weights instead.
     """
-    given = {_fill(name, str(each)): _fill(keys, str(each)) for name, keys in content["rows"].items()
-             for each in keys.get("each", [""])}  # fmt: skip
+    given = {}
+    for name, keys in content["rows"].items():
+        for each in keys.get("each", [""]):
+            given |= json.loads(json.dumps({name: keys}).replace("{each}", str(each)))
     if scratch:
         pretraining = {name for name, keys in given.items() if keys["script"] == "Pretrain.py"}
         given = {name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys
@@ -177,11 +170,11 @@ def settings(row, rows):
 
     Raises InputError where the configuration is not valid.
     """
-    place = str(row.folder)
+    output = str(row.folder).removesuffix(row.name)
     overrides = row.command[row.command.index("--set") + 1 :] if row.keys.get("set") else ()
     config = load_config(row.keys["config"], overrides) if "config" in row.keys else {}
     return {
-        "command": [part.replace(place, "{folder}") for part in row.command],
+        "command": [part.removeprefix(output) for part in row.command],  # results may be moved
         "config": config,
         "needs": {name: settings(rows[name], rows) for name in row.needs},
     }
@@ -331,7 +324,7 @@ def run(rows, free):
     return failed, waiting
 
 
-def show(rows, jobs=2):
+def show(rows, jobs):
     """Print what a call would run, with the minutes to expect as far as they are known."""
     total = 0
     for name, row in rows.items():
@@ -359,7 +352,7 @@ def main():
         rows = with_needs(rows, rows_of(content, args.table, rows))
     check_unchanged(rows)
     if args.dry_run:
-        show(rows)
+        show(rows, args.jobs or 2)
         return
     make_output_dir(output, flag="output")
     failed, left = [], []

@@ -49,12 +49,16 @@ def starts(row):
     return len((row.folder / "starts").read_text())
 
 
-def test_a_second_call_does_nothing(fake):
+def test_a_second_call_does_nothing_wherever_the_results_lie(fake, tmp_path):
     rows = fake(a={}, b={"from": "a"})
     assert run(rows, ONE) == ([], [])
     assert run(rows, ONE) == ([], [])
     assert [starts(row) for row in rows.values()] == [1, 1] and all(map(is_complete, rows.values()))
     assert rows["b"].command[1:3] == ["--checkpoint", str(rows["a"].folder / "checkpoint_last.pth")]
+    rows["a"].folder.parent.rename(tmp_path / "moved")
+    moved = expand({"rows": {name: row.keys for name, row in rows.items()}}, tmp_path / "moved")
+    check_unchanged(moved)
+    assert all(map(is_complete, moved.values()))
 
 
 def test_what_a_row_creates_is_made_again_where_it_is_gone(fake, tmp_path):
@@ -141,7 +145,7 @@ def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
     check_unchanged(rows)  # reads every configuration
     for table in content.get("tables", {}):
         assert rows_of(content, table, rows)
-    show(rows)
+    show(rows, 2)
     said = capsys.readouterr().out
     assert all(f"{row} (" in said for row in rows) and "minutes on one core are left" in said and "not known" not in said
 
@@ -199,7 +203,7 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     assert "4 of 6 runs are complete, 4 minutes together, each on one core." in text
     assert "| first | 52.0 ± 2.8 [77.00] |" in text and "| second | 60.0 [79.50] |" in text and "| third | – |" in text
     assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
-    assert "- **better**: VE +8.0 (the paper +2.50), shows" in text and "- **new**: VE not run yet" in text
+    assert "- **better**: VE +8.0 (the paper +2.50), shows" in text and "- **new**: not run yet" in text
     assert "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1." in text
     with Image.open(tmp_path / "docs/page/picture.png") as picture:
         assert picture.size == (1100, 50)
@@ -212,6 +216,7 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     ([50, 60], [52, 62], None, None, "+2.0 ± 7.1, within the error"),
     ([50], [60], 0.01, None, "+10.0 (the paper +0.01), no trend in the paper"),
     ([50], [50.4], -0.03, 1, "+0.4 (the paper -0.03), shows"),
+    ([50], [50.4], 1.4, None, "+0.4 (the paper +1.40), within the error"),
     ([50], [52], -0.03, 1, "+2.0 (the paper -0.03), does not show"),
 ])  # fmt: skip
 def test_a_trend_shows_where_it_has_the_papers_direction_and_exceeds_its_error(before, after, paper, flat, said):
