@@ -18,7 +18,7 @@ from engine import autocast
 from engine.task import run_task
 from evaluation.divide import divide, gather
 from evaluation.metrics import chance_grounding, grounding_accuracy
-from models.gradcam import check_block, default_block, itc_gradcam, itm_gradcam
+from models.gradcam import check_block, text_gradcam
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
@@ -29,14 +29,10 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     """
     model.eval()
     found = {}
-    block_num = default_block(model, mode) if block_num is None else block_num
     collate = functools.partial(dataset.collate, tokenizer=tokenizer)
     for indices, batch in divide(dataset, config, device, "expressions", collate):
         with autocast(config, device):
-            if mode == "itm":
-                maps = itm_gradcam(model, batch.image, batch.text, block_num).mean(dim=1)
-            else:
-                maps = itc_gradcam(model, batch.image, batch.text, block_num)
+            maps = text_gradcam(model, batch.image, batch.text, mode, block_num)
         found.update(zip(indices, zip(batch.ref_ids, maps.float().cpu().numpy())))
     return gather(found)
 

@@ -15,11 +15,11 @@ import functools
 
 import torch
 
-from dataset.text import tokenize
 from engine import autocast
 from engine.task import run_task
 from evaluation.divide import divide, gather
 from evaluation.metrics import vqa_accuracy
+from evaluation.vqa import answer_questions, tokenize_answers
 
 
 def step(model, batch, alpha, update_momentum):
@@ -31,19 +31,14 @@ def step(model, batch, alpha, update_momentum):
 @torch.no_grad()
 def answer_all(model, dataset, tokenizer, config, device):
     """Return an answer to every question: the likeliest of answer_list, or without one what beam search generates."""
-    candidates = None
-    if dataset.answer_list:
-        candidates = tokenize([answer + config["eos"] for answer in dataset.answer_list], tokenizer).to(device)
+    answers = dataset.answer_list
+    tokens = tokenize_answers(answers, model, tokenizer) if answers else None
     collate = functools.partial(dataset.collate_questions, tokenizer=tokenizer)
     found = {}
     with autocast(config, device):
         for indices, (image, question) in divide(dataset, config, device, "questions", collate):
-            if candidates:
-                best, _ = model.rank_answers(image, question, candidates, config["k_test"])
-                texts = [dataset.answer_list[i] for i in best[:, 0].tolist()]
-            else:
-                texts = [tokenizer.decode(ids) for ids in model.generate(image, question, config["num_beams"])]
-            found.update(zip(indices, texts))
+            answered = answer_questions(model, image, question, answers, tokens, tokenizer)
+            found.update((index, candidates[0][0]) for index, candidates in zip(indices, answered))
     return gather(found)
 
 

@@ -35,24 +35,21 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import require
 from dataset.annotations import check_entry, read_json_list
 from dataset.caption import Captioned
 from dataset.images import load_image
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, pre_caption, pre_question
-from dataset.transforms import normalize, test_transform
+from dataset.text import MAX_WORDS, is_blank, pre_caption
+from dataset.transforms import normalize
 from dataset.vqa import load_answer_list
 from engine.configuration import choose_config
 from engine.curves import read_curves
 from engine.processes import init_process_group
-from models import build_model, task_of
-from models.checkpoint import load_checkpoint, named_tensors, read_checkpoint
-from models.tokenizer import tokenizer_of
+from inference import Inference
+from models import task_of
+from models.checkpoint import named_tensors, read_checkpoint
 from utils import InputError
-from visualize.draw import TITLES, draw_attributes, draw_curves, draw_heat_maps, draw_pseudo_targets, draw_retrieval
-from visualize.explain import (
-    UNKNOWN, explain_answer, explain_class, explain_similarity, split_words, text_targets, word_targets,
-)  # fmt: skip
+from visualize.draw import TITLES, draw_attributes, draw_curves, draw_pseudo_targets, draw_retrieval
+from visualize.explain import text_targets, unknown_words
 
 
 def picture_run(folder, queries):
@@ -96,10 +93,13 @@ def check_flags(args, task, state):
     ):  # fmt: skip
         if wrong:
             raise InputError(f"{flag}: checkpoint {args.checkpoint} is of task {task}, which {reason}")
+    given = getattr(args, wanted)
+    if is_blank(pre_caption(given, MAX_WORDS)):
+        raise InputError(f"--{wanted} {given!r}: nothing is left of it after clean-up, give a text with words")
 
 
-def load_model(args):
-    """Return the task, the model in eval mode on --device, and the tokenizer of --checkpoint."""
+def load(args):
+    """Return the Inference model of --checkpoint on --device. Raises InputError for flags that do not fit its task."""
     device = init_process_group(args.device)
     file = read_checkpoint(args.checkpoint)
     state = named_tensors(file, args.checkpoint)
@@ -108,11 +108,9 @@ def load_model(args):
     del file, state  # load_checkpoint reads the file again
     config, _, text = choose_config(task, args, args.checkpoint)
     print(f"configuration: {text}")
-    require(config, "bert_config", "image_res")
-    tokenizer = tokenizer_of(config)
-    model = build_model(task, config, tokenizer)
-    print(load_checkpoint(model, args.checkpoint, args.allow_missing, complete=True))
-    return task, model.to(device).eval(), tokenizer
+    model = Inference(task, config, args.checkpoint, device, args.allow_missing)
+    print(model.report)
+    return model
 
 
 def read_texts(path):
@@ -149,44 +147,18 @@ def candidate_answers(args, config):
     return []
 
 
-def read_phrase(args, model, tokenizer):
-    """Return --text or --question as the model reads it, and lines on the words that the vocabulary lacks, if any.
-
-    Raises InputError where clean-up leaves nothing of it.
-    """
-    text = pre_caption(args.text, MAX_WORDS) if args.text is not None else pre_question(args.question, MAX_QUESTION_WORDS)
-    phrase = split_words(text, model, tokenizer)
-    if not phrase.words:
-        given = f"--text {args.text!r}" if args.text is not None else f"--question {args.question!r}"
-        raise InputError(f"{given}: nothing is left of it after clean-up, give a text with words")
-    lacking = ", ".join(word.removesuffix(UNKNOWN) for word in phrase.words if word.endswith(UNKNOWN))
-    return phrase, [f"not in the vocabulary, all the same to the model: {lacking}"] if lacking else []
-
-
-def picture_heat_maps(args, images, image, task, model, tokenizer):
-    """Draw the heat maps of a decision. images: uint8 [H, W, 3] each; image [I, 3, R, R]: as the model takes them."""
-    phrase, unknown = read_phrase(args, model, tokenizer)
-    if args.gradcam_mode == "itc":
-        maps = explain_similarity(model, image, phrase, args.block_num)
-    elif task == "vqa":
-        maps = explain_answer(model, image, phrase, candidate_answers(args, model.config), tokenizer, args.block_num)
-    else:
-        maps = explain_class(task, model, image, phrase, args.block_num)
-    panels = [(f"whole {'question' if task == 'vqa' else 'text'}", maps.whole.cpu().numpy())]
-    panels += zip(phrase.words, maps.by_word.cpu().numpy().swapaxes(0, 1))
-    draw_heat_maps(images, panels, [phrase.text.strip(), maps.verdict, *unknown], args.to)
-
-
-def picture_pseudo_targets(args, images, image, model, tokenizer):
-    """Draw the momentum model's words and texts for an image and its caption. Arguments as in picture_heat_maps."""
-    phrase, unknown = read_phrase(args, model, tokenizer)
-    texts = candidate_texts(args, model.config)
-    with torch.no_grad():
-        image_embeds, image_feat = model.encode_image(image, momentum=True)
-    words = list(zip(phrase.words, word_targets(model, image_embeds, phrase, tokenizer)))
-    best = text_targets(model, image_feat, texts, phrase.text, tokenizer) if texts else []
-    title = [f"caption: {phrase.text}", *unknown, "what the momentum model expects in place of each word:"]
-    draw_pseudo_targets(images[0], words, best, title, f"the most similar of {len(texts)} texts:", args.to)
+def picture_pseudo_targets(args, picture, model):
+    """Draw the momentum model's words and texts for an image, uint8 [3, H, W], and its caption."""
+    words, texts = model.fill_in(picture, args.text), candidate_texts(args, model.config)
+    caption, best = pre_caption(args.text, MAX_WORDS), []
+    if texts:
+        with torch.no_grad():
+            _, image_feat = model.model.encode_image(normalize(model.transform(picture)[None].to(model.device)), momentum=True)
+        best = text_targets(model.model, image_feat, texts, caption, model.tokenizer)
+    title = [f"caption: {caption}", *unknown_words(word for word, _ in words)]
+    title.append("what the momentum model expects in place of each word:")
+    image = picture.permute(1, 2, 0).numpy()
+    draw_pseudo_targets(image, words, best, title, f"the most similar of {len(texts)} texts:", args.to)
 
 
 def picture_model(args):
@@ -202,14 +174,13 @@ def picture_model(args):
         images = [load_image(path) for path in args.image]
     except OSError as error:
         raise InputError(f"--image: {error}") from None
-    task, model, tokenizer = load_model(args)
-    resize = test_transform(model.config["image_res"])
-    image = normalize(torch.stack([resize(picture) for picture in images])).to(next(model.parameters()).device)
-    images = [picture.permute(1, 2, 0).numpy() for picture in images]
+    model = load(args)
     if args.pseudo_targets:
-        picture_pseudo_targets(args, images, image, model, tokenizer)
+        picture_pseudo_targets(args, images[0], model)
     else:
-        picture_heat_maps(args, images, image, task, model, tokenizer)
+        answers = candidate_answers(args, model.config) if model.task == "vqa" else None
+        images, text = images if len(images) == 2 else images[0], args.question if model.task == "vqa" else args.text
+        model.heat_map(images, text, answers, args.gradcam_mode, args.block_num).draw(args.to)
     print(f"wrote {args.to}")
 
 

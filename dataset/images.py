@@ -98,10 +98,15 @@ def _decode_jpeg(data, name):
 
 def _decode_with_pillow(data, name):
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(*image.size, name)
-        image.load()
-        image.info.pop("transparency", None)  # without effect on the pixels of an RGB image, but Pillow warns of it
-        return from_pillow(_to_8_bits(image, name).convert("RGB"))
+        return decode_pillow(image, name)
+
+
+def decode_pillow(image, name):
+    """A picture of Pillow -> uint8 [3, H, W], as decode_image has its pixels. Raises ImageError, and what Pillow raises."""
+    _check_size(*image.size, name)
+    image = image.copy()
+    image.info.pop("transparency", None)  # without effect on the pixels of an RGB image, but Pillow warns of it
+    return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
 def _check_scans(data, name):

@@ -13,6 +13,12 @@ from utils import InputError
 MODEL_KEYS = ("bert_config", "text_encoder", "tokenizer", "image_res", "patch_size", "vision_width", "vision_depth",
               "vision_heads", "embed_dim")  # fmt: skip
 
+DEFAULTS = {  # task: the configuration where a checkpoint to load has none
+    "pretrain": "configs/Pretrain.yaml", "retrieval": "configs/Retrieval_flickr.yaml", "grounding": "configs/Grounding.yaml",
+    "vqa": "configs/VQA.yaml", "ve": "configs/VE.yaml", "nlvr": "configs/NLVR.yaml",
+    "nlvr_pretrain": "configs/NLVR_pretrain.yaml",
+}  # fmt: skip
+
 
 class Choice(NamedTuple):
     """A configuration, the YAML file or checkpoint that it comes from, and how to say that."""

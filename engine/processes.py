@@ -17,19 +17,24 @@ from utils import (SIGNALS, TIMEOUT, InputError, Interrupted, explain_nccl, gath
 NCCL_SHARE = 3  # an operation of the GPUs waits a third as long as one of the hosts: nobody reads files between two of them
 
 
+def find_device(name):
+    """Return the torch.device of a name, None for a GPU where there is one. Raises InputError."""
+    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch finds no GPU here, use --device cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: torch knows no such device, use cuda or cpu") from None
+
+
 def init_process_group(device, timeout=TIMEOUT):
     """Join the process group of the launcher, if there is one. Return this process's device. Raises InputError.
 
     device: None for a GPU where there is one. timeout: seconds after which a process that waits for the others gives up.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch finds no GPU here, use --device cpu")
+    device = find_device(device)
     _slurm_to_environment()
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device}: torch knows no such device, use cuda or cpu") from None
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if device.type == "cuda":
         device = _own_gpu(device, several)

@@ -10,8 +10,9 @@ from utils import gather_lists, is_main, rank, world_size
 
 
 def progress_bar(iterable, what):
-    """Iterate with a bar on the main process's screen, gone when it is done."""
-    return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1)
+    """Iterate with a bar on the main process's screen, there after a second and gone when it is done."""
+    return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1,
+                delay=1)
 
 
 def divide(dataset, config, device, what, collate=None):

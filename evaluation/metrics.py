@@ -203,11 +203,16 @@ def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
             continue
         candidates = _candidates(detections, ref, ref_id)
         image = images[int(ref["image_id"])]
-        cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]
-        cam = F.interpolate(cam, (image["height"], image["width"]), mode="bicubic", align_corners=False)[0, 0]
-        best = max(candidates, key=lambda box: _box_score(cam, box, alpha))
+        best = candidates[int(np.argmax(box_scores(cam, image["height"], image["width"], candidates, alpha)))]
         hits[ref["split"]].append(box_iou(best, boxes[ref_id]) >= 0.5)
     return {f"{split}_d": float(np.mean(hits[split])) for split in GROUNDING_SPLITS if split in hits}
+
+
+def box_scores(cam, height, width, boxes, alpha=0.5):
+    """Return the score of each box [x, y, w, h, ...] of an image by a heat map [h, w], as grounding_accuracy has it."""
+    cam = torch.as_tensor(cam, dtype=torch.float32)[None, None]
+    cam = F.interpolate(cam, (height, width), mode="bicubic", align_corners=False)[0, 0]
+    return [_box_score(cam, box, alpha) for box in boxes]
 
 
 def chance_grounding(refs, boxes, detections, ref_ids=None):

@@ -17,6 +17,11 @@ from utils import InputError
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
 
 
+def matched(logits):
+    """The score of re-ranking: the logit of the class "matched", itm_logits [B, 2] -> [B]."""
+    return logits[:, 1]
+
+
 class Alignment(ALBEF):
     """An ALBEF with projections to the contrastive space and the matching head, trained by ITC and ITM with hard negatives.
 
@@ -135,31 +140,40 @@ class Alignment(ALBEF):
 
         image_embeds [NI, 1+N, C] and image_feat [NI, D]; text_embeds [NT, L, C], text_feat [NT, D], attention_mask
         [NT, L]. image_embeds and text_embeds may lie on any device, or be anything that an index or slice turns into
-        such a tensor. The walk goes image by image over the union of both directions' candidates, so that an image's
-        keys and values are computed once and a pair is scored once; texts of similar length share a pass of at most
-        `rows` texts. In a process group the images are divided over the processes. progress wraps the range of images.
+        such a tensor. The union of both directions' candidates is scored by itm_scores.
 
         Returns (scores_i2t [NI, NT], scores_t2i [NT, NI]), -100 where a pair is no candidate of that direction.
         """
         sim = feature_similarity(image_feat, text_feat)
         i2t = top_candidates(sim, k)
         t2i = top_candidates(sim.T, k).T
-        lengths = attention_mask.sum(dim=1).tolist()
-        scores = torch.full_like(sim, NO_CANDIDATE)
+        scores = self.itm_scores(image_embeds, text_embeds, attention_mask, i2t | t2i, progress=progress, rows=rows)
+        return scores.masked_fill(~i2t, NO_CANDIDATE), scores.masked_fill(~t2i, NO_CANDIDATE).T
+
+    @torch.no_grad()
+    def itm_scores(self, image_embeds, text_embeds, attention_mask, pairs, score=matched, progress=iter, rows=256):
+        """Return score(itm_logits [B, 2]) -> [B] of some pairs, bool [NI, NT], as float32 [NI, NT]; -100 for the others.
+
+        Other arguments as in rerank. The walk goes image by image, so that an image's keys and values are computed once; texts
+        of similar length share a pass of at most `rows` texts. In a process group the images are divided over the processes.
+        progress wraps the range of images.
+        """
+        lengths, device = attention_mask.sum(dim=1).tolist(), pairs.device
+        scores = torch.full(pairs.shape, NO_CANDIDATE, device=device)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        candidates_of = (i2t | t2i).cpu()
-        for image in progress(range(rank, sim.shape[0], world)):
-            keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(sim.device))
-            candidates = sorted(candidates_of[image].nonzero().squeeze(1).tolist(), key=lengths.__getitem__)
-            for start in range(0, len(candidates), rows):
-                bucket = torch.tensor(candidates[start : start + rows])
-                length = lengths[candidates[min(start + rows, len(candidates)) - 1]]
-                embeds, mask = (x[bucket, :length].to(sim.device) for x in (text_embeds, attention_mask))
+        texts_of = pairs.cpu()
+        for image in progress(range(rank, len(pairs), world)):
+            keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(device))
+            texts = sorted(texts_of[image].nonzero().squeeze(1).tolist(), key=lengths.__getitem__)
+            for start in range(0, len(texts), rows):
+                bucket = torch.tensor(texts[start : start + rows])
+                length = lengths[texts[min(start + rows, len(texts)) - 1]]
+                embeds, mask = (x[bucket, :length].to(device) for x in (text_embeds, attention_mask))
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
-                scores[image, bucket.to(sim.device)] = self.itm_logits(fused)[:, 1].float()
+                scores[image, bucket.to(device)] = score(self.itm_logits(fused)).float()
         if world > 1:
             dist.all_reduce(scores, op=dist.ReduceOp.MAX)
-        return scores.masked_fill(~i2t, NO_CANDIDATE), scores.masked_fill(~t2i, NO_CANDIDATE).T
+        return scores
 
 
 def feature_similarity(image_feat, text_feat):

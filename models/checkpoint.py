@@ -34,14 +34,19 @@ METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
 # files
 
 
+def best_file(folder):
+    """Return the weight file of a folder to use, the best checkpoint of a run before its last; None if it has none."""
+    files = [file for file in Path(folder).iterdir() if file.suffix in SUFFIXES]
+    return max(files, default=None, key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file))
+
+
 def existing_file(path):
     """Return the path of a checkpoint file. Raises InputError with the remedy where it is a folder, an address or nothing."""
     if urlsplit(str(path)).scheme in ("http", "https"):
         raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
     path = Path(path)
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
-        best = max(files, default=None, key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file))
+        best = best_file(path)
         raise InputError(f"checkpoint {path} is a folder: name {f'the file, perhaps {best}' if best else 'a file'}")
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")

@@ -57,6 +57,17 @@ def check_block(model, block_num, mode="itm"):
         raise InputError(f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0")
 
 
+def text_gradcam(model, image, text, mode="itm", block_num=None):
+    """Heat maps [B, h, w] of the whole texts, as grounding takes them: itm, the mean over tokens, or itc.
+
+    block_num: the layer, by default default_block's; other arguments as in itm_gradcam.
+    """
+    block_num = default_block(model, mode) if block_num is None else block_num
+    if mode == "itm":
+        return itm_gradcam(model, image, text, block_num).mean(dim=1)
+    return itc_gradcam(model, image, text, block_num)
+
+
 def cross_gradcam(model, keys_values, text, block_num, score):
     """Heat maps of a score on the cross-attention of one block, or of a pair of blocks, of the multimodal encoder.
 

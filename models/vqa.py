@@ -161,7 +161,7 @@ class VQA(ALBEF):
         """Free answers: beam search for the most probable sequence of at most max_length tokens, greedy with one beam.
 
         image [B, 3, H, W]; question with input_ids and attention_mask [B, L]. Returns for each question the list of its
-        answer's token ids without [CLS] and eos.
+        answer's token ids without [CLS] and eos, and the log p of all its tokens [B].
         """
         keys_values, mask = self.encode_question(image, question)
         ids = self.special_ids
@@ -185,4 +185,4 @@ class VQA(ALBEF):
             if (tokens[:, :, -1] == ids.eos).all():
                 break
         best = tokens[:, 0, 1:].tolist()
-        return [answer[: answer.index(ids.eos)] if ids.eos in answer else answer for answer in best]
+        return [answer[: answer.index(ids.eos)] if ids.eos in answer else answer for answer in best], scores[:, 0]

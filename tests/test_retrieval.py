@@ -9,7 +9,7 @@ import torch
 import Retrieval
 import Visualize
 from chaos import assert_same_run
-from conftest import ROOT, log
+from conftest import log
 from models import build_model
 from models.checkpoint import load_checkpoint
 from test_engine import command_line, signal_at, torchrun
@@ -195,14 +195,3 @@ def test_bad_input_is_named_and_nothing_is_written(config, shapes, pretrained, t
         run(monkeypatch, config, tmp_path / "run", tmp_path, *arguments)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "run").glob("[!.]*"))
-
-
-def test_the_python_example_of_the_readme_runs(config, shapes, pretrained, tmp_path, monkeypatch, capsys):
-    code = (ROOT / "docs/python.md").read_text().split("```python\n")[1].split("```")[0]
-    assert "flickr30k.pth" in code and "photos" in code
-    command_line({**config, "image_res": 32}, tmp_path, tmp_path)
-    for old, new in (("configs/Retrieval_flickr.yaml", tmp_path / "config.yaml"), ("flickr30k.pth", pretrained),
-                     ("photos", shapes / "images/test")):  # fmt: skip
-        code = code.replace(old, str(new))
-    exec(code, {})
-    assert capsys.readouterr().out.count(".jpg") == 2

@@ -102,7 +102,7 @@ def test_without_a_list_answers_are_generated_with_num_beams(program, tmp_path, 
     config_of, run = program
     config = {**config_of("VQA"), "answer_list": None, "num_beams": 2, "val_file": None}
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
-    with mock.patch.object(VQA, "generate", side_effect=lambda image, question, beams: [[beams]] * len(image)):
+    with mock.patch.object(VQA, "generate", side_effect=lambda image, question, beams: ([[beams]] * len(image), torch.zeros(len(image)))):
         run("VQA", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "vqa.pth")
     answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
     assert {entry["answer"] for entry in answers} == {build_tokenizer(config["tokenizer"]).decode([2])}

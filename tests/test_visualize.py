@@ -180,7 +180,7 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
     maps = explain_answer(model, image, question, ["two dogs"], tokenizer)
     assert maps.verdict == f"answer: two dogs, log p {log_p:.2f}"
 
-    model.generate = lambda image, question, beams: [tokenizer("blue", add_special_tokens=False)["input_ids"]]
+    model.generate = lambda image, question, beams: ([tokenizer("blue", add_special_tokens=False)["input_ids"]], torch.zeros(1))
     answer, ids = find_answer(model, image, question, [], tokenizer)
     assert answer == "blue" and tokenizer.convert_ids_to_tokens(ids[0]) == ["[CLS]", "blue", "[SEP]"]
 

@@ -93,14 +93,14 @@ def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step, e
             score = plain_log_prob(model, inputs, tokens)
             if score > best_score:
                 best, best_score = [token for token in tokens if token != 3], score
-    assert model.generate(data["image"], inputs["question"], beams=vocab, max_length=2)[0] == best
+    assert model.generate(data["image"], inputs["question"], beams=vocab, max_length=2)[0][0] == best
 
     greedy = []
     states = model.encode_question(data["image"], inputs["question"])
     while len(greedy) < 4 and 3 not in greedy:
         ids = torch.tensor([[2, *greedy, 0]])
         greedy.append(model.answer_logits(states, ids, torch.tensor([0]))[0, -1].argmax().item())
-    assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0] == [t for t in greedy if t != 3]
+    assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0][0] == [t for t in greedy if t != 3]
 
 
 def test_gradient_checkpointing_changes_nothing(step):

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from dataset import nlvr, ve
 from dataset.text import tokenize
+from evaluation.vqa import answer_questions, tokenize_answers
 from models.alignment import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
 from utils import Text
@@ -66,6 +67,12 @@ def split_words(text, model, tokenizer):
     return Phrase(text, Text(ids, torch.ones_like(ids)), words, list(pieces.values()))
 
 
+def unknown_words(words):
+    """Return a line on the words of a Phrase that the vocabulary lacks, in a list; [] where there are none."""
+    lacking = ", ".join(word.removesuffix(UNKNOWN) for word in words if word.endswith(UNKNOWN))
+    return [f"not in the vocabulary, all the same to the model: {lacking}"] if lacking else []
+
+
 def join_pieces(heat, pieces):
     """Turn heat maps of tokens [I, L, h, w] into those of words [I, W, h, w]: the mean over a word's pieces."""
     return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
@@ -121,14 +128,13 @@ def find_answer(model, image, phrase, answers, tokenizer):
 
     model: of VQA, in eval mode; image [1, 3, H, W]. The ids begin with [CLS] and end with eos.
     """
-    device = image.device
     if answers:
-        listed = tokenize([answer + model.config["eos"] for answer in answers], tokenizer).to(device)
-        best = int(model.rank_answers(image, phrase.tokens, listed, model.config["k_test"])[0][0, 0])
-        return answers[best], listed.input_ids[best : best + 1, : int(listed.attention_mask[best].sum())]
-    ids = model.generate(image, phrase.tokens, beams=model.config["num_beams"])[0]
+        tokens = tokenize_answers(answers, model, tokenizer)
+        (((answer, _), *_),) = answer_questions(model, image, phrase.tokens, answers, tokens, tokenizer)
+        return answer, tokenize_answers([answer], model, tokenizer).input_ids
+    (ids,), _ = model.generate(image, phrase.tokens, model.config["num_beams"])
     special = model.special_ids
-    return tokenizer.decode(ids), torch.tensor([[special.cls, *ids, special.eos]], device=device)
+    return tokenizer.decode(ids), torch.tensor([[special.cls, *ids, special.eos]], device=image.device)
 
 
 def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):

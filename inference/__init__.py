@@ -1,0 +1,5 @@
+"""A trained model in Python: `from inference import load_model` (docs/python.md)."""
+
+from inference.model import HeatMap, Inference, load_model
+
+__all__ = ["HeatMap", "Inference", "load_model"]

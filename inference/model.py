@@ -1,0 +1,411 @@
+"""One object for what a trained model can do: features, similarity, matching, ranking, answers, heat maps, pseudo-targets."""
+
+import argparse
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from configs.schema import require
+from dataset import nlvr, ve
+from dataset.text import MAX_QUESTION_WORDS, MAX_TOKENS, MAX_WORDS, pre_caption, pre_question, tokenize
+from dataset.transforms import normalize, test_transform
+from dataset.vqa import load_answer_list
+from engine.configuration import DEFAULTS, choose_config, task_in
+from engine.device import autocast, use_device
+from engine.processes import find_device
+from evaluation.metrics import box_scores
+from evaluation.divide import progress_bar
+from evaluation.retrieval import ImageEmbeds, encode_images, encode_texts
+from evaluation.vqa import answer_questions, tokenize_answers
+from inference.inputs import Images, as_images, as_texts, is_array, read_image
+from models import build_model, task_of
+from models.alignment import feature_similarity, matched
+from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
+from models.gradcam import text_gradcam
+from models.tokenizer import tokenizer_of
+from utils import InputError
+from visualize.draw import draw_heat_maps
+from visualize.explain import (
+    explain_answer, explain_class, explain_similarity, split_words, unknown_words, word_targets,
+)  # fmt: skip
+
+TEXTS = 4096  # that are encoded at a time; of which the features alone are kept
+PAIRS = ("nlvr", "nlvr_pretrain")  # tasks with two images for each text
+
+
+class HeatMap(NamedTuple):
+    """Where in an image a decision comes from, on the grid of patches; with two images both have a map, [2, ...]."""
+
+    whole: np.ndarray  # [h, w], the text as a whole
+    by_word: np.ndarray  # [W, h, w]
+    words: list  # the W words of the text, " [UNK]" after those that the vocabulary lacks
+    verdict: str  # the decision and its score
+    text: str  # after clean-up
+    pictures: list  # the images, uint8 [H, W, 3]
+    kind: str  # text or question
+
+    def draw(self, to):
+        """Draw the maps over the image to a file, .png, .jpg, .pdf or .svg."""
+        whole, by_word = (maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word))
+        panels = [(f"whole {self.kind}", whole), *zip(self.words, by_word.swapaxes(0, 1))]
+        draw_heat_maps(self.pictures, panels, [self.text.strip(), self.verdict, *unknown_words(self.words)], to)
+
+
+def load_model(source, device=None, precision=None, config=None):
+    """Return the Inference model of a checkpoint, in eval mode.
+
+    source: a .pth or .safetensors file, released or ours, the folder of a run (its best checkpoint, else its last) or of an
+    export, or a repository of the hub, USER/NAME or USER/NAME@REVISION. device: cuda, cuda:1, ... or cpu, by default cuda where
+    there is a GPU. precision: fp32 or bf16, by default the configuration's. config: the YAML file of the training, where the
+    checkpoint has no configuration and the default of its task does not fit. Raises InputError.
+    """
+    device = find_device(device)
+    source = (best_file(source) if Path(source).is_dir() else None) or source
+    content = read_checkpoint(source)
+    task = task_of(named_tensors(content, source))
+    args = argparse.Namespace(config=config, set=[f"precision={precision}"] if precision else [], evaluate=True)
+    choice = choose_config(task_in(content, task, source), args, source, DEFAULTS[task])
+    return Inference(task, choice.config, source, device)
+
+
+def serves(*tasks, exact=False):
+    """Make a method one of checkpoints of these tasks: for others it raises InputError. exact: in float32 whatever the key."""
+
+    def decorate(method):
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            if self.task not in tasks:
+                raise InputError(f"{method.__name__}: {self.source} is of task {self.task}, which cannot do it: load a "
+                                 f"checkpoint of {' or '.join(tasks)}")  # fmt: skip
+            with torch.no_grad(), nullcontext() if exact else autocast(self.config, self.device):
+                return method(self, *args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+class Inference:
+    """A model in eval mode with all it needs: .model, .config, .tokenizer, .transform, .task, .device, .report of its loading.
+
+    Images are paths, pictures of Pillow, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W], one or a list of them; texts are
+    strings, one or a list. Results for one alone lack that dimension. Methods compute batch by batch, of batch_size_test images
+    (`model.config["batch_size_test"] = 8`), and raise InputError, one line, for what they cannot use.
+    """
+
+    def __init__(self, task, config, source, device, allow_missing=False):
+        require(config, "bert_config", "image_res")
+        self.task, self.source, self.device = task, source, device
+        self.tokenizer = tokenizer_of(config)
+        self.model = build_model(task, config, self.tokenizer)
+        self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
+        self.model.to(device).eval()
+        self.config = self.model.config
+        self.transform = test_transform(config["image_res"])  # uint8 [3, H, W] -> uint8 [3, R, R]
+        if device.type == "cuda":
+            use_device(self.config, device)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # images and texts by themselves and together: pre-training, retrieval, grounding
+
+    @serves("pretrain", "retrieval")
+    def embed_images(self, images, workers=0):
+        """Return the features of images, normalized, float32 [N, D] on the CPU; of one alone [D].
+
+        A hundred thousand paths take no more memory than a batch and the features. workers: processes that read and resize
+        them, 0 for this one.
+        """
+        images, one = as_images(images)
+        config = {**self.config, "image_embeds": "recompute", "num_workers": workers}
+        _, features = encode_images(self.model, Images(images, self.transform), config, self.device)
+        return features.cpu()[0] if one else features.cpu()
+
+    @serves("pretrain", "retrieval")
+    def embed_texts(self, texts):
+        """Return the features of texts, normalized, float32 [N, D] on the CPU; of one alone [D]."""
+        texts, one = self._captions(texts)
+        parts = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
+        encoded = (encode_texts(self.model, part, self.tokenizer, self.config, self.device) for part in parts)
+        features = torch.cat([text_feat.cpu() for _, text_feat, _ in encoded])
+        return features[0] if one else features
+
+    @serves("pretrain", "retrieval")
+    def similarity(self, images, texts):
+        """Return the contrastive similarities (ITC) of all images with all texts, from -1 to 1: [NI, NT], one pair a float.
+
+        Either may be given as features, from embed_images and embed_texts.
+        """
+        image_feat, text_feat = _features(images, self.embed_images), _features(texts, self.embed_texts)
+        sim = feature_similarity(_matrix(image_feat), _matrix(text_feat))
+        return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
+
+    @serves("pretrain", "retrieval")
+    def match(self, images, texts):
+        """Return the probabilities that images and texts belong together (ITM), of all pairs: [NI, NT], one pair a float."""
+        (images, one_image), (texts, one_text) = as_images(images), self._captions(texts)
+        pairs = torch.ones(len(images), len(texts), dtype=torch.bool)
+        probs = self._itm(images, texts, pairs, lambda logits: logits.float().softmax(dim=1)[:, 1])
+        return _unwrap(probs, one_image, one_text)
+
+    @serves("pretrain", "retrieval")
+    def rank(self, images, texts, k=10, rerank=None, of="images", image_features=None, text_features=None):
+        """Return the k best images for each text, [(index, score), ...], the best first; with of="texts" texts for each image.
+
+        As in the evaluation (Section 5), the `rerank` candidates with the highest similarity, by default k_test, are ranked by
+        their ITM logit; with rerank=0 by similarity alone. image_features, text_features: from embed_images and embed_texts,
+        arrays of any float type, perhaps memory-mapped; images and texts are then read for the candidates alone, and those to
+        rank may be None where nothing is re-ranked. A single query gives a single list.
+        """
+        if of not in ("images", "texts"):
+            raise InputError(f"rank: of={of!r}, it is images or texts")
+        rerank = self.config["k_test"] if rerank is None else rerank
+        if rerank and (images is None or texts is None):
+            raise InputError("rank: re-ranking reads images and texts themselves: give them beside their features, or rerank=0")
+        (images, one_image) = (None, image_features.ndim == 1) if images is None else as_images(images)
+        (texts, one_text) = (None, text_features.ndim == 1) if texts is None else self._captions(texts)
+        image_feat = self.embed_images(images) if image_features is None else image_features
+        text_feat = self.embed_texts(texts) if text_features is None else text_features
+        by_text = of == "images"
+        queries, others = (text_feat, image_feat) if by_text else (image_feat, text_feat)
+        scores, best = most_similar(_matrix(queries), _matrix(others), max(k, rerank), self.device)  # [Q, K]
+        if rerank:
+            query = torch.arange(len(best))[:, None].expand_as(best)
+            image, text = (best, query) if by_text else (query, best)
+            (own_images, i), (own_texts, t) = (numbers.unique(return_inverse=True) for numbers in (image, text))
+            pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
+            pairs[i, t] = True
+            scores = self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)[i, t]
+            scores, order = scores.sort(dim=1, descending=True, stable=True)
+            best = best.gather(1, order)
+        rows = [list(zip(*row)) for row in zip(best[:, :k].tolist(), scores[:, :k].tolist())]
+        return rows[0] if (one_text if by_text else one_image) else rows
+
+    def _itm(self, images, texts, pairs, score=matched):
+        """Return the score of the pairs of images and texts, float32 [NI, NT]. Arguments as Alignment.itm_scores takes them."""
+        config = {**self.config, "image_embeds": "recompute"}
+        image_embeds = ImageEmbeds(self.model, Images(images, self.transform), config, self.device)
+        text_embeds, _, mask = encode_texts(self.model, texts, self.tokenizer, self.config, self.device)
+        pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
+        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score, progress).cpu()
+
+    @serves("pretrain", "retrieval")
+    def ground(self, images, texts, boxes=None, mode="itm", block_num=None):
+        """Return the boxes of a referring expression in its image, [([x, y, w, h], score), ...] in pixels, the best first.
+
+        The score is Section 5's: the sum of the heat map in a box, divided by the root of its area. boxes: the candidates, as a
+        detector finds them, for several pairs a list of such lists; without, the result is the best rectangle of whole patches.
+        mode: itm or itc; block_num: the layer, by default the third multimodal one. Pairs as in `answer`.
+        """
+        items, texts, one = self._pairs(images, self._captions(texts))
+        boxes = [boxes] if one else boxes or [None] * len(items)
+        if len(boxes) != len(items):
+            raise InputError(f"ground: {len(boxes)} lists of boxes for {len(items)} pairs of image and text: give one for each")
+        found, maps, sizes = [], [], []
+        for part, image, part_sizes in self._batches(items):
+            tokens = tokenize(texts[part], self.tokenizer, MAX_TOKENS).to(self.device)
+            heat = text_gradcam(self.model, *image, tokens, mode, block_num).float()
+            if mode == "itm":  # the mean over its own tokens, however many the longest text of the batch has
+                heat *= (tokens.attention_mask.shape[1] / tokens.attention_mask.sum(dim=1))[:, None, None]
+            maps += heat.cpu()
+            sizes += part_sizes
+        for heat, size, candidates in zip(maps, sizes, boxes):
+            candidates = [best_rectangle(heat.numpy(), *size)] if candidates is None else candidates
+            scored = zip(candidates, box_scores(heat, *size, candidates))
+            found.append(sorted(scored, key=lambda box: -box[1]))
+        return found[0] if one else found
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # the fine-tuned tasks
+
+    @serves("vqa")
+    def answer(self, images, questions, answers=None):
+        """Return the answers to a question about an image with probabilities, [(text, p), ...], the best first.
+
+        answers: a list to choose from, or the JSON file of one; p is the softmax over the k_test candidates with the likeliest
+        first token, as in the evaluation. Without, the one answer that beam search finds, with its own probability. Several
+        images and questions go in pairs; a single one goes with each of the others. The result is then a list of such lists.
+        """
+        items, questions, one = self._pairs(images, self._questions(questions))
+        answers = _answer_list(answers)
+        tokens = tokenize_answers(answers, self.model, self.tokenizer) if answers else None
+        found = []
+        for part, (image,), _ in self._batches(items):
+            question = tokenize(questions[part], self.tokenizer).to(self.device)
+            found += answer_questions(self.model, image, question, answers, tokens, self.tokenizer)
+        return found[0] if one else found
+
+    @serves("ve")
+    def entails(self, images, texts):
+        """Return whether a text follows from an image: {"contradiction": p, "neutral": p, "entailment": p}. Pairs: `answer`."""
+        probs, one = self._predict(images, texts)
+        found = [dict(zip(ve.LABELS, row)) for row in probs]
+        return found[0] if one else found
+
+    @serves("nlvr")
+    def true_of(self, images, texts):
+        """Return the probability that a text is true of a pair of images; for a list of texts, and of pairs, a list."""
+        probs, one = self._predict(images, texts)
+        found = [row[nlvr.LABELS["True"]] for row in probs]
+        return found[0] if one else found
+
+    def _predict(self, images, texts):
+        """Return the probabilities of the classes of every pair of image and text, and whether there was one alone."""
+        items, texts, one = self._pairs(images, self._captions(texts))
+        probs = []
+        for part, image, _ in self._batches(items):
+            tokens = tokenize(texts[part], self.tokenizer).to(self.device)
+            probs += self.model.predict(*image, tokens).float().softmax(dim=1).tolist()
+        return probs, one
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # what the model looks at and expects
+
+    @serves("pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain", exact=True)
+    def heat_map(self, images, texts, answers=None, mode="itm", block_num=None):
+        """Return the HeatMap of the decision on an image and a text or question, by Grad-CAM (Figures 4 to 6).
+
+        The decision is "match" in pre-training and retrieval, else the class or answer that the model finds; answers: as in
+        `answer`. mode: itm, or itc for the contrastive similarity, which has no words. block_num: the layer, by default the
+        third with cross-attention but never the last. Pairs as in `answer`, of two images as in `true_of`.
+        """
+        if mode == "itc" and self.task not in ("pretrain", "retrieval"):
+            raise InputError(f"heat_map: mode itc explains a contrastive similarity, which task {self.task} has none of")
+        vqa, answers = self.task == "vqa", _answer_list(answers)
+        items, texts, one = self._pairs(images, self._questions(texts) if vqa else self._captions(texts))
+        found = []
+        for (part, image, _), item, text in zip(self._batches(items, 1), items, texts):
+            image, phrase = torch.cat(image), split_words(text, self.model, self.tokenizer)
+            if mode == "itc":
+                maps = explain_similarity(self.model, image, phrase, block_num)
+            elif vqa:
+                maps = explain_answer(self.model, image, phrase, answers, self.tokenizer, block_num)
+            else:
+                maps = explain_class(self.task, self.model, image, phrase, block_num)
+            whole, by_word = (values.cpu().numpy() for values in (maps.whole, maps.by_word))
+            whole, by_word = (whole, by_word) if len(item) == 2 else (whole[0], by_word[0])
+            pictures = [read_image(picture).permute(1, 2, 0).numpy() for picture in item]
+            words = phrase.words if mode == "itm" else []
+            kind = "question" if vqa else "text"
+            found.append(HeatMap(whole, by_word, words, maps.verdict, phrase.text, pictures, kind))
+        return found[0] if one else found
+
+    @serves("pretrain", exact=True)
+    def fill_in(self, images, texts):
+        """Return what the momentum model expects for each word of a caption (Figure 2), [(word, candidates), ...].
+
+        A candidate for a word, which is masked, has text, score (its probability) and hit. Pairs as in `answer`.
+        """
+        if any(name.startswith("text_encoder_m.") for name in self.report.copied):
+            raise InputError(f"fill_in: {self.source} has no momentum model (text_encoder_m.*): load that of the run, or one "
+                             "that Export.py --momentum has written")  # fmt: skip
+        items, texts, one = self._pairs(images, self._captions(texts))
+        found = []
+        for (part, (image,), _), text in zip(self._batches(items, 1), texts):
+            phrase = split_words(text, self.model, self.tokenizer)
+            image_embeds, _ = self.model.encode_image(image, momentum=True)
+            found.append(list(zip(phrase.words, word_targets(self.model, image_embeds, phrase, self.tokenizer))))
+        return found[0] if one else found
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # what the methods are given
+
+    def _captions(self, texts):
+        return as_texts(texts, functools.partial(pre_caption, max_words=MAX_WORDS))
+
+    def _questions(self, texts):
+        return as_texts(texts, functools.partial(pre_question, max_words=MAX_QUESTION_WORDS))
+
+    def _pairs(self, images, texts):
+        """Return (the images of each pair of image and text, a list of one or two; the texts; whether there is one pair alone).
+
+        texts: from as_texts. Raises InputError where they do not pair up.
+        """
+        texts, one = texts
+        if self.task in PAIRS:
+            items = [images] if one else list(images)
+            if any(not isinstance(item, (list, tuple)) or len(item) != 2 for item in items):
+                raise InputError(f"task {self.task} takes two images for each text: give a list of both, for several texts a "
+                                 "list of such lists")  # fmt: skip
+        else:
+            images, one_image = as_images(images)
+            items, one = [[image] for image in images], one and one_image
+        count = max(len(items), len(texts))
+        items, texts = (values * count if len(values) == 1 else values for values in (items, texts))
+        if len(items) != len(texts):
+            raise InputError(f"{len(items)} images and {len(texts)} texts are no pairs: give as many of each, or one of one")
+        return items, texts, one
+
+    def _batches(self, items, size=None):
+        """Yield (slice of items; their first and perhaps second images [B, 3, R, R]; the first ones' (height, width))."""
+        size = size or self.config["batch_size_test"]
+        for start in range(0, len(items), size):
+            part, sizes, columns = slice(start, start + size), [], []
+            for number, item in enumerate(items[part], start):
+                pictures = [read_image(image, f"image {number}") for image in item]
+                sizes.append(tuple(pictures[0].shape[1:]))
+                columns.append([self.transform(picture) for picture in pictures])
+            yield part, [normalize(torch.stack(column).to(self.device)) for column in zip(*columns)], sizes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# without a model
+
+
+def most_similar(queries, candidates, k, device="cpu"):
+    """Return similarities and indices [Q, min(k, N)] of the candidates most similar to each query, the best first.
+
+    queries [Q, D], candidates [N, D]: tensors or arrays of any float type, perhaps memory-mapped; they are read block by block.
+    """
+    queries = _float(queries).to(device)
+    block = max(1024, 2**26 // len(queries))
+    values = torch.empty(len(queries), 0, device=device)
+    best = torch.empty(len(queries), 0, dtype=torch.long, device=device)
+    for start in range(0, len(candidates), block):
+        sim = feature_similarity(queries, _float(candidates[start : start + block]).to(device))
+        numbers = torch.arange(start, start + sim.shape[1], device=device).expand_as(sim)
+        values, best = torch.cat([values, sim], dim=1), torch.cat([best, numbers], dim=1)
+        values, order = values.topk(min(k, values.shape[1]), dim=1)
+        best = best.gather(1, order)
+    return values.cpu(), best.cpu()
+
+
+def best_rectangle(heat, height, width):
+    """Return the box [x, y, w, h] in pixels, of whole patches, with the most heat [h, w] over the root of its area."""
+    rows, columns = heat.shape
+    total = np.pad(heat.astype(np.float64).cumsum(axis=0).cumsum(axis=1), (1, 0))  # above and left of each corner
+    sums = total[None, :, None, :] - total[:, None, None, :] - total[None, :, :, None] + total[:, None, :, None]
+    tall, wide = (np.arange(count + 1)[None] - np.arange(count + 1)[:, None] for count in (rows, columns))
+    area = tall[:, :, None, None] * wide
+    valid = (tall[:, :, None, None] > 0) & (wide > 0)
+    scores = np.where(valid, sums / np.sqrt(np.where(valid, area, 1)), -np.inf)
+    top, bottom, left, right = np.unravel_index(scores.argmax(), scores.shape)
+    return [left * width / columns, top * height / rows, (right - left) * width / columns, (bottom - top) * height / rows]
+
+
+def _float(values):
+    return values.float() if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _matrix(features):
+    """Features of one alone [D] as [1, D], others as they are."""
+    return features if features.ndim == 2 else features[None]
+
+
+def _features(values, embed):
+    """Return values that are features as they are, float32, others as `embed` gives them."""
+    return _float(values) if is_array(values) and "float" in str(values.dtype) else embed(values)
+
+
+def _unwrap(matrix, one_row, one_column):
+    """Return [NI, NT] without the dimension of an image or text alone, of a pair a float."""
+    matrix = matrix[0] if one_row else matrix
+    matrix = matrix[..., 0] if one_column else matrix
+    return matrix if matrix.ndim else matrix.item()
+
+
+def _answer_list(answers):
+    return load_answer_list(answers) if isinstance(answers, (str, Path)) else list(answers or [])

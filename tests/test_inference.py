@@ -1,0 +1,345 @@
+"""load_model: what scripts compute on the same checkpoint, for images and texts of any kind, number and order; bad input."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import Grounding
+import VQA
+from conftest import ROOT, refusal, tiny
+from dataset import build_dataset
+from dataset.transforms import normalize
+from evaluation.metrics import box_scores
+from evaluation.retrieval import encode_images, encode_texts
+from inference import Inference, load_model
+from inference.model import best_rectangle, most_similar
+from models import build_model
+from models.alignment import NO_CANDIDATE, feature_similarity
+from models.tokenizer import tokenizer_of
+from utils import seed_everything
+from visualize.explain import explain_class, split_words
+
+CPU = torch.device("cpu")
+TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
+
+
+@pytest.fixture(scope="module")
+def files(shapes, tmp_path_factory):
+    """Checkpoints of tiny random models by task."""
+    folder, config = tmp_path_factory.mktemp("checkpoints"), {**tiny(shapes), "k_test": 3, "batch_size_test": 4}
+    for number, task in enumerate(TASKS):
+        seed_everything(number)
+        model = build_model(task, config, tokenizer_of(config))
+        for parameter in model.parameters():  # at its usual scale everything would look alike to a random model
+            parameter.data.mul_(2.5)
+        torch.save({"model": model.state_dict(), "config": model.config, "epoch": 3}, folder / f"{task}.pth")
+    return {task: folder / f"{task}.pth" for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def models(files):
+    """Models by task, as load_model gives them."""
+    return {task: load_model(path, "cpu") for task, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def photos(shapes):
+    return sorted(map(str, (shapes / "images/test").glob("*.jpg")))
+
+
+@pytest.fixture(params=[1, 5])
+def batch_size(request, models):
+    for model in models.values():
+        model.config["batch_size_test"] = request.param
+    yield
+    for model in models.values():
+        model.config["batch_size_test"] = 4
+
+
+def close(left, right):
+    return np.allclose(np.asarray(left), np.asarray(right), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, batch_size):
+    model = models[task]
+    dataset = build_dataset("retrieval_test", model.config)
+    config, texts = {**model.config, "image_embeds": "host", "batch_size_test": 4}, dataset.texts
+    images = [str(dataset.files(i)[0]) for i in range(len(dataset))]
+    embeds, image_feat = encode_images(model.model, dataset, config, CPU)
+    text_embeds, text_feat, mask = encode_texts(model.model, texts, model.tokenizer, config, CPU)
+    sim = feature_similarity(image_feat, text_feat)
+    i2t, t2i = model.model.rerank(embeds, image_feat, text_embeds, text_feat, mask, 3)
+    all_pairs = model.model.rerank(embeds, image_feat, text_embeds, text_feat, mask, 10**6)[0]
+
+    order = np.random.default_rng(0).permutation(len(images))
+    mixed = [images[i] for i in order]
+    assert sim.std() > 0.01 and all_pairs.std() > 0.01
+    assert close(model.similarity(mixed, texts), sim[order])
+    assert close(model.similarity(images[2], texts[5]), sim[2, 5]) and close(model.similarity(images, texts[5]), sim[:, 5])
+    assert close(model.similarity(model.embed_images(images).numpy(), model.embed_texts(texts[5])), sim[:, 5])
+    probs = model.match(mixed, texts)
+    one = model.match(images[2], texts[5])
+    assert close(probs[order.tolist().index(2), 5], one) and 0 < one < 1
+    assert probs.std() > 5e-4 and close(probs, model.match(images, texts)[order])
+
+    for of, expected, queries in (("images", t2i[:, order], texts), ("texts", i2t[order], mixed)):
+        rows = model.rank(mixed, texts, k=3, of=of)
+        assert len(rows) == len(queries)
+        for row, scores in zip(rows, expected):
+            assert len(row) == 3 == (scores > NO_CANDIDATE).sum()
+            assert close([scores[i] for i, _ in row], [score for _, score in row])
+            assert [score for _, score in row] == sorted((score for _, score in row), reverse=True)
+    assert close([score for _, score in model.rank(mixed, texts[5], k=3)], t2i[5].topk(3).values)
+
+
+@torch.no_grad()
+def test_match_is_the_probability_of_the_matching_head(models, photos):
+    model = models["retrieval"]
+    image = normalize(torch.stack([model.transform(torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1))]))
+    phrase = split_words("a red circle", model.model, model.tokenizer)
+    (text_embeds, _), (image_embeds, _) = model.model.encode_text(phrase.tokens), model.model.encode_image(image)
+    fused = model.model.fuse(text_embeds, phrase.tokens.attention_mask, image_embeds)
+    assert close(model.match(photos[0], "A red circle!"), model.model.itm_logits(fused).softmax(dim=1)[0, 1])
+
+
+def test_rank_reads_only_the_candidates_where_features_are_given(models, photos):
+    model = models["retrieval"]
+    texts = ["a red circle", "two blue squares", "a green star"]
+    images, features = photos * 2, model.embed_images(photos * 2)
+    expected = model.rank(images, texts, k=2, rerank=4)
+    candidates = {i for row in model.rank(images, texts, k=4, rerank=0) for i, _ in row}
+    gone = [path if i in candidates else "gone.jpg" for i, path in enumerate(images)]
+    assert "gone.jpg" in gone
+    found = model.rank(gone, texts, k=2, rerank=4, image_features=features)
+    assert [[i for i, _ in row] for row in found] == [[i for i, _ in row] for row in expected]
+    assert close([[s for _, s in row] for row in found], [[s for _, s in row] for row in expected])
+    by_similarity = model.rank(None, "a red circle", k=5, rerank=0, image_features=features.numpy().astype(np.float16))
+    values, _ = (model.similarity(features, "a red circle")).topk(5)
+    assert np.allclose([score for _, score in by_similarity], values, atol=2e-3)
+    assert "re-ranking reads images and texts" in refusal(lambda: model.rank(None, "a star", image_features=features))
+
+
+def test_most_similar_goes_block_by_block(tmp_path):
+    random = np.random.default_rng(0)
+    np.save(tmp_path / "features.npy", random.standard_normal((3000, 4)).astype(np.float16))
+    features = np.load(tmp_path / "features.npy", mmap_mode="r")
+    queries = random.standard_normal((2**16 + 1, 4)).astype(np.float32)  # so many that a block is 1024 candidates
+    values, best = most_similar(queries, features, 3)
+    expected = torch.from_numpy(queries[:50]) @ torch.from_numpy(features.astype(np.float32)).T
+    assert torch.equal(best[:50], expected.topk(3).indices) and close(values[:50], expected.topk(3).values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("listed", [True, False])
+def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
+    model = models["vqa"]
+    paths = {"test_file": [str(shapes / "vqa_test.json")], "vqa_root": str(shapes),
+             "answer_list": str(shapes / "answer_list.json") if listed else None, "batch_size_test": 7}  # fmt: skip
+    config = {**model.config, **paths}
+    dataset = build_dataset("vqa_test", config)
+    expected = VQA.answer_all(model.model, dataset, model.tokenizer, config, CPU)
+    images = [dataset.files(i)[0] for i in range(len(dataset))][::-1]
+    questions = [dataset.entry(i).question for i in range(len(dataset))][::-1]
+    found = model.answer(images, questions, paths["answer_list"])
+    assert [row[0][0] for row in found] == expected[::-1]
+    for row in found:
+        assert sum(p for _, p in row) == pytest.approx(1) if listed else 0 < row[0][1] < 1
+        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True) and len(row) == (3 if listed else 1)
+    alone = model.answer(images[0], questions[0], paths["answer_list"])
+    assert [text for text, _ in alone] == [text for text, _ in found[0]]
+    assert close([p for _, p in alone], [p for _, p in found[0]])
+    if listed:
+        given = json.loads((shapes / "answer_list.json").read_text())
+        first, _ = model.answer(images[0], questions[:2], given)
+        assert [text for text, _ in first] == [text for text, _ in alone] and close([p for _, p in first], [p for _, p in alone])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task, method", [("ve", "entails"), ("nlvr", "true_of")])
+def test_classes_are_those_of_the_evaluation(models, shapes, task, method, batch_size):
+    model = models[task]
+    dataset = build_dataset(f"{task}_test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]})
+    samples = list(dataset)
+    batch = dataset.collate(samples, model.tokenizer)
+    expected = model.model.predict(*map(normalize, batch.image), batch.text).softmax(dim=1)
+    images = [sample.files if task == "nlvr" else sample.files[0] for sample in samples]
+    sentences = [dataset.entry(i).sentence for i in range(len(samples))]
+    found, alone = getattr(model, method)(images, sentences), getattr(model, method)(images[1], sentences[1])
+    if task == "ve":
+        assert list(found[0]) == ["contradiction", "neutral", "entailment"]
+        found, alone = [list(row.values()) for row in found], list(alone.values())
+    else:
+        expected = expected[:, 1]
+    assert close(found, expected) and close(alone, expected[1])
+
+
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, batch_size):
+    model = models["retrieval"]
+    paths = {"test_file": [str(shapes / "grounding_test.json")], "refcoco_data": str(shapes), "batch_size_test": 1,
+             "det_file": str(shapes / "refcoco+/dets.json")}  # fmt: skip
+    dataset = build_dataset("grounding_test", {**model.config, **paths})
+    maps = Grounding.heat_maps(model.model, dataset, model.tokenizer, {**model.config, **paths}, CPU, mode, None)
+    images = [dataset.files(i)[0] for i in range(len(dataset))]
+    texts = [dataset.entry(i).text for i in range(len(dataset))]
+    boxes = [dataset.detections[dataset.refer.refs[ref_id]["image_id"]] for ref_id, _ in maps]
+    found = model.ground(images, texts, boxes, mode)
+    for row, (_, heat), own, image in zip(found, maps, boxes, images):
+        expected = box_scores(heat, *Image.open(image).size[::-1], own)
+        assert close(sorted(expected, reverse=True), [score for _, score in row])
+        assert own[int(np.argmax(expected))] == row[0][0]
+    (box, score), = model.ground(images[0], texts[0], mode=mode)
+    assert score >= found[0][0][1] * 0.5 and box[2] > 0 and box[3] > 0
+
+
+def test_the_best_rectangle_is_that_of_a_search():
+    heat = np.random.default_rng(1).random((4, 5)) ** 4
+    rectangles = [(heat[t:b, l:r].sum() / ((b - t) * (r - l)) ** 0.5, [20 * l, 30 * t, 20 * (r - l), 30 * (b - t)])
+                  for t in range(4) for b in range(t + 1, 5) for l in range(5) for r in range(l + 1, 6)]  # fmt: skip
+    assert best_rectangle(heat, 120, 100) == pytest.approx(max(rectangles)[1])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_heat_maps_are_those_of_visualize(models, photos, tmp_path, task):
+    model, text = models[task], "a red circle"
+    item = photos[:2] if "nlvr" in task else photos[0]
+    heat, (first, second) = model.heat_map(item, text), model.heat_map([item, item], [text, "a blue star"])
+    assert heat.words == text.split() and heat.by_word.shape[-3:] == (3, 2, 2)
+    assert np.array_equal(first.by_word, heat.by_word) and not np.array_equal(second.whole, heat.whole)
+    assert ("answer" in heat.verdict) == (task == "vqa")
+    if task != "vqa":
+        image = normalize(torch.stack([model.transform(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
+                                       for path in ([item] if isinstance(item, str) else item)]))  # fmt: skip
+        maps = explain_class(task, model.model, image, split_words(text, model.model, model.tokenizer))
+        assert close(maps.whole.squeeze(0), heat.whole) and close(maps.by_word.squeeze(0), heat.by_word)
+        assert maps.verdict == heat.verdict
+    heat.draw(tmp_path / "heat.png")
+    assert Image.open(tmp_path / "heat.png").size[0] > 500
+
+
+def test_pseudo_targets(models, photos):
+    words = models["pretrain"].fill_in(photos[0], "a red circle")
+    assert [word for word, _ in words] == ["a", "red", "circle"] and all(len(candidates) == 5 for _, candidates in words)
+    assert models["pretrain"].fill_in(photos[:2], "a red circle")[0] == words
+
+
+def test_images_of_any_kind_are_the_same(models, photos):
+    model, picture = models["retrieval"], Image.open(photos[0])
+    array = np.array(picture)
+    kinds = [picture, array, torch.from_numpy(array).permute(2, 0, 1), Path(photos[0])]
+    expected = model.embed_images(photos[0])
+    assert expected.shape == (8,) and expected.norm().item() == pytest.approx(1)
+    assert close(model.embed_images(kinds), expected.expand(4, -1))
+    assert close(model.embed_images(np.stack([array, array])), expected.expand(2, -1))
+    assert close(model.embed_images(array[..., 0]), model.embed_images(picture.getchannel("R").convert("RGB")))
+    assert close(model.embed_images(photos, workers=1), model.embed_images(iter(photos)))
+    palette = picture.convert("P")
+    palette.info["transparency"] = 0
+    assert close(model.embed_images(palette), model.embed_images(picture.convert("P").convert("RGB")))
+    assert palette.info["transparency"] == 0  # the user's picture stays as it is
+
+
+def test_sources_and_precision(files, models, photos, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    content = torch.load(files["retrieval"], weights_only=True)
+    torch.save(content, run / "checkpoint_best.pth")
+    torch.save({**content, "model": {**content["model"], "temp": torch.tensor(0.4)}}, run / "checkpoint_last.pth")
+    model = load_model(run, device="cpu", precision="bf16")
+    assert model.model.temp != 0.4 and not model.model.training and model.config["precision"] == "bf16"
+    half, full = model.embed_images(photos), models["retrieval"].embed_images(photos)
+    assert half.dtype == torch.float32 and not torch.equal(half, full) and torch.allclose(half, full, atol=0.1)
+    torch.save(content["model"], tmp_path / "bare.pth")
+    (tmp_path / "config.yaml").write_text(json.dumps(content["config"]))
+    bare = load_model(tmp_path / "bare.pth", "cpu", config=tmp_path / "config.yaml")
+    assert torch.equal(bare.embed_images(photos), full)
+
+
+HUGE = Image.new("1", (20000, 10000))
+BAD = {
+    "missing file": (lambda m, f: load_model("no.pth"), "no.pth does not exist"),
+    "text file": (lambda m, f: load_model("README.md"), "README.md is not a checkpoint"),
+    "empty folder": (lambda m, f: load_model("configs/shapes"), "configs/shapes is a folder: name a file"),
+    "device": (lambda m, f: load_model(f["ve"], device="tpu9"), "torch knows no such device"),
+    "precision": (lambda m, f: load_model(f["ve"], precision="fp8"), "it must be one of fp32, bf16"),
+    "other task": (lambda m, f: m["ve"].rank(["a.jpg"], "a"), "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval"),
+    "answer": (lambda m, f: m["pretrain"].answer("a.jpg", "a"), "checkpoint of vqa"),
+    "empty text": (lambda m, f: m["retrieval"].embed_texts(["a", " ?! "]), "text ' \\?! ': nothing is left"),
+    "no texts": (lambda m, f: m["retrieval"].embed_texts([]), "no texts given"),
+    "no images": (lambda m, f: m["retrieval"].embed_images([]), "no images given"),
+    "number": (lambda m, f: m["retrieval"].embed_texts([3]), "3 is not a text"),
+    "missing image": (lambda m, f: m["ve"].entails("no.jpg", "a"), "no.jpg: does not exist"),
+    "not an image": (lambda m, f: m["retrieval"].embed_images(["README.md"]), "README.md: not an image"),
+    "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: expected str"),
+    "floats": (lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))), "image 0: float64 .* an array is uint8"),
+    "200 megapixels": (lambda m, f: m["retrieval"].embed_images(HUGE), "image 0: too large: 20000 x 10000 pixels"),
+    "one image": (lambda m, f: m["nlvr"].true_of("a.jpg", "a"), "takes two images"),
+    "pairs": (lambda m, f: m["ve"].entails(["a.jpg"] * 2, ["a"] * 3), "2 images and 3 texts are no pairs"),
+    "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "mode itc"),
+    "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
+    "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(models, files, case):
+    function, message = BAD[case]
+    assert re.search(message, refusal(function, models, files))
+
+
+def test_a_file_of_200_megapixels_is_one_line(models, tmp_path):
+    HUGE.save(tmp_path / "huge.png")
+    assert "huge.png: too large" in refusal(models["retrieval"].embed_images, tmp_path / "huge.png")
+
+
+def test_without_a_momentum_model_there_are_no_pseudo_targets(files, photos, tmp_path):
+    content = torch.load(files["pretrain"], weights_only=True)
+    content["model"] = {name: value for name, value in content["model"].items() if "_m." not in name}
+    torch.save(content, tmp_path / "base.pth")
+    assert "no momentum model" in refusal(load_model(tmp_path / "base.pth", "cpu").fill_in, photos[0], "a red circle")
+
+
+@pytest.fixture
+def python(files, shapes, tmp_path, monkeypatch):
+    """Runs a page's Python with the tiny checkpoints and the shapes in place of what it names; returns its lines of code."""
+
+    def run(page):
+        code = "\n".join(block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:])
+        for name, path in NAMES.items():
+            assert page != "docs/python.md" or name in code
+            code = code.replace(f'"{name}"', f'"{files.get(path) or path}"')
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "photos").symlink_to(shapes / "images/test")
+        exec(code, {})
+        return [line for line in code.splitlines() if line]
+
+    return run
+
+
+NAMES = {"flickr30k.pth": "retrieval", "refcoco.pth": "retrieval", "vqa.pth": "vqa", "output/VE": "ve", "output/NLVR": "nlvr",
+         "ALBEF.pth": "pretrain", "photo.jpg": "photos/000000.jpg", "other.jpg": "photos/000001.jpg"}  # fmt: skip
+
+
+def test_the_examples_of_the_docs_run(python, capsys, tmp_path):
+    python("docs/python.md")
+    assert len(capsys.readouterr().out.splitlines()) > 10 and (tmp_path / "heat.png").exists()
+    methods = {name for name in dir(Inference) if not name.startswith("_")}
+    page = (ROOT / "docs/python.md").read_text().partition("## Images")[2]
+    assert len(methods) == 11 and all(f".{name}(" in page for name in methods)
+
+
+def test_the_example_of_the_readme_has_five_lines_and_prints_a_similarity_and_a_match(python, files, shapes, tmp_path, capsys):
+    (tmp_path / "output/quickstart").mkdir(parents=True)
+    (tmp_path / "output/quickstart/checkpoint_last.pth").symlink_to(files["pretrain"])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shapes").symlink_to(shapes)
+    assert len(python("README.md")) <= 5
+    similarity, match = map(float, capsys.readouterr().out.split())
+    assert -1 <= similarity <= 1 and 0 <= match <= 1
