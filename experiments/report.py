@@ -18,12 +18,14 @@ import shlex
 import statistics
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from configs.flags import Flags
 from configs.schema import load_config
 from dataset import build_dataset
 from engine.curves import read_curves
+from evaluation.attributes import average_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from experiments.run import expand, is_complete, minutes, read_experiments, read_record, rows_of, with_needs
 from utils import InputError, atomic_write, run_script
@@ -96,9 +98,17 @@ def _chance_grounding(config):
     return {name: 100 * share for name, share in chances.items()}
 
 
+def _chance_attributes(config):
+    dataset = build_dataset("attributes_test", config)
+    labels = np.array([box.labels for box in dataset.entries])
+    means = mean_precisions(average_precisions(np.zeros(labels.shape), labels), dataset.attributes)  # the shares of positives
+    return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
+
+
 CHANCE = {  # by script: the configuration -> percent by metric, without what stands before it in log.txt
     "Pretrain.py": _chance_retrieval, "Retrieval.py": _chance_retrieval, "VQA.py": _chance_vqa,
     "VE.py": lambda config: {"acc": 100 / 3}, "NLVR.py": lambda config: {"acc": 100 / 2}, "Grounding.py": _chance_grounding,
+    "Attributes.py": _chance_attributes,
 }  # fmt: skip
 
 

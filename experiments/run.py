@@ -76,7 +76,7 @@ def read_experiments(path):
 def expand(content, output, scratch=False):
     """Return the rows of an experiment file by name, first seeds first. Raises InputError.
 
-    output: the folder of all results. scratch: what starts from a pre-training row starts from random weights instead.
+    output: the folder of all results. scratch: what is trained from a pre-training row starts from random weights instead.
     """
     given = {}
     for name, keys in content["rows"].items():
@@ -84,8 +84,8 @@ def expand(content, output, scratch=False):
             given |= json.loads(json.dumps({name: keys}).replace("{each}", str(each)))
     if scratch:
         pretraining = {name for name, keys in given.items() if keys["script"] == "Pretrain.py"}
-        given = {name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys
-                 for name, keys in given.items() if name not in pretraining}  # fmt: skip
+        given = {name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys for name, keys in given.items()
+                 if name not in pretraining and "--evaluate" not in keys.get("flags", "")}  # fmt: skip
     first = {name: f"{name}/seed{keys['seeds'][0]}" if "seeds" in keys else name for name, keys in given.items()}
     rows = {}
     for number in range(max(len(keys.get("seeds", [""])) for keys in given.values())):
@@ -114,7 +114,7 @@ def _make_row(name, keys, seed, given, first, output):
     command = ["-m", keys["script"]] if module else [keys["script"]]
     flags = keys.get("flags", "")
     if "config" in keys:
-        command += ["--config", keys["config"], "--resume"]
+        command += ["--config", keys["config"], *["--resume"] * ("--evaluate" not in flags)]
     if not module and "{folder}" not in flags:
         command += ["--output_dir", str(folder)]
     if source == "random":

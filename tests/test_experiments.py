@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from conftest import ROOT, refusal
 from PIL import Image
 from ruamel.yaml import YAML
 
+from dataset import build_dataset
 from experiments import report
 from experiments.run import (Place, check_unchanged, expand, is_complete, minutes, read_experiments, rows_of, run, show,
                              with_needs)
@@ -227,6 +229,8 @@ def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch
     monkeypatch.chdir(ROOT)
     content = read_experiments("experiments/shapes.yaml")
     rows, scratch = expand(content, tmp_path / "out"), expand(content, tmp_path / "out-scratch", scratch=True)
+    assert "Attributes" in rows and "Attributes" not in scratch and "--checkpoint random" in " ".join(scratch["VE"].command)
+    assert "--resume" in rows["VE"].command and "--resume" not in rows["Attributes"].command
     complete(rows, "VE", test_acc=76.7, seconds=426)
     complete(rows, "NLVR_pretrain", seconds=600)
     complete(rows, "NLVR", test_acc=72, seconds=960)
@@ -245,3 +249,10 @@ def test_chance_is_that_of_the_data(shapes, tiny_config, tmp_path):
         "script": "Retrieval.py", "from": "a/checkpoint_best.pth", "flags": "--evaluate"}}}, tmp_path / "out")  # fmt: skip
     assert report.chance(rows["b"], "test_k16_img_r5", rows) == pytest.approx(100 * 5 / 12)
     assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(100 * (1 + 5 + 10) / 36)
+    boxes = build_dataset("attributes_test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}).entries
+    share = np.mean([np.mean([label == 1 for label in labels if label >= 0]) for labels in zip(*(box.labels for box in boxes))
+                     if 1 in labels])  # fmt: skip
+    keys = {"test_file": str(shapes / "attributes.json"), "image_root": str(shapes), "image_res": 32}
+    YAML(typ="safe").dump(keys, tmp_path / "attributes.yaml")
+    (row,) = expand({"rows": {"c": {"script": "Attributes.py", "config": str(tmp_path / "attributes.yaml")}}}, tmp_path).values()
+    assert report.chance(row, "test_map", {}) == pytest.approx(100 * share)
