@@ -161,8 +161,11 @@ def load_data(task, args, config, evaluates):
 
 
 def command_line(script, *arguments):
-    """Return the command line that runs a script of this folder with this interpreter."""
+    """Return the command line that runs a script of the repository, or this one, with this interpreter."""
     python = Path(sys.executable).name
     if shutil.which(python) != sys.executable:  # a virtual environment that is not activated
         python = min(sys.executable, os.path.relpath(sys.executable), key=len)
-    return shlex.join([python, str(Path(sys.argv[0]).with_name(script)), *map(str, arguments)])
+    module = sys.modules["__main__"].__spec__  # of python -m
+    own = module and script == Path(module.origin).name
+    program = ["-m", module.name] if own else [os.path.relpath(Path(__file__).resolve().parents[1] / script)]
+    return shlex.join([python, *program, *map(str, arguments)])

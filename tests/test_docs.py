@@ -10,7 +10,7 @@ from configs.schema import KEYS
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "evaluation", "visualize", "benchmarks", "scripts",
-           "experiments", "tests", "docs", "inference")  # fmt: skip
+           "experiments", "tests", "docs", "inference", "examples")  # fmt: skip
 OTHERS = {  # flags of other programs
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
     "--ntasks-per-node", "--check", "--help", "--shm-size",
@@ -33,7 +33,7 @@ def test_files_exist(page):
     for piece in code(page.read_text()):
         named |= set(re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)", piece))
         named |= set(re.findall(r"(?<![\w/.])[A-Z]\w+\.py", piece))
-        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ((?:dataset|models|experiments)\.\w+)", piece)}
+        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ((?:dataset|models|experiments|examples)\.\w+)", piece)}
     missing = {name for name in named if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()}
     assert not missing
 

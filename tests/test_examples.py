@@ -1,14 +1,16 @@
 """examples/: what changes the method without touching the framework trains, resumes and computes what it says."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import assert_close, log
+from conftest import ROOT, assert_close, log
 from ruamel.yaml import YAML
 
 import examples.tcl
 from chaos import assert_same_run
+from configs.schema import with_defaults
 from models import MODELS, build_model
 from models.checkpoint import load_checkpoint
 from test_engine import command_line, signal_at
@@ -50,6 +52,13 @@ def test_tcl_averages_the_four_contrasts(released, monkeypatch):
     assert_close("intra", model.extra_metrics()["intra"], torch.stack(by_hand[2:]).mean(), 1e-5, 1e-6)
 
 
+def test_tcl_as_a_program_says_how_to_evaluate(tiny_config, tmp_path):
+    command = [sys.executable, "-m", "examples.tcl", *command_line(tiny_config, tmp_path / "out", tmp_path)]
+    done = subprocess.run(list(map(str, [*command, "--set", "scheduler.epochs=1"])), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert " -m examples.tcl --evaluate --checkpoint " in done.stdout and " Visualize.py --output_dir " in done.stdout
+
+
 def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(run, tiny_config, tmp_path, monkeypatch):
     run(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -63,6 +72,4 @@ def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(run
 
 def test_the_configuration_is_the_quickstarts():
     ours, quickstart = (YAML(typ="safe").load(open(path)) for path in ("examples/tcl.yaml", "configs/shapes/Pretrain.yaml"))
-    from configs.schema import with_defaults
-
     assert with_defaults(ours) == with_defaults(quickstart)
