@@ -125,7 +125,7 @@ KEYS = {
     "clip_grad": Key(None, number()),
     "reference_batch": Key(None, whole(1)),
     "precision": Key("fp32", one_of("fp32", "bf16")),
-    "compile": Key(False, FLAG),
+    "compile": Key("auto", either(one_of("auto"), FLAG)),
     "gradient_checkpointing": Key(False, FLAG),
     "shard_optimizer": Key(False, FLAG),
     "deterministic": Key(False, FLAG),

@@ -1,12 +1,14 @@
 """What a device computes with: precision, attention kernels, compiled layers; and how fast it could."""
 
+import os
 import re
 
 import torch
 from timm.models.vision_transformer import Block
 
+from dataset.cache import cache_folder
 from models.bert import Layer
-from utils import make_deterministic
+from utils import InputError, is_main, make_deterministic
 
 # dense bf16 matrix-product peak in FLOP/s by the words that a device's name begins with, after NVIDIA
 PEAK_BF16 = {
@@ -14,6 +16,8 @@ PEAK_BF16 = {
     "H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
     "B200": 2250e12,
 }  # fmt: skip
+# graphs of a function, which all layers share; beyond them it computes as it is. timm's optimizers set it to a million
+MAX_GRAPHS = 64
 
 
 def has_bf16(device):
@@ -39,15 +43,44 @@ def use_device(config, device):
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def compile_layers(model):
-    """Compile every transformer layer in place; names in the state dict stay as they are.
+def compiles(config, device):
+    """Return whether the layers are to be compiled, by the key compile: auto is on a GPU, but for results that must repeat.
 
-    Data parallelism does not split a layer into graphs of its own, which are of use for whole models.
+    Where torch.compile does not work auto says so and goes without. Raises InputError there if it is true.
+    """
+    automatic = config["compile"] == "auto"
+    if not (device.type == "cuda" and not config["deterministic"] if automatic else config["compile"]):
+        return False
+    # torch's own place is the temporary folder, which a restart of the machine may empty
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "torchinductor"))
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a compiler says, or its absence
+        said = " ".join(str(getattr(error, "inner_exception", error)).split())
+        problem = f"torch.compile does not work here ({said:.200}): it needs Triton, a C compiler and Python's header files"
+        if not automatic:
+            raise InputError(f"compile: {problem}; install them, or --set compile=auto") from None
+        if is_main():
+            print(f"note: {problem}; training without it")
+        return False
+    torch._dynamo.config.suppress_errors = automatic  # a layer that the compiler cannot take computes as it is
+    return True
+
+
+def compile_layers(model, **options):
+    """Compile every transformer layer in place; names in the state dict stay as they are. options: of torch.compile.
+
+    A layer over texts is compiled once for all lengths and batch sizes. Data parallelism does not split a layer into graphs
+    of its own, which are of use for whole models.
     """
     torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch.fx.experimental._config.use_duck_shape = False  # a text as long as there are heads would be compiled for that length
     for module in model.modules():
-        if isinstance(module, (Block, Layer)):
-            module.compile()
+        if isinstance(module, Block):
+            module.compile(**options)
+        elif isinstance(module, Layer):
+            module.compile(dynamic=True, **options)
 
 
 def device_peak(device, config):

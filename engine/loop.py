@@ -15,7 +15,7 @@ from configs.schema import save_config
 from dataset import to_device
 from dataset.batches import TrainBatches
 from engine.curves import Curves
-from engine.device import autocast, compile_layers, device_peak, has_bf16, use_device
+from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
 from engine.recorder import Recorder, summary, write_log
 from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
@@ -184,9 +184,9 @@ def announce(run, position, resume_from):
               f"{available}: it ends below the learning rate; lower {key}", flush=True)
 
 
-def wrap(model, config):
+def wrap(model, config, device):
     """Compile the layers of a model if the configuration says so. Return it, or its DistributedDataParallel."""
-    if config["compile"]:
+    if compiles(config, device):
         compile_layers(model)
     if not is_distributed():
         return model
@@ -208,8 +208,8 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
         raise InputError(f"accumulate {accumulate}: an epoch has only {len(batches)} batches, lower it")
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
-    run = Run(model, wrap(model, config), optimizer, step, config, scheduler, device, seed, Path(output_dir), iterations,
-              len(dataset))  # fmt: skip
+    run = Run(model, wrap(model, config, device), optimizer, step, config, scheduler, device, seed, Path(output_dir),
+              iterations, len(dataset))  # fmt: skip
     return run, batches, position
 
 

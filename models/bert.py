@@ -19,10 +19,11 @@ def additive_mask(allowed, dtype):
     """What attention adds to its scores: allowed [..., N], bool or 0 and 1 -> 0 where allowed and -inf elsewhere.
 
     Built once for all layers: fused kernels on a GPU would convert a bool mask in every layer, and copy one whose rows do not
-    begin at multiples of 8 numbers.
+    begin at multiples of 8 numbers. Compiled layers would be compiled again for rows at another distance: up to 63 tokens it
+    is the same.
     """
     length = allowed.shape[-1]
-    rows = torch.full((*allowed.shape[:-1], length + -length % 8), -torch.inf, dtype=dtype, device=allowed.device)
+    rows = torch.full((*allowed.shape[:-1], length + -length % 64), -torch.inf, dtype=dtype, device=allowed.device)
     return rows[..., :length].masked_fill_(allowed.bool(), 0)
 
 

@@ -83,7 +83,9 @@ def cross_gradcam(model, keys_values, text, block_num, score):
         blocks = [first, first + 1]
     with torch.no_grad():  # the gradient ends at the attention map
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
-    with torch.enable_grad(), _recorded(*(bert.encoder.layer[number].crossattention.self for number in blocks)) as maps:
+    attentions = [bert.encoder.layer[number].crossattention.self for number in blocks]
+    # compiled layers would not notice that attention is another one
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _recorded(*attentions) as maps:
         value = score(bert.fuse(text_embeds, text.attention_mask, keys_values))
         gradients = torch.autograd.grad(value, maps)
     grid = model.visual_encoder.patch_embed.grid_size  # at padding the gradient is 0: nothing attends to it
@@ -114,7 +116,7 @@ def itc_gradcam(model, image, text, block_num):
     fused, attention.fused_attn = attention.fused_attn, False
     hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             _, image_feat = model.encode_image(image)
             _, text_feat = model.encode_text(text)
             (gradient,) = torch.autograd.grad((image_feat * text_feat).sum() / model.temp, maps)

@@ -184,7 +184,8 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
         found = set()
         run({**tiny_config, "precision": precision}, tmp_path / precision, step=dtypes)
         assert found == {dtype}
-    with mock.patch("engine.loop.compile_layers") as compiled, mock.patch("models.bert.checkpoint") as checkpoint:
+    compiling = mock.patch("engine.loop.compiles", lambda config, device: config["compile"] is True)
+    with compiling, mock.patch("engine.loop.compile_layers") as compiled, mock.patch("models.bert.checkpoint") as checkpoint:
         checkpoint.side_effect = lambda layer, *inputs, use_reentrant: layer(*inputs)
         trained(tiny_config, tmp_path / "plain")
         assert not compiled.called and not checkpoint.called

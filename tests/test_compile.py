@@ -1,0 +1,154 @@
+"""Compiled layers: what they compute, and how often they are compiled. Their graphs are traced, and run without a compiler."""
+
+import logging
+import os
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch._dynamo.backends.debugging import aot_eager
+from torch.nn.parallel import DistributedDataParallel
+
+import Pretrain
+from conftest import assert_close, refusal
+from dataset.caption import CaptionBatch
+from engine import Run, compile_layers, iterate
+from engine.device import MAX_GRAPHS, compiles
+from models import build_model
+from models.gradcam import itm_gradcam
+from optim import create_optimizer
+from utils import Text
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch):
+    """Leave torch's settings and no compiled code to the tests that follow."""
+    settings = {"optimize_ddp": True, "recompile_limit": 8, "suppress_errors": False}
+    # what pytest collects of a test would have every step of the tracing
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(settings), torch.fx.experimental._config.patch(use_duck_shape=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def graphs():
+    """The graphs that `backend` has been given."""
+    return []
+
+
+@pytest.fixture
+def backend(graphs):
+    """Computes graphs as they are, and their gradients by autograd."""
+    return lambda graph, inputs: graphs.append(graph) or graph.forward
+
+
+@pytest.fixture
+def aot_backend(graphs):
+    """aot_eager: forward and backward pass are graphs of single operations, as for a real compiler."""
+    return lambda graph, inputs: graphs.append(graph) or aot_eager(graph, inputs)
+
+
+def text(length, batch=4):
+    """Random texts of which the longest has `length` tokens."""
+    generator = torch.Generator().manual_seed(length)
+    lengths = torch.randint(5, length + 1, (batch, 1), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths).long()
+    return Text(torch.randint(4, 20, (batch, length), generator=generator) * mask, mask)
+
+
+def start(config):
+    """Return a pre-training run from random weights."""
+    torch.manual_seed(0)
+    model = build_model("pretrain", config).train()
+    optimizer = create_optimizer(config["optimizer"], model)
+    return Run(model, model, optimizer, Pretrain.step, config, config["scheduler"], CPU, 0, None, 1)
+
+
+def step(run, number, length):
+    """Take a step on texts of a length. Return the losses."""
+    size = run.config["image_res"]
+    image = torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    batch = CaptionBatch(image, text(length), torch.full((4,), -1), [], [])
+    return iterate(run, iter([batch]), 0, number, 0.4)[0]
+
+
+def test_compiled_steps_equal_eager_ones_and_are_compiled_once_for_all_lengths(tiny_config, graphs, aot_backend):
+    bert = {**tiny_config["bert_config"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain, compiled = (start({**tiny_config, "bert_config": bert}) for _ in range(2))
+    compile_layers(compiled.model, backend=aot_backend)
+    assert torch._dynamo.config.recompile_limit == MAX_GRAPHS  # and not what timm has set
+    # as long as the model is wide, or as the rows of masks are apart: what is equal by chance must not be compiled in
+    for number, length in enumerate([16, 12, 24, *range(13, 16), 25, *range(17, 24)]):
+        ours, theirs = (step(run, number, length) for run in (compiled, plain))
+        for name in theirs:
+            assert_close(name, ours[name], theirs[name], 1e-3, 1e-5)
+        first = len(graphs) if number == 0 else first
+    assert first == len(graphs) <= 16
+
+
+def test_data_parallelism_does_not_split_layers(tmp_path, graphs, backend):
+    model, x = torch.nn.Sequential(Block(16, 2), Block(16, 2)), torch.randn(2, 5, 16, requires_grad=True)
+    compile_layers(model, backend=backend)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        DistributedDataParallel(model, bucket_cap_mb=1e-4)(x).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(graphs) == 1
+
+
+def test_grad_cam_of_a_compiled_model_has_the_attention_of_the_very_step(released, golden, graphs, backend):
+    data, (_, model, _) = golden("gradcam.pt"), released("retrieval")
+    compile_layers(model.eval(), backend=backend)
+    words = Text(data["input_ids"], data["attention_mask"])
+    cams = itm_gradcam(model, data["image"], words, data["itm_block_num"])
+    assert_close("per token", cams, data["itm_cam_per_token"], 1e-4, 1e-5)
+    assert graphs and not any("softmax" in graph.code for graph in graphs)  # encoders are compiled, open attention is not
+
+
+@pytest.mark.parametrize("key, device, deterministic, compiled", [
+    ("auto", CUDA, False, True), ("auto", CUDA, True, False), ("auto", CPU, False, False), (True, CPU, True, True),
+    (False, CUDA, False, False),
+])  # fmt: skip
+def test_layers_are_compiled_on_a_gpu_unless_results_must_repeat(key, device, deterministic, compiled, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with mock.patch("torch.compile") as tried, mock.patch("torch.zeros"):
+        assert compiles({"compile": key, "deterministic": deterministic}, device) is compiled
+        assert tried.called is compiled
+    if compiled:  # for the next start
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.path.join(os.environ["ALBEF_CACHE"], "torchinductor")
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+        with mock.patch("torch.compile"), mock.patch("torch.zeros"):
+            compiles({"compile": key, "deterministic": deterministic}, device)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
+
+
+def test_without_a_compiler_training_goes_on_unless_compilation_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    config, zeros = {"compile": "auto", "deterministic": False}, torch.zeros
+    failing = mock.patch("torch.compile", side_effect=RuntimeError("Cannot find a working triton installation.\nMore"))
+    with failing, mock.patch("torch.zeros", lambda *size, device: zeros(size)):
+        assert not compiles(config, CUDA)
+        note = capsys.readouterr().out
+        assert note.startswith("note: torch.compile does not work here (Cannot find") and note.count("\n") == 1
+        assert "Triton" in refusal(compiles, {**config, "compile": True}, CPU)
+
+
+def test_a_layer_that_cannot_be_compiled_computes_as_it_is(tmp_path, monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("a compiler's bug")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    with mock.patch("torch.compile"), mock.patch("torch.zeros"):
+        assert compiles({"compile": "auto", "deterministic": False}, CUDA)
+    model, x = torch.nn.Sequential(Block(16, 2)), torch.randn(2, 5, 16)
+    expected = model(x)
+    compile_layers(model, backend=fail)
+    assert torch.equal(model(x), expected)
