@@ -34,7 +34,7 @@ from ruamel.yaml import YAML
 
 from configs.flags import Flags
 from configs.schema import load_config, with_defaults
-from utils import InputError, atomic_write, cores, make_output_dir, run_script
+from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
 
 RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
 ROW_KEYS = {"script", "config", "set", "from", "needs", "flags", "seeds", "each", "creates", "minutes", "metrics"}
@@ -315,12 +315,12 @@ def run(rows, free):
                 (failed.append if process.returncode else done.add)(name)
             if not ended:
                 time.sleep(0.2)
-    except KeyboardInterrupt:
+    except Interrupted as error:
         for process, _ in running.values():
             process.terminate()
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
-        raise
+        raise Interrupted(error.signum, "what was running has saved its state, the same command goes on") from None
     return failed, waiting
 
 
