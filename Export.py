@@ -1,6 +1,7 @@
 """Weights and configuration of a checkpoint as a file of their own, .safetensors or .pth, without the state of training.
 
-Names are those of the released checkpoints, and either file is accepted wherever this repository takes a checkpoint.
+Names are those of the released checkpoints, and either file is accepted wherever this repository takes a checkpoint. With
+--to FOLDER/ they become what a hub repository holds, with the vocabulary and a model card; --push uploads it.
 """
 
 from configs.flags import Flags
@@ -8,21 +9,54 @@ from utils import begin_script, run_script
 
 flags = Flags(__doc__, "--checkpoint output/VE/checkpoint_best.pth --to ve.safetensors")
 flags.add_argument("--checkpoint", required=True, metavar="FILE", help="the file to read, .pth, .bin or .safetensors")
-flags.add_argument("--to", required=True, metavar="FILE", help="the file to write, .safetensors or .pth")
+flags.add_argument("--to", metavar="FILE", help="the file to write, .safetensors or .pth, or FOLDER/ for the hub")
+flags.add_argument("--push", metavar="USER/NAME", help="upload to the hub FOLDER/, or the folder --checkpoint")
+flags.add_argument("--public", action="store_true", help="for everyone to see, where --push makes a repository")
+flags.add_argument("--config", help="of FOLDER/, for a checkpoint without one: the YAML file it was trained with")
 flags.add_argument("--momentum", action="store_true", help="with the momentum model and its queues, to train on")
-flags.add_argument("--overwrite", action="store_true", help="write over an existing file")
+flags.add_argument("--overwrite", action="store_true", help="write over an existing file, folder or repository")
+flags.add_set()
 if __name__ == "__main__":
     begin_script(flags)
 
+import json
 import os
 from pathlib import Path
 
 import torch
 
+from configs.schema import ANNOTATION_KEYS, read_bert_config
+from engine.configuration import DEFAULTS, choose_config, task_in
+from models import task_of
 from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, write_weights
-from utils import InputError, atomic_write
+from models.hub import find_file, upload
+from models.tokenizer import FILES, tokenizer_of, vocabulary_of
+from utils import InputError, atomic_write, make_output_dir
 
 SUFFIXES = (".safetensors", ".pth")
+CARD = """---
+# license: name one, see https://huggingface.co/docs/hub/repositories-licenses
+tags: [albef, vision-language]
+---
+
+# {name}
+
+ALBEF ([Align before Fuse](https://arxiv.org/abs/2107.07651), Li et al., NeurIPS 2021), task {task}{epoch}.
+
+```python
+from inference import load_model
+
+model = load_model("{name}")
+```
+
+## Data
+
+{data}
+
+## Metrics
+
+{metrics}
+"""
 
 
 def released_names(tensors):
@@ -31,6 +65,11 @@ def released_names(tensors):
     embeddings = [name.removesuffix(positions) for name in tensors if name.endswith(positions)]
     ids = {f"{name}.position_ids": torch.arange(len(tensors[name + positions]))[None] for name in embeddings}
     return tensors | {name: value for name, value in ids.items() if name not in tensors}
+
+
+def is_momentum(name):
+    """Whether a tensor is of the momentum model or its queues."""
+    return name.split(".")[0].endswith("_m") or name in QUEUES
 
 
 def check_target(path, overwrite):
@@ -53,7 +92,7 @@ def export(source, target, momentum=False, overwrite=False):
     check_target(target, overwrite)
     content = read_checkpoint(source)
     tensors = released_names(named_tensors(content, source))
-    left_out = [name for name in tensors if not momentum and (name.split(".")[0].endswith("_m") or name in QUEUES)]
+    left_out = [name for name in tensors if not momentum and is_momentum(name)]
     kept = {name: value for name, value in tensors.items() if name not in left_out}
     more = {key: content[key] for key in METADATA if key in content}
     try:
@@ -66,8 +105,83 @@ def export(source, target, momentum=False, overwrite=False):
     return len(kept), list(dict.fromkeys(name.split(".")[0] for name in left_out)), list(more)
 
 
+def export_folder(args):
+    """Write what a hub repository holds: weights, complete configuration, vocabulary and model card. Raises InputError.
+
+    Its model.safetensors has no configuration of its own, so that config.json is the only one.
+    """
+    folder = Path(args.to)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.overwrite:
+        raise InputError(f"--to {args.to} exists already: name another folder, or add --overwrite")
+    content = read_checkpoint(args.checkpoint)
+    tensors = released_names(named_tensors(content, args.checkpoint))
+    model_task = task_of(tensors)
+    task = task_in(content, model_task, args.checkpoint)
+    args.evaluate = True
+    config = choose_config(task, args, args.checkpoint, DEFAULTS[task]).config
+    vocabulary = find_file(vocabulary_of(config), FILES, "tokenizer")
+    tokenizer_of(config)  # which vocab_size: auto waits for
+    name = "tokenizer.json" if vocabulary.suffix == ".json" else "vocab.txt"
+    config = {**config, "bert_config": read_bert_config(config["bert_config"]), "tokenizer": name}
+    epoch = content.get("epoch")
+    metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)
+    data = {key: value for key, value in config.items() if value and (key in ANNOTATION_KEYS or key.endswith("_root"))}
+    make_output_dir(folder, writes=False, flag="--to")
+    files = {name: vocabulary.read_bytes(), "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
+    files["README.md"] = model_card(args.push or folder.name, task, epoch, data, metrics).encode()
+    kept = {key: value for key, value in tensors.items() if args.momentum or not is_momentum(key)}
+    try:
+        with atomic_write(folder / "model.safetensors") as file:
+            write_weights(file, ".safetensors", kept, {"epoch": epoch} if isinstance(epoch, int) else {})
+        for name, data in files.items():
+            with atomic_write(folder / name) as file:
+                file.write(data)
+    except OSError as error:
+        raise InputError(f"--to {args.to}: cannot write it: {error}") from None
+    print(f"wrote {folder}/: {len(kept)} tensors, {', '.join(files)}; name the license in README.md")
+
+
+def metrics_of(log, epoch):
+    """Return the metrics of validation and test that a run's log.txt has for an epoch, by name."""
+    try:
+        entries = [json.loads(line) for line in log.read_text().splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return {key: value for entry in entries if entry.get("epoch") == epoch for key, value in entry.items()
+            if isinstance(value, (int, float)) and not key.startswith("train_") and key != "epoch"}  # fmt: skip
+
+
+def model_card(name, task, epoch, data, metrics):
+    """Return the README.md of a repository, in Markdown; the license is left to the owner."""
+    data = "\n".join(f"- `{key}`: {', '.join(value) if isinstance(value, list) else value}" for key, value in data.items())
+    rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in metrics.items())
+    table = f"| metric | value |\n| --- | --- |\n{rows}" if rows else "The run's log.txt has no metrics of this epoch."
+    return CARD.format(name=name, task=task, epoch=f", epoch {epoch}" if isinstance(epoch, int) else "",
+                       data=data or "Not configured.", metrics=table)  # fmt: skip
+
+
 def main():
     args = flags.parse_args()
+    source = Path(args.checkpoint)
+    if args.push and not args.to:
+        if not all((source / name).is_file() for name in ("model.safetensors", "config.json", "README.md")):
+            raise InputError(f"--push {args.push}: --checkpoint {source} is not a folder that --to has written: add --to "
+                             "FOLDER/, where what is published is written first")  # fmt: skip
+        args.to = args.checkpoint
+    elif not args.to:
+        raise InputError("--to is missing: name the file or the FOLDER/ to write")
+    elif args.to.endswith("/"):
+        export_folder(args)
+    elif args.push:
+        raise InputError(f"--push {args.push}: a repository is a folder: end --to {args.to} with a slash")
+    else:
+        export_file(args)
+    if args.push:
+        print(f"published {upload(args.to, args.push, args.public, args.overwrite)}")
+
+
+def export_file(args):
+    """Write one file and say what is in it."""
     count, left_out, more = export(args.checkpoint, args.to, args.momentum, args.overwrite)
     size = Path(args.to).stat().st_size / 1e6
     print(f"wrote {args.to}: {count} tensors, {size:.1f} MB, with {' and '.join(more) or 'no config'}")

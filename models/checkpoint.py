@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.hub import find_file
+from models.hub import find_file, find_repository
 from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
 from utils import InputError, verify_hash
@@ -27,6 +27,7 @@ PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
+REPOSITORY = ("model.safetensors", "config.json", ("vocab.txt", "tokenizer.json"))  # files of an export that is published
 METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
 
 
@@ -40,14 +41,25 @@ def best_file(folder):
     return max(files, default=None, key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file))
 
 
+def is_repository(path):
+    """Whether what is no file here has the form of a hub repository, USER/NAME or USER/NAME@REVISION."""
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and Path(path).suffix not in SUFFIXES
+    return bool(named) and not Path(path).exists()
+
+
 def existing_file(path):
-    """Return the path of a checkpoint file. Raises InputError with the remedy where it is a folder, an address or nothing."""
+    """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or USER/NAME@REVISION.
+
+    Raises InputError with the remedy where it is a folder, an address or nothing.
+    """
     if urlsplit(str(path)).scheme in ("http", "https"):
         raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
     path = Path(path)
     if path.is_dir():
         best = best_file(path)
         raise InputError(f"checkpoint {path} is a folder: name {f'the file, perhaps {best}' if best else 'a file'}")
+    if is_repository(path):
+        return find_repository(str(path), REPOSITORY, "checkpoint") / REPOSITORY[0]
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path
@@ -83,7 +95,20 @@ def _read_safetensors(path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         more = {key: json.loads(metadata[key]) for key in METADATA if key in metadata}
-        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **more}
+        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **_config_beside(path), **more}
+
+
+def _config_beside(path):
+    """The configuration of an export to a folder, where it is a file of its own: {"config": config}, {} without one.
+
+    The vocabulary that it names by its bare name lies in the folder, too.
+    """
+    file = path.with_name(REPOSITORY[1])
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    if "image_res" not in config:  # BERT's own file of that name, for one
+        return {}
+    vocabulary = path.parent / (config.get("tokenizer") or "")
+    return {"config": {**config, "tokenizer": str(vocabulary)} if vocabulary.is_file() else config}
 
 
 def named_tensors(content, path):

@@ -59,6 +59,14 @@ def build_tokenizer(source):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
 
 
+def vocabulary_of(config):
+    """Return where the tokenizer of a configuration comes from, see tokenizer_of: a file, a folder or a hub name."""
+    source, text_encoder = config["tokenizer"], config["text_encoder"]
+    if not source and text_encoder == "random":
+        raise InputError("text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub name")
+    return source or (str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder)
+
+
 def tokenizer_of(config):
     """Return the tokenizer that a task's configuration names, of the size that its bert_config says.
 
@@ -66,11 +74,7 @@ def tokenizer_of(config):
     weight file. Where bert_config has the vocab_size auto, config["bert_config"] becomes a dict with the tokenizer's size.
     Raises InputError.
     """
-    source, text_encoder = config["tokenizer"], config["text_encoder"]
-    if not source and text_encoder == "random":
-        raise InputError("text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub name")
-    if not source:
-        source = str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
+    source = vocabulary_of(config)
     tokenizer = build_tokenizer(source)
     bert_config, size = read_bert_config(config["bert_config"]), len(tokenizer)
     if bert_config["vocab_size"] == "auto":

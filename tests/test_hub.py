@@ -1,0 +1,200 @@
+"""Export.py to a folder and to the hub, and load_model and --checkpoint from there, on a local server (tests/helpers/hub.py)."""
+
+import importlib
+import json
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+
+import Export
+from conftest import contents, exit_status, refusal, tiny
+from configs.schema import load_config
+from helpers.hub import serve
+from inference import load_model
+from models import build_model
+from models.checkpoint import read_checkpoint
+from models.hub import find_repository
+from models.tokenizer import tokenizer_of
+from utils import seed_everything
+
+IMAGE, TEXT = "images/test/000000.jpg", "a red circle"
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The server in the place of the hub, and an empty cache."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serve() as server:
+        place(monkeypatch, server.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        find_repository.cache_clear()
+        yield server
+    find_repository.cache_clear()
+    huggingface_hub.close_session()
+
+
+def place(monkeypatch, address):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def run_folder(shapes, tmp_path_factory):
+    """The folder of a run of retrieval with its log."""
+    folder, config = tmp_path_factory.mktemp("run"), {**tiny(shapes), "bert_config": {**tiny(shapes)["bert_config"]}}
+    config["bert_config"]["vocab_size"] = "auto"
+    seed_everything(3)
+    model = build_model("retrieval", config | {"bert_config": tiny(shapes)["bert_config"]}, tokenizer_of({**config}))
+    torch.save({"model": model.state_dict(), "config": config, "epoch": 1}, folder / "checkpoint_best.pth")
+    entries = [{"train_loss_itm": 0.5, "val_r_mean": 10.0 + epoch, "epoch": epoch} for epoch in range(3)]
+    (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"test_txt_r1": 47.8, "epoch": 1}\n')
+    return folder
+
+
+@pytest.fixture
+def export(monkeypatch, capsys):
+    """Runs Export.py; returns (exit status, stdout, the one line of stderr)."""
+
+    def call(source, *flags):
+        monkeypatch.setattr(sys, "argv", list(map(str, ["Export.py", "--checkpoint", source, *flags])))
+        status, (out, err) = exit_status(Export.main), capsys.readouterr()
+        assert status == 0 or err.count("\n") == 1, err
+        return status, out, err.strip()
+
+    return call
+
+
+def outputs(model, shapes):
+    return model.embed_images(shapes / IMAGE), model.embed_texts(TEXT), torch.tensor(model.match(shapes / IMAGE, TEXT))
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right))
+
+
+def test_a_folder_has_weights_configuration_vocabulary_and_card(run_folder, export, shapes, tmp_path):
+    folder = tmp_path / "hub/retriever"
+    status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/")
+    assert status == 0 and f"wrote {folder}/" in out, err
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "vocab.txt", "README.md"}
+    assert (folder / "vocab.txt").read_bytes() == (shapes / "vocab.txt").read_bytes()
+    config = load_config(folder / "config.json")  # JSON is YAML
+    assert config["bert_config"]["vocab_size"] == len((shapes / "vocab.txt").read_text().splitlines())
+    assert config["bert_config"]["hidden_act"] == "gelu" and config["tokenizer"] == "vocab.txt" and config["image_res"] == 32
+    card = (folder / "README.md").read_text()
+    for words in ("task retrieval, epoch 1", str(shapes / "test.json"), "| val_r_mean | 11 |", "| test_txt_r1 | 47.8 |",
+                  "arxiv.org/abs/2107.07651", 'load_model("retriever")', "# license:"):  # fmt: skip
+        assert words in card
+    assert "train_loss" not in card and "| val_r_mean | 12" not in card
+    moved = folder.rename(tmp_path / "moved")  # what it names lies beside it
+    before = outputs(load_model(run_folder, "cpu"), shapes)
+    assert same(outputs(load_model(moved, "cpu"), shapes), before)
+    assert same(outputs(load_model(moved / "model.safetensors", "cpu"), shapes), before)
+
+    left = contents(moved)
+    status, _, err = export(run_folder / "checkpoint_best.pth", "--to", f"{moved}/")
+    assert status == 2 and "moved/ exists already" in err and "--overwrite" in err and contents(moved) == left
+    assert export(run_folder / "checkpoint_best.pth", "--to", f"{moved}/", "--overwrite", "--momentum")[0] == 0
+    assert "text_encoder_m." in str(read_checkpoint(moved / "model.safetensors")["model"].keys())
+
+
+def test_round_trip_through_the_hub_is_bit_for_bit(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+    before, folder = outputs(load_model(run_folder, "cpu"), shapes), tmp_path / "out"
+    status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/retriever")
+    assert status == 0 and f"published {hub.address}/lab/retriever/commit/" in out, err
+    repository = hub.repositories["lab/retriever"]
+    first = repository["main"]
+    assert repository["private"] is True
+    assert repository["commits"][first] == {path.name: data for path, data in contents(folder).items()}
+    assert 'load_model("lab/retriever")' in (folder / "README.md").read_text()
+
+    assert same(outputs(load_model("lab/retriever", "cpu"), shapes), before)
+    assert same(outputs(load_model(f"lab/retriever@{first}", "cpu"), shapes), before)
+
+    status, _, err = export(folder, "--push", "lab/retriever")  # a second time
+    assert status == 2 and "lab/retriever: the repository exists already and has 4 files" in err and "--overwrite" in err
+    assert repository["main"] == first
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")  # what the owner has changed is uploaded as it is
+    assert export(folder, "--push", "lab/retriever", "--overwrite")[0] == 0
+    assert repository["commits"][repository["main"]]["README.md"] == b"---\nlicense: mit\n---\n"
+    assert export(folder, "--push", "lab/open", "--public")[0] == 0 and hub.repositories["lab/open"]["private"] is False
+
+
+def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(run_folder, export, hub, shapes, tmp_path):
+    folder = tmp_path / "out"
+    export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/a")
+    first, before = hub.repositories["lab/a"]["main"], outputs(load_model("lab/a", "cpu"), shapes)
+    hub.repositories["lab/a"]["v1"] = first
+    content = torch.load(run_folder / "checkpoint_best.pth", weights_only=True)
+    content["model"]["vision_proj.weight"] *= -2
+    torch.save(content, tmp_path / "other.pth")
+    assert export(tmp_path / "other.pth", "--to", f"{folder}/", "--push", "lab/a", "--overwrite")[0] == 0
+    assert same(outputs(load_model("lab/a", "cpu"), shapes), before)  # a process sees one version
+    find_repository.cache_clear()
+    assert not same(outputs(load_model("lab/a", "cpu"), shapes), before)
+    for revision in ("v1", first):
+        assert same(outputs(load_model(f"lab/a@{revision}", "cpu"), shapes), before)
+    hub.requests.clear()
+    find_repository.cache_clear()
+    load_model(f"lab/a@{first}", "cpu")
+    assert not hub.requests  # a commit in the cache needs no network
+    assert "does not give it" in refusal(load_model, "lab/a@v7")
+
+
+def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    before = outputs(load_model("lab/a", "cpu"), shapes)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        find_repository.cache_clear()
+        hub.requests.clear()
+        assert same(outputs(load_model("lab/a", "cpu"), shapes), before) and not hub.requests
+        assert "offline mode" in capsys.readouterr().err
+        message = refusal(load_model, "lab/b")
+        assert "lab/b is not a local file or folder, and the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE" in message
+        assert "has no" not in message
+    place(monkeypatch, "http://127.0.0.1:9")
+    find_repository.cache_clear()
+    assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
+    assert "cannot be reached" in (note := capsys.readouterr().err) and "from the cache" in note and note.count("\n") == 1
+    message = refusal(load_model, "lab/b")
+    assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
+    status, _, err = export(tmp_path / "out", "--push", "lab/b")
+    assert status == 2 and "--push lab/b: the hub cannot be reached" in err
+
+
+def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
+    assert "checkpoint: lab/a is not a local file or folder, and the hub does not give it" in refusal(load_model, "lab/a")
+    hub.repositories["lab/other"] = {"commits": {"0" * 40: {"a.txt": b""}}, "main": "0" * 40}
+    assert "the hub repository has no model.safetensors" in refusal(load_model, "lab/other")
+    assert "weights/ALBEF.pth does not exist: check the path" in refusal(load_model, "weights/ALBEF.pth")
+    checkpoint = run_folder / "checkpoint_best.pth"
+    for flags, words in ((["--push", "lab/a"], "add --to FOLDER/"), (["--push", "lab/a", "--to", "a.pth"], "end --to a.pth with"),
+                         ([], "--to is missing"), (["--push", "a b", "--to", f"{tmp_path}/x/"], "write USER/NAME")):  # fmt: skip
+        status, _, err = export(checkpoint, *flags)
+        assert status == 2 and words in err
+
+
+def test_scripts_take_a_repository_as_checkpoint(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    found = {}
+    for source in ("lab/a", run_folder / "checkpoint_best.pth"):
+        flags = ["--evaluate", "--checkpoint", source, "--output_dir", tmp_path / "e", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["Retrieval.py", *flags, "--split", "test"])))
+        assert exit_status(importlib.import_module("Retrieval").main) == 0
+        found[source] = capsys.readouterr().out.partition("ITC  ")[2]
+        log = (tmp_path / "e/log.txt").read_text().splitlines()[-1]
+        assert json.loads(log)["checkpoint"] == str(source)
+    assert len(set(found.values())) == 1 and "chance" in found["lab/a"]
+    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--checkpoint", "lab/a", "--image", str(shapes / IMAGE), "--text", TEXT])
+    assert exit_status(importlib.import_module("Visualize").main) == 0
+    assert (tmp_path / "heatmap.png").exists()
