@@ -1,4 +1,4 @@
-"""Pictures of a run (--output_dir): curves.png from its TensorBoard files, retrieval.png and attributes.png from its results.
+"""Pictures of a run (--output_dir): curves.png of its TensorBoard files, retrieval.png and attributes.png of its results.
 
 Pictures of what a model sees (--checkpoint): heat maps of its decision on an image and a text (Figures 4 to 6 of the paper),
 and with --pseudo_targets the words and texts that the momentum model proposes (Figure 2).
@@ -9,10 +9,11 @@ from utils import begin_script, run_script
 
 flags = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
 flags.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
-flags.add_argument("--queries", type=int, default=5, help="queries of each direction in retrieval.png, or boxes in attributes.png")
+flags.add_argument("--queries", type=int, default=5,
+                   help="queries of each direction in retrieval.png, boxes in attributes.png")  # fmt: skip
 flags.add_argument("--checkpoint", help="the weights to explain, of any task")
 flags.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")
-flags.add_argument("--text", help="the text to explain, or the caption of --pseudo_targets")
+flags.add_argument("--text", help="the text to explain, of relevance QUERY [SEP] WORDS, or the caption of --pseudo_targets")
 flags.add_argument("--question", help="for VQA, in place of --text")
 flags.add_argument("--answer", help="explain this answer; else the best of the answer list, else a generated one")
 flags.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
@@ -57,7 +58,7 @@ def picture_run(folder, queries):
     tensorboard, draws = folder / "tensorboard", {"retrieval": draw_retrieval, "attributes": draw_attributes}
     results = {folder / f"result/{name}.json": draw for name, draw in draws.items()}
     if not (tensorboard.is_dir() or any(result.exists() for result in results)):
-        raise InputError(f"--output_dir {folder}: no run there, it has neither tensorboard nor result/{{{','.join(draws)}}}.json")
+        raise InputError(f"--output_dir {folder}: no run there, it lacks tensorboard and {' or '.join(map(str, results))}")
     if tensorboard.is_dir():
         curves = read_curves(tensorboard)
         if not TITLES.keys() & curves.keys():

@@ -90,7 +90,8 @@ def task_flags(description, config, example, trains=True):
                        "the weights to evaluate")  # fmt: skip
     flags.add_argument("--text_encoder", metavar="BERT", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
     flags.add_argument("--tokenizer", metavar="VOCAB", help="vocab file, folder or hub name; text_encoder's by default")
-    flags.add_argument("--evaluate", action="store_true", help="evaluate and leave, no training" if trains else argparse.SUPPRESS)
+    shown = "evaluate and leave, no training" if trains else argparse.SUPPRESS
+    flags.add_argument("--evaluate", action="store_true", help=shown)
     if trains:
         flags.add_argument("--split", choices=["val", "test"], help="what --evaluate evaluates (default: both)")
         flags.add_argument(

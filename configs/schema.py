@@ -114,6 +114,7 @@ KEYS = {
     "mlm_probability": Key(0.15, number(0, 1)),
     "k_test": Key(128, whole(1)),
     "image_embeds": Key("host", one_of("host", "recompute")),
+    "max_tokens": Key(64, whole(2)),  # of relevance: query, separator and the words of the ad
     "eos": Key("[SEP]", TEXT),
     "num_beams": Key(3, whole(1)),
     "share": Key("cross_attention", one_of("cross_attention", "all", "none")),

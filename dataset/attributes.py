@@ -13,8 +13,9 @@ from utils import InputError
 
 FREQUENCIES = ("head", "medium", "tail")  # how often an attribute occurs, as the file says
 MIN_AREA = 50  # pixels of an object that is evaluated
-_WANTED = ('a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym", type, parent_type, freq_set, '
-           'is_has_att}, ...], "annotations": [{image_id, bbox: [x, y, w, h], area, att_vec}, ...]}: correct it')  # fmt: skip
+_WANTED = ('a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym", type, parent_type, '
+           'freq_set, is_has_att}, ...], "annotations": [{image_id, bbox: [x, y, w, h], area, '
+           'att_vec}, ...]}: correct it')  # fmt: skip
 
 
 class Attribute(msgspec.Struct):

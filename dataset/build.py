@@ -14,6 +14,7 @@ from dataset.classification import ClassificationDataset
 from dataset.grounding import GroundingTestSet
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
+from dataset.relevance import Ad
 from dataset.retrieval import RetrievalTestSet
 from dataset.shards import Shards, expand
 from dataset.text import MAX_TOKENS, SHORT_TOKENS
@@ -31,7 +32,7 @@ CAPTIONS = {
     "retrieval_train": (RetrievalPair, 0.5, MAX_TOKENS), "grounding_train": (GroundingPair, None, MAX_TOKENS),
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
-CLASSIFICATION = {"ve": Entailment, "nlvr": Statement}
+CLASSIFICATION = {"ve": Entailment, "nlvr": Statement, "relevance": Ad}
 REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
 
 
@@ -46,10 +47,10 @@ def file_key(name):
 
 
 def build_dataset(name, config, seed=0):
-    """The data set `name`: pretrain, nlvr_pretrain_train, {retrieval, vqa, ve, nlvr, grounding}_{train, val, test}, or
-    attributes_{val, test}.
+    """The data set `name`: pretrain, nlvr_pretrain_train, attributes_test, or a task and a split of it.
 
-    All its annotation files are checked here. seed: of the training sets. Raises InputError.
+    The tasks are retrieval, vqa, ve, nlvr, grounding and relevance, the splits train, val and test. All its annotation files
+    are checked here. seed: of the training sets. Raises InputError.
     """
     task, split = _task_and_split(name)
     key, image_root = file_key(name), config["image_root"]
@@ -66,7 +67,10 @@ def build_dataset(name, config, seed=0):
     if task == "retrieval":
         dataset = RetrievalTestSet(files, image_root, transform)
     elif task in CLASSIFICATION:
-        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed)
+        max_tokens = config["max_tokens"] if task == "relevance" else None
+        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed, max_tokens)
+        if task == "relevance" and not training:
+            dataset.require_classes(2, key)
     elif task == "vqa":
         roots = {root: config[root] for root in ROOTS.values()}
         answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None
@@ -81,8 +85,8 @@ def build_dataset(name, config, seed=0):
         # bilinear, as where the published number comes from
         dataset = AttributeTestSet(files, image_root, test_transform(config["image_res"], Image.Resampling.BILINEAR))
     else:
-        raise InputError(f"data set {name!r} is unknown, there are pretrain, {{retrieval, vqa, ve, nlvr, grounding}}_"
-                         "{train, val, test} and attributes_test")
+        raise InputError(f"data set {name!r} is unknown, there are pretrain, {{retrieval, vqa, ve, nlvr, grounding, "
+                         "relevance}}_{train, val, test} and attributes_test")
     check_images(dataset, 1000 if training else None)
     return dataset
 

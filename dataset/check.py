@@ -44,6 +44,7 @@ from dataset.grounding import Expression
 from dataset.images import FORMATS, ImageError, decode_image, read_image
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
+from dataset.relevance import MAX_AD_WORDS, Ad, pre_ad
 from dataset.retrieval import CaptionedImage
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from dataset.text import (
@@ -79,6 +80,7 @@ TRAIN_FORMS = {
     "question": Form("questions to train on", TrainingQuestion, SHORT_TOKENS, pre_question),
     "images": Form("NLVR2 to train on", Statement),
     "sentence": Form("visual entailment to train on", Entailment),
+    "query": Form("queries and ads to train on", Ad, None, pre_ad, MAX_AD_WORDS),
     "text": Form("referring expressions to train on", GroundingPair, MAX_TOKENS),
     "caption": Form("image-caption pairs for pre-training", Pair, SHORT_TOKENS),
 }
@@ -86,6 +88,7 @@ TEST_FORMS = {
     "question": Form("questions to test on", Question, None, pre_question, MAX_QUESTION_WORDS),
     "images": Form("NLVR2 to test on", Statement),
     "sentence": Form("visual entailment to test on", Entailment),
+    "query": Form("queries and ads to test on", Ad, None, pre_ad, MAX_AD_WORDS),
     "text": Form("referring expressions to test on", Expression, MAX_TOKENS),
     "caption": Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS),
 }
@@ -378,6 +381,8 @@ def check_list(check, path, key, questions):
             next(read_json_list(path))
             raise InputError("most of its first entries have not the keys of any task's list: name such a list")
         return unreadable(key, path)
+    if form.entry is Ad:
+        form = form._replace(max_tokens=check.config["max_tokens"])
     for needed in ("refcoco_data", "det_file") if form.entry is Expression else ():
         if check.config[needed] is None:
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")

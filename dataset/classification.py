@@ -1,4 +1,4 @@
-"""Sentences about one image or two with a label: what the data of VE and NLVR2 have in common."""
+"""Sentences about one image or two with a label: what the data of VE, NLVR2 and relevance have in common."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from dataset.annotations import Entries
 from dataset.base import EntryDataset
 from dataset.images import load_image
 from dataset.text import tokenize
-from utils import Text
+from utils import InputError, Text
 
 
 class ClassificationSample(NamedTuple):
@@ -28,10 +28,18 @@ class ClassificationBatch(NamedTuple):
 
 
 class ClassificationDataset(EntryDataset):
-    """Sentences with their images and their class. form: dataset.ve.Entailment or dataset.nlvr.Statement."""
+    """Sentences with their images and their class. form: an Entry with `sentence` and `target`; max_tokens: None, uncut."""
 
-    def __init__(self, files, form, image_root, transform, seed=None):
+    def __init__(self, files, form, image_root, transform, seed=None, max_tokens=None):
         super().__init__(Entries(files, form), {"image_root": image_root}, transform, seed)
+        self.max_tokens = max_tokens
+
+    def require_classes(self, count, key):
+        """Raise InputError unless `count` classes occur; key: that of the configuration that names the files."""
+        found = set()
+        if not any(found.add(entry.target) or len(found) == count for entry in self.entries):
+            (label,) = found
+            raise InputError(f"{key} {self.entries.files[0]}: all labels are {label}, the ROC AUC needs both: add the other")
 
     def read(self, index):
         entry, files = self.entry(index), self.files(index)
@@ -41,7 +49,7 @@ class ClassificationDataset(EntryDataset):
     def collate(self, samples, tokenizer):
         """Samples -> ClassificationBatch; sentences are padded to the longest of the batch."""
         images, sentences, targets, files, skipped = zip(*samples)
-        text = tokenize(sentences, tokenizer)
+        text = tokenize(sentences, tokenizer, self.max_tokens)
         return ClassificationBatch(
             torch.stack(images, dim=1).unbind(), text, torch.tensor(targets), sum(files, []), sum(skipped, [])
         )

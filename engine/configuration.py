@@ -16,7 +16,7 @@ MODEL_KEYS = ("bert_config", "text_encoder", "tokenizer", "image_res", "patch_si
 DEFAULTS = {  # task: the configuration where a checkpoint to load has none
     "pretrain": "configs/Pretrain.yaml", "retrieval": "configs/Retrieval_flickr.yaml", "grounding": "configs/Grounding.yaml",
     "vqa": "configs/VQA.yaml", "ve": "configs/VE.yaml", "nlvr": "configs/NLVR.yaml",
-    "nlvr_pretrain": "configs/NLVR_pretrain.yaml",
+    "nlvr_pretrain": "configs/NLVR_pretrain.yaml", "relevance": "configs/Relevance.yaml",
 }  # fmt: skip
 
 

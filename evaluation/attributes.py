@@ -28,7 +28,7 @@ TOP = 5  # best and worst attributes of each box in result/attributes.json
 
 
 def prompts_of(attribute, prompts="the", noun=""):
-    """Return the prompts of an Attribute: for each of its values every template of the set `prompts`, a key of PROMPT_SETS."""
+    """Return the prompts of an Attribute: for each of its values every template of a set, a key of PROMPT_SETS."""
     has, values = attribute.is_has_att == "has", attribute.values
     words = {"type": attribute.type.replace(" tone", ""), "noun": noun}
     return [
@@ -40,7 +40,10 @@ def prompts_of(attribute, prompts="the", noun=""):
 
 
 def attribute_scores(similarities, counts, score="mean"):
-    """Similarities [B, P] with the prompts of all attributes, counts of them each -> scores [B, A], the mean or max, at least 0."""
+    """Return scores [B, A], the mean or max over an attribute's prompts, at least 0.
+
+    similarities [B, P]: with the prompts of all attributes; counts: how many prompts each has.
+    """
     parts = similarities.split(counts, dim=1)
     return torch.stack([part.mean(dim=1) if score == "mean" else part.amax(dim=1) for part in parts], dim=1).clamp(min=0)
 
@@ -59,13 +62,19 @@ def average_precisions(scores, labels):
 
 
 def mean_precisions(precisions, attributes):
-    """Return the mean over all attributes that have an average precision, over frequency sets and over parent types, by name."""
+    """Return the mean over all attributes with an average precision, over frequency sets and over parent types, by name."""
     groups = {"all": [], **{name: [] for name in FREQUENCIES}}
     for value, attribute in zip(precisions, attributes):
         if value is not None:
             for name in ("all", attribute.freq_set, attribute.parent_type):
                 groups.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items() if values}
+
+
+def chance_precisions(dataset):
+    """Return the average precisions on an AttributeTestSet where all scores are equal, shares of positives; its attributes."""
+    labels = np.array([box.labels for box in dataset.entries])
+    return average_precisions(np.zeros(labels.shape), labels), dataset.attributes
 
 
 @torch.no_grad()
@@ -93,7 +102,7 @@ def evaluate(model, dataset, tokenizer, config, device, report=None, **how):
     precisions = average_precisions(scores, labels)
     means = mean_precisions(precisions, attributes)
     if report:
-        chance = average_precisions(np.zeros_like(scores), labels)  # the share of positives
+        chance, _ = chance_precisions(dataset)
         print(f"zero-shot attributes, {report.title}: {len(labels)} boxes, {len(attributes)} attributes, "
               f"{len(attributes) - precisions.count(None)} with a positive; mean average precision, percent")  # fmt: skip
         by_chance = mean_precisions(chance, attributes)

@@ -16,17 +16,25 @@ def step(model, batch, alpha, update_momentum):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, tokenizer, config, device, report=None):
-    """Return the accuracy on a ClassificationDataset in percent, {"acc"}; report it in one line."""
+def classify(model, dataset, tokenizer, config, device, measure):
+    """Return measure(logits [B, classes], targets [B]), a value for each sample, of a whole ClassificationDataset in order."""
     model.eval()
-    right, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
+    found, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
         for indices, batch in divide(dataset, config, device, "sentences", collate):
-            logits = model.predict(*batch.image, batch.text)
-            right.update(zip(indices, (logits.argmax(dim=1) == batch.targets).tolist()))
-    right = gather(right)
+            found.update(zip(indices, measure(model.predict(*batch.image, batch.text), batch.targets)))
+    return gather(found)
+
+
+def evaluate(model, dataset, tokenizer, config, device, report=None):
+    """Return the accuracy on a ClassificationDataset in percent, {"acc"}; report it in one line."""
+
+    def measure(logits, targets):
+        return (logits.argmax(dim=1) == targets).tolist()
+
+    right = classify(model, dataset, tokenizer, config, device, measure)
     accuracy = 100 * sum(right) / len(right)
     if report:
-        chance = 100 / logits.shape[1]
+        chance = 100 / model.classes
         print(f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(right)} sentences (chance {chance:.1f}%)")
     return {"acc": accuracy}

@@ -18,14 +18,13 @@ import shlex
 import statistics
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from configs.flags import Flags
 from configs.schema import load_config
 from dataset import build_dataset
 from engine.curves import read_curves
-from evaluation.attributes import average_precisions, mean_precisions
+from evaluation.attributes import chance_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from experiments.run import expand, is_complete, minutes, read_experiments, read_record, rows_of, with_needs
 from utils import InputError, atomic_write, run_script
@@ -99,9 +98,7 @@ def _chance_grounding(config):
 
 
 def _chance_attributes(config):
-    dataset = build_dataset("attributes_test", config)
-    labels = np.array([box.labels for box in dataset.entries])
-    means = mean_precisions(average_precisions(np.zeros(labels.shape), labels), dataset.attributes)  # the shares of positives
+    means = mean_precisions(*chance_precisions(build_dataset("attributes_test", config)))
     return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
 
 
@@ -109,6 +106,7 @@ CHANCE = {  # by script: the configuration -> percent by metric, without what st
     "Pretrain.py": _chance_retrieval, "Retrieval.py": _chance_retrieval, "VQA.py": _chance_vqa,
     "VE.py": lambda config: {"acc": 100 / 3}, "NLVR.py": lambda config: {"acc": 100 / 2}, "Grounding.py": _chance_grounding,
     "Attributes.py": _chance_attributes,
+    "Relevance.py": lambda config: dict.fromkeys(("auc", "auc_other_image", "auc_other_words"), 50),
 }  # fmt: skip
 
 

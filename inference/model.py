@@ -11,6 +11,7 @@ import torch
 
 from configs.schema import require
 from dataset import nlvr, ve
+from dataset.relevance import pre_ad
 from dataset.text import MAX_QUESTION_WORDS, MAX_TOKENS, MAX_WORDS, pre_caption, pre_question, tokenize
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import load_answer_list
@@ -314,7 +315,8 @@ class Inference:
     # what the methods are given
 
     def _captions(self, texts):
-        return as_texts(texts, functools.partial(pre_caption, max_words=MAX_WORDS))
+        clean = pre_ad if self.task == "relevance" else functools.partial(pre_caption, max_words=MAX_WORDS)
+        return as_texts(texts, clean)
 
     def _questions(self, texts):
         return as_texts(texts, functools.partial(pre_question, max_words=MAX_QUESTION_WORDS))

@@ -9,7 +9,7 @@ from utils import InputError
 # does not wait for torch. Another class in its place changes the method for the whole framework (docs/extend.md)
 MODELS = {
     "pretrain": (".pretrain", "Pretrain"), "retrieval": (".retrieval", "Retrieval"), "grounding": (".retrieval", "Retrieval"),
-    "attributes": (".retrieval", "Retrieval"),
+    "attributes": (".retrieval", "Retrieval"), "relevance": (".relevance", "Relevance"),
     "vqa": (".vqa", "VQA"), "ve": (".ve", "VE"), "nlvr": (".nlvr", "NLVR"), "nlvr_pretrain": (".nlvr", "TextAssignment"),
 }  # fmt: skip
 
@@ -42,5 +42,5 @@ def task_of(state):
     if any(name.startswith("text_encoder.bert.") for name in state):
         return "pretrain"
     if "itm_head.weight" in state:
-        return "retrieval"
+        return "retrieval" if "vision_proj.weight" in state else "relevance"
     raise InputError("the checkpoint is of none of the tasks: it has neither text_decoder, ta_head, cls_head nor itm_head")

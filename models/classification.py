@@ -1,4 +1,4 @@
-"""Classification from the [CLS] position of the multimodal encoder under momentum distillation: what VE and NLVR2 share."""
+"""Classification from the [CLS] position of the multimodal encoder under momentum distillation: VE, NLVR2, relevance."""
 
 import torch
 from torch import nn
@@ -9,17 +9,24 @@ from models.momentum import update_momentum_
 
 
 class Classifier(ALBEF):
-    """An ALBEF with a two-layer head over `classes` classes and, if the configuration distills, momentum copies of it all.
+    """An ALBEF with a head over `classes` classes and, if the configuration distills, momentum copies of it all.
 
-    A subclass says in `keys_values` how its images meet the multimodal encoder.
+    A subclass says in `keys_values` how its images meet the multimodal encoder, and may have another head than one of two
+    layers: the name of the module, and build_head(width, classes).
     """
+
+    head = "cls_head"
 
     def __init__(self, config, bert, tokenizer, classes):
         super().__init__(config, bert, tokenizer)
-        width = self.bert_config["hidden_size"]
-        self.cls_head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+        self.classes = classes
+        self.add_module(self.head, self.build_head(self.bert_config["hidden_size"], classes))
         if config["distill"]:
-            self.add_momentum("visual_encoder", "text_encoder", "cls_head")
+            self.add_momentum("visual_encoder", "text_encoder", self.head)
+
+    @staticmethod
+    def build_head(width, classes):
+        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
 
     def keys_values(self, bert, image_embeds):
         """The images' keys and values for each multimodal layer of bert, from the embeddings of all images."""
@@ -27,12 +34,12 @@ class Classifier(ALBEF):
 
     def classify(self, image, text):
         """image: all images of a batch; text with input_ids and attention_mask [B, L] -> logits [B, classes]."""
-        return self._classify(self.visual_encoder, self.bert, self.cls_head, image, text)
+        return self._classify(self.visual_encoder, self.bert, getattr(self, self.head), image, text)
 
-    def _classify(self, visual_encoder, bert, cls_head, image, text):
+    def _classify(self, visual_encoder, bert, head, image, text):
         keys_values = self.keys_values(bert, visual_encoder.forward_features(image))
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
-        return cls_head(bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0])
+        return head(bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0])
 
     def distilled_loss(self, image, text, targets, alpha, update_momentum):
         """Cross-entropy with the targets [B] mixed with the momentum model's classes by alpha (Section 3.3), a scalar."""
@@ -41,5 +48,5 @@ class Classifier(ALBEF):
             with torch.no_grad():
                 if update_momentum:
                     update_momentum_(self, self.config["momentum"])
-                logits_m = self._classify(self.visual_encoder_m, self.bert_m, self.cls_head_m, image, text)
+                logits_m = self._classify(self.visual_encoder_m, self.bert_m, getattr(self, f"{self.head}_m"), image, text)
         return distilled_cross_entropy(logits, targets, logits_m, alpha)[0].mean()

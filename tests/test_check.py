@@ -59,16 +59,16 @@ def problems_of(report):
 
 
 def test_good_data_of_every_task(run, shapes):
-    tasks = ("vqa", "ve", "nlvr", "grounding")
+    tasks = ("vqa", "ve", "nlvr", "grounding", "relevance")
     train = [str(shapes / f"{name}.json") for name in ("pretrain", "retrieval_train", *(f"{task}_train" for task in tasks))]
     test = [str(shapes / f"{name}.json") for name in ("test", *(f"{task}_test" for task in tasks))]
     status, out, report = run(
         train_file=train, val_file=str(shapes / "val.json"), test_file=test, vqa_root=str(shapes), refcoco_data=str(shapes),
-        det_file=str(shapes / "refcoco+/dets.json"), answer_list=str(shapes / "answer_list.json"),
+        det_file=str(shapes / "refcoco+/dets.json"), max_tokens=32, answer_list=str(shapes / "answer_list.json"),
     )  # fmt: skip
     assert status == 0 and "No problems." in out and report["problems"] == report["notes"] == []
     assert [of["file"] for of in report["files"]] == [*train, str(shapes / "val.json"), *test]
-    assert [of["key"] for of in report["files"]] == ["train_file"] * 6 + ["val_file"] + ["test_file"] * 5
+    assert [of["key"] for of in report["files"]] == ["train_file"] * 7 + ["val_file"] + ["test_file"] * 6
     for of in report["files"]:
         entries = json.loads(open(of["file"]).read())
         images = {image for entry in entries for image in entry.get("images", [entry.get("image")])}
@@ -77,10 +77,10 @@ def test_good_data_of_every_task(run, shapes):
         assert of["shorter_side"]["<64"] == len(images) and of["smaller_than_image_res"] == 0
         assert of["unknown_words"]["count"] == of["words"]["cut"] == 0
     forms = [of["form"].split()[0] for of in report["files"]]
-    assert forms[:6] == ["image-caption", "captions", "questions", "visual", "NLVR2", "referring"]
+    assert forms[:7] == ["image-caption", "captions", "questions", "visual", "NLVR2", "referring", "queries"]
     limits = [(of["words"]["limit"], of["word_pieces"]["limit"]) for of in report["files"]]
-    assert limits[:6] == [(30, 25), (30, 30), (30, 25), (30, 40), (30, 40), (30, 30)]
-    assert limits[6:] == [(30, 30), (30, 30), (50, 40), (30, 40), (30, 40), (30, 30)]
+    assert limits[:7] == [(30, 25), (30, 30), (30, 25), (30, 40), (30, 40), (30, 30), (512, 32)]
+    assert limits[7:] == [(30, 30), (30, 30), (50, 40), (30, 40), (30, 40), (30, 30), (512, 32)]
     opened = {"image_root", "vqa_root", "bert_config", "tokenizer", "answer_list", "refcoco_data", "det_file"}
     assert report["others"].keys() == opened
 

@@ -28,6 +28,7 @@ CUDA = torch.device("cuda")
 TASKS = {
     "Pretrain": ("pretrain", "pretrain.json"), "Retrieval": ("retrieval_train", "retrieval_train.json"),
     "VQA": ("vqa_train", "vqa_train.json"), "VE": ("ve_train", "ve_train.json"), "NLVR": ("nlvr_train", "nlvr_train.json"),
+    "Relevance": ("relevance_train", "relevance_train.json"),
     "Pretrain_nlvr": ("nlvr_pretrain_train", "pretrain.json"), "Grounding": ("grounding_train", "grounding_train.json"),
 }  # fmt: skip
 

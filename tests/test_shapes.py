@@ -15,7 +15,7 @@ from PIL import Image
 from configs.schema import load_config
 from dataset import build_dataset
 from dataset.refer import box_iou
-from dataset.shapes import attributes, captions, grounding, nlvr, ve, vocabulary, vqa, words, write_dataset
+from dataset.shapes import attributes, captions, grounding, nlvr, relevance, ve, vocabulary, vqa, words, write_dataset
 from dataset.shapes.__main__ import main
 from dataset.shapes.files import draw_split
 from dataset.shapes.scenes import (BACKGROUNDS, COLORS, CURTAIN, POSITIONS, QUADRANTS, SHAPES, SPLITS, combination_of,
@@ -97,6 +97,7 @@ def test_finished_data_is_kept_and_interrupted_or_other_data_is_made_anew(tmp_pa
     ("NLVR", {"nlvr_train": 192, "nlvr_val": 8, "nlvr_test": 24}),
     ("Grounding", {"grounding_train": None, "grounding_val": None, "grounding_test": None}),
     ("Attributes", {"attributes_test": 12}),
+    ("Relevance", {"relevance_train": 96, "relevance_val": 8, "relevance_test": 24}),
 ])
 def test_every_task_reads_its_files(shapes, tmp_path, config, names):
     text = (ROOT / f"configs/shapes/{config}.yaml").read_text()
@@ -114,10 +115,11 @@ def test_every_word_is_in_the_vocabulary(scenes):
     texts += [c["caption"] for split in scenes.values() for s in split for c in s["captions"]]
     texts += [captions.noisy_caption(random.Random(i), scenes["train"][i % 200], scenes["train"][0], kind)
               for i in range(100) for kind in captions.NOISE_KINDS]
-    for task, key in ((vqa, "question"), (ve, "sentence"), (nlvr, "sentence"), (grounding, "text")):
+    for task, key in ((vqa, "question"), (ve, "sentence"), (nlvr, "sentence"), (grounding, "text"),
+                      (relevance, "query"), (relevance, "text")):
         texts += [entry[key] for entries in task.annotations(scenes, 0)[:2] for entry in entries]
     texts += vqa.annotations(scenes, 0)[-1]
-    texts += [value for of in attributes.annotations(scenes, 0)[0]["attributes"] for value in of["name"].split(":")[1].split("/")]
+    texts += re.split("[:/]", "/".join(of["name"].split(":")[1] for of in attributes.annotations(scenes, 0)[0]["attributes"]))
     for text in texts:
         said = pre_caption(re.sub("{.*?}", "", text), 99).split()
         assert set(said) <= set(vocab) and text == text.lower() and not re.search(r"\ba [aeiou]", text), text
@@ -479,3 +481,41 @@ def test_a_box_shows_the_attributes_that_it_is_labeled_with(shapes):
             assert columns.mean() < w / 2
         if "bottom" in said.get("position", ""):
             assert rows.mean() > h / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# relevance
+
+
+def test_an_ad_is_relevant_if_its_picture_or_its_title_has_what_is_asked_for_but_never_both(scenes):
+    def spoken(text):
+        """The objects named in a text, as facts."""
+        return [dict(SAID[word] for word in phrase.split() if word in SAID)
+                for phrase in re.split(" on | against | with a ", text)[:1]]
+
+    def has(objects, facts):
+        return any(facts.items() <= obj.items() for obj in objects)
+
+    entries, reasons = relevance.annotations(scenes, 0)[0], Counter()
+    by_image = {scene["image"]: scene["objects"] for scene in scenes["train"]}
+    for entry in entries:
+        (facts,) = spoken(entry["query"])
+        shown, named = has(by_image[entry["image"]], facts), has(spoken(entry["text"]), facts)
+        assert facts and (shown, named) == (entry["reason"] == "image", entry["reason"] == "text"), entry
+        assert entry["label"] == int(shown or named)
+        reasons[entry["reason"]] += 1
+    assert 0.17 < reasons["image"] / len(entries) < 0.33 and 0.17 < reasons["text"] / len(entries) < 0.33
+
+
+def test_words_alone_tell_no_more_relevant_ads_than_those_that_say_it(scenes):
+    """Among ads whose title does not have it, words that occur in relevant ones occur as often in irrelevant ones."""
+    counts = {0: Counter(), 1: Counter()}
+    for seed in range(20):
+        for entry in relevance.annotations(scenes, seed)[0]:
+            if entry["reason"] != "text":
+                query, title = entry["query"].split(), entry["text"].split()
+                counts[entry["label"]].update(["ads", *title, *{"same " * (word in title) for word in query}])
+    for word, count in counts[0].items():
+        if count > 1000:
+            ratio = counts[1][word] / counts[1]["ads"] / (count / counts[0]["ads"])
+            assert 0.85 < ratio < 1.15, word

@@ -1,4 +1,4 @@
-"""VQA.py, VE.py, NLVR.py, Pretrain_nlvr.py and Grounding.py as a whole: training, resuming, evaluation, bad input."""
+"""The scripts that fine-tune, but for Retrieval.py, as a whole: training, resuming, evaluation, bad input."""
 
 import argparse
 import functools
@@ -19,7 +19,8 @@ from conftest import contents, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir
-from models import build_model
+from evaluation.relevance import Swapped, evaluate, roc_auc
+from models import build_model, task_of
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
 from models.vqa import VQA
@@ -38,6 +39,9 @@ TASKS = {
     "NLVR": (
         {"train_file": ["nlvr_train.json"], "val_file": ["nlvr_dev.json"], "test_file": ["nlvr_test.json"]},
         {"val_acc", "test_acc"}),
+    "Relevance": (
+        {"train_file": ["relevance_train.json"], "val_file": ["relevance_val.json"], "test_file": ["relevance_test.json"]},
+        {"val_auc", "test_auc"}),
     "Pretrain_nlvr": ({"train_file": ["pretrain.json"], "test_file": None}, set()),
     "Grounding": (
         {"train_file": ["grounding_train.json"], "test_file": ["grounding_test.json"], "refcoco_data": "",
@@ -92,7 +96,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeyp
     entries = log(tmp_path / "whole")
     assert [entry["epoch"] for entry in entries] == [0, 1]
     assert TASKS[script][1] <= set().union(*entries)
-    validated = "val_acc" in entries[0] or "val_d" in entries[0]
+    validated = {"val_acc", "val_auc", "val_d"} & entries[0].keys()
     kept = {path.name for path in (tmp_path / "whole").glob("checkpoint_*.pth")}
     expected = {"checkpoint_best.pth"} if validated else {"checkpoint_00.pth", "checkpoint_01.pth"}
     assert kept == expected | {"checkpoint_last.pth"}
@@ -331,6 +335,54 @@ def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
             assert sample.files == [str(shapes / image) for image in images]
 
 
+IMAGE = "images/test/000000.jpg"
+
+
+def test_an_ad_is_read_as_query_and_words_cut_to_max_tokens(tiny_config, shapes, tmp_path):
+    entries = [{"image": IMAGE, "query": "Red Star!", "text": "Free, big star " * 9, "label": label} for label in (0, 1)]
+    (tmp_path / "ads.json").write_text(json.dumps(entries))
+    config = {**tiny_config, "test_file": [str(tmp_path / "ads.json")], "max_tokens": 9}
+    dataset, tokenizer = build_dataset("relevance_test", config), build_tokenizer(config["tokenizer"])
+    batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
+    assert tokenizer.decode(batch.text.input_ids[0]) == "[CLS] red star [SEP] free big star free big"
+    assert batch.targets.tolist() == [0, 1]
+
+
+def test_relevance_starts_from_the_itm_head_and_can_be_evaluated_before_training(program, tiny_config, pretrained, tmp_path):
+    config_of, run = program
+    weights, model = torch.load(pretrained)["model"], build_model("relevance", tiny_config)
+    assert not load_checkpoint(model, pretrained, complete=True).new
+    for head in (model.itm_head, model.itm_head_m):
+        assert torch.equal(head.weight, weights["itm_head.weight"]) and torch.equal(head.bias, weights["itm_head.bias"])
+    assert task_of(model.state_dict()) == "relevance" and task_of(weights) == "pretrain"
+    run("Relevance", config_of("Relevance"), tmp_path / "out", "--evaluate", "--split", "test", "--alone")
+    (entry,) = log(tmp_path / "out")
+    assert {"test_auc", "test_auc_other_image", "test_auc_other_words"} <= entry.keys()
+
+
+def test_ads_with_the_image_or_the_words_of_another(program):
+    dataset = build_dataset("relevance_test", program[0]("Relevance"))
+    own, other = dataset[3], dataset[15]
+    image, words = (Swapped(dataset, part)[3] for part in ("image", "words"))
+    assert torch.equal(image.image, other.image) and image.sentence == own.sentence
+    query, title = own.sentence.split(" [SEP] ")[0], other.sentence.split(" [SEP] ")[1]
+    assert words.sentence == f"{query} [SEP] {title}" and torch.equal(words.image, own.image)
+    assert image.target == words.target == own.target and len(dataset) == 24
+
+
+def test_the_ads_that_a_model_finds_relevant_come_first(program, monkeypatch):
+    config = program[0]("Relevance")
+    dataset, model = build_dataset("relevance_test", config), build_model("relevance", config)
+    targets = iter([entry.label for entry in dataset.entries])
+    monkeypatch.setattr(model, "predict", lambda image, text: torch.tensor([[0.0, 2.0 * next(targets) - 1] for _ in image]))
+    assert evaluate(model, dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu")) == {"auc": 100}
+
+
+def test_roc_auc_is_the_golden_one():
+    golden = json.loads(Path("tests/golden/attributes.json").read_text())["auc"]
+    assert roc_auc(golden["labels"], golden["scores"]) == pytest.approx(golden["roc_auc"])
+
+
 RIGHT = {  # script: what makes a quarter of its test data right
     "VE": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
     "NLVR": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
@@ -384,9 +436,9 @@ def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pre
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
 
 
-IMAGE = "images/test/000000.jpg"
 QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset": "vqa"}
 VE_ENTRY = {"image": IMAGE[:-4], "sentence": "a star", "label": "neutral"}
+AD = {"image": IMAGE, "query": "star", "text": "buy now", "label": 1}
 # script, key, value (a list or object is written to a file), what the message says
 BAD_INPUT = {
     "empty answer list": ("VQA", "answer_list", [], "bad.json: Expected 'array' of length >= 1"),
@@ -409,6 +461,11 @@ BAD_INPUT = {
     "unknown label": ("VE", "train_file", [{**VE_ENTRY, "label": "-"}], "'-' - at 'label' .*contradiction or neutral"),
     "image without file": ("VE", "test_file", [{**VE_ENTRY, "image": "images/test/absent"}], "absent.jpg does not exist"),
     "empty sentence": ("VE", "val_file", [{**VE_ENTRY, "sentence": "..."}], "text '...' is empty"),
+    "label 2": ("Relevance", "train_file", [{**AD, "label": 2}], "value 2 - at 'label' .*\"label\": 0 or 1"),
+    "label as text": ("Relevance", "test_file", [{**AD, "label": "1"}], "'str' - at 'label'"),
+    "empty query": ("Relevance", "train_file", [{**AD, "query": "?"}], "query '\\?' is empty"),
+    "no words": ("Relevance", "train_file", [{**AD, "text": ""}], "text '' is empty"),
+    "one class": ("Relevance", "val_file", [AD, AD], "val_file .*all labels are 1, the ROC AUC needs both"),
     "one image": ("NLVR", "train_file", [{"images": [IMAGE], "sentence": "a", "label": "True"}], "length >= 2 - at 'images'"),
     "label true": ("NLVR", "test_file", [{"images": [IMAGE] * 2, "sentence": "a", "label": "true"}], "'label' .*False or True"),
     "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),

@@ -133,7 +133,7 @@ def draw_attributes(result, path, count=5):
                 text = textwrap.shorten(f"{score:.3f}  {attributes[number]['name']}", 60, placeholder=" ...")
                 color = "#888888" if label < 0 else HIT if label == right else MISS
                 axis.text(0, 1 - (i + 0.5) / len(box[kind]), text, color=color, va="center", fontsize=10)
-    figure.suptitle("boxes with their best and worst attributes: green is right, red is wrong, gray is not labeled", fontsize=13)
+    figure.suptitle("boxes with their best and worst attributes: green is right, red is wrong, gray not labeled", fontsize=13)
     _save(figure, path)
 
 

@@ -15,6 +15,7 @@ from utils import Text
 # the head on the multimodal [CLS] and its classes in order, of matching only the one that is shown
 HEADS = {
     "pretrain": ("itm_head", (None, "match")), "retrieval": ("itm_head", (None, "match")),
+    "relevance": ("itm_head", (None, "relevant")),
     "ve": ("cls_head", tuple(ve.LABELS)), "nlvr": ("cls_head", tuple(nlvr.LABELS)),
     "nlvr_pretrain": ("ta_head", ("first", "second", "neither")),
 }  # fmt: skip

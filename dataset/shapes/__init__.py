@@ -15,6 +15,8 @@ scenes_{train,val,test}.json describe the scenes in full; the other files have t
   and moons, testB to the other shapes, both in the test images; refs(unc).p is REFER's file, dets.json has detected boxes
 - attributes, as OVAD: sheets of four pictures of one object each, a box around each picture; color,
   background, size, pattern, position
+- relevance: queries and ads of a picture and a title; half of the relevant ads show what is asked for, the others say it.
+  Pictures alone, or titles alone, give a ROC AUC of 75%
 """
 
 from .files import vocabulary, write_dataset

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from dataset.workers import in_processes, process_count
 from utils import InputError, atomic_write
 
-from . import attributes, captions, grounding, nlvr, ve, vqa
+from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
-VERSION = 5  # of the generator: data made by another version is made anew
+VERSION = 6  # of the generator: data made by another version is made anew
 TASKS = {"retrieval": captions, "VQA": vqa, "VE": ve, "NLVR2": nlvr, "grounding": grounding,
-         "attributes": attributes}
+         "attributes": attributes, "relevance": relevance}
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
 
 
@@ -86,9 +86,9 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
 
     train, val and test are numbers of scenes, noise the share of corrupted captions in pretrain.json, image_size the
     side in pixels, captions the number per image; progress shows a bar. Same arguments, same bytes, on any number of
-    processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then scenes_{split}.json
-    (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if all this was already
-    there. Raises InputError for arguments out of range and for a folder that has other files or cannot be written.
+    processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then
+    scenes_{split}.json (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if all this
+    was already there. Raises InputError for arguments out of range and for a folder that has other files or cannot be written.
     """
     output, counts = Path(output), dict(zip(SPLITS, (train, val, test)))
     arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
@@ -110,7 +110,8 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
         every = [scene for split in SPLITS for scene in scenes[split]]
         jobs = [(output / s["image"], render, s) for s in every]
         jobs += [(output / ve.covered_image(s["image"]), render, s, s["covered"]) for s in every if s["covered"]]
-        jobs += [(output / name, attributes.render_sheet, *sheet) for name, sheet in attributes.draw_sheets(scenes, seed).items()]
+        sheets = attributes.draw_sheets(scenes, seed)
+        jobs += [(output / name, attributes.render_sheet, *pictures) for name, pictures in sheets.items()]
         with in_processes(process_count(len(jobs))) as run:
             for _ in tqdm(run(save_image, jobs), total=len(jobs), desc="shapes", unit="image", disable=not progress):
                 pass

@@ -1,0 +1,53 @@
+"""Query-ad relevance: an ad is a picture with a title, and each of them shows or says what the other leaves out.
+
+A query is for an object, which half of the relevant ads show and the other half name in the title, none both. Titles are drawn
+for the query alone: whoever looks at one of the two finds half of the relevant ads and cannot tell the others from irrelevant
+ones, a ROC AUC of 75%.
+"""
+
+from itertools import product
+
+from .captions import GROUNDS
+from .scenes import COLORS, FILLS, SHAPES, SIZES, SPLITS, each_scene
+from .words import KEYS, count_fitting, facts_of, phrase, say
+
+FILES = tuple(f"relevance_{split}.json" for split in SPLITS)
+TITLES = ("best price {}", "buy {} online now", "free {}", "{} free shipping now")
+TEXTS = TITLES
+REASONS = ("image", "text", None, None)  # what tells that an ad is relevant, as often as one another
+PER_SCENE = 2
+DETAIL = 0.3  # probability that a title says the size of its object, its fill, the background
+OBJECTS = [dict(zip(("color", "shape"), pair)) for pair in product(COLORS, SHAPES)]
+
+
+def draw_unlike(rng, facts):
+    """Draw color and shape of an object that does not fit the facts."""
+    return dict(rng.choice([obj for obj in OBJECTS if not count_fitting([obj], facts)]))
+
+
+def draw_query(rng, objects, keys, shown):
+    """Draw facts under the keys that fit one of the objects, or none."""
+    drawn = [facts_of(obj, keys) for obj in (objects if shown else OBJECTS)]
+    return rng.choice([facts for facts in drawn if shown or not count_fitting(objects, facts)])
+
+
+def write_title(rng, scene, facts, says):
+    """Write a title that names an object, one that fits the facts if it `says` so, and perhaps the background."""
+    obj = draw_unlike(rng, facts) | (facts if says else {})
+    obj |= {key: rng.choice(list(table)) for key, table in (("size", SIZES), ("fill", FILLS)) if rng.random() < DETAIL}
+    title = rng.choice(TITLES).format(phrase(rng, obj))
+    return f"{title} {rng.choice(GROUNDS).format(say(rng, scene['background']))}" if rng.random() < DETAIL else title
+
+
+def annotations(scenes, seed):
+    """Return the contents of FILES for {split: scenes}; `reason`, one of REASONS, is for people."""
+    entries = {split: [] for split in scenes}
+    for split, _, scene, rng in each_scene(scenes, seed, "relevance"):
+        for _ in range(PER_SCENE):
+            reason = rng.choice(REASONS)
+            facts = draw_query(rng, scene["objects"], rng.choice(KEYS), reason == "image")
+            entries[split].append({
+                "image": scene["image"], "query": phrase(rng, facts), "text": write_title(rng, scene, facts, reason == "text"),
+                "label": int(reason is not None), "reason": reason,
+            })  # fmt: skip
+    return tuple(entries.values())
