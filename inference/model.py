@@ -265,7 +265,7 @@ class Inference:
     # -----------------------------------------------------------------------------------------------------------------
     # what the model looks at and expects
 
-    @serves("pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain", exact=True)
+    @serves("pretrain", "retrieval", "vqa", "ve", "nlvr", "relevance", "nlvr_pretrain", exact=True)
     def heat_map(self, images, texts, answers=None, mode="itm", block_num=None):
         """Return the HeatMap of the decision on an image and a text or question, by Grad-CAM (Figures 4 to 6).
 

@@ -157,7 +157,7 @@ def test_make_shows_the_runs_without_running_them(tmp_path):
     (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    for room in ("experiments", "configs", "utils.py", "requirements.txt"):
+    for room in ("experiments", "configs", "utils.py", "requirements.txt", "constraints.txt", "data"):
         (tmp_path / room).symlink_to(ROOT / room)
     call = subprocess.run(["make", "-n", "paper-table5"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "grounding/itm3 (1 min): python Grounding.py" in call.stdout and "VQA.py" not in call.stdout
