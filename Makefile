@@ -7,7 +7,7 @@ DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-noise paper-section4 paper-figures
 
-.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) test mutants benchmarks clean
+.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) test mutants benchmarks gpu clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
@@ -42,6 +42,9 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/pretrain_step.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
+
+gpu: .venv/installed
+	$(BIN)/python tests/gpu/report.py
 
 .venv/installed: requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,0 +1,177 @@
+"""What must hold on a GPU before a run is worth its hours. Each check returns what it found, and raises AssertionError if it fails."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import pretrain_step
+import Pretrain
+from dataset.shapes import write_dataset
+from engine import Run, compile_layers, iterate
+from engine.memory import LiveBytes, estimate
+from models import build_model
+from optim import create_optimizer
+from utils import Text, seed_everything
+
+ROOT = Path(__file__).resolve().parents[2]
+# largest gap of the losses, and norm of the gap of all gradients, both relative. The gradients' are five times what bf16 has on
+# a CPU (0.036); TF32 has three more bits
+GOLDEN = {"fp32": (1e-4, 1e-4), "tf32": (6e-3, 0.025), "bf16": (5e-2, 0.2)}
+COMPILED, SHARDED, MEMORY = 2e-2, 1e-5, 0.1
+ITERATIONS, BATCH_SIZE = 15, 8  # of an epoch of the runs of several processes; they have two
+
+
+def golden(device, size):
+    """The released implementation's losses and gradients in fp32, TF32 and bf16."""
+    data = torch.load(ROOT / "tests/golden/pretrain.pt", weights_only=True)
+    found, before = [], torch.get_float32_matmul_precision()
+    for name, limits in GOLDEN.items():
+        model = build_model("pretrain", {**data["config"], "bert_config": str(ROOT / "tests/golden/bert.json")})
+        model.load_state_dict(data["state_dict"], strict=False)
+        model.to(device).train()
+        moved = {key: value.to(device) for key, value in data.items() if isinstance(value, torch.Tensor)}
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+            losses = model(moved["image"], Text(moved["input_ids"], moved["attention_mask"]), alpha=data["alpha"],
+                           masked=(moved["masked_input_ids"], moved["labels"]))  # fmt: skip
+        sum(losses.values()).backward()
+        torch.set_float32_matmul_precision(before)
+        of_losses = max(abs(value.item() / data[key] - 1) for key, value in losses.items())
+        ours = torch.cat([model.get_parameter(key).grad.cpu().flatten() for key in data["grads"]])
+        theirs = torch.cat([value.flatten() for value in data["grads"].values()])
+        gaps = of_losses, float((ours - theirs).norm() / theirs.norm())
+        found.append("{} {:.0e} and {:.0e}".format(name, *gaps))
+        assert all(gap <= limit for gap, limit in zip(gaps, limits)), f"losses and gradients are off by {found[-1]}"
+    return "losses and gradients are off by " + ", ".join(found)
+
+
+def new_run(device, size, batch_size):
+    """Return a Run of pre-training in bf16 and its batch."""
+    config = size.config(f"batch_size={batch_size}", "precision=bf16")
+    seed_everything(0)
+    model = build_model("pretrain", config).to(device).train()
+    for param in model.idle_parameters():
+        param.requires_grad_(False)
+    run = Run(model, model, create_optimizer(config["optimizer"], model), Pretrain.step, config, config["scheduler"], device, 0,
+              None, 1)  # fmt: skip
+    return run, pretrain_step.make_batch(batch_size, config["image_res"])
+
+
+def step_without_waits(device, size):
+    """A step waits for the device nowhere, and its attention runs in fused kernels."""
+    run, batch = new_run(device, size, size.batches[0])
+    iterate(run, iter([batch]), 0, 0, 0.4)
+    watched = device.type == "cuda"
+    if watched:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        iterate(run, iter([batch]), 0, 1, 0.4)
+    finally:
+        if watched:
+            torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile() as profiler:
+        iterate(run, iter([batch]), 0, 2, 0.4)
+    names = {event.key.removeprefix("aten::_scaled_dot_product_") for event in profiler.key_averages()
+             if event.key.startswith("aten::_scaled_dot_product_") and "backward" not in event.key}  # fmt: skip
+    assert not watched or (names and "attention_math" not in names), f"attention runs as {', '.join(sorted(names))}"
+    return f"attention runs as {', '.join(sorted(names))}"
+
+
+def compiled_as_eager(device, size):
+    """The losses of a compiled step are the eager one's, and no graph is compiled after the first steps."""
+    values, graphs = [], 0
+    for compiled in (False, True):
+        run, batch = new_run(device, size, size.batches[0])
+        if compiled:
+            torch._dynamo.reset()
+            compile_layers(run.model, **size.compile_options)
+        values.append([value.item() for value in iterate(run, iter([batch]), 0, 0, 0.4)[0].values()])
+    for number in range(1, pretrain_step.WARM_UP + 2):
+        if number == pretrain_step.WARM_UP:
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        iterate(run, iter([batch]), 0, number, 0.4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "a graph is compiled after the first steps"
+    gap = max(abs(ours - theirs) / (abs(theirs) + 1e-3) for theirs, ours in zip(*values))
+    assert gap <= COMPILED, f"losses and norm of the gradients are off by {gap:.0e}"
+    return f"losses and norm of the gradients are off by {gap:.0e}; {graphs} graphs"
+
+
+def memory_as_estimated(device, size):
+    """The peak memory of a step is what a run that runs out of it goes by."""
+    batch_size, gpu = size.batches[0], device.type == "cuda"
+    counter = contextlib.nullcontext() if gpu else LiveBytes(1)
+    if gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if gpu else 0
+    with counter:
+        run, batch = new_run(device, size, batch_size)
+        for number in range(2):
+            iterate(run, iter([batch]), 0, number, 0.4)
+    peak = torch.cuda.max_memory_allocated() - before if gpu else counter.peak
+    expected = estimate("pretrain", run.config, Pretrain.step, batch, 1, gpu).total()
+    found = f"{peak / 1e9:.3f} GB at batch {batch_size}, the estimate is {expected / 1e9:.3f} GB"
+    assert abs(peak / expected - 1) <= MEMORY, found
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes, one on each GPU
+
+
+def launch(device, processes, *arguments):
+    """Start Pretrain.py on so many processes. Return its Popen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "Pretrain.py"]
+    return subprocess.Popen([*command, "--device", device.type, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+
+
+def ended(process):
+    """Wait for a program. Return its exit status and what it says is wrong, else the end of its output."""
+    lines = process.communicate()[0].splitlines()
+    return process.returncode, " ".join([line for line in lines if line.startswith("error:")] or lines[-10:])
+
+
+def processes_repeat_resume_and_shard(device, size):
+    """Runs of two epochs on all GPUs: the same bits twice, also after SIGTERM and --resume, and nearly so with ZeRO."""
+    with tempfile.TemporaryDirectory() as folder:
+        data, weights = Path(folder, "data"), {}
+        write_dataset(data, train=ITERATIONS * BATCH_SIZE * size.processes, val=2, test=2, captions=1)
+
+        def arguments(name, *keys):
+            given = (f"train_file={data}/pretrain.json", "test_file=null", f"image_root={data}", f"tokenizer={data}/vocab.txt",
+                     f"batch_size={BATCH_SIZE}", "scheduler.epochs=2", "num_workers=1", "deterministic=true")  # fmt: skip
+            return ("--config", "configs/shapes/Pretrain.yaml", "--output_dir", Path(folder, name), "--set", *given, *keys)
+
+        def finish(name, *flags):
+            status, output = ended(launch(device, size.processes, *arguments(name), *flags))
+            assert status == 0, f"{name}: {output}"
+            weights[name] = torch.load(Path(folder, name, "checkpoint_last.pth"), weights_only=True)["model"]
+
+        finish("once")
+        finish("again")
+        finish("ZeRO", "shard_optimizer=true")
+        process = launch(device, size.processes, *arguments("interrupted"))
+        while process.poll() is None and not Path(folder, "interrupted/checkpoint_00.pth").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        status, output = ended(process)
+        assert status != 0, "the run was over before SIGTERM reached it"
+        finish("interrupted", "--resume")
+        for name in ("again", "interrupted"):
+            differing = [key for key, value in weights["once"].items() if not torch.equal(value, weights[name][key])]
+            assert not differing, f"{name}: {len(differing)} tensors differ, {differing[0]} among them"
+        gap = max(float((value - weights["ZeRO"][key]).abs().max()) for key, value in weights["once"].items())
+        assert gap <= SHARDED, f"ZeRO: weights are off by {gap:.0e}"
+    return f"{size.processes} processes, {2 * ITERATIONS} steps: the same bits twice and after SIGTERM; ZeRO is off by {gap:.0e}"
+
+
+CHECKS = {check.__name__.replace("_", " "): check for check in (
+    golden, step_without_waits, compiled_as_eager, memory_as_estimated, processes_repeat_resume_and_shard,
+)}  # fmt: skip

@@ -1,0 +1,60 @@
+"""`make gpu` without a GPU: it says so, and what it does runs end to end on a tiny model; a GPU's machine runs it whole."""
+
+import json
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT
+
+from configs.schema import override
+
+sys.path[:0] = [str(ROOT / "tests/gpu"), str(ROOT / "benchmarks")]
+import checks
+import dataloader
+import pretrain_step
+import report
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def size(tiny_config, monkeypatch):
+    bert = {**tiny_config["bert_config"], "vocab_size": 30522, "num_hidden_layers": 2, "fusion_layer": 1}
+    config = {**tiny_config, "bert_config": bert, "queue_size": 64, "vision_depth": 1}
+    size = report.Size(lambda *keys: override(config, list(keys), "tiny"), (4,), 2, 1, (["annotations.py", "--help"],),
+                       {"backend": "eager"})  # fmt: skip
+    monkeypatch.setattr(pretrain_step, "full_size_config", lambda name, *keys: size.config(*keys))
+    monkeypatch.setattr(pretrain_step, "MATMUL", 64)
+    monkeypatch.setattr(pretrain_step, "WARM_UP", 1)
+    monkeypatch.setattr(pretrain_step, "compile_layers", lambda model: None)
+    monkeypatch.setattr(dataloader, "PHOTOS", 2)
+    monkeypatch.setattr(dataloader, "PAIRS", 16)
+    return size
+
+
+def test_the_report_runs_end_to_end_and_says_what_is_wrong(size, tmp_path, monkeypatch, capsys):
+    # runs of several processes are tested for every task elsewhere
+    of_processes = {"processes repeat resume and shard": mock.Mock(side_effect=AssertionError("ZeRO: weights are off by 1"))}
+    with mock.patch.dict(checks.CHECKS, of_processes):
+        assert report.report(CPU, size, tmp_path) == [*of_processes]
+    output = capsys.readouterr().out
+    assert output.splitlines()[-1] == "this installation is not fit to train: processes repeat resume and shard"
+    content, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
+    assert [(row["batch"], row["mode"]) for row in content["steps"]] == [(4, "eager"), (4, "compiled")]
+    assert content["scaling"]["1"] > 0 and "| 4 | compiled |" in page and "usage: annotations.py" in page
+    assert "FAILED: ZeRO: weights are off by 1" in page
+
+
+@pytest.mark.parametrize("precision", checks.GOLDEN)
+def test_golden_values_that_are_off_are_said(size, monkeypatch, precision):
+    monkeypatch.setitem(checks.GOLDEN, precision, (-1, -1))
+    with pytest.raises(AssertionError, match=f"off by {precision} "):
+        checks.golden(CPU, size)
+
+
+def test_without_a_gpu_it_says_so_in_one_line():
+    ended = subprocess.run([sys.executable, "tests/gpu/report.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "no GPU" in ended.stderr
