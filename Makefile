@@ -42,6 +42,7 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/pretrain_step.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
+	$(BIN)/python benchmarks/saving.py
 
 gpu: .venv/installed
 	$(BIN)/python tests/gpu/report.py

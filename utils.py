@@ -247,6 +247,7 @@ def make_deterministic():
 
 
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
+os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get rights that nobody meant
 
 
 @contextlib.contextmanager
@@ -255,7 +256,7 @@ def atomic_write(path, mode="wb"):
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
-        os.chmod(name, 0o666 & ~_umask())
+        os.chmod(name, 0o666 & ~UMASK)
         with os.fdopen(handle, mode) as file:
             yield file
             file.flush()
@@ -318,12 +319,6 @@ def verify_hash(path):
         )
     _verified[str(path)] = state
     return True
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def make_output_dir(path, writes=True, patience=10, flag="--output_dir"):

@@ -7,6 +7,7 @@ import copy
 import difflib
 import json
 import os
+import re
 import reprlib
 import sys
 from pathlib import Path
@@ -61,6 +62,15 @@ def either(*kinds):
     return Kind(" or ".join(kind.wanted for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
 
 
+def save_interval(value):
+    """Return the key save_every as (minutes, iterations), one of them 0, both for never; None if it is neither."""
+    if type(value) is int:
+        return (0, value) if value >= 0 else None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) minutes?|(\d+) iterations?", value) if isinstance(value, str) else None
+    return found and (float(found[1] or 0), int(found[2] or 0))
+
+
+INTERVAL = Kind("minutes or iterations, as in 15 minutes or 1000 iterations", lambda value: save_interval(value) is not None)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 PATH = Kind("a path", lambda value: TEXT.fits(value) and value != "")
@@ -131,7 +141,7 @@ KEYS = {
     "shard_optimizer": Key(False, FLAG),
     "deterministic": Key(False, FLAG),
     "log_every": Key(50, whole(1)),
-    "save_every": Key(1000, whole(0)),
+    "save_every": Key("15 minutes", INTERVAL),
     "keep_checkpoints": Key(None, whole(1)),
     "max_skipped_steps": Key(0, whole(0)),
     "optimizer.opt": Key("adamW", TEXT),

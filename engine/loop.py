@@ -1,7 +1,6 @@
 """The training loop: accumulation, schedule, and when to log, save, validate and stop."""
 
 import contextlib
-import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from configs.schema import save_config
 from dataset import to_device
@@ -18,10 +16,10 @@ from engine.curves import Curves
 from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
 from engine.recorder import Recorder, summary, write_log
-from engine.saving import BEST, LAST, PREVIOUS, Position, make_last, resume, rotate, save_checkpoint
+from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
-from utils import InputError, TrainingStopped, gather_lists, is_distributed, is_main, rank, seed_everything, world_size
+from utils import InputError, gather_lists, is_distributed, is_main, rank, seed_everything, world_size
 
 
 class Run(NamedTuple):
@@ -38,11 +36,12 @@ class Run(NamedTuple):
     output_dir: Path
     iterations: int  # optimizer steps in an epoch
     entries: int = 0  # of the training set
+    saver: Saver | None = None  # where nothing is saved
 
-    def save(self, name, position, lr):
-        """Write a checkpoint; every process must call it. Return its path. Raises TrainingStopped."""
+    def save(self, name, position, lr, **options):
+        """Begin to write a checkpoint, as Saver.save does; every process must call it. Return its path."""
         path = self.output_dir / name
-        save_checkpoint(path, self.model, self.optimizer, self.config, position, self.seed, lr, self.entries)
+        self.saver.save(path, self.model, self.optimizer, self.config, position, self.seed, lr, self.entries, **options)
         return path
 
 
@@ -80,7 +79,7 @@ def iterate(run, batches, epoch, iteration, alpha):
 def train_epoch(run, batches, position, recorder, stop):
     """Train from a position to the end of its epoch. Return the last learning rate. Raises Interrupted after saving."""
     config, epoch, iterations = run.config, position.epoch, run.iterations
-    batches = iter(batches)
+    batches, saver = iter(batches), run.saver
     lr = learning_rate(run.scheduler, epoch, iterations - 1, iterations)  # where nothing is left of the epoch
     for iteration in range(position.iteration, recorder.end):
         lr = learning_rate(run.scheduler, epoch, iteration, iterations)
@@ -91,20 +90,17 @@ def train_epoch(run, batches, position, recorder, stop):
             values, files, skipped = iterate(run, batches, epoch, iteration, alpha)
         recorder.add(values, lr, files, skipped)
 
-        signum = stop.agree()
-        due = config["save_every"] and (iteration + 1) % config["save_every"] == 0
+        signum, late, failed = stop.agree(saver.late(), saver.failed())
+        if failed:
+            saver.finish()
+        due = late or (saver.iterations and (iteration + 1) % saver.iterations == 0)
         if (signum or due) and iteration + 1 < recorder.end:
-            reached = recorder.position()
-            try:
-                path = run.save(LAST, reached, lr)
-            except TrainingStopped as error:
-                if signum:
-                    raise
-                # a full disk may be emptied before the next save is due; stopping now would lose what there is
-                tqdm.write(f"note: {error}; training goes on, and saves again after {config['save_every']} iterations",
-                           file=sys.stderr)
+            # a full disk may be emptied before the next save is due; stopping would lose what there is
+            otherwise = "" if signum else f"training goes on, and saves again after {saver.every}"
+            path = run.save(LAST, recorder.position(), lr, otherwise=otherwise)
             if signum:
-                stop.leave_together(f"saved {path} in epoch {epoch} after iteration {iteration}; continue with --resume")
+                saved = f"saved {path} in epoch {epoch} after iteration {iteration}; continue with --resume"
+                stop.leave_together(saved, saver.finish)
     return lr
 
 
@@ -120,7 +116,7 @@ def finish_epoch(run, position, lr, validate, stop):
         file = LAST
         path = run.save(file, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
         saved = f"saved {path} before the validation of epoch {epoch}; continue with --resume"
-        stop.leave_together(saved)
+        stop.leave_together(saved, run.saver.finish)
         with stop.leave_at_once(saved):
             metrics, name = validate()
         write_log(run.output_dir, epoch, **metrics)
@@ -133,11 +129,7 @@ def finish_epoch(run, position, lr, validate, stop):
             best = next_epoch.best
             print(f"epoch {epoch}: {name.replace('_', ' ', 1)} {metrics[name]:.4g}, best {best['score']:.4g} "
                   f"(epoch {best['epoch']})", flush=True)
-    path = run.save(file, next_epoch, lr)
-    if is_main() and file != LAST:
-        make_last(path)
-        if keep and validate is None:
-            rotate(run.output_dir, epoch, keep)
+    run.save(file, next_epoch, lr, keep=keep if validate is None else None)
     return next_epoch
 
 
@@ -209,7 +201,7 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
     schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}  # one rate, also where a caller changed only this one
     scheduler = scaled(schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"])
     run = Run(model, wrap(model, config, device), optimizer, step, config, scheduler, device, seed, Path(output_dir),
-              iterations, len(dataset))  # fmt: skip
+              iterations, len(dataset), Saver(config["save_every"]))  # fmt: skip
     return run, batches, position
 
 
@@ -233,7 +225,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     curves, flops = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1), None
 
-    with StopSignal() as stop, contextlib.closing(curves):
+    with StopSignal() as stop, contextlib.closing(curves), run.saver:
         while position.epoch < run.scheduler["epochs"]:
             model.train()
             with contextlib.closing(Recorder(run, position, end, curves, flops)) as recorder:
@@ -241,8 +233,9 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
                 position, flops = recorder.position(), recorder.flops
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = place(finish_epoch(run, position, lr, validate, stop), batches, config)
-        # waits for the main process too: whoever goes on to read the best checkpoint finds it written
-        stop.leave_together("training was complete and is saved; --resume goes on to the evaluation")
+        # all wait for the main process: whoever goes on to read the best checkpoint finds it written
+        run.saver.finish()
+        stop.leave_together("training was complete and is saved; --resume goes on to the evaluation", run.saver.finish)
     if is_main():
         (run.output_dir / PREVIOUS).unlink(missing_ok=True)  # of use only while the last one may be cut off
     return position.best or {"epoch": position.epoch - 1}

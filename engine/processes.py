@@ -141,29 +141,30 @@ class StopSignal:
     def _note(self, signum, _):
         self.signum = signum
 
-    def agree(self):
-        """Return the signal to stop for, the same on all processes, 0 for none. Every process must call it.
+    def agree(self, *own):
+        """Return the signal to stop for, 0 for none, and of each of `own` numbers the largest that a process has.
 
-        It is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to iteration i
+        The answer is the same on all processes, and every process must call it. It is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to iteration i
         is read after iteration i + 1.
         """
         if not is_distributed():
-            return self.signum
-        answer = 0
+            return [self.signum, *own]
+        answer = [0] * (1 + len(own))
         if self._pending is not None:
-            flag, work = self._pending
+            numbers, work = self._pending
             work.wait()
-            answer = int(flag)
-        flag = torch.tensor(self.signum)
-        self._pending = flag, dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+            answer = numbers.tolist()
+        numbers = torch.tensor([self.signum, *map(int, own)])
+        self._pending = numbers, dist.all_reduce(numbers, op=dist.ReduceOp.MAX, async_op=True)
         return answer
 
-    def leave_together(self, message):
-        """Raise Interrupted if any process has had a signal. Every process must call it; it waits for the one that saves, too.
+    def leave_together(self, message, finish):
+        """Raise Interrupted if any process has had a signal, after finish(), which waits for the one that saves.
 
-        The launcher ends all processes as soon as one has left.
+        Every process must call it. The launcher ends all processes as soon as one has left.
         """
         if signum := max(gather_lists([self.signum])):
+            finish()
             raise Interrupted(signum, message)
 
     def leave_at_once(self, message):

@@ -119,6 +119,7 @@ class Recorder:
         self._report(f"{what}: the step {done}", files)
         skipped, most = now.skipped_steps_before + now.skipped_steps, self.config["max_skipped_steps"]
         if skipped > most:
+            self.run.saver.wait()
             last = self.run.output_dir / LAST
             raise TrainingStopped(
                 f"{what}; {skipped} steps skipped, max_skipped_steps is {most}; "

@@ -1,18 +1,26 @@
 """Checkpoints of a run: written whole or not at all, rotated, found again after whatever happened, resumed from."""
 
 import contextlib
+import copy
 import os
 import re
 import shutil
+import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from tqdm import tqdm
 
+from configs.schema import save_interval
 from models.checkpoint import load_weights, named_tensors, read_checkpoint
-from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size
+from utils import (
+    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
+)  # fmt: skip
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
@@ -61,31 +69,133 @@ def _writing_checkpoint(path):
     return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))  # torch.save raises either
 
 
-def save_checkpoint(path, model, optimizer, config, position, seed, lr, entries=None):
-    """Write the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming, atomically.
+class Saver:
+    """Saves a run while it trains on: what changes is copied to host memory, and a thread of the main process writes the copy.
 
-    Every process must call it; the main one writes. entries: of the training set. epoch is the last one that was begun.
-    Random states need no key: every iteration seeds itself (utils.seed_everything). Raises TrainingStopped where it cannot be
-    written; what was there stays.
+    At most one write is under way: a save that comes while one is being written waits for it, and so does leaving the context:
+    a run that ends in any way leaves no write undone. Every process must call save and finish, at the same places.
+    save_every: as the configuration has it.
     """
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.consolidate_state_dict()
-    if not is_main():
-        return
-    done = position.iteration == 0
-    own = {"seed": seed, "world_size": world_size(), "entries": entries, "task": model.task}
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "lr_scheduler": {"lr": lr},
-        "config": config,
-        "epoch": position.epoch - 1 if done else position.epoch,
-        "resume": {**asdict(position), **own},
-    }
-    with _writing_checkpoint(path), atomic_write(path) as file:
-        torch.save(state, file)
-        file.flush()
-        _keep_previous(path.parent)
+
+    def __init__(self, save_every):
+        self.minutes, self.iterations = save_interval(save_every)
+        self.every = f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
+        self.thread, self.write = ThreadPoolExecutor(1, "save"), None  # the latest write, until it is known how it ended
+        self.buffers = {}
+
+    def __enter__(self):
+        self.begun = monotonic()
+        return self
+
+    def __exit__(self, _, error, trace):
+        self.thread.shutdown()
+        if failure := self.wait():
+            if error is None or isinstance(error, Interrupted):  # which says what is saved
+                raise TrainingStopped(failure) from None
+            print(f"note: {failure}", file=sys.stderr, flush=True)
+
+    def save(self, path, model, optimizer, config, position, seed, lr, entries=None, keep=None, otherwise=""):
+        """Begin to write the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming.
+
+        The file is that of the state at this call, whatever training changes while it is written; path and then LAST become
+        its names when it is complete and on the disk, and rotate follows. entries: of the training set. epoch is the last one
+        that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything). Where it cannot be
+        written, what was there stays, and the next save or finish raises TrainingStopped, or with `otherwise` a note ends so.
+        Raises TrainingStopped for the write before, on all processes.
+        """
+        self.finish()
+        sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
+        if sharded:
+            optimizer.consolidate_state_dict()
+        if not is_main():
+            return
+        self.begun = monotonic()
+        on_gpu = next(model.parameters()).is_cuda
+        if sharded and on_gpu:  # it has not waited for its copies
+            torch.cuda.current_stream().synchronize()
+        done = position.iteration == 0
+        own = {"seed": seed, "world_size": world_size(), "entries": entries, "task": model.task}
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": {"lr": lr},
+            "config": config,
+            "epoch": position.epoch - 1 if done else position.epoch,
+            "resume": {**asdict(position), **own},
+        }
+        state = copy_to_host(state, self.buffers, {})
+        if sharded:
+            optimizer._all_state_dicts = []  # the state of all processes, which the main one would keep beside the copy
+        # what follows on this stream comes after the copies; only the thread has to wait for them
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        self.write = self.thread.submit(_write, path, state, copied, keep, otherwise)
+
+    def wait(self):
+        """Wait for the write that this process has under way. Return why it failed, "" if it did not."""
+        error = self.write and self.write.exception()
+        if error and not isinstance(error, TrainingStopped):
+            raise error
+        return str(error or "")
+
+    def finish(self):
+        """Wait for the write that is under way; every process must call it. Raises TrainingStopped on all if it failed."""
+        failures = gather_lists([self.wait()])
+        self.write = None
+        if any(failures):
+            raise TrainingStopped(failures[0])
+
+    def failed(self):
+        """Whether a write has ended badly, as the process that wrote knows."""
+        return self.write is not None and self.write.done() and self.write.exception() is not None
+
+    def late(self):
+        """Whether save_every minutes have passed since the last save, by the main process's clock. It is said once."""
+        late = is_main() and self.minutes > 0 and monotonic() - self.begun >= 60 * self.minutes
+        if late:
+            self.begun = monotonic()
+        return late
+
+
+def copy_to_host(value, buffers, copies, path=()):
+    """Return a state of dicts and lists with its tensors copied into host memory, pinned for those of a GPU.
+
+    buffers: by path in the state, made where they lack; a later copy reuses them. copies: {}, by what a tensor shows. Nothing
+    waits for a GPU: the copies are complete when what its stream has been given so far is.
+    """
+    if isinstance(value, torch.Tensor):
+        shown = value.data_ptr(), value.dtype, value.shape, value.stride()
+        if shown not in copies:  # tied weights are one tensor in the file, too
+            buffer = buffers.get(path)
+            if buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):
+                buffers[path] = buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            copies[shown] = buffer.copy_(value, non_blocking=True)
+        return copies[shown]
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with what a state dict has beside its items
+        copied.update({key: copy_to_host(inner, buffers, copies, (*path, key)) for key, inner in value.items()})
+        return copied
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_to_host(inner, buffers, copies, (*path, i)) for i, inner in enumerate(value))
+    return value
+
+
+def _write(path, state, copied, keep, otherwise):
+    """Write a checkpoint, atomically, and do what must follow in this order; copied: the event to wait for. See Saver.save."""
+    if copied:
+        copied.synchronize()
+    try:
+        with _writing_checkpoint(path), atomic_write(path) as file:
+            torch.save(state, file)
+            file.flush()
+            _keep_previous(path.parent)
+        if path.name != LAST:
+            make_last(path)
+        if keep:
+            rotate(path.parent, state["epoch"], keep)
+    except TrainingStopped as error:
+        if not otherwise:
+            raise
+        tqdm.write(f"note: {error}; {otherwise}", file=sys.stderr)
 
 
 def _keep_previous(folder):

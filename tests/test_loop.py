@@ -195,13 +195,15 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
 
 
 def test_saves_come_as_often_as_the_configuration_says(tiny_config, tmp_path):
-    def saves(name, **keys):
-        with mock.patch("engine.loop.save_checkpoint") as save:
-            save.side_effect = lambda path, *args: path.touch()
-            trained(tiny_config, tmp_path / name, **keys)
+    def saves(**keys):
+        hours = itertools.count(step=0.25)
+        with mock.patch("engine.saving.monotonic", lambda: 3600 * next(hours)), mock.patch("engine.loop.Saver.save") as save:
+            trained(tiny_config, tmp_path / f"{len(list(tmp_path.iterdir()))}", **keys)
         return [call.args[0].name for call in save.mock_calls].count("checkpoint_last.pth")
 
-    assert saves("two", save_every=2) == 2 and saves("none", save_every=0) == 0
+    assert saves(save_every=2) == saves(save_every="2 iterations") == 2 and saves(save_every="1 iteration") == 5
+    assert saves(save_every="30 minutes") == 2 and saves(save_every="0.5 minutes") == 5 and saves() == 5
+    assert saves(save_every=0) == saves(save_every="0 minutes") == 0
 
 
 def test_batches_and_workers_are_those_of_the_configuration(tiny_config, tmp_path):

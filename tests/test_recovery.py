@@ -1,5 +1,7 @@
 """What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go wrong (docs/faults.md)."""
 
+import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,13 +27,13 @@ from conftest import ROOT, log, refusal
 from dataset import build_dataset
 from dataset.batches import EpochBatches, TrainBatches
 from engine import train
-from engine.saving import LAST, PREVIOUS, Position, find_resume_file, newest_checkpoint, rotate, save_checkpoint
+from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, copy_to_host, find_resume_file, newest_checkpoint, rotate
 from models import build_model
 from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
-from test_engine import CPU, at, command_line, run, stop_at, torchrun
-from utils import InputError, TrainingStopped, make_output_dir
+from test_engine import CPU, at, command_line, run, signal_at, stop_at, torchrun
+from utils import InputError, Interrupted, TrainingStopped, make_output_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,7 +50,8 @@ def save(path, **position):
     model = torch.nn.Linear(3, 2)
     model.task = "pretrain"
     torch.nn.init.constant_(model.weight, position["epoch"])
-    save_checkpoint(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
+    with Saver(0) as saver:
+        saver.save(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
 
 
 def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
@@ -84,6 +88,52 @@ def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
     assert len(instants) > 5
     sizes = list(itertools.takewhile(lambda size: not survives(size, True), range(0, 10_000, 200)))
     assert len(sizes) > 10
+
+
+def test_killed_at_random_while_a_thread_writes(tmp_path):
+    rng = random.Random(0)
+    for number in range(12):
+        (folder := tmp_path / f"{number}").mkdir()
+        done, tell = os.pipe()
+        child = os.fork()
+        if not child:
+            model = torch.nn.Linear(500, 500)
+            model.task = "pretrain"
+            with Saver(0) as saver:
+                for epoch in itertools.count():
+                    torch.nn.init.constant_(model.weight, epoch)
+                    name = f"checkpoint_{epoch:02d}.pth" if epoch % 3 else LAST
+                    options = {"position": Position(epoch, iteration=5), "seed": 0, "lr": 0.1, "keep": 2}
+                    saver.save(folder / name, model, torch.optim.AdamW(model.parameters()), {}, **options)
+                    os.write(tell, b".")  # the one before is complete
+                    torch.nn.init.constant_(model.weight, -1)  # training goes on
+        assert os.read(done, 1) and os.read(done, 1)
+        time.sleep(rng.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(tell)
+        complete = len(os.read(done, 10_000)) + 1
+        os.close(done)
+        state = torch.load(newest_checkpoint(folder), weights_only=True)
+        assert state["resume"]["epoch"] in (complete - 1, complete)
+        assert (state["model"]["weight"] == state["resume"]["epoch"]).all()
+        for path in folder.glob("checkpoint_*.pth"):
+            read_checkpoint(path)
+
+
+def test_a_state_is_copied_as_it_is(tmp_path):
+    """Tied weights stay one tensor, and what is no tensor, or beside the items of a dict, stays too."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    state, buffers = {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]}, {}
+    for value in 1.0, 2.0:
+        torch.nn.init.constant_(model[0].weight, value)
+        copied = copy_to_host(state, buffers, {})
+        assert copied["model"]._metadata == state["model"]._metadata and copied["other"][0]["step"] == 3
+        assert (copied["model"]["1.weight"] == value).all() and copied["other"][1] is None
+        assert copied["model"]["1.weight"] is copied["model"]["0.weight"] is not state["model"]["0.weight"]
+        addresses = {path: buffer.data_ptr() for path, buffer in buffers.items()}
+    assert addresses == {path: buffer.data_ptr() for path, buffer in buffers.items()} and len(buffers) == 4
 
 
 @pytest.mark.parametrize("damaged", ["empty", "half", "flip"])
@@ -129,6 +179,61 @@ def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_sav
     assert newest_checkpoint(tmp_path).name == LAST
     run(config, tmp_path, resume=True)
     assert_same_run(whole, tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(tiny_config, tmp_path, monkeypatch):
+    def fail(state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    savers, steps = [], []
+    monkeypatch.setattr("torch.save", fail)
+    monkeypatch.setattr("engine.loop.Saver", lambda *args: savers.append(Saver(*args)) or savers[0])
+
+    def noted(step):
+        return at(7, lambda: savers[0].wait())(lambda *args: steps.append(1) or step(*args))  # the first of epoch 1
+
+    with pytest.raises(TrainingStopped, match="cannot write .*checkpoint_00.pth: No space left.*earlier checkpoints are"):
+        run(tiny_config, tmp_path, step=noted)
+    assert len(steps) == 7
+
+
+def test_a_checkpoint_has_the_state_at_its_save_though_training_goes_on(tiny_config, tmp_path, monkeypatch, whole):
+    gate, save = threading.Event(), torch.save
+    monkeypatch.setattr("torch.save", lambda *args: gate.wait(60) and save(*args))
+
+    def end():
+        threading.Timer(0.3, gate.set).start()
+        raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose"):  # in iteration 5; the write of iteration 3's begins later
+        run({**tiny_config, "save_every": 4}, tmp_path, step=at(6, end))
+    assert read_checkpoint(newest_checkpoint(tmp_path))["resume"]["iteration"] == 4
+    run({**tiny_config, "save_every": 4}, tmp_path, resume=True)
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("how, ended", [
+    ("end", contextlib.nullcontext()), ("signal", pytest.raises(Interrupted)),
+    ("error in validation", pytest.raises(ValueError)), ("signal in validation", pytest.raises(Interrupted)),
+])  # fmt: skip
+def test_what_ends_a_run_waits_for_the_write(tiny_config, tmp_path, monkeypatch, how, ended):
+    save = torch.save
+    monkeypatch.setattr("torch.save", lambda *args: time.sleep(0.3) or save(*args))
+
+    def validate():
+        if how == "error in validation":
+            raise ValueError("on purpose")
+        if how == "signal in validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_score": 1.0}, "val_score"
+
+    monkeypatch.setattr("test_engine.train", functools.partial(train, validate=validate))
+    config = {**tiny_config, "scheduler": {**tiny_config["scheduler"], "epochs": 1}}
+    with ended:
+        run(config, tmp_path, step=signal_at(3) if how == "signal" else None)
+    found = {path.name: read_checkpoint(path)["resume"]["iteration"] for path in tmp_path.glob("*.pth")}
+    assert found == {"end": {BEST: 0, LAST: 0}, "signal": {LAST: 3}}.get(how, {LAST: 6})
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys, whole):
@@ -278,6 +383,22 @@ def pair(arguments, timeout, **variables):
     ]  # fmt: skip
 
 
+def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, tmp_path):
+    """Within the epoch the main process's clock says when all save, though the other's stands still."""
+    config = {**tiny_config, "batch_size": 4, "save_every": "0.0001 minutes", "shard_optimizer": True}
+    processes = pair(command_line(config, tmp_path / "run", tmp_path), timeout=60, FULL="1")
+    try:
+        messages = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, message in zip(processes, messages):
+        assert process.returncode == 1 and "error: cannot write " in message and "No space left" in message, messages
+    saved = read_checkpoint(newest_checkpoint(tmp_path / "run"))
+    assert saved["resume"]["epoch"] == 0 and saved["resume"]["iteration"] > 1
+    assert len(saved["optimizer"]["state"]) > 10
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, tmp_path, signum):
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
@@ -318,7 +439,7 @@ def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_confi
     config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
     config["val_file"] = config["test_file"]
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    ended = torchrun("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3")
+    ended = torchrun("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3", SIGNAL="1")
     assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
     assert newest_checkpoint(tmp_path / "run").name == LAST
 

@@ -6,9 +6,12 @@ INTERRUPT      process 1 gets SIGTERM in its 8th iteration
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
 MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
                run goes on when SIGTERM has come to all of its processes
-SLOW=SECONDS   process 0 takes so long to save, and process 1 gets SIGTERM when the first epoch ends
+SLOW=SECONDS   a checkpoint takes so long to be written, in the middle
+FULL           the disk is full whenever an epoch ends, and the clock of process 1 stands still
+SIGNAL         process 1 gets SIGTERM when the first epoch ends
 """
 
+import errno
 import importlib
 import itertools
 import os
@@ -19,12 +22,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine import loop
+import torch
+
+from engine import loop, saving
 from utils import is_main, rank, run_script
 
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
-iterate, save_checkpoint, finish_epoch = loop.iterate, loop.save_checkpoint, loop.finish_epoch
+iterate, finish_epoch, save = loop.iterate, loop.finish_epoch, torch.save
 calls = itertools.count(1)
 
 
@@ -62,10 +67,15 @@ def troubled_iterate(run, batches, epoch, iteration, *others):
     return result
 
 
-def slow_save_checkpoint(*args):
-    if rank() == 0:
-        time.sleep(float(trouble["SLOW"]))
-    save_checkpoint(*args)
+def slow_save(state, file):
+    save(state, file)
+    time.sleep(float(trouble["SLOW"]))
+
+
+def save_to_full_disk(state, file):
+    if state.get("resume", {}).get("iteration") == 0:  # a sharded optimizer sends with torch.save
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save(state, file)
 
 
 def interrupted_finish_epoch(*args):
@@ -76,5 +86,11 @@ def interrupted_finish_epoch(*args):
 
 loop.iterate = troubled_iterate
 if "SLOW" in trouble:
-    loop.save_checkpoint, loop.finish_epoch = slow_save_checkpoint, interrupted_finish_epoch
+    torch.save = slow_save
+if "FULL" in trouble:
+    torch.save = save_to_full_disk
+    if trouble["RANK"] == "1":
+        saving.monotonic = lambda: 0.0
+if "SIGNAL" in trouble:
+    loop.finish_epoch = interrupted_finish_epoch
 run_script(script.main)
