@@ -144,8 +144,8 @@ class StopSignal:
     def agree(self, *own):
         """Return the signal to stop for, 0 for none, and of each of `own` numbers the largest that a process has.
 
-        The answer is the same on all processes, and every process must call it. It is a reduction on the CPU that runs beside the next iteration, so that nobody waits for it: the answer to iteration i
-        is read after iteration i + 1.
+        The answer is the same on all processes, and every process must call it. It is a reduction on the CPU that runs beside
+        the next iteration, so that nobody waits for it: the answer to iteration i is read after iteration i + 1.
         """
         if not is_distributed():
             return [self.signum, *own]
