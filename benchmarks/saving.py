@@ -1,7 +1,7 @@
 """Milliseconds for which a save keeps the training loop waiting, written by the loop itself and by a thread from a copy.
 
-The states are those of a run of configs/shapes/Pretrain.yaml (`make quickstart`) and of configs/Pretrain.yaml: weights, momentum
-weights, queues and Adam's moments. The full one needs 8 GB of memory and 11 GB of disk.
+The states are those of a run of configs/shapes/Pretrain.yaml (`make quickstart`) and of configs/Pretrain.yaml: weights,
+momentum weights, queues and Adam's moments. The full one needs 8 GB of memory and 11 GB of disk.
 
     python benchmarks/saving.py [--saves 3] [--folder DIR]
 """

@@ -86,8 +86,8 @@ def task_flags(description, config, example, trains=True):
                        f"checkpoint of the task was trained with, else {config})")  # fmt: skip
     flags.add_argument("--output_dir", metavar="DIR", help="folder for checkpoints, log and results (default: output/ and the "
                        "name of the configuration; of --evaluate, evaluation/ in the checkpoint's run)")  # fmt: skip
-    flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file" if trains else
-                       "the weights to evaluate")  # fmt: skip
+    flags.add_argument("--checkpoint", default="", metavar="FILE", help="start from the weights of this file or hub repository,"
+                       " USER/NAME[@REVISION]" if trains else "the weights to evaluate")  # fmt: skip
     flags.add_argument("--text_encoder", metavar="BERT", help="BERT weights: hub name, folder, .bin, .safetensors, or random")
     flags.add_argument("--tokenizer", metavar="VOCAB", help="vocab file, folder or hub name; text_encoder's by default")
     shown = "evaluate and leave, no training" if trains else argparse.SUPPRESS

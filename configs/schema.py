@@ -270,7 +270,7 @@ def override(config, overrides, where):
         path, separator, value = text.partition("=")
         if not separator:
             raise InputError(f"{shown}: write it as key=value")
-        value = _parse_yaml(value, shown)
+        value = parse_yaml(value, shown)
         section, _, name = path.rpartition(".")
         if section == "bert_config":
             bert = _read_bert_file(flat.get("bert_config") or {})
@@ -301,7 +301,7 @@ def load_config(path, overrides=()):
     except OSError as error:
         _check_folder("--config", path)
         raise InputError(f"--config {path}: {error.strerror}") from None
-    config = _parse_yaml(content, path)
+    config = parse_yaml(content, path)
     if not MAPPING.fits(config):
         raise InputError(f"{path}: a configuration is {MAPPING.wanted}")
     config = override(config, overrides, path)
@@ -356,7 +356,7 @@ def require(config, *keys):
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
 
 
-def _parse_yaml(content, where):
+def parse_yaml(content, where):
     """Return the value that YAML text holds. Raises InputError, with where for the file, if it holds none."""
     try:
         return YAML(typ="safe").load(content)
@@ -370,6 +370,6 @@ def _parse_yaml(content, where):
 def save_config(config, output_dir):
     """Write config.yaml, the configuration as it runs, defaults and overrides included."""
     yaml = YAML(typ="safe")
-    yaml.width = sys.maxsize  # where a long string is folded, a blank may be lost
+    yaml.width = 2**31 - 1  # where a long string is folded, a blank may be lost
     with atomic_write(Path(output_dir) / "config.yaml", "w") as file:
         yaml.dump(config, file)

@@ -30,10 +30,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ruamel.yaml import YAML
-
 from configs.flags import Flags
-from configs.schema import load_config, with_defaults
+from configs.schema import load_config, parse_yaml, with_defaults
 from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
 
 RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
@@ -64,7 +62,7 @@ class Row(NamedTuple):
 def read_experiments(path):
     """Read an experiment file. Raises InputError."""
     try:
-        content = YAML(typ="safe").load(Path(path))
+        content = parse_yaml(Path(path).read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     for name, keys in content["rows"].items():

@@ -1,4 +1,7 @@
-"""What must hold on a GPU before a run is worth its hours. Each check returns what it found, and raises AssertionError if it fails."""
+"""What must hold on a GPU before a run is worth its hours.
+
+Each check returns what it found, and raises AssertionError if it fails.
+"""
 
 import contextlib
 import signal
@@ -169,7 +172,7 @@ def processes_repeat_resume_and_shard(device, size):
             assert not differing, f"{name}: {len(differing)} tensors differ, {differing[0]} among them"
         gap = max(float((value - weights["ZeRO"][key]).abs().max()) for key, value in weights["once"].items())
         assert gap <= SHARDED, f"ZeRO: weights are off by {gap:.0e}"
-    return f"{size.processes} processes, {2 * ITERATIONS} steps: the same bits twice and after SIGTERM; ZeRO is off by {gap:.0e}"
+    return f"{size.processes} processes, {2 * ITERATIONS} steps: the same bits twice, also after SIGTERM; ZeRO off by {gap:.0e}"
 
 
 CHECKS = {check.__name__.replace("_", " "): check for check in (
