@@ -1,5 +1,6 @@
 """What the benchmarks of models share: the device, full-size configurations, random texts, and seconds of a computation."""
 
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -47,3 +48,16 @@ def seconds(function, repeats):
         synchronize()
         times.append(time.perf_counter() - start)
     return times
+
+
+def seconds_in_a_row(function, repeats):
+    """Return the seconds of a call: on a GPU the mean between two events, so that launches run ahead, else the median."""
+    if DEVICE.type != "cuda":
+        return statistics.median(seconds(function, repeats))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeats

@@ -126,6 +126,8 @@ def test_loader(dataset, config, device, collate=None):
 def to_device(value, device):
     """A batch, tuples in it included, with its tensors on the device and its images, which are uint8 until then, normalized."""
     if isinstance(value, torch.Tensor):
+        if device.type == "cuda":
+            value = value.pin_memory()  # masks are drawn after the loader has pinned; a copy from other memory may wait
         value = value.to(device, non_blocking=True)
         return normalize(value) if value.dtype == torch.uint8 else value
     if isinstance(value, tuple):

@@ -78,7 +78,9 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(tiny_config, shapes
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
 
     monkeypatch.setattr(model, "prepare", lambda batch: batch)
+    pinned = []
     monkeypatch.setattr(torch.Tensor, "backward", backward)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1])
     with fake_gpu(model):
         optimizer = create_optimizer(config["optimizer"], model)
         step = importlib.import_module(script).step
@@ -86,7 +88,7 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(tiny_config, shapes
         with Launches() as launches:
             values, *_ = iterate(run, iter(prepared), 0, 0, 0.4)
     assert all(value.device.type == "cuda" for value in values.values())
-    assert sorted(launches.copies) == sorted(tuple(tensor.shape) for tensor in tensors)
+    assert sorted(launches.copies) == sorted(pinned) == sorted(tuple(tensor.shape) for tensor in tensors)
 
 
 @torch.no_grad()
