@@ -40,6 +40,7 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/annotations.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pretrain_step.py
+	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
 	$(BIN)/python benchmarks/saving.py
