@@ -39,7 +39,8 @@ def create_optimizer(config, model, sharded=False):
     options = {key: config[f"opt_{key}"] for key in ("eps", "betas") if config.get(f"opt_{key}") is not None}
     if name == "adamw":
         if sharded and dist.is_initialized():
-            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True, **options)
+            buckets = {"parameters_as_bucket_view": True}  # a message for each process in place of one for each parameter
+            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True, **buckets, **options)
         return torch.optim.AdamW(groups, lr=config["lr"], fused=True, **options)
     if sharded:
         raise InputError(f"shard_optimizer: only adamW can be sharded, optimizer: opt is {config['opt']!r}")
