@@ -212,9 +212,10 @@ def test_heat_maps_are_those_of_visualize(models, photos, tmp_path, task):
     item = photos[:2] if "nlvr" in task else photos[0]
     heat, (first, second) = model.heat_map(item, text), model.heat_map([item, item], [text, "a blue star"])
     assert heat.words == text.split() and heat.by_word.shape[-3:] == (3, 2, 2)
-    assert np.array_equal(first.by_word, heat.by_word) and not np.array_equal(second.whole, heat.whole)
+    assert np.array_equal(first.by_word, heat.by_word)
     assert ("answer" in heat.verdict) == (task == "vqa")
-    if task != "vqa":
+    if task != "vqa":  # whose map, of random weights, may be zero for every text
+        assert not np.array_equal(second.whole, heat.whole)
         image = normalize(torch.stack([model.transform(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
                                        for path in ([item] if isinstance(item, str) else item)]))  # fmt: skip
         maps = explain_class(task, model.model, image, split_words(text, model.model, model.tokenizer))
