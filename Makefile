@@ -5,7 +5,7 @@ BIN := .venv/bin
 # the driver of experiments; the + has `make -n` call it, too, to show the runs
 DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
-PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-noise paper-section4 paper-figures
+PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-relevance paper-noise paper-section4 paper-figures
 
 .PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) test mutants benchmarks gpu clean
 
