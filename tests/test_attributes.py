@@ -19,7 +19,8 @@ from dataset.images import from_pillow
 from evaluation.attributes import attribute_scores, average_precisions, evaluate, mean_precisions, prompts_of, score_boxes
 from models import build_model
 from models.tokenizer import tokenizer_of
-from test_engine import command_line, torchrun
+from helpers.launch import launch
+from test_engine import command_line
 
 GOLDEN = json.loads((ROOT / "tests/golden/attributes.json").read_text())
 
@@ -143,7 +144,7 @@ def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(call, config,
     known = [of["average_precision"] for of in result["attributes"] if of["average_precision"] is not None]
     assert entry["test_map"] == result["map"]["all"] == pytest.approx(np.mean(known))
     assert {"test_map_head", "test_map_appearance", "test_map_layout"} <= entry.keys() and len(result["boxes"]) == 12
-    two = torchrun("Attributes.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", pretrained)
+    two = launch("Attributes.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", pretrained)
     assert two.returncode == 0, two.stderr
     assert log(tmp_path / "two")[0] == pytest.approx(entry)
     monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path / "two")])

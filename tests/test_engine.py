@@ -98,7 +98,6 @@ def as_on_macos(monkeypatch):
     """No sched_getaffinity, and data workers that are not forked: whatever they get is pickled."""
     monkeypatch.delattr(os, "sched_getaffinity")
     before = multiprocessing.get_start_method()
-    multiprocessing.set_forkserver_preload(["dataset", "models.tokenizer"])  # once, not in every worker
     multiprocessing.set_start_method("forkserver", force=True)
     yield
     multiprocessing.set_start_method(before, force=True)

@@ -32,7 +32,8 @@ from models import build_model
 from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
-from test_engine import CPU, at, command_line, run, signal_at, stop_at, torchrun
+from helpers.launch import launch
+from test_engine import CPU, at, command_line, run, signal_at, stop_at
 from utils import InputError, Interrupted, TrainingStopped, make_output_dir
 
 
@@ -439,7 +440,7 @@ def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_confi
     config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
     config["val_file"] = config["test_file"]
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    ended = torchrun("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3", SIGNAL="1")
+    ended = launch("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3", SIGNAL="1")
     assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
     assert newest_checkpoint(tmp_path / "run").name == LAST
 
@@ -481,20 +482,20 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
 
 def test_two_processes_resume_exactly_also_with_a_sharded_optimizer(tiny_config, tmp_path):
     config = {**tiny_config, "batch_size": 4, "num_workers": 1, "test_file": None}
-    whole = torchrun("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
+    whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
     assert whole.returncode == 0, whole.stderr
     # the first half of the other run is whole, the second sharded: a state goes from one to the other, and is saved by both
     # only one of the two processes hears the signal; both must stop after the same iteration
-    half = torchrun("tests/helpers/troubled.py", *command_line(config, tmp_path / "mixed", tmp_path), INTERRUPT="1")
+    half = launch("tests/helpers/troubled.py", *command_line(config, tmp_path / "mixed", tmp_path), INTERRUPT="1")
     assert "continue with --resume" in half.stderr, half.stderr
     sharded = command_line({**config, "shard_optimizer": True}, tmp_path / "mixed", tmp_path)
-    rest = torchrun("Pretrain.py", *sharded, "--resume")
+    rest = launch("Pretrain.py", *sharded, "--resume")
     assert rest.returncode == 0, rest.stderr
     assert_same_run(tmp_path / "whole", tmp_path / "mixed")
 
 
 def test_a_sharded_optimizer_divides_its_state(tmp_path):
-    shown = torchrun("tests/helpers/shard_sizes.py")
+    shown = launch("tests/helpers/shard_sizes.py")
     assert shown.returncode == 0, shown.stderr
     counts = sorted(map(int, re.findall(r"\d", shown.stdout)))
     assert len(counts) == 2 and counts[0] > 0 and sum(counts) == 4
@@ -503,11 +504,11 @@ def test_a_sharded_optimizer_divides_its_state(tmp_path):
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, sharded, tmp_path):
     config = {**tiny_config, "train_file": [sharded], "batch_size": 4, "test_file": None}
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    stopped = torchrun("tests/helpers/troubled.py", *arguments, INTERRUPT="1")
+    stopped = launch("tests/helpers/troubled.py", *arguments, INTERRUPT="1")
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
     assert seen["epoch"] == 1 and seen["seen"] == 8 * seen["iteration"] > 0
-    resumed = torchrun("tests/helpers/troubled.py", *arguments, "--resume", processes=3, FILES=str(tmp_path / "files"))
+    resumed = launch("tests/helpers/troubled.py", *arguments, "--resume", processes=3, FILES=str(tmp_path / "files"))
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)

@@ -12,7 +12,8 @@ from chaos import assert_same_run
 from conftest import log
 from models import build_model
 from models.checkpoint import load_checkpoint
-from test_engine import command_line, signal_at, torchrun
+from helpers.launch import launch
+from test_engine import command_line, signal_at
 from utils import InputError, Interrupted
 
 
@@ -140,7 +141,7 @@ def test_two_processes_evaluate_as_one(config, pretrained, tmp_path, monkeypatch
     run(monkeypatch, config, tmp_path / "one", tmp_path, *arguments)
     for where in ("host", "recompute"):
         command = command_line({**config, "image_embeds": where}, tmp_path / where, tmp_path)
-        two = torchrun("Retrieval.py", *command, *arguments)
+        two = launch("Retrieval.py", *command, *arguments)
         assert two.returncode == 0, two.stderr
         for entry, same in zip(log(tmp_path / where), log(tmp_path / "one"), strict=True):
             assert entry == pytest.approx(same)

@@ -24,7 +24,8 @@ from models import build_model, task_of
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
 from models.vqa import VQA
-from test_engine import command_line, signal_at, torchrun
+from helpers.launch import launch
+from test_engine import command_line, signal_at
 from utils import InputError, Interrupted, TrainingStopped
 
 # script: the keys of the configuration that hold its data, by file name in the folder of shapes; metrics of its log
@@ -117,7 +118,7 @@ def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, sc
     config_of, run = program
     config = {**config_of(script), "val_file": None, "scheduler": {"lr": 1e-3, "epochs": 1, "warmup_iters": 2}}
     command = command_line(config, tmp_path / "two", tmp_path)
-    two = torchrun(f"{script}.py", *command, "--checkpoint", tmp_path / "pretrained.pth")
+    two = launch(f"{script}.py", *command, "--checkpoint", tmp_path / "pretrained.pth")
     assert two.returncode == 0, two.stderr
     (entry,) = log(tmp_path / "two")
     assert entry["train_loss" if script != "Grounding" else "train_loss_itm"] > 0

@@ -9,7 +9,7 @@ from conftest import assert_close, log
 
 from helpers.trajectory import BATCH_SIZE, DATA, Served, build, follow, most_similar
 from utils import Text
-from test_engine import torchrun
+from helpers.launch import launch
 
 LOSSES = ("loss_mlm", "loss_ita", "loss_itm")
 
@@ -122,7 +122,7 @@ def test_variants_of_the_loop_equal_what_is_worked_out_by_hand(variant, tmp_path
         follow(tmp_path / "run", Served(24), **keys)
     else:
         keys["batch_size"] = BATCH_SIZE // processes
-        ended = torchrun("tests/helpers/trajectory.py", tmp_path / "run", *(f"{key}={value}" for key, value in keys.items()))
+        ended = launch("tests/helpers/trajectory.py", tmp_path / "run", *(f"{key}={value}" for key, value in keys.items()))
         assert ended.returncode == 0, ended.stderr
     entries = log(tmp_path / "run")
     for name, mean in means.items():

@@ -1,4 +1,4 @@
-"""Prints how many parameters' state each process of a sharded optimizer holds. Started by test_recovery.py under torchrun."""
+"""Prints how many parameters' state each process of a sharded optimizer holds. Started by test_recovery.py in several processes."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The batches of tests/golden/trajectory.pt through engine.train. Run under torchrun: FOLDER KEY=VALUE..."""
+"""The batches of tests/golden/trajectory.pt through engine.train. Started in several processes: FOLDER KEY=VALUE..."""
 
 import sys
 from pathlib import Path
