@@ -4,12 +4,12 @@ Pictures of what a model sees (--checkpoint): heat maps of its decision on an im
 and with --pseudo_targets the words and texts that the momentum model proposes (Figure 2).
 """
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 flags = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
 flags.add_argument("--output_dir", help="the folder of a run, whose curves and rankings to draw")
-flags.add_argument("--queries", type=int, default=5,
+flags.add_argument("--queries", type=at_least(1), default=5,
                    help="queries of each direction in retrieval.png, boxes in attributes.png")  # fmt: skip
 flags.add_argument("--checkpoint", help="the weights to explain, of any task")
 flags.add_argument("--image", nargs="+", help="an image file, two for NLVR2 and text assignment")

@@ -143,11 +143,13 @@ NCCL_REMEDIES = {
 
 
 def explain(error):
-    """Return one line on an error of other processes, of NCCL or of a GPU's memory, which no stack trace explains; else ""."""
-    torch = sys.modules.get("torch")
+    """Return one line on an error of other processes, of NCCL or of memory, which no stack trace explains; else ""."""
+    torch, text = sys.modules.get("torch"), str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
+        return (f"out of memory: make the model, its queue or batch_size smaller, or end what else runs here "
+                f"({' '.join(text.split()[:40])})")  # fmt: skip
     if not (torch and isinstance(error, RuntimeError)):
         return ""
-    text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", text):
         return (f"out of GPU memory: lower batch_size, in an evaluation batch_size_test, or end what else runs on this GPU "
                 f"({' '.join(text.splitlines()[0].split()[:40])})")  # fmt: skip

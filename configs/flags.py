@@ -66,6 +66,19 @@ def _spelling(key):
     return next((name for name in (*KEYS, *SECTIONS, *OTHER_NAMES) if key in (name, name.rpartition(".")[2])), "")
 
 
+def at_least(low, kind=int):
+    """Return the type of a flag that takes a number of a kind, from `low` to what a machine word holds."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= sys.maxsize:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {low}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
 def _boolean(text):
     """Return the value of a boolean flag that may stand alone or carry a word, as the released --resume True."""
     if text.lower() in ("true", "1", "yes"):
@@ -100,8 +113,8 @@ def task_flags(description, config, example, trains=True):
         )  # fmt: skip
     flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay as initialized")
     flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
-    flags.add_argument("--seed", default=42, type=int, help="of everything random")
-    flags.add_argument("--timeout", default=TIMEOUT, type=float, help="seconds to wait for another "
+    flags.add_argument("--seed", default=42, type=at_least(0), help="of everything random")
+    flags.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help="seconds to wait for another "
                        "process before giving up; a third of it between GPUs")  # fmt: skip
     flags.add_set()
     # accepted for released command lines, without effect: the launcher decides

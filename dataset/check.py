@@ -6,14 +6,14 @@ A run refuses the first wrong entry of a list, and replaces or refuses samples t
 to the end, decodes every image once, and counts.
 """
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, cores, run_script
 
 flags = Flags("Check all files that the configuration of a task names.", "configs/Pretrain.yaml --report report.json")
 flags.add_argument("config", help="YAML file of a task")
 flags.add_set()
-flags.add_argument("--processes", type=int, metavar="N", default=cores(), help="that decode images")
-flags.add_argument("--images", type=int, metavar="N", help="look at N evenly spaced images of every file only")
+flags.add_argument("--processes", type=at_least(1), metavar="N", default=cores(), help="that decode images")
+flags.add_argument("--images", type=at_least(0), metavar="N", help="look at N evenly spaced images of every file only")
 flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
 if __name__ == "__main__":
     begin_script(flags)
@@ -546,8 +546,6 @@ def check_others(check, tokenizer_of):
 def main():
     """Check the data of a configuration from the command line; exits with status 1 if there are problems."""
     args = flags.parse_args()
-    if args.processes < 1 or (args.images is not None and args.images < 0):
-        flags.error("--processes must be at least 1, and --images not negative")
     config = load_config(args.config, args.set)
     if not any(config[key] for key in ANNOTATION_KEYS):
         raise InputError(f"{args.config} names no list to check, with none of the keys {', '.join(ANNOTATION_KEYS)}")

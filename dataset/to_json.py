@@ -7,14 +7,14 @@ Rows that name the same image become one entry with all their captions. Rows tha
 
 from pathlib import Path
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100")
 flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
 flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
 flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
-flags.add_argument("--test", type=int, default=0, metavar="N", help="images to hold out in test.json")
+flags.add_argument("--test", type=at_least(0), default=0, metavar="N", help="images to hold out in test.json")
 flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
 flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
 flags.add_argument("--encoding", metavar="NAME", help="of the table, such as cp1252; UTF-8 if not given")
@@ -168,8 +168,6 @@ def _write(path, lines):
 def main():
     """Convert a table from the command line and print what came of it."""
     args = flags.parse_args()
-    if args.test < 0:
-        flags.error("--test must not be negative")
     captions, columns, problems = read_pairs(args.table, args.image_root, args.encoding, args.path, args.text)
     parts = hold_out(captions, args.test, args.seed)
     make_output_dir(args.output, writes=False, flag="--output")

@@ -8,15 +8,15 @@ Images are copied byte for byte, and equal inputs make equal shards. Interrupted
 
 from pathlib import Path
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 flags = Flags(__doc__.splitlines()[0])
 flags.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
 flags.add_argument("--image_root", default="", help="folder that the lists' image paths start from")
 flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the shards")
-flags.add_argument("--samples", type=int, default=10000, help="entries of the lists in a shard")
-flags.add_argument("--processes", type=int, help="shards written at a time; the cores, 8 at most, by default")
+flags.add_argument("--samples", type=at_least(1), default=10000, help="entries of the lists in a shard")
+flags.add_argument("--processes", type=at_least(1), help="shards written at a time; the cores, 8 at most, by default")
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -148,8 +148,6 @@ def _check_origin(output, origin):
 def main():
     """Make shards from the command line and print the train_file line that names them."""
     args = flags.parse_args()
-    if args.samples < 1:
-        flags.error("--samples must be at least 1")
     count, skipped = convert(args.lists, args.image_root, args.output, args.samples, args.processes)
     if skipped:
         print(f"{skipped} entries were left out, their images cannot be read: {args.output / 'skipped.txt'}")

@@ -23,9 +23,12 @@ def find_device(name):
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch finds no GPU here, use --device cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: torch knows no such device, use cuda or cpu") from None
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {name}: this code does not run there, use cuda or cpu")
+    return device
 
 
 def init_process_group(device, timeout=TIMEOUT):

@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from configs.schema import load_config, parse_yaml, with_defaults
 from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
 
@@ -340,7 +340,7 @@ def main():
     flags.add_argument("--scratch", action="store_true", help="from random weights, without the pre-training rows; to "
                        "OUTPUT-scratch")  # fmt: skip
     flags.add_argument("--output", type=Path, metavar="DIR", help="the folder of the results (default: that of the file)")
-    flags.add_argument("--jobs", type=int, help="runs side by side (default: one for each GPU, else for each core)")
+    flags.add_argument("--jobs", type=at_least(1), help="runs side by side (default: one for each GPU, else for each core)")
     flags.add_argument("--dry-run", action="store_true", help="only show the runs")
     args = flags.parse_args()
     content = read_experiments(args.file)

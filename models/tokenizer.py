@@ -3,13 +3,13 @@
 `python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language.
 """
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.", "train.json --size 5000 --output vocab.txt")
 flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
 flags.add_argument("--output", required=True, help="the vocab file to write, one word piece per line")
-flags.add_argument("--size", type=int, default=30522, help="most word pieces that it may have")
+flags.add_argument("--size", type=at_least(1), default=30522, help="most word pieces that it may have")
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -44,8 +44,7 @@ def build_tokenizer(source):
         if path.suffix == ".json":
             backend = Tokenizer.from_file(str(path))
         else:
-            vocab = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
-            backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+            backend = Tokenizer(models.WordPiece(_read_vocab(path), unk_token="[UNK]", max_input_chars_per_word=100))
             backend.normalizer = BertNormalizer(lowercase=True)
             backend.pre_tokenizer = BertPreTokenizer()
             backend.decoder = decoders.WordPiece()
@@ -57,6 +56,16 @@ def build_tokenizer(source):
     start = [("[CLS]", backend.token_to_id("[CLS]"))]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=start)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def _read_vocab(path):
+    """Return the word pieces of a vocab file, one in each line, with their ids. Raises ValueError, OSError."""
+    pieces = {}
+    # a piece may be a character at which splitlines would split
+    for number, piece in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")):
+        if pieces.setdefault(piece, number) != number:
+            raise ValueError(f"line {number + 1} repeats {piece!r} of line {pieces[piece] + 1}")
+    return pieces
 
 
 def vocabulary_of(config):
@@ -92,13 +101,19 @@ def captions_of(files):
     """Yield every caption of annotation files whose entries have `caption`, a string or a list. Raises InputError."""
     for path in files:
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read as a JSON list: {error}") from None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}}')
         for index, entry in enumerate(entries):
-            if not isinstance(entry, dict) or "caption" not in entry:
-                raise InputError(f"{path}: entry {index} has no 'caption'")
-            yield from [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"]
+            found = entry.get("caption") if isinstance(entry, dict) else None
+            texts = found if isinstance(found, list) else [found]
+            if not all(isinstance(text, str) for text in texts):
+                raise InputError(f"{path}: entry {index} (counting from 0) has no 'caption', a text or a list of texts: correct "
+                                 "it")  # fmt: skip
+            # the trainer refuses halves of surrogate pairs, which JSON can hold
+            yield from (text.encode("utf-8", "ignore").decode() for text in texts)
 
 
 def train_vocab(captions, size, min_frequency=2):
@@ -115,9 +130,12 @@ def main():
     """Train a vocabulary from the command line."""
     args = flags.parse_args()
     pieces = train_vocab(captions_of(args.files), args.size)
-    os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-    with atomic_write(args.output, "w") as file:
-        file.write("".join(f"{piece}\n" for piece in pieces))
+    try:
+        os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
+        with atomic_write(args.output) as file:
+            file.write("".join(f"{piece}\n" for piece in pieces).encode())
+    except OSError as error:
+        raise InputError(f"--output {args.output}: cannot write there ({error.strerror}), name another file") from None
     print(f"{args.output}: {len(pieces)} word pieces; vocab_size in bert_config must be {len(pieces)} or auto")
 
 

@@ -141,8 +141,11 @@ def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(pretrain
     (["--set", "scheduler.epochs=0"], "scheduler.epochs is 0"),
     (["--outptu_dir", "x"], "did you mean --output_dir?"),
     (["--output_dir", "README.md/out"], "--output_dir README.md/out: cannot write there"),
-    (["--seed", "x"], "--seed"),
+    (["--seed", "x"], "--seed: invalid int value"),
+    (["--seed", "-1"], "--seed: -1 is out of range, it must be at least 0"),
+    (["--timeout", "nan"], "--timeout: nan is out of range"),
     (["--device", "abacus"], "--device abacus"),
+    (["--device", "mps"], "--device mps"),
     (["--evaluate"], "needs --checkpoint"),
     (["x"], "x: not expected there"),
 ])  # fmt: skip
@@ -150,6 +153,11 @@ def test_wrong_flags_and_keys_are_one_line_with_the_remedy(pretrain, tmp_path, f
     status, message = pretrain(*flags)
     assert status == 2 and len(message.splitlines()) == 1 and words in message, message
     assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_memory_that_runs_out_is_one_line(pretrain):
+    status, message = pretrain("--set", "queue_size=99999999999999")
+    assert status == 1 and len(message.splitlines()) == 1 and message.startswith("error: out of memory: make the model"), message
 
 
 def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(pretrain, tmp_path, monkeypatch):

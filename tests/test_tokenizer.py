@@ -43,6 +43,14 @@ def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
     assert "empty has no vocab.txt or tokenizer.json" in refusal(build_tokenizer, tmp_path / "empty")
 
 
+def test_marks_and_line_ends_of_windows_and_other_separators_do_not_move_ids(tokenizer, tmp_path):
+    vocab = Path("tests/golden/vocab.txt").read_text()
+    (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + vocab.replace("\n", "\r\n").encode())
+    assert build_tokenizer(tmp_path / "vocab.txt").get_vocab() == tokenizer.get_vocab()
+    (tmp_path / "vocab.txt").write_bytes((vocab + "\u2028\nlast\n").encode())
+    assert build_tokenizer(tmp_path / "vocab.txt").get_vocab()["last"] == len(tokenizer) + 1
+
+
 OTHER = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a model that is not BERT
 
 
@@ -50,6 +58,7 @@ OTHER = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a
     ("vocab.txt", b"[PAD]\na\nb\n", "[UNK], [CLS]"),
     ("captions.json", b'[{"image": "a.jpg", "caption": "b"}]', ""),
     ("tokenizer.json", b'{"version": "1.0"}', ""),
+    ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n[PAD]\n", "line 7 repeats '[PAD]' of line 1"),
     ("tokenizer.json", OTHER.to_str().encode(), "[PAD], [CLS], [SEP], [MASK]"),
     ("photo.png", Path("tests/golden/photo.png").read_bytes(), ""),
 ])  # fmt: skip
@@ -75,6 +84,21 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
         assert tokenizer.unk_token_id not in ids
         # every word is one piece; Chinese and Japanese signs are words of their own
         assert len(ids) == 1 + sum(1 if word.isalpha() and word < "\u3000" else len(word) for word in caption.split())
+
+
+@pytest.mark.parametrize("content, output, words", [
+    ("[]", "v.txt", "train.json: is not a JSON list with entries"),
+    ("null", "v.txt", "train.json: is not a JSON list with entries"),
+    ('[{"caption": "a"}, {"caption": 3}]', "v.txt", "train.json: entry 1 (counting from 0) has no 'caption'"),
+    ('[{"caption": ["a", null]}]', "v.txt", "train.json: entry 0"),
+    ('\ufeff[{"caption": "a \\ud83d"}]', "train.json/v.txt", "--output train.json/v.txt: cannot write there"),
+])  # fmt: skip
+def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line(tmp_path, monkeypatch, content, output, words):
+    monkeypatch.chdir(tmp_path)
+    Path("train.json").write_text(content, encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", "train.json", "--output", output])
+    assert words in refusal(main)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The command line of the shapes data set."""
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import run_script
 
 from .files import TASKS, vocabulary, write_dataset
@@ -14,7 +14,7 @@ def main():
     flags.add_argument("--val", type=int, default=500, help="validation scenes")
     flags.add_argument("--test", type=int, default=500, help="test scenes")
     flags.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
-    flags.add_argument("--seed", type=int, default=0, help="another seed draws other scenes from the same split")
+    flags.add_argument("--seed", type=at_least(0), default=0, help="another seed draws other scenes from the same split")
     flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
     flags.add_argument("--captions", type=int, default=4, help="captions per image")
     args = flags.parse_args()
