@@ -56,7 +56,10 @@ BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError,
 def wanted_files(names, url):
     """Return {file name: address} for names in any case, with or without extension, or for a url alone. Raises InputError."""
     base = url or os.environ.get("ALBEF_MIRROR") or RELEASED
-    last = unquote(urlsplit(base).path).rpartition("/")[2]
+    try:
+        last = unquote(urlsplit(base).path).rpartition("/")[2]
+    except ValueError as error:
+        raise InputError(f"{base}: not a valid address ({error})") from None
     if not names:
         if not url or last in ("", ".", ".."):
             raise InputError("name a file, --list prints their names; or give the complete address of another one by --url")

@@ -75,7 +75,7 @@ def is_momentum(name):
 def check_target(path, overwrite):
     """Raise InputError where the file to write has no known suffix, exists already or cannot be written."""
     if path.suffix not in SUFFIXES:
-        raise InputError(f"--to {path}: the name of a weight file ends in {' or '.join(SUFFIXES)}")
+        raise InputError(f"--to {path}: the name of a weight file ends in {' or '.join(SUFFIXES)}, that of a folder in /")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"--to {path}: cannot write there, name a file in a folder that exists")
     if path.exists() and not overwrite:

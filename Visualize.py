@@ -38,7 +38,7 @@ import torch
 
 from dataset.annotations import check_entry, read_json_list
 from dataset.caption import Captioned
-from dataset.images import load_image
+from dataset.images import ImageError, load_image
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from dataset.transforms import normalize
 from dataset.vqa import load_answer_list
@@ -69,9 +69,14 @@ def picture_run(folder, queries):
         if result.exists():
             picture = folder / f"{result.stem}.png"
             try:
-                draw(json.loads(result.read_text()), picture, queries)
-            except OSError as error:
+                draw(json.loads(result.read_bytes()), picture, queries)
+            except InputError:
+                raise
+            except ImageError as error:
                 raise InputError(f"{result}: image {error}") from None
+            except (OSError, ValueError, LookupError, TypeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise InputError(f"{result}: not what an evaluation writes ({what}): evaluate again") from None
             print(f"wrote {picture}")
 
 

@@ -1,6 +1,7 @@
 """What every room uses: errors, ranks, seeds, atomic files."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -62,7 +63,7 @@ def run_script(main):
     """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
     status, message = 0, ""
     try:
-        with interruptible("ended before it was complete"):
+        with interruptible("ended before it was complete"), _flushing():
             main()
             if is_distributed():
                 gather_lists([])  # the launcher ends all processes as soon as one has left
@@ -89,6 +90,20 @@ def run_script(main):
         os._exit(status)
     if status:
         sys.exit(status)
+
+
+@contextlib.contextmanager
+def _flushing():
+    """Write what is printed within it at its end. Raises OSError where standard output is closed or full."""
+    try:
+        yield
+    finally:
+        try:
+            if sys.stdout:  # None where it was closed from the beginning
+                sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at exit, and says so
+            raise
 
 
 @contextlib.contextmanager
@@ -143,8 +158,10 @@ NCCL_REMEDIES = {
 
 
 def explain(error):
-    """Return one line on an error of other processes, of NCCL or of memory, which no stack trace explains; else ""."""
+    """Return one line on an error of other processes, NCCL, memory or a disk, which no stack trace explains; else ""."""
     torch, text = sys.modules.get("torch"), str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+        return f"cannot write {error.filename or 'a file, or to standard output'}: {error.strerror}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
         return (f"out of memory: make the model, its queue or batch_size smaller, or end what else runs here "
                 f"({' '.join(text.split()[:40])})")  # fmt: skip

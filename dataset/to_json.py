@@ -70,7 +70,7 @@ def _read_json_lines(lines):
         if text.strip():
             try:
                 yield f"line {line}", json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield f"line {line}", ValueError(f"not valid JSON ({error})")
 
 

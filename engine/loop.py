@@ -16,7 +16,7 @@ from engine.curves import Curves
 from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
 from engine.recorder import Recorder, summary, write_log
-from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume
+from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume, writing
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import InputError, gather_lists, is_distributed, is_main, rank, seed_everything, world_size
@@ -221,7 +221,8 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     if is_main():
         announce(run, position, resume_from)
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run.output_dir)
+        with writing(run.output_dir / "config.yaml"):
+            save_config(config, run.output_dir)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     curves, flops = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1), None
 

@@ -193,9 +193,9 @@ def write_log(output_dir, epoch, **values):
     if not is_main():
         return
     path = Path(output_dir) / "log.txt"
-    with writing(path, "earlier lines are untouched"):
+    with writing(path, "earlier lines are untouched", (OSError, ValueError)):  # ValueError: they are not ours
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        entry = next((line for line in lines if line["epoch"] == epoch), None) if epoch is not None else None
+        entry = next((line for line in lines if line.get("epoch") == epoch), None) if epoch is not None else None
         if entry is None:
             lines.append(entry := {})
         entry.update(values)

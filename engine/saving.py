@@ -302,7 +302,7 @@ def _saves_of(folder):
         except InputError as error:
             damaged.append(str(error))
             continue
-        if not resume:
+        if not isinstance(resume, dict) or "epoch" not in resume:
             raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
                              "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
                              f"{path} --output_dir OTHER")
@@ -350,7 +350,7 @@ def resume(path, model, optimizer, config, seed, entries=None):
     entries: of the training set; within an epoch they must be as many as they were.
     """
     state = read_checkpoint(path)
-    lacking = [key for key in ("optimizer", "resume", "config") if key not in state]
+    lacking = [key for key in ("optimizer", "resume", "config") if not isinstance(state.get(key), dict)]
     if lacking:
         raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
                          "its weights")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import atomic_write
+from utils import TrainingStopped, atomic_write
 
 
 class Report(NamedTuple):
@@ -16,8 +16,12 @@ class Report(NamedTuple):
     folder: Path  # for the files of results
 
     def write(self, name, content):
-        """Write a JSON file of results. Return its path."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.folder / name, "w") as file:
-            json.dump(content, file)
-        return self.folder / name
+        """Write a JSON file of results. Return its path. Raises TrainingStopped."""
+        path = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path, "w") as file:
+                json.dump(content, file)
+        except OSError as error:
+            raise TrainingStopped(f"cannot write {path}: {error.strerror}; make room, and evaluate again") from None
+        return path

@@ -27,17 +27,35 @@ import signal
 import subprocess
 import sys
 import time
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Required, TypedDict
+
+import msgspec
 
 from configs.flags import Flags, at_least
 from configs.schema import load_config, parse_yaml, with_defaults
 from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
 
 RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
-ROW_KEYS = {"script", "config", "set", "from", "needs", "flags", "seeds", "each", "creates", "minutes", "metrics"}
 TAIL = 6  # lines of a log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
+
+
+SOME = msgspec.Meta(min_length=1)
+# what a row may hold: see the head of this file; metrics: of experiments/report.py
+Keys = TypedDict("Keys", {
+    "script": Required[str], "config": str, "set": dict[str, object], "from": str, "needs": list[str], "flags": str,
+    "seeds": Annotated[list[int], SOME], "each": Annotated[list[str | int | float], SOME], "creates": str, "minutes": float,
+    "metrics": object,
+}, total=False)  # fmt: skip
+
+
+class Content(TypedDict):
+    """What an experiment file holds beside its tables."""
+
+    output: str
+    rows: Annotated[dict[str, object], SOME]
 
 
 class Row(NamedTuple):
@@ -65,9 +83,17 @@ def read_experiments(path):
         content = parse_yaml(Path(path).read_bytes(), path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    for name, keys in content["rows"].items():
-        if unknown := keys.keys() - ROW_KEYS:
-            raise InputError(f"{path}: row {name} has the unknown key {unknown.pop()}, there are {', '.join(sorted(ROW_KEYS))}")
+    where = path
+    try:
+        msgspec.convert(content, Content)
+        for name, keys in content["rows"].items():
+            where = f"{path}: row {name}"
+            msgspec.convert(keys, Keys)
+            if unknown := keys.keys() - Keys.__annotations__:
+                raise InputError(f"{where} has the unknown key {unknown.pop()}, there are {', '.join(Keys.__annotations__)}")
+    except msgspec.ValidationError as error:
+        said = str(error).replace("`", "'")  # names stand as in Python's messages
+        raise InputError(f"{where}: {said}; experiments/shapes.yaml is an example") from None
     return content
 
 
@@ -92,6 +118,11 @@ def expand(content, output, scratch=False):
             if number < len(seeds):
                 row = _make_row(name, keys, seeds[number], given, first, Path(output))
                 rows[row.name] = row
+    try:
+        TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
+    except CycleError as error:
+        raise InputError(f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct what one of them starts "
+                         "from or needs") from None  # fmt: skip
     return rows
 
 
@@ -123,7 +154,10 @@ def _make_row(name, keys, seed, given, first, output):
         command += ["--checkpoint", str(output / run_of(other) / file)]
     if seed is not None:
         command += ["--seed", str(seed)]
-    command += [part.replace("{folder}", str(folder)) for part in shlex.split(flags)]
+    try:
+        command += [part.replace("{folder}", str(folder)) for part in shlex.split(flags)]
+    except ValueError as error:
+        raise InputError(f"row {name}: flags {flags!r} are no command line: {error}") from None
     if keys.get("set"):
         command += ["--set", *(f"{key}={_yaml(value)}" for key, value in keys["set"].items())]
     return Row(str(folder.relative_to(output)), keys, seed, folder, needs, command)
@@ -181,7 +215,10 @@ def settings(row, rows):
 def read_record(row):
     """Return what the driver has recorded of a row, {} of one that was never started."""
     path = row.folder / RECORD
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}): remove {row.folder} to run the row anew") from None
 
 
 def write_record(row, record):

@@ -9,7 +9,6 @@ import json
 import re
 import zipfile
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -52,7 +51,7 @@ def existing_file(path):
 
     Raises InputError with the remedy where it is a folder, an address or nothing.
     """
-    if urlsplit(str(path)).scheme in ("http", "https"):
+    if str(path).startswith(("http://", "https://")):
         raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
     path = Path(path)
     if path.is_dir():

@@ -110,8 +110,8 @@ def captions_of(files):
             found = entry.get("caption") if isinstance(entry, dict) else None
             texts = found if isinstance(found, list) else [found]
             if not all(isinstance(text, str) for text in texts):
-                raise InputError(f"{path}: entry {index} (counting from 0) has no 'caption', a text or a list of texts: correct "
-                                 "it")  # fmt: skip
+                raise InputError(f"{path}: entry {index} (counting from 0) has no 'caption' of a text or a list of texts: "
+                                 "correct it")  # fmt: skip
             # the trainer refuses halves of surrogate pairs, which JSON can hold
             yield from (text.encode("utf-8", "ignore").decode() for text in texts)
 

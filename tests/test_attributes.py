@@ -110,6 +110,7 @@ BAD = {  # what changes, what the message says
     "another set": (lambda c: c["attributes"][0].update(freq_set="rare"), r"'rare'.*attributes\[0\].freq_set"),
     "no type in the name": (lambda c: c["attributes"][0].update(name="red"), r"attributes\[0\].name"),
     "small boxes alone": (lambda c: [box.update(area=9) for box in c["annotations"]], "no annotation with an area of 50"),
+    "no positive label": (lambda c: [box.update(att_vec=[0, -1, 0] * 9) for box in c["annotations"]], "no box has an attribute"),
     "image of another size": (lambda c: [c["images"][0].update(width=200), c["annotations"][0].update(bbox=[90, 0, 48, 48])],
                               "000000.jpg: wrong size.*annotation 0"),
     "no image": (lambda c: c["images"][0].update(file_name="absent.jpg"), "absent.jpg does not exist"),

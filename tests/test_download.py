@@ -183,6 +183,7 @@ def test_answers_that_waiting_does_not_help(download, server, tmp_path):
                      {"headers": {"Content-Length": None}}]  # fmt: skip
     for parts in (("403", "--url"), ("404", "--url"), ("web page",), ("does not say how large",)):
         assert_error(download("ALBEF_4M"), f"{server.url}/{FILE}", *parts)
+    assert_error(download("--url", "http://[::1/ALBEF.pth"), "http://[::1/ALBEF.pth: not a valid address (Invalid IPv6 URL)")
     assert len(server.requests) == 4 and [path.name for path in tmp_path.iterdir()] == [f".{FILE}.lock"]
     for url, attempts in (("http://nowhere.invalid/ALBEF", 1), ("http://127.0.0.1:9", Download.ATTEMPTS)):
         result = download("vqa", "--url", url)

@@ -135,8 +135,30 @@ def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(
 
 def test_wrong_rows_are_refused(fake, tmp_path):
     assert "row b: there is no row c" in refusal(lambda: fake(b={"from": "c"}))
-    (tmp_path / "file.yaml").write_text("rows: {a: {script: VE.py, form: b}}")
-    assert "row a has the unknown key form" in refusal(read_experiments, tmp_path / "file.yaml")
+    assert "wait for each other in a circle (a, b, a)" in refusal(lambda: fake(a={"from": "b"}, b={"from": "a"}))
+    assert "row a: flags" in refusal(lambda: fake(a={"flags": '"'}))
+
+
+@pytest.mark.parametrize("content, words", [
+    ("", "Expected 'object', got 'null'"),
+    ("output: x", "missing required field 'rows'"),
+    ("output: x\nrows: {}", "length >= 1 - at '$.rows'"),
+    ("output: x\nrows: {a: }", "row a: Expected 'object', got 'null'"),
+    ("output: x\nrows: {a: {config: configs/VE.yaml}}", "row a: Object missing required field 'script'"),
+    ("output: x\nrows: {a: {script: VE.py, form: b}}", "row a has the unknown key form"),
+    ("output: x\nrows: {a: {script: VE.py, seeds: 3}}", "row a: Expected 'array', got 'int' - at '$.seeds'"),
+    ("output: x\nrows: {a: {script: VE.py, seeds: []}}", "row a: Expected 'array' of length >= 1"),
+])  # fmt: skip
+def test_files_of_another_form_are_refused(tmp_path, content, words):
+    (tmp_path / "file.yaml").write_text(content)
+    assert words in refusal(read_experiments, tmp_path / "file.yaml")
+
+
+def test_a_record_that_is_no_json_is_named(fake):
+    (row,) = fake(a={}).values()
+    row.folder.mkdir(parents=True)
+    (row.folder / "experiment.json").write_text('{"seconds": ')
+    assert f"remove {row.folder} to run the row anew" in refusal(is_complete, row)
 
 
 @pytest.mark.parametrize("name", ["shapes", "paper"])

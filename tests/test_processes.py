@@ -153,3 +153,16 @@ run_script(main)
 """
     status, said = ending(start("-c", program))
     assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said
+
+
+@pytest.mark.parametrize("count", [1, 10**5])
+def test_standard_output_that_cannot_be_written_is_one_line(count):
+    program = [sys.executable, "-c", f"from utils import run_script; run_script(lambda: print('line\\n' * {count}))"]
+    reader, closed = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        for output, words in ((closed, "Broken pipe"), (full, "No space left")):
+            told = subprocess.run(program, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True)
+            assert told.returncode == 1 and told.stderr.count("\n") == 1, told.stderr
+            assert told.stderr.startswith(f"error: cannot write a file, or to standard output: {words}")
+    os.close(closed)

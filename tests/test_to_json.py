@@ -91,9 +91,9 @@ def test_rows_that_cannot_be_used_are_named_by_line(convert):
     assert "'path' is empty" in lines[2][1] and "'text' is empty" in lines[3][1] and "'text' is empty" in lines[4][1]
     assert "left out, 9 rows (out/skipped.txt lists all)" in printed and printed.count("captions.csv line") == to_json.SHOWN
     assert convert("path,text\na.jpg,fine\n")[4] is None
-    table = '{"path": "a.jpg", "text": "a"}\n{"path": 5}\n{"path"\n[]\n{"path": "b.jpg", "text": []}\n'
+    table = '{"path": "a.jpg", "text": "a"}\n{"path": 5}\n{"path"\n[]\n{"path": "b.jpg", "text": []}\n' + '{"path":' + "[" * 10**5
     _, printed, train, _, skipped = convert(table)
-    assert len(train) == 1 and [line.split(":")[0][-1] for line in skipped.splitlines()] == ["2", "3", "4", "5"]
+    assert len(train) == 1 and [line.split(":")[0][-1] for line in skipped.splitlines()] == ["2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("table, words", {

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import Visualize
-from conftest import ROOT, exit_status
+from conftest import ROOT, exit_status, refusal
 from visualize.explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
 from models import build_model, task_of
 from models.gradcam import default_block, itm_gradcam
@@ -274,6 +274,7 @@ def test_without_any_heat_there_is_a_picture(figures, tmp_path):
 def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, tokenizer):
     phrase = split_words("two щ dogs", make("retrieval"), tokenizer)
     assert phrase.words == ["two", "щ [UNK]", "dogs"]
+    assert split_words("two\udcff dogs", make("retrieval"), tokenizer).words == ["two", "dogs"]  # a byte that is not UTF-8
     for flags in [], ["--pseudo_targets"]:
         status, _, err = visualize("pretrain", "--text", "Two щ dogs!", *flags)
         assert status == 0, err
@@ -332,6 +333,27 @@ def test_pseudo_targets_need_momentum_weights(visualize, make):
 def test_a_run_or_a_checkpoint_must_be_named(visualize):
     status, _, err = visualize("ve", "--text", "dog", "--output_dir", "run")
     assert status == 2 and "either --output_dir" in err
+
+
+@pytest.mark.parametrize("content", ["", "[1, ", "[]", '{"image_to_text": []}', '{"text_to_image": 3, "image_root": ""}'])
+def test_results_that_no_evaluation_has_written_are_one_line(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "result").mkdir()
+    for name in ("retrieval", "attributes"):
+        (tmp_path / f"result/{name}.json").write_text(content)
+        monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
+        assert exit_status(Visualize.main) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"result/{name}.json: not what an evaluation writes" in said
+        (tmp_path / f"result/{name}.json").unlink()
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_text("before")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: (file.write(b"half"), file.seek(-9)))
+    picture, heat = np.zeros((40, 80, 3), np.uint8), np.zeros((1, 2, 2))
+    message = refusal(draw_heat_maps, [picture], [("whole text", heat)], ["dog"], tmp_path / "a.png")
+    assert "a.png: cannot be written" in message
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "before")]
 
 
 def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, capsys):

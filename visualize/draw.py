@@ -4,6 +4,7 @@ import math
 import os
 import textwrap
 import warnings
+from pathlib import Path
 
 import matplotlib
 
@@ -14,6 +15,7 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from PIL import Image
 
 from dataset.images import load_image
+from utils import InputError, atomic_write
 
 matplotlib.rcParams["text.parse_math"] = False  # a $ in a caption is a dollar
 warnings.filterwarnings("ignore", "Glyph .* missing")  # a box takes its place
@@ -33,7 +35,12 @@ HEAT = ListedColormap(HEAT, "heat")
 
 
 def _save(figure, path):
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    """Write a figure in the format that the name of its file says. Raises InputError."""
+    try:
+        with atomic_write(path) as file:
+            figure.savefig(file, format=Path(path).suffix[1:], dpi=DPI, bbox_inches="tight")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another place") from None
     plt.close(figure)
 
 

@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import nlvr, ve
-from dataset.text import tokenize
+from dataset.text import tokenize, without_halves
 from evaluation.vqa import answer_questions, tokenize_answers
 from models.alignment import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
@@ -54,6 +54,7 @@ def split_words(text, model, tokenizer):
 
     Words are those of BERT's pre-tokenizer: separated by blanks, each symbol that clean-up leaves by itself.
     """
+    text = without_halves(text)
     tokens = tokenizer([text], truncation=True, max_length=model.bert_config["max_position_embeddings"])
     pieces = {}
     for position, word in enumerate(tokens.word_ids(0)):
