@@ -271,8 +271,13 @@ os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's f
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside path and rename it to path when the block ends well: never a half-written file."""
+    """Open a temporary file beside path and rename it to path when the block ends well: never a half-written file.
+
+    Raises OSError, also for what is there and no file: a folder, or a device such as /dev/null, whose place it would take.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is there and not a file", str(path))
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         os.chmod(name, 0o666 & ~UMASK)

@@ -56,8 +56,9 @@ def find_repository(source, filenames, key):
     name, _, revision = source.partition("@")
     revision, wanted = revision or "main", f"{key}: {source} is not a local file or folder, and"
     local, problem = bool(re.fullmatch("[0-9a-f]{40}", revision)), None
+    # the hub is asked for metadata first: without a network hf_hub_download retries for half a minute
     if not local:
-        try:  # without a network hf_hub_download retries for half a minute
+        try:
             get_hf_file_metadata(hf_hub_url(name, filenames[0], revision=revision))
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
@@ -73,6 +74,7 @@ def find_repository(source, filenames, key):
         if problem:
             raise InputError(f"{wanted} {_out_of_reach(problem)}, or name a local file", "network") from None
         try:
+            get_hf_file_metadata(hf_hub_url(name, filenames[0], revision=revision))
             folder = _fetch(name, revision, filenames, False)
         except Exception as error:  # of a commit that is not in the cache
             raise InputError(f"{wanted} {_refusal(error, filenames[0])}", "network") from None

@@ -130,6 +130,8 @@ def main():
     """Train a vocabulary from the command line."""
     args = flags.parse_args()
     pieces = train_vocab(captions_of(args.files), args.size)
+    if len(pieces) == len(SPECIAL):
+        raise InputError(f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary")
     try:
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
         with atomic_write(args.output) as file:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from unittest import mock
 
 import huggingface_hub
 import pytest
@@ -15,7 +16,7 @@ from helpers.hub import serve
 from inference import load_model
 from models import build_model
 from models.checkpoint import read_checkpoint
-from models.hub import find_repository
+from models.hub import _fetch, find_repository
 from models.tokenizer import tokenizer_of
 from utils import seed_everything
 
@@ -165,8 +166,11 @@ def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub,
     find_repository.cache_clear()
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
     assert "cannot be reached" in (note := capsys.readouterr().err) and "from the cache" in note and note.count("\n") == 1
-    message = refusal(load_model, "lab/b")
-    assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
+    with mock.patch("models.hub._fetch", wraps=_fetch) as fetched:
+        for name in "lab/b", f"lab/b@{'1' * 40}":
+            message = refusal(load_model, name)
+            assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
+        assert [call.args[-1] for call in fetched.call_args_list] == [True, True]  # else the client tries for half a minute
     status, _, err = export(tmp_path / "out", "--push", "lab/b")
     assert status == 2 and "--push lab/b: the hub cannot be reached" in err
 

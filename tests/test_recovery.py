@@ -34,7 +34,7 @@ from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from helpers.launch import launch
 from test_engine import CPU, at, command_line, run, signal_at, stop_at
-from utils import InputError, Interrupted, TrainingStopped, make_output_dir
+from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,6 +53,15 @@ def save(path, **position):
     torch.nn.init.constant_(model.weight, position["epoch"])
     with Saver(0) as saver:
         saver.save(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
+
+
+def test_a_device_and_a_folder_keep_their_places(tmp_path):
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "folder").mkdir()
+    for name in ("device", "folder"):
+        with pytest.raises(OSError, match="it is there and not a file"), atomic_write(tmp_path / name) as file:
+            file.write(b"instead of it")
+    assert (tmp_path / "device").is_fifo() and {path.name for path in tmp_path.iterdir()} == {"device", "folder"}
 
 
 def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
