@@ -101,7 +101,7 @@ def export(source, target, momentum=False, overwrite=False):
     except TypeError as error:
         raise InputError(f"checkpoint {source}: its config cannot be written as JSON: {error}") from None
     except (OSError, RuntimeError) as error:
-        raise InputError(f"--to {target}: cannot write it: {error}") from None
+        raise InputError(f"--to {target}: cannot write it, is the disk full? ({error})") from None
     return len(kept), list(dict.fromkeys(name.split(".")[0] for name in left_out)), list(more)
 
 
@@ -137,7 +137,7 @@ def export_folder(args):
             with atomic_write(folder / name) as file:
                 file.write(data)
     except OSError as error:
-        raise InputError(f"--to {args.to}: cannot write it: {error}") from None
+        raise InputError(f"--to {args.to}: cannot write it, is the disk full? ({error})") from None
     print(f"wrote {folder}/: {len(kept)} tensors, {', '.join(files)}; name the license in README.md")
 
 

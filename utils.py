@@ -62,6 +62,8 @@ def begin_script(flags):
 def run_script(main):
     """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
     status, message = 0, ""
+    if sys.stdout:  # None where it was closed from the beginning
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
         with interruptible("ended before it was complete"), _flushing():
             main()
@@ -99,7 +101,7 @@ def _flushing():
         yield
     finally:
         try:
-            if sys.stdout:  # None where it was closed from the beginning
+            if sys.stdout:
                 sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at exit, and says so

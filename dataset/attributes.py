@@ -90,7 +90,8 @@ def read_boxes(path):
     if not boxes:
         raise InputError(f"{path}: has no annotation with an area of {MIN_AREA} pixels or more: name another file")
     if not any(1 in box.labels for box in boxes):
-        raise InputError(f"{path}: no box has an attribute, a 1 in its att_vec, so that there is no average precision: correct it")
+        raise InputError(f"{path}: no box has an attribute, a 1 in its att_vec, so that there is no average precision: correct "
+                         "it")  # fmt: skip
     return content.attributes, boxes
 
 

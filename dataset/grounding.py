@@ -60,7 +60,8 @@ class GroundingTestSet(EntryDataset):
         super().__init__(entries, {"image_root": image_root}, transform, indices=indices)
         self.refer, self.detections = refer, detections
         if not len(self):
-            raise InputError(f"test_file {files[0]} has no expression of {', '.join(splits)}")
+            raise InputError(f"test_file {', '.join(files)}: has no expression of {', '.join(splits)}; name the files of all "
+                             "splits")  # fmt: skip
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)

@@ -157,12 +157,15 @@ def hold_out(captions, count, seed):
 
 
 def _write(path, lines):
-    """Write the lines to a file; no lines, no file."""
-    if not lines:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_write(path) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+    """Write the lines to a file; no lines, no file. Raises InputError."""
+    try:
+        if lines:
+            with atomic_write(path) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another --output") from None
 
 
 def main():

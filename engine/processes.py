@@ -44,7 +44,9 @@ def init_process_group(device, timeout=TIMEOUT):
     if several:
         try:
             _join(device, timeout)
-        except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError) as error:
+        except InputError:
+            raise
+        except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError, ValueError) as error:
             if said := explain_nccl(str(error)):
                 raise InputError(said) from None
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -62,6 +62,8 @@ def writing(path, kept="", failures=OSError):
         yield
     except failures as error:
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, RuntimeError):  # torch.save's
+            reason = f"is the disk full? ({error})"
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
 
 

@@ -202,3 +202,10 @@ def test_other_errors_keep_their_stack_trace():
 def test_nccl_that_cannot_connect_says_why(joined):
     assert refusal(lambda: joined(4, error=DUPLICATE, **TORCHRUN)).startswith("NCCL: Duplicate GPU detected")
     assert "do not find each other" in refusal(lambda: joined(4, error=dist.DistNetworkError("timed out"), **TORCHRUN))
+
+
+def test_a_launcher_that_does_not_say_where_the_others_are_is_one_line(monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert "do not find each other" in (said := refusal(init_process_group, "cpu", 1)) and "MASTER_ADDR expected" in said

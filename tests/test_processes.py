@@ -166,3 +166,8 @@ def test_standard_output_that_cannot_be_written_is_one_line(count):
             assert told.returncode == 1 and told.stderr.count("\n") == 1, told.stderr
             assert told.stderr.startswith(f"error: cannot write a file, or to standard output: {words}")
     os.close(closed)
+
+
+def test_a_name_that_is_not_utf8_can_be_printed():
+    program = [sys.executable, "-c", "from utils import run_script; run_script(lambda: print('a\\udcff'))"]
+    assert subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"
