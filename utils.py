@@ -62,7 +62,7 @@ def begin_script(flags):
 def run_script(main):
     """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
     status, message = 0, ""
-    if sys.stdout:  # None where it was closed from the beginning
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; it is None where it was closed from the beginning
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
         with interruptible("ended before it was complete"), _flushing():
@@ -150,6 +150,8 @@ def _launched_rank():
 # processes and seeds
 
 
+# errors of files that are no mistake of the code: no room, no right, the other end is gone, too many are open
+OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EPIPE, errno.EIO, errno.EMFILE)
 LOST = "another process of the run has ended or does not answer; continue with --resume"
 # what NCCL says in its own words, and what to do about it
 NCCL_REMEDIES = {
@@ -162,8 +164,9 @@ NCCL_REMEDIES = {
 def explain(error):
     """Return one line on an error of other processes, NCCL, memory or a disk, which no stack trace explains; else ""."""
     torch, text = sys.modules.get("torch"), str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {error.filename or 'a file, or to standard output'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+        what = f"use {error.filename}" if error.filename else "write a file, or to standard output"
+        return f"cannot {what}: {error.strerror}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
         return (f"out of memory: make the model, its queue or batch_size smaller, or end what else runs here "
                 f"({' '.join(text.split()[:40])})")  # fmt: skip

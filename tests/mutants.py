@@ -226,7 +226,7 @@ MUTANTS = [
            "(signum, failed), late = stop.agree(saver.failed()), saver.late()"),
     Mutant("engine/saving.py", "        self.thread.shutdown()\n        if failure := self.wait():", "        if failure := \"\":"),
     Mutant("engine/loop.py", "        if failed:\n            saver.finish()\n", ""),
-    Mutant("engine/saving.py", "        if not resume:\n", "        if False:\n"),
+    Mutant("engine/saving.py", "        if not isinstance(resume, dict) or \"epoch\" not in resume:\n", "        if False:\n"),
     Mutant("engine/task.py", "        load_checkpoint(setup.model, file)\n", ""),
     Mutant("engine/task.py", "    if found != task:\n", "    if False:\n"),
     Mutant("engine/task.py", "        output_dir /= \"evaluation\"\n", "        output_dir = output_dir\n"),

@@ -1,17 +1,19 @@
 """What Pretrain.py says about bad input: one line, exit status 2, nothing written is lost."""
 
+import errno
 import json
 import re
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
 from PIL import Image
 
 import Visualize
-from conftest import ROOT, contents, log
+from conftest import ROOT, contents, exit_status, log
 from models import build_model
 
 
@@ -153,6 +155,11 @@ def test_wrong_flags_and_keys_are_one_line_with_the_remedy(pretrain, tmp_path, f
     status, message = pretrain(*flags)
     assert status == 2 and len(message.splitlines()) == 1 and words in message, message
     assert not list((tmp_path / "out").glob("[!.]*"))
+
+
+def test_a_file_that_may_not_be_read_is_one_line(capsys):
+    assert exit_status(mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", "run/tensorboard"))) == 1
+    assert capsys.readouterr().err == "error: cannot use run/tensorboard: Permission denied\n"
 
 
 def test_memory_that_runs_out_is_one_line(pretrain):

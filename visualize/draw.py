@@ -38,7 +38,7 @@ def _save(figure, path):
     """Write a figure in the format that the name of its file says. Raises InputError."""
     try:
         with atomic_write(path) as file:
-            figure.savefig(file, format=Path(path).suffix[1:], dpi=DPI, bbox_inches="tight")
+            figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another place") from None
     plt.close(figure)
