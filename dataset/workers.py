@@ -15,8 +15,13 @@ from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 
 from torch.utils.data import DataLoader, default_collate
+from torch.utils.data._utils import signal_handling
 
 from utils import SIGNALS, InputError, TrainingStopped, cores
+
+# torch has a dead worker raise an error in the middle of whatever is being computed, be it that the other workers are being
+# started; without its handler the error comes where the next batch is asked for, and nothing is half done
+signal_handling._SIGCHLD_handler_set = True
 
 MAX_PROCESSES = 8  # more would wait for the disk
 
@@ -42,7 +47,6 @@ def _end_with_parent():
 @atexit.register  # before multiprocessing's own, which would ask them to end and wait for it
 def _end_workers():
     """Kill the data workers that are left where an error has ended the run."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or torch makes an error of each
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
@@ -65,14 +69,8 @@ class Loader(DataLoader):
                          worker_init_fn=begin_worker, **batching)  # fmt: skip
 
     def __iter__(self):
-        before = signal.getsignal(signal.SIGCHLD)
-        iterator = super().__iter__()
-        if before is not None:
-            # torch has a dead worker raise an error in the middle of whatever is being computed; without its handler the
-            # error comes where the next batch is asked for, and nothing is half done
-            signal.signal(signal.SIGCHLD, before)
         try:
-            for batch in iterator:
+            for batch in super().__iter__():
                 if isinstance(batch, (InputError, TrainingStopped)):
                     raise batch
                 yield batch

@@ -171,3 +171,26 @@ def test_standard_output_that_cannot_be_written_is_one_line(count):
 def test_a_name_that_is_not_utf8_can_be_printed():
     program = [sys.executable, "-c", "from utils import run_script; run_script(lambda: print('a\\udcff'))"]
     assert subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"
+
+
+def test_a_data_worker_that_dies_while_the_others_start_is_noticed_at_the_next_batch():
+    program = """
+import os, signal, time, torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
+from dataset.workers import Loader, WorkerDied
+
+start = Iterator._reset
+
+def kill_one(self, *arguments, **options):
+    os.kill(self._workers[0].pid, signal.SIGKILL)
+    time.sleep(1)
+    return start(self, *arguments, **options)
+
+Iterator._reset = kill_one
+try:
+    list(Loader(range(9), None, 2, torch.device("cpu")))
+except WorkerDied:
+    print("died")
+"""
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (told.stdout, told.stderr) == ("died\n", "")
