@@ -19,7 +19,10 @@ def as_list(values, what, is_one):
     """Return (a list of values, whether it was one alone). Raises InputError where there are none."""
     if is_one(values):
         return [values], True
-    values = values if is_array(values) else list(values)
+    try:
+        values = values if is_array(values) else list(values)
+    except TypeError:
+        raise InputError(f"{reprlib.repr(values)} are no {what}: give one or a list of them") from None
     if len(values) == 0:
         raise InputError(f"no {what} given: give one or a list of them")
     return values, False

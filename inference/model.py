@@ -141,6 +141,7 @@ class Inference:
         Either may be given as features, from embed_images and embed_texts.
         """
         image_feat, text_feat = _features(images, self.embed_images), _features(texts, self.embed_texts)
+        _check_widths(image_feat, text_feat)
         sim = feature_similarity(_matrix(image_feat), _matrix(text_feat))
         return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
 
@@ -163,6 +164,8 @@ class Inference:
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
+        if k < 1:
+            raise InputError(f"rank: k={k}, it is a number from 1")
         rerank = self.config["k_test"] if rerank is None else rerank
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking reads images and texts themselves: give them beside their features, or rerank=0")
@@ -170,6 +173,10 @@ class Inference:
         (texts, one_text) = (None, text_features.ndim == 1) if texts is None else self._captions(texts)
         image_feat = self.embed_images(images) if image_features is None else image_features
         text_feat = self.embed_texts(texts) if text_features is None else text_features
+        _check_widths(image_feat, text_feat)
+        for what, values, features in (("images", images, image_feat), ("texts", texts, text_feat)):
+            if values is not None and len(values) != len(_matrix(features)):
+                raise InputError(f"rank: {len(values)} {what} and {len(_matrix(features))} features: give one for each")
         by_text = of == "images"
         queries, others = (text_feat, image_feat) if by_text else (image_feat, text_feat)
         scores, best = most_similar(_matrix(queries), _matrix(others), max(k, rerank), self.device)  # [Q, K]
@@ -202,9 +209,13 @@ class Inference:
         mode: itm or itc; block_num: the layer, by default the third multimodal one. Pairs as in `answer`.
         """
         items, texts, one = self._pairs(images, self._captions(texts))
+        _check_mode(mode)
         boxes = [boxes] if one else boxes or [None] * len(items)
         if len(boxes) != len(items):
             raise InputError(f"ground: {len(boxes)} lists of boxes for {len(items)} pairs of image and text: give one for each")
+        for box in (box for candidates in boxes if candidates is not None for box in candidates):
+            if len(box) < 4 or min(box[2:4]) <= 0:
+                raise InputError(f"ground: box {list(box)} is not [x, y, width, height] of a box with pixels")
         found, maps, sizes = [], [], []
         for part, image, part_sizes in self._batches(items):
             tokens = tokenize(texts[part], self.tokenizer, MAX_TOKENS).to(self.device)
@@ -273,6 +284,7 @@ class Inference:
         `answer`. mode: itm, or itc for the contrastive similarity, which has no words. block_num: the layer, by default the
         third with cross-attention but never the last. Pairs as in `answer`, of two images as in `true_of`.
         """
+        _check_mode(mode)
         if mode == "itc" and self.task not in ("pretrain", "retrieval"):
             raise InputError(f"heat_map: mode itc explains a contrastive similarity, which task {self.task} has none of")
         vqa, answers = self.task == "vqa", _answer_list(answers)
@@ -402,6 +414,19 @@ def _features(values, embed):
     return _float(values) if is_array(values) and "float" in str(values.dtype) else embed(values)
 
 
+def _check_widths(image_feat, text_feat):
+    """Raise InputError for features that do not compare."""
+    if image_feat.shape[-1] != text_feat.shape[-1]:
+        raise InputError(f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]} for texts do not "
+                         "compare: take both from one model; an array that is an image is uint8")  # fmt: skip
+
+
+def _check_mode(mode):
+    """Raise InputError for a way of explaining that there is not."""
+    if mode not in ("itm", "itc"):
+        raise InputError(f"mode={mode!r}, it is itm or itc")
+
+
 def _unwrap(matrix, one_row, one_column):
     """Return [NI, NT] without the dimension of an image or text alone, of a pair a float."""
     matrix = matrix[0] if one_row else matrix
@@ -410,4 +435,8 @@ def _unwrap(matrix, one_row, one_column):
 
 
 def _answer_list(answers):
-    return load_answer_list(answers) if isinstance(answers, (str, Path)) else list(answers or [])
+    if isinstance(answers, (str, Path)):
+        return load_answer_list(answers)
+    if other := [answer for answer in answers or [] if not isinstance(answer, str)]:
+        raise InputError(f"answers: {other[0]!r} is not a text: give a list of texts, or the JSON file of one")
+    return list(answers or [])

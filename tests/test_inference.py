@@ -286,6 +286,14 @@ BAD = {
     "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "mode itc"),
     "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
+    "answers that are no text": (lambda m, f: m["vqa"].answer("a.jpg", "a", ["one", 2]), "answers: 2 is not a text"),
+    "nothing for texts": (lambda m, f: m["retrieval"].embed_texts(None), "None are no texts"),
+    "other width": (lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"), "features of 3 numbers .* do not compare"),
+    "features of others": (lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
+                           "2 images and 3 features"),
+    "no results": (lambda m, f: m["retrieval"].rank(["a.jpg"], "a", k=0), "k=0, it is a number from 1"),
+    "mode": (lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"), "mode='gradcam', it is itm or itc"),
+    "empty box": (lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=[[1, 2, 3, 0]]), r"box \[1, 2, 3, 0\] is not"),
 }
 
 

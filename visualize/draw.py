@@ -41,6 +41,8 @@ def _save(figure, path):
             figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another place") from None
+    except ValueError as error:  # a format that matplotlib does not know
+        raise InputError(f"{path}: {error}") from None
     plt.close(figure)
 
 
