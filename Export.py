@@ -28,7 +28,7 @@ import torch
 from configs.schema import ANNOTATION_KEYS, read_bert_config
 from engine.configuration import DEFAULTS, choose_config, task_in
 from models import task_of
-from models.checkpoint import METADATA, QUEUES, named_tensors, read_checkpoint, write_weights
+from models.checkpoint import METADATA, is_momentum, named_tensors, read_checkpoint, write_weights
 from models.hub import find_file, upload
 from models.tokenizer import FILES, tokenizer_of, vocabulary_of
 from utils import InputError, atomic_write, make_output_dir
@@ -65,11 +65,6 @@ def released_names(tensors):
     embeddings = [name.removesuffix(positions) for name in tensors if name.endswith(positions)]
     ids = {f"{name}.position_ids": torch.arange(len(tensors[name + positions]))[None] for name in embeddings}
     return tensors | {name: value for name, value in ids.items() if name not in tensors}
-
-
-def is_momentum(name):
-    """Whether a tensor is of the momentum model or its queues."""
-    return name.split(".")[0].endswith("_m") or name in QUEUES
 
 
 def check_target(path, overwrite):

@@ -270,6 +270,11 @@ def make_deterministic():
 # files
 
 
+def printable(path):
+    """Return a path for the screen or a list: as it is, or in quotes with escapes where it has a line break or the like."""
+    return path if path.isprintable() else ascii(path)
+
+
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
 os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get rights that nobody meant
 

@@ -19,9 +19,10 @@ class Help(argparse.RawDescriptionHelpFormatter):
 class Flags(argparse.ArgumentParser):
     """A parser whose errors are an InputError: one line, with the right spelling where there is one to guess."""
 
-    def __init__(self, description, example=""):
+    def __init__(self, description, example="", prog=None):
         module = sys.modules["__main__"].__spec__  # of python -m
         name = f"python -m {module.name.removesuffix('.__main__')}" if module else f"python {os.path.basename(sys.argv[0])}"
+        name, self._commands = prog or name, None
         example = example and f"example:\n  {name} {example}"
         super().__init__(prog=name, description=description, epilog=example, formatter_class=Help)
 
@@ -30,17 +31,23 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
                           help="override keys of the configuration, such as scheduler.epochs=3")  # fmt: skip
 
+    def add_command(self, name, summary, example):
+        """Return the Flags of a command, the first argument of the command line, which args.command holds."""
+        self._commands = self._commands or self.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        return self._commands.add_parser(name, help=summary, description=summary, example=example)
+
     def error(self, message):
         raise InputError(f"{message}; --help lists the flags")
 
     def parse_args(self, args=None, namespace=None):
         """Parse as ArgumentParser does. Raises InputError."""
         result, unknown = self.parse_known_args(args, namespace)
+        flags = self._commands.choices[result.command] if self._commands else self
         if unknown:
-            raise InputError(self._about_unknown(unknown))
+            raise InputError(flags._about_unknown(unknown))
         for text in getattr(result, "set", []):
             key, _, value = text.partition("=")
-            action = self._option_string_actions.get(f"--{key}")
+            action = flags._option_string_actions.get(f"--{key}")
             if action and not _spelling(key):
                 value = "" if action.nargs in (0, "?") else f" {value}"
                 raise InputError(f"--set {text}: {key} is not a key of the configuration but a flag, write --{key}{value}")

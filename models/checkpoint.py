@@ -121,6 +121,11 @@ def named_tensors(content, path):
     return tensors
 
 
+def is_momentum(name):
+    """Whether a tensor is of the momentum model or its queues."""
+    return name.split(".")[0].endswith("_m") or name in QUEUES
+
+
 def read_weights(path):
     """Return the tensors of a checkpoint file by name. Raises InputError."""
     return named_tensors(read_checkpoint(path), path)

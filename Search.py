@@ -1,0 +1,121 @@
+"""Search in folders of images by a text or an example, and lists of near-copies.
+
+`index` embeds the images of folders, and called again those that are new or changed; `query` and `duplicates` read the index.
+"""
+
+from pathlib import Path
+
+from configs.flags import Flags
+from utils import begin_script, run_script
+
+DEVICE = {"help": "cuda, cuda:1, ... or cpu; by default cuda where there is a GPU"}
+flags = Flags(__doc__, "index photos --checkpoint flickr30k.pth --to output/photos")
+index = flags.add_command("index", "Embed the images of folders, or bring an index of them up to date.",
+                          "photos --checkpoint flickr30k.pth --to output/photos")  # fmt: skip
+index.add_argument("folders", nargs="+", metavar="FOLDER", help="of images, at any depth; all that the index is to have")
+index.add_argument("--checkpoint", required=True, metavar="FILE", help="of pre-training, retrieval or grounding: a file, the "
+                   "folder of a run, or a hub repository, USER/NAME[@REVISION]")  # fmt: skip
+index.add_argument("--to", required=True, metavar="INDEX", help="folder of the index")
+index.add_argument("--config", metavar="FILE", help="for a checkpoint without one: the YAML file it was trained with")
+index.add_set()
+index.add_argument("--device", **DEVICE)
+query = flags.add_command("query", "Print the images that fit a text or an example best, with scores.",
+                          'output/photos "two dogs in the snow" --html dogs.html')  # fmt: skip
+query.add_argument("index", metavar="INDEX", help="folder that index has written")
+query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
+query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
+query.add_argument("-k", type=int, default=20, help="images to print")
+query.add_argument("--rerank", type=int, metavar="N", help="the N most similar images are ranked by how well they match the "
+                   "text (ITM), 0 for none; by default the checkpoint's k_test")  # fmt: skip
+query.add_argument("--html", metavar="PAGE", help="write a page of thumbnails, too")
+query.add_argument("--checkpoint", metavar="FILE", help="where the index's checkpoint lies now, if it has moved")
+query.add_argument("--device", **DEVICE)
+copies = flags.add_command("duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99")
+copies.add_argument("index", metavar="INDEX", help="folder that index has written")
+copies.add_argument("--threshold", type=float, default=0.98, help="similarity from which on images are near-copies, up to 1")
+copies.add_argument("--device", **DEVICE)
+if __name__ == "__main__":
+    begin_script(flags)
+
+import os
+import sys
+import time
+
+from engine.processes import find_device
+from inference import load_model
+from inference.index import (
+    UNUSABLE, find_images, load_model_of, near_copies, open_index, read_index, search, update_index,
+)  # fmt: skip
+from utils import InputError, interruptible, printable
+from visualize.page import check_page, write_page
+
+SHOWN = 5  # unusable images that are printed
+
+
+def show(path):
+    """Return a path for the screen, relative where it is below the working directory."""
+    return printable(path.removeprefix(os.path.join(os.getcwd(), "")))
+
+
+def make_index(args):
+    """Make an index or bring it up to date, and say what was done."""
+    images, problems = find_images(args.folders)
+    before = open_index(args.to)
+    print(f"{len(images)} images found")
+    model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
+    start = time.monotonic()
+    with interruptible(f"{args.to} has what was embedded so far; the same command goes on"):
+        changes = update_index(args.to, before, model, images, problems)
+    rate = changes.embedded / (time.monotonic() - start)
+    print(f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
+          + f" ({rate:.1f} per second)" * bool(changes.embedded) + f", {changes.gone} gone")  # fmt: skip
+    for path, problem in changes.unusable[:SHOWN]:
+        print(f"  left out: {show(path)}: {problem}")
+    if len(changes.unusable) > SHOWN:
+        print(f"  left out: {len(changes.unusable)} in all, {Path(args.to, UNUSABLE)} has the list")
+
+
+def open_for_reading(folder):
+    """Return the Index in a folder, with a note where it is not complete. Raises InputError."""
+    found = read_index(folder)
+    if found.left:
+        print(f"note: {folder} lacks {found.left} images that its indexing has not come to", file=sys.stderr)
+    return found
+
+
+def answer_query(args):
+    """Print the images that fit best, and write the page."""
+    if args.k < 1 or (args.rerank or 0) < 0:
+        raise InputError("-k must be at least 1, and --rerank at least 0")
+    if args.html:
+        check_page(args.html)
+    found_in = open_for_reading(args.index)
+    model = load_model_of(found_in, args.index, args.device, args.checkpoint)
+    found = search(found_in, model, args.text, args.image, args.k, args.rerank)
+    for path, score in found:
+        print(f"{score:8.3f}  {show(path)}")
+    if args.html:
+        ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM)"
+        write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
+        print(f"wrote {args.html}")
+
+
+def list_copies(args):
+    """Print groups of near-copies, each image with its similarity to the one before it that is most similar."""
+    if not 0 < args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
+    groups = near_copies(open_for_reading(args.index), args.threshold, find_device(args.device))
+    for group in groups:
+        for path, similarity in group:
+            print(f"{similarity:8.3f}  {show(path)}")
+        print()
+    print(f"{len(groups)} groups of {sum(map(len, groups))} images")
+
+
+def main():
+    args = flags.parse_args()
+    {"index": make_index, "query": answer_query, "duplicates": list_copies}[args.command](args)
+
+
+if __name__ == "__main__":
+    run_script(main)

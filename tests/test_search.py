@@ -1,0 +1,452 @@
+"""Search.py: an index that equals its folders whatever happens, results that are the evaluation's, the page, bad input."""
+
+import base64
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import Export
+import Search
+from conftest import ROOT, contents, exit_status, refusal, tiny
+from dataset import build_dataset
+from dataset.shapes.scenes import draw_scene, render
+from evaluation import retrieval
+from inference import index as indexing, load_model
+from inference.index import FILE, UNUSABLE, Index, find_images, near_copies, read_index, search
+from models import build_model
+from models.tokenizer import tokenizer_of
+from test_recovery import limit
+from utils import seed_everything
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(shapes, tmp_path_factory):
+    """Checkpoints of tiny random models by name."""
+    folder, config = tmp_path_factory.mktemp("checkpoints"), {**tiny(shapes), "batch_size_test": 4}
+    for number, (name, task) in enumerate({"model": "retrieval", "other": "retrieval", "vqa": "vqa"}.items()):
+        seed_everything(number)
+        model = build_model(task, config, tokenizer_of(config))
+        for parameter in model.parameters():  # at its usual scale everything would look alike to a random model
+            parameter.data.mul_(2.5)
+        torch.save({"model": model.state_dict(), "config": model.config, "epoch": 3}, folder / f"{name}.pth")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs Search.py; returns (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["Search.py", *map(str, arguments)])
+        return exit_status(Search.main), *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def index(run, checkpoints, tmp_path):
+    """Indexes folders into tmp_path / name with a checkpoint; returns what Search.py prints."""
+
+    def call(*folders, name="index", checkpoint="model.pth"):
+        status, out, err = run("index", *folders, "--checkpoint", checkpoints / checkpoint, "--to", tmp_path / name)
+        assert status == 0 and not err, err
+        return out
+
+    return call
+
+
+def draw_photo(path, seed):
+    """Writes a JPEG file of 500 x 375 pixels, a scene of shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    render(draw_scene(random.Random(seed), "train", 96)).resize((500, 375)).save(path, quality=90)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of photos, two folders deep."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(60):
+        draw_photo(folder / f"{number % 3}/{number % 2}/{number:02d}.jpg", number)
+    return folder
+
+
+def assert_same(left, right):
+    """Asserts that two indexes hold the same images and features, apart from the rounding of other batches."""
+    assert left.paths == right.paths and left[4:] == right[4:]
+    assert torch.equal(left.sizes, right.sizes) and torch.equal(left.dates, right.dates)
+    assert torch.allclose(left.features.float(), right.features.float(), atol=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+@pytest.mark.parametrize("k", [0, 4, 12])
+def test_a_text_finds_what_the_retrieval_evaluation_reports(index, checkpoints, shapes, tmp_path, monkeypatch, k):
+    index(shapes / "images/test")
+    model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
+    dataset = build_dataset("retrieval_test", model.config)
+    encode = retrieval.encode_images
+
+    def encode_in_float16(*args):  # as the index has them, so that no tie is broken differently
+        embeds, features = encode(*args)
+        return embeds, features.half().float()
+
+    monkeypatch.setattr(retrieval, "encode_images", encode_in_float16)
+    keys = {**model.config, "image_embeds": "host"}
+    metrics = retrieval.evaluate(model.model, dataset, model.tokenizer, keys, CPU, ks=[k or 4])
+    ranks = []
+    for text, image in enumerate(dataset.txt2img):
+        best = [path for path, _ in search(found, model, dataset.texts[text], k=12, rerank=k)]
+        assert len(best) == 12
+        ranks.append(best.index(str(dataset.files(image)[0])))
+    prefix = "" if k else "itc_"
+    for cut in (1, 5, 10):
+        if cut <= (k or 12):
+            assert np.mean(np.array(ranks) < cut) * 100 == pytest.approx(metrics[f"{prefix}img_r{cut}"])
+
+
+def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates(run, index, checkpoints, photos, tmp_path):
+    index(photos)
+    model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
+    status, out, err = run("query", tmp_path / "index", "a red circle", "-k", 3, "--rerank", 5)
+    expected = model.rank(found.paths, "a red circle", k=3, rerank=5, image_features=found.features)
+    assert status == 0 and not err
+    assert [line.split(None, 1) for line in out.splitlines()[-3:]] == [[f"{s:.3f}", found.paths[i]] for i, s in expected]
+    gone = Path(found.paths[expected[0][0]])
+    moved = gone.rename(tmp_path / "moved.jpg")
+    try:
+        left = search(found, model, "a red circle", k=3, rerank=5)
+        assert str(gone) not in [path for path, _ in left] and left[0][0] == found.paths[expected[1][0]]
+    finally:
+        moved.rename(gone)
+
+
+def test_an_example_finds_itself_and_with_a_text_both_count(run, index, checkpoints, photos, tmp_path):
+    index(photos)
+    model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
+    status, out, _ = run("query", tmp_path / "index", "--image", found.paths[7], "-k", 1)
+    score, path = out.splitlines()[-1].split()
+    assert status == 0 and path == found.paths[7] and float(score) == pytest.approx(1, abs=2e-3)
+    text = model.embed_texts("a red circle")
+    both = found.features.float() @ (model.embed_images(found.paths[7]) + text) / 2
+    best = search(found, model, "a red circle", image=found.paths[7], k=4, rerank=0)
+    assert [path for path, _ in best] == [found.paths[i] for i in both.topk(4).indices]
+    ranked = search(found, model, "a red circle", image=found.paths[7], k=4, rerank=4)
+    assert {path for path, _ in ranked} == {path for path, _ in best}
+    assert ranked == sorted(ranked, key=lambda row: -row[1]) and ranked[0][1] != best[0][1]
+
+
+def test_near_copies_are_those_of_a_plain_search(monkeypatch):
+    monkeypatch.setattr(indexing, "ROWS", 7)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.nn.functional.normalize(torch.randn(50, 4, generator=generator), dim=1).half()
+    found = Index(list(map(str, range(50))), features, None, None, "", "", "", {}, 0)
+    sim, group = features.float() @ features.float().T, list(range(50))
+    for i in range(1, 50):
+        value, j = sim[i, :i].max(dim=0)
+        group[i] = group[j] if value >= 0.9 else i
+    expected = [[str(i) for i in range(50) if group[i] == first] for first in sorted(set(group)) if group.count(first) > 1]
+    groups = near_copies(found, 0.9, CPU)
+    assert len(expected) > 3 and [[path for path, _ in members] for members in groups] == expected
+    for (_, one), *others in groups:
+        assert one == 1
+        for path, similarity in others:
+            assert similarity == pytest.approx(sim[int(path), : int(path)].max().item(), abs=1e-6) and similarity >= 0.9
+
+
+def test_duplicates_lists_a_copy_of_other_size_and_quality(run, index, photos, tmp_path):
+    folder = shutil.copytree(photos / "0", tmp_path / "copies")
+    original = sorted(folder.rglob("*.jpg"))[3]
+    Image.open(original).resize((400, 300)).save(folder / "smaller.jpg", quality=60)
+    shutil.copy(original, folder / "same.jpg")
+    index(folder)
+    status, out, _ = run("duplicates", tmp_path / "index", "--threshold", "0.999")
+    groups = [set(re.findall(r"\S+\.jpg", group)) for group in out.split("\n\n")]
+    copies = {str(original), str(folder / "same.jpg"), str(folder / "smaller.jpg")}
+    assert status == 0 and any(copies <= group for group in groups)
+    assert re.fullmatch(r"\d+ groups of \d+ images", out.splitlines()[-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# indexing
+
+
+def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(index, photos, checkpoints, tmp_path, monkeypatch):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    for name in ("a", "0/b", "0/1/c"):
+        (folder / f"{name}.jpg").write_bytes(b"no image")
+    monkeypatch.setattr(indexing, "SAVE_EVERY", 0)
+    monkeypatch.setattr(indexing, "SAVE_SHARE", 1)
+    argv = ["Search.py", "index", folder, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index",
+            "--set", "batch_size_test=1", "num_workers=1"]  # fmt: skip
+    rng, done = random.Random(0), 0
+    for signum in (signal.SIGKILL, signal.SIGTERM):
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(tmp_path / "output", os.O_RDWR | os.O_CREAT), 1)
+            os.dup2(1, 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+            os._exit(exit_status(Search.main))
+        while not (tmp_path / "index" / FILE).exists() or len(read_index(tmp_path / "index").paths) == done:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signum)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == (-signum if signum == signal.SIGKILL else 128 + signum)
+        state = read_index(tmp_path / "index")
+        assert done < len(state.paths) < 60 and state.left
+        done = len(state.paths)
+    assert "SIGTERM" in (tmp_path / "output").read_text() and "the same command goes on" in (tmp_path / "output").read_text()
+
+    every = sorted(folder.rglob("*[0-9].jpg"))
+    indexed = [Path(path) for path in state.paths]
+    changed, removed = indexed[:10] + every[-10:], every[1::6]
+    for number, path in enumerate(set(changed) - set(removed)):
+        draw_photo(path, 1000 + number)
+    for path in removed:
+        path.unlink()
+    kept = len(set(indexed) - set(changed) - set(removed))
+    gone = len(set(indexed) & set(removed))
+    out = index(folder)
+    assert f"50 images, {kept} as before, {50 - kept} embedded" in out and f"{gone} gone" in out
+    index(folder, name="anew")
+    assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
+    lists = [(tmp_path / name / UNUSABLE).read_text() for name in ("index", "anew")]
+    assert lists[0] == lists[1] and lists[0].count("not an image") == 3
+    assert "50 images, 50 as before, 0 embedded, 0 gone" in index(folder)
+
+
+def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoints, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos / "0", folder / "good")
+    Image.new("1", (20000, 10000)).save(folder / "huge.png")
+    (folder / "empty.jpg").touch()
+    (folder / "text.gif").write_text("not an image")
+    (folder / "cut.jpg").write_bytes((photos / "0/0/00.jpg").read_bytes()[:3000])
+    (folder / "line\nbreak.jpg").write_text("")
+    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
+    (folder / "notes.txt").write_text("nothing to see")
+    out = index(folder)
+    assert "20 images, 0 as before, 20 embedded" in out and out.count("left out:") == 6
+    lines = (tmp_path / "index" / UNUSABLE).read_text().splitlines()
+    expected = {"huge.png": "too large: Image size (200000000 pixels)", "empty.jpg": "empty file", "text.gif": "not an image",
+                "cut.jpg": "broken image", "line\\nbreak.jpg'": "empty file", "dangling.jpg": "No such file"}  # fmt: skip
+    for name, problem in expected.items():
+        assert [line for line in lines if f"{name}: {problem}" in line], name
+    assert len(lines) == 6
+    (folder / "dangling.jpg").unlink()
+    draw_photo(folder / "dangling.jpg", 1)
+    assert "21 images, 20 as before, 1 embedded" in index(folder)
+
+
+def test_every_image_at_any_depth_is_found_once(photos, tmp_path):
+    folder = tmp_path / "photos"
+    picture = Image.open(photos / "0/0/00.jpg").resize((8, 8))
+    names = ["z.JPG", "a/b/c/d/e.png", "a/b.webp", "ä ö/ü.tif", "a.bmp", "b.ppm", "c.gif", "d.jpeg", "e.jfif"]
+    for name in [*names, ".hidden.jpg", ".hidden/a.jpg", "a/.hidden.png"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name, {".jfif": "JPEG", ".ppm": "PPM"}.get(Path(name).suffix))
+    (tmp_path / "other").mkdir()
+    picture.save(tmp_path / "other/f.jpg")
+    (folder / "linked").symlink_to(tmp_path / "other")
+    (folder / "a/loop").symlink_to(folder)
+    (folder / b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")).write_bytes((folder / "z.JPG").read_bytes())
+    found, problems = find_images([folder, folder / "a", tmp_path / "other"])
+    expected = {str(folder / name) for name in [*names, "linked/f.jpg", "latin-\udcfc.jpg"]}
+    assert set(found) == expected and list(found) == sorted(found) and not problems
+    assert found[str(folder / "z.JPG")] == ((folder / "z.JPG").stat().st_size, (folder / "z.JPG").stat().st_mtime_ns)
+
+
+def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(run, index, photos, checkpoints, tmp_path):
+    index(photos / "0")
+    Export.export(checkpoints / "model.pth", tmp_path / "model.safetensors")
+    status, out, err = run("index", photos / "0", "--checkpoint", tmp_path / "model.safetensors", "--to", tmp_path / "index",
+                           "--set", "precision=bf16")  # fmt: skip
+    assert status == 0 and "20 as before, 0 embedded" in out and not err
+    found = read_index(tmp_path / "index")
+    assert found.checkpoint == str(tmp_path / "model.safetensors") and found.config["precision"] == "bf16"
+    (tmp_path / "model.safetensors").unlink()
+    status, _, err = run("query", tmp_path / "index", "a star")
+    assert status == 2 and "its checkpoint" in err and "is gone: say by --checkpoint" in err
+    assert run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "model.pth")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.pictures, self.words, self.tags = [], [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.pictures.append(attributes["src"])
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_opens_from_disk_whatever_the_paths(run, index, photos, tmp_path):
+    folder, source = tmp_path / "photos", photos / "0/0/00.jpg"
+    names = ["a b.jpg", "it's \"quoted\".jpg", "ä ö/ü ß.jpg", "line\nbreak.jpg", "<b>&amp;.jpg", "100%23#?.jpg", "日本.jpg",
+             b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")]  # fmt: skip
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / name)
+    rotated = Image.Exif()
+    rotated[0x112] = 6
+    Image.open(source).save(folder / "turned.jpg", exif=rotated)
+    index(folder)
+    status, out, _ = run("query", tmp_path / "index", "a <i>star</i> & more", "--html", tmp_path / "page.html")
+    assert status == 0 and len(out.splitlines()) >= 10 and "line\\nbreak.jpg" in out
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    paths = {os.fsdecode(urllib.parse.unquote_to_bytes(link.removeprefix("file://"))) for link in page.links}
+    assert paths == {str(folder / name) for name in [*names, "turned.jpg"]} and all(map(os.path.isfile, paths))
+    assert "http" not in text and not {"b", "i", "script", "link"} & page.tags
+    assert "a <i>star</i> & more" in page.words and any("<b>&amp;.jpg" in word for word in page.words)
+    sizes = {Image.open(io.BytesIO(base64.b64decode(picture.partition("base64,")[2]))).size for picture in page.pictures}
+    assert len(page.pictures) == 9 and sizes == {(480, 360), (360, 480)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+HUGE = Image.new("1", (20000, 10000))
+BAD = {
+    "no such folder": ("index {}/nowhere", "nowhere: does not exist, name a folder"),
+    "a file": ("index {}/text.txt", "text.txt: is a file, name a folder"),
+    "an empty folder": ("index {}/photos {}/empty", "empty: no image in it or below"),
+    "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
+    "another task": ("index {}/photos --checkpoint {}/vqa.pth", "vqa.pth is of task vqa, which cannot do it"),
+    "another checkpoint": ("index {}/photos --checkpoint {}/other.pth", "made with weights .* of .*model.pth, and .*other.pth"),
+    "another folder": ("index {}/photos --to {}/photos", "photos: has other files, but no index"),
+    "unwritable": ("index {}/photos --to {}/text.txt/index", "text.txt/index: cannot write there"),
+    "key": ("index {}/photos --set image_rse=3", "image_rse"),
+    "flag": ("query {}/index star --htlm a.html", "did you mean --html"),
+    "command": ("search {}/index star", "invalid choice: 'search'"),
+    "no index": ("query {}/photos star", "photos: no index there"),
+    "index is a file": ("query {}/text.txt star", "text.txt: no index there"),
+    "damaged index": ("query {}/damaged star", "damaged/index.pt: cannot be read as an index"),
+    "nothing to search": ("query {}/index", "give a text, an image or both"),
+    "blank text": ("query {}/index ?!", "nothing is left of it"),
+    "empty text": ("query {}/index ''", "nothing is left of it"),
+    "no such example": ("query {}/index --image no.jpg", "no.jpg: does not exist"),
+    "text as example": ("query {}/index --image {}/text.txt", "text.txt: not an image"),
+    "200 megapixels": ("query {}/index --image {}/huge.png", "huge.png: too large: Image size .200000000 pixels"),
+    "other weights": ("query {}/index star --checkpoint {}/other.pth", "made with weights"),
+    "k": ("query {}/index star -k 0", "-k must be at least 1"),
+    "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
+    "threshold": ("duplicates {}/index --threshold 2", "--threshold 2.0: must be above 0 and at most 1"),
+    "all gone": ("query {}/gone star", "gone, as are all images"),
+    "none usable": ("index {}/broken --to {}/new", "none of 1 images can be used, such as .*broken/a.jpg: not an image"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints, photos, tmp_path_factory):
+    """A folder with an index and what is wrong with the rest."""
+    folder = tmp_path_factory.mktemp("bad")
+    for name in ("model", "other", "vqa"):
+        (folder / f"{name}.pth").symlink_to(checkpoints / f"{name}.pth")
+    (folder / "photos").symlink_to(photos / "0")
+    (folder / "empty").mkdir()
+    (folder / "text.txt").write_text("a text")
+    (folder / "broken").mkdir()
+    (folder / "broken/a.jpg").write_text("a text")
+    HUGE.save(folder / "huge.png")
+    model = load_model(folder / "model.pth", "cpu")
+    indexing.update_index(folder / "index", indexing.open_index(folder / "index"), model, *find_images([folder / "photos"]))
+    gone = read_index(folder / "index")
+    for name in ("gone", "damaged"):
+        (folder / name).mkdir()
+    indexing.write_index(folder / "gone", gone._replace(paths=[f"/nowhere/{i}.jpg" for i in range(len(gone.paths))]), [])
+    (folder / "damaged" / FILE).write_bytes((folder / "index" / FILE).read_bytes()[:5000])
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_the_index_intact(run, folder, case):
+    line, message = BAD[case]
+    arguments = [argument.strip("'").format(folder, folder) for argument in line.split()]
+    if arguments[0] == "index":
+        arguments += [] if "--to" in line else ["--to", folder / "index"]
+        arguments += [] if "--checkpoint" in line else ["--checkpoint", folder / "model.pth"]
+    before = contents(folder / "index")
+    status, _, err = run(*arguments)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and re.search(message, err), err
+    assert contents(folder / "index") == before
+
+
+def test_a_folder_without_permission_is_one_line(photos):
+    folder = Path(tempfile.mkdtemp())  # below that of pytest only its owner can look
+    try:
+        folder.chmod(0o755)
+        shutil.copytree(photos / "0", folder / "photos")
+        (folder / "photos/0").chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        found, problems = find_images([folder / "photos"])
+        assert len(found) == 10 and problems == [(str(folder / "photos/0"), "Permission denied")]
+        message = refusal(find_images, [folder / "photos/0"])
+        assert message.endswith("photos/0: Permission denied)")
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (folder / "photos/0").chmod(0o755)
+        shutil.rmtree(folder)
+
+
+def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints, tmp_path):
+    index(photos / "0")
+    before = contents(tmp_path / "index")
+    limit(1000)
+    try:
+        status, _, err = run("index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index")
+    finally:
+        limit(None)
+    assert status == 1 and err.count("\n") == 1 and "cannot write" in err and "what was saved before is untouched" in err
+    assert contents(tmp_path / "index") == before
+    assert "60 images, 20 as before" in index(photos)
+
+
+def test_of_two_indexings_at_once_the_second_is_refused(run, photos, checkpoints, tmp_path):
+    child = os.fork()
+    if not child:
+        indexing.open_index(tmp_path / "index")
+        time.sleep(60)
+        os._exit(0)
+    try:
+        while not (tmp_path / "index/.lock").exists():
+            time.sleep(0.01)
+        status, _, err = run("index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index")
+        assert status == 2 and "another run is writing there" in err and err.count("\n") == 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

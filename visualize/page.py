@@ -1,0 +1,82 @@
+"""The page of a search: thumbnails of the images found, in one HTML file that a browser opens from disk."""
+
+import base64
+import io
+import os
+from html import escape
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from dataset.images import FORMATS
+from utils import InputError, atomic_write, printable
+
+SIDE = 480  # pixels of a thumbnail's longer side, twice what it has on most screens
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: light-dark(#ddd, #3a3a3a); --dim: light-dark(#666, #999); }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem; max-width: 90rem; }}
+header {{ display: flex; gap: 1.25rem; align-items: center; margin-bottom: 1.5rem; }}
+header img {{ max-width: 9rem; max-height: 7rem; border-radius: 6px; }}
+h1 {{ font-size: 1.5rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }}
+p, small {{ color: var(--dim); margin: 0; }}
+main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }}
+figure {{ margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
+figure a {{ display: flex; aspect-ratio: 4 / 3; align-items: center; justify-content: center;
+            background: light-dark(#f3f3f3, #1c1c1c); color: var(--dim); }}
+figure img {{ width: 100%; height: 100%; object-fit: contain; }}
+figcaption {{ padding: .5rem .75rem .6rem; display: grid; grid-template-columns: 1fr auto; column-gap: .5rem; }}
+figcaption > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
+</style>
+<header>{example}<div><h1>{title}</h1><p>{summary}</p></div></header>
+<main>
+{figures}
+</main>
+</html>
+"""
+FIGURE = """<figure><a href="{link}">{picture}</a>
+<figcaption title="{path}"><span>{rank}. {name}</span><span>{score:.3f}</span><small>{folder}</small></figcaption></figure>"""
+
+
+def check_page(path):
+    """Raise InputError where the page of a search cannot be written."""
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--html {path}: cannot write there, name a file in a folder that exists")
+
+
+def write_page(path, results, total, ranked_by, text=None, image=None):
+    """Write the page of what was found, [(absolute path, score), ...], among `total` images by a text, an example or both.
+
+    Nothing on it is loaded from elsewhere; a thumbnail links to its image on this machine.
+    """
+    common, figures = os.path.commonpath([os.path.dirname(file) for file, _ in results]), []
+    for rank, (file, score) in enumerate(results, 1):
+        folder, name = os.path.split(os.path.relpath(file, common))
+        shown = {"path": printable(file), "name": printable(name), "folder": printable(folder), "link": Path(file).as_uri()}
+        shown = {key: escape(value) for key, value in shown.items()}
+        figures.append(FIGURE.format(picture=_thumbnail(file), rank=rank, score=score, **shown))
+    title = text or printable(os.path.basename(image))
+    summary = f"{len(results)} of {total:,} images, ranked by {ranked_by}, in {printable(common)}"
+    page = PAGE.format(title=escape(title), example=_thumbnail(image) if image else "", summary=escape(summary),
+                       figures="\n".join(figures))  # fmt: skip
+    with atomic_write(path) as file:
+        file.write(page.encode("utf-8", "replace"))
+
+
+def _thumbnail(path):
+    """Return an image file as an <img> with its pixels in it, upright as EXIF has it; what is wrong with it as text."""
+    buffer = io.BytesIO()
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded
+            image = ImageOps.exif_transpose(image).convert("RGB")
+        image.thumbnail((SIDE, SIDE))
+        image.save(buffer, "JPEG", quality=85)
+    except Exception:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
+        return "cannot be read"
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
