@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +246,14 @@ def test_images_of_any_kind_are_the_same(models, photos):
     palette.info["transparency"] = 0
     assert close(model.embed_images(palette), model.embed_images(picture.convert("P").convert("RGB")))
     assert palette.info["transparency"] == 0  # the user's picture stays as it is
+
+
+def test_a_model_works_in_any_thread(models, photos):
+    model, features = models["retrieval"], []
+    thread = threading.Thread(target=lambda: features.append(model.embed_images(photos, workers=1)))
+    thread.start()
+    thread.join()
+    assert torch.equal(features[0], model.embed_images(photos, workers=1))
 
 
 def test_sources_and_precision(files, models, photos, tmp_path):
