@@ -41,7 +41,7 @@ from dataset.caption import Captioned
 from dataset.images import ImageError, load_image
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from dataset.transforms import normalize
-from dataset.vqa import load_answer_list
+from dataset.vqa import reachable_answers
 from engine.configuration import choose_config
 from engine.curves import read_curves
 from engine.processes import init_process_group
@@ -146,11 +146,10 @@ def candidate_answers(args, config):
     """Return the answers to choose from: --answer, else those of answer_list where it exists, else none."""
     if args.answer:
         return [args.answer]
-    path = config["answer_list"]
-    if path and Path(path).is_file():
-        return load_answer_list(path)
-    print("note: the answer is generated, as --answer is not given and the checkpoint's answer_list is out of reach")
-    return []
+    answers = reachable_answers(config)
+    if not answers:
+        print("note: the answer is generated, as --answer is not given and the checkpoint's answer_list is out of reach")
+    return answers
 
 
 def picture_pseudo_targets(args, picture, model):

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -97,6 +98,12 @@ def load_answer_list(path):
     if count > 1:
         raise InputError(f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; every answer may be there once")
     return answers
+
+
+def reachable_answers(config):
+    """Return the answers of the key answer_list, [] where there is no such file. Raises InputError."""
+    path = config["answer_list"]
+    return load_answer_list(path) if path and Path(path).is_file() else []
 
 
 class VQADataset(EntryDataset):

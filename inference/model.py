@@ -50,11 +50,15 @@ class HeatMap(NamedTuple):
     pictures: list  # the images, uint8 [H, W, 3]
     kind: str  # text or question
 
+    @property
+    def panels(self):
+        """The maps as `visualize.draw` takes them: (label, [1 or 2, h, w]) of the whole text and of each word."""
+        whole, by_word = (maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word))
+        return [(f"whole {self.kind}", whole), *zip(self.words, by_word.swapaxes(0, 1))]
+
     def draw(self, to):
         """Draw the maps over the image to a file, .png, .jpg, .pdf or .svg."""
-        whole, by_word = (maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word))
-        panels = [(f"whole {self.kind}", whole), *zip(self.words, by_word.swapaxes(0, 1))]
-        draw_heat_maps(self.pictures, panels, [self.text.strip(), self.verdict, *unknown_words(self.words)], to)
+        draw_heat_maps(self.pictures, self.panels, [self.text.strip(), self.verdict, *unknown_words(self.words)], to)
 
 
 def load_model(source, device=None, precision=None, config=None, overrides=()):

@@ -11,7 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, PowerNorm
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dataset.images import load_image
@@ -165,12 +167,42 @@ def _fit(text, inches, size):
     return text, min(size, inches * 72 / (0.6 * len(text)))  # a wide letter takes 0.6 of the font size
 
 
+def _heat_scale(panels):
+    """Return the scale that all heat maps of some panels share, of the square root, so that weak ones are seen."""
+    return PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
+
+
+def _show_heat(axis, image, heat, scale):
+    """Show a heat map [h, w] over a pale image [H, W, 3] and return its artist."""
+    extent = 0, image.shape[1], image.shape[0], 0
+    axis.imshow(_pale(image), extent=extent)
+    return axis.imshow(heat, HEAT, scale, extent=extent, interpolation="catrom", interpolation_stage="data")
+
+
+def paint_heat_maps(images, panels, height):
+    """Return the panels of draw_heat_maps as pictures by themselves, [(label, the pictures of its images), ...].
+
+    A picture is uint8 [height, W, 3]; images and panels are those of draw_heat_maps.
+    """
+    scale, columns = _heat_scale(panels), []
+    for number, image in enumerate(map(_small, images)):
+        canvas = FigureCanvasAgg(Figure((height * image.shape[1] / image.shape[0] / DPI, height / DPI), DPI))
+        axis = canvas.figure.add_axes((0, 0, 1, 1))
+        axis.axis("off")
+        shown, column = _show_heat(axis, image, panels[0][1][number], scale), []
+        for _, heats in panels:
+            shown.set_data(heats[number])
+            canvas.draw()
+            column.append(np.array(canvas.buffer_rgba())[..., :3])
+        columns.append(column)
+    return [(label, pictures) for (label, _), *pictures in zip(panels, *columns)]
+
+
 def draw_heat_maps(images, panels, title, path):
     """Draw the image and one panel per heat map, in rows as Figures 4 to 6; of two images the second is below the first.
 
-    All heat maps share one scale, from 0 to their largest value, by the square root so that weak ones are seen. images: one or
-    two, uint8 [H, W, 3]; panels: list of (label, heat maps [h, w] of the images), of which the first is that of the whole text;
-    title: lines of text.
+    All heat maps share one scale, from 0 to their largest value. images: one or two, uint8 [H, W, 3]; panels: list of (label,
+    heat maps [h, w] of the images), of which the first is that of the whole text; title: lines of text.
     """
     rows, count = len(images), 1 + len(panels)
     aspects = [image.shape[1] / image.shape[0] for image in images]
@@ -181,17 +213,17 @@ def draw_heat_maps(images, panels, title, path):
                                 figsize=(max(width * columns + 1, 6), bands * (sum(heights) + 0.3) + 1))  # fmt: skip
     for axis in axes.flat:
         axis.axis("off")
-    images, scale = [_small(image) for image in images], PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
+    images, scale = [_small(image) for image in images], _heat_scale(panels)
     for number, (label, heats) in enumerate([("image" if rows == 1 else "images", None), *panels]):
         column = axes[number // columns * rows :, number % columns]
         style = {"style": "italic", "color": "#555555"} if number < 2 else {}  # the others are words of the text
         label, size = _fit(label, width, 12)
         column[0].set_title(label, fontsize=size, pad=4, **style)
         for i, (axis, image) in enumerate(zip(column, images)):
-            extent = 0, image.shape[1], image.shape[0], 0
-            axis.imshow(image if heats is None else _pale(image), extent=extent)
-            if heats is not None:
-                heat = axis.imshow(heats[i], HEAT, scale, extent=extent, interpolation="catrom", interpolation_stage="data")
+            if heats is None:
+                axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
+            else:
+                heat = _show_heat(axis, image, heats[i], scale)
             if rows > 1 and number % columns == 0:
                 axis.text(-0.03, 0.5, ("first", "second")[i], transform=axis.transAxes, rotation=90, ha="right", va="center")
     figure.colorbar(heat, ax=axes, label="attention × gradient", format="%.2g", aspect=25, fraction=0.05)
