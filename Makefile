@@ -7,7 +7,7 @@ DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-relevance paper-noise paper-section4 paper-figures
 
-.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) test mutants benchmarks gpu clean
+.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) demo test mutants benchmarks gpu clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
@@ -28,6 +28,10 @@ shapes-scratch: .venv/installed
 
 paper $(PAPER): .venv/installed
 	$(RUN) experiments/paper.yaml $(patsubst paper-%,--table %,$(filter paper-%,$@)) $(DRY)
+
+# on the checkpoint of quickstart, which it makes where there is none, and those of shapes
+demo: .venv/installed-demo $(if $(wildcard output/quickstart/checkpoint_last.pth),,quickstart)
+	$(BIN)/python Demo.py output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth)))
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
@@ -53,7 +57,11 @@ gpu: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt
+.venv/installed-demo: .venv/installed requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt -c constraints.txt
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-demo.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 

@@ -10,7 +10,7 @@ from configs.schema import KEYS
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
 FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "evaluation", "visualize", "benchmarks", "scripts",
-           "experiments", "tests", "docs", "inference", "examples")  # fmt: skip
+           "experiments", "tests", "docs", "inference", "examples", "demo")  # fmt: skip
 OTHERS = {  # flags of other programs
     "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
     "--ntasks-per-node", "--check", "--help", "--shm-size",

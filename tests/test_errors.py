@@ -175,7 +175,8 @@ def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(
     assert status == 2 and "bert_config configs/config_bert.json is not in the working directory" in message
 
 
-SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download")
+SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download",
+           "Demo")  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"])

@@ -1,0 +1,124 @@
+"""A page in the browser of this machine on which to try trained models, with a tab for each thing that they can do.
+
+Search in images, match with heat maps, ask questions, entailment, statements on two images, pseudo-targets of Figure 2. Nothing
+leaves the machine, and no other machine can open the page.
+"""
+
+import importlib.util
+import socket
+
+from configs.flags import Flags
+from utils import InputError, begin_script, interruptible, run_script
+
+flags = Flags(__doc__, "output/quickstart output/shapes/VQA --images photos/")
+HOST = "127.0.0.1"
+flags.add_argument("checkpoint", nargs="+", help="the folder of a run, a weight file, or a hub repository, of any task")
+flags.add_argument("--images", metavar="FOLDER", help="the images to search in (default: those of the checkpoint's test_file)")
+flags.add_argument("--port", type=int, default=7860, help=f"of http://{HOST}")
+flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
+
+
+def check_gradio_and_port():
+    """Raise InputError for what can be said before anything slow."""
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("Demo.py needs Gradio: pip install -r requirements-demo.txt")
+    port = flags.parse_args().port
+    try:
+        socket.create_server((HOST, port)).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port {port}: cannot listen there ({error}): end what does, or name another port") from None
+
+
+if __name__ == "__main__":
+    begin_script(flags)
+    run_script(check_gradio_and_port)
+
+import os
+import tempfile
+import threading
+from pathlib import Path
+
+from dataset.build import build_dataset
+from dataset.images import ImageError, load_image
+from dataset.shards import IMAGE_SUFFIXES
+from demo.page import ALIKE, TABS, build_page, launch, those_of
+from inference import load_model
+
+
+def load_models(sources, device):
+    """Return the models of checkpoints for which there is a tab, by the names given. Raises InputError where there is none."""
+    models = {}
+    for source in (source.rstrip("/") for source in sources):
+        print(f"loading {source}", flush=True)
+        model = load_model(source, device)
+        if any(model.task in tab.tasks for tab in TABS):
+            models[source] = model
+        else:
+            print(f"note: {source} is left out: it is of task {model.task}, for which there is no tab")
+    if not models:
+        raise InputError("none of the checkpoints has a tab: give one of pre-training, retrieval, VQA, VE or NLVR2")
+    return models
+
+
+def read_test_data(models):
+    """Return the test data that models were configured with, by their names, where it is within reach."""
+    data = {}
+    for name, model in models.items():
+        try:
+            data[name] = build_dataset(f"{'retrieval' if model.task == 'pretrain' else model.task}_test", model.config)
+        except InputError:  # on another machine, or of grounding
+            pass
+    return data
+
+
+def find_images(folder):
+    """Return the paths of the images in a folder and those below it, of which the broken ones are named. Raises InputError."""
+    if not Path(folder).is_dir():
+        raise InputError(f"--images {folder}: there is no such folder")
+    paths = []
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower()[1:] in IMAGE_SUFFIXES and path.is_file():
+            try:
+                load_image(path)
+                paths.append(str(path))
+            except ImageError as error:
+                print(f"note: left out: {error}")
+    if not paths:
+        raise InputError(f"--images {folder}: no image there (.{', .'.join(IMAGE_SUFFIXES)})")
+    return paths
+
+
+def embed(models, paths):
+    """Return the features of images by each of the models."""
+    features = {}
+    for name, model in models.items():
+        print(f"embedding {len(paths)} images with {name}", flush=True)
+        features[name] = model.embed_images(paths)
+    return features
+
+
+def main():
+    args = flags.parse_args()
+    models = load_models(args.checkpoint, args.device)
+    data, searching = read_test_data(models), those_of(models, ALIKE)
+    paths = []
+    if args.images and not searching:
+        raise InputError(f"--images {args.images}: none of the checkpoints can search: add one of pre-training or retrieval")
+    if args.images:
+        paths = find_images(args.images)
+    elif dataset := next((data[name] for name in searching if name in data), None):
+        paths = [dataset.files(i)[0] for i in range(len(dataset))]
+    elif searching:
+        print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
+    features = embed(searching, paths) if paths else {}
+    with tempfile.TemporaryDirectory(prefix="albef-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # copies of images that are shown
+        page = build_page(models, data, paths, features)
+        with interruptible("the page is closed"):
+            launch(page, HOST, args.port)
+            print(f"open http://{HOST}:{args.port} in a browser; Ctrl-C ends it", flush=True)
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    run_script(main)
