@@ -142,15 +142,15 @@ def build_page(models, data, paths, features):
         gr.HTML(f"<h1>ALBEF</h1>{results.show_lines('Align before fuse, tried on ' + ', '.join(models))}")
         with gr.Tabs() as tabs:
             if paths:
-                found, gallery, text = add_search(those_of(models, ALIKE), data, paths, features)
+                searched, found, gallery, text = add_search(those_of(models, ALIKE), data, paths, features)
             added = {tab.name: add_tab(tab, serving, data) for tab in TABS if (serving := those_of(models, tab.tasks))}
         if paths:
             name, image, caption, result, call = added["Match"]
 
-            def choose(event: gr.SelectData, found, text):
-                return gr.Tabs(selected="Match"), found[event.index], text
+            def choose(event: gr.SelectData, name, found, text):
+                return gr.Tabs(selected="Match"), name, found[event.index], text
 
-            chosen = gallery.select(choose, [found, text], [tabs, image, caption], **QUIET)
+            chosen = gallery.select(choose, [searched, found, text], [tabs, name, image, caption], **QUIET)
             chosen.then(call, [name, image, caption], result, **ONE_AT_A_TIME)
     return page
 
@@ -161,7 +161,7 @@ ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_id": "models", "concu
 
 
 def add_search(models, data, paths, features):
-    """Add the tab of the search; returns the paths of what is found (a state), the gallery and the text."""
+    """Add the tab of the search; returns the name of the model, the state of what is found, the gallery and the text."""
     with gr.Tab("Search", id="Search"):
         name = choice(models)
         with gr.Row():
@@ -174,7 +174,7 @@ def add_search(models, data, paths, features):
         with place:
             rows = [[row[-1]] for row in examples(models, data) if row[0] in paths]
             run(search(models, paths, features), [name, text, rerank], [gallery, found, said], button, text, [text], rows)
-    return found, gallery, text
+    return name, found, gallery, text
 
 
 def add_tab(tab, models, data):

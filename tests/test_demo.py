@@ -202,13 +202,14 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(run, page
 @pytest.fixture
 def address(page, models, photos, shapes, port):  # noqa: F811
     """The address of a page with every tab, and examples in each."""
-    chosen = {task: models[task] for task in ("pretrain", "vqa", "ve", "nlvr")}
-    files = {"pretrain": "test", "vqa": "vqa_test", "ve": "ve_test", "nlvr": "nlvr_test"}  # noqa: F811
+    chosen = {task: models[task] for task in ("pretrain", "retrieval", "vqa", "ve", "nlvr")}
+    files = {"pretrain": "test", "retrieval": "test", "vqa": "vqa_test", "ve": "ve_test", "nlvr": "nlvr_test"}  # noqa: F811
     data = {}
     for task, model in chosen.items():
         config = {**model.config, "test_file": [str(shapes / f"{files[task]}.json")], "vqa_root": str(shapes)}
         data[task] = build_dataset(f"{task.replace('pretrain', 'retrieval')}_test", config)
-    blocks = page.build_page(chosen, data, photos, {"pretrain": models["pretrain"].embed_images(photos)})
+    features = {task: models[task].embed_images(photos) for task in page.ALIKE}
+    blocks = page.build_page(chosen, data, photos, features)
     page.launch(blocks, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}/"
     blocks.close(verbose=False)
@@ -278,6 +279,7 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
 
     person = Person(browser)
     browser.get(address)
+    person.see("label", text="retrieval")[0].click()
     person.write(TEXT)
     captions = [caption.text for caption in person.see("#found .caption-label", min(12, len(photos)))]
     probability, _, name = captions[0].partition(" · ")
