@@ -103,7 +103,7 @@ def search(models, paths, features):
 
     def call(name, text, rerank):
         model = models[name]
-        count = min(RERANKED, model.config["k_test"]) if rerank else 0
+        count = min(RERANKED, model.config["k_test"], len(paths)) if rerank else 0
         try:
             best = model.rank(paths, text, TOP, count, image_features=features[name])
             found, said = [paths[index] for index, _ in best], "similarity of image and text (ITC), from −1 to 1"
@@ -165,7 +165,7 @@ def add_search(models, data, paths, features):
     with gr.Tab("Search", id="Search"):
         name = choice(models)
         with gr.Row():
-            text = gr.Textbox(show_label=False, placeholder="what the images should show", scale=6)
+            text = gr.Textbox(show_label=False, container=False, placeholder="what the images should show", scale=6)
             button = gr.Button("Search", variant="primary", scale=1)
         rerank = gr.Checkbox(True, label="re-rank the most similar ones by matching: slower, but better", container=False)
         place, said, found = gr.Column(), gr.HTML(results.show_lines(f"{len(paths)} images to search in.")), gr.State([])

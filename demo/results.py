@@ -99,7 +99,7 @@ def show_heat(heat):
         words.append(f"<label><input type='radio' name='heat{name}'{checked}>{show_word(label)}<span>{shown}</span></label>")
     colors = ", ".join(to_hex(color, keep_alpha=True) for color in HEAT(range(0, 256, 51)))
     scale = f"<p class='said scale'>none <i style='background: linear-gradient(to right, {colors})'></i> most</p>"
-    said = f"Where “{heat.verdict}” comes from, by Grad-CAM. Point at a word to see its share, or click it."
+    said = f"Where “{heat.verdict}” comes from, by Grad-CAM. Point at a word, or click it, to see its share."
     maps = f"<div class='heat' style='padding-bottom: {height}px'>{''.join(words)}</div>"
     return show_lines(said, *unknown_words(heat.words)) + maps + scale
 
