@@ -48,15 +48,6 @@ TABS = (
 )  # fmt: skip
 
 
-class Photo(gr.Image):
-    """An image whose file is handed on as it is, for the framework's own decoder and its messages."""
-
-    is_template = True  # to the browser it is an Image
-
-    def preprocess(self, payload):
-        return payload and payload.path
-
-
 class LocalOnly:
     """Have every response carry POLICY."""
 
@@ -73,11 +64,11 @@ class LocalOnly:
 
 
 def those_of(models, tasks):
-    """Return the models, by name, that are of one of some tasks."""
+    """Return the models of some tasks by name."""
     return {name: model for name, model in models.items() if model.task in tasks}
 
 
-def explain(tab, models):
+def ask(tab, models):
     """Return the function of a tab: (name of a model, images, text) -> HTML, the sentence of an InputError in its place."""
 
     def call(name, *given):
@@ -184,16 +175,22 @@ def add_tab(tab, models, data):
         with gr.Column(scale=2, min_width=300):
             name = choice(models)
             with gr.Row():
-                images = [Photo(label=label, height=260, min_width=140, sources=["upload", "clipboard"], buttons=[])
-                          for label in labels]  # fmt: skip
+                images = [add_image(label) for label in labels]
             text = gr.Textbox(label=kind)
             button = gr.Button(verb, variant="primary")
             place = gr.Column()
         with gr.Column(scale=3, min_width=400):
-            result, call = gr.HTML(results.show_lines(tab.about)), explain(tab, models)
+            result, call = gr.HTML(results.show_lines(tab.about)), ask(tab, models)
         with place:
             run(call, [name, *images, text], result, button, text, [*images, text], examples(models, data))
     return name, images[-1], text, result, call
+
+
+def add_image(label):
+    """Add a field for an image, whose file it hands on as it is: the framework's own decoder says what is wrong with it."""
+    image = gr.Image(label=label, height=260, min_width=140, sources=["upload", "clipboard"], buttons=[])
+    image.preprocess = lambda given: given and given.path  # for a subclass Gradio would write a file beside this one
+    return image
 
 
 def choice(models):

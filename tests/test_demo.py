@@ -109,7 +109,7 @@ def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models,
 
 
 def test_errors_are_sentences_without_folders(page, models, photos, tmp_path):  # noqa: F811
-    match, two = (page.explain(next(tab for tab in page.TABS if tab.name == name), models) for name in ("Match", "Two images"))
+    match, two = (page.ask(next(tab for tab in page.TABS if tab.name == name), models) for name in ("Match", "Two images"))
     (tmp_path / "a.jpg").write_text("no image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two("nlvr", photos[0], None, TEXT)
