@@ -48,6 +48,7 @@ benchmarks: .venv/installed
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
 	$(BIN)/python benchmarks/saving.py
+	$(BIN)/python benchmarks/search.py
 
 gpu: .venv/installed
 	$(BIN)/python tests/gpu/report.py

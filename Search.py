@@ -42,6 +42,7 @@ import sys
 import time
 
 from engine.processes import find_device
+from engine.saving import writing
 from inference import load_model
 from inference.index import (
     UNUSABLE, find_images, load_model_of, near_copies, open_index, read_index, search, update_index,
@@ -96,7 +97,8 @@ def answer_query(args):
         print(f"{score:8.3f}  {show(path)}")
     if args.html:
         ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM)"
-        write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
+        with writing(Path(args.html)):
+            write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
         print(f"wrote {args.html}")
 
 

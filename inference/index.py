@@ -79,8 +79,8 @@ def write_index(folder, index, unusable):
     with writing(path, "what was saved before is untouched", (OSError, RuntimeError)):
         with atomic_write(path) as file:
             torch.save({**index._asdict(), "paths": torch.frombuffer(bytearray(names), dtype=torch.uint8)}, file)
-        with atomic_write(path.with_name(UNUSABLE), "w") as file:
-            file.writelines(f"{printable(path)}: {problem}\n" for path, problem in sorted(unusable))
+        with atomic_write(path.with_name(UNUSABLE)) as file:
+            file.write("".join(f"{printable(path)}: {problem}\n" for path, problem in sorted(unusable)).encode())
 
 
 def open_index(folder):
@@ -222,7 +222,7 @@ def update_index(folder, index, model, images, problems):
         return time.monotonic()
 
     try:
-        for part, usable, values, failures in _embed(model, [paths[i] for i in todo]):
+        for part, usable, values, failures in _embed(model, [paths[i] for i in todo.tolist()]):
             features[todo[usable]], done[todo[usable]] = values, True
             unusable += failures
             left -= len(part)

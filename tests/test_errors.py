@@ -176,7 +176,7 @@ def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(
 
 
 SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Visualize", "Export", "Download",
-           "Demo")  # fmt: skip
+           "Search", "Demo")  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"])

@@ -18,7 +18,7 @@ from dataset.transforms import normalize
 from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
 from inference import Inference, load_model
-from inference.model import best_rectangle, most_similar
+from inference.model import BLOCK, best_rectangle, most_similar
 from models import build_model
 from models.alignment import NO_CANDIDATE, feature_similarity
 from models.tokenizer import tokenizer_of
@@ -129,12 +129,13 @@ def test_rank_reads_only_the_candidates_where_features_are_given(models, photos)
 
 def test_most_similar_goes_block_by_block(tmp_path):
     random = np.random.default_rng(0)
-    np.save(tmp_path / "features.npy", random.standard_normal((3000, 4)).astype(np.float16))
+    np.save(tmp_path / "features.npy", random.standard_normal((2 * BLOCK + 500, 4)).astype(np.float16))
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
-    queries = random.standard_normal((2**16 + 1, 4)).astype(np.float32)  # so many that a block is 1024 candidates
+    queries = random.standard_normal((50, 4)).astype(np.float32)
     values, best = most_similar(queries, features, 3)
-    expected = torch.from_numpy(queries[:50]) @ torch.from_numpy(features.astype(np.float32)).T
-    assert torch.equal(best[:50], expected.topk(3).indices) and close(values[:50], expected.topk(3).values)
+    expected = torch.from_numpy(queries) @ torch.from_numpy(features.astype(np.float32)).T
+    assert torch.equal(best, expected.topk(3).indices) and close(values, expected.topk(3).values)
+    assert torch.equal(most_similar(queries, torch.from_numpy(np.array(features)), 3)[1], best)
 
 
 @torch.no_grad()

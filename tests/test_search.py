@@ -136,6 +136,9 @@ def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates
         assert str(gone) not in [path for path, _ in left] and left[0][0] == found.paths[expected[1][0]]
     finally:
         moved.rename(gone)
+    indexing.write_index(tmp_path / "index", found._replace(left=7), [])
+    status, again, err = run("query", tmp_path / "index", "a red circle", "-k", 3, "--rerank", 5)
+    assert status == 0 and again == out and "index lacks 7 images" in err
 
 
 def test_an_example_finds_itself_and_with_a_text_both_count(run, index, checkpoints, photos, tmp_path):
@@ -182,6 +185,14 @@ def test_duplicates_lists_a_copy_of_other_size_and_quality(run, index, photos, t
     copies = {str(original), str(folder / "same.jpg"), str(folder / "smaller.jpg")}
     assert status == 0 and any(copies <= group for group in groups)
     assert re.fullmatch(r"\d+ groups of \d+ images", out.splitlines()[-1])
+
+
+def test_the_example_of_the_docs_runs(index, photos, tmp_path, capsys):
+    index(photos / "0", name="photos")
+    code = (ROOT / "docs/search.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('"output/photos"', repr(str(tmp_path / "photos"))), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "20 torch.Size([20, 8])" and [line.split()[0].endswith(".jpg") for line in lines[-4:]] == [True] * 3 + [False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
