@@ -15,6 +15,9 @@ from demo import results
 from inference.inputs import read_image
 from utils import InputError
 
+# An image's file is handed on as it is: the framework's own decoder says what is wrong with it. For a subclass, Gradio would write
+# a stub file beside this one.
+gr.Image.preprocess = lambda self, given: given and given.path
 # whatever a version of Gradio asks other hosts for (fonts, scripts), the browser refuses to
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 ALIKE = ("pretrain", "retrieval")  # tasks whose models embed, match and rank
@@ -175,7 +178,8 @@ def add_tab(tab, models, data):
         with gr.Column(scale=2, min_width=300):
             name = choice(models)
             with gr.Row():
-                images = [add_image(label) for label in labels]
+                images = [gr.Image(label=label, height=260, min_width=140, sources=["upload", "clipboard"], buttons=[])
+                          for label in labels]  # fmt: skip
             text = gr.Textbox(label=kind)
             button = gr.Button(verb, variant="primary")
             place = gr.Column()
@@ -184,13 +188,6 @@ def add_tab(tab, models, data):
         with place:
             run(call, [name, *images, text], result, button, text, [*images, text], examples(models, data))
     return name, images[-1], text, result, call
-
-
-def add_image(label):
-    """Add a field for an image, whose file it hands on as it is: the framework's own decoder says what is wrong with it."""
-    image = gr.Image(label=label, height=260, min_width=140, sources=["upload", "clipboard"], buttons=[])
-    image.preprocess = lambda given: given and given.path  # for a subclass Gradio would write a file beside this one
-    return image
 
 
 def choice(models):
