@@ -5,8 +5,8 @@ first batches that lie ready in memory go through the ViT alone, then update_ind
 seconds, which on a shared machine are steadier than the clock, of all processes together.
 
 The second table searches indexes of random features, as float16 [N, 256] in a file of their own, for the 128 images most similar
-to one query. The plain path makes all features float32 and sorts all similarities. Memory is that of the process beside the
-mapping of the file, at its highest. The last column is near_copies, which compares all pairs, up to 100,000 images.
+to one query. The plain path makes all features float32 and sorts all similarities. Memory is what the process takes beside
+the mapping of the file, at its highest. The last column is near_copies, which compares all pairs, up to 100,000 images.
 
     python benchmarks/search.py [--photos 32] [--sizes 10000 100000 1000000]
 """
@@ -16,7 +16,6 @@ import itertools
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,24 +90,14 @@ def synthetic_index(count):
 
 
 def peak_memory(function):
-    """Return by how many MB the memory of this process without files grows while function runs, at its highest."""
-    def now():
-        return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1e3
+    """Return by how many MB the memory of this process grows while function runs, at its highest."""
+    def megabytes(name):
+        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1e3
 
-    running, start = threading.Event(), now()
-    highest = start
-
-    def watch():
-        nonlocal highest
-        while not running.wait(0.002):
-            highest = max(highest, now())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    before = megabytes("VmRSS")
     function()
-    running.set()
-    thread.join()
-    return highest - start
+    return megabytes("VmHWM") - before
 
 
 def cpu_milliseconds(function, repeats):
