@@ -319,4 +319,5 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
     asked = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
              and message["params"]["documentURL"].startswith(address)}  # fmt: skip
     assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked), asked
-    assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    refused = [entry for entry in browser.get_log("browser") if entry["source"] in ("security", "network")]
+    assert not refused, refused
