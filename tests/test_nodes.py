@@ -230,7 +230,10 @@ def test_outside_the_repository_the_batch_script_says_so(slurm, tmp_path):
 
 
 def test_a_node_ends_with_the_status_of_an_input_error(tmp_path):
-    (tmp_path / "run.py").write_text("import os, sys\nsys.exit(1 if os.environ['RANK'] == '0' else 2)")
+    # process 0 ends last: torchrun ends what still runs once one has failed
+    (tmp_path / "run.py").write_text("import os, sys, time, pathlib\nsaid = pathlib.Path(__file__).with_name('said')\n"
+                                     "if os.environ['RANK'] == '1':\n    said.touch()\n    sys.exit(2)\n"
+                                     "while not said.exists():\n    time.sleep(0.01)\nsys.exit(1)")  # fmt: skip
     command = [sys.executable, "scripts/node.py", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "localhost"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
