@@ -61,9 +61,9 @@ def writing(path, kept="", failures=OSError):
         remake_output_dir(path.parent)
         yield
     except failures as error:
-        reason = getattr(error, "strerror", None) or error
-        if isinstance(error, RuntimeError):  # torch.save's
-            reason = f"is the disk full? ({error})"
+        # torch.save says that a position is not the expected one, and the operating system why
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
+        reason = reason or (f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error)
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
 
 
