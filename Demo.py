@@ -5,6 +5,7 @@ leaves the machine, and no other machine can open the page.
 """
 
 import importlib.util
+import os
 import socket
 
 from configs.flags import Flags
@@ -23,17 +24,18 @@ def check_gradio_and_port():
     if importlib.util.find_spec("gradio") is None:
         raise InputError("Demo.py needs Gradio: pip install -r requirements-demo.txt")
     port = flags.parse_args().port
+    if not 0 < port < 65536:
+        raise InputError(f"--port {port}: a port is a number from 1 to 65535")
     try:
         socket.create_server((HOST, port)).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--port {port}: cannot listen there ({error}): end what does, or name another port") from None
+    except OSError as error:
+        raise InputError(f"--port {port}: {os.strerror(error.errno)}: end what listens there, or name another port") from None
 
 
 if __name__ == "__main__":
     begin_script(flags)
     run_script(check_gradio_and_port)
 
-import os
 import tempfile
 import threading
 from pathlib import Path
