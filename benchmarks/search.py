@@ -1,22 +1,24 @@
 """An index of images (inference/index.py): images indexed per second of a core, and the time and memory of a query.
 
-The first table embeds photos of 500 x 375 with the full-size ViT at 384 px and with that of the shapes at 64 px, random weights:
-first batches that lie ready in memory go through the ViT alone, then update_index reads, resizes, embeds and saves. Times are CPU
-seconds, which on a shared machine are steadier than the clock, of all processes together.
+The first table embeds photos of 500 x 375 with the full-size ViT at 384 px and with that of the shapes at 64 px, random
+weights: first batches that lie ready in memory go through the ViT alone, then update_index reads, resizes, embeds and saves.
+Times are CPU seconds, which on a shared machine are steadier than the clock, of all processes together.
 
-The second table searches indexes of random features, as float16 [N, 256] in a file of their own, for the 128 images most similar
-to one query. The plain path makes all features float32 and sorts all similarities. Memory is what the process takes beside
-the mapping of the file, at its highest. The last column is near_copies, which compares all pairs, up to 100,000 images.
+The second table searches indexes of random features, as float16 [N, 256] in a file of their own, for the 128 images most
+similar to one query. The plain path makes all features float32 and sorts all similarities. Memory is what a process takes
+beside the mapping of the file, at its highest. The last column is near_copies, which compares all pairs, up to 100,000 images.
 
     python benchmarks/search.py [--photos 32] [--sizes 10000 100000 1000000]
 """
 
 import argparse
 import itertools
+import multiprocessing
 import shutil
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,19 +87,18 @@ def synthetic_index(count):
     generator, features = torch.Generator().manual_seed(0), torch.empty(count, DIM, dtype=torch.float16)
     for part in features.split(100_000):
         part.copy_(F.normalize(torch.randn(part.shape, generator=generator), dim=1))
-    numbers = torch.arange(count)
-    return Index([f"/photos/{i // 1000:04d}/IMG_{i:08d}.jpg" for i in range(count)], features, numbers, numbers, "", "", "", {}, 0)
+    paths, numbers = [f"/photos/{i // 1000:04d}/IMG_{i:08d}.jpg" for i in range(count)], torch.arange(count)
+    return Index(paths, features, numbers, numbers, "", "", "", {}, 0)
 
 
-def peak_memory(function):
-    """Return by how many MB the memory of this process grows while function runs, at its highest."""
-    def megabytes(name):
-        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1e3
+def plain(query, features):
+    """Return the K most similar the obvious way."""
+    return (features.float() @ query).sort(descending=True).indices[:K]
 
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
-    before = megabytes("VmRSS")
-    function()
-    return megabytes("VmHWM") - before
+
+def blocks(query, features):
+    """Return the K most similar as a query finds them."""
+    return most_similar(query[None], features, K)[1][0]
 
 
 def cpu_milliseconds(function, repeats):
@@ -110,9 +111,23 @@ def cpu_milliseconds(function, repeats):
     return statistics.median(times)
 
 
-def plain(query, features):
-    """Return the K most similar the obvious way."""
-    return (features.float() @ query).sort(descending=True).indices[:K]
+def peak_memory(path, folder):
+    """Return by how many MB the memory of a process grows while it searches an index whose file is mapped, at its highest."""
+    def megabytes(name):
+        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) / 1e3
+
+    features, query = read_index(folder).features, torch.ones(DIM)
+    features.view(torch.uint8).max()  # reads the file
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the highest so far
+    before = megabytes("VmRSS")
+    path(query, features)
+    return megabytes("VmHWM") - before
+
+
+def in_new_process(function, *args):
+    """Return what a function gives in a process that has not computed anything before, and holds no freed memory."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def print_queries(sizes):
@@ -125,10 +140,9 @@ def print_queries(sizes):
             write_index(folder, synthetic_index(size), [])
             megabytes = Path(folder, "index.pt").stat().st_size / 1e6
             opening, index = cpu_milliseconds(lambda: read_index(folder), 1), read_index(folder)
-            paths = (lambda: plain(query, index.features), lambda: most_similar(query[None], index.features, K))
-            for path in paths:
-                path()  # reads the file
-            (slow, fast), memory = (cpu_milliseconds(path, REPEATS) for path in paths), list(map(peak_memory, paths))
+            assert torch.equal(plain(query, index.features), blocks(query, index.features))
+            slow, fast = (cpu_milliseconds(lambda: path(query, index.features), REPEATS) for path in (plain, blocks))
+            memory = [in_new_process(peak_memory, path, folder) for path in (plain, blocks)]
             pairs = f"{cpu_milliseconds(lambda: near_copies(index, 0.9, 'cpu'), 1):.0f}" if size <= COPIES else "-"
             print(f"{size:10,}{megabytes:9.1f}{opening:9.1f}{slow:9.1f}{fast:9.1f}{slow / fast:7.1f}{memory[0]:11.1f}"
                   f"{memory[1]:12.1f}{pairs:>12}", flush=True)  # fmt: skip
