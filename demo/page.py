@@ -15,8 +15,8 @@ from demo import results
 from inference.inputs import read_image
 from utils import InputError
 
-# An image's file is handed on as it is: the framework's own decoder says what is wrong with it. For a subclass, Gradio would write
-# a stub file beside this one.
+# An image's file is handed on as it is: the framework's own decoder says what is wrong with it. For a subclass, Gradio would
+# write a stub file beside this one.
 gr.Image.preprocess = lambda self, given: given and given.path
 # whatever a version of Gradio asks other hosts for (fonts, scripts), the browser refuses to
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
@@ -90,7 +90,7 @@ def ask(tab, models):
 
 
 def search(models, paths, features):
-    """Return the function of the search: (name of a model, text, whether to re-rank) -> (pictures with captions, paths, HTML).
+    """Return the function of the search: (name of a model, text, whether to re-rank) -> (captioned pictures, paths, HTML).
 
     paths: of the images; features: those of each model.
     """
