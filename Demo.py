@@ -9,7 +9,7 @@ import os
 import socket
 
 from configs.flags import Flags
-from utils import InputError, begin_script, interruptible, run_script
+from utils import InputError, begin_script, interruptible, printable, run_script
 
 flags = Flags(__doc__, "output/quickstart output/shapes/VQA --images photos/")
 HOST = "127.0.0.1"
@@ -42,9 +42,10 @@ from pathlib import Path
 
 from dataset.build import build_dataset
 from dataset.images import ImageError, load_image
-from dataset.shards import IMAGE_SUFFIXES
-from demo.page import ALIKE, TABS, build_page, launch, those_of
+from demo.page import TABS, build_page, launch, those_of
 from inference import load_model
+from inference.index import find_images
+from models import ALIGNED
 
 
 def load_models(sources, device):
@@ -73,21 +74,21 @@ def read_test_data(models):
     return data
 
 
-def find_images(folder):
-    """Return the paths of the images in a folder and those below it, of which the broken ones are named. Raises InputError."""
-    if not Path(folder).is_dir():
-        raise InputError(f"--images {folder}: there is no such folder")
-    paths = []
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower()[1:] in IMAGE_SUFFIXES and path.is_file():
-            try:
-                load_image(path)
-                paths.append(str(path))
-            except ImageError as error:
-                print(f"note: left out: {error}")
-    if not paths:
-        raise InputError(f"--images {folder}: no image there (.{', .'.join(IMAGE_SUFFIXES)})")
-    return paths
+def find_usable(folder):
+    """Return the paths of the images in a folder and below that can be used; the others are named. Raises InputError."""
+    images, problems = find_images([folder])
+    usable = []
+    for path in images:
+        try:
+            load_image(path)
+            usable.append(path)
+        except ImageError as error:
+            problems.append((path, error.problem))
+    for path, problem in problems:
+        print(f"note: left out: {printable(path)}: {problem}")
+    if not usable:
+        raise InputError(f"--images {folder}: none of its images can be used")
+    return usable
 
 
 def embed(models, paths):
@@ -102,14 +103,14 @@ def embed(models, paths):
 def main():
     args = flags.parse_args()
     models = load_models(args.checkpoint, args.device)
-    data, searching = read_test_data(models), those_of(models, ALIKE)
+    data, searching = read_test_data(models), those_of(models, ALIGNED)
     paths = []
     if args.images and not searching:
         raise InputError(f"--images {args.images}: none of the checkpoints can search: add one of pre-training or retrieval")
     if args.images:
-        paths = find_images(args.images)
+        paths = find_usable(args.images)
     elif dataset := next((data[name] for name in searching if name in data), None):
-        paths = [dataset.files(i)[0] for i in range(len(dataset))]
+        paths = [os.path.abspath(dataset.files(i)[0]) for i in range(len(dataset))]
     elif searching:
         print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
     features = embed(searching, paths) if paths else {}

@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from configs.flags import Flags
+from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 DEVICE = {"help": "cuda, cuda:1, ... or cpu; by default cuda where there is a GPU"}
@@ -24,9 +24,9 @@ query = flags.add_command("query", "Print the images that fit a text or an examp
 query.add_argument("index", metavar="INDEX", help="folder that index has written")
 query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
 query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
-query.add_argument("-k", type=int, default=20, help="images to print")
-query.add_argument("--rerank", type=int, metavar="N", help="the N most similar images are ranked by how well they match the "
-                   "text (ITM), 0 for none; by default the checkpoint's k_test")  # fmt: skip
+query.add_argument("-k", type=at_least(1), default=20, help="images to print")
+query.add_argument("--rerank", type=at_least(0), metavar="N", help="the N most similar images are ranked by how well "
+                   "they match the text (ITM), 0 for none; by default the checkpoint's k_test")  # fmt: skip
 query.add_argument("--html", metavar="PAGE", help="write a page of thumbnails, too")
 query.add_argument("--checkpoint", metavar="FILE", help="where the index's checkpoint lies now, if it has moved")
 query.add_argument("--device", **DEVICE)
@@ -86,8 +86,6 @@ def open_for_reading(folder):
 
 def answer_query(args):
     """Print the images that fit best, and write the page."""
-    if args.k < 1 or (args.rerank or 0) < 0:
-        raise InputError("-k must be at least 1, and --rerank at least 0")
     if args.html:
         check_page(args.html)
     found_in = open_for_reading(args.index)

@@ -46,7 +46,7 @@ from engine.configuration import choose_config
 from engine.curves import read_curves
 from engine.processes import init_process_group
 from inference import Inference
-from models import task_of
+from models import ALIGNED, task_of
 from models.checkpoint import named_tensors, read_checkpoint
 from utils import InputError
 from visualize.draw import TITLES, draw_attributes, draw_curves, draw_pseudo_targets, draw_retrieval
@@ -94,7 +94,7 @@ def check_flags(args, task, state):
         (getattr(args, other) is not None, f"--{other}", f"takes no {other}; pass --{wanted} instead"),
         (getattr(args, wanted) is None, f"--{wanted} is missing", f"takes a {wanted}"),
         (args.answer and task != "vqa", "--answer", "has no answers; only VQA has"),
-        (args.gradcam_mode == "itc" and task not in ("pretrain", "retrieval"), "--gradcam_mode itc",
+        (args.gradcam_mode == "itc" and task not in ALIGNED, "--gradcam_mode itc",
          "has no contrastive similarity; only pre-training and retrieval have"),
     ):  # fmt: skip
         if wrong:

@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from dataset.base import evenly
 from demo import results
 from inference.inputs import read_image
+from models import ALIGNED
 from utils import InputError
 
 # An image's file is handed on as it is: the framework's own decoder says what is wrong with it. For a subclass, Gradio would
@@ -20,7 +21,6 @@ from utils import InputError
 gr.Image.preprocess = lambda self, given: given and given.path
 # whatever a version of Gradio asks other hosts for (fonts, scripts), the browser refuses to
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
-ALIKE = ("pretrain", "retrieval")  # tasks whose models embed, match and rank
 TOP = 12  # images that a search shows
 RERANKED = 32  # candidates that it re-ranks at most: someone waits
 THUMBNAIL = 400  # pixels
@@ -38,7 +38,7 @@ class Tab(NamedTuple):
 
 
 TABS = (
-    Tab("Match", ALIKE, "Do the image and the caption belong together, and what in the image says so?",
+    Tab("Match", ALIGNED, "Do the image and the caption belong together, and what in the image says so?",
         ("image", "caption", "Match"), results.show_match),
     Tab("Ask", ("vqa",), "What is the answer to a question about the image, and what in the image says so?",
         ("image", "question", "Ask"), results.show_answers),
@@ -136,7 +136,7 @@ def build_page(models, data, paths, features):
         gr.HTML(f"<h1>ALBEF</h1>{results.show_lines('Align before fuse, tried on ' + ', '.join(models))}")
         with gr.Tabs() as tabs:
             if paths:
-                searched, found, gallery, text = add_search(those_of(models, ALIKE), data, paths, features)
+                searched, found, gallery, text = add_search(those_of(models, ALIGNED), data, paths, features)
             added = {tab.name: add_tab(tab, serving, data) for tab in TABS if (serving := those_of(models, tab.tasks))}
         if paths:
             name, image, caption, result, call = added["Match"]
@@ -166,7 +166,7 @@ def add_search(models, data, paths, features):
         gallery = gr.Gallery(elem_id="found", show_label=False, columns=6, object_fit="contain", allow_preview=False,
                              interactive=False, buttons=[])  # fmt: skip
         with place:
-            rows = [[row[-1]] for row in examples(models, data) if row[0] in paths]
+            rows = [[row[-1]] for row in examples(models, data) if os.path.abspath(row[0]) in paths]
             run(search(models, paths, features), [name, text, rerank], [gallery, found, said], button, text, [text], rows)
     return name, found, gallery, text
 

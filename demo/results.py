@@ -1,7 +1,5 @@
 """What the tabs of the page show: functions from a model, images and a text to HTML, which page.css arranges."""
 
-import base64
-import io
 import itertools
 from html import escape
 
@@ -11,6 +9,7 @@ from PIL import Image
 from dataset.vqa import reachable_answers
 from visualize.draw import HEAT, paint_heat_maps
 from visualize.explain import UNKNOWN, unknown_words
+from visualize.page import image_source
 
 SHOWN = 5  # answers
 HEIGHT, WIDTH = 400, 640  # pixels that the pictures of a heat map take at most
@@ -94,7 +93,8 @@ def show_heat(heat):
     aspect = sum(image.shape[1] / image.shape[0] for image in heat.pictures)  # of the pictures side by side
     height, name, words = min(HEIGHT, round(WIDTH / aspect)), next(_names), []
     for label, pictures in paint_heat_maps(heat.pictures, heat.panels, height):
-        shown = "".join(f"<img src='{_source(picture)}' alt='heat map of {escape(label, True)}'>" for picture in pictures)
+        sources = [image_source(Image.fromarray(picture)) for picture in pictures]  # from uint8 [H, W, 3]
+        shown = "".join(f"<img src='{source}' alt='heat map of {escape(label, True)}'>" for source in sources)
         checked = "" if words else " checked"
         words.append(f"<label><input type='radio' name='heat{name}'{checked}>{show_word(label)}<span>{shown}</span></label>")
     colors = ", ".join(to_hex(color, keep_alpha=True) for color in HEAT(range(0, 256, 51)))
@@ -102,10 +102,3 @@ def show_heat(heat):
     said = f"Where “{heat.verdict}” comes from, by Grad-CAM. Point at a word, or click it, to see its share."
     maps = f"<div class='heat' style='padding-bottom: {height}px'>{''.join(words)}</div>"
     return show_lines(said, *unknown_words(heat.words)) + maps + scale
-
-
-def _source(picture):
-    """Return a picture uint8 [H, W, 3] as the source of an HTML image."""
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

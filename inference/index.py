@@ -17,6 +17,7 @@ from engine.saving import writing
 from evaluation.divide import divide, progress_bar
 from inference.inputs import Images
 from inference.model import Inference, as_float, check_task, most_similar
+from models import ALIGNED
 from models.alignment import feature_similarity
 from models.checkpoint import is_momentum, is_repository
 from utils import InputError, atomic_write, make_output_dir, printable
@@ -204,7 +205,7 @@ def update_index(folder, index, model, images, problems):
     to time, and where a signal or an error ends it. Raises InputError for another model than the index's or if no image can be
     used, and TrainingStopped where the index cannot be written.
     """
-    check_task(model, ("pretrain", "retrieval"), "index")
+    check_task(model, ALIGNED, "index")
     weights, checkpoint = check_weights(model, index, folder), model.source
     checkpoint = str(checkpoint) if is_repository(checkpoint) else os.path.abspath(checkpoint)
     paths, states, rows = list(images), torch.tensor(list(images.values())), _unchanged(index, images)

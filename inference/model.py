@@ -23,7 +23,7 @@ from evaluation.divide import progress_bar
 from evaluation.retrieval import ImageEmbeds, encode_images, encode_texts
 from evaluation.vqa import answer_questions, tokenize_answers
 from inference.inputs import Images, as_images, as_texts, is_array, read_image
-from models import build_model, task_of
+from models import ALIGNED, build_model, task_of
 from models.alignment import feature_similarity, matched
 from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
 from models.gradcam import text_gradcam
@@ -125,7 +125,7 @@ class Inference:
     # -----------------------------------------------------------------------------------------------------------------
     # images and texts by themselves and together: pre-training, retrieval, grounding
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def embed_images(self, images, workers=0):
         """Return the features of images, normalized, float32 [N, D] on the CPU; of one alone [D].
 
@@ -137,7 +137,7 @@ class Inference:
         _, features = encode_images(self.model, Images(images, self.transform), config, self.device)
         return features.cpu()[0] if one else features.cpu()
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def embed_texts(self, texts):
         """Return the features of texts, normalized, float32 [N, D] on the CPU; of one alone [D]."""
         texts, one = self._captions(texts)
@@ -146,7 +146,7 @@ class Inference:
         features = torch.cat([text_feat.cpu() for _, text_feat, _ in encoded])
         return features[0] if one else features
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def similarity(self, images, texts):
         """Return the contrastive similarities (ITC) of all images with all texts, from -1 to 1: [NI, NT], one pair a float.
 
@@ -157,7 +157,7 @@ class Inference:
         sim = feature_similarity(_matrix(image_feat), _matrix(text_feat))
         return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def match(self, images, texts):
         """Return the probabilities that images and texts belong together (ITM), of all pairs: [NI, NT], one pair a float."""
         (images, one_image), (texts, one_text) = as_images(images), self._captions(texts)
@@ -165,7 +165,7 @@ class Inference:
         probs = self._itm(images, texts, pairs, lambda logits: logits.float().softmax(dim=1)[:, 1])
         return _unwrap(probs, one_image, one_text)
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def rank(self, images, texts, k=10, rerank=None, of="images", image_features=None, text_features=None):
         """Return the k best images for each text, [(index, score), ...], the best first; with of="texts" texts for each image.
 
@@ -212,7 +212,7 @@ class Inference:
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
         return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score, progress).cpu()
 
-    @serves("pretrain", "retrieval")
+    @serves(*ALIGNED)
     def ground(self, images, texts, boxes=None, mode="itm", block_num=None):
         """Return the boxes of a referring expression in its image, [([x, y, w, h], score), ...] in pixels, the best first.
 
@@ -288,7 +288,7 @@ class Inference:
     # -----------------------------------------------------------------------------------------------------------------
     # what the model looks at and expects
 
-    @serves("pretrain", "retrieval", "vqa", "ve", "nlvr", "relevance", "nlvr_pretrain", exact=True)
+    @serves(*ALIGNED, "vqa", "ve", "nlvr", "relevance", "nlvr_pretrain", exact=True)
     def heat_map(self, images, texts, answers=None, mode="itm", block_num=None):
         """Return the HeatMap of the decision on an image and a text or question, by Grad-CAM (Figures 4 to 6).
 
@@ -297,7 +297,7 @@ class Inference:
         third with cross-attention but never the last. Pairs as in `answer`, of two images as in `true_of`.
         """
         _check_mode(mode)
-        if mode == "itc" and self.task not in ("pretrain", "retrieval"):
+        if mode == "itc" and self.task not in ALIGNED:
             raise InputError(f"heat_map: mode itc explains a contrastive similarity, which task {self.task} has none of")
         vqa, answers = self.task == "vqa", _answer_list(answers)
         items, texts, one = self._pairs(images, self._questions(texts) if vqa else self._captions(texts))

@@ -12,6 +12,7 @@ MODELS = {
     "attributes": (".retrieval", "Retrieval"), "relevance": (".relevance", "Relevance"),
     "vqa": (".vqa", "VQA"), "ve": (".ve", "VE"), "nlvr": (".nlvr", "NLVR"), "nlvr_pretrain": (".nlvr", "TextAssignment"),
 }  # fmt: skip
+ALIGNED = ("pretrain", "retrieval")  # of task_of: whose models have the projections of contrastive learning
 
 
 def build_model(task, config, tokenizer=None):

@@ -137,7 +137,7 @@ def test_broken_images_of_a_folder_are_named_and_left_out(page, photos, tmp_path
     shutil.copy(photos[0], tmp_path / "deep/b.JPG")
     (tmp_path / "a.png").write_text("no image")
     (tmp_path / "notes.txt").write_text("no image either")
-    assert Demo.find_images(tmp_path) == [str(tmp_path / "deep/b.JPG")]
+    assert Demo.find_usable(str(tmp_path)) == [str(tmp_path / "deep/b.JPG")]
     assert capsys.readouterr().out.count("\n") == 1
 
 
@@ -150,8 +150,8 @@ def test_bad_input_is_one_line(run, files, shapes, tmp_path, port):  # noqa: F81
             (tmp_path / "no.pth",): "no.pth does not exist",
             (files["nlvr_pretrain"],): "none of the checkpoints has a tab",
             (files["ve"], "--images", shapes): "none of the checkpoints can search",
-            (files["retrieval"], "--images", tmp_path / "none"): "there is no such folder",
-            (files["retrieval"], "--images", tmp_path / "empty"): "no image there (.jpg",
+            (files["retrieval"], "--images", tmp_path / "none"): "none: does not exist, name a folder of images",
+            (files["retrieval"], "--images", tmp_path / "empty"): "empty: no image in it or below (by the suffixes of JPEG, PNG",
             (files["ve"], "--prot", 1): "did you mean --port?",
             (): "checkpoint",
         }  # fmt: skip
@@ -208,7 +208,7 @@ def address(page, models, photos, shapes, port):  # noqa: F811
     for task, model in chosen.items():
         config = {**model.config, "test_file": [str(shapes / f"{files[task]}.json")], "vqa_root": str(shapes)}
         data[task] = build_dataset(f"{task.replace('pretrain', 'retrieval')}_test", config)
-    features = {task: models[task].embed_images(photos) for task in page.ALIKE}
+    features = {task: models[task].embed_images(photos) for task in page.ALIGNED}
     blocks = page.build_page(chosen, data, photos, features)
     page.launch(blocks, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}/"

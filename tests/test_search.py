@@ -390,7 +390,7 @@ BAD = {
     "text as example": ("query {}/index --image {}/text.txt", "text.txt: not an image"),
     "200 megapixels": ("query {}/index --image {}/huge.png", "huge.png: too large: Image size .200000000 pixels"),
     "other weights": ("query {}/index star --checkpoint {}/other.pth", "made with weights"),
-    "k": ("query {}/index star -k 0", "-k must be at least 1"),
+    "k": ("query {}/index star -k 0", "argument -k: 0 is out of range, it must be at least 1"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
     "threshold": ("duplicates {}/index --threshold 2", "--threshold 2.0: must be above 0 and at most 1"),
     "all gone": ("query {}/gone star", "gone, as are all images"),

@@ -70,13 +70,18 @@ def write_page(path, results, total, ranked_by, text=None, image=None):
 
 def _thumbnail(path):
     """Return an image file as an <img> with its pixels in it, upright as EXIF has it; what is wrong with it as text."""
-    buffer = io.BytesIO()
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded
             image = ImageOps.exif_transpose(image).convert("RGB")
         image.thumbnail((SIDE, SIDE))
-        image.save(buffer, "JPEG", quality=85)
     except Exception:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
         return "cannot be read"
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img alt="" src="{image_source(image)}">'
+
+
+def image_source(picture):
+    """Return an RGB picture of Pillow as the source of an HTML image, with its pixels in it."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
