@@ -42,11 +42,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the launcher or the batch s
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal of SIGNALS ends the run. Scripts exit with its status, 130 or 143."""
+    """A signal of SIGNALS ends the run. Scripts exit with its status, 130 or 143.
 
-    def __init__(self, signum, message):
+    together: all processes raise it, at the same place.
+    """
+
+    def __init__(self, signum, message, together=False):
         super().__init__(f"{signal.Signals(signum).name}: {message}")
-        self.signum = signum
+        self.signum, self.together = signum, together
 
 
 def begin_script(flags):
@@ -61,7 +64,7 @@ def begin_script(flags):
 
 def run_script(main):
     """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
-    status, message = 0, ""
+    status, message, together = 0, "", False
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; it is None where it was closed from the beginning
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
@@ -71,6 +74,7 @@ def run_script(main):
                 gather_lists([])  # the launcher ends all processes as soon as one has left
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
+        together = getattr(error, "together", False)
     except (TrainingStopped, InputError) as error:
         # what a library says, which a message may hold, can have several lines
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).splitlines())}"
@@ -85,6 +89,9 @@ def run_script(main):
         status, message = 1, f"error: {process}" + (said or f"\n{traceback.format_exc()}")
     if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
+    if together:
+        with contextlib.suppress(RuntimeError):  # a second signal has ended another process
+            gather_lists([])  # nor does any leave before the main one has said so
     if is_distributed():
         # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
         # and at the end of a good run gloo's threads may abort it

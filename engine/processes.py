@@ -170,7 +170,7 @@ class StopSignal:
         """
         if signum := max(gather_lists([self.signum])):
             finish()
-            raise Interrupted(signum, message)
+            raise Interrupted(signum, message, together=True)
 
     def leave_at_once(self, message):
         """Return a context within which a signal ends the process that gets it at once, by Interrupted."""

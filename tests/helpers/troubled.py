@@ -2,7 +2,7 @@
 
 TRACE=FILE     the main process appends its process number and each iteration of the run that it begins
 FILES=PREFIX   each process appends the files of its batches to PREFIX and its rank
-INTERRUPT      process 1 gets SIGTERM in its 8th iteration
+INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process gets no CPU when it leaves
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
 MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
                run goes on when SIGTERM has come to all of its processes
@@ -29,7 +29,7 @@ from utils import is_main, rank, run_script
 
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
-iterate, finish_epoch, save = loop.iterate, loop.finish_epoch, torch.save
+iterate, finish_epoch, save, leave = loop.iterate, loop.finish_epoch, torch.save, loop.StopSignal.__exit__
 calls = itertools.count(1)
 
 
@@ -72,6 +72,11 @@ def slow_save(state, file):
     time.sleep(float(trouble["SLOW"]))
 
 
+def slow_leave(stop, *error):
+    leave(stop, *error)
+    time.sleep(1)
+
+
 def save_to_full_disk(state, file):
     if state.get("resume", {}).get("iteration") == 0:  # a sharded optimizer sends with torch.save
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -85,6 +90,8 @@ def interrupted_finish_epoch(*args):
 
 
 loop.iterate = troubled_iterate
+if "INTERRUPT" in trouble and trouble["RANK"] == "0":
+    loop.StopSignal.__exit__ = slow_leave
 if "SLOW" in trouble:
     torch.save = slow_save
 if "FULL" in trouble:
