@@ -398,7 +398,7 @@ def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, tm
     config = {**tiny_config, "batch_size": 4, "save_every": "0.0001 minutes", "shard_optimizer": True}
     processes = pair(command_line(config, tmp_path / "run", tmp_path), timeout=60, FULL="1")
     try:
-        messages = [process.communicate(timeout=100)[1] for process in processes]
+        messages = [process.communicate(timeout=120)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -414,14 +414,14 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_c
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
     trace = tmp_path / "trace"
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair(arguments, timeout=5, TRACE=str(trace))
+    first, second = pair(arguments, timeout=15, TRACE=str(trace))
     try:
         deadline = time.monotonic() + 120
         while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
             assert first.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         second.send_signal(signum)
-        _, message = first.communicate(timeout=60)
+        _, message = first.communicate(timeout=120)
     finally:
         second.kill()
         first.kill()
@@ -436,7 +436,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
     arguments = command_line(config, tmp_path / "run", tmp_path)
     first, second = pair(arguments, timeout=60, ERROR="broken on purpose")
     try:
-        messages = [process.communicate(timeout=50)[1] for process in (second, first)]
+        messages = [process.communicate(timeout=120)[1] for process in (second, first)]
     finally:
         second.kill()
         first.kill()
