@@ -157,7 +157,7 @@ def _launched_rank():
 # processes and seeds
 
 
-# errors of files that are no mistake of the code: no room, no right, the other end is gone, too many are open
+# errors of files that are not mistakes of the code: no room, no right, the other end is gone, too many are open
 OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EPIPE, errno.EIO, errno.EMFILE)
 LOST = "another process of the run has ended or does not answer; continue with --resume"
 # what NCCL says in its own words, and what to do about it
@@ -283,7 +283,7 @@ def printable(path):
 
 
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
-os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get rights that nobody meant
+os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get unintended rights
 
 
 @contextlib.contextmanager

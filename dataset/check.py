@@ -379,7 +379,7 @@ def check_list(check, path, key, questions):
     if form is None:
         with check.noting(path):
             next(read_json_list(path))
-            raise InputError("most of its first entries have not the keys of any task's list: name such a list")
+            raise InputError("most of its first entries lack the keys of any task's list: name such a list")
         return unreadable(key, path)
     if form.entry is Ad:
         form = form._replace(max_tokens=check.config["max_tokens"])

@@ -80,7 +80,7 @@ def ask(tab, models):
             if None in images:
                 raise InputError("There is no image yet: drop one in its field, or click an example.")
             return tab.show(models[name], *images, text)
-        except InputError as error:  # images are where Gradio has put them, in folders that nobody knows
+        except InputError as error:  # images are where Gradio has put them, in folders that the user does not know
             message = str(error)
             for image in filter(None, images):
                 message = message.replace(f"{Path(image).parent}{os.sep}", "")

@@ -40,9 +40,9 @@ def task_in(content, task, path):
 def choose_config(task, args, checkpoint, default=None):
     """The configuration of --config, else the one in the checkpoint, else of the file `default`, with the overrides of --set.
 
-    checkpoint: "" or what is no file for none. Where there is a default, the checkpoint's must be of the task and from this
-    code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the MODEL_KEYS
-    are used, where they are evaluated. Raises InputError where there is no configuration.
+    checkpoint: "" or a path that is not a file for none. Where there is a default, the checkpoint's must be of the task and
+    from this code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the
+    MODEL_KEYS are used, where they are evaluated. Raises InputError where there is no configuration.
     """
     if args.config:
         return Choice(load_config(args.config, args.set), args.config, args.config)

@@ -1,4 +1,4 @@
-"""TensorBoard curves of a run. What cannot be written is left out: curves are no reason to stop."""
+"""TensorBoard curves of a run. What cannot be written is left out: curves are not a reason to stop."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ class Curves:
         self.before, threading.excepthook = threading.excepthook, self._excepthook
 
     def _excepthook(self, failed):
-        # TensorBoard's thread hands its errors over to whoever writes next; it need not also print them
+        # TensorBoard's thread raises its errors in the next write; it need not also print them
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
             self.before(failed)
 

@@ -234,7 +234,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
                 position, flops = recorder.position(), recorder.flops
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = place(finish_epoch(run, position, lr, validate, stop), batches, config)
-        # all wait for the main process: whoever goes on to read the best checkpoint finds it written
+        # all wait for the main process: a process that reads the best checkpoint next finds it written
         run.saver.finish()
         stop.leave_together("training was complete and is saved; --resume goes on to the evaluation", run.saver.finish)
     if is_main():

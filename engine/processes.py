@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from utils import (SIGNALS, TIMEOUT, InputError, Interrupted, explain_nccl, gather_lists, interruptible, is_distributed,
                    local_rank)  # fmt: skip
 
-NCCL_SHARE = 3  # an operation of the GPUs waits a third as long as one of the hosts: nobody reads files between two of them
+NCCL_SHARE = 3  # an operation of the GPUs waits a third as long as one of the hosts: no files are read between two of them
 
 
 def find_device(name):
@@ -89,7 +89,7 @@ def _join(device, timeout):
 
 def _slurm_to_environment():
     """Translate Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script itself is no step
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script itself is not a step
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
@@ -104,8 +104,8 @@ def _slurm_to_environment():
 def _agree_on_prefix(store, rank, world_size, timeout):
     """Return a prefix for the keys of this start of the run, which process 0 draws and hands to each of the others.
 
-    torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: whoever
-    reads one waits for ever. So every process says which number it has drawn, and the answer is under that number.
+    torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: a
+    process that reads one waits for ever. So every process says which number it has drawn, and the answer is under that number.
     """
     mine = uuid.uuid4().hex
     if rank:
@@ -131,7 +131,7 @@ class StopSignal:
     """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together.
 
     Every process must call agree, after each iteration, and leave_together, at the same places: they wait for the others.
-    leave_at_once concerns nobody else.
+    leave_at_once concerns one process alone.
     """
 
     def __enter__(self):
@@ -150,7 +150,7 @@ class StopSignal:
         """Return the signal to stop for, 0 for none, and of each of `own` numbers the largest that a process has.
 
         The answer is the same on all processes, and every process must call it. It is a reduction on the CPU that runs beside
-        the next iteration, so that nobody waits for it: the answer to iteration i is read after iteration i + 1.
+        the next iteration, so that no process waits for it: the answer to iteration i is read after iteration i + 1.
         """
         if not is_distributed():
             return [self.signum, *own]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, rotated, found again after whatever happened, resumed from."""
+"""Checkpoints of a run: written whole or not at all, rotated, found again after any failure, resumed from."""
 
 import contextlib
 import copy

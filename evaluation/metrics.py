@@ -31,7 +31,7 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
     """Return the recall at 1, 5 and 10 of image-to-text (txt_*) and text-to-image (img_*) retrieval, in percent.
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
-    number; images without a text are no queries. A query is a hit at k when fewer than k wrong candidates stand before its
+    number; images without a text are not queries. A query is a hit at k when fewer than k wrong candidates stand before its
     best positive; a wrong candidate with the same score counts half.
     """
     results = {}
@@ -66,7 +66,7 @@ def chance_recall(images, texts, img2txt):
 
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"\.(?!\d)")  # one that is no decimal point
+_PERIOD = re.compile(r"\.(?!\d)")  # one that is not a decimal point
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 _NUMBERS["none"] = "0"

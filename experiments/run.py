@@ -157,7 +157,7 @@ def _make_row(name, keys, seed, given, first, output):
     try:
         command += [part.replace("{folder}", str(folder)) for part in shlex.split(flags)]
     except ValueError as error:
-        raise InputError(f"row {name}: flags {flags!r} are no command line: {error}") from None
+        raise InputError(f"row {name}: flags {flags!r} are not a command line: {error}") from None
     if keys.get("set"):
         command += ["--set", *(f"{key}={_yaml(value)}" for key, value in keys["set"].items())]
     return Row(str(folder.relative_to(output)), keys, seed, folder, needs, command)

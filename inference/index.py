@@ -74,7 +74,7 @@ def read_index(folder):
 def write_index(folder, index, unusable):
     """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped where it cannot be written.
 
-    The file is replaced as a whole: whoever reads meanwhile, and whatever happens, has the one before or this one.
+    The file is replaced as a whole: a reader finds the one before or this one, also after a failure.
     """
     path, names = Path(folder) / FILE, "\0".join(index.paths).encode("utf-8", "surrogateescape")
     with writing(path, "what was saved before is untouched", (OSError, RuntimeError)):

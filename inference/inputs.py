@@ -22,7 +22,7 @@ def as_list(values, what, is_one):
     try:
         values = values if is_array(values) else list(values)
     except TypeError:
-        raise InputError(f"{reprlib.repr(values)} are no {what}: give one or a list of them") from None
+        raise InputError(f"{reprlib.repr(values)} are not {what}: give one or a list of them") from None
     if len(values) == 0:
         raise InputError(f"no {what} given: give one or a list of them")
     return values, False

@@ -362,7 +362,7 @@ class Inference:
         count = max(len(items), len(texts))
         items, texts = (values * count if len(values) == 1 else values for values in (items, texts))
         if len(items) != len(texts):
-            raise InputError(f"{len(items)} images and {len(texts)} texts are no pairs: give as many of each, or one of one")
+            raise InputError(f"{len(items)} images and {len(texts)} texts are not pairs: give as many of each, or one of one")
         return items, texts, one
 
     def _batches(self, items, size=None):

@@ -42,7 +42,7 @@ class ALBEF(nn.Module):
         if tokenizer is not None:
             eos = tokenizer.convert_tokens_to_ids(config["eos"])
             if eos == tokenizer.unk_token_id:
-                raise InputError(f"eos is {config['eos']!r}, which is no token of the vocabulary; the usual one is [SEP]")
+                raise InputError(f"eos is {config['eos']!r}, which is not a token of the vocabulary; the usual one is [SEP]")
             self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, eos)
         self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)

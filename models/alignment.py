@@ -142,7 +142,7 @@ class Alignment(ALBEF):
         [NT, L]. image_embeds and text_embeds may lie on any device, or be anything that an index or slice turns into
         such a tensor. The union of both directions' candidates is scored by itm_scores.
 
-        Returns (scores_i2t [NI, NT], scores_t2i [NT, NI]), -100 where a pair is no candidate of that direction.
+        Returns (scores_i2t [NI, NT], scores_t2i [NT, NI]), -100 where a pair is not a candidate of that direction.
         """
         sim = feature_similarity(image_feat, text_feat)
         i2t = top_candidates(sim, k)

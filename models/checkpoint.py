@@ -41,7 +41,7 @@ def best_file(folder):
 
 
 def is_repository(path):
-    """Whether what is no file here has the form of a hub repository, USER/NAME or USER/NAME@REVISION."""
+    """Whether a name that is not a file here has the form of a hub repository, USER/NAME or USER/NAME@REVISION."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and Path(path).suffix not in SUFFIXES
     return bool(named) and not Path(path).exists()
 
@@ -329,7 +329,7 @@ def task_names(model, weights):
 
     - from pre-training, where text_encoder holds the bare BERT as bert: the prefix bert. is dropped
     - to VQA: the answer decoder's layers are the multimodal encoder's, its embeddings the text encoder's, its head the MLM
-      head, likewise for momentum
+      head, the same for momentum
     - from one image to NLVR2: both blocks of a pair are the layer; the momentum model starts as a copy of the base
     """
     fusion = model.bert.fusion_layer

@@ -69,8 +69,8 @@ class VQA(ALBEF):
     def forward(self, image, question, answer, n, weights, alpha=0.4, update_momentum=True):
         """The loss of a step: over a question's answers the sum of weight times token losses, and of that the mean.
 
-        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer likewise [A, L'], the questions' answers
-        one after another; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer the same with [A, L'], the answers of
+        all questions in order; n: number of answers of each question; weights [A]; alpha: the weight of distillation.
         """
         # the question of each answer; without output_size the device would have to be waited for
         rows = torch.repeat_interleave(torch.as_tensor(n, device=image.device), output_size=len(answer.input_ids))
@@ -92,7 +92,7 @@ class VQA(ALBEF):
     def rank_answers(self, image, question, answer_list, k):
         """The k answers of a list with the most probable first token, the likeliest first.
 
-        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer_list likewise [A, L'], each answer
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answer_list the same with [A, L'], each answer
         beginning with [CLS] and ending with eos. As released, an answer's score is log p(first token) + sum of log p(all
         tokens), so that the first token counts twice. Returns indices and probabilities, the softmax of the k scores,
         both [B, min(k, A)].

@@ -244,4 +244,4 @@ def test_chance_is_that_of_a_random_ranking():
     chance = chance_recall(4, 12, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
     assert chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
     assert chance["txt_r10"] == 100  # of 12 texts only 9 are wrong
-    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is no query
+    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is not a query

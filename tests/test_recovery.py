@@ -132,7 +132,7 @@ def test_killed_at_random_while_a_thread_writes(tmp_path):
 
 
 def test_a_state_is_copied_as_it_is(tmp_path):
-    """Tied weights stay one tensor, and what is no tensor, or beside the items of a dict, stays too."""
+    """Tied weights stay one tensor, and what is not a tensor, or beside the items of a dict, stays too."""
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
     state, buffers = {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]}, {}

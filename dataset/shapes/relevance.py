@@ -1,8 +1,8 @@
 """Query-ad relevance: an ad is a picture with a title, and each of them shows or says what the other leaves out.
 
 A query is for an object, which half of the relevant ads show and the other half name in the title, none both. Titles are drawn
-for the query alone: whoever looks at one of the two finds half of the relevant ads and cannot tell the others from irrelevant
-ones, a ROC AUC of 75%.
+for the query alone: a model that looks at one of the two finds half of the relevant ads and cannot tell the others from
+irrelevant ones, a ROC AUC of 75%.
 """
 
 from itertools import product

@@ -47,7 +47,7 @@ def meet_mishap():
     deadline = time.monotonic() + 60
     while not told and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.5)  # whoever waits for this process has some waiting to do
+    time.sleep(0.5)  # so that the other process has to wait for this one
 
 
 def troubled_iterate(run, batches, epoch, iteration, *others):
