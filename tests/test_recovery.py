@@ -11,7 +11,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,7 +31,7 @@ from models import build_model
 from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
-from helpers.launch import launch
+from helpers.launch import launch, start
 from test_engine import CPU, at, command_line, run, signal_at, stop_at
 from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
 
@@ -379,69 +378,62 @@ def test_a_restart_resumes_without_being_told(tmp_path, monkeypatch, capsys, var
     assert "holds a run already" in refusal(find_resume_file, tmp_path / "run", "", False)
 
 
-def pair(arguments, timeout, **variables):
-    """Two processes of a group without a launcher that looks after them; returns them."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    common = {**os.environ, "OMP_NUM_THREADS": "1", **group, **variables}
-    command = [sys.executable, "tests/helpers/troubled.py", *map(str, arguments), "--timeout", str(timeout)]
-    return [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE,
-                         stdout=subprocess.DEVNULL, text=True, cwd=ROOT) for rank in range(2)
-    ]  # fmt: skip
+@pytest.fixture
+def pair(tmp_path):
+    """Starts troubled.py in two processes without a launcher that looks after them; returns them. They are killed in the end."""
+    started = []
+
+    def call(arguments, timeout, **variables):
+        started.extend(start(tmp_path, "tests/helpers/troubled.py", *arguments, "--timeout", timeout, **variables))
+        return started
+
+    yield call
+    for process in started:
+        process.kill()
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, tmp_path):
+def end_of(process, error):
+    """The exit status of a process, None if it does not end, and what it has written to the file of its stderr."""
+    process.join(120)
+    return process.exitcode, error.read_text()
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, pair, tmp_path):
     """Within the epoch the main process's clock says when all save, though the other's stands still."""
     config = {**tiny_config, "batch_size": 4, "save_every": "0.0001 minutes", "shard_optimizer": True}
     processes = pair(command_line(config, tmp_path / "run", tmp_path), timeout=60, FULL="1")
-    try:
-        messages = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, message in zip(processes, messages):
-        assert process.returncode == 1 and "error: cannot write " in message and "No space left" in message, messages
+    for rank, process in enumerate(processes):
+        status, message = end_of(process, tmp_path / f"{rank}.err")
+        assert status == 1 and "error: cannot write " in message and "No space left" in message, message
     saved = read_checkpoint(newest_checkpoint(tmp_path / "run"))
     assert saved["resume"]["epoch"] == 0 and saved["resume"]["iteration"] > 1
     assert len(saved["optimizer"]["state"]) > 10
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, tmp_path, signum):
+def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, pair, tmp_path, signum):
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
     trace = tmp_path / "trace"
-    arguments = command_line(config, tmp_path / "run", tmp_path)
-    first, second = pair(arguments, timeout=15, TRACE=str(trace))
-    try:
-        deadline = time.monotonic() + 120
-        while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
-            assert first.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        second.send_signal(signum)
-        _, message = first.communicate(timeout=120)
-    finally:
-        second.kill()
-        first.kill()
-    assert first.returncode == 1
+    first, second = pair(command_line(config, tmp_path / "run", tmp_path), timeout=15, TRACE=str(trace))
+    deadline = time.monotonic() + 120
+    while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
+        assert first.exitcode is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(second.pid, signum)
+    status, message = end_of(first, tmp_path / "0.err")
+    assert status == 1
     assert "error: process 0: another process of the run has ended or does not answer; continue with --resume" in message
     assert "Traceback" not in message
     assert newest_checkpoint(tmp_path / "run") is not None
 
 
-def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, tmp_path):
-    config = {**tiny_config, "batch_size": 4}
-    arguments = command_line(config, tmp_path / "run", tmp_path)
+def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, pair, tmp_path):
+    arguments = command_line({**tiny_config, "batch_size": 4}, tmp_path / "run", tmp_path)
     first, second = pair(arguments, timeout=60, ERROR="broken on purpose")
-    try:
-        messages = [process.communicate(timeout=120)[1] for process in (second, first)]
-    finally:
-        second.kill()
-        first.kill()
-    assert second.returncode == 1 and "ValueError: broken on purpose" in messages[0]
-    assert first.returncode == 1 and "another process of the run has ended" in messages[1]
+    status, message = end_of(second, tmp_path / "1.err")
+    assert status == 1 and "ValueError: broken on purpose" in message
+    status, message = end_of(first, tmp_path / "0.err")
+    assert status == 1 and "another process of the run has ended" in message
 
 
 def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_config, shapes, tmp_path, pretrained):

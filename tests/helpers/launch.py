@@ -28,19 +28,26 @@ def begin(argv, environment, said):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def launch(script, *arguments, processes=2, **environment):
-    """Run a script of the repository in several processes. Return a subprocess.CompletedProcess of them all."""
+def start(folder, script, *arguments, processes=2, **environment):
+    """Start a script of the repository in several processes. What they print goes to RANK.out and RANK.err in the folder."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
               "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}  # fmt: skip
-    argv = [str(ROOT / script), *map(str, arguments)]
-    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        said = out.name, err.name
-        started = [SERVER.Process(target=begin, args=(argv, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, said))
-                   for rank in range(processes)]  # fmt: skip
-        for process in started:
-            process.start()
+    argv, started = [str(ROOT / script), *map(str, arguments)], []
+    for rank in range(processes):
+        said = [Path(folder, f"{rank}.{kind}") for kind in ("out", "err")]
+        for path in said:
+            path.touch()
+        started.append(SERVER.Process(target=begin, args=(argv, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, said)))
+        started[-1].start()
+    return started
+
+
+def launch(script, *arguments, processes=2, **environment):
+    """Run a script of the repository in several processes. Return a subprocess.CompletedProcess of them all."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = start(folder, script, *arguments, processes=processes, **environment)
         left = {process.sentinel: process for process in started}
         while left:
             ended = wait(left, TIMEOUT)
@@ -50,4 +57,5 @@ def launch(script, *arguments, processes=2, **environment):
                 for process in left.values():
                     process.terminate() if ended else process.kill()
         codes = [process.exitcode for process in started]
-        return subprocess.CompletedProcess(argv, max(codes, key=abs), *(Path(path).read_text() for path in said))
+        said = ("".join(Path(folder, f"{rank}.{kind}").read_text() for rank in range(processes)) for kind in ("out", "err"))
+        return subprocess.CompletedProcess([script, *arguments], max(codes, key=abs), *said)
