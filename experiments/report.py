@@ -30,7 +30,7 @@ from experiments.run import expand, is_complete, minutes, read_experiments, read
 from utils import InputError, atomic_write, run_script
 from visualize.draw import draw_lines
 
-PICTURE_WIDTH, PICTURE_COLORS = 1100, 128  # pixels and palette of the pictures beside the page
+PICTURE_WIDTH = 1100  # pixels of the pictures beside the page
 NO_DIFFERENCE = 0.1  # percent; where the paper's numbers differ by less there is no trend to compare with
 ONE_SEED = 1.0  # percent by which single runs may differ for no reason
 
@@ -257,7 +257,7 @@ def pictures(table, rows, folder):
             with Image.open(source) as image:
                 image = image.convert("RGB")
                 image.thumbnail((PICTURE_WIDTH, image.height))
-                image.quantize(PICTURE_COLORS).save(target, optimize=True)
+                image.save(target, optimize=True)
             yield from [f"![{picture['about']}]({folder.name}/{target.name})", ""]
         else:
             yield from ["(not run yet)", ""]
