@@ -91,7 +91,7 @@ def run_script(main):
         print(message, file=sys.stderr, flush=True)
     if together:
         with contextlib.suppress(RuntimeError):  # a second signal has ended another process
-            gather_lists([])  # nor does any leave before the main one has said so
+            gather_lists([])  # until the main process has said so, which the launcher would end
     if is_distributed():
         # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
         # and at the end of a good run gloo's threads may abort it
