@@ -7,18 +7,12 @@ DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-relevance paper-noise paper-section4 paper-figures
 
-.PHONY: quickstart openclipart shapes shapes-scratch paper $(PAPER) demo test mutants benchmarks gpu clean
+.PHONY: quickstart shapes shapes-scratch paper $(PAPER) demo test mutants benchmarks gpu clean
 
 quickstart: .venv/installed
 	$(BIN)/python -m dataset.shapes --output data/shapes
 	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --output_dir output/quickstart --resume
 	$(BIN)/python Visualize.py --output_dir output/quickstart
-
-openclipart: .venv/installed
-	$(BIN)/python -m dataset.openclipart --output data/openclipart
-	$(BIN)/python -m models.tokenizer data/openclipart/train.json --size 6000 --output data/openclipart/vocab.txt
-	$(BIN)/python Pretrain.py --config configs/openclipart/Pretrain.yaml --output_dir output/openclipart --resume
-	$(BIN)/python Visualize.py --output_dir output/openclipart
 
 shapes: .venv/installed
 	$(RUN) experiments/shapes.yaml $(DRY)
@@ -42,9 +36,7 @@ mutants: .venv/installed-dev
 benchmarks: .venv/installed
 	$(BIN)/python benchmarks/dataloader.py --workers 0 1 2
 	$(BIN)/python benchmarks/annotations.py
-	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/pretrain_step.py
-	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
 	$(BIN)/python benchmarks/saving.py

@@ -23,10 +23,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TIMEOUT = 1800  # seconds that a process waits for the others
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave is wrong. The message is one line: the file, key or line, and the remedy.
 
-    Scripts print it without a stack trace and exit with status 2. kind: what is wrong with an entry of a list, for counts.
+    Scripts print it without a traceback and exit with status 2. kind: what is wrong with an entry of a list, for counts.
     """
 
     def __init__(self, message, kind="other"):
@@ -34,7 +34,7 @@ class InputError(ValueError):
         self.kind = kind
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(Exception):
     """Training cannot go on (a loss is not finite, too many broken images). Scripts exit with status 1."""
 
 
@@ -42,14 +42,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the launcher or the batch s
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal of SIGNALS ends the run. Scripts exit with its status, 130 or 143.
+    """A signal of SIGNALS ends the run. Scripts print the message, if there is one, and exit with status 130 or 143."""
 
-    together: all processes raise it, at the same place.
-    """
-
-    def __init__(self, signum, message, together=False):
-        super().__init__(f"{signal.Signals(signum).name}: {message}")
-        self.signum, self.together = signum, together
+    def __init__(self, signum, message=""):
+        super().__init__(message and f"{signal.Signals(signum).name}: {message}")
+        self.signum = signum
 
 
 def begin_script(flags):
@@ -57,41 +54,41 @@ def begin_script(flags):
 
     A signal during the imports ends the process with one line.
     """
+    # torch's OpenMP threads would spin while they wait, which starves a machine that something else uses, too
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for signum in SIGNALS:
-        signal.signal(signum, _leave_at_once)
+        signal.signal(signum, end_at_once)
     run_script(flags.parse_args)
 
 
 def run_script(main):
-    """Run a script's main function and turn signals and the errors a user can do something about into a line and a status."""
-    status, message, together = 0, "", False
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; it is None where it was closed from the beginning
+    """Run a script's main function. A signal, InputError or TrainingStopped becomes one line and the exit status.
+
+    Every other exception keeps its traceback, on every rank.
+    """
+    status, message = 0, ""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; it is None if it was closed from the beginning
         sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
-        with interruptible("ended before it was complete"), _flushing():
+        with interruptible("ended before it was complete"):
             main()
             if is_distributed():
                 gather_lists([])  # the launcher ends all processes as soon as one has left
     except KeyboardInterrupt as error:
-        status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error) or "interrupted"
-        together = getattr(error, "together", False)
+        status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error)
     except (TrainingStopped, InputError) as error:
         # what a library says, which a message may hold, can have several lines
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).splitlines())}"
-        if _launched_rank():
-            # most likely all processes say the same; the launcher ends this one once the first has left
-            time.sleep(1 + local_rank())
+        # most likely all processes say the same; the launcher ends this one once the first has left
+        time.sleep(min(_launched_rank(), 8))
     except Exception as error:
-        said = explain(error)
-        if not (said or is_distributed()):
+        _add_memory_hint(error)
+        if not is_distributed():
             raise
-        process = f"process {rank()}: " if is_distributed() else ""
-        status, message = 1, f"error: {process}" + (said or f"\n{traceback.format_exc()}")
+        status = 1
+        _print_traceback(error)
     if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
-    if together:
-        with contextlib.suppress(RuntimeError):  # a second signal has ended another process
-            gather_lists([])  # until the main process has said so, which the launcher would end
     if is_distributed():
         # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
         # and at the end of a good run gloo's threads may abort it
@@ -101,48 +98,45 @@ def run_script(main):
         sys.exit(status)
 
 
-@contextlib.contextmanager
-def _flushing():
-    """Write what is printed within it at its end. Raises OSError where standard output is closed or full."""
-    try:
-        yield
-    finally:
-        try:
-            if sys.stdout:
-                sys.stdout.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at exit, and says so
-            raise
+def _add_memory_hint(error):
+    torch = sys.modules.get("torch")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
+        error.add_note("out of memory: lower batch_size (not below 2; batch_size_test in an evaluation), set precision to bf16 "
+                       "or gradient_checkpointing to true")  # fmt: skip
+
+
+def _print_traceback(error):
+    """Print the traceback of a rank, and hand it to torchrun, which shows the first one of all ranks."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    error.add_note(f"rank {rank()}: if another rank has ended before, its error is the cause; continue with --resume")
+    print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 @contextlib.contextmanager
 def interruptible(message):
     """Have a signal raise Interrupted with this message within it, and a second one end the process at once."""
-    process, show = os.getpid(), sys.unraisablehook
+    process = os.getpid()
 
     def interrupt(signum, _):
         if os.getpid() == process:  # and not a data worker that has only just been forked
             for other in SIGNALS:
-                signal.signal(other, _leave_at_once)
+                signal.signal(other, end_at_once)
             raise Interrupted(signum, message)
 
-    def unraisable(told):  # a signal while an object is being destroyed
-        if isinstance(told.exc_value, Interrupted):
-            _leave_at_once(told.exc_value.signum, None)
-        show(told)
-
     before = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
-    sys.unraisablehook = unraisable
     try:
         yield
     finally:
-        sys.unraisablehook = show
         for signum, handler in before.items():
             if signal.getsignal(signum) is interrupt:
                 signal.signal(signum, handler)
 
 
-def _leave_at_once(signum, _):
+def end_at_once(signum, _):
+    """Handle a signal: end this process."""
     if not _launched_rank():
         os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # print may be what was interrupted
     os._exit(128 + signum)
@@ -150,57 +144,12 @@ def _leave_at_once(signum, _):
 
 def _launched_rank():
     """Return the rank of this process by what the launcher says, also before it has joined the others."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(rank) if rank.isdecimal() else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # processes and seeds
-
-
-# errors of files that are not mistakes of the code: no room, no right, the other end is gone, too many are open
-OF_THE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EPIPE, errno.EIO, errno.EMFILE)
-LOST = "another process of the run has ended or does not answer; continue with --resume"
-# what NCCL says in its own words, and what to do about it
-NCCL_REMEDIES = {
-    "duplicate gpu": "start as many processes as there are GPUs (torchrun --nproc_per_node)",
-    "shm|shared memory": "/dev/shm is too small; start the container with more, such as docker run --shm-size=16g",
-    "out of memory|cuda (calloc|malloc|host alloc)": "lower batch_size, or end what else runs on this GPU",
-}
-
-
-def explain(error):
-    """Return one line on an error of other processes, NCCL, memory or a disk, which no stack trace explains; else ""."""
-    torch, text = sys.modules.get("torch"), str(error)
-    if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
-        what = f"use {error.filename}" if error.filename else "write a file, or to standard output"
-        return f"cannot {what}: {error.strerror}"
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in text:
-        return (f"out of memory: make the model, its queue or batch_size smaller, or end what else runs here "
-                f"({' '.join(text.split()[:40])})")  # fmt: skip
-    if not (torch and isinstance(error, RuntimeError)):
-        return ""
-    if isinstance(error, torch.OutOfMemoryError) or re.search("CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED", text):
-        return (f"out of GPU memory: lower batch_size, in an evaluation batch_size_test, or end what else runs on this GPU "
-                f"({' '.join(text.splitlines()[0].split()[:40])})")  # fmt: skip
-    dist = torch.distributed
-    if isinstance(error, (dist.DistBackendError, dist.DistNetworkError)):
-        return explain_nccl(text) or LOST
-    return LOST if re.search("gloo|pair closure|connection (closed|reset)|timed out", text, re.IGNORECASE) else ""
-
-
-def explain_nccl(text):
-    """Return a line with NCCL's own words and a remedy for the text of an error of torch, "" if it is not NCCL's."""
-    words = re.search(r"Last error:[ \t]*\n(?!Exception raised)[ \t]*(\S.*)", text)
-    words = words or re.search(r"^(nccl[A-Z]\w+: .*)", text, re.MULTILINE)
-    if not words:
-        return ""
-    said = f"NCCL: {words[1].strip()}"
-    for pattern, remedy in NCCL_REMEDIES.items():
-        if re.search(pattern, said, re.IGNORECASE):
-            return f"{said}; {remedy}"
-    if re.search("ncclRemoteError|closed by remote peer|connection (reset|refused)|abort", text, re.IGNORECASE):
-        return f"{LOST} ({said})"
-    return f"{said}; NCCL_DEBUG=INFO in the environment tells more"
 
 
 def _group():
@@ -240,9 +189,19 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def environment_number(name: str, default: int | None = None) -> int:
+    """Return a whole number from the environment. Raises InputError if it is another text, or missing without a default."""
+    text = os.environ.get(name) or default
+    if text is None:
+        raise InputError(f"{name} is missing in the environment: start several processes by torchrun or srun, or unset WORLD_SIZE")
+    if not str(text).isdecimal():
+        raise InputError(f"{name}={text} in the environment is not a whole number: unset it, or start by torchrun or srun")
+    return int(text)
+
+
 def local_rank():
-    """Return the rank within this machine."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    """Return the rank within this machine. Raises InputError."""
+    return environment_number("LOCAL_RANK", environment_number("SLURM_LOCALID", 0))
 
 
 def seed_of(*coordinates):

@@ -122,7 +122,7 @@ def task_flags(description, config, example, trains=True):
     flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
     flags.add_argument("--seed", default=42, type=at_least(0), help="of everything random")
     flags.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help="seconds to wait for another "
-                       "process before giving up; a third of it between GPUs")  # fmt: skip
+                       "process before giving up")  # fmt: skip
     flags.add_set()
     # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):

@@ -138,7 +138,6 @@ KEYS = {
     "precision": Key("fp32", one_of("fp32", "bf16")),
     "compile": Key("auto", either(one_of("auto"), FLAG)),
     "gradient_checkpointing": Key(False, FLAG),
-    "shard_optimizer": Key(False, FLAG),
     "deterministic": Key(False, FLAG),
     "log_every": Key(50, whole(1)),
     "save_every": Key("15 minutes", INTERVAL),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from dataset.images import no_file
+from dataset.images import ImageError, no_file
 from utils import InputError, seed_of
 
 MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
@@ -20,7 +20,7 @@ class EntryDataset(Dataset):
     every sample counts.
 
     entries: dataset.annotations.Entries; indices: of those that are samples, by default all; roots: the folders of their images
-    by key of the configuration. A subclass has read(index), which raises OSError or ValueError for a sample that cannot be
+    by key of the configuration. A subclass has read(index), which raises ImageError or InputError for a sample that cannot be
     used, and in training returns a NamedTuple with a list `skipped`.
     """
 
@@ -48,7 +48,7 @@ class EntryDataset(Dataset):
         if self.seed is None:
             try:
                 return self.read(index)
-            except OSError as error:
+            except ImageError as error:
                 raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
         # torch.manual_seed would format a stack trace for every kind of device not in use
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -56,7 +56,7 @@ class EntryDataset(Dataset):
         for _ in range(MAX_ATTEMPTS):
             try:
                 return self.read(index)._replace(skipped=skipped)
-            except (OSError, ValueError) as error:
+            except (ImageError, InputError) as error:
                 skipped.append(str(error))
             index = int(torch.randint(len(self), ()))
         raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")

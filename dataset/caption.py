@@ -9,7 +9,7 @@ from dataset.base import EntryDataset
 from dataset.images import decode_image, load_image
 from dataset.shards import image_and_captions, read_sample
 from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize, without_halves
-from utils import Text
+from utils import InputError, Text
 
 UNIT = 1000  # entries of JSON lists that stay together where they are mixed with shards
 
@@ -91,10 +91,10 @@ class CaptionBatch(NamedTuple):
 
 
 def draw_caption(captions, where):
-    """One of an entry's captions at random, cleaned up and cut to 30 words. Raises ValueError if it is empty then."""
+    """One of an entry's captions at random, cleaned up and cut to 30 words. Raises InputError if it is empty then."""
     caption = pre_caption(without_halves(captions[int(torch.randint(len(captions), ()))]), MAX_WORDS)
     if is_blank(caption):
-        raise ValueError(f"{where}: a caption is empty after clean-up")
+        raise InputError(f"{where}: a caption is empty after clean-up")
     return caption
 
 

@@ -49,9 +49,6 @@ def choose_config(task, args, checkpoint, default=None):
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
     saved = content.get("config") if isinstance(content.get("config"), dict) else {}
     if saved and (default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)):
-        schedule, optimizer = saved.get("scheduler"), saved.get("optimizer") or {}
-        if isinstance(schedule, dict) and isinstance(optimizer, dict) and schedule.get("lr"):
-            saved = {**saved, "optimizer": {**optimizer, "lr": schedule["lr"]}}  # earlier versions had two and went by this one
         config = override(saved, args.set, f"configuration of {checkpoint}")
         return Choice(config, checkpoint, f"that of {checkpoint} (another: --config FILE)")
     if default is None:

@@ -19,7 +19,7 @@ from engine.recorder import Recorder, summary, write_log
 from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume, writing
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
-from utils import InputError, gather_lists, is_distributed, is_main, rank, seed_everything, world_size
+from utils import InputError, gather_lists, interruptible, is_distributed, is_main, rank, seed_everything, world_size
 
 
 class Run(NamedTuple):
@@ -117,7 +117,7 @@ def finish_epoch(run, position, lr, validate, stop):
         path = run.save(file, position, lr)  # validation takes long, and must not cost the epoch if it is cut off
         saved = f"saved {path} before the validation of epoch {epoch}; continue with --resume"
         stop.leave_together(saved, run.saver.finish)
-        with stop.leave_at_once(saved):
+        with interruptible(saved):
             metrics, name = validate()
         write_log(run.output_dir, epoch, **metrics)
         # a folder that vanished has taken the best one with it
@@ -191,7 +191,7 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
     """Accept what train is given. Return the Run, its batches and the Position that it begins at. Raises InputError."""
     for param in model.idle_parameters():
         param.requires_grad_(False)
-    optimizer = create_optimizer(config["optimizer"], model, config["shard_optimizer"])
+    optimizer = create_optimizer(config["optimizer"], model)
     position = resume(resume_from, model, optimizer, config, seed, len(dataset)) if resume_from else Position()
     batches = TrainBatches(dataset, tokenizer, config, device, seed)
     accumulate = config["accumulate"]

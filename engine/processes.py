@@ -4,17 +4,28 @@ import datetime
 import os
 import re
 import signal
+import socket
+import sys
 import time
 import uuid
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from utils import (SIGNALS, TIMEOUT, InputError, Interrupted, explain_nccl, gather_lists, interruptible, is_distributed,
-                   local_rank)  # fmt: skip
+from utils import (
+    SIGNALS,
+    TIMEOUT,
+    InputError,
+    Interrupted,
+    end_at_once,
+    environment_number,
+    gather_lists,
+    is_distributed,
+    is_main,
+    local_rank,
+)
 
-NCCL_SHARE = 3  # an operation of the GPUs waits a third as long as one of the hosts: no files are read between two of them
+PATIENCE = 5  # seconds without the others after which a process says for whom it waits
 
 
 def find_device(name):
@@ -31,27 +42,26 @@ def find_device(name):
     return device
 
 
-def init_process_group(device, timeout=TIMEOUT):
-    """Join the process group of the launcher, if there is one. Return this process's device. Raises InputError.
+def init_process_group(device: str | None, timeout: float = TIMEOUT) -> torch.device:
+    """Join the process group of the launcher, if there is one.
 
-    device: None for a GPU where there is one. timeout: seconds after which a process that waits for the others gives up.
+    Args:
+        device: Name of the device, None for a GPU if there is one.
+        timeout: Seconds after which a process that waits for the others gives up.
+
+    Returns:
+        The device of this process.
+
+    Raises:
+        InputError: The device is missing, or the others do not come.
     """
     device = find_device(device)
     _slurm_to_environment()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    world_size = environment_number("WORLD_SIZE", 1)
     if device.type == "cuda":
-        device = _own_gpu(device, several)
-    if several:
-        try:
-            _join(device, timeout)
-        except InputError:
-            raise
-        except (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError, ValueError) as error:
-            if said := explain_nccl(str(error)):
-                raise InputError(said) from None
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise InputError(f"--timeout {timeout:g}: the processes of the run do not find each other by {address}: start as "
-                             f"many as WORLD_SIZE says, or see to the network ({str(error).splitlines()[0]})") from None
+        device = _own_gpu(device, world_size > 1)
+    if world_size > 1:
+        _join(device, world_size, timeout)
     return device
 
 
@@ -72,70 +82,121 @@ def _own_gpu(device, several):
     return device
 
 
-def _join(device, timeout):
+def _join(device, world_size, timeout):
     """Join the group: gloo for the hosts, and NCCL, which connects at once and says here what is wrong, for GPUs."""
-    patience = datetime.timedelta(seconds=timeout)
-    store, rank, world_size = next(rendezvous("env://", timeout=patience))
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        store = dist.PrefixStore(_agree_on_prefix(store, rank, world_size, timeout), store)
-    if device.type != "cuda":
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=patience)
-        return
+    meeting, patience = _Meeting(world_size, timeout), datetime.timedelta(seconds=timeout)
+    try:
+        store = meeting.store()
+        prefix = meeting.wait_for_others(store) if meeting.rank == 0 else meeting.wait_for_first(store)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise meeting.failed(str(error).splitlines()[0]) from None
+    backend = {"backend": "gloo"}
+    if device.type == "cuda":
+        backend = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=world_size, timeout=patience, device_id=device
+        **backend,
+        store=dist.PrefixStore(prefix, store),
+        rank=meeting.rank,
+        world_size=world_size,
+        timeout=patience,
     )
-    dist.group.WORLD._get_backend(device)._set_default_timeout(patience / NCCL_SHARE)
+
+
+class _Meeting:
+    """The processes of a run find each other at MASTER_ADDR:MASTER_PORT. Signals end every wait."""
+
+    def __init__(self, world_size, timeout):
+        self.world_size, self.timeout = world_size, timeout
+        self.rank = environment_number("RANK")
+        self.host, self.port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT")
+        if not self.host:
+            raise InputError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is missing: start by torchrun, or unset WORLD_SIZE")
+        self.begun, self.announced = time.monotonic(), False
+
+    def failed(self, reason):
+        """Return the InputError of processes that do not come together."""
+        cause = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "WORLD_SIZE"
+        return InputError(
+            f"--timeout {self.timeout:g}: {reason}; start {self.world_size} processes by torchrun or srun, or unset {cause} to run "
+            "one alone"
+        )
+
+    def pause(self, missing):
+        """Wait a moment, say once who is `missing`. Raises InputError after the timeout."""
+        waited = time.monotonic() - self.begun
+        said = f"{missing} of {self.world_size} processes not reached at {self.host}:{self.port}"
+        if waited > self.timeout:
+            raise self.failed(said)
+        if waited > PATIENCE and not self.announced:
+            self.announced = True
+            print(f"note: waiting, {self.failed(said)}", file=sys.stderr, flush=True)
+        time.sleep(0.02)
+
+    def store(self):
+        """Return the store that the launcher's agent or rank 0 serves."""
+        serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        while not serves:
+            try:  # torch would wait for the server without listening to signals
+                socket.create_connection((self.host, self.port), 1).close()
+                break
+            except OSError:
+                self.pause("rank 0")
+        patience = datetime.timedelta(seconds=self.timeout)
+        return dist.TCPStore(
+            self.host, self.port, self.world_size, serves, patience, wait_for_workers=False, multi_tenant=True
+        )
+
+    def wait_for_others(self, store):
+        """Hand each of the other ranks a prefix for the keys of this start of the run. Return the prefix.
+
+        torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: a
+        process that reads one waits for ever. So every rank says which number it has drawn, and the prefix is under that number.
+        """
+        prefix, missing = uuid.uuid4().hex, set(range(1, self.world_size))
+        while missing:
+            for other in sorted(missing):
+                if store.check([f"albef/joined/{prefix}/{other}"]):
+                    missing.remove(other)
+                elif store.check([f"albef/hello/{other}"]):
+                    store.set(f"albef/answer/{store.get(f'albef/hello/{other}').decode()}", prefix)
+            if missing:
+                self.pause(f"rank {', '.join(map(str, sorted(missing)[:8]))}{', ...' * (len(missing) > 8)}")
+        return prefix
+
+    def wait_for_first(self, store):
+        """Return the prefix that rank 0 hands to this rank."""
+        mine = uuid.uuid4().hex
+        store.set(f"albef/hello/{self.rank}", mine)
+        while not store.check([f"albef/answer/{mine}"]):
+            self.pause("rank 0")
+        prefix = store.get(f"albef/answer/{mine}").decode()
+        store.set(f"albef/joined/{prefix}/{self.rank}", "")
+        return prefix
 
 
 def _slurm_to_environment():
     """Translate Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1:  # a batch script itself is not a step
+    # a batch script itself is not a step
+    if "RANK" in os.environ or environment_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     # a job's own, by the rule of scripts/slurm_pretrain.sh
-    os.environ.setdefault("MASTER_PORT", str(10000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    os.environ.setdefault("MASTER_PORT", str(10000 + environment_number("SLURM_JOB_ID") % 20000))
     # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]
     os.environ.setdefault("MASTER_ADDR", first)
 
 
-def _agree_on_prefix(store, rank, world_size, timeout):
-    """Return a prefix for the keys of this start of the run, which process 0 draws and hands to each of the others.
-
-    torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: a
-    process that reads one waits for ever. So every process says which number it has drawn, and the answer is under that number.
-    """
-    mine = uuid.uuid4().hex
-    if rank:
-        store.set(f"albef/hello/{rank}", mine)
-        prefix = store.get(f"albef/answer/{mine}").decode()
-        store.set(f"albef/joined/{prefix}/{rank}", "")
-        return prefix
-    missing, deadline = set(range(1, world_size)), time.monotonic() + timeout
-    while missing:
-        for other in sorted(missing):
-            if store.check([f"albef/joined/{mine}/{other}"]):
-                missing.remove(other)
-            elif store.check([f"albef/hello/{other}"]):
-                store.set(f"albef/answer/{store.get(f'albef/hello/{other}').decode()}", mine)
-        if time.monotonic() > deadline:
-            raise InputError(f"--timeout {timeout:g}: {len(missing)} of {world_size} processes have not come, the first is "
-                             f"process {min(missing)}")
-        time.sleep(0.02)
-    return mine
-
-
 class StopSignal:
-    """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together.
+    """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together. A second one ends at once.
 
     Every process must call agree, after each iteration, and leave_together, at the same places: they wait for the others.
-    leave_at_once concerns one process alone.
     """
 
     def __enter__(self):
-        self.signum, self._pending = 0, None
+        self.signum, self._noted, self._pending = 0, 0.0, None
         self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
@@ -144,7 +205,11 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _note(self, signum, _):
-        self.signum = signum
+        # Slurm signals a preempted job twice, and torchrun forwards a signal that its workers may have got already
+        launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
+        if self.signum and time.monotonic() - self._noted >= launched:
+            end_at_once(signum, None)
+        self.signum, self._noted = signum, time.monotonic()
 
     def agree(self, *own):
         """Return the signal to stop for, 0 for none, and of each of `own` numbers the largest that a process has.
@@ -166,12 +231,11 @@ class StopSignal:
     def leave_together(self, message, finish):
         """Raise Interrupted if any process has had a signal, after finish(), which waits for the one that saves.
 
-        Every process must call it. The launcher ends all processes as soon as one has left.
+        Every process must call it. The main one prints the message first: the launcher ends all as soon as one has left.
         """
         if signum := max(gather_lists([self.signum])):
             finish()
-            raise Interrupted(signum, message, together=True)
-
-    def leave_at_once(self, message):
-        """Return a context within which a signal ends the process that gets it at once, by Interrupted."""
-        return interruptible(message)
+            if is_main():
+                print(f"{signal.Signals(signum).name}: {message}", file=sys.stderr, flush=True)
+            gather_lists([])
+            raise Interrupted(signum)

@@ -19,8 +19,6 @@ from engine.saving import LAST, writing
 from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, world_size
 
 SKIPPED_IN_LOG = 100  # names of unusable files an epoch's entry in log.txt lists; skipped.txt has them all
-RECENT = 100  # iterations that a loss is compared with
-SPIKE = 6  # standard deviations above their mean that make a loss spike
 
 
 class Recorder:
@@ -84,7 +82,7 @@ class Recorder:
             values = dict(zip(names, row))
             if all(map(math.isfinite, row)):
                 good.append(values)
-                self._add_good(values, files)
+                self._add_good(values)
             else:
                 self._note_nonfinite(values, dict(zip(names, own_row)), files)
             self.now.iteration += 1
@@ -92,21 +90,11 @@ class Recorder:
         self._note_skipped(int(skipped))
         self._show({name: statistics.fmean(values[name] for values in good) for name in names if good}, len(pending))
 
-    def _add_good(self, values, files):
-        """Add an iteration's values to the sums, and report a loss spike."""
-        now, losses = self.now, {name: value for name, value in values.items() if name.startswith("loss")}
+    def _add_good(self, values):
+        """Add an iteration's values to the sums."""
         for name, value in values.items():
-            now.sums[name] = now.sums.get(name, 0.0) + value
-        now.counted += 1
-        loss = sum(losses.values())
-        if len(now.recent) == RECENT:
-            usual, spread = statistics.fmean(now.recent), statistics.stdev(now.recent)
-            if loss > usual + SPIKE * spread:
-                now.spikes += 1
-                shown = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
-                self._report(f"loss spike in epoch {now.epoch} iteration {now.iteration}: {shown}; their sum {loss:.4g} was "
-                             f"{usual:.4g} +- {spread:.2g} in the {RECENT} steps before", gather_lists(files))
-        now.recent = [*now.recent, loss][-RECENT:]
+            self.now.sums[name] = self.now.sums.get(name, 0.0) + value
+        self.now.counted += 1
 
     def _note_nonfinite(self, values, own, files):
         """Report an iteration whose values are not finite, with the files of the processes where they were not: own values."""
@@ -175,7 +163,7 @@ class Recorder:
 def summary(position):
     """Return a finished epoch's means and counts for log.txt, keys train_*."""
     means = {f"train_{name}": total / max(1, position.counted) for name, total in position.sums.items()}
-    counts = {"skipped": len(position.skipped), "skipped_steps": position.skipped_steps, "loss_spikes": position.spikes}
+    counts = {"skipped": len(position.skipped), "skipped_steps": position.skipped_steps}
     means |= {f"train_{name}": count for name, count in counts.items() if count}
     if position.skipped:
         means["train_skipped_entries"] = sorted(position.skipped)[:SKIPPED_IN_LOG]

@@ -13,7 +13,6 @@ from pathlib import Path
 from time import monotonic
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from tqdm import tqdm
 
 from configs.schema import save_interval
@@ -34,8 +33,6 @@ class Position:
     seen: int = 0  # samples of the epoch that all processes together have seen
     sums: dict = field(default_factory=dict)  # name -> sum over the epoch's `counted` iterations
     counted: int = 0
-    recent: list = field(default_factory=list)  # sums of losses of the latest iterations, of this epoch and before
-    spikes: int = 0  # of the epoch
     skipped_steps: int = 0  # of the epoch
     skipped_steps_before: int = 0  # of earlier epochs
     skipped: list = field(default_factory=list)  # why entries could not be used, of the epoch
@@ -44,7 +41,7 @@ class Position:
     def following(self):
         """Return the position at the beginning of the next epoch."""
         skipped_steps = self.skipped_steps_before + self.skipped_steps
-        return Position(self.epoch + 1, recent=self.recent, skipped_steps_before=skipped_steps, best=self.best)
+        return Position(self.epoch + 1, skipped_steps_before=skipped_steps, best=self.best)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +89,7 @@ class Saver:
     def __exit__(self, _, error, trace):
         self.thread.shutdown()
         if failure := self.wait():
-            if error is None or isinstance(error, Interrupted):  # which says what is saved
+            if error is None or isinstance(error, Interrupted):
                 raise TrainingStopped(failure) from None
             print(f"note: {failure}", file=sys.stderr, flush=True)
 
@@ -106,15 +103,10 @@ class Saver:
         Raises TrainingStopped for the write before, on all processes.
         """
         self.finish()
-        sharded = isinstance(optimizer, ZeroRedundancyOptimizer)
-        if sharded:
-            optimizer.consolidate_state_dict()
         if not is_main():
             return
         self.begun = monotonic()
         on_gpu = next(model.parameters()).is_cuda
-        if sharded and on_gpu:  # it has not waited for its copies
-            torch.cuda.current_stream().synchronize()
         done = position.iteration == 0
         own = {"seed": seed, "world_size": world_size(), "entries": entries, "task": model.task}
         state = {
@@ -126,8 +118,6 @@ class Saver:
             "resume": {**asdict(position), **own},
         }
         state = copy_to_host(state, self.buffers, {})
-        if sharded:
-            optimizer._all_state_dicts = []  # the state of all processes, which the main one would keep beside the copy
         # what follows on this stream comes after the copies; only the thread has to wait for them
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
         self.write = self.thread.submit(_write, path, state, copied, keep, otherwise)
@@ -309,7 +299,7 @@ def _saves_of(folder):
                              "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
                              f"{path} --output_dir OTHER")
         # by samples: an iteration may have been of another size
-        saves.append((resume["epoch"], _seen(resume), path.name == LAST, path))
+        saves.append((resume["epoch"], resume["seen"], path.name == LAST, path))
     return saves, damaged
 
 
@@ -362,10 +352,6 @@ def resume(path, model, optimizer, config, seed, entries=None):
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
     position = Position(**{key.name: saved[key.name] for key in fields(Position) if key.name in saved})
-    position.seen = _seen(saved)
-    if position.best and "task" not in saved and model.task in ("ve", "nlvr", "grounding"):
-        # earlier versions, which did not note the task, kept these accuracies as shares
-        position.best = {**position.best, "score": 100 * position.best["score"]}
     if position.seen:
         _check_same_epoch(path, saved, saved_config, config, seed, entries)
     if is_main():
@@ -379,21 +365,11 @@ def resume(path, model, optimizer, config, seed, entries=None):
     return position
 
 
-def _seen(resume):
-    """Return the samples seen of a saved run's epoch; earlier versions kept its stretches, each with a layout of its own."""
-    if "seen" in resume:
-        return resume["seen"]
-    return sum(batches * batch_size * processes for batches, batch_size, processes, _ in resume["phases"])
-
-
 def _check_same_epoch(path, saved, saved_config, config, seed, entries):
     """Raises InputError where the rest of the epoch in which a run was saved would not be found."""
     kept = [("--seed", seed, saved["seed"]), ("the number of entries of train_file", entries, saved["entries"])]
     if any(name.endswith(".tar") for name in config["train_file"] or []):
         kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
-        if "phases" in saved:
-            raise InputError(f"--resume: {path} was saved within an epoch of shards by an earlier version, which read them "
-                             "in another order: finish the epoch with that version, or start from its weights by --checkpoint")
     for what, now, then in kept:
         if now != then:
             raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is {then} "
@@ -406,7 +382,7 @@ def _other_optimizer(path):
 
 
 def load_optimizer(optimizer, state, path):
-    """Load a state that was saved whole, sharded or not, by any number of processes.
+    """Load the state of an optimizer.
 
     Options such as weight_decay stay those of the optimizer. path: of the checkpoint, for the InputError if it does not fit.
     """
@@ -416,8 +392,3 @@ def load_optimizer(optimizer, state, path):
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError):
         raise _other_optimizer(path) from None
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
-        optimizer.state.clear()  # a second copy of what the optimizer inside has
-        for param, values in optimizer.optim.state.items():
-            if "step" in values:  # it comes back on the CPU, where the fused optimizer of a GPU cannot use it
-                values["step"] = values["step"].to(param.device)

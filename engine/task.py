@@ -14,7 +14,6 @@ from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir, task_in
 from engine.device import use_device
 from engine.loop import train
-from engine.memory import explain_full_memory
 from engine.processes import init_process_group
 from engine.recorder import write_log
 from engine.saving import BEST, LAST, find_resume_file, run_files
@@ -69,9 +68,8 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
         return
     score = score and prefixed("val", score)
     validate = (lambda: (measure("val"), score)) if "val" in setup.test_sets else None
-    with explain_full_memory(setup.model, setup.config, step, setup.train_set, setup.tokenizer, setup.device):
-        kept = train(setup.model, setup.train_set, setup.tokenizer, step, setup.config, setup.output_dir, setup.device,
-                     args.seed, setup.resume_from, validate)  # fmt: skip
+    kept = train(setup.model, setup.train_set, setup.tokenizer, step, setup.config, setup.output_dir, setup.device,
+                 args.seed, setup.resume_from, validate)  # fmt: skip
     file, which = setup.output_dir / LAST, "last epoch"
     if "score" in kept:
         file, which = setup.output_dir / BEST, f"best epoch by {score.replace('_', ' ', 1)} {kept['score']:.4g}"

@@ -1,9 +1,7 @@
 """Optimizers over torch.optim and timm."""
 
 import torch
-import torch.distributed as dist
 from timm.optim import create_optimizer_v2, list_optimizers
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from utils import InputError
 
@@ -28,22 +26,17 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
     return groups
 
 
-def create_optimizer(config, model, sharded=False):
+def create_optimizer(config, model):
     """Return the optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
-    config: {opt, lr, weight_decay, temp_lr_scale}, and opt_eps and opt_betas where they are not the optimizer's own; sharded:
-    its state is divided among the processes (ZeRO stage 1), AdamW's only. Raises InputError.
+    config: {opt, lr, weight_decay, temp_lr_scale}, and opt_eps and opt_betas if they are not the optimizer's own. Raises
+    InputError.
     """
     groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
     options = {key: config[f"opt_{key}"] for key in ("eps", "betas") if config.get(f"opt_{key}") is not None}
     if name == "adamw":
-        if sharded and dist.is_initialized():
-            buckets = {"parameters_as_bucket_view": True}  # a message for each process in place of one for each parameter
-            return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, lr=config["lr"], fused=True, **buckets, **options)
         return torch.optim.AdamW(groups, lr=config["lr"], fused=True, **options)
-    if sharded:
-        raise InputError(f"shard_optimizer: only adamW can be sharded, optimizer: opt is {config['opt']!r}")
     if name not in list_optimizers():
         raise InputError(f"optimizer: opt is {config['opt']!r}, neither adamW nor a name that timm knows")
     optimizer = create_optimizer_v2(groups, opt=name, lr=config["lr"], weight_decay=config["weight_decay"], **options)
@@ -54,9 +47,8 @@ def create_optimizer(config, model, sharded=False):
 
 def step_if_finite(optimizer, norm):
     """optimizer.step(), or nothing at all if norm, of all gradients, is not finite; fused AdamW is not waited for."""
-    inner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-    if inner.defaults.get("fused"):
-        inner.found_inf = (~norm.isfinite()).float()  # as gradient scaling has it: the kernel itself leaves the step out
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~norm.isfinite()).float()  # as gradient scaling has it: the kernel itself leaves the step out
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()

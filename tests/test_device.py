@@ -94,16 +94,16 @@ def test_a_gpu_whose_peak_is_known_shows_its_mfu(tiny_config, tmp_path):
 @pytest.fixture
 def joined(monkeypatch):
     """Joins as a process of a machine with some GPUs, by environment variables; returns (device, calls of torch)."""
-    def join(gpus, device=None, timeout=1800, error=None, **environment):
+    def join(gpus, device=None, timeout=1800, **environment):
         calls = mock.Mock()
-        calls.init_process_group.side_effect = error
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
         monkeypatch.setattr(dist, "init_process_group", calls.init_process_group)
-        monkeypatch.setattr(dist, "group", mock.Mock(WORLD=calls.group))
-        monkeypatch.setattr("engine.processes.rendezvous", lambda url, timeout: iter([("store", 5, 8)]))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
+        meeting = mock.Mock(rank=5, **{"store.return_value": "store", "wait_for_first.return_value": "start"})
+        monkeypatch.setattr("engine.processes._Meeting", lambda *_: meeting)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -122,19 +122,16 @@ def test_each_process_joins_with_a_gpu_of_its_own(joined, gpus, environment, num
     assert device == torch.device("cuda", number)
     calls.set_device.assert_called_once_with(device)
     calls.init_process_group.assert_called_once_with(
-        "cpu:gloo,cuda:nccl", store="store", rank=5, world_size=8, timeout=datetime.timedelta(seconds=900), device_id=device
-    )
-    names = [call[0] for call in calls.mock_calls]
-    assert names.index("set_device") < names.index("init_process_group") < names.index("group._get_backend")
-    calls.group._get_backend.assert_called_once_with(device)
-    nccl = calls.group._get_backend.return_value
-    nccl._set_default_timeout.assert_called_once_with(datetime.timedelta(seconds=300))
+        backend="cpu:gloo,cuda:nccl", device_id=device, store=("start", "store"), rank=5, world_size=8,
+        timeout=datetime.timedelta(seconds=900),
+    )  # fmt: skip
+    assert [call[0] for call in calls.mock_calls] == ["set_device", "init_process_group"]
 
 
 def test_processes_of_a_machine_without_a_gpu_join_by_gloo(joined):
     device, calls = joined(0, **TORCHRUN)
-    assert device == torch.device("cpu") and calls.init_process_group.call_args.args == ("gloo",)
-    assert "device_id" not in calls.init_process_group.call_args.kwargs and not calls.group.mock_calls
+    assert device == torch.device("cpu") and calls.init_process_group.call_args.kwargs["backend"] == "gloo"
+    assert "device_id" not in calls.init_process_group.call_args.kwargs
 
 
 def test_one_process_uses_the_gpu_it_is_told(joined):
@@ -148,64 +145,19 @@ def test_more_processes_than_gpus_are_refused(joined, gpus, environment):
     assert f"torch finds {gpus} here" in said and f"--nproc_per_node={gpus}" in said
 
 
-def nccl_error(kind, code, words, frames="frame #0: c10::Error::Error(c10::SourceLocation, std::string) + 0x57"):
-    """As torch puts it: the words of NCCL, then where in torch it was."""
-    return dist.DistBackendError(
-        f"NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, {kind}, NCCL version 2.26.5\n"
-        f"{code}\nLast error:\n{words}\n"
-        f"Exception raised from getNCCLComm at NCCLUtils.hpp:268 (most recent call first):\n{frames}"
-    )
-
-
-USAGE = ("invalid usage (run with NCCL_DEBUG=WARN for details)",
-         "ncclInvalidUsage: This usually reflects invalid usage of NCCL library.")
-SYSTEM = ("unhandled system error (run with NCCL_DEBUG=INFO for details)",
-          "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. ")
-CUDA_CALL = ("unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
-             "ncclUnhandledCudaError: Call to CUDA function failed.")
-REMOTE = ("remote process exited or there was a network error",
-          "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.")
-DUPLICATE = nccl_error(*USAGE, "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000")
-SEGMENT = "Error while creating shared memory segment /dev/shm/nccl-WU88OE (size 9637888), error: No space left on device (28)"
-RESET = "socketProgressOpt: Call to recv from 172.16.0.4<33759> failed : Connection reset by peer"
-STORE = ("[3] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value store by key '0', but "
-         "store->get('0') got error: Connection reset by peer")
-LOST = "another process of the run has ended"
-
-
-@pytest.mark.parametrize("error, said, remedy", [
-    (DUPLICATE, "NCCL: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1000", "--nproc_per_node"),
-    (nccl_error(*SYSTEM, SEGMENT), f"NCCL: {SEGMENT}", "--shm-size"),
-    (nccl_error(*CUDA_CALL, "Cuda failure 2 'out of memory'"), "NCCL: Cuda failure 2 'out of memory'", "lower batch_size"),
-    (nccl_error(*CUDA_CALL, "Failed to CUDA calloc async 608 bytes"), "NCCL: Failed to CUDA calloc async", "lower batch_size"),
-    (nccl_error(*CUDA_CALL, "Cuda failure 999 'unknown error'"), "NCCL: Cuda failure 999 'unknown error'", "NCCL_DEBUG=INFO"),
-    (nccl_error(*CUDA_CALL, ""), "NCCL: ncclUnhandledCudaError: Call to CUDA function failed.", "NCCL_DEBUG=INFO"),
-    (nccl_error(*REMOTE, RESET), LOST, f"(NCCL: {RESET})"),
-    (dist.DistBackendError(STORE), LOST, "--resume"),
-    (dist.DistNetworkError("The client socket has timed out after 30000ms"), LOST, "--resume"),
-    (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2435"), LOST, "--resume"),
-    (RuntimeError("Application timeout caused pair closure"), LOST, "--resume"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0"), "out of GPU memory", "batch_size_test"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of", "batch_size_test"),
-])  # fmt: skip
-def test_errors_of_gpus_and_of_other_processes_are_one_line_in_their_own_words(error, said, remedy, capsys):
-    assert exit_status(mock.Mock(side_effect=error)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {said}") and remedy in line
-
-
-def test_other_errors_keep_their_stack_trace():
-    with pytest.raises(RuntimeError, match="mat1"):
-        exit_status(mock.Mock(side_effect=RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
-
-
-def test_nccl_that_cannot_connect_says_why(joined):
-    assert refusal(lambda: joined(4, error=DUPLICATE, **TORCHRUN)).startswith("NCCL: Duplicate GPU detected")
-    assert "do not find each other" in refusal(lambda: joined(4, error=dist.DistNetworkError("timed out"), **TORCHRUN))
-
-
 def test_a_launcher_that_does_not_say_where_the_others_are_is_one_line(monkeypatch):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    assert "do not find each other" in (said := refusal(init_process_group, "cpu", 1)) and "MASTER_ADDR expected" in said
+    assert "MASTER_ADDR is missing" in refusal(init_process_group, "cpu", 1)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK"])
+def test_a_number_of_the_launcher_that_is_none_is_one_line(monkeypatch, name):
+    environment = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    if name.startswith("SLURM"):
+        del environment["RANK"]
+    monkeypatch.setattr("os.environ", {**environment, name: "abc"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name == "LOCAL_RANK")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert f"{name}=abc" in refusal(init_process_group, None, 1)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import Visualize
@@ -157,14 +158,22 @@ def test_wrong_flags_and_keys_are_one_line_with_the_remedy(pretrain, tmp_path, f
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 
-def test_a_file_that_may_not_be_read_is_one_line(capsys):
-    assert exit_status(mock.Mock(side_effect=PermissionError(errno.EACCES, "Permission denied", "run/tensorboard"))) == 1
-    assert capsys.readouterr().err == "error: cannot use run/tensorboard: Permission denied\n"
+@pytest.mark.parametrize("error", [
+    PermissionError(errno.EACCES, "Permission denied", "run/tensorboard"), BrokenPipeError(), RuntimeError("gloo timed out"),
+    dist.DistBackendError("NCCL error: Duplicate GPU"), ValueError("a bug"),
+])  # fmt: skip
+def test_an_error_of_the_code_keeps_its_traceback(error):
+    with pytest.raises(type(error)) as caught:
+        exit_status(mock.Mock(side_effect=error))
+    assert caught.value is error and not hasattr(error, "__notes__")
 
 
-def test_memory_that_runs_out_is_one_line(pretrain):
-    status, message = pretrain("--set", "queue_size=99999999999999")
-    assert status == 1 and len(message.splitlines()) == 1 and message.startswith("error: out of memory: make the model"), message
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
+    with pytest.raises(type(error)) as caught:
+        exit_status(mock.Mock(side_effect=error))
+    (hint,) = caught.value.__notes__
+    assert caught.value is error and {"batch_size", "precision", "gradient_checkpointing"} <= set(re.findall(r"\w+", hint))
 
 
 def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(pretrain, tmp_path, monkeypatch):

@@ -37,15 +37,15 @@ def size(tiny_config, monkeypatch):
 
 def test_the_report_runs_end_to_end_and_says_what_is_wrong(size, tmp_path, monkeypatch, capsys):
     # runs of several processes are tested for every task elsewhere
-    of_processes = {"processes repeat resume and shard": mock.Mock(side_effect=AssertionError("ZeRO: weights are off by 1"))}
+    of_processes = {"processes repeat and resume": mock.Mock(side_effect=AssertionError("again: 1 tensors differ"))}
     with mock.patch.dict(checks.CHECKS, of_processes):
         assert report.report(CPU, size, tmp_path) == [*of_processes]
     output = capsys.readouterr().out
-    assert output.splitlines()[-1] == "this installation is not fit to train: processes repeat resume and shard"
+    assert output.splitlines()[-1] == "this installation is not fit to train: processes repeat and resume"
     content, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
     assert [(row["batch"], row["mode"]) for row in content["steps"]] == [(4, "eager"), (4, "compiled")]
     assert content["scaling"]["1"] > 0 and "| 4 | compiled |" in page and "usage: annotations.py" in page
-    assert "FAILED: ZeRO: weights are off by 1" in page
+    assert "FAILED: again: 1 tensors differ" in page
 
 
 @pytest.mark.parametrize("precision", checks.GOLDEN)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -108,6 +109,34 @@ def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, sig
     assert said.startswith(signal.Signals(signum).name) and words in said
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_path, signum):
+    """The run is held in an iteration, so that only the second signal can end it."""
+    trace = tmp_path / "trace"
+    arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
+    run = start("tests/helpers/troubled.py", *arguments, TRACE=trace, HOLD="1")
+    until(trace.exists)
+    run.send_signal(signum)
+    until(lambda: "heard" in trace.read_text())
+    run.send_signal(signum)
+    status, said = ending(run)
+    assert status == 128 + signum and "ended at once" in said.splitlines()[-1], said
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(tiny_config, start, tmp_path, signum, rank):
+    arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    run = start("Pretrain.py", *arguments, **environment)
+    said = run.stderr.readline()
+    assert f"rank {1 - rank} of 2" in said and f"127.0.0.1:{port}" in said and "WORLD_SIZE" in said
+    run.send_signal(signum)
+    assert ending(run)[0] == 128 + signum
+
+
 def test_data_workers_end_with_a_killed_run(retrieval, start):
     run = start(*retrieval(), "--evaluate")
     until(lambda: len(processes(run.pid)) == 3)
@@ -133,39 +162,6 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
 def test_all_processes_of_torchrun_say_the_same_once():
     said = torchrun("VE.py", "--outptu_dir", "x").stderr
     assert said.count("did you mean --output_dir?") == 1, said
-
-
-def test_a_signal_in_a_destructor_is_not_lost(start):
-    program = """
-import os, signal, time
-from utils import run_script
-
-class Late:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
-
-def main():
-    Late()
-    time.sleep(60)
-
-run_script(main)
-"""
-    status, said = ending(start("-c", program))
-    assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said
-
-
-@pytest.mark.parametrize("count", [1, 10**5])
-def test_standard_output_that_cannot_be_written_is_one_line(count):
-    program = [sys.executable, "-c", f"from utils import run_script; run_script(lambda: print('line\\n' * {count}))"]
-    reader, closed = os.pipe()
-    os.close(reader)
-    with open("/dev/full", "w") as full:
-        for output, words in ((closed, "Broken pipe"), (full, "No space left")):
-            told = subprocess.run(program, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True)
-            assert told.returncode == 1 and told.stderr.count("\n") == 1, told.stderr
-            assert told.stderr.startswith(f"error: cannot write a file, or to standard output: {words}")
-    os.close(closed)
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():

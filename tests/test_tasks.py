@@ -266,15 +266,6 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(p
     assert (tmp_path / "output/Retrieval_flickr/log.txt").exists()
 
 
-def test_a_checkpoint_of_an_earlier_version_keeps_the_learning_rate_that_it_had(tiny_config, pretrained, tmp_path):
-    keys = {"optimizer": {**tiny_config["optimizer"], "lr": 1e-4}, "scheduler": {**tiny_config["scheduler"], "lr": 2e-3}}
-    torch.save({**torch.load(pretrained), "config": {**tiny_config, **keys}}, tmp_path / "earlier.pth")
-    for overrides, rate in (([], 2e-3), (["optimizer.lr=5e-3"], 5e-3)):
-        args = argparse.Namespace(config=None, set=overrides, evaluate=False)
-        config = choose_config("pretrain", args, tmp_path / "earlier.pth", "configs/Pretrain.yaml").config
-        assert config["optimizer"]["lr"] == config["scheduler"]["lr"] == rate
-
-
 def test_the_default_folder_is_named_after_task_and_configuration():
     for task, source, folder in (
         ("retrieval", "configs/Retrieval_coco.yaml", "output/Retrieval_coco"),

@@ -6,6 +6,7 @@ INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
 MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
                run goes on when SIGTERM has come to all of its processes
+HOLD           the main process writes "heard" to TRACE at a signal in its first iteration, which does not end
 SLOW=SECONDS   a checkpoint takes so long to be written, in the middle
 FULL           the disk is full whenever an epoch ends, and the clock of process 1 stands still
 SIGNAL         process 1 gets SIGTERM when the first epoch ends
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from engine import loop, saving
-from utils import is_main, rank, run_script
+from utils import SIGNALS, is_main, rank, run_script
 
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
@@ -54,6 +55,11 @@ def troubled_iterate(run, batches, epoch, iteration, *others):
     number = epoch * run.iterations + iteration
     if "TRACE" in trouble and is_main():
         append(trouble["TRACE"], f"{os.getpid()} {number}\n")
+    if "HOLD" in trouble:
+        handler = {signum: signal.getsignal(signum) for signum in SIGNALS}
+        for signum in SIGNALS:
+            signal.signal(signum, lambda signum, frame: (handler[signum](signum, frame), append(trouble["TRACE"], "heard\n")))
+        time.sleep(3600)
     if next(calls) == 8 and trouble.get("RANK") == "1":
         if "ERROR" in trouble:
             raise ValueError(trouble["ERROR"])
