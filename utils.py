@@ -1,6 +1,7 @@
 """What every room uses: errors, ranks, seeds, atomic files."""
 
 import contextlib
+import contextvars
 import errno
 import hashlib
 import os
@@ -152,10 +153,23 @@ def _launched_rank():
 # processes and seeds
 
 
+_alone = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def alone():
+    """Within it this process is one of its own: what it computes is neither divided among the ranks nor waits for them."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def _group():
     """Return torch.distributed if this process has joined others, which it cannot have without importing it; else None."""
     dist = sys.modules.get("torch.distributed")
-    return dist if dist and dist.is_available() and dist.is_initialized() else None
+    return dist if dist and dist.is_available() and dist.is_initialized() and not _alone.get() else None
 
 
 def is_distributed():

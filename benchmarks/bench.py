@@ -1,5 +1,6 @@
 """What the benchmarks of models share: the device, full-size configurations, random texts, and seconds of a computation."""
 
+import os
 import statistics
 import sys
 import time
@@ -14,7 +15,8 @@ from configs.schema import load_config
 from utils import Text
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+POLICY = os.environ.get("OMP_WAIT_POLICY", "default")  # of OpenMP's threads while they wait; scripts use passive
+NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads ({POLICY} waits)"
 MACHINE = f"{NAME}, torch {torch.__version__}"
 CLS = 101
 

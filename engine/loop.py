@@ -1,6 +1,7 @@
 """The training loop: accumulation, schedule, and when to log, save, validate and stop."""
 
 import contextlib
+import itertools
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +77,27 @@ def iterate(run, batches, epoch, iteration, alpha):
     return {**totals, "grad_norm": norm}, files, skipped
 
 
+def settle_buckets(run, batches):
+    """Have DistributedDataParallel order its buckets before the first step. Return the batches, of which it looks at the first.
+
+    It orders them by its first backward pass, and for three ranks and more the order decides how sums are rounded. A resumed run
+    would order them later than the run it continues. This pass leaves no trace.
+    """
+    batch = next(batches)
+    buffers = [buffer.clone() for buffer in run.model.buffers()]
+    with autocast(run.config, run.device):
+        losses = run.step(run.wrapped, to_device(run.model.prepare(batch), run.device), 0.0, False)
+    sum(losses.values()).backward()
+    run.optimizer.zero_grad(set_to_none=True)
+    for buffer, value in zip(run.model.buffers(), buffers):
+        buffer.copy_(value)
+    return itertools.chain([batch], batches)
+
+
 def train_epoch(run, batches, position, recorder, stop):
     """Train from a position to the end of its epoch. Return the last learning rate. Raises Interrupted after saving."""
     config, epoch, iterations = run.config, position.epoch, run.iterations
-    batches, saver = iter(batches), run.saver
+    saver = run.saver
     lr = learning_rate(run.scheduler, epoch, iterations - 1, iterations)  # where nothing is left of the epoch
     for iteration in range(position.iteration, recorder.end):
         lr = learning_rate(run.scheduler, epoch, iteration, iterations)
@@ -120,9 +138,9 @@ def finish_epoch(run, position, lr, validate, stop):
         with interruptible(saved):
             metrics, name = validate()
         write_log(run.output_dir, epoch, **metrics)
-        # a folder that vanished has taken the best one with it
-        best_is_there = gather_lists([(run.output_dir / BEST).exists()])[0]
-        if metrics[name] > position.best.get("score", float("-inf")) or not best_is_there:
+        # a folder that vanished has taken the best one with it; the main process decides, as scores may differ in rounding
+        better = metrics[name] > position.best.get("score", float("-inf")) or not (run.output_dir / BEST).exists()
+        if gather_lists([better])[0]:
             next_epoch.best = {"score": metrics[name], "epoch": epoch}
             file = BEST
         if is_main():
@@ -227,10 +245,14 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     curves, flops = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1), None
 
     with StopSignal() as stop, contextlib.closing(curves), run.saver:
+        settled = not is_distributed()
         while position.epoch < run.scheduler["epochs"]:
             model.train()
             with contextlib.closing(Recorder(run, position, end, curves, flops)) as recorder:
-                lr = train_epoch(run, batches, position, recorder, stop)
+                rest = iter(batches)
+                if not settled and position.iteration < end:
+                    rest, settled = settle_buckets(run, rest), True
+                lr = train_epoch(run, rest, position, recorder, stop)
                 position, flops = recorder.position(), recorder.flops
             write_log(run.output_dir, position.epoch, train_lr=lr, **summary(position))
             position, end = place(finish_epoch(run, position, lr, validate, stop), batches, config)

@@ -2,15 +2,19 @@
 
 import contextlib
 import copy
+import hashlib
+import mmap
 import os
 import re
 import shutil
+import struct
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from time import monotonic
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
@@ -21,6 +25,9 @@ from utils import (
     TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
 )  # fmt: skip
 
+# a zip file ends with a record of 22 bytes, which begins and ends so, and a comment: the SHA-256 in hexadecimal
+DIGEST_SIZE = 64
+END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
 
@@ -176,8 +183,9 @@ def _write(path, state, copied, keep, otherwise):
     if copied:
         copied.synchronize()
     try:
-        with _writing_checkpoint(path), atomic_write(path) as file:
+        with _writing_checkpoint(path), atomic_write(path, "w+b") as file:
             torch.save(state, file)
+            add_digest(file)
             file.flush()
             _keep_previous(path.parent)
         if path.name != LAST:
@@ -188,6 +196,15 @@ def _write(path, state, copied, keep, otherwise):
         if not otherwise:
             raise
         tqdm.write(f"note: {error}; {otherwise}", file=sys.stderr)
+
+
+def add_digest(file: BinaryIO) -> None:
+    """Append the SHA-256 of a zip file's bytes as its comment. file: open for reading and writing."""
+    file.seek(-2, os.SEEK_END)
+    file.write(COMMENT_LENGTH)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.write(digest.encode())
 
 
 def _keep_previous(folder):
@@ -294,7 +311,10 @@ def _saves_of(folder):
         except InputError as error:
             damaged.append(str(error))
             continue
-        if not isinstance(resume, dict) or "epoch" not in resume:
+        if not isinstance(resume, dict) or not {"epoch", "seen"} <= resume.keys():
+            if reason := _damage(path):
+                damaged.append(f"checkpoint {path} is damaged: {reason}")
+                continue
             raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
                              "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
                              f"{path} --output_dir OTHER")
@@ -323,12 +343,18 @@ def newest_checkpoint(folder):
 
 
 def _damage(path):
-    """Return what is wrong with the bytes of a .pth file, by the checksums in it; "" if nothing is."""
+    """Return what is wrong with the bytes of a .pth file, by its digest, else by its checksums; "" if nothing is."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
+            if end.startswith(END_OF_ZIP) and end.endswith(COMMENT_LENGTH):
+                with memoryview(content) as view:
+                    digest = hashlib.sha256(view[:-DIGEST_SIZE]).hexdigest().encode()
+                return "" if digest == content[-DIGEST_SIZE:] else "its digest does not agree"
+        with zipfile.ZipFile(path) as file:  # a file without a digest
             record = file.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
+    except Exception as error:  # whatever a damaged file makes a reader raise
+        return str(error) or type(error).__name__
     return f"the checksum of {record} does not agree" if record else ""
 
 
@@ -352,11 +378,12 @@ def resume(path, model, optimizer, config, seed, entries=None):
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
     position = Position(**{key.name: saved[key.name] for key in fields(Position) if key.name in saved})
+    if saved["seed"] != seed:
+        raise InputError(f"--resume: {path} is of a run with --seed {saved['seed']}, not {seed}: give that seed, or name "
+                         "another --output_dir")
     if position.seen:
-        _check_same_epoch(path, saved, saved_config, config, seed, entries)
+        _check_same_epoch(path, saved, saved_config, config, entries)
     if is_main():
-        if saved["seed"] != seed:
-            print("note: seed differs from the saved run's, the trajectory will not be the same")
         if saved["world_size"] != world_size():
             print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
                   "of the epoch is still seen once, in another order")
@@ -365,9 +392,9 @@ def resume(path, model, optimizer, config, seed, entries=None):
     return position
 
 
-def _check_same_epoch(path, saved, saved_config, config, seed, entries):
+def _check_same_epoch(path, saved, saved_config, config, entries):
     """Raises InputError where the rest of the epoch in which a run was saved would not be found."""
-    kept = [("--seed", seed, saved["seed"]), ("the number of entries of train_file", entries, saved["entries"])]
+    kept = [("the number of entries of train_file", entries, saved["entries"])]
     if any(name.endswith(".tar") for name in config["train_file"] or []):
         kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
     for what, now, then in kept:

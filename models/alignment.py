@@ -11,7 +11,7 @@ from models.albef import ALBEF
 from models.losses import itc_loss, sample_negatives, similarities
 from models.momentum import update_momentum_
 from models.queue import enqueue_
-from utils import InputError
+from utils import InputError, is_distributed, rank, world_size
 
 
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
@@ -160,9 +160,8 @@ class Alignment(ALBEF):
         """
         lengths, device = attention_mask.sum(dim=1).tolist(), pairs.device
         scores = torch.full(pairs.shape, NO_CANDIDATE, device=device)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         texts_of = pairs.cpu()
-        for image in progress(range(rank, len(pairs), world)):
+        for image in progress(range(rank(), len(pairs), world_size())):
             keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(device))
             texts = sorted(texts_of[image].nonzero().squeeze(1).tolist(), key=lengths.__getitem__)
             for start in range(0, len(texts), rows):
@@ -171,7 +170,7 @@ class Alignment(ALBEF):
                 embeds, mask = (x[bucket, :length].to(device) for x in (text_embeds, attention_mask))
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
                 scores[image, bucket.to(device)] = score(self.itm_logits(fused)).float()
-        if world > 1:
+        if is_distributed():
             dist.all_reduce(scores, op=dist.ReduceOp.MAX)
         return scores
 

@@ -78,8 +78,13 @@ def read_checkpoint(path):
         if path.suffix == ".safetensors":
             content = _read_safetensors(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError) as error:
+            is_zip = zipfile.is_zipfile(path)
+            if is_zip:
+                _refuse_compressed(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except InputError:
+        raise
+    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
     except Exception:  # pickle.UnpicklingError and what broken pickles raise besides
@@ -88,6 +93,14 @@ def read_checkpoint(path):
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return content
+
+
+def _refuse_compressed(path):
+    """Raise InputError for compressed records: torch.save makes none, and a small file could fill the memory."""
+    with zipfile.ZipFile(path) as file:
+        if compressed := [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]:
+            raise InputError(f"checkpoint {path} has compressed records ({compressed[0]}), which torch.save does not write: save "
+                             "it again with torch.save")
 
 
 def _read_safetensors(path):

@@ -164,6 +164,19 @@ def test_all_processes_of_torchrun_say_the_same_once():
     assert said.count("did you mean --output_dir?") == 1, said
 
 
+@pytest.mark.parametrize("given, found", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_environment_says(given, found):
+    program = """
+import argparse, os, sys, utils
+before = os.environ.get("OMP_WAIT_POLICY")
+utils.begin_script(argparse.ArgumentParser())
+print(before, os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+"""
+    environment = {**{key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}, **given}
+    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.stdout.split() == [str(given.get("OMP_WAIT_POLICY")), found, "False"], told.stderr
+
+
 def test_a_name_that_is_not_utf8_can_be_printed():
     program = [sys.executable, "-c", "from utils import run_script; run_script(lambda: print('a\\udcff'))"]
     assert subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"

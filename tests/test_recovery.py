@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import io
 import itertools
 import json
 import os
@@ -15,8 +16,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,17 +149,62 @@ def test_a_state_is_copied_as_it_is(tmp_path):
     assert addresses == {path: buffer.data_ptr() for path, buffer in buffers.items()} and len(buffers) == 4
 
 
-@pytest.mark.parametrize("damaged", ["empty", "half", "flip"])
-def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, whole, damaged):
+def flip(data, position, bit=1):
+    """The data with one bit changed."""
+    return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda data: b"",
+    "half": lambda data: data[: len(data) // 2],
+    "weights": lambda data: flip(data, len(data) // 2),
+    "key resume": lambda data: flip(data, data.index(b"resume")),
+    "key seen": lambda data: flip(data, data.index(b"seen", data.index(b"resume"))),
+    "version in the directory": lambda data: flip(data, data.rindex(b"PK\1\2") + 6, 64),
+    "digest": lambda data: flip(data, len(data) - 1),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, whole, damage):
     stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
     last = tmp_path / LAST
-    data = last.read_bytes()
-    middle = len(data) // 2
-    flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]  # a bit in the middle of the weights
-    last.write_bytes({"empty": b"", "half": data[:middle], "flip": flipped}[damaged])
+    last.write_bytes(damage(last.read_bytes()))
     run({**tiny_config, "save_every": 4}, tmp_path, resume=True)
     assert f"note: checkpoint {last}" in capsys.readouterr().out
     assert_same_run(whole, tmp_path)
+
+
+def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys):
+    stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
+    last, random = tmp_path / LAST, np.random.default_rng(0)
+    data, before = last.read_bytes(), [tmp_path / "checkpoint_previous.pth", tmp_path / "checkpoint_00.pth"]
+    for position in random.integers(len(data), size=30).tolist() + list(range(len(data) - 90, len(data), 4)):
+        last.write_bytes(flip(data, position, 1 << random.integers(8)))
+        found = newest_checkpoint(tmp_path)
+        if found == last:  # the flip took the digest's mark, and the checksums of all that is read agree
+            assert all(torch.equal(*pair) for pair in zip(*map(
+                dict.values, (read_weights(last), torch.load(io.BytesIO(data), weights_only=True)["model"]))))  # fmt: skip
+        else:
+            assert found in before
+    capsys.readouterr()
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
+    torch.save({"model": {"a": torch.zeros(10)}}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for record in plain.namelist():
+            bomb.writestr(record, plain.read(record))
+    with mock.patch("torch.load", side_effect=AssertionError("read")):
+        assert "compressed" in refusal(read_checkpoint, tmp_path / "bomb.pth")
+
+
+def test_a_run_of_another_seed_is_not_continued(tiny_config, tmp_path):
+    stop_at(3, tiny_config, tmp_path)
+    state = torch.load(tmp_path / LAST, weights_only=True)
+    state["resume"]["seed"] += 1
+    torch.save(state, tmp_path / LAST)
+    assert "--seed" in refusal(run, tiny_config, tmp_path, True)
 
 
 def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
@@ -468,17 +517,20 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
         list(batches_of(config, dataset))
 
 
-def test_two_processes_resume_exactly(tiny_config, tmp_path):
-    config = {**tiny_config, "batch_size": 4, "num_workers": 1, "test_file": None}
-    whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path))
+def test_three_processes_resume_exactly(tiny_config, tmp_path):
+    """Three, since the sum of two numbers does not depend on their order."""
+    config = {**tiny_config, "batch_size": 2, "num_workers": 1, "test_file": None, "save_every": "3 iterations"}
+    whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path), processes=3)
     assert whole.returncode == 0, whole.stderr
-    # only one of the two processes hears the signal; both must stop after the same iteration
-    arguments = command_line(config, tmp_path / "halves", tmp_path)
-    half = launch("tests/helpers/troubled.py", *arguments, INTERRUPT="1")
-    assert "continue with --resume" in half.stderr, half.stderr
-    rest = launch("Pretrain.py", *arguments, "--resume")
-    assert rest.returncode == 0, rest.stderr
-    assert_same_run(tmp_path / "whole", tmp_path / "halves")
+    # an epoch has 8 iterations. INTERRUPT: a signal to one process near its end, after which all stop at one iteration; SIGNAL: at
+    # its end; MISHAP: a kill in the middle of the second one
+    for trouble in ("INTERRUPT", "SIGNAL", "MISHAP"):
+        arguments = command_line(config, tmp_path / trouble, tmp_path)
+        stopped = launch("tests/helpers/troubled.py", *arguments, processes=3, **{trouble: "1"})
+        assert stopped.returncode and (trouble == "MISHAP" or "continue with --resume" in stopped.stderr), stopped.stderr
+        rest = launch("Pretrain.py", *arguments, "--resume", processes=3)
+        assert rest.returncode == 0, rest.stderr
+        assert_same_run(tmp_path / "whole", tmp_path / trouble)
 
 
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, sharded, tmp_path):

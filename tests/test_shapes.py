@@ -72,13 +72,16 @@ def test_images_show_the_scenes_with_and_without_curtain(shapes):
                 assert image.format == "JPEG" and error < 8
 
 
-def test_finished_data_is_kept_and_interrupted_or_other_data_is_made_anew(tmp_path, monkeypatch):
+def test_finished_data_is_kept_and_interrupted_data_is_made_anew(tmp_path, monkeypatch):
     assert write_dataset(tmp_path, **TINY | {"train": 4})
     (tmp_path / "mine.json").write_text("[]")
+    before = contents(tmp_path)
+    assert f"{tmp_path}: " in (said := refusal(lambda: write_dataset(tmp_path, **TINY))) and "another train" in said
+    assert contents(tmp_path) == before
     with monkeypatch.context() as patch:
         patch.setattr("dataset.shapes.files.vocabulary", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
-            write_dataset(tmp_path, **TINY)
+            write_dataset(tmp_path, **TINY, overwrite=True)
     assert not (tmp_path / "pretrain.json").exists() and not (tmp_path / "refcoco+/dets.json").exists()
     assert write_dataset(tmp_path, **TINY)
     assert len(list((tmp_path / "images/train").iterdir())) == len(load(tmp_path, "pretrain.json")) == 3
@@ -145,7 +148,9 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "data")[0] == 0 and "(already there)" in run(tmp_path / "data")[1]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    for output in (tmp_path / "mine", tmp_path / "mine/notes.txt"):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/shapes.json").write_text('{"circle": 1}')  # of somebody else
+    for output in (tmp_path / "mine", tmp_path / "mine/notes.txt", tmp_path / "other"):
         status, _, error = run(output)
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert contents(tmp_path / "mine") == {"notes.txt": b"keep"}

@@ -81,14 +81,26 @@ def clear(output):
     (output / "images" / attributes.FOLDER).mkdir()
 
 
-def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4, progress=False):
+def _read_marker(path):
+    """Return the arguments of the data set in a folder and whether it is complete, None if the file is missing or another."""
+    try:
+        made = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return made if isinstance(made, dict) and "complete" in made else None
+
+
+def write_dataset(
+    output, train=16000, val=500, test=500, noise=0.05, seed=0, image_size=96, captions=4, progress=False, overwrite=False
+):
     """Write the data set to the folder `output`; a finished one, made with the same arguments, is left alone.
 
     train, val and test are numbers of scenes, noise the share of corrupted captions in pretrain.json, image_size the
     side in pixels, captions the number per image; progress shows a bar. Same arguments, same bytes, on any number of
     processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then
     scenes_{split}.json (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if all this
-    was already there. Raises InputError for arguments out of range and for a folder that has other files or cannot be written.
+    was already there. Raises InputError for arguments out of range, for a folder that has other files or cannot be written and,
+    without `overwrite`, for a finished data set that was made with other arguments: a run may be reading it.
     """
     output, counts = Path(output), dict(zip(SPLITS, (train, val, test)))
     arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
@@ -98,11 +110,14 @@ def write_dataset(output, train=16000, val=500, test=500, noise=0.05, seed=0, im
     arguments.update(seed=seed, version=VERSION)
     marker, finished = output / "shapes.json", json.dumps({**arguments, "complete": True})
     try:
-        if marker.exists():
-            if marker.read_text() == finished:
-                return False
-        elif output.is_dir() and any(output.iterdir()):
-            raise InputError(f"{output}: holds other files and no shapes.json: choose another --output")
+        made = _read_marker(marker)
+        if made == json.loads(finished):
+            return False
+        if made is None and output.is_dir() and any(output.iterdir()):
+            raise InputError(f"{output}: holds other files and no data set of shapes: choose another --output")
+        if made and made["complete"] and not overwrite:
+            other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
+            raise InputError(f"{output}: holds the data set of another {other}: choose another --output, or pass --overwrite")
         output.mkdir(parents=True, exist_ok=True)
         save(marker, json.dumps({**arguments, "complete": False}))
         clear(output)
