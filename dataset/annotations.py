@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from dataset.cache import load_cached, locate, unreadable
+from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from utils import InputError, atomic_write
 
@@ -278,8 +279,8 @@ def _opening(text, path):
         return opening.end()
     start = text.lstrip(_SPACE)[:1]
     if start == "{":
-        raise InputError(f"{path}: holds a JSON object, not a list of entries; if it is JSON lines (an object a "
-                         f"line), convert it: jq -s . {path} > list.json")
+        raise InputError(f"{path}: " + (advice(path) or "holds a JSON object, not a list of entries; if it is JSON lines (an "
+                                        f"object a line), convert it: jq -s . {path} > list.json"))  # fmt: skip
     found = "is an empty list" if opening else "is not a JSON list" if start else "is empty"
     raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]')
 
