@@ -179,8 +179,15 @@ class ImageFinder:
         return self.found[path]
 
 
-def convert(files: dict[str, bytes], find: ImageFinder) -> tuple[dict[str, list], list[str]]:
-    """Convert official files of one kind, {path: content}.
+def convert(
+    files: dict[str, bytes], forms: dict[str, type[Official]], find: ImageFinder
+) -> tuple[dict[str, list], list[str]]:
+    """Convert official files of one kind.
+
+    Args:
+        files: Content by path.
+        forms: Form by path, as `recognize` returns it.
+        find: Finds the images.
 
     Returns:
         The entries of each split, train, val or test: CaptionedFile of captions, else dicts as the scripts read them.
@@ -189,12 +196,11 @@ def convert(files: dict[str, bytes], find: ImageFinder) -> tuple[dict[str, list]
     Raises:
         InputError: A file does not have its form throughout, or the files do not belong together.
     """
-    forms = {path: recognize(data) for path, data in files.items()}
-    contents, problems = {}, []
+    kinds, lists, problems = set(forms.values()), defaultdict(list), []
+    contents = {}
     for path, data in files.items():
-        read = _read_lines if forms[path].lines else _read_whole
-        contents[path] = read(path, data.removeprefix(codecs.BOM_UTF8), forms[path], problems)
-    kinds, lists = set(forms.values()), defaultdict(list)
+        data, form = data.removeprefix(codecs.BOM_UTF8), forms[path]
+        contents[path] = _read_lines(path, data, form, problems) if form.lines else _read_whole(path, data, form)
     if kinds <= {VqaQuestions, VqaAnnotations}:
         _convert_vqa(contents, find, lists, problems)
     elif len(kinds) == 1:
@@ -205,11 +211,11 @@ def convert(files: dict[str, bytes], find: ImageFinder) -> tuple[dict[str, list]
     else:
         raise InputError(f"{', '.join(f'{path} holds {form.title}' for path, form in forms.items())}: convert one kind at a time")
     if not lists:
-        raise InputError(f"{problems[0]} (nothing else is there)" if problems else f"{', '.join(files)}: no captions")
+        raise InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
     return dict(lists), problems
 
 
-def _read_whole(path, data, form, problems):
+def _read_whole(path, data, form):
     try:
         return msgspec.json.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -231,9 +237,8 @@ def _read_lines(path, data, form, problems):
 def _usable(captions, where, problems):
     """Return the captions that are not blank."""
     usable = [caption for caption in captions if not is_blank(pre_caption(caption, MAX_WORDS))]
-    if len(usable) < len(captions) or not captions:
-        problems.append(f"{where}: {len(captions) - len(usable)} of {len(captions)} captions are empty" if captions else
-                        f"{where}: no captions")  # fmt: skip
+    if len(usable) < max(1, len(captions)):
+        problems.append(f"{where}: {len(usable)} of {len(captions)} captions can be used, the others are empty")
     return usable
 
 

@@ -158,7 +158,7 @@ def read_table(
             captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
     found = "images from column {!r}, captions from column {!r}".format(*columns) if columns else "no rows"
     if notes:
-        found += f"; double quotes are letters in {len(notes):,} rows, the first is {notes[0]}"
+        found += f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
     return {image: list(texts) for image, texts in captions.items()}, problems, found
 
 

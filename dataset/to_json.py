@@ -49,9 +49,11 @@ def read_sources(args) -> tuple[dict[str, list], list[str]]:
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     forms = {source: data and recognize(data) for source, data in contents.items()}
+    if (args.path or args.text or args.encoding) and not any(data and not forms[source] for source, data in contents.items()):
+        raise InputError(f"--path, --text and --encoding are of tables, and {args.sources[0]} is none: leave them out")
     if all(forms.values()):
         find = ImageFinder(args.image_root)
-        lists, problems = convert(contents, find)
+        lists, problems = convert(contents, forms, find)
         for source, form in forms.items():
             print(f"{source}: {form.title}")
         if find.missing:

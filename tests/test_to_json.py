@@ -340,6 +340,7 @@ def test_official_captions_can_be_held_out_and_other_files_not(official, capsys)
     assert len(images_of(lists)) == 3
     for name in "Karpathy", "VQA", "NLVR2":
         assert official(OFFICIAL[name][0], "--test", 1)[0] == 2 and "--test" in capsys.readouterr().err
+    assert official(OFFICIAL["COCO"][0], "--text", "caption")[0] == 2 and "--text" in capsys.readouterr().err
     assert official({**OFFICIAL["COCO"][0], **OFFICIAL["SNLI-VE"][0]})[0] == 2
     assert "one kind" in capsys.readouterr().err
     Path("photos").mkdir()
