@@ -209,7 +209,8 @@ def convert(
         for path, content in contents.items():
             steps[forms[path]](path, content, find, lists, problems)
     else:
-        raise InputError(f"{', '.join(f'{path} holds {form.title}' for path, form in forms.items())}: convert one kind at a time")
+        held = ", ".join(f"{path} holds {form.title}" for path, form in forms.items())
+        raise InputError(f"{held}: convert one kind at a time")
     if not lists:
         raise InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
     return dict(lists), problems
@@ -306,10 +307,11 @@ def _convert_nlvr2(path, rows, find, lists, problems):
 
 
 def _convert_snli_ve(path, rows, find, lists, problems):
-    split = re.search("train|val|dev|test", os.path.basename(path))
+    named = re.search("train|val|dev|test", os.path.basename(path))
+    split = _SPLITS[named[0]] if named else "train"
     for where, row in rows:
         if row.label in _LABELS:
             image = find(row.image.removesuffix(".jpg"), ".jpg")
-            lists[_SPLITS[split[0]] if split else "train"].append({"image": image, "sentence": row.sentence, "label": row.label})
+            lists[split].append({"image": image, "sentence": row.sentence, "label": row.label})
         else:
             problems.append(f"{where}: its gold_label is {row.label!r}")

@@ -123,14 +123,16 @@ STRAY = {
     # table: captions of the images, numbers of the lines that are left out
     "TSV": ('path\tcaption\na.jpg\t"star of tomorrow\nb.jpg\ta tv of 32"\nc.jpg\tplain\n',
             {"a.jpg": '"star of tomorrow', "b.jpg": 'a tv of 32"', "c.jpg": "plain"}, []),
-    "to the end": ('path,text\na.jpg,fine\nb.jpg,"a dog\nc.jpg,a cat\n', {"a.jpg": "fine", "b.jpg": '"a dog', "c.jpg": "a cat"}, []),
+    "to the end": ('path,text\na.jpg,fine\nb.jpg,"a dog\nc.jpg,a cat\n',
+                   {"a.jpg": "fine", "b.jpg": '"a dog', "c.jpg": "a cat"}, []),
     "a missing image between": ('path,text\na.jpg,"a dog\nx.jpg,a cat"\nb.jpg,b\n', {"a.jpg": '"a dog', "b.jpg": "b"}, [3]),
     "delimiters": ('path,text\na.jpg,"one, two\nb.jpg,three"\nc.jpg,c\n', {"b.jpg": 'three"', "c.jpg": "c"}, [2]),
     "in between": ('path,text\na.jpg,"big" dog\nb.jpg,"a ""big"", fat dog"\nc.jpg,32" tv\n',
                    {"a.jpg": '"big" dog', "b.jpg": 'a "big", fat dog', "c.jpg": '32" tv'}, []),
     "of inches": ('id\tpath\ttext\n1\ta.jpg\t"24\n2\tb.jpg\t"32\n3\tc.jpg\t40"\n',
                   {"a.jpg": '"24', "b.jpg": '"32', "c.jpg": '40"'}, []),
-    "several lines": ('path,text\na.jpg,"one, two\nthree, four\n\nfive"\nb.jpg,b\n', {"a.jpg": "one, two three, four five", "b.jpg": "b"}, []),
+    "several lines": ('path,text\na.jpg,"one, two\nthree, four\n\nfive"\nb.jpg,b\n',
+                      {"a.jpg": "one, two three, four five", "b.jpg": "b"}, []),
 }  # fmt: skip
 
 
@@ -203,13 +205,13 @@ def vqa(kind, subtype="train2014", **rows):
 
 
 QUESTIONS = [{"image_id": 7, "question": f"Is it {i}?", "question_id": 7000 + i} for i in range(2)]
-ANSWERS = [{"question_id": 7000 + i, "image_id": 7, "question_type": "is it", "answer_type": "yes/no", "multiple_choice_answer": "a",
-            "answers": [{"answer": f"a{i}", "answer_confidence": "yes", "answer_id": k} for k in range(10)]}
+ANSWERS = [{"question_id": 7000 + i, "image_id": 7, "question_type": "is it", "answer_type": "yes/no",
+            "multiple_choice_answer": "a", "answers": [{"answer": f"a{i}", "answer_confidence": "yes", "answer_id": k} for k in range(10)]}
            for i in reversed(range(2))]  # fmt: skip
 COCO_IMAGE = "train2014/COCO_train2014_000000000007.jpg"
-ANSWERED = [{"image": COCO_IMAGE, "question": f"Is it {i}?", "question_id": 7000 + i, "dataset": "vqa", "answer": [f"a{i}"] * 10,
-             "answer_type": "yes/no"} for i in range(2)]  # fmt: skip
-STATEMENT = {"sentence": "Two dogs.", "label": "True", "synset": "dog", "query": "dogs0", "left_url": "http://x", "validation": {}}
+ANSWERED = [{"image": COCO_IMAGE, "question": f"Is it {i}?", "question_id": 7000 + i, "dataset": "vqa",
+             "answer": [f"a{i}"] * 10, "answer_type": "yes/no"} for i in range(2)]  # fmt: skip
+STATEMENT = {"sentence": "Two dogs.", "label": "True", "synset": "dog", "query": "dogs0", "validation": {}}
 HYPOTHESIS = {"annotator_labels": ["neutral"], "captionID": "47.jpg#4", "pairID": "47.jpg#4r1n", "sentence1": "A dog.",
               "sentence2": "A pet.", "gold_label": "entailment", "Flickr30K_ID": "47"}  # fmt: skip
 
@@ -235,7 +237,8 @@ OFFICIAL = {
     "COCO": ({"captions_val2017.json": captions("000000000005.jpg")},
              {"val": [{"image": "val2017/000000000005.jpg", "caption": ["A dog."] * 2}]}, "retrieval"),
     "COCO 2014": ({"captions.json": captions("COCO_train2014_000000000005.jpg", 1)},
-                  {"train": [{"image": "train2014/COCO_train2014_000000000005.jpg", "caption": "A dog.", "image_id": 5}]}, "retrieval"),
+                  {"train": [{"image": "train2014/COCO_train2014_000000000005.jpg", "caption": "A dog.", "image_id": 5}]},
+                  "retrieval"),
     "Karpathy": ({"dataset_coco.json": {"images": [karpathy(split, i) for i, split in enumerate(SPLITS)], "dataset": "coco"}}, {
         "train": [{"image": f"val2014/COCO_val2014_{i:012d}.jpg", "caption": f"A {SPLITS[i]}.", "image_id": 50 + i}
                   for i in (0, 0, 1, 1)],
@@ -248,8 +251,10 @@ OFFICIAL = {
                                           "question_id": 7000, "dataset": "vqa"}]}, "vqa"),
     "NLVR2": ({"train.json": lines({**STATEMENT, "identifier": "train-10-1-0", "directory": 54}),
                "dev.json": lines({**STATEMENT, "identifier": "dev-850-0-0", "label": "False"})},
-              {"train": [{"images": [f"images/train/54/train-10-1-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.", "label": "True"}],
-               "val": [{"images": [f"dev/dev-850-0-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.", "label": "False"}]}, "nlvr"),
+              {"train": [{"images": [f"images/train/54/train-10-1-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.",
+                          "label": "True"}],
+               "val": [{"images": [f"dev/dev-850-0-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.",
+                        "label": "False"}]}, "nlvr"),
     "SNLI-VE": ({"snli_ve_dev.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "Flickr30K_ID": "48.jpg"})},
                 {"val": [{"image": name, "sentence": "A pet.", "label": "entailment"} for name in ("47", "48")]}, "ve"),
 }  # fmt: skip
@@ -311,7 +316,8 @@ def test_one_wrong_row_of_an_official_file_costs_one(official):
     rows = [{**STATEMENT, "identifier": f"dev-{i}-0-0"} for i in range(3)]
     status, lists = official({"dev.json": lines(*rows[:2]) + "{broken\n" + lines({**rows[2], "label": "maybe"}, rows[2])})
     assert status == 0 and len(lists["val"]) == 3
-    assert [line.split(":")[0] for line in Path("out/skipped.txt").read_text().splitlines()] == ["dev.json line 3", "dev.json line 4"]
+    skipped = Path("out/skipped.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in skipped] == ["dev.json line 3", "dev.json line 4"]
     status, lists = official({"snli_ve_test.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "gold_label": "-"})})
     assert status == 0 and len(lists["test"]) == 1 and "snli_ve_test.jsonl line 2" in Path("out/skipped.txt").read_text()
     content = captions("a.jpg")
@@ -322,7 +328,8 @@ def test_one_wrong_row_of_an_official_file_costs_one(official):
 
 def test_questions_and_annotations_are_joined_by_question_and_image(official, capsys):
     answers = [{**ANSWERS[0], "image_id": 8}, ANSWERS[1]]
-    files = {"q.json": vqa("q", questions=[*QUESTIONS, {**QUESTIONS[0], "question_id": 1}]), "a.json": vqa("a", annotations=answers)}
+    questions = [*QUESTIONS, {**QUESTIONS[0], "question_id": 1}]
+    files = {"q.json": vqa("q", questions=questions), "a.json": vqa("a", annotations=answers)}
     status, lists = official(files)
     assert status == 0 and lists == {"train": ANSWERED[:1]}
     skipped = Path("out/skipped.txt").read_text().splitlines()
@@ -350,8 +357,8 @@ def test_official_captions_can_be_held_out_and_other_files_not(official, capsys)
 
 
 def test_other_objects_are_not_taken_for_official_files():
-    others = [{}, [], 5, {"images": [], "annotations": []}, {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1}]},
-              {"image": "a", "sentence": "b", "label": "True"}, {"path": "a.jpg", "caption": "b"},
+    others = [{}, [], 5, {"images": [], "annotations": []},
+              {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1}]}, {"image": "a", "sentence": "b", "label": "True"}, {"path": "a.jpg", "caption": "b"},
               vqa("q", questions=QUESTIONS) | {"data_type": "abstract_v002"}]  # fmt: skip
     for content in others:
         assert recognize(json.dumps(content).encode()) is None and recognize(lines(content, content).encode()) is None
