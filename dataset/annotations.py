@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from dataset.cache import load_cached, locate, unreadable
+from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from utils import InputError, atomic_write
 
@@ -70,12 +71,20 @@ class Entry(msgspec.Struct):
             if is_blank(self.clean(text)):
                 raise InputError(f"its text {reprlib.repr(text)} is empty after clean-up", "empty text")
 
+    def check_with(self, first: "Entry") -> None:
+        """Raise InputError, without the place, if this entry and the first one cannot be in the same list."""
 
-def check_entry(entry, form, path, number):
-    """A value of a list as an object of `form`, an Entry. Raises InputError, which says what is wrong in which field."""
+
+def check_entry(entry, form, path, number, first=None):
+    """A value of a list as an object of `form`, an Entry. Raises InputError, which says what is wrong in which field.
+
+    first: the list's first entry, as an object of `form`. Default: not compared.
+    """
     try:
         checked = msgspec.convert(entry, form)
         checked.check()
+        if first is not None:
+            checked.check_with(first)
         return checked
     except msgspec.ValidationError as error:
         problem = _without_ticks(error).replace("'$.", "'")
@@ -140,13 +149,14 @@ def _open(name):
 def _build(job, form):
     """Check the entries of a list and write them: job is (path, name in the cache folder)."""
     path, name = job
-    entries, offsets = read_json_list(path), array("q", [0])
+    entries, offsets, first = read_json_list(path), array("q", [0]), None
     with atomic_write(f"{name}.jsonl") as file:
-        for first in itertools.count(0, _BATCH):
+        for number in itertools.count(0, _BATCH):
             batch = [entry for _, entry in itertools.islice(entries, _BATCH)]
             if not batch:
                 break
-            lines = _json_lines(_checked(batch, form, path, first))
+            first = first or check_entry(batch[0], form, path, number)
+            lines = _json_lines(_checked(batch, form, path, number, first))
             file.write(lines)
             ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1 + offsets[-1]
             offsets.frombytes(ends.astype(np.int64).tobytes())
@@ -154,15 +164,16 @@ def _build(job, form):
         np.save(file, np.asarray(offsets).astype(np.min_scalar_type(offsets[-1])))
 
 
-def _checked(batch, form, path, first):
-    """The entries of a batch as objects of `form`; first: the number of its first one."""
+def _checked(batch, form, path, number, first):
+    """The entries of a batch as objects of `form`; number: that of its first one; first: the first one of the list."""
     try:
         checked = msgspec.convert(batch, list[form])
         for entry in checked:
             entry.check()
+            entry.check_with(first)
         return checked
     except (msgspec.ValidationError, InputError):
-        return [check_entry(entry, form, path, first + i) for i, entry in enumerate(batch)]  # which says where
+        return [check_entry(entry, form, path, number + i, first) for i, entry in enumerate(batch)]  # which says where
 
 
 def _json_lines(entries):
@@ -268,8 +279,8 @@ def _opening(text, path):
         return opening.end()
     start = text.lstrip(_SPACE)[:1]
     if start == "{":
-        raise InputError(f"{path}: holds a JSON object, not a list of entries; if it is JSON lines (an object a "
-                         f"line), convert it: jq -s . {path} > list.json")
+        raise InputError(f"{path}: " + (advice(path) or "holds a JSON object, not a list of entries; if it is JSON lines (an "
+                                        f"object a line), convert it: jq -s . {path} > list.json"))  # fmt: skip
     found = "is an empty list" if opening else "is not a JSON list" if start else "is empty"
     raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]')
 

@@ -41,6 +41,14 @@ def _task_and_split(name):
     return (task, split) if task else (name, "train")
 
 
+def data_sets(task: str) -> dict[str, str]:
+    """Return the data sets of a task by split (train, val, test), as `build_dataset` names them."""
+    if task == "pretrain":
+        return {"train": "pretrain", "test": "retrieval_test"}
+    splits = {"nlvr_pretrain": ("train",), "attributes": ("val", "test")}.get(task, ("train", "val", "test"))
+    return {split: f"{task}_{split}" for split in splits}
+
+
 def file_key(name):
     """The key of the configuration that names the annotation files of data set `name`."""
     return "test_file" if name == "grounding_val" else f"{_task_and_split(name)[1]}_file"
@@ -91,13 +99,19 @@ def build_dataset(name, config, seed=0):
     return dataset
 
 
+def lists_and_shards(name: str, files: list[str]) -> tuple[list[str], list[str]]:
+    """Return the JSON lists and the shards of a training set. Raises InputError for shards if its task reads none."""
+    lists, shards = expand(files)
+    if shards and name not in ("pretrain", "nlvr_pretrain_train"):
+        raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
+                         f"{name.removesuffix('_train')} needs JSON lists")
+    return lists, shards
+
+
 def _image_captions(name, config, transform, seed):
     """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
     form, _, max_tokens = CAPTIONS[name]
-    files, shards = expand(config["train_file"])
-    if shards and form is not Pair:
-        raise InputError(f"train_file: {shards[0]} is a WebDataset shard; only pre-training and text assignment read shards, "
-                         f"{name.removesuffix('_train')} needs JSON lists")
+    files, shards = lists_and_shards(name, config["train_file"])
     entries = Entries(files, form) if files or not shards else []
     dataset = CaptionDataset(entries, config["image_root"], transform, seed, max_tokens)
     if len(dataset):

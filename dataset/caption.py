@@ -1,5 +1,6 @@
 """Image-caption pairs to train on, in pre-training, retrieval and grounding."""
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -41,20 +42,26 @@ class Pair(Captioned):
 
 
 class RetrievalPair(Entry):
-    """A caption to train retrieval on."""
+    """An image with a caption or several to train retrieval on, of which one is drawn each time."""
 
-    wanted = 'retrieval trains on an entry {"image": path, "caption": text, "image_id": text or number} for each caption'
+    wanted = ('retrieval trains on entries {"image": path, "caption": text or list of texts}, of which all or none have '
+              '"image_id": text or number')
     image: str
-    caption: str
-    image_id: str | int
+    caption: str | Texts
+    image_id: str | int | None = None
 
-    @property
-    def texts(self):
-        return [self.caption]
+    texts = Captioned.texts
 
     @property
     def group(self):
-        return self.image_id
+        """What the captions of one image have in common: `image_id`, or the path if the list has no ids."""
+        return os.path.normpath(self.image) if self.image_id is None else self.image_id
+
+    def check_with(self, first):
+        """Raise InputError if only one of the two entries has an image_id."""
+        if (self.image_id is None) != (first.image_id is None):
+            has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
+            raise InputError(f"it has {has} 'image_id', but entry 0 {others}", "wrong 'image_id'")
 
 
 class GroundingPair(Entry):

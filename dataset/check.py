@@ -1,16 +1,19 @@
 """Reads all that a task's configuration names, before a run does, and reports what is wrong with it.
 
-    python -m dataset.check configs/Pretrain.yaml --report report.json
+    python -m dataset.check pretrain configs/Pretrain.yaml --report report.json
 
 A run refuses the first wrong entry of a list, and replaces or refuses samples that it cannot use (docs/faults.md). This goes on
-to the end, decodes every image once, and counts.
+to the end, decodes every image once, and counts. Without a problem it builds the data sets of the task's script, too: what it
+approves, the script takes.
 """
 
 from configs.flags import Flags, at_least
+from models import MODELS
 from utils import begin_script, cores, run_script
 
-flags = Flags("Check all files that the configuration of a task names.", "configs/Pretrain.yaml --report report.json")
-flags.add_argument("config", help="YAML file of a task")
+flags = Flags("Check all files that a task reads.", "pretrain configs/Pretrain.yaml --report report.json")
+flags.add_argument("task", choices=list(MODELS), metavar="TASK", help=f"whose script reads them: {', '.join(MODELS)}")
+flags.add_argument("config", metavar="CONFIG", help="YAML file of the task")
 flags.add_set()
 flags.add_argument("--processes", type=at_least(1), metavar="N", default=cores(), help="that decode images")
 flags.add_argument("--images", type=at_least(0), metavar="N", help="look at N evenly spaced images of every file only")
@@ -34,10 +37,11 @@ import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from configs.schema import ANNOTATION_KEYS, load_config, read_bert_config
+from configs.schema import load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
+from dataset.build import build_dataset, data_sets, file_key, lists_and_shards
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
 from dataset.grounding import Expression
@@ -57,7 +61,6 @@ from utils import InputError, atomic_write
 
 SHOWN, EXAMPLES, UNKNOWN_SHOWN = 20, 3, 10  # problems, repeated entries and unknown words that are printed
 UNKNOWN_LENGTH = 30  # characters of an unknown word that are kept
-HEAD = 100  # entries that tell the form of a list
 IMAGES_AT_A_TIME = 16  # that a process is given
 SIDES = (64, 128, 256, 512, 1024)  # pixels of the shorter side at which the bins of the histogram begin
 BINS = [f"<{SIDES[0]}", *(f"{start}-{end - 1}" for start, end in itertools.pairwise(SIDES)), f">={SIDES[-1]}"]
@@ -75,42 +78,53 @@ class Form(NamedTuple):
     max_words: int = MAX_WORDS
 
 
-# by the key that only entries of this form have
-TRAIN_FORMS = {
-    "question": Form("questions to train on", TrainingQuestion, SHORT_TOKENS, pre_question),
-    "images": Form("NLVR2 to train on", Statement),
-    "sentence": Form("visual entailment to train on", Entailment),
-    "query": Form("queries and ads to train on", Ad, None, pre_ad, MAX_AD_WORDS),
-    "text": Form("referring expressions to train on", GroundingPair, MAX_TOKENS),
-    "caption": Form("image-caption pairs for pre-training", Pair, SHORT_TOKENS),
-}
-TEST_FORMS = {
-    "question": Form("questions to test on", Question, None, pre_question, MAX_QUESTION_WORDS),
-    "images": Form("NLVR2 to test on", Statement),
-    "sentence": Form("visual entailment to test on", Entailment),
-    "query": Form("queries and ads to test on", Ad, None, pre_ad, MAX_AD_WORDS),
-    "text": Form("referring expressions to test on", Expression, MAX_TOKENS),
-    "caption": Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS),
-}
-RETRIEVAL = Form("captions with image_id for retrieval", RetrievalPair, MAX_TOKENS)
-BOXES = Form("boxes with attributes to test on")
+PAIRS = Form("image-caption pairs for pre-training", Pair, SHORT_TOKENS)
+IMAGES = Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS)
+STATEMENTS, ENTAILMENT = Form("NLVR2", Statement), Form("visual entailment", Entailment)
+ADS = Form("queries and ads", Ad, None, pre_ad, MAX_AD_WORDS)
+# by data set, as build_dataset names them, those to validate on as those to test on
+FORMS = {
+    "pretrain": PAIRS, "nlvr_pretrain_train": PAIRS,
+    "retrieval_train": Form("captions for retrieval", RetrievalPair, MAX_TOKENS), "retrieval_test": IMAGES,
+    "vqa_train": Form("questions to train on", TrainingQuestion, SHORT_TOKENS, pre_question),
+    "vqa_test": Form("questions to test on", Question, None, pre_question, MAX_QUESTION_WORDS),
+    "ve_train": ENTAILMENT, "ve_test": ENTAILMENT, "nlvr_train": STATEMENTS, "nlvr_test": STATEMENTS,
+    "relevance_train": ADS, "relevance_test": ADS,
+    "grounding_train": Form("referring expressions to train on", GroundingPair, MAX_TOKENS),
+    "grounding_test": Form("referring expressions to test on", Expression, MAX_TOKENS),
+    "attributes_test": Form("boxes with attributes to test on"),
+}  # fmt: skip
 SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", None, SHORT_TOKENS)
 
 
 class Check:
     """What the check of every file needs, and what was found so far."""
 
-    def __init__(self, config, images, compute):
-        self.config, self.images = config, images  # images: how many of each file to look at, None for all
+    def __init__(self, task, config, images, compute):
+        # names: the task's data sets by the key of their files; images: how many of each file to look at, None for all
+        self.names = {file_key(name): name for name in data_sets(task).values()}
+        self.task, self.config, self.images = task, config, images
         self._compute = compute  # of in_processes
         self.problems, self.notes = [], []  # problems: {file, entry, problem}
         self.tokenizer = self.refer = None  # where they cannot be loaded
-        self.lost_roots, self.trained_images = set(), set()  # keys of image folders that do not exist; paths
+        self.lost_roots, self.trained_images = {}, set()  # whether a key's image folder is missing; paths
 
     def add(self, path, entry, problem):
         """problem: an error or a text. path: None for a key of the configuration; entry: index in a list, key in a shard."""
         problem = str(problem).removeprefix(place(path, entry)).lstrip(": ")
         self.problems.append({"file": path, "entry": entry, "problem": problem})
+
+    def is_lost(self, root, path, entry):
+        """Return whether the image folder of a key is missing, a problem the first time that an entry needs it."""
+        if root not in self.lost_roots:
+            folder = self.config[root]
+            self.lost_roots[root] = folder is None or folder != "" and not os.path.isdir(folder)
+            if folder is None:
+                self.add(path, entry, f"the configuration lacks the key {root}, the folder of the images of such entries")
+            elif self.lost_roots[root]:
+                self.add(None, None, f"{root}: folder {folder} does not exist; set {root} to the folder that the image paths "
+                                     "of the lists start from")
+        return self.lost_roots[root]
 
     @contextlib.contextmanager
     def noting(self, path=None):
@@ -199,7 +213,7 @@ class Tally:
         self.check, self.form, self.training = check, form, key == "train_file"
         self.rows, self.result = [], {"key": key, "file": file, "form": form.title}  # what is printed and reported
         self.entries = self.read = 0  # of shards, not all may be read
-        self.lost_roots = set(check.lost_roots)
+        self.lost_roots = set()  # keys of image folders that are missing
         self.wrong, self.unusable = Counter(), Counter()  # entries and images that cannot be used, by kind
         self.digests, self.indices = array("Q"), array("Q")  # of each entry that can
         self.words, self.pieces = array("L"), array("L")  # of each text
@@ -352,15 +366,6 @@ def say(*lines):
 # lists and shards
 
 
-def form_of(entry, training):
-    """The Form of an entry by its keys; None if they are those of no task."""
-    forms = TRAIN_FORMS if training else TEST_FORMS
-    key = next((key for key in forms if isinstance(entry, dict) and key in entry), None)
-    if training and key == "caption" and "image_id" in entry and not isinstance(entry["caption"], list):
-        return RETRIEVAL
-    return forms.get(key)
-
-
 def unreadable(key, file):
     """Print that a list, or none of some shards, can be read -> what the report says of it."""
     say("", f"{key} {file}", "  cannot be read")
@@ -368,19 +373,11 @@ def unreadable(key, file):
 
 
 def check_list(check, path, key, questions):
-    """Check a JSON list, its texts and its images -> what the report says of it.
+    """Check a JSON list of the task, its texts and its images -> what the report says of it.
 
     questions: {id: whether it has an answer} of the questions to test on, to which those of this list are added.
     """
-    training, forms = key == "train_file", Counter()
-    with contextlib.suppress(InputError):  # noted below
-        forms.update(form_of(entry, training) for _, entry in itertools.islice(read_json_list(path), HEAD))
-    form = max(forms, key=forms.get, default=None)
-    if form is None:
-        with check.noting(path):
-            next(read_json_list(path))
-            raise InputError("most of its first entries lack the keys of any task's list: name such a list")
-        return unreadable(key, path)
+    form = FORMS[check.names[key].replace("_val", "_test")]
     if form.entry is Ad:
         form = form._replace(max_tokens=check.config["max_tokens"])
     for needed in ("refcoco_data", "det_file") if form.entry is Expression else ():
@@ -388,7 +385,9 @@ def check_list(check, path, key, questions):
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
     tally = Tally(check, key, path, form)
     images = _count_entries(tally, path, questions)
-    if training:
+    if not tally.entries:
+        return unreadable(key, path)
+    if tally.training:
         check.trained_images.update(images)
     return _report_images(tally, path, images, "entry {}".format)
 
@@ -403,36 +402,33 @@ def _report_images(tally, path, images, name):
 
 def check_boxes(check, path, key):
     """Check a file of attributes in boxes, up to its first mistake, and its images -> what the report says of it."""
-    tally, images = Tally(check, key, path, BOXES), {}
+    tally, images = Tally(check, key, path, FORMS["attributes_test"]), {}
     with check.noting(path):
         for index, box in enumerate(read_boxes(path)[1]):
             tally.entries, tally.read = tally.entries + 1, tally.read + 1
             tally.add_entry(path, index, index, (), digest((box.image, box.pixels)))
-            if "image_root" not in tally.lost_roots:
+            if check.is_lost("image_root", path, index):
+                tally.lost_roots.add("image_root")
+            else:
                 images.setdefault(os.path.join(check.config["image_root"], box.image), index)
         return _report_images(tally, path, images, "box {}".format)
     return unreadable(key, path)
 
 
-def _is_object(path):
-    """Return whether a file holds a JSON object, as one of attributes does, and not a list."""
-    with contextlib.suppress(OSError, UnicodeDecodeError), open(path, encoding="utf-8-sig") as file:
-        return file.read(HEAD).lstrip().startswith("{")
-
-
 def _count_entries(tally, path, questions):
     """Count the entries of a list -> {path of an image: index of the first entry that names it}."""
-    check, images = tally.check, {}
+    check, images, first = tally.check, {}, None
     with check.noting(path):
         for index, entry in tqdm(read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR):
             tally.entries, tally.read = tally.entries + 1, tally.read + 1
             try:
-                checked = check_entry(entry, tally.form.entry, path, index)
+                checked = check_entry(entry, tally.form.entry, path, index, first)
                 if isinstance(checked, Expression) and check.refer:
                     checked.check_ref(check.refer)
             except InputError as error:
                 tally.refuse(path, index, error)
                 continue
+            first = first or checked
             value = digest((checked.images, checked.texts, entry.get("label"), entry.get("ref_id")))
             tally.add_entry(path, index, index, checked.texts, value)
             if isinstance(checked, Question):
@@ -441,10 +437,9 @@ def _count_entries(tally, path, questions):
                     tally.refuse(path, index, InputError(problem, "repeated 'question_id'"))
                 questions[checked.question_id] = checked.answer is not None
             root = checked.root
-            if check.config[root] is None and root not in tally.lost_roots:
+            if check.is_lost(root, path, index):
                 tally.lost_roots.add(root)
-                check.add(path, index, f"the configuration lacks the key {root}, the folder of the images of such entries")
-            if root not in tally.lost_roots:
+            else:
                 for image in checked.images:
                     images.setdefault(os.path.join(check.config[root], image), index)
     return images
@@ -477,18 +472,18 @@ def check_shards(check, paths):
 
 
 def check_lists(check):
-    """Check the lists that the configuration names, printing what it finds of each -> what the report says of them."""
+    """Check the lists that the task reads, printing what it finds of each -> what the report says of them."""
     results = []
-    for key in ANNOTATION_KEYS:
+    for key, name in check.names.items():
         lists, shards, questions = [], [], {}
-        for name in check.config[key] or []:
+        for file in check.config[key] or []:
             with check.noting():
-                more = expand([name]) if key == "train_file" else ([name], [])
+                more = lists_and_shards(name, [file]) if key == "train_file" else ([file], [])
                 lists, shards = lists + more[0], shards + more[1]
         with check.noting():
             expand(shards)  # none may be named twice
         for path in lists:
-            boxes = key != "train_file" and _is_object(path)
+            boxes = name.startswith("attributes")
             results.append(check_boxes(check, path, key) if boxes else check_list(check, path, key, questions))
         results += [check_shards(check, list(dict.fromkeys(shards)))] if shards else []
         without = sum(not answered for answered in questions.values())
@@ -502,18 +497,13 @@ def check_lists(check):
 
 
 def check_others(check, tokenizer_of):
-    """Open what else the configuration names -> {key: what it is}.
+    """Open what else the task reads -> {key: what it is}.
 
     What cannot be opened is a problem; a hub that cannot be reached is not, as the configuration may be right.
     """
     config, found = check.config, {}
-    for root in filter(config.get, ("image_root", *ROOTS.values())):
-        found[root] = config[root]
-        if not os.path.isdir(config[root]):
-            check.lost_roots.add(root)
-            found[root] += ": does not exist"
-            check.add(None, None, f"{root}: folder {config[root]} does not exist; set {root} to the folder that the image "
-                                  "paths of the lists start from")
+    for root in filter(config.get, ROOTS.values() if check.task == "vqa" else ["image_root"]):
+        found[root] = config[root] if os.path.isdir(config[root]) else f"{config[root]}: does not exist"
 
     def load(key, describe, function, *arguments):
         name = config[key] if isinstance(config[key], str) else "in the configuration"
@@ -534,11 +524,11 @@ def check_others(check, tokenizer_of):
     elif load("bert_config", lambda bert: f"{bert['num_hidden_layers']} layers", read_bert_config, config["bert_config"]):
         key = "tokenizer" if config["tokenizer"] else "text_encoder"
         check.tokenizer = load(key, lambda tokenizer: f"{len(tokenizer)} word pieces", tokenizer_of, config)
-    if config["answer_list"]:
+    if check.task == "vqa" and config["answer_list"]:
         load("answer_list", lambda answers: f"{len(answers)} answers", load_answer_list, config["answer_list"])
-    if config["refcoco_data"]:
+    if check.task == "grounding" and config["refcoco_data"]:
         check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"])
-    if config["det_file"] and check.refer:
+    if check.refer and config["det_file"]:
         load("det_file", lambda boxes: f"boxes of {len(boxes)} images", load_detections, config["det_file"], check.refer)
     return found
 
@@ -547,8 +537,10 @@ def main():
     """Check the data of a configuration from the command line; exits with status 1 if there are problems."""
     args = flags.parse_args()
     config = load_config(args.config, args.set)
-    if not any(config[key] for key in ANNOTATION_KEYS):
-        raise InputError(f"{args.config} names no list to check, with none of the keys {', '.join(ANNOTATION_KEYS)}")
+    names = data_sets(args.task).values()
+    keys = list(dict.fromkeys(map(file_key, names)))
+    if not any(config[key] for key in keys):
+        raise InputError(f"{args.config} names no file that {args.task} reads, with none of the keys {', '.join(keys)}")
     # dataset/ knows nothing of models/: the tokenizer is handed in, by this command as by the scripts
     from models.tokenizer import tokenizer_of
 
@@ -558,12 +550,16 @@ def main():
                 report = stack.enter_context(atomic_write(args.report, "w"))
             except OSError as error:
                 raise InputError(f"--report {args.report}: cannot write there ({error.strerror}), name another file") from None
-        check = Check(config, args.images, stack.enter_context(in_processes(args.processes, begin)))
+        check = Check(args.task, config, args.images, stack.enter_context(in_processes(args.processes, begin)))
         others = check_others(check, tokenizer_of)
-        say(args.config, *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()))
+        say(f"{args.task} {args.config}", *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()))
         results = check_lists(check)
+        for name in names if not check.problems else ():
+            with check.noting():
+                if config[file_key(name)]:
+                    build_dataset(name, config)  # what concerns a list or several as a whole
         if args.report:
-            found = {"config": args.config, "others": others, "files": results, "notes": check.notes}
+            found = {"task": args.task, "config": args.config, "others": others, "files": results, "notes": check.notes}
             json.dump({"problems": check.problems, "count": len(check.problems), **found}, report, indent=1)
     say("", *(f"note: {note}" for note in check.notes))
     if not check.problems:

@@ -1,8 +1,12 @@
-"""A table of image paths and captions (CSV, TSV or JSON lines) -> the JSON lists that training and testing read.
+"""Tables and folders of captions, and official annotation files -> the JSON lists that training and testing read.
 
     python -m dataset.to_json captions.csv --image_root photos --output data/mine --test 100
+    python -m dataset.to_json dataset_coco.json --image_root coco --output data/coco
+    python -m dataset.to_json v2_OpenEnded_mscoco_train2014_questions.json v2_mscoco_train2014_annotations.json ...
 
-Rows that name the same image become one entry with all their captions. Rows that cannot be used are left out and named.
+A source is a table (CSV, TSV, JSON lines, a JSON list) with a path and a caption in each row, a folder of images with .txt or
+.json files, or an official file of COCO's captions, Karpathy's splits, VQA v2, NLVR2 or SNLI-VE, which is recognized by its
+form. What cannot be used is left out and listed in skipped.txt.
 """
 
 from pathlib import Path
@@ -11,179 +15,131 @@ from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
 flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100")
-flags.add_argument("table", metavar="captions.csv", help="CSV, TSV or JSON lines with a path and a caption in each row")
+flags.add_argument("sources", nargs="+", metavar="SOURCE", help="table, folder or official files of one kind")
 flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
-flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR", help="folder of the lists")
+flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR",
+                   help="folder of the lists: train.json, val.json and test.json, as far as there are entries for them")
+flags.add_argument("--overwrite", action="store_true", help="replace the lists of an earlier conversion")
 flags.add_argument("--test", type=at_least(0), default=0, metavar="N", help="images to hold out in test.json")
 flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
 flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
-flags.add_argument("--encoding", metavar="NAME", help="of the table, such as cp1252; UTF-8 if not given")
+flags.add_argument("--encoding", metavar="NAME", help="of a table, such as cp1252; UTF-8 if not given")
 flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
 if __name__ == "__main__":
     begin_script(flags)
 
-import codecs
-import csv
-import io
 import json
 import os
 import random
-import re
 
-from dataset.annotations import read_json_list
-from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
+from dataset.official import CaptionedFile, ImageFinder, convert, recognize
+from dataset.tables import read_folder, read_table
 from utils import InputError, atomic_write, make_output_dir
 
-# names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
-PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
-         "img", "img_path", "photo", "picture")
-TEXTS = ("caption", "captions", "text", "description", "sentence", "alt_text", "alt", "comment", "title")
-DELIMITERS = ",\t;|"
-SHOWN = 5  # rows that are printed of those left out
+SHOWN = 5  # problems that are printed of what is left out
+SKIPPED = "skipped.txt"
 
 
-def read_rows(path, encoding=None):
-    """Yield (place, row) for the rows of a table, by default in UTF-8, or in UTF-16 if it begins with its mark.
-
-    row: {column: value}, or the ValueError that says why there is none. Raises InputError if the file cannot be read.
-    """
-    try:
-        data = Path(path).read_bytes()
-        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode(encoding or ("utf-16" if utf16 else "utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except LookupError as error:
-        raise InputError(f"--encoding: {error}") from None
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
-                         "as --encoding cp1252") from None
-    if text.lstrip().startswith("["):
-        return ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path))
-    lines = io.StringIO(text, newline="")
-    return _read_json_lines(lines) if text.lstrip().startswith("{") else _read_csv(lines, path)
-
-
-def _read_json_lines(lines):
-    for line, text in enumerate(lines, 1):
-        if text.strip():
-            try:
-                yield f"line {line}", json.loads(text)
-            except (ValueError, RecursionError) as error:
-                yield f"line {line}", ValueError(f"not valid JSON ({error})")
-
-
-def _read_csv(lines, path):
-    head = lines.readline()
-    lines.seek(0)
-    delimiter = max(DELIMITERS, key=head.count)
-    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
-    names, line = None, 1  # a row may go over several lines: of its first one
-    try:
-        for cells in reader:
-            if names is None:
-                names = [cell.strip() for cell in cells]
-            elif any(cells) and len(cells) == len(names):
-                yield f"line {line}", dict(zip(names, cells))
-            elif any(cells):  # spreadsheets end in rows of empty cells
-                yield f"line {line}", ValueError(f"{len(cells)} columns, but line 1 has {len(names)}; a text that holds "
-                                                 f"{delimiter!r} must stand in double quotes")
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path} line {line}: {error}; close the double quote there, or double each one that belongs to a "
-                         "text") from None
-
-
-def _column(row, wanted, known, flag, path):
-    """The column that the flag names, else the first known one. Raises InputError if the row has none."""
-    names = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in row} | {name: name for name in row}
-    for name in [wanted] if wanted else known:
-        if name in names:
-            return names[name]
-    raise InputError(f"{path}: none of the columns {', '.join(map(repr, row))} is called {wanted or ', '.join(known)}; name "
-                     f"the right one with {flag} (line 1 of a CSV or TSV file names the columns)")
-
-
-def read_pairs(path, image_root, encoding=None, path_column=None, text_column=None):
-    """Read a table -> ({image path: [captions]}, the names of both columns, problems of the rows that cannot be used).
-
-    Raises InputError if the file cannot be read or no row of it can be used.
-    """
-    captions, problems, columns = {}, [], None
-    for place, row in read_rows(path, encoding):
-        if isinstance(row, dict) and columns is None:
-            columns = _column(row, path_column, PATHS, "--path", path), _column(row, text_column, TEXTS, "--text", path)
+def read_sources(args) -> tuple[dict[str, list], list[str]]:
+    """Read the sources of a command line. Returns the entries of each split and the problems. Raises InputError."""
+    contents = {}  # None of a folder
+    for source in args.sources:
         try:
-            image, texts = _pair(row, columns, image_root)
-        except ValueError as error:
-            problems.append(f"{path} {place}: {error}")
+            contents[source] = None if os.path.isdir(source) else Path(source).read_bytes()
+        except OSError as error:
+            raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+    forms = {source: data and recognize(data) for source, data in contents.items()}
+    if (args.path or args.text or args.encoding) and not any(data and not forms[source] for source, data in contents.items()):
+        raise InputError(f"--path, --text and --encoding are of tables, and {args.sources[0]} is none: leave them out")
+    if all(forms.values()):
+        find = ImageFinder(args.image_root)
+        lists, problems = convert(contents, forms, find)
+        for source, form in forms.items():
+            print(f"{source}: {form.title}")
+        if find.missing:
+            print(f"note: {len(find.missing):,} of {len(find.found):,} images are not in --image_root "
+                  f"{args.image_root or os.curdir}, such as {next(iter(find.missing))}")  # fmt: skip
+        return lists, problems
+    if any(forms.values()):
+        raise InputError(f"{next(filter(forms.get, forms))}: is an official file: convert it apart from tables and folders")
+    captions, problems, told = {}, [], []
+    for source, data in contents.items():
+        if data is None:
+            read, skipped, found = read_folder(source, args.image_root)
         else:
-            captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
+            read, skipped, found = read_table(source, data, args.image_root, encoding=args.encoding, path_column=args.path,
+                                              text_column=args.text)  # fmt: skip
+        told.append(f"{source}: {found}")
+        problems += skipped
+        for image, texts in read.items():
+            captions.setdefault(image, {}).update(dict.fromkeys(texts))
     if not captions:
-        raise InputError(f"{problems[0]} (none of the {len(problems):,} rows can be used)" if problems else f"{path}: no rows")
-    return {image: list(texts) for image, texts in captions.items()}, columns, problems
+        raise InputError(f"{problems[0]} (none of {len(problems):,} can be used)" if problems else
+                         f"{', '.join(args.sources)}: no rows")  # fmt: skip
+    print(*told, sep="\n")
+    return {"train": [CaptionedFile(image, list(texts)) for image, texts in captions.items()]}, problems
 
 
-def _pair(row, columns, image_root):
-    """Image path and captions of a row. Raises ValueError if it cannot be used."""
-    if isinstance(row, ValueError):
-        raise row
-    if not isinstance(row, dict):
-        raise ValueError("not an object")
-    image, texts = map(row.get, columns)
-    if not isinstance(image, str) or not image.strip():
-        raise ValueError(f"{columns[0]!r} is empty or not text")
-    image = image.strip()
-    spellings = image, image.replace("\\", "/")  # Windows writes folders with backslashes
-    found = next((name for name in spellings if os.path.isfile(os.path.join(image_root, name))), None)
-    if found is None:
-        raise ValueError(f"image {os.path.join(image_root, image)} does not exist; paths start from --image_root")
-    texts = texts if isinstance(texts, list) else [texts]
-    if not texts or not all(isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts):
-        raise ValueError(f"{columns[1]!r} is empty or not text")
-    return os.path.normpath(found), [" ".join(without_halves(text).split()) for text in texts]
-
-
-def hold_out(captions, count, seed):
-    """Divide {image: captions} into entries to train on and `count` entries to test on, drawn at random. Raises InputError."""
-    if count >= len(captions):
-        raise InputError(f"--test {count}: there are {len(captions)} images, and some must remain to train on")
-    held = set(random.Random(seed).sample(list(captions), count))
+def hold_out(lists: dict[str, list], count: int, seed: int) -> dict[str, list]:
+    """Move `count` images, drawn at random, from the images to train on to those to test on. Raises InputError."""
+    images = lists.get("train", [])
+    if "test" in lists or not (images and isinstance(images[0], CaptionedFile)):
+        raise InputError("--test holds out images of captions to train on; the sources have their own split: leave it out")
+    if count >= len(images):
+        raise InputError(f"--test {count}: there are {len(images)} images, and some must remain to train on")
+    held = set(random.Random(seed).sample(range(len(images)), count))
     parts = [], []
-    for image, texts in captions.items():
-        parts[image in held].append({"image": image, "caption": texts})
-    return parts
+    for i, image in enumerate(images):
+        parts[i in held].append(image)
+    return {**lists, "train": parts[0], "test": parts[1]}
 
 
-def _write(path, lines):
-    """Write the lines to a file; no lines, no file. Raises InputError."""
-    try:
-        if lines:
-            with atomic_write(path) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace"))
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another --output") from None
+def entries_of(image: CaptionedFile, split: str) -> list[dict]:
+    """Return an image's entries: one for each caption to train on if it has an id, else one with all captions."""
+    if split == "train" and image.image_id is not None:
+        return [{"image": image.image, "caption": text, "image_id": image.image_id} for text in image.captions]
+    return [{"image": image.image, "caption": image.captions}]
+
+
+def write(output: Path, files: dict[str, list[str]], overwrite: bool) -> None:
+    """Write lines to files of a folder, and remove nothing. Raises InputError before the first if one exists."""
+    existing = [str(output / name) for name in files if (output / name).exists()]
+    if existing and not overwrite:
+        raise InputError(f"{', '.join(existing)}: exists already; name another --output, or add --overwrite")
+    make_output_dir(output, writes=False, flag="--output")
+    for name, lines in files.items():
+        try:
+            with atomic_write(output / name) as file:
+                file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
+        except OSError as error:
+            raise InputError(f"{output / name}: cannot be written ({error.strerror}): make room, or name another "
+                             "--output") from None
 
 
 def main():
-    """Convert a table from the command line and print what came of it."""
+    """Convert the sources of the command line and print what came of it."""
     args = flags.parse_args()
-    captions, columns, problems = read_pairs(args.table, args.image_root, args.encoding, args.path, args.text)
-    parts = hold_out(captions, args.test, args.seed)
-    make_output_dir(args.output, writes=False, flag="--output")
-    print("{}: images from column {!r}, captions from column {!r}".format(args.table, *columns))
-    for name, entries in zip(("train.json", "test.json"), parts):
+    lists, problems = read_sources(args)
+    if args.test:
+        lists = hold_out(lists, args.test, args.seed)
+    files, counts = {}, {}
+    for split, items in lists.items():
+        name, entries, counts[split] = f"{split}.json", items, f"{len(items):,} entries"
+        if isinstance(items[0], CaptionedFile):
+            entries = [entry for image in items for entry in entries_of(image, split)]
+            counts[split] = f"{len(items):,} images, {sum(len(image.captions) for image in items):,} captions"
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-        _write(args.output / name, lines and ["[" + ",\n ".join(lines) + "]"])
-        if entries:
-            count = sum(len(captions[entry["image"]]) for entry in entries)
-            print(f"{args.output / name}: {len(entries):,} images, {count:,} captions")
-    _write(args.output / "skipped.txt", problems)
+        files[name] = ["[" + ",\n ".join(lines) + "]"]
     if problems:
-        print(f"left out, {len(problems):,} rows ({args.output / 'skipped.txt'} lists all):", *problems[:SHOWN], sep="\n  ")
+        files[SKIPPED] = problems
+    write(args.output, files, args.overwrite)
+    for split, count in counts.items():
+        print(f"{args.output / split}.json: {count}")
+    left = [str(args.output / name) for name in ("train.json", "val.json", "test.json", SKIPPED) if name not in files]
+    if args.overwrite and (left := list(filter(os.path.exists, left))):
+        print(f"note: {', '.join(left)} of an earlier conversion stays as it is")
+    if problems:
+        print(f"left out, {len(problems):,} ({args.output / SKIPPED} lists all):", *problems[:SHOWN], sep="\n  ")
 
 
 if __name__ == "__main__":

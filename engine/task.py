@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from configs.schema import require
-from dataset import build_dataset, file_key
+from dataset import build_dataset, data_sets, file_key
 from engine.configuration import choose_config, default_output_dir, task_in
 from engine.device import use_device
 from engine.loop import train
@@ -145,9 +145,7 @@ def find_run(task, args, run):
 
 def load_data(task, args, config, evaluates):
     """Return the training set, None with --evaluate, and what to test on by split. Raises InputError."""
-    names = {split: f"{task}_{split}" for split in ("train", "val", "test")}
-    if task == "pretrain":
-        names = {"train": "pretrain", "test": "retrieval_test"}
+    names = data_sets(task)
     train_set = None if args.evaluate else build_dataset(names["train"], config, args.seed)
     splits = [split for split in ("val", "test") if evaluates and split in names and args.split in (None, split)]
     test_sets = {split: build_dataset(names[split], config) for split in splits if config[file_key(names[split])]}

@@ -226,7 +226,8 @@ def test_a_mistake_is_reported_without_reading_the_rest_of_the_file(monkeypatch)
     ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'", "wrong 'caption'"),
     ({"image": "a", "caption": ["a", None]}, Pair, "got 'null' - at 'caption[1]'", "wrong 'caption'"),
     ({"image": "a", "caption": {"text": "line\nbreak"}}, Pair, "Expected 'str | array', got 'object'", "wrong 'caption'"),
-    ({"image": "a", "caption": ["a"]}, RetrievalPair, '"image_id": text or number} for each caption', "wrong 'caption'"),
+    ({"image": "a", "caption": ["a", 5]}, RetrievalPair, "got 'int' - at 'caption[1]'", "wrong 'caption'"),
+    ({"image": "a", "caption": "b", "image_id": [1]}, RetrievalPair, "got 'array' - at 'image_id'", "wrong 'image_id'"),
     ({"image": "a", "caption": "?!", "image_id": 1}, RetrievalPair, "'?!' is empty after clean-up", "empty text"),
     ({"image": "a", "caption": "b"}, CaptionedImage, '"caption": list of texts} for each image', "wrong 'caption'"),
     ({"images": ["a"], "sentence": "b", "label": "True"}, Statement, "of length >= 2 - at 'images'", "wrong 'images'"),
@@ -241,6 +242,26 @@ def test_entries_of_another_form_are_refused_by_number_field_and_form(tmp_path, 
     message = str(caught.value)
     assert message.startswith("list.json: entry 5 (counting from 0): ") and words in message and form.wanted in message
     assert "\n" not in message and caught.value.kind == kind
+
+
+@pytest.mark.parametrize("odd", [1, 3, 4])
+@pytest.mark.parametrize("with_id", [True, False])
+def test_all_entries_of_a_retrieval_list_have_an_image_id_or_none(tmp_path, monkeypatch, odd, with_id):
+    monkeypatch.setattr(annotations, "_BATCH", 2)
+    entries = [{"image": f"{i}.jpg", "caption": ["a", "b"]} | ({"image_id": i} if with_id else {}) for i in range(5)]
+    path = write(tmp_path / "list.json", entries)
+    groups = [entry.group for entry in Entries([path], RetrievalPair)]
+    assert groups == ([*range(5)] if with_id else [f"{i}.jpg" for i in range(5)])
+    entries[odd] = {"image": "a.jpg", "caption": "c"} | ({} if with_id else {"image_id": 7})
+    with pytest.raises(annotations.InputError) as caught:
+        Entries([write(tmp_path / "mixed.json", entries)], RetrievalPair)
+    assert f"mixed.json: entry {odd} " in str(caught.value) and caught.value.kind == "wrong 'image_id'"
+
+
+def test_captions_of_one_path_are_of_one_group_without_ids(tmp_path):
+    entries = [{"image": name, "caption": "c"} for name in ("sub/a.jpg", "./sub/../sub//a.jpg", "a.jpg")]
+    first, same, other = (entry.group for entry in Entries([write(tmp_path / "list.json", entries)], RetrievalPair))
+    assert first == same != other
 
 
 @pytest.mark.parametrize("batch", [2, 1 << 14])

@@ -1,5 +1,6 @@
 """python -m dataset.check: what it finds, counts and says of good and of faulty data."""
 
+import argparse
 import json
 import os
 import sys
@@ -8,24 +9,27 @@ import pytest
 from PIL import ExifTags, Image
 from ruamel.yaml import YAML
 
+from configs.schema import ANNOTATION_KEYS, with_defaults
 from conftest import exit_status
 from dataset import check
+from dataset.build import data_sets
 from dataset.workers import in_processes
+from engine.task import load_data
 from test_shards import write_tar
-from utils import TrainingStopped
+from utils import InputError, TrainingStopped
 
 GOOD = "images/train/000000.jpg"
 
 
 @pytest.fixture
 def run(tiny_config, tmp_path, monkeypatch, capsys):
-    """Checks the tiny configuration with some keys changed; returns (exit status, what is printed, the report)."""
+    """Checks the tiny configuration with some keys changed for a task; returns (exit status, what is printed, the report)."""
 
-    def call(*flags, **keys):
+    def call(*flags, task="pretrain", **keys):
         YAML(typ="safe").dump({**tiny_config, "test_file": None, **keys}, tmp_path / "config.yaml")
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
-        argv = ["check", tmp_path / "config.yaml", "--processes", 1, "--report", report, *flags]
+        argv = ["check", task, tmp_path / "config.yaml", "--processes", 1, "--report", report, *flags]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         status = exit_status(check.main)
         out, err = capsys.readouterr()
@@ -58,17 +62,35 @@ def problems_of(report):
     return [(problem["entry"], problem["problem"]) for problem in report["problems"]]
 
 
-def test_good_data_of_every_task(run, shapes):
-    tasks = ("vqa", "ve", "nlvr", "grounding", "relevance")
-    train = [str(shapes / f"{name}.json") for name in ("pretrain", "retrieval_train", *(f"{task}_train" for task in tasks))]
-    test = [str(shapes / f"{name}.json") for name in ("test", *(f"{task}_test" for task in tasks))]
-    status, out, report = run(
-        train_file=train, val_file=str(shapes / "val.json"), test_file=test, vqa_root=str(shapes), refcoco_data=str(shapes),
-        det_file=str(shapes / "refcoco+/dets.json"), max_tokens=32, answer_list=str(shapes / "answer_list.json"),
-    )  # fmt: skip
+# task: names of its lists to train, validate and test on; limits of words and word pieces in training and testing
+TASKS = {
+    "pretrain": ("pretrain", None, "test", (30, 25), (30, 30)),
+    "nlvr_pretrain": ("pretrain", None, None, (30, 25), None),
+    "retrieval": ("retrieval_train", "val", "test", (30, 30), (30, 30)),
+    "vqa": ("vqa_train", "vqa_test", "vqa_test", (30, 25), (50, 40)),
+    "ve": ("ve_train", "ve_test", "ve_test", (30, 40), (30, 40)),
+    "nlvr": ("nlvr_train", "nlvr_test", "nlvr_test", (30, 40), (30, 40)),
+    "grounding": ("grounding_train", None, "grounding_test", (30, 30), (30, 30)),
+    "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 32), (512, 32)),
+}  # fmt: skip
+
+
+def keys_of(task, shapes):
+    """The keys of a configuration that a task reads its files from."""
+    names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
+    return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
+        "vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json"),
+        "answer_list": str(shapes / "answer_list.json"), "max_tokens": 32,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_good_data_of_every_task(run, shapes, task):
+    keys = keys_of(task, shapes)
+    status, out, report = run(task=task, **keys)
     assert status == 0 and "No problems." in out and report["problems"] == report["notes"] == []
-    assert [of["file"] for of in report["files"]] == [*train, str(shapes / "val.json"), *test]
-    assert [of["key"] for of in report["files"]] == ["train_file"] * 7 + ["val_file"] + ["test_file"] * 6
+    files = [(key, keys[key]) for key in ("train_file", "val_file", "test_file") if keys[key]]
+    assert [(of["key"], of["file"]) for of in report["files"]] == files
     for of in report["files"]:
         entries = json.loads(open(of["file"]).read())
         images = {image for entry in entries for image in entry.get("images", [entry.get("image")])}
@@ -76,24 +98,53 @@ def test_good_data_of_every_task(run, shapes):
         assert of["unusable"] == of["wrong"] == {} and of["formats"] == {"JPEG RGB": len(images)}
         assert of["shorter_side"]["<64"] == len(images) and of["smaller_than_image_res"] == 0
         assert of["unknown_words"]["count"] == of["words"]["cut"] == 0
-    forms = [of["form"].split()[0] for of in report["files"]]
-    assert forms[:7] == ["image-caption", "captions", "questions", "visual", "NLVR2", "referring", "queries"]
-    limits = [(of["words"]["limit"], of["word_pieces"]["limit"]) for of in report["files"]]
-    assert limits[:7] == [(30, 25), (30, 30), (30, 25), (30, 40), (30, 40), (30, 30), (512, 32)]
-    assert limits[7:] == [(30, 30), (30, 30), (50, 40), (30, 40), (30, 40), (30, 30), (512, 32)]
-    opened = {"image_root", "vqa_root", "bert_config", "tokenizer", "answer_list", "refcoco_data", "det_file"}
-    assert report["others"].keys() == opened
+        limits = TASKS[task][3 if of["key"] == "train_file" else 4]
+        assert (of["words"]["limit"], of["word_pieces"]["limit"]) == limits
+    more = {"vqa": {"vqa_root", "answer_list"}, "grounding": {"image_root", "refcoco_data", "det_file"}}
+    assert report["others"].keys() == {"bert_config", "tokenizer"} | more.get(task, {"image_root"})
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_config, task):
+    """Every list of every task, as the file to train on and to test on."""
+    sets = data_sets(task)
+    for key, split in (("train_file", "train"), ("test_file", "test")):
+        for name in {name for names in TASKS.values() for name in names[:3] if name} if split in sets else ():
+            keys = {**dict.fromkeys(ANNOTATION_KEYS), **keys_of(task, shapes), key: str(shapes / f"{name}.json")}
+            config = with_defaults({**tiny_config, **keys})
+            try:
+                load_data(task, argparse.Namespace(evaluate=False, split=None, seed=0), config, evaluates=True)
+                taken = True
+            except InputError:
+                taken = False
+            status, out, _ = run(task=task, **keys)
+            assert (status == 0) == taken, (key, name, out)
+
+
+def test_what_concerns_a_whole_list_is_found(run, shapes, write):
+    entries = [entry for entry in json.loads((shapes / "relevance_test.json").read_text()) if entry["label"]]
+    status, out, report = run(task="relevance", **keys_of("relevance", shapes) | {"test_file": write(entries)})
+    assert status == 1 and report["count"] == 1 and "all labels are 1" in out
+    train = [{"image": GOOD, "caption": ["red"], "image_id": 1}, {"image": GOOD, "caption": "red"}]
+    status, out, report = run(task="retrieval", train_file=write(train))
+    assert status == 1 and problems_of(report)[0][0] == 1 and report["files"][0]["wrong"] == {"wrong 'image_id'": 1}
+
+
+def test_what_the_task_does_not_read_is_not_looked_at(run, write):
+    keys = {"val_file": "absent.json", "vqa_root": "absent", "answer_list": "absent.json", "refcoco_data": "absent"}
+    assert run(train_file=write(pairs(2)), **keys)[0] == 0
+    assert run(task="nlvr_pretrain", train_file=write(pairs(2)), test_file="absent.json")[0] == 0
 
 
 def test_boxes_with_attributes_are_read_and_their_images_looked_at(run, shapes, write):
     content = json.loads((shapes / "attributes.json").read_text())
-    status, out, report = run(train_file=None, test_file=str(shapes / "attributes.json"))
+    status, out, report = run(task="attributes", test_file=str(shapes / "attributes.json"))
     assert status == 0 and "boxes with attributes to test on" in out
     assert report["files"][0]["entries"] == 12 and report["files"][0]["images"] == report["files"][0]["looked_at"] == 3
     content["images"][1]["file_name"] = "absent.jpg"
-    assert "absent.jpg: does not exist" in run(train_file=None, test_file=write(content))[1]
+    assert "absent.jpg: does not exist" in run(task="attributes", test_file=write(content))[1]
     content["annotations"][5]["att_vec"] = []
-    status, out, report = run(train_file=None, test_file=write(content))
+    status, out, report = run(task="attributes", test_file=write(content))
     assert status == 1 and report["count"] == 1 and "annotation 5" in out and "0 labels for 27 attributes" in out
 
 
@@ -128,7 +179,7 @@ def test_many_problems_are_all_in_the_report(run, write):
 def test_wrong_entries_of_the_tasks(run, shapes, write, task, change, kind):
     entries = json.loads((shapes / f"{task}_train.json").read_text())[:5]
     entries[2] |= change
-    status, out, report = run(train_file=write(entries), vqa_root=str(shapes))
+    status, out, report = run(task=task, train_file=write(entries), vqa_root=str(shapes))
     [(entry, problem)] = problems_of(report)
     assert status == 1 and entry == 2 and (kind in report["files"][0]["wrong"] or kind in problem)
 
@@ -138,20 +189,20 @@ def test_questions_to_test_on(run, shapes, write):
     entries[3]["question_id"] = entries[1]["question_id"]
     entries[5]["image"] = "absent.jpg"
     del entries[4]["answer"]
-    status, out, report = run(train_file=None, val_file=write(entries), vqa_root=str(shapes))
+    status, out, report = run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))
     problems = dict(problems_of(report))
     assert status == 1 and problems.keys() == {3, 5, None}
     assert "question_id" in problems[3] and "absent.jpg" in problems[5] and "1 questions have no 'answer'" in problems[None]
     for entry in entries:
         entry.pop("answer", None)
-    assert "leave val_file out" in run(train_file=None, val_file=write(entries), vqa_root=str(shapes))[1]
+    assert "leave val_file out" in run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))[1]
 
 
 def test_expressions_to_test_on(run, shapes, write):
     entries = json.loads((shapes / "grounding_test.json").read_text())[:3]
     entries[1]["ref_id"] = 10**6
     del entries[2]["ref_id"]
-    keys = {"train_file": None, "test_file": write(entries)}
+    keys = {"task": "grounding", "train_file": None, "test_file": write(entries)}
     status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
     assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1}
     assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])][:2] == [
@@ -166,7 +217,7 @@ def test_files_that_cannot_be_read_do_not_end_the_check(run, write, tmp_path):
     status, out, report = run(train_file=[*files, str(tmp_path / "latin.json")])
     assert status == 1 and report["count"] == 5 and report["files"][4]["wrong"] == {}
     for words in ("broken.json: invalid JSON at line 1", "absent.json: cannot read", "object.json: holds a JSON object",
-                  "keys.json: most of its first entries", "latin.json: this annotation file is not UTF-8"):
+                  "keys.json: entry 0", "latin.json: this annotation file is not UTF-8"):
         assert words in out
     assert report["files"][0]["entries"] == 2 and report["files"][0]["looked_at"] == 1
 
@@ -230,15 +281,15 @@ def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
 
 
 def test_other_files(run, write, tmp_path):
-    status, out, report = run(
-        train_file=write(pairs(2)), image_root="absent", bert_config="absent.json", refcoco_data=str(tmp_path),
-        answer_list=write(["a", "a"], "answers.json"),
-    )  # fmt: skip
-    assert status == 1 and report["count"] == 4
-    for words in ("image_root: folder absent does not exist", "bert_config: cannot read absent.json", "instances.json into",
-                  "answers.json has 'a' 2 times"):
-        assert words in out
+    keys = {"train_file": write(pairs(2)), "image_root": "absent", "bert_config": "absent.json"}
+    status, out, report = run(**keys)
+    assert status == 1 and report["count"] == 2
+    assert "image_root: folder absent does not exist" in out and "bert_config: cannot read absent.json" in out
     assert "images           not looked at" in out and report["files"][0]["looked_at"] == 0
+    report = run(task="vqa", train_file=None, test_file="absent.json", answer_list=write(["a", "a"], "answers.json"))[2]
+    assert "answers.json has 'a' 2 times" in report["problems"][0]["problem"]
+    report = run(task="grounding", train_file=None, test_file="absent.json", refcoco_data=str(tmp_path))[2]
+    assert "instances.json into" in report["problems"][0]["problem"]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_note(run, write, monkeypatch):
@@ -257,6 +308,7 @@ def test_shards(run, tmp_path, shapes):
         ("f.jpg", image), ("f.txt", b"?!"), ("g.jpg", image), ("g.txt", b"a red circle"),
     ])  # fmt: skip
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
+    assert "only pre-training" in run(task="retrieval", train_file=str(tmp_path / "0.tar"))[1]
     status, out, report = run(train_file=[str(tmp_path / "{1..2}.tar"), str(tmp_path / "0.tar")])
     assert status == 1 and "2.tar does not exist (1 of the 2" in out and report["files"][0]["looked_at"] == 5
     status, out, report = run(train_file=str(tmp_path / "*.tar"))
@@ -275,10 +327,13 @@ def test_shards(run, tmp_path, shapes):
 
 def test_wrong_command_lines_and_configurations(run, write, monkeypatch, capsys):
     assert run(train_file=None)[0] == 2
+    assert run(task="nlvr_pretrain", train_file=None, test_file=write(pairs(2)))[0] == 2
+    status, out, _ = run(task="small.yaml", train_file=write(pairs(2)))
+    assert status == 2 and "retrieval" in out
     assert run("--set", "quue_size=3", train_file=write(pairs(2)))[0] == 2
     assert run("--processes", 0)[0] == 2
     assert run("--report", "absent/report.json", train_file=write(pairs(2)))[0] == 2
-    monkeypatch.setattr(sys, "argv", ["check", "absent.yaml"])
+    monkeypatch.setattr(sys, "argv", ["check", "vqa", "absent.yaml"])
     assert exit_status(check.main) == 2 and "absent.yaml" in capsys.readouterr().err
 
 

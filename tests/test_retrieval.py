@@ -169,12 +169,13 @@ BAD_INPUT = {
     "k_test 0 in the configuration": ({"k_test": 0}, [], "k_test is 0, it must be a whole number from 1"),
     "no checkpoint": ({"--checkpoint": None}, [], "--checkpoint is missing"),
     "train list as test_file": ({"test_file": "retrieval_train.json"}, [], "entry 0 .*caption.*a retrieval test needs .*list"),
-    "test list as train_file": ({"train_file": "test.json"}, [], "entry 0 .*caption.*retrieval trains on"),
     "image without caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": []}]}, [], "entry 0.*caption"),
     "empty test caption": ({"test_file": [{"image": "images/test/000000.jpg", "caption": ["?!"]}]}, [], "entry 0.*empty"),
     "empty train caption": (
         {"train_file": [{"image": "images/train/000000.jpg", "caption": " .", "image_id": 1}]}, [], "entry 0.*empty"),
-    "no image_id": ({"train_file": [{"image": "images/train/000000.jpg", "caption": "a star"}]}, [], "entry 0.*'image_id'"),
+    "no image_id in one entry": ({"train_file": [
+        {"image": "images/train/000000.jpg", "caption": "a star", **extra} for extra in ({"image_id": 1}, {})
+    ]}, [], "entry 1.*'image_id'"),
 }  # fmt: skip
 
 

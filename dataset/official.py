@@ -1,0 +1,317 @@
+"""Annotation files as their publishers offer them, recognized by their form and converted to the lists that scripts read.
+
+Known are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the line files of NLVR2 and SNLI-VE.
+"""
+
+import codecs
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from dataset.text import MAX_WORDS, is_blank, pre_caption
+from utils import InputError
+
+T = TypeVar("T")
+_Filled = Annotated[list[T], Meta(min_length=1)]
+_FOLDER = re.compile(r"(train|val|test)\d{4}")  # of COCO's images
+_SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
+
+
+class CaptionedFile(NamedTuple):
+    """An image with its captions, before it becomes entries of a list."""
+
+    image: str
+    captions: list[str]
+    image_id: int | None = None
+
+
+class Official(msgspec.Struct):
+    """What is used of an official file, or of a line of it."""
+
+    title: ClassVar[str]
+    lines: ClassVar[bool] = False  # an object a line
+
+
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+
+
+class _Caption(msgspec.Struct):
+    image_id: int
+    caption: str
+
+
+class CocoCaptions(Official):
+    title = "COCO's captions"
+    images: _Filled[_Image]
+    annotations: _Filled[_Caption]
+
+
+class _Sentence(msgspec.Struct):
+    raw: str
+
+
+class _SplitImage(msgspec.Struct):
+    filename: str
+    split: str
+    sentences: list[_Sentence]
+    filepath: str = ""
+    cocoid: int | None = None
+    imgid: int | None = None
+
+
+class KarpathySplit(Official):
+    title = "a Karpathy split"
+    images: _Filled[_SplitImage]
+
+
+class _Question(msgspec.Struct):
+    question_id: int
+    image_id: int
+    question: str
+
+
+class VqaQuestions(Official):
+    title = "questions of VQA v2"
+    data_type: Literal["mscoco"]
+    data_subtype: str
+    questions: _Filled[_Question]
+
+
+class _Answer(msgspec.Struct):
+    answer: str
+
+
+class _Answers(msgspec.Struct):
+    question_id: int
+    image_id: int
+    answers: _Filled[_Answer]
+    answer_type: str
+
+
+class VqaAnnotations(Official):
+    title = "annotations of VQA v2"
+    data_type: Literal["mscoco"]
+    data_subtype: str
+    annotations: _Filled[_Answers]
+
+
+class Nlvr2Line(Official):
+    title, lines = "lines of NLVR2", True
+    identifier: Annotated[str, Meta(pattern=r"^(train|dev|test\d*)-\d+-\d+-\d+$")]
+    sentence: str
+    label: Literal["True", "False"]
+    directory: int | str = ""
+
+
+class SnliVeLine(Official):
+    title, lines = "lines of SNLI-VE", True
+    image: str = msgspec.field(name="Flickr30K_ID")
+    sentence: str = msgspec.field(name="sentence2")
+    label: str = msgspec.field(name="gold_label")
+
+
+FORMS = (CocoCaptions, KarpathySplit, VqaQuestions, VqaAnnotations, Nlvr2Line, SnliVeLine)
+_LABELS = ("entailment", "neutral", "contradiction")
+
+
+def recognize(data: bytes) -> type[Official] | None:
+    """Return the class of an official file by its keys and the first value of each list, None for other files."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    for text in (data, data[: data.find(b"\n") + 1]):
+        try:
+            parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+            head = {key: _head(value) for key, value in parts.items()}
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            continue
+        return next((form for form in FORMS if _fits(head, form)), None)
+    return None
+
+
+def _head(value: msgspec.Raw) -> Any:
+    """Return a JSON value, of a list only the first element."""
+    if bytes(memoryview(value)[:1]) != b"[":
+        return msgspec.json.decode(value)
+    return list(map(msgspec.json.decode, msgspec.json.decode(value, type=list[msgspec.Raw])[:1]))
+
+
+def _fits(head, form):
+    try:
+        msgspec.convert(head, form)
+        return True
+    except msgspec.ValidationError:
+        return False
+
+
+def advice(path: str | os.PathLike) -> str:
+    """Return what an official file is and the command that converts it, "" for other files. Raises OSError."""
+    form = recognize(Path(path).read_bytes())
+    if form is None:
+        return ""
+    names = {VqaQuestions: f"{path} ANNOTATIONS.json", VqaAnnotations: f"QUESTIONS.json {path}"}.get(form, path)
+    return f"holds {form.title}; convert it: python -m dataset.to_json {names} --image_root DIR --output DIR"
+
+
+class ImageFinder:
+    """Find images under a folder, in which the publisher's folders may be missing.
+
+    missing: the images that are not there.
+    """
+
+    def __init__(self, image_root: str):
+        self.image_root, self.found, self.missing = image_root, {}, {}
+
+    def __call__(self, path: str, suffix: str = "") -> str:
+        """Return the longest trailing part of a path that is a file with this suffix, else the path."""
+        if path not in self.found:
+            parts = path.split("/")
+            names = ["/".join(parts[i:]) for i in range(len(parts))]
+            there = (name for name in names if os.path.isfile(os.path.join(self.image_root, name + suffix)))
+            self.found[path] = next(there, path)
+            if not os.path.isfile(os.path.join(self.image_root, self.found[path] + suffix)):
+                self.missing[path + suffix] = None
+        return self.found[path]
+
+
+def convert(
+    files: dict[str, bytes], forms: dict[str, type[Official]], find: ImageFinder
+) -> tuple[dict[str, list], list[str]]:
+    """Convert official files of one kind.
+
+    Args:
+        files: Content by path.
+        forms: Form by path, as `recognize` returns it.
+        find: Finds the images.
+
+    Returns:
+        The entries of each split, train, val or test: CaptionedFile of captions, else dicts as the scripts read them.
+        The problems of what is left out.
+
+    Raises:
+        InputError: A file does not have its form throughout, or the files do not belong together.
+    """
+    kinds, lists, problems = set(forms.values()), defaultdict(list), []
+    contents = {}
+    for path, data in files.items():
+        data, form = data.removeprefix(codecs.BOM_UTF8), forms[path]
+        contents[path] = _read_lines(path, data, form, problems) if form.lines else _read_whole(path, data, form)
+    if kinds <= {VqaQuestions, VqaAnnotations}:
+        _convert_vqa(contents, find, lists, problems)
+    elif len(kinds) == 1:
+        steps = {CocoCaptions: _convert_coco, KarpathySplit: _convert_karpathy, Nlvr2Line: _convert_nlvr2,
+                 SnliVeLine: _convert_snli_ve}  # fmt: skip
+        for path, content in contents.items():
+            steps[forms[path]](path, content, find, lists, problems)
+    else:
+        held = ", ".join(f"{path} holds {form.title}" for path, form in forms.items())
+        raise InputError(f"{held}: convert one kind at a time")
+    if not lists:
+        raise InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
+    return dict(lists), problems
+
+
+def _read_whole(path, data, form):
+    try:
+        return msgspec.json.decode(data, type=form)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: holds {form.title}, but not throughout ({error}): download it again") from None
+
+
+def _read_lines(path, data, form, problems):
+    """Return the objects of the lines with their places."""
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"{path} line {number}", msgspec.json.decode(line, type=form)))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                problems.append(f"{path} line {number}: {error}")
+    return rows
+
+
+def _usable(captions, where, problems):
+    """Return the captions that are not blank."""
+    usable = [caption for caption in captions if not is_blank(pre_caption(caption, MAX_WORDS))]
+    if len(usable) < max(1, len(captions)):
+        problems.append(f"{where}: {len(usable)} of {len(captions)} captions can be used, the others are empty")
+    return usable
+
+
+def _convert_coco(path, content, find, lists, problems):
+    captions = {image.id: (image.file_name, []) for image in content.images}
+    for number, annotation in enumerate(content.annotations):
+        if annotation.image_id in captions:
+            captions[annotation.image_id][1].append(annotation.caption)
+        else:
+            problems.append(f"{path} annotation {number} (counting from 0): no image has the id {annotation.image_id}")
+    for image_id, (name, texts) in captions.items():
+        folder = _FOLDER.search(f"{name} {os.path.basename(path)}")
+        if usable := _usable(texts, f"{path} image {image_id}", problems):
+            split = folder[1] if folder else "train"
+            lists[split].append(CaptionedFile(find(f"{folder[0]}/{name}" if folder else name), usable, image_id))
+
+
+def _convert_karpathy(path, content, find, lists, problems):
+    for number, image in enumerate(content.images):
+        where = f"{path} image {number} (counting from 0)"
+        if image.split not in _SPLITS:
+            problems.append(f"{where}: its split is {image.split!r}")
+        elif usable := _usable([sentence.raw for sentence in image.sentences], where, problems):
+            name = find("/".join(filter(None, (image.filepath, image.filename))))
+            image_id = next((key for key in (image.cocoid, image.imgid) if key is not None), number)
+            lists[_SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
+
+
+def _convert_vqa(contents, find, lists, problems):
+    """Join questions with the annotations of their subtype; without such they are to test on."""
+    answers = defaultdict(dict)  # by subtype and question_id
+    for content in contents.values():
+        if isinstance(content, VqaAnnotations):
+            answers[content.data_subtype].update({found.question_id: found for found in content.annotations})
+    asked = {content.data_subtype for content in contents.values() if isinstance(content, VqaQuestions)}
+    for path, content in contents.items():
+        subtype = content.data_subtype
+        if isinstance(content, VqaAnnotations):
+            if subtype not in asked:
+                raise InputError(f"{path}: holds the annotations of {subtype} without the questions: name their file, too")
+            continue
+        folder = subtype.replace("-dev", "")
+        split = next((split for split in ("train", "val") if subtype.startswith(split)), "test")
+        for question in content.questions:
+            entry = {"image": f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg", "question": question.question,
+                     "question_id": question.question_id, "dataset": "vqa"}  # fmt: skip
+            if subtype in answers:
+                found = answers[subtype].get(question.question_id)
+                if found is None or found.image_id != question.image_id:
+                    other = "there is no annotation" if found is None else f"its annotation is of image {found.image_id}"
+                    problems.append(f"{path} question {question.question_id} of image {question.image_id}: {other}")
+                    continue
+                entry |= {"answer": [one.answer for one in found.answers], "answer_type": found.answer_type}
+            lists[split if subtype in answers else "test"].append(entry | {"image": find(entry["image"])})
+
+
+def _convert_nlvr2(path, rows, find, lists, problems):
+    for _, row in rows:
+        split = row.identifier.partition("-")[0]
+        folder = f"images/train/{row.directory}" if split == "train" else split
+        stem = row.identifier.rpartition("-")[0]
+        images = [find(f"{folder}/{stem}-img{number}.png") for number in (0, 1)]
+        entry = {"images": images, "sentence": row.sentence, "label": row.label}
+        lists[_SPLITS[split.rstrip("0123456789")]].append(entry)
+
+
+def _convert_snli_ve(path, rows, find, lists, problems):
+    named = re.search("train|val|dev|test", os.path.basename(path))
+    split = _SPLITS[named[0]] if named else "train"
+    for where, row in rows:
+        if row.label in _LABELS:
+            image = find(row.image.removesuffix(".jpg"), ".jpg")
+            lists[split].append({"image": image, "sentence": row.sentence, "label": row.label})
+        else:
+            problems.append(f"{where}: its gold_label is {row.label!r}")

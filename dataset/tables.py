@@ -1,0 +1,223 @@
+"""Captions as people have them: tables (CSV, TSV, JSON lines, JSON lists) and folders of images with text files."""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dataset.annotations import read_json_list
+from dataset.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, image_and_captions
+from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
+from utils import InputError
+
+# names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
+PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
+         "img", "img_path", "photo", "picture")
+TEXTS = ("caption", "captions", "text", "description", "sentence", "alt_text", "alt", "comment", "title")
+DELIMITERS = ",\t;|"
+
+
+def decode(path: str, data: bytes, encoding: str | None = None) -> str:
+    """Decode a table, by default from UTF-8, or from UTF-16 if it begins with its mark. Raises InputError."""
+    try:
+        utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode(encoding or ("utf-16" if utf16 else "utf-8-sig"))
+    except LookupError as error:
+        raise InputError(f"--encoding: {error}") from None
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
+                         "as --encoding cp1252") from None
+
+
+def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) for lines of JSON; the value is a ValueError if the line is not valid."""
+    for line, row in enumerate(io.StringIO(text, newline=""), 1):
+        if row.strip():
+            try:
+                yield f"line {line}", json.loads(row)
+            except (ValueError, RecursionError) as error:
+                yield f"line {line}", ValueError(f"not valid JSON ({error})")
+
+
+def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, {column: value}) for the rows of a CSV or TSV table, a ValueError for a row with other columns.
+
+    A quoted value may hold delimiters and line breaks (RFC 4180). In a row that is not quoted that way, double quotes are
+    letters: the quote is not closed before the next line that is a row by itself, or characters follow the closing quote.
+
+    Args:
+        is_row: Tells whether a row that may begin on a line does so.
+        notes: Takes the places of the rows whose quotes are letters.
+    """
+    lines = list(io.StringIO(text, newline=""))
+    delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
+    names, at = None, 0
+
+    def as_letters(line):
+        return [cell.strip(" ") for cell in line.rstrip("\r\n").split(delimiter)]
+
+    def begins_row(line):
+        cells = [cell.strip('"') for cell in as_letters(line)]
+        return len(cells) == len(names) and is_row(dict(zip(names, cells)))
+
+    def record():
+        """Yield the lines of the record at `at`, up to a line that begins another."""
+        for number in range(at, len(lines)):
+            if number > at and names and begins_row(lines[number]):
+                return  # the reader misses the closing quote
+            read.append(number)
+            yield lines[number]
+
+    while at < len(lines):
+        read, problem = [], ""
+        try:
+            cells = next(csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True))
+        except csv.Error as error:
+            cells, problem, read = None, f" ({error})", [at]
+        place, width = f"line {at + 1}", len(names or ())
+        wrong = cells is None or names and any(cells) and len(cells) != width
+        if wrong and len(read) == 1:
+            letters = as_letters(lines[at])
+            if len(letters) == width or not names:
+                cells, wrong = letters, False
+                notes.append(place)
+            count = len(letters)
+        elif wrong:
+            count = len(cells)
+        at += len(read)
+        if names is None:
+            names = [cell.strip() for cell in cells]
+        elif wrong:
+            yield place, ValueError(f"{count} columns, but line 1 has {width}{problem}; a text that holds {delimiter!r} must "
+                                    "stand in double quotes, and a double quote in it be doubled")
+        elif any(cells):  # spreadsheets end in rows of empty cells
+            yield place, dict(zip(names, cells))
+
+
+def find_columns(names, path_column: str | None, text_column: str | None, path: str) -> tuple[str, str]:
+    """Return the columns of paths and captions: as named, else the first known. Raises InputError if there are none."""
+    known_as = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in names} | {name: name for name in names}
+    columns = []
+    for wanted, known, flag in (path_column, PATHS, "--path"), (text_column, TEXTS, "--text"):
+        found = next((known_as[name] for name in ([wanted] if wanted else known) if name in known_as), None)
+        if found is None:
+            raise InputError(f"{path}: none of the columns {', '.join(map(repr, names))} is called "
+                             f"{wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or TSV file "
+                             "names the columns)")
+        columns.append(found)
+    return tuple(columns)
+
+
+def read_table(
+    path: str, data: bytes, image_root: str, *, encoding: str | None = None, path_column: str | None = None,
+    text_column: str | None = None,
+) -> tuple[dict[str, list[str]], list[str], str]:  # fmt: skip
+    """Read a table.
+
+    Returns:
+        The captions by image path, the problems of the rows that cannot be used, and what was read in words.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    text, columns, notes = decode(path, data, encoding), None, []
+    captions, problems = {}, []
+
+    def columns_of(row):
+        nonlocal columns
+        columns = columns or find_columns(row, path_column, text_column, path)
+        return columns
+
+    def is_row(row):
+        image = row[columns_of(row)[0]].strip()
+        suffix = os.path.splitext(image)[1][1:].lower()
+        return suffix in IMAGE_SUFFIXES or image != "" and _find(image, image_root) is not None
+
+    if text.lstrip().startswith("["):
+        rows = ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path))
+    else:
+        rows = read_json_lines(text) if text.lstrip().startswith("{") else read_csv(text, is_row, notes)
+    for place, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+            image, texts = _pair(row, columns_of(row), image_root)
+        except InputError:
+            raise
+        except ValueError as error:
+            problems.append(f"{path} {place}: {error}")
+        else:
+            captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
+    found = "images from column {!r}, captions from column {!r}".format(*columns) if columns else "no rows"
+    if notes:
+        found += f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
+    return {image: list(texts) for image, texts in captions.items()}, problems, found
+
+
+def _find(image, image_root):
+    """Return the spelling of a path that is a file, None if there is none; Windows writes folders with backslashes."""
+    spellings = image, image.replace("\\", "/")
+    return next((name for name in spellings if os.path.isfile(os.path.join(image_root, name))), None)
+
+
+def _pair(row, columns, image_root):
+    """Image path and captions of a row. Raises ValueError if it cannot be used."""
+    image, texts = map(row.get, columns)
+    if not isinstance(image, str) or not image.strip():
+        raise ValueError(f"{columns[0]!r} is empty or not text")
+    found = _find(image.strip(), image_root)
+    if found is None:
+        raise ValueError(f"image {os.path.join(image_root, image.strip())} does not exist; paths start from --image_root")
+    texts = _clean(texts if isinstance(texts, list) else [texts])
+    if not texts:
+        raise ValueError(f"{columns[1]!r} is empty or not text")
+    return os.path.normpath(found), texts
+
+
+def _clean(texts):
+    """Return texts on one line each, [] if one of them is blank or no text."""
+    if not all(isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts):
+        return []
+    return [" ".join(without_halves(text).split()) for text in texts]
+
+
+def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], list[str], str]:
+    """Read the images of a folder and of those in it, with their captions in .txt or .json files of the same names.
+
+    Captions are those of a sample of shards: .txt, else "caption" in .json. Returns what `read_table` does; paths start from
+    `image_root`.
+    """
+    captions, problems = {}, []
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        there, stems = set(names), set()
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if name.startswith(".") or suffix[1:].lower() not in IMAGE_SUFFIXES:
+                continue
+            path = os.path.join(parent, name)
+            stems.add(stem)
+            try:
+                sample = {"__key__": stem, suffix[1:].lower(): b""}
+                for kind in CAPTION_SUFFIXES:
+                    if f"{stem}.{kind}" in there:
+                        sample[kind] = Path(parent, f"{stem}.{kind}").read_bytes()
+                texts = _clean(image_and_captions(sample, path)[1])
+                if not texts:
+                    raise InputError(f"{path}: its caption is empty")
+                captions[os.path.relpath(path, image_root or os.curdir)] = texts
+            except OSError as error:
+                problems.append(f"{path}: its caption cannot be read ({error.strerror})")
+            except InputError as error:
+                problems.append(str(error))
+        texts_alone = (name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems)
+        problems += [f"{os.path.join(parent, name)}: no image of this name" for name in texts_alone]
+    return captions, problems, "captions from .txt and .json files of the images' names"
