@@ -33,7 +33,7 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     for indices, batch in divide(dataset, config, device, "expressions", collate):
         with autocast(config, device):
             maps = text_gradcam(model, batch.image, batch.text, mode, block_num)
-        found.update(zip(indices, zip(batch.ref_ids, maps.float().cpu().numpy())))
+        found.update(zip(indices, zip(batch.ref_ids, maps.cpu().numpy())))
     return gather(found)
 
 

@@ -54,7 +54,7 @@ def fuse(bert, text_embeds, mask, image_embeds):
 
 
 def feature(proj, embeds):
-    return F.normalize(proj(embeds[:, 0]).float(), dim=-1)
+    return F.normalize(proj(embeds[:, 0]), dim=-1)
 
 
 def pretrain_losses(model, image, text, alpha, masked):
@@ -93,13 +93,13 @@ def pretrain_losses(model, image, text, alpha, masked):
     input_ids, labels = masked
     with torch.no_grad():
         fused_m = fuse(model.bert_m, encode_text(model.bert_m, input_ids, mask), mask, image_embeds_m)
-        soft = model.text_encoder_m.cls.predictions(fused_m).float().softmax(dim=-1)
-    logits = model.mlm_logits(fuse(model.bert, encode_text(model.bert, input_ids, mask), mask, image_embeds)).float()
+        soft = model.text_encoder_m.cls.predictions(fused_m).softmax(dim=-1)
+    logits = model.mlm_logits(fuse(model.bert, encode_text(model.bert, input_ids, mask), mask, image_embeds))
     hard = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     distilled = -(logits.log_softmax(dim=-1) * soft).sum(dim=-1)[labels != -100].mean()
     return {
         "loss_ita": (loss_i2t + loss_t2i) / 2,
-        "loss_itm": F.cross_entropy(itm_logits.float(), itm_labels),
+        "loss_itm": F.cross_entropy(itm_logits, itm_labels),
         "loss_mlm": (1 - alpha) * hard + alpha * distilled,
     }
 
@@ -113,7 +113,7 @@ def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_ma
 
     def score(text, image):  # as many indices of each
         fused = fuse(model.bert, text_embeds[text], attention_mask[text], image_embeds[image])
-        return model.itm_logits(fused)[:, 1].float()
+        return model.itm_logits(fused)[:, 1]
 
     sim = feature_similarity(image_feat, text_feat)
     scores_i2t, scores_t2i = torch.full_like(sim, -100.0), torch.full_like(sim.T, -100.0)
@@ -140,7 +140,7 @@ def rank_answers(model, image, question, answer_list, k):
             hidden = attention(layer.attention, hidden, hidden, causal)
             hidden = attention(layer.crossattention, hidden, states, states_mask)
             hidden = layer.output(layer.intermediate(hidden), hidden)
-        return decoder.cls.predictions(hidden).float()
+        return decoder.cls.predictions(hidden)
 
     ids = answer_list.input_ids
     first = logits(ids[:1, :1].repeat(len(image), 1), states, mask)[:, 0].softmax(dim=1)[:, ids[:, 1]]

@@ -162,7 +162,7 @@ class Inference:
         """Return the probabilities that images and texts belong together (ITM), of all pairs: [NI, NT], one pair a float."""
         (images, one_image), (texts, one_text) = as_images(images), self._captions(texts)
         pairs = torch.ones(len(images), len(texts), dtype=torch.bool)
-        probs = self._itm(images, texts, pairs, lambda logits: logits.float().softmax(dim=1)[:, 1])
+        probs = self._itm(images, texts, pairs, lambda logits: logits.softmax(dim=1)[:, 1])
         return _unwrap(probs, one_image, one_text)
 
     @serves(*ALIGNED)
@@ -231,7 +231,7 @@ class Inference:
         found, maps, sizes = [], [], []
         for part, image, part_sizes in self._batches(items):
             tokens = tokenize(texts[part], self.tokenizer, MAX_TOKENS).to(self.device)
-            heat = text_gradcam(self.model, *image, tokens, mode, block_num).float()
+            heat = text_gradcam(self.model, *image, tokens, mode, block_num)
             if mode == "itm":  # the mean over its own tokens, however many the longest text of the batch has
                 heat *= (tokens.attention_mask.shape[1] / tokens.attention_mask.sum(dim=1))[:, None, None]
             maps += heat.cpu()
@@ -282,7 +282,7 @@ class Inference:
         probs = []
         for part, image, _ in self._batches(items):
             tokens = tokenize(texts[part], self.tokenizer).to(self.device)
-            probs += self.model.predict(*image, tokens).float().softmax(dim=1).tolist()
+            probs += self.model.predict(*image, tokens).softmax(dim=1).tolist()
         return probs, one
 
     # -----------------------------------------------------------------------------------------------------------------

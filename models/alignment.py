@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.albef import ALBEF
+from models.head import Head
 from models.losses import itc_loss, sample_negatives, similarities
 from models.momentum import update_momentum_
 from models.queue import enqueue_
@@ -41,10 +42,10 @@ class Alignment(ALBEF):
         self.distilled = distill if isinstance(distill, list) else self.objectives * distill
         self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives
         width = self.bert_config["hidden_size"]
-        self.vision_proj = nn.Linear(config["vision_width"], config["embed_dim"])
-        self.text_proj = nn.Linear(width, config["embed_dim"])
+        self.vision_proj = Head(config["vision_width"], config["embed_dim"])
+        self.text_proj = Head(width, config["embed_dim"])
         self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
-        self.itm_head = nn.Linear(width, 2)
+        self.itm_head = Head(width, 2)
         self.add_momentum("visual_encoder", "vision_proj", "text_encoder", "text_proj")
         for queue in ("image_queue", "text_queue"):
             self.register_buffer(queue, feature_queue(config["embed_dim"], config["queue_size"]))
@@ -55,17 +56,17 @@ class Alignment(ALBEF):
         encoder = self.visual_encoder_m if momentum else self.visual_encoder
         proj = self.vision_proj_m if momentum else self.vision_proj
         image_embeds = encoder.forward_features(image)
-        return image_embeds, F.normalize(proj(image_embeds[:, 0]).float(), dim=-1)
+        return image_embeds, F.normalize(proj(image_embeds[:, 0]), dim=-1)
 
     def encode_text(self, text, momentum=False):
         """text with input_ids [B, L] -> text_embeds [B, L, C] and text_feat [B, D], g_w(w_cls) normalized, float32."""
         bert = self.bert_m if momentum else self.bert
         proj = self.text_proj_m if momentum else self.text_proj
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
-        return text_embeds, F.normalize(proj(text_embeds[:, 0]).float(), dim=-1)
+        return text_embeds, F.normalize(proj(text_embeds[:, 0]), dim=-1)
 
     def itm_logits(self, fused):
-        """fused [B, L, C] -> logits [B, 2] from the [CLS] position: not matched, matched."""
+        """fused [B, L, C] -> logits [B, 2] in float32 from the [CLS] position: not matched, matched."""
         return self.itm_head(fused[:, 0])
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class Alignment(ALBEF):
                 length = lengths[texts[min(start + rows, len(texts)) - 1]]
                 embeds, mask = (x[bucket, :length].to(device) for x in (text_embeds, attention_mask))
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
-                scores[image, bucket.to(device)] = score(self.itm_logits(fused)).float()
+                scores[image, bucket.to(device)] = score(self.itm_logits(fused))
         if is_distributed():
             dist.all_reduce(scores, op=dist.ReduceOp.MAX)
         return scores

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.head import Head
+
 
 def compute_dtype(tensor):
     """The dtype that a matrix product of a tensor has: autocast's where it is on."""
@@ -250,7 +252,7 @@ class PredictionTransform(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config["hidden_size"], config["hidden_size"])
+        self.dense = Head(config["hidden_size"], config["hidden_size"])
         self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
 
     def forward(self, hidden):
@@ -258,13 +260,13 @@ class PredictionTransform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """hidden [..., C] -> vocabulary logits [..., V]; the decoder's weight is the word embedding."""
+    """hidden [..., C] -> vocabulary logits [..., V] in float32; the decoder's weight is the word embedding."""
 
     def __init__(self, config, word_embeddings):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(config["vocab_size"]))
         self.transform = PredictionTransform(config)
-        self.decoder = nn.Linear(config["hidden_size"], config["vocab_size"])
+        self.decoder = Head(config["hidden_size"], config["vocab_size"])
         self.transform.apply(lambda module: init_weights(module, config["initializer_range"]))
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias

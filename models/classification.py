@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from models.albef import ALBEF
+from models.head import Head
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
 
@@ -26,7 +27,7 @@ class Classifier(ALBEF):
 
     @staticmethod
     def build_head(width, classes):
-        return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+        return nn.Sequential(Head(width, width), nn.ReLU(), Head(width, classes))
 
     def keys_values(self, bert, image_embeds):
         """The images' keys and values for each multimodal layer of bert, from the embeddings of all images."""

@@ -32,8 +32,8 @@ def _recorded(*attentions):
 
 
 def _heat(attention, gradient, grid):
-    """attention and its gradient [B, heads, ..., 1+N] -> heat maps [B, ..., h, w]."""
-    return (attention * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
+    """attention and its gradient [B, heads, ..., 1+N] -> heat maps [B, ..., h, w] in float32, as boxes are ranked by them."""
+    return (attention.float() * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
 
 
 def default_block(model, mode="itm", words=False):

@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.albef import ALBEF
+from models.alignment import feature_similarity
 from models.bert import BertModel
 from models.classification import Classifier
+from models.head import Head
 from models.losses import draw
 
 IMAGE_TEMP = 0.07  # of the image-image similarities that negatives are drawn by; a constant, not the learned temp
@@ -73,10 +75,10 @@ class TextAssignment(ALBEF):
     def __init__(self, config, tokenizer=None):
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
         width = self.bert_config["hidden_size"]
-        self.vision_proj = nn.Linear(config["vision_width"], config["embed_dim"])
-        self.text_proj = nn.Linear(width, config["embed_dim"])
+        self.vision_proj = Head(config["vision_width"], config["embed_dim"])
+        self.text_proj = Head(width, config["embed_dim"])
         self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
-        self.ta_head = nn.Linear(width, 3)
+        self.ta_head = Head(width, 3)
 
     def idle_parameters(self):
         # in the released checkpoints, but only image features are used here, to draw negatives
@@ -88,9 +90,8 @@ class TextAssignment(ALBEF):
 
         The softmax of image-image similarity / 0.07, a row's own image then set to 0 without scaling up the others.
         """
-        with torch.autocast(image_embeds.device.type, enabled=False):
-            feat = F.normalize(self.vision_proj(image_embeds[:, 0].float()), dim=-1)
-            return (feat @ feat.T / IMAGE_TEMP).softmax(dim=1).fill_diagonal_(0)
+        feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
+        return (feature_similarity(feat, feat) / IMAGE_TEMP).softmax(dim=1).fill_diagonal_(0)
 
     def _classify(self, image_embeds, first, second, text):
         keys_values = self.bert.pair_keys_values(image_embeds, first, second)
@@ -124,6 +125,6 @@ class TextAssignment(ALBEF):
         """
         image_embeds = self.visual_encoder.forward_features(image)
         first, second, label = self.draw_pairs(image_embeds)
-        logits = self._classify(image_embeds, first, second, text).float()
+        logits = self._classify(image_embeds, first, second, text)
         loss = F.cross_entropy(logits, label)
         return {"loss": loss if len(image) > 1 else 0 * loss}

@@ -1,9 +1,8 @@
 """Query-ad relevance: is an image with its words relevant to a query?"""
 
-from torch import nn
-
 from models.bert import BertModel
 from models.classification import Classifier
+from models.head import Head
 
 
 class Relevance(Classifier):
@@ -12,7 +11,7 @@ class Relevance(Classifier):
     The classifier is the ITM head, which pre-training has taught whether an image and a text match.
     """
 
-    head, build_head = "itm_head", staticmethod(nn.Linear)
+    head, build_head = "itm_head", Head
 
     def __init__(self, config, tokenizer=None):
         super().__init__(config, BertModel, tokenizer, classes=2)

@@ -105,7 +105,7 @@ class VQA(ALBEF):
         keys_values, mask = self.encode_question(image, question)
         start = answer_list.input_ids[:1, :1].expand(len(image), 1)
         hidden, past = self.text_decoder(start, keys_values, mask)
-        probs = self.text_decoder.cls.predictions(hidden[:, 0]).float().softmax(dim=1)
+        probs = self.text_decoder.cls.predictions(hidden[:, 0]).softmax(dim=1)
         first, candidates = probs[:, answer_list.input_ids[:, 1]].topk(k, dim=1)  # [B, k]
         ids, lengths = answer_list.input_ids[candidates], lengths[candidates]
         scores = 2 * first.log() + after_first(ids, lengths, mask, keys_values, past)
@@ -131,7 +131,7 @@ class VQA(ALBEF):
                 parent = row.new_empty(len(prefixes)).index_copy_(0, new_row, row[alive])
                 own_past = [(keys[parent], values[parent]) for keys, values in own_past]
                 hidden, own_past = self.text_decoder(prefixes[:, -1:], own_keys_values, mask[one], own_past)
-                logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()  # [P, V]
+                logits = self.text_decoder.cls.predictions(hidden[:, 0])  # [P, V]
                 total[alive] += logits[new_row, own_ids[alive, position + 1]] - logits.logsumexp(dim=1)[new_row]
                 row[alive] = new_row
         return totals
@@ -150,7 +150,7 @@ class VQA(ALBEF):
                 own, tokens = rows[part], flat_ids[part, 1:width]
                 own_past = [(keys[own], values[own]) for keys, values in past]
                 hidden, _ = self.text_decoder(tokens[:, :-1], keys_values, mask, own_past, own)
-                logits = self.text_decoder.cls.predictions(hidden).float()  # [R, width - 2, V]
+                logits = self.text_decoder.cls.predictions(hidden)  # [R, width - 2, V]
                 log_probs = logits.gather(2, tokens[:, 1:, None]).squeeze(2) - logits.logsumexp(dim=2)
                 is_token = torch.arange(2, width, device=ids.device) < flat_lengths[part, None]
                 totals[part] = (log_probs * is_token).sum(dim=1)
@@ -171,7 +171,7 @@ class VQA(ALBEF):
         for _ in range(max_length):
             rows = torch.arange(batch, device=device).repeat_interleave(tokens.shape[1])
             hidden, past = self.text_decoder(tokens[:, :, -1].reshape(-1, 1), keys_values, mask, past, rows)
-            logits = self.text_decoder.cls.predictions(hidden[:, 0]).float()
+            logits = self.text_decoder.cls.predictions(hidden[:, 0])
             log_probs = logits.log_softmax(dim=1).unflatten(0, (batch, -1))  # [B, beams, V]
             ended = tokens[:, :, -1] == ids.eos
             log_probs[ended] = -torch.inf

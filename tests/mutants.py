@@ -36,6 +36,7 @@ TESTS = {
     "models/pretrain.py": "pretrain_model trajectory loop",
     "models/retrieval.py": "retrieval_model loop",
     "models/bert.py": "pretrain_model retrieval_model vqa_model classification_models loop compile",
+    "models/head.py": "head",
     "models/vit.py": "pretrain_model",
     "models/decoder.py": "vqa_model",
     "models/vqa.py": "vqa_model loop",
@@ -117,6 +118,7 @@ MUTANTS = [
     Mutant("models/queue.py", "ptr.copy_((ptr + count) % size)", "ptr.copy_((ptr + count).clamp(max=size - 1))"),
     Mutant("models/queue.py", ".isfinite().all(dim=1)", ".isnan().all(dim=1).logical_not()"),
     # networks
+    Mutant("models/head.py", "enabled=False", "enabled=torch.is_autocast_enabled(hidden.device.type)"),
     Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n        self.register_buffer",
            "self.dropout = nn.Dropout(0)\n        self.register_buffer"),
     Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n\n", "self.dropout = nn.Dropout(0)\n\n"),
@@ -254,7 +256,7 @@ MUTANTS = [
     Mutant("evaluation/attributes.py", "attribute.type.replace(\" tone\", \"\")", "attribute.type"),
     Mutant("evaluation/relevance.py", "logits[:, 1] - logits[:, 0]", "logits[:, 0] - logits[:, 1]"),
     Mutant("evaluation/relevance.py", "(index + len(self) // 2) % len(self)", "index"),
-    Mutant("models/relevance.py", "\"itm_head\", staticmethod", "\"cls_head\", staticmethod"),
+    Mutant("models/relevance.py", "\"itm_head\", Head", "\"cls_head\", Head"),
     Mutant("dataset/attributes.py", "annotation.area >= MIN_AREA", "annotation.area > MIN_AREA"),
     # loading
     Mutant("dataset/text.py", "replace(\"<person>\", \"person\")", "replace(\"<person>\", \"\")"),

@@ -1,0 +1,16 @@
+"""The layer of which projections, classifiers and vocabulary heads are made."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Head(nn.Linear):
+    """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [..., C_out].
+
+    What ranks comes out of such layers. Rounded to bf16, which has 8 significant bits, the scores of different inputs tie.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
