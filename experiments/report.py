@@ -6,8 +6,7 @@
 Numbers come from log.txt of the runs, minutes from what the driver has recorded, chance from the data. The keys of a table:
   columns   label, row and metric (its name in log.txt), in which {key} is replaced by the value of a line's key
   rows      by label the lines: the values for the columns, and `paper`, the paper's numbers by column
-  trends    from one line to another, or within a `row` from one column to another (pairs); the paper's difference is that of
-            its numbers, where it has none an improvement; flat: the most percent that count as no difference
+  trends    from one line to another, or within a `row` from one column to another (pairs)
   history   a metric of training to give by epoch, of the run that each line names; picture: its curve
   pictures  files of runs to show
 """
@@ -19,20 +18,21 @@ import statistics
 from pathlib import Path
 
 from PIL import Image
+from scipy import stats
 
 from configs.flags import Flags
-from configs.schema import load_config
 from dataset import build_dataset
 from engine.curves import read_curves
 from evaluation.attributes import chance_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
-from experiments.run import expand, is_complete, minutes, read_experiments, read_record, rows_of, with_needs
+from experiments.run import (
+    effective_config, expand, is_complete, minutes, read_experiments, read_record, rows_of, with_needs,
+)  # fmt: skip
 from utils import InputError, atomic_write, run_script
 from visualize.draw import draw_lines
 
 PICTURE_WIDTH = 1100  # pixels of the pictures beside the page
-NO_DIFFERENCE = 0.1  # percent; where the paper's numbers differ by less there is no trend to compare with
-ONE_SEED = 1.0  # percent by which single runs may differ for no reason
+NO_DIFFERENCE = 0.1  # percent; if the paper's numbers differ by less there is no trend to compare with
 
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
@@ -56,73 +56,73 @@ def runs_of(name, rows):
 
 
 def values(name, metric, rows):
-    """Return a metric of all complete runs of a row, by seed where there are several."""
-    found = [value(row, metric) for row in runs_of(name, rows)]
-    return [number for number in found if number is not None]
+    """Return a metric of all complete runs of a row by seed, which is None for a row without seeds."""
+    found = {row.seed: value(row, metric) for row in runs_of(name, rows)}
+    return {seed: number for seed, number in found.items() if number is not None}
 
 
 def shown(numbers):
-    """Return mean ± standard deviation over seeds, "–" without a number."""
+    """Return the mean ± standard deviation of numbers by seed, "–" without a number."""
     if not numbers:
         return "–"
-    deviation = f" ± {statistics.stdev(numbers):.1f}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.1f}{deviation}"
+    deviation = f" ± {statistics.stdev(numbers.values()):.1f}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers.values()):.1f}{deviation}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # chance: a random ranking, class or box, for VQA the best answer of the list given to every question
 
 
-def _chance_retrieval(config):
-    test_set = build_dataset("retrieval_test", config)
+def _chance_retrieval(config, split):
+    test_set = build_dataset(f"retrieval_{split}", config)
     recalls = chance_recall(len(test_set.images), len(test_set.texts), test_set.img2txt)
     means = {f"{side}_r_mean": statistics.fmean(recalls[f"{side}_r{k}"] for k in (1, 5, 10)) for side in ("txt", "img")}
     return recalls | means
 
 
-def _chance_vqa(config):
-    questions = build_dataset("vqa_test", config)
+def _chance_vqa(config, split):
+    questions = build_dataset(f"vqa_{split}", config)
     annotations = questions.annotations()
+    if not (questions.answer_list and annotations):
+        return {}
     predictions = [[{"question_id": entry["question_id"], "answer": answer} for entry in annotations]
                    for answer in questions.answer_list]  # fmt: skip
     return {"acc": max(vqa_accuracy(constant, annotations)["overall"] for constant in predictions)}
 
 
-def _chance_grounding(config):
-    chances = {}
-    for split in ("val", "test"):
-        expressions = build_dataset(f"grounding_{split}", config)
-        refer, ref_ids = expressions.refer, [entry.ref_id for entry in expressions.entries]
-        chances |= chance_grounding(refer.refs, refer.boxes, expressions.detections, ref_ids)
+def _chance_grounding(config, split):
+    expressions = build_dataset(f"grounding_{split}", config)
+    refer, ref_ids = expressions.refer, [entry.ref_id for entry in expressions.entries]
+    chances = chance_grounding(refer.refs, refer.boxes, expressions.detections, ref_ids)
     return {name: 100 * share for name, share in chances.items()}
 
 
-def _chance_attributes(config):
-    means = mean_precisions(*chance_precisions(build_dataset("attributes_test", config)))
+def _chance_attributes(config, split):
+    means = mean_precisions(*chance_precisions(build_dataset(f"attributes_{split}", config)))
     return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
 
 
-CHANCE = {  # by script: the configuration -> percent by metric, without what stands before it in log.txt
+CHANCE = {  # by script: configuration, val or test -> percent by metric, without what stands before it in log.txt
     "Pretrain.py": _chance_retrieval, "Retrieval.py": _chance_retrieval, "VQA.py": _chance_vqa,
-    "VE.py": lambda config: {"acc": 100 / 3}, "NLVR.py": lambda config: {"acc": 100 / 2}, "Grounding.py": _chance_grounding,
-    "Attributes.py": _chance_attributes,
-    "Relevance.py": lambda config: dict.fromkeys(("auc", "auc_other_image", "auc_other_words"), 50),
+    "VE.py": lambda config, split: {"acc": 100 / 3}, "NLVR.py": lambda config, split: {"acc": 100 / 2},
+    "Grounding.py": _chance_grounding, "Attributes.py": _chance_attributes,
+    "Relevance.py": lambda config, split: dict.fromkeys(("auc", "auc_other_image", "auc_other_words"), 50),
 }  # fmt: skip
 
 
 @functools.cache
-def _chances(script, path):
-    try:
-        return CHANCE[script](load_config(path)) if script in CHANCE else {}
-    except InputError:  # the data is not there yet
-        return {}
+def _chances(script, config, split):
+    return CHANCE[script](json.loads(config), split)
 
 
 def chance(row, metric, rows):
-    """Return the percent of a run's metric that chance gives, None where it is not known."""
-    while "config" not in row.keys and row.keys.get("from"):  # an evaluation has the configuration of what it evaluates
-        row = rows[next(name for name in row.needs if name != "data")]
-    chances = _chances(row.keys["script"], row.keys.get("config"))
+    """Return the percent of a run's metric that chance gives with the run's own settings, None if it is not known."""
+    script, split = row.keys["script"], "val" if metric.startswith("val") else "test"
+    try:
+        config = effective_config(row, rows)
+        chances = _chances(script, json.dumps(config), split) if config and script in CHANCE else {}
+    except InputError:  # the data is not there yet
+        return None
     return next((number for name, number in chances.items() if metric.endswith(name)), None)
 
 
@@ -154,23 +154,40 @@ def print_tasks(content, output):
 # a page
 
 
-def compare(before, after, paper, flat=None):
-    """Return how two lists of numbers differ, how the paper's do, and whether that is the same trend, in words.
+def difference_interval(before: dict, after: dict) -> tuple[float, float]:
+    """Return the 95% t interval of the mean difference of numbers by seed, two or more each.
 
-    paper: its difference, None where it has no numbers and claims a rise; flat: the most percent that count as no difference.
+    If the seeds are the same, the differences are taken seed by seed; otherwise the interval is Welch's.
+    """
+    if before.keys() == after.keys():
+        test = stats.ttest_rel([after[seed] for seed in before], list(before.values()))
+    else:
+        test = stats.ttest_ind(list(after.values()), list(before.values()), equal_var=False)
+    return tuple(map(float, test.confidence_interval(0.95)))
+
+
+def compare(before: dict, after: dict, paper: float | None) -> str:
+    """Return the difference of numbers by seed with its 95% interval, the paper's, and the verdict on the paper's trend.
+
+    paper: the paper's difference; None if it has no numbers and claims a rise. Single runs have neither interval nor verdict.
     """
     if not before or not after:
         return "not run yet"
-    ours, several = statistics.fmean(after) - statistics.fmean(before), min(len(before), len(after)) > 1
-    error = sum(statistics.variance(some) / len(some) for some in (before, after)) ** 0.5 if several else ONE_SEED
-    text = f"{ours:+.1f}{f' ± {error:.1f}' if several else ''}" + ("" if paper is None else f" (the paper {paper:+.2f})")
-    if flat is not None:
-        return f"{text}, {'shows' if abs(ours) <= flat else 'does not show'}"
-    if paper is not None and abs(paper) < NO_DIFFERENCE:
-        return f"{text}, no trend in the paper"
-    if abs(ours) <= error:
-        return f"{text}, within the error"
-    return f"{text}, {'shows' if ours * (1 if paper is None else paper) > 0 else 'does not show'}"
+    notes, verdict = [], ""
+    if min(len(before), len(after)) > 1:
+        low, high = difference_interval(before, after)
+        notes.append(f"95% {low:+.1f} to {high:+.1f}")
+        rises = paper is None or paper > 0
+        if paper is not None and abs(paper) < NO_DIFFERENCE:
+            verdict = ", no trend in the paper"
+        elif low <= 0 <= high:
+            verdict = ", inconclusive"
+        else:
+            verdict = ", supported" if (low > 0) == rises else ", contradicted"
+    if paper is not None:
+        notes.append(f"the paper {paper:+.2f}")
+    difference = statistics.fmean(after.values()) - statistics.fmean(before.values())
+    return f"{difference:+.1f}" + f" ({'; '.join(notes)})" * bool(notes) + verdict
 
 
 def _runs(column, line, rows):
@@ -179,7 +196,7 @@ def _runs(column, line, rows):
 
 
 def _cell(column, line, rows):
-    """Return the numbers of a column in a line."""
+    """Return the numbers of a column in a line by seed."""
     return values(column["row"].format_map(line), column["metric"].format_map(line), rows)
 
 
@@ -197,7 +214,7 @@ def trend_lines(table, rows):
             before, after = _cell(columns[one], first, rows), _cell(columns[other], last, rows)
             missing += not before or not after
             shown_as = one.partition(",")[0] if one != other else one
-            parts.append(f"{shown_as} {compare(before, after, difference, trend.get('flat'))}")
+            parts.append(f"{shown_as} {compare(before, after, difference)}")
         parts = ["not run yet"] if missing == len(parts) else parts
         yield f"- **{label}**: {'; '.join(parts)}"
 
@@ -216,16 +233,17 @@ def number_table(table, rows):
         paper = line.get("paper", {})
         lines.append([label] + [shown(_cell(column, line, rows)) + (f" [{paper[column['label']]:.2f}]"
                       if column["label"] in paper else "") for column in columns])  # fmt: skip
-    guesses = [_column_chance(column, table["rows"].values(), rows) for column in columns]
-    lines.append(["chance"] + ["–" if guess is None else f"{guess:.1f}" for guess in guesses])
+    lines.append(["chance", *(_column_chance(column, table["rows"].values(), rows) for column in columns)])
     yield from markdown(["", *(column["label"] for column in columns)], lines)
     yield ""
     yield from trend_lines(table, rows)
 
 
 def _column_chance(column, lines, rows):
-    runs = [(run, column["metric"].format_map(line)) for line in lines for run in _runs(column, line, rows)]
-    return chance(*runs[0], rows) if runs else None
+    """Return the chance of a column's runs, its range if they have different ones, "–" if it is not known."""
+    found = [chance(run, column["metric"].format_map(line), rows) for line in lines for run in _runs(column, line, rows)]
+    known = sorted(guess for guess in found if guess is not None)
+    return " to ".join(dict.fromkeys(f"{guess:.1f}" for guess in known[:1] + known[-1:])) or "–"
 
 
 def history_table(table, rows, folder):

@@ -34,7 +34,7 @@ from typing import Annotated, NamedTuple, Required, TypedDict
 import msgspec
 
 from configs.flags import Flags, at_least
-from configs.schema import load_config, parse_yaml, with_defaults
+from configs.schema import load_config, override, parse_yaml, with_defaults
 from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
 
 RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
@@ -65,7 +65,7 @@ class Row(NamedTuple):
     keys: dict
     seed: int | None
     folder: Path
-    needs: list  # names of rows
+    needs: list  # names of rows, last the one that it starts from
     command: list  # without the interpreter
 
     @property
@@ -197,14 +197,34 @@ def rows_of(content, table, rows):
 # records
 
 
+def overrides(row: Row) -> list[str]:
+    """Return the values of --set on a row's command line, of the row's key `set` and of its flags."""
+    parser = Flags("")
+    parser.add_set()
+    return parser.parse_known_args(row.command)[0].set
+
+
+def effective_config(row: Row, rows: dict) -> dict:
+    """Return the configuration that a row's command runs with, {} if that is the default of its script.
+
+    A row without a configuration that starts from a run of the same script has the configuration of that run. Raises InputError.
+    """
+    if "config" in row.keys:
+        return load_config(row.keys["config"], overrides(row))
+    if row.keys.get("from", "random") != "random":
+        source = rows[row.needs[-1]]
+        config = effective_config(source, rows) if source.keys["script"] == row.keys["script"] else {}
+        return override(config, overrides(row), f"row {row.name}") if config else {}
+    return {}
+
+
 def settings(row, rows):
     """Return what a row's result depends on: its command, its whole configuration, and the same of what it starts from.
 
     Raises InputError where the configuration is not valid.
     """
     output = str(row.folder).removesuffix(row.name)
-    overrides = row.command[row.command.index("--set") + 1 :] if row.keys.get("set") else ()
-    config = load_config(row.keys["config"], overrides) if "config" in row.keys else {}
+    config = load_config(row.keys["config"], overrides(row)) if "config" in row.keys else {}
     return {
         "command": [part.removeprefix(output) for part in row.command],  # results may be moved
         "config": config,

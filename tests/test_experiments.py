@@ -227,24 +227,31 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     assert "4 of 6 runs are complete, 4 minutes together, each on one core." in text
     assert "| first | 52.0 ± 2.8 [77.00] |" in text and "| second | 60.0 [79.50] |" in text and "| third | – |" in text
     assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
-    assert "- **better**: VE +8.0 (the paper +2.50), shows" in text and "- **new**: not run yet" in text
+    assert "- **better**: VE +8.0 (the paper +2.50)\n" in text and "- **new**: not run yet" in text
     assert "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1." in text
     with Image.open(tmp_path / "docs/page/picture.png") as picture:
         assert picture.size == (1100, 50)
 
 
-@pytest.mark.parametrize(("before", "after", "paper", "flat", "said"), [
-    ([50, 52], [60, 62], 1.4, None, "+10.0 ± 1.4 (the paper +1.40), shows"),
-    ([60], [50], 1.4, None, "-10.0 (the paper +1.40), does not show"),
-    ([60], [50], -1.4, None, "-10.0 (the paper -1.40), shows"),
-    ([50, 60], [52, 62], None, None, "+2.0 ± 7.1, within the error"),
-    ([50], [60], 0.01, None, "+10.0 (the paper +0.01), no trend in the paper"),
-    ([50], [50.4], -0.03, 1, "+0.4 (the paper -0.03), shows"),
-    ([50], [50.4], 1.4, None, "+0.4 (the paper +1.40), within the error"),
-    ([50], [52], -0.03, 1, "+2.0 (the paper -0.03), does not show"),
+@pytest.mark.parametrize(("before", "after", "paper", "interval", "verdict"), [
+    ([50, 52, 54], [60, 63, 63], 1.4, (7.52, 12.48), "supported"),  # differences of 10, 11 and 9, seed by seed
+    ([50, 52, 54], [60, 63, 63], -1.4, (7.52, 12.48), "contradicted"),
+    ([60, 63, 63], [50, 52, 54], None, (-12.48, -7.52), "contradicted"),
+    ([50, 60, 70], [52, 61, 73], None, (-0.48, 4.48), "inconclusive"),
+    ([50, 52, 54], [50, 52, 54], None, (0, 0), "inconclusive"),
+    ([50, 52, 54], [60, 63, 63], 0.01, (7.52, 12.48), "no trend in the paper"),
+    ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),  # other seeds: Welch
+    ([50, 60, 70], [60, 70], None, (-19.88, 29.88), "inconclusive"),
+    ([50], [60], 1.4, None, None), ([50, 52], [60], None, None, None),
 ])  # fmt: skip
-def test_a_trend_shows_where_it_has_the_papers_direction_and_exceeds_its_error(before, after, paper, flat, said):
-    assert report.compare(before, after, paper, flat) == said
+def test_a_trend_has_a_verdict_by_its_interval_and_single_runs_have_none(before, after, paper, interval, verdict):
+    said = report.compare(dict(enumerate(before)), dict(enumerate(after)), paper)
+    if interval is None:
+        assert "95%" not in said and not said.endswith(("supported", "contradicted", "inconclusive"))
+        return
+    found = report.difference_interval(dict(enumerate(before)), dict(enumerate(after)))
+    assert found == pytest.approx(interval, abs=0.005)
+    assert f"95% {interval[0]:+.1f} to {interval[1]:+.1f}" in said and said.endswith(verdict)
 
 
 def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch, capsys):
@@ -264,13 +271,32 @@ def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch
     assert lines[-1][-4:] == ["33.1,", "one", "core", "each"]
 
 
-def test_chance_is_that_of_the_data(shapes, tiny_config, tmp_path):
+def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_config, tmp_path):
     """Whatever the model, what a run may reach by guessing is known from the files of its configuration."""
-    YAML(typ="safe").dump({key: tiny_config[key] for key in ("test_file", "image_root", "image_res")}, tmp_path / "config.yaml")
-    rows = expand({"rows": {"a": {"script": "Retrieval.py", "config": str(tmp_path / "config.yaml")}, "b": {
-        "script": "Retrieval.py", "from": "a/checkpoint_best.pth", "flags": "--evaluate"}}}, tmp_path / "out")  # fmt: skip
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps(json.loads((shapes / "test.json").read_text())[:6]))
+    keys = {key: tiny_config[key] for key in ("test_file", "image_root", "image_res")} | {"val_file": str(few)}
+    YAML(typ="safe").dump(keys, tmp_path / "config.yaml")
+    retrieval = {"script": "Retrieval.py", "config": str(tmp_path / "config.yaml")}
+    evaluation = {"script": "Retrieval.py", "from": "a/checkpoint_best.pth", "flags": "--evaluate", "needs": ["c"]}
+    rows = expand({"rows": {
+        "a": {**retrieval, "needs": ["c"]}, "b": evaluation, "c": {"script": "dataset.shapes"},
+        "of set": {**retrieval, "set": {"test_file": str(few)}}, "of flags": {**retrieval, "flags": f"--set test_file={few}"},
+        "its own": {**evaluation, "set": {"test_file": str(few)}}, "its source's": {**evaluation, "from": "of set"},
+        "another script's": {"script": "VQA.py", "from": "a"},
+    }}, tmp_path / "out")  # fmt: skip
     assert report.chance(rows["b"], "test_k16_img_r5", rows) == pytest.approx(100 * 5 / 12)
     assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(100 * (1 + 5 + 10) / 36)
+    for name in ("of set", "of flags", "its own", "its source's"):
+        assert report.chance(rows[name], "test_img_r5", rows) == pytest.approx(100 * 5 / 6)
+    assert report.chance(rows["a"], "val_img_r5", rows) == pytest.approx(100 * 5 / 6)
+    assert report.chance(rows["another script's"], "test_acc", rows) is None
+    table = {"columns": [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}],
+             "rows": {"first": {"row": "a"}, "second": {"row": "of set"}, "third": {"row": "another script's"}}}  # fmt: skip
+    assert "| chance | 41.7 to 83.3 |" in list(report.number_table(table, rows))
+
+
+def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):
     boxes = build_dataset("attributes_test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}).entries
     share = np.mean([np.mean([label == 1 for label in labels if label >= 0]) for labels in zip(*(box.labels for box in boxes))
                      if 1 in labels])  # fmt: skip
