@@ -26,7 +26,7 @@ query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show
 query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
 query.add_argument("-k", type=at_least(1), default=20, help="images to print")
 query.add_argument("--rerank", type=at_least(0), metavar="N", help="the N most similar images are ranked by how well "
-                   "they match the text (ITM), 0 for none; by default the checkpoint's k_test")  # fmt: skip
+                   "they match the text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
 query.add_argument("--html", metavar="PAGE", help="write a page of thumbnails, too")
 query.add_argument("--checkpoint", metavar="FILE", help="where the index's checkpoint lies now, if it has moved")
 query.add_argument("--device", **DEVICE)
@@ -94,7 +94,7 @@ def answer_query(args):
     for path, score in found:
         print(f"{score:8.3f}  {show(path)}")
     if args.html:
-        ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM)"
+        ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM), then by similarity (ITC)"
         with writing(Path(args.html)):
             write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
         print(f"wrote {args.html}")

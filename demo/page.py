@@ -97,7 +97,7 @@ def search(models, paths, features):
 
     def call(name, text, rerank):
         model = models[name]
-        count = min(RERANKED, model.config["k_test"], len(paths)) if rerank else 0
+        count = min(max(TOP, min(RERANKED, model.config["k_test"])), len(paths)) if rerank else 0
         try:
             best = model.rank(paths, text, TOP, count, image_features=features[name])
             found, said = [paths[index] for index, _ in best], "similarity of image and text (ITC), from −1 to 1"

@@ -265,8 +265,8 @@ def search(index, model, text=None, image=None, k=20, rerank=None):
     """Return the k images of an Index that fit best, [(path, score), ...], the best first; those that are gone are passed over.
 
     text: what they show; image: an example, as Inference.embed_images takes it; with both the mean of the similarities counts.
-    rerank: of so many candidates, by default k_test, the text's matching logit (ITM) is the score; 0, or without a text: the
-    similarity is. Raises InputError.
+    rerank: the number of candidates, by default k_test, that are ranked by the text's matching logit (ITM), their score; the
+    others follow by similarity, their score. Without a text similarity ranks all. Raises InputError.
     """
     if text is None and image is None:
         raise InputError("nothing to search for: give a text, an image or both")

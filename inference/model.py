@@ -170,9 +170,9 @@ class Inference:
         """Return the k best images for each text, [(index, score), ...], the best first; with of="texts" texts for each image.
 
         As in the evaluation (Section 5), the `rerank` candidates with the highest similarity, by default k_test, are ranked by
-        their ITM logit; with rerank=0 by similarity alone. image_features, text_features: from embed_images and embed_texts,
-        arrays of any float type, perhaps memory-mapped; images and texts are then read for the candidates alone, and those to
-        rank may be None where nothing is re-ranked. A single query gives a single list.
+        their ITM logit; the others follow by similarity, which is their score. image_features, text_features: from embed_images
+        and embed_texts, arrays of any float type, perhaps memory-mapped; images and texts are then read for the candidates
+        alone, and those to rank may be None where nothing is re-ranked. A single query gives a single list.
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
@@ -193,14 +193,15 @@ class Inference:
         queries, others = (text_feat, image_feat) if by_text else (image_feat, text_feat)
         scores, best = most_similar(_matrix(queries), _matrix(others), max(k, rerank), self.device)  # [Q, K]
         if rerank:
-            query = torch.arange(len(best))[:, None].expand_as(best)
-            image, text = (best, query) if by_text else (query, best)
+            candidates = best[:, :rerank]
+            query = torch.arange(len(best))[:, None].expand_as(candidates)
+            image, text = (candidates, query) if by_text else (query, candidates)
             (own_images, i), (own_texts, t) = (numbers.unique(return_inverse=True) for numbers in (image, text))
             pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
             pairs[i, t] = True
-            scores = self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)[i, t]
-            scores, order = scores.sort(dim=1, descending=True, stable=True)
-            best = best.gather(1, order)
+            matching = self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)[i, t]
+            scores[:, :rerank], order = matching.sort(dim=1, descending=True, stable=True)
+            best[:, :rerank] = candidates.gather(1, order)
         rows = [list(zip(*row)) for row in zip(best[:, :k].tolist(), scores[:, :k].tolist())]
         return rows[0] if (one_text if by_text else one_image) else rows
 

@@ -127,6 +127,18 @@ def test_rank_reads_only_the_candidates_where_features_are_given(models, photos)
     assert "re-ranking reads images and texts" in refusal(lambda: model.rank(None, "a star", image_features=features))
 
 
+@pytest.mark.parametrize("of", ["images", "texts"])
+def test_rank_scores_as_many_candidates_as_rerank_says_and_the_others_follow_by_similarity(models, photos, of):
+    model, texts = models["retrieval"], ["a red circle", "two blue squares", "a green star", "a pink moon", "a cross", "a heart"]
+    by_similarity = model.rank(photos, texts, k=6, rerank=0, of=of)
+    for found, similar in zip(model.rank(photos, texts, k=6, rerank=2, of=of), by_similarity):
+        assert {i for i, _ in found[:2]} == {i for i, _ in similar[:2]} and found[2:] == similar[2:]
+        assert found[0][1] >= found[1][1] and not close([s for _, s in found[:2]], [s for _, s in similar[:2]])
+    first = {i for i, _ in model.rank(photos, texts[0], k=2, rerank=0)}
+    readable = [path if i in first else "gone.jpg" for i, path in enumerate(photos)]
+    assert len(model.rank(readable, texts[0], k=6, rerank=2, image_features=model.embed_images(photos))) == 6
+
+
 def test_most_similar_goes_block_by_block(tmp_path):
     random = np.random.default_rng(0)
     np.save(tmp_path / "features.npy", random.standard_normal((2 * BLOCK + 500, 4)).astype(np.float16))
