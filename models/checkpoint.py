@@ -52,7 +52,7 @@ def existing_file(path):
     Raises InputError with the remedy where it is a folder, an address or nothing.
     """
     if str(path).startswith(("http://", "https://")):
-        raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
+        raise InputError(f"checkpoint {path} is an address: download it first and name the file")
     path = Path(path)
     if path.is_dir():
         best = best_file(path)
