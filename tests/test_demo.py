@@ -218,9 +218,13 @@ class Client:
         finally:
             connection.close()
 
-    def ask(self, image, text=TEXT, session="one"):
+    def ask(self, image, text=TEXT):
         """Return the message with which the function of the tab completes for an image as the browser names it."""
-        body = json.dumps({"data": [self.name, image, text], "fn_index": 0, "session_hash": session})
+        return self.call(0, [self.name, image, text])
+
+    def call(self, function, data, event=None, session="one"):
+        """Return the message with which a function of the page completes."""
+        body = json.dumps({"data": data, "fn_index": function, "session_hash": session, "event_data": event})
         assert self.request("POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
         events = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
         messages = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line]
@@ -264,6 +268,25 @@ def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F8
             answers["meta" in image].add(answer)
     assert len(answers[True]) == len(answers[False]) == 1  # whether a file exists is not told
     assert "bars" in str(client.ask({"path": uploaded})["output"]["data"])
+
+
+def test_a_found_image_of_any_folder_opens_in_match(page, models, photos, port, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the photos lie neither below it nor in the working directory
+    model = models["retrieval"]
+    blocks = page.build_page({"r": model}, {}, photos, {"r": model.embed_images(photos)})
+    page.launch(blocks, "127.0.0.1", port)
+    try:
+        client = Client(port, "r")
+        functions = json.loads(client.request("GET", "/config")[2])["dependencies"]
+        searching, choosing = (next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
+                               for event in ("click", "select"))  # fmt: skip
+        assert len(client.call(searching, ["r", TEXT, False])["output"]["data"][0]) == len(photos)
+        _, _, image, _ = client.call(choosing, ["r", None, TEXT], {"index": 0, "value": None})["output"]["data"]
+        assert Path(image["path"]).read_bytes() in [Path(photo).read_bytes() for photo in photos]
+        assert "bars" in str(client.call(choosing + 1, ["r", image, TEXT])["output"]["data"])
+    finally:
+        blocks.close(verbose=False)
 
 
 def test_other_hosts_and_origins_are_refused(client):
