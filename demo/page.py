@@ -30,6 +30,7 @@ RERANKED = 32  # candidates that it re-ranks at most: someone waits
 THUMBNAIL = 400  # pixels
 EXAMPLES = 4
 UPLOAD = 50 * 2**20  # bytes of a file at most
+SESSIONS = 100  # of browsers whose last search is kept
 CLEANING = (600, 3600)  # seconds between two cleanings, and the age from which they delete an uploaded file
 
 
@@ -248,6 +249,7 @@ def launch(page, host, port):
             enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False,
             theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
             css_paths=Path(__file__).with_name("page.css"), app_kwargs={"lifespan": guard}, max_file_size=UPLOAD,
+            state_session_capacity=SESSIONS,
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"--port {port}: the page cannot be served there: {error}") from None
