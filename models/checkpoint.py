@@ -77,13 +77,12 @@ def read_checkpoint(path):
     """
     published, path = is_repository(path), existing_file(path)
     verify_hash(path)
-    beside = config_beside(path) if path.suffix == ".safetensors" else {}
+    beside = config_beside(path) if path.name == REPOSITORY[0][0] else {}
     if published and not beside:
         raise InputError(f"checkpoint {path}: its config.json is not one of Export.py --to FOLDER/")
     try:
         if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-            content = {**content, **beside} if published else {**beside, **content}
+            content = {**_read_safetensors(path), **beside}
         else:
             is_zip = zipfile.is_zipfile(path)
             if is_zip:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 from unittest import mock
 
@@ -17,7 +18,7 @@ from configs.schema import FILE_KEYS, KEYS, PATH, PATHS, TEXT, load_config
 from helpers.hub import serve
 from inference import load_model
 from models import build_model
-from models.checkpoint import read_checkpoint
+from models.checkpoint import read_checkpoint, write_weights
 from models.hub import fetch
 from models.tokenizer import build_tokenizer, tokenizer_of
 from utils import seed_everything
@@ -241,15 +242,23 @@ def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export
             repository["main"] = commit
             fetch.cache_clear()
             assert f"config.json: {key} is " in refusal(load_model, "lab/a")
-    (tmp_path / "out/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
-    status, _, err = export(tmp_path / "out", "--push", "lab/b")
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
+    status, _, err = export(tmp_path / "old", "--push", "lab/b")
     assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
-    for content in (b"{", b"[]", b"{}", b"[" * 100_000):  # the weights may not bring another configuration
-        files["config.json"] = content
-        repository["commits"] = {(commit := hashlib.sha1(content).hexdigest()): files}
+    content = {**read_checkpoint(tmp_path / "out/model.safetensors"), "config": {**good, "tokenizer": "/dev/zero"}}
+    with open(tmp_path / "model.safetensors", "wb") as file:  # weights that bring another configuration
+        write_weights(file, ".safetensors", content.pop("model"), content)
+    files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    for config in (json.dumps(good).encode(), b"{", b"[]", b"{}", b"[" * 100_000):
+        files["config.json"] = config
+        repository["commits"] = {(commit := hashlib.sha1(config + b"2").hexdigest()): files}
         repository["main"] = commit
         fetch.cache_clear()
-        assert "config.json" in refusal(load_model, "lab/a")
+        if config.startswith(b'{"'):
+            assert load_model("lab/a", "cpu").config["tokenizer"].endswith(f"{commit}/vocab.txt")
+        else:
+            assert "config.json" in refusal(load_model, "lab/a")
 
 
 def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(run_folder, export, hub, tmp_path):
