@@ -116,7 +116,9 @@ def test_names_in_any_case_and_mirrors(download, server, tmp_path, monkeypatch):
     assert_error(download("nothing like it"), "json_pretrain")
     assert_error(download(url=False), "--list")
     for url in "file:///etc", "data:,x", "/etc", "http://[::1", "http://a b", "http://127.0.0.1:x", "http://127.0.0.1/\x1b[2J":
-        assert_error(download("vqa", "--url", url), "/vqa.pth")
+        result = download("vqa", "--url", url)
+        assert_error(result, "/vqa.pth")
+        assert "\x1b" not in result[2]
     server.files["vqa.pth"] = b"abc"
     assert download("vqa", "--url", f"{server.url}/a%00b")[0] == 0
     monkeypatch.setenv("ALBEF_MIRROR", "http://nowhere.invalid/ALBEF/")
