@@ -115,7 +115,8 @@ def main():
         print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
     features = embed(searching, paths) if paths else {}
     with tempfile.TemporaryDirectory(prefix="albef-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # copies of images that are shown
+        # copies of the images that are shown, and uploads, also unfinished ones
+        tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(models, data, paths, features)
         with interruptible("the page is closed"):
             launch(page, HOST, args.port)

@@ -24,19 +24,20 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCardData
 
-from configs.schema import ANNOTATION_KEYS, read_bert_config
+from configs.schema import ANNOTATION_KEYS, BERT_KEYS, FILE_KEYS, read_bert_config
 from engine.configuration import DEFAULTS, choose_config, task_in
 from models import task_of
-from models.checkpoint import METADATA, is_momentum, named_tensors, read_checkpoint, write_weights
-from models.hub import find_file, upload
+from models.checkpoint import METADATA, config_beside, is_momentum, named_tensors, read_checkpoint, write_weights
+from models.hub import check_repository, find_file, upload
 from models.tokenizer import FILES, tokenizer_of, vocabulary_of
 from utils import InputError, atomic_write, make_output_dir
 
 SUFFIXES = (".safetensors", ".pth")
+PUBLISHED = ["model.safetensors", "config.json", "README.md"]  # and the vocabulary
 CARD = """---
-# license: name one, see https://huggingface.co/docs/hub/repositories-licenses
-tags: [albef, vision-language]
+{metadata}
 ---
 
 # {name}
@@ -117,10 +118,12 @@ def export_folder(args):
     vocabulary = find_file(vocabulary_of(config), FILES, "tokenizer")
     tokenizer_of(config)  # which vocab_size: auto waits for
     name = "tokenizer.json" if vocabulary.suffix == ".json" else "vocab.txt"
-    config = {**config, "bert_config": read_bert_config(config["bert_config"]), "tokenizer": name}
+    data = {key: [Path(file).name for file in config[key]] for key in ANNOTATION_KEYS if config[key]}
+    bert_config = {key: value for key, value in read_bert_config(config["bert_config"]).items() if key in BERT_KEYS}
+    config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # no paths of this machine
+    config |= {"bert_config": bert_config, "tokenizer": name}
     epoch = content.get("epoch")
     metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)
-    data = {key: value for key, value in config.items() if value and (key in ANNOTATION_KEYS or key.endswith("_root"))}
     make_output_dir(folder, writes=False, flag="--to")
     files = {name: vocabulary.read_bytes(), "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
     files["README.md"] = model_card(args.push or folder.name, task, epoch, data, metrics).encode()
@@ -148,31 +151,42 @@ def metrics_of(log, epoch):
 
 def model_card(name, task, epoch, data, metrics):
     """Return the README.md of a repository, in Markdown; the license is left to the owner."""
-    data = "\n".join(f"- `{key}`: {', '.join(value) if isinstance(value, list) else value}" for key, value in data.items())
+    data = "\n".join(f"- `{key}`: {', '.join(names)}" for key, names in data.items())
     rows = "\n".join(f"| {key} | {value:.4g} |" for key, value in metrics.items())
     table = f"| metric | value |\n| --- | --- |\n{rows}" if rows else "The run's log.txt has no metrics of this epoch."
-    return CARD.format(name=name, task=task, epoch=f", epoch {epoch}" if isinstance(epoch, int) else "",
+    metadata = ModelCardData(tags=["albef", "vision-language"]).to_yaml()
+    return CARD.format(metadata=metadata, name=name, task=task, epoch=f", epoch {epoch}" if isinstance(epoch, int) else "",
                        data=data or "Not configured.", metrics=table)  # fmt: skip
+
+
+def published_files(folder):
+    """Return the names of the files of an exported folder. Raises InputError if one is missing or names files elsewhere."""
+    config = config_beside(folder / "model.safetensors").get("config", {})
+    names = [*PUBLISHED, Path(config.get("tokenizer") or "vocab.txt").name]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(f"--push: {folder} is not a folder that --to has written, it lacks {', '.join(missing)}: add --to "
+                         "FOLDER/, where what is published is written first")  # fmt: skip
+    return names
 
 
 def main():
     args = flags.parse_args()
-    source = Path(args.checkpoint)
-    if args.push and not args.to:
-        if not all((source / name).is_file() for name in ("model.safetensors", "config.json", "README.md")):
-            raise InputError(f"--push {args.push}: --checkpoint {source} is not a folder that --to has written: add --to "
-                             "FOLDER/, where what is published is written first")  # fmt: skip
-        args.to = args.checkpoint
-    elif not args.to:
-        raise InputError("--to is missing: name the file or the FOLDER/ to write")
-    elif args.to.endswith("/"):
-        export_folder(args)
-    elif args.push:
+    to_folder = bool(args.to) and args.to.endswith("/")
+    if args.push and args.to and not to_folder:
         raise InputError(f"--push {args.push}: a repository is a folder: end --to {args.to} with a slash")
-    else:
+    if not (args.push or args.to):
+        raise InputError("--to is missing: name the file or the FOLDER/ to write")
+    folder = Path(args.to or args.checkpoint)
+    if args.push and not to_folder:
+        published_files(folder)
+    if args.push and not args.overwrite:
+        check_repository(args.push)
+    if to_folder:
+        export_folder(args)
+    elif args.to:
         export_file(args)
     if args.push:
-        print(f"published {upload(args.to, args.push, args.public, args.overwrite)}")
+        print(f"published {upload(folder, published_files(folder), args.push, args.public)}")
 
 
 def export_file(args):

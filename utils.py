@@ -78,8 +78,9 @@ def run_script(main):
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error)
     except (TrainingStopped, InputError) as error:
-        # what a library says, which a message may hold, can have several lines
-        status, message = 2 if isinstance(error, InputError) else 1, f"error: {' '.join(str(error).splitlines())}"
+        # a library's or a server's text in a message can have several lines and escape sequences of the terminal
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).splitlines()))
+        status, message = 2 if isinstance(error, InputError) else 1, f"error: {text}"
         # most likely all processes say the same; the launcher ends this one once the first has left
         time.sleep(min(_launched_rank(), 8))
     except Exception as error:

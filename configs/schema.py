@@ -181,6 +181,9 @@ OTHER_NAMES = {  # in released files, which have the learning rate twice
 }  # fmt: skip
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 ANNOTATION_KEYS = [key for key, (_, kind) in KEYS.items() if kind is PATHS]
+# of files and folders, or of hub repositories
+FILE_KEYS = [*ANNOTATION_KEYS, "image_root", "vqa_root", "vg_root", "answer_list", "refcoco_data", "det_file", "coco_file",
+             "bert_config", "text_encoder", "vision_encoder", "tokenizer"]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checks

@@ -1,5 +1,6 @@
 """The page: a tab for each thing that the given checkpoints can do, served on this machine alone."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -7,8 +8,11 @@ from typing import Callable, NamedTuple
 os.environ["GRADIO_RUN_HISTORY"] = "False"  # versions that have it keep what was asked in the browser
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from gradio.utils import get_upload_folder
 from PIL import Image
-from starlette.middleware import Middleware
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
 
 from dataset.base import evenly
 from demo import results
@@ -20,11 +24,14 @@ from utils import InputError
 # write a stub file beside this one.
 gr.Image.preprocess = lambda self, given: given and given.path
 # whatever a version of Gradio asks other hosts for (fonts, scripts), the browser refuses to
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 TOP = 12  # images that a search shows
 RERANKED = 32  # candidates that it re-ranks at most: someone waits
 THUMBNAIL = 400  # pixels
 EXAMPLES = 4
+UPLOAD = 50 * 2**20  # bytes of a file at most
+SESSIONS = 100  # of browsers whose last search is kept
+CLEANING = (600, 3600)  # seconds between two cleanings, and the age from which they delete an uploaded file
 
 
 class Tab(NamedTuple):
@@ -52,23 +59,35 @@ TABS = (
 
 
 class LocalOnly:
-    """Have every response carry POLICY."""
+    """Refuse requests that name another host or come from another site, and add POLICY to every response.
 
-    def __init__(self, app):
-        self.app = app
+    Without it a site that makes its name resolve to this machine could use the page (DNS rebinding).
+    """
+
+    def __init__(self, app, port):
+        self.app, self.hosts = app, [f"{name}:{port}" for name in ("127.0.0.1", "localhost")]
 
     async def __call__(self, scope, receive, send):
         async def send_with_policy(message):
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
+                MutableHeaders(scope=message)["content-security-policy"] = POLICY
             await send(message)
 
-        await self.app(scope, receive, send_with_policy)
+        app, headers = self.app, Headers(scope=scope)
+        origin = headers.get("origin", f"http://{self.hosts[0]}")
+        if headers.get("host") not in self.hosts or origin.removeprefix("http://") not in self.hosts:
+            app = PlainTextResponse("this page is for the browser of its own machine\n", 403)
+        await app(scope, receive, send_with_policy)
 
 
 def those_of(models, tasks):
     """Return the models of some tasks by name."""
     return {name: model for name, model in models.items() if model.task in tasks}
+
+
+def is_uploaded(path):
+    """Whether a path, which any program on this machine can send, is that of a file in the page's own folder."""
+    return os.path.isfile(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(get_upload_folder()))
 
 
 def ask(tab, models):
@@ -79,6 +98,8 @@ def ask(tab, models):
         try:
             if None in images:
                 raise InputError("There is no image yet: drop one in its field, or click an example.")
+            if not all(map(is_uploaded, images)):
+                raise InputError("The image was not uploaded to this page, or too long ago: drop it in its field again.")
             return tab.show(models[name], *images, text)
         except InputError as error:  # images are where Gradio has put them, in folders that the user does not know
             message = str(error)
@@ -132,7 +153,7 @@ def build_page(models, data, paths, features):
     data: their test data by name, for examples, where it is within reach; paths, features: as `search` takes them, empty for no
     search.
     """
-    with gr.Blocks(title="ALBEF", analytics_enabled=False) as page:
+    with gr.Blocks(title="ALBEF", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.HTML(f"<h1>ALBEF</h1>{results.show_lines('Align before fuse, tried on ' + ', '.join(models))}")
         with gr.Tabs() as tabs:
             if paths:
@@ -142,7 +163,8 @@ def build_page(models, data, paths, features):
             name, image, caption, result, call = added["Match"]
 
             def choose(event: gr.SelectData, name, found, text):
-                return gr.Tabs(selected="Match"), name, found[event.index], text
+                # a copy in the page's folder: of other folders Gradio gives nothing away
+                return gr.Tabs(selected="Match"), name, save_file_to_cache(found[event.index], get_upload_folder()), text
 
             chosen = gallery.select(choose, [searched, found, text], [tabs, name, image, caption], **QUIET)
             chosen.then(call, [name, image, caption], result, **ONE_AT_A_TIME)
@@ -214,13 +236,20 @@ def examples(models, data):
 
 
 def launch(page, host, port):
-    """Serve a page from a thread of its own. Raises InputError where that cannot be."""
+    """Serve a page from a thread of its own. Raises InputError if the port cannot be used."""
+
+    @contextlib.asynccontextmanager
+    async def guard(app):
+        app.middleware_stack = LocalOnly(app.middleware_stack, port)  # outside of what Gradio adds, which allows other origins
+        yield
+
     try:
         page.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, footer_links=[], share=False,
             enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False,
             theme=gr.themes.Default(primary_hue="blue", font="sans-serif", font_mono="monospace"),
-            css_paths=Path(__file__).with_name("page.css"), app_kwargs={"middleware": [Middleware(LocalOnly)]},
+            css_paths=Path(__file__).with_name("page.css"), app_kwargs={"lifespan": guard}, max_file_size=UPLOAD,
+            state_session_capacity=SESSIONS,
         )  # fmt: skip
     except OSError as error:
         raise InputError(f"--port {port}: the page cannot be served there: {error}") from None

@@ -7,6 +7,7 @@ What a run saves to continue from is the business of engine/saving.py.
 
 import json
 import re
+import reprlib
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from models.hub import find_file, find_repository
+from configs.schema import FILE_KEYS
+from models.hub import fetch, find_file
 from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
 from utils import InputError, verify_hash
@@ -26,7 +28,8 @@ PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
-REPOSITORY = ("model.safetensors", "config.json", ("vocab.txt", "tokenizer.json"))  # files of an export that is published
+# files of an export that is published, with alternatives
+REPOSITORY = (("model.safetensors",), ("config.json",), ("vocab.txt", "tokenizer.json"))
 METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
 
 
@@ -52,13 +55,13 @@ def existing_file(path):
     Raises InputError with the remedy where it is a folder, an address or nothing.
     """
     if str(path).startswith(("http://", "https://")):
-        raise InputError(f"checkpoint {path} is an address: download it first (Download.py --url) and name the file")
+        raise InputError(f"checkpoint {path} is an address: download it first and name the file")
     path = Path(path)
     if path.is_dir():
         best = best_file(path)
         raise InputError(f"checkpoint {path} is a folder: name {f'the file, perhaps {best}' if best else 'a file'}")
     if is_repository(path):
-        return find_repository(str(path), REPOSITORY, "checkpoint") / REPOSITORY[0]
+        return fetch(str(path), REPOSITORY, "checkpoint")[0]
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path
@@ -72,11 +75,14 @@ def read_checkpoint(path):
     back (but for files from before torch 1.6). A .safetensors file gives {"model": tensors by name} and, as far as its metadata
     has them, config and epoch, as a .pth file of a run does; see write_weights.
     """
-    path = existing_file(path)
+    published, path = is_repository(path), existing_file(path)
     verify_hash(path)
+    beside = config_beside(path) if path.name == REPOSITORY[0][0] else {}
+    if published and not beside:
+        raise InputError(f"checkpoint {path}: its config.json is not one of Export.py --to FOLDER/")
     try:
         if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
+            content = {**_read_safetensors(path), **beside}
         else:
             is_zip = zipfile.is_zipfile(path)
             if is_zip:
@@ -107,20 +113,30 @@ def _read_safetensors(path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         more = {key: json.loads(metadata[key]) for key in METADATA if key in metadata}
-        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **_config_beside(path), **more}
+        return {"model": {name: file.get_tensor(name) for name in file.keys()}, **more}
 
 
-def _config_beside(path):
-    """The configuration of an export to a folder, where it is a file of its own: {"config": config}, {} without one.
+def config_beside(path):
+    """Return {"config": config} of the config.json that an export to a folder has beside its weights, {} without one.
 
-    The vocabulary that it names by its bare name lies in the folder, too.
+    Such a folder may come from anybody: its configuration names files beside it and no others. Raises InputError.
     """
-    file = path.with_name(REPOSITORY[1])
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    if "image_res" not in config:  # BERT's own file of that name, for one
+    file = Path(path).with_name("config.json")
+    try:
+        config = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from None
+    if not isinstance(config, dict) or "image_res" not in config:  # BERT's own file of that name, for one
         return {}
-    vocabulary = path.parent / (config.get("tokenizer") or "")
-    return {"config": {**config, "tokenizer": str(vocabulary)} if vocabulary.is_file() else config}
+    for key in FILE_KEYS:
+        name = config.get(key)
+        if not name or (key == "bert_config" and isinstance(name, dict)):
+            continue
+        if not isinstance(name, str) or Path(name).name != name or not file.with_name(name).is_file():
+            raise InputError(f"{file}: {key} is {reprlib.repr(name)}, which is not a file beside it: remove the key, and name the "
+                             "file by --set")  # fmt: skip
+        config[key] = str(file.with_name(name))
+    return {"config": config}
 
 
 def named_tensors(content, path):

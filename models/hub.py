@@ -1,156 +1,168 @@
-"""Files that the configuration names: on this machine, or of the Hugging Face hub, from its cache or over the network."""
+"""Files that the configuration names, on this machine or in a repository of the Hugging Face hub."""
 
 import functools
 import re
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, set_client_factory, try_to_load_from_cache,
+)  # fmt: skip
 from huggingface_hub.errors import (
-    EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+    EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
 )  # fmt: skip
+from huggingface_hub.utils._http import default_client_factory
 
-from utils import InputError
+from utils import InputError, printable
+
+FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")  # headers that huggingface_hub makes file names of
+NETWORK = (HTTPError, OfflineModeIsEnabled)  # what the hub's client raises if the hub refuses or cannot be reached
 
 
 def find_file(source, filenames, key):
     """Return the path of a local file, or of the first of filenames in a local folder or in a repository of the hub.
 
-    key: the configuration key or flag in messages. Raises InputError if there is none; its kind is network where the hub
-    cannot be reached, so that the name may be right.
+    key: the configuration key or flag in messages. Raises InputError as `fetch` does.
     """
-    path, wanted = Path(source), " or ".join(filenames)
+    path = Path(source)
     if path.is_file():
         return path
-    if path.is_dir():
-        for filename in filenames:
-            if (path / filename).is_file():
-                return path / filename
-        raise InputError(f"{key}: folder {source} has no {wanted}")
-    problem, remedy = f"{key}: {source} is not a local file or folder, and", f"name a local copy of {wanted}"
-    try:
-        return _hub_file(str(source), filenames)
-    except HFValidationError:
-        hint = "download it first (Download.py --url) and name the file" if "://" in str(source) else "check the path"
-        raise InputError(f"{problem} not a valid hub name: {hint}") from None
-    except RemoteEntryNotFoundError:
-        raise InputError(f"{problem} the hub repository has no {wanted}") from None
-    except HfHubHTTPError as error:
-        reason = f"the hub does not give it ({_first_line(error)}): check the name"
-        kind = "other" if error.response.status_code in range(400, 500) else "network"
-    except Exception as error:  # of the network; the hub's client does not say which
-        reason, kind = _out_of_reach(error), "network"
-    raise InputError(f"{problem} {reason}, or {remedy}", kind)
+    if not path.is_dir():
+        return fetch(str(source), (tuple(filenames),), key)[0]
+    for filename in filenames:
+        if (path / filename).is_file():
+            return path / filename
+    raise InputError(f"{key}: folder {source} has no {' or '.join(filenames)}")
 
 
 @functools.cache  # a process sees one version, whatever is pushed meanwhile
-def find_repository(source, filenames, key):
-    """Return the folder of a hub repository's files, all of one commit: of USER/NAME, or USER/NAME@REVISION.
+def fetch(source, filenames, key):
+    """Return the paths in the hub's cache of a repository's files, all of one commit.
 
-    filenames: tuple of those that it must have, each a name or a tuple of names, of which the first that is there counts. The
-    hub is asked which commit the revision is; out of its reach, the last one that was fetched is used, with a note. Raises
-    InputError.
+    The hub is asked for the newest commit. If the hub is out of reach, the commit that was fetched last is used, with a note. A
+    commit in the cache needs no network.
+
+    Args:
+        source: USER/NAME, or USER/NAME@REVISION.
+        filenames: a tuple for each file, of alternatives; the first one that the repository has counts.
+        key: the configuration key or flag in messages.
+
+    Raises InputError; its kind is network if the hub cannot be reached, so that the name may be right.
     """
     name, _, revision = source.partition("@")
-    revision, wanted = revision or "main", f"{key}: {source} is not a local file or folder, and"
-    local, problem = bool(re.fullmatch("[0-9a-f]{40}", revision)), None
-    # the hub is asked for metadata first: without a network hf_hub_download retries for half a minute
-    if not local:
-        try:
-            get_hf_file_metadata(hf_hub_url(name, filenames[0], revision=revision))
-        except HfHubHTTPError as error:
-            if error.response.status_code < 500:
-                raise InputError(f"{wanted} {_refusal(error, filenames[0])}") from None
-            local, problem = True, error
-        except HFValidationError:
-            raise InputError(f"{wanted} not a valid hub name: check the path") from None
-        except Exception as error:  # of the network; the hub's client does not say which
-            local, problem = True, error
+    revision, paths, choices = revision or "main", [], filenames[0]
+    wanted = f"{key}: {source} is not a local file or folder, and"
+    _check_answers()
     try:
-        folder = _fetch(name, revision, filenames, local)
-    except LocalEntryNotFoundError:
-        if problem:
-            raise InputError(f"{wanted} {_out_of_reach(problem)}, or name a local file", "network") from None
-        try:
-            get_hf_file_metadata(hf_hub_url(name, filenames[0], revision=revision))
-            folder = _fetch(name, revision, filenames, False)
-        except Exception as error:  # of a commit that is not in the cache
-            raise InputError(f"{wanted} {_refusal(error, filenames[0])}", "network") from None
-    except Exception as error:
-        raise InputError(f"{wanted} {_refusal(error, filenames[0])}") from None
+        problem = _out_of_reach(name, choices[0], revision)
+        for choices in filenames:
+            paths.append(_download(name, choices, revision, bool(problem)))
+            revision = paths[-1].parent.name  # the other files are of the same commit
+    except HFValidationError:
+        hint = "download it first and name the file" if "://" in source else "check the path"
+        raise InputError(f"{wanted} not a valid hub name: {hint}") from None
+    except RemoteEntryNotFoundError:
+        raise InputError(f"{wanted} the hub repository has no {' or '.join(choices)}: check the name") from None
+    except (LocalEntryNotFoundError, *NETWORK) as error:
+        cause = error if isinstance(error, NETWORK) else problem or error.__cause__ or error
+        kind = "other" if _refuses(cause) else "network"
+        raise InputError(f"{wanted} {_explain(cause)}, or name a local copy of {' or '.join(choices)}", kind) from None
     if problem:
-        print(f"note: {_out_of_reach(problem)}; using commit {folder.name[:8]} of {name} from the cache", file=sys.stderr)
-    return folder
+        print(f"note: {_explain(problem)}; using commit {revision[:8]} of {name} from the cache", file=sys.stderr)
+    return paths
 
 
-def _fetch(name, revision, filenames, local):
-    """Return the folder in the cache of the files of a repository, fetched unless `local`. Raises the hub's errors."""
-    for choice in filenames:
-        *others, last = [choice] if isinstance(choice, str) else choice
-        for filename in [*others, last]:
-            with nullcontext() if filename == last else suppress(EntryNotFoundError):
-                path = Path(hf_hub_download(name, filename, revision=revision, local_files_only=local))
-                break
-        revision = path.parent.name  # the other files are of the same commit
-    return path.parent
+@functools.cache
+def _check_answers():
+    """Have the hub's client refuse answers by which it would write outside of its cache."""
+
+    def check(response):
+        for header in FILE_NAMES if response.request.method == "HEAD" else ():
+            value = response.headers.get(header, "x")
+            if not re.fullmatch(r'(W/)?"?[\w-]{1,200}"?', value):
+                raise InputError(f"the hub at {response.url.host} sends the header {header}: {ascii(value)[:200]}, which is not "
+                                 "a file name of its cache: check HF_ENDPOINT")  # fmt: skip
+
+    def client():
+        client = default_client_factory()
+        client.event_hooks["response"].append(check)
+        return client
+
+    set_client_factory(client)
 
 
-def upload(folder, name, public=False, overwrite=False):
-    """Upload a folder to the hub as the repository USER/NAME, in one commit; return its address. Raises InputError.
+def _out_of_reach(name, filename, revision):
+    """Return the error with which the hub cannot be reached, None if it answers or need not be asked. Raises refusals.
 
-    A new one is private unless public. One that has files already is refused unless overwrite.
+    Without a network hf_hub_download would try for half a minute.
     """
-    api = HfApi()
+    if ".." in revision:  # would lead out of the cache
+        raise HFValidationError(revision)
+    if re.fullmatch("[0-9a-f]{40}", revision) and isinstance(try_to_load_from_cache(name, filename, revision=revision), str):
+        return None
     try:
-        if api.repo_exists(name):
-            files = set(api.list_repo_files(name)) - {".gitattributes"}
-            if files and not overwrite:
-                raise InputError(f"--push {name}: the repository exists already and has {len(files)} files: choose another "
-                                 "name, or add --overwrite")  # fmt: skip
-        else:
-            api.create_repo(name, private=not public)
-        return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Export of a checkpoint",
-                                 ignore_patterns=".*").commit_url  # fmt: skip
-    except InputError:
-        raise
+        with suppress(RemoteEntryNotFoundError):
+            get_hf_file_metadata(hf_hub_url(name, filename, revision=revision))
+    except NETWORK as error:
+        if _refuses(error):
+            raise
+        return error
+    return None
+
+
+def _download(name, choices, revision, local):
+    """Return the path in the cache of the first of the choices that a repository has, fetched unless `local`."""
+    *others, last = choices
+    for filename in others:
+        with suppress(EntryNotFoundError):
+            return Path(hf_hub_download(name, filename, revision=revision, local_files_only=local))
+    return Path(hf_hub_download(name, last, revision=revision, local_files_only=local))
+
+
+@contextmanager
+def _pushing(name):
+    """Raise InputError if the hub refuses or cannot be reached."""
+    try:
+        yield HfApi()
     except HFValidationError:
         raise InputError(f"--push {name}: not a valid name of a repository, write USER/NAME") from None
-    except Exception as error:  # of the hub or the network; the client does not say which
-        raise InputError(f"--push {name}: {_refusal(error, name)}") from None
+    except NETWORK as error:
+        raise InputError(f"--push {name}: {_explain(error)}") from None
 
 
-def _refusal(error, filename):
-    """What is wrong where the hub answers, or where nothing does."""
-    if isinstance(error, RemoteEntryNotFoundError):
-        return f"the hub repository has no {filename}: is it one that Export.py --push has written?"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        remedy = "log in (hf auth login) or set HF_TOKEN, and check the name" if status in (401, 403) else "check the name"
-        return f"the hub does not give it ({_first_line(error)}): {remedy}"
-    return _out_of_reach(error)
+def check_repository(name):
+    """Raise InputError if the repository USER/NAME has files already."""
+    with _pushing(name) as api:
+        files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else ()
+    if files:
+        raise InputError(f"--push {name}: the repository exists already and has {len(files)} files: choose another name, or add "
+                         "--overwrite")  # fmt: skip
 
 
-def _out_of_reach(error):
+def upload(folder, filenames, name, public=False):
+    """Upload files of a folder to the repository USER/NAME in one commit; return its address. Raises InputError.
+
+    A new repository is private unless public.
+    """
+    with _pushing(name) as api:
+        api.create_repo(name, private=not public, exist_ok=True)
+        return api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=filenames,
+                                 commit_message="Export of a checkpoint").commit_url  # fmt: skip
+
+
+def _refuses(error):
+    """Whether an error is an answer of the hub that another attempt does not change."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+
+
+def _explain(error):
+    """Return what the hub's client says, with the remedy."""
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE"
-    return (f"the hub cannot be reached ({_first_line(error)}): check the connection to {constants.ENDPOINT} and the proxy "
-            "variables")  # fmt: skip
-
-
-def _hub_file(name, filenames):
-    for filename in filenames:
-        with suppress(LocalEntryNotFoundError):
-            return Path(hf_hub_download(name, filename, local_files_only=True))
-    with suppress(HfHubHTTPError):  # any answer will do; without a network hf_hub_download retries for half a minute
-        get_hf_file_metadata(hf_hub_url(name, filenames[0]))
-    *others, last = filenames
-    for filename in others:
-        with suppress(RemoteEntryNotFoundError):
-            return Path(hf_hub_download(name, filename))
-    return Path(hf_hub_download(name, last))
-
-
-def _first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+    if not _refuses(error):
+        return f"the hub cannot be reached ({said}): check the connection to {constants.ENDPOINT} and the proxy variables"
+    login = "log in (hf auth login) or set HF_TOKEN, and " if error.response.status_code in (401, 403) else ""
+    return f"the hub does not give it ({said}): {login}check the name"

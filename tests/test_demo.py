@@ -1,5 +1,6 @@
 """Demo.py: the tabs show what the model computes, in a browser that is used as by a person, and nothing leaves the machine."""
 
+import http.client
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from conftest import ROOT, exit_status
+from conftest import ROOT, contents, exit_status
 from dataset.build import build_dataset
 from demo import results
 from inference import load_model
@@ -109,13 +110,15 @@ def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models,
     assert call("r", " ?! ", True)[:2] == ([], []) and "nothing is left of it after clean-up" in call("r", " ?! ", True)[2]
 
 
-def test_errors_are_sentences_without_folders(page, models, photos, tmp_path):  # noqa: F811
+def test_errors_are_sentences_without_folders(page, models, photos, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     match, two = (page.ask(next(tab for tab in page.TABS if tab.name == name), models) for name in ("Match", "Two images"))
     (tmp_path / "a.jpg").write_text("no image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
-    assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two("nlvr", photos[0], None, TEXT)
+    photo = shutil.copy(photos[0], tmp_path / "photo.jpg")
+    assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two("nlvr", photo, None, TEXT)
     for image, text, expected in (
-        (photos[0], "", "nothing is left of it after clean-up"), (tmp_path / "a.jpg", TEXT, ">a.jpg: not an image"),
+        (photo, "", "nothing is left of it after clean-up"), (tmp_path / "a.jpg", TEXT, ">a.jpg: not an image"),
         (tmp_path / "huge.png", TEXT, ">huge.png: too large"),
     ):  # fmt: skip
         html = match("pretrain", str(image), text)
@@ -194,6 +197,123 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(run, page
     assert not re.search(r"<(?:link|script)[^>]*\"(?:https?:)?//(?!127.0.0.1)", seen["page"])
     assert {str(host) for host in asked} <= {"127.0.0.1", "b'127.0.0.1'"} and asked
     assert not list(tmp_path.iterdir()) and not list((ROOT / "demo").glob("*.pyi"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# over HTTP
+
+
+class Client:
+    """Speaks HTTP to a page that serves one model, as a program or another site's script would."""
+
+    def __init__(self, port, name):
+        self.port, self.name = port, name
+
+    def request(self, method, path, body=None, **headers):
+        """Return (status, headers, body); keyword arguments replace headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def ask(self, image, text=TEXT):
+        """Return the message with which the function of the tab completes for an image as the browser names it."""
+        return self.call(0, [self.name, image, text])
+
+    def call(self, function, data, event=None, session="one"):
+        """Return the message with which a function of the page completes."""
+        body = json.dumps({"data": data, "fn_index": function, "session_hash": session, "event_data": event})
+        assert self.request("POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
+        events = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
+        messages = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line]
+        return next(message for message in messages if message["msg"] == "process_completed")
+
+    def upload(self, content, **headers):
+        """Return the status and body of an upload."""
+        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        headers = {"Content_Type": "multipart/form-data; boundary=b", **headers}
+        status, _, answer = self.request("POST", "/gradio_api/upload", body, **headers)
+        return status, answer
+
+
+@pytest.fixture
+def client(page, models, port, tmp_path, monkeypatch):  # noqa: F811
+    """A client of a page with the tab Entailment."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    monkeypatch.setattr(page, "UPLOAD", 2**21)
+    blocks = page.build_page({"ve": models["ve"]}, {}, [], {})
+    page.launch(blocks, "127.0.0.1", port)
+    yield Client(port, "ve")
+    blocks.close(verbose=False)
+
+
+META = {"_type": "gradio.FileData"}
+
+
+def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F811
+    status, answer = client.upload(Path(photos[0]).read_bytes())
+    uploaded = json.loads(answer)[0]
+    assert status == 200
+    assert "bars" in str(client.ask({"path": uploaded, "meta": META})["output"]["data"])
+    os.mkfifo(fifo := tmp_path / "fifo")
+    os.symlink(photos[0], link := Path(uploaded).parent / "link.jpg")
+    answers = {True: set(), False: set()}
+    for path in (photos[0], fifo, link, tmp_path / "none.jpg", tmp_path, "/dev/zero", "/etc/passwd", f"{uploaded}/../../../x",
+                 "a\0b", "", os.path.relpath(photos[0])):  # fmt: skip
+        for image in ({"path": str(path)}, {"path": str(path), "meta": META}):
+            answer = str(client.ask(image)["output"].get("data"))
+            assert "bars" not in answer, image
+            answers["meta" in image].add(answer)
+    assert len(answers[True]) == len(answers[False]) == 1  # whether a file exists is not told
+    assert "bars" in str(client.ask({"path": uploaded})["output"]["data"])
+
+
+def test_a_found_image_of_any_folder_opens_in_match(page, models, photos, port, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the photos lie neither below it nor in the working directory
+    model = models["retrieval"]
+    blocks = page.build_page({"r": model}, {}, photos, {"r": model.embed_images(photos)})
+    page.launch(blocks, "127.0.0.1", port)
+    try:
+        client = Client(port, "r")
+        functions = json.loads(client.request("GET", "/config")[2])["dependencies"]
+        searching, choosing = (next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
+                               for event in ("click", "select"))  # fmt: skip
+        assert len(client.call(searching, ["r", TEXT, False])["output"]["data"][0]) == len(photos)
+        _, _, image, _ = client.call(choosing, ["r", None, TEXT], {"index": 0, "value": None})["output"]["data"]
+        assert Path(image["path"]).read_bytes() in [Path(photo).read_bytes() for photo in photos]
+        assert "bars" in str(client.call(choosing + 1, ["r", image, TEXT])["output"]["data"])
+    finally:
+        blocks.close(verbose=False)
+
+
+def test_other_hosts_and_origins_are_refused(client):
+    port = client.port
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
+        for headers in ({}, {"Origin": f"http://{host}"}):
+            assert client.request("GET", "/config", Host=host, **headers)[0] == 200
+            assert client.upload(b"abc", Host=host, **headers)[0] == 200
+    own = f"127.0.0.1:{port}"
+    for host, origin in (
+        ("evil.example", None), (f"evil.example:{port}", f"http://evil.example:{port}"), (own, "http://evil.example"),
+        (own, "null"), (own, "http://127.0.0.1:1"), ("127.0.0.1", None), (own, f"https://{own}"), (f"127.0.0.1:{port}1", None),
+    ):  # fmt: skip
+        headers = {"Host": host} | ({"Origin": origin} if origin else {})
+        for method, path in ("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/queue/join"), ("OPTIONS", "/config"):
+            status, found, body = client.request(method, path, **headers, Access_Control_Request_Method="POST")
+            assert status == 403 and "access-control-allow-origin" not in found and b"gradio" not in body, (host, origin, method)
+        assert client.upload(b"abc", **headers)[0] == 403
+
+
+def test_too_large_an_upload_is_refused_and_not_kept(client, page, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert client.upload(b"x" * 2**20)[0] == 200
+    before = contents(tmp_path)
+    assert client.upload(b"x" * (page.UPLOAD + 1))[0] == 413
+    assert contents(tmp_path) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

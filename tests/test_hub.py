@@ -1,23 +1,26 @@
 """Export.py to a folder and to the hub, and load_model and --checkpoint from there, on a local server (tests/helpers/hub.py)."""
 
+import hashlib
 import importlib
 import json
+import shutil
 import sys
 from unittest import mock
 
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 
 import Export
-from conftest import contents, exit_status, refusal, tiny
-from configs.schema import load_config
+from conftest import ROOT, contents, exit_status, refusal, tiny
+from configs.schema import FILE_KEYS, KEYS, PATH, PATHS, TEXT, load_config
 from helpers.hub import serve
 from inference import load_model
 from models import build_model
-from models.checkpoint import read_checkpoint
-from models.hub import _fetch, find_repository
-from models.tokenizer import tokenizer_of
+from models.checkpoint import read_checkpoint, write_weights
+from models.hub import fetch
+from models.tokenizer import build_tokenizer, tokenizer_of
 from utils import seed_everything
 
 IMAGE, TEXT = "images/test/000000.jpg", "a red circle"
@@ -34,9 +37,9 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", "hf_x")
-        find_repository.cache_clear()
+        fetch.cache_clear()
         yield server
-    find_repository.cache_clear()
+    fetch.cache_clear()
     huggingface_hub.close_session()
 
 
@@ -91,9 +94,11 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(run_folder, expo
     assert config["bert_config"]["vocab_size"] == len((shapes / "vocab.txt").read_text().splitlines())
     assert config["bert_config"]["hidden_act"] == "gelu" and config["tokenizer"] == "vocab.txt" and config["image_res"] == 32
     card = (folder / "README.md").read_text()
-    for words in ("task retrieval, epoch 1", str(shapes / "test.json"), "| val_r_mean | 11 |", "| test_txt_r1 | 47.8 |",
-                  "arxiv.org/abs/2107.07651", 'load_model("retriever")', "# license:"):  # fmt: skip
+    for words in ("task retrieval, epoch 1", "`test_file`: test.json", "| val_r_mean | 11 |", "| test_txt_r1 | 47.8 |",
+                  "arxiv.org/abs/2107.07651", 'load_model("retriever")', "- vision-language"):  # fmt: skip
         assert words in card
+    for path in folder.iterdir():
+        assert str(shapes).encode() not in path.read_bytes() and str(ROOT).encode() not in path.read_bytes(), path
     assert "train_loss" not in card and "| val_r_mean | 12" not in card
     moved = folder.rename(tmp_path / "moved")  # what it names lies beside it
     before = outputs(load_model(run_folder, "cpu"), shapes)
@@ -139,12 +144,12 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(run_folder, e
     torch.save(content, tmp_path / "other.pth")
     assert export(tmp_path / "other.pth", "--to", f"{folder}/", "--push", "lab/a", "--overwrite")[0] == 0
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)  # a process sees one version
-    find_repository.cache_clear()
+    fetch.cache_clear()
     assert not same(outputs(load_model("lab/a", "cpu"), shapes), before)
     for revision in ("v1", first):
         assert same(outputs(load_model(f"lab/a@{revision}", "cpu"), shapes), before)
     hub.requests.clear()
-    find_repository.cache_clear()
+    fetch.cache_clear()
     load_model(f"lab/a@{first}", "cpu")
     assert not hub.requests  # a commit in the cache needs no network
     assert "does not give it" in refusal(load_model, "lab/a@v7")
@@ -155,7 +160,7 @@ def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub,
     before = outputs(load_model("lab/a", "cpu"), shapes)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        find_repository.cache_clear()
+        fetch.cache_clear()
         hub.requests.clear()
         assert same(outputs(load_model("lab/a", "cpu"), shapes), before) and not hub.requests
         assert "offline mode" in capsys.readouterr().err
@@ -163,14 +168,14 @@ def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub,
         assert "lab/b is not a local file or folder, and the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE" in message
         assert "has no" not in message
     place(monkeypatch, "http://127.0.0.1:9")
-    find_repository.cache_clear()
+    fetch.cache_clear()
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
     assert "cannot be reached" in (note := capsys.readouterr().err) and "from the cache" in note and note.count("\n") == 1
-    with mock.patch("models.hub._fetch", wraps=_fetch) as fetched:
+    with mock.patch("models.hub.hf_hub_download", wraps=hf_hub_download) as downloaded:
         for name in "lab/b", f"lab/b@{'1' * 40}":
             message = refusal(load_model, name)
             assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
-        assert [call.args[-1] for call in fetched.call_args_list] == [True, True]  # else the client tries for half a minute
+        assert all(call.kwargs["local_files_only"] for call in downloaded.call_args_list)  # else it tries for half a minute
     status, _, err = export(tmp_path / "out", "--push", "lab/b")
     assert status == 2 and "--push lab/b: the hub cannot be reached" in err
 
@@ -192,7 +197,8 @@ def test_scripts_take_a_repository_as_checkpoint(run_folder, export, hub, shapes
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     found = {}
     for source in ("lab/a", run_folder / "checkpoint_best.pth"):
-        flags = ["--evaluate", "--checkpoint", source, "--output_dir", tmp_path / "e", "--device", "cpu"]
+        data = ["--set", f"test_file={shapes / 'test.json'}", f"image_root={shapes}"]
+        flags = ["--evaluate", "--checkpoint", source, "--output_dir", tmp_path / "e", "--device", "cpu", *data]
         monkeypatch.setattr(sys, "argv", list(map(str, ["Retrieval.py", *flags, "--split", "test"])))
         assert exit_status(importlib.import_module("Retrieval").main) == 0
         found[source] = capsys.readouterr().out.partition("ITC  ")[2]
@@ -202,3 +208,73 @@ def test_scripts_take_a_repository_as_checkpoint(run_folder, export, hub, shapes
     monkeypatch.setattr(sys, "argv", ["Visualize.py", "--checkpoint", "lab/a", "--image", str(shapes / IMAGE), "--text", TEXT])
     assert exit_status(importlib.import_module("Visualize").main) == 0
     assert (tmp_path / "heatmap.png").exists()
+
+
+def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shapes, tmp_path):
+    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    outside = tmp_path / "outside"
+    before = set(tmp_path.rglob("*"))
+    for header in ("ETag", "X_Linked_ETag", "X_Repo_Commit", "X_Xet_Hash"):
+        for value in ("../../../outside", str(outside), f'"{outside}"', f'W/"{outside}"', "..", ".", "a/b", ""):
+            hub.headers = {header: value}
+            for source in ("lab/a", "lab/none"):
+                hub.repositories["lab/none"] = {"commits": {"0" * 40: {}}, "main": "0" * 40}
+                message = refusal(load_model, source)
+                assert source == "lab/none" and header in ("X_Linked_ETag", "X_Xet_Hash") or header.replace("_", "-") in message
+            assert "X-" in refusal(build_tokenizer, "lab/a") or "ETag" in refusal(build_tokenizer, "lab/a")
+    assert set(tmp_path.rglob("*")) == before
+    hub.headers = {}
+    assert "not a valid hub name" in refusal(load_model, "lab/a@../../../outside")
+    load_model("lab/a", "cpu")
+
+
+def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export, hub, shapes, tmp_path):
+    assert {key for key, (_, kind) in KEYS.items() if kind in (TEXT, PATH, PATHS)} <= {*FILE_KEYS, "eos", "optimizer.opt"}
+    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    repository = hub.repositories["lab/a"]
+    files = repository["commits"][repository["main"]]
+    good = json.loads(files["config.json"])
+    (tmp_path / "bert.json").write_text(json.dumps(good["bert_config"]))
+    for key in FILE_KEYS:
+        for value in (str(tmp_path / "bert.json"), "/dev/zero", "../vocab.txt", "absent.json", [str(tmp_path)], 5):
+            files["config.json"] = json.dumps({**good, key: value}).encode()
+            repository["commits"] = {(commit := hashlib.sha1(files["config.json"]).hexdigest()): files}
+            repository["main"] = commit
+            fetch.cache_clear()
+            assert f"config.json: {key} is " in refusal(load_model, "lab/a")
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
+    status, _, err = export(tmp_path / "old", "--push", "lab/b")
+    assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
+    content = {**read_checkpoint(tmp_path / "out/model.safetensors"), "config": {**good, "tokenizer": "/dev/zero"}}
+    with open(tmp_path / "model.safetensors", "wb") as file:  # weights that bring another configuration
+        write_weights(file, ".safetensors", content.pop("model"), content)
+    files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
+    for config in (json.dumps(good).encode(), b"{", b"[]", b"{}", b"[" * 100_000):
+        files["config.json"] = config
+        repository["commits"] = {(commit := hashlib.sha1(config + b"2").hexdigest()): files}
+        repository["main"] = commit
+        fetch.cache_clear()
+        if config.startswith(b'{"'):
+            assert load_model("lab/a", "cpu").config["tokenizer"].endswith(f"{commit}/vocab.txt")
+        else:
+            assert "config.json" in refusal(load_model, "lab/a")
+
+
+def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(run_folder, export, hub, tmp_path):
+    folder = tmp_path / "out"
+    checkpoint = run_folder / "checkpoint_best.pth"
+    assert export(checkpoint, "--to", f"{folder}/")[0] == 0
+    for name in ("secret.txt", "optimizer.pth", "sub/vocab.txt", "README.md.bak", ".env"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    assert export(folder, "--push", "lab/a")[0] == 0
+    repository = hub.repositories["lab/a"]
+    assert set(repository["commits"][repository["main"]]) == {"model.safetensors", "config.json", "README.md", "vocab.txt"}
+    status, _, err = export(checkpoint, "--to", f"{tmp_path}/new/", "--push", "lab/a")
+    assert status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
+    status, _, err = export(checkpoint, "--to", f"{folder}/", "--push", "lab/b")
+    assert status == 2 and str(folder) in err and "--overwrite" in err and "lab/b" not in hub.repositories
+    (folder / "vocab.txt").unlink()
+    status, _, err = export(folder, "--push", "lab/b")
+    assert status == 2 and "vocab.txt" in err and "lab/b" not in hub.repositories

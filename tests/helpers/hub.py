@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
         if name in hub.repositories:
-            return self.answer(409, {"error": "exists"})
+            return self.answer(409, {"error": "exists", "url": f"{hub.address}/{name}"})
         private = asked.get("private", asked.get("visibility") == "private")  # the client's older and newer key
         hub.repositories[name] = {"private": private, "commits": {"0" * 40: {}}, "main": "0" * 40}
         self.answer(content={"url": f"{hub.address}/{name}"})
@@ -95,9 +95,10 @@ class Handler(BaseHTTPRequestHandler):
         if oid not in repository["commits"]:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if path not in repository["commits"][oid]:
-            return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=oid)
+            return self.answer(404, **{"X_Error_Code": "EntryNotFound", "X_Repo_Commit": oid, **hub.headers})
         data = repository["commits"][oid][path]
-        self.answer(200, data, X_Repo_Commit=oid, ETag=f'"{hashlib.sha256(data).hexdigest()}"')
+        headers = {"X_Repo_Commit": oid, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        self.answer(200, data, **{**headers, **hub.headers})
 
 
 ROUTES = {
@@ -116,11 +117,11 @@ ROUTES = {
 
 @contextmanager
 def serve():
-    """Run the server; yield it, with .address, .repositories by name and .requests."""
+    """Run the server; yield it, with .address, .repositories by name, .requests and .headers to answer with instead."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.log_message = lambda *_: None
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.repositories, server.requests, server.blobs = {}, [], {}
+    server.repositories, server.requests, server.blobs, server.headers = {}, [], {}, {}
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server
