@@ -4,12 +4,13 @@ import io
 import os
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
+
+from utils import open_regular
 
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -39,7 +40,8 @@ def load_image(path):
 def read_image(path):
     """Return the bytes of an image file. Raises ImageError."""
     try:
-        return Path(path).read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(path, "missing", problem=no_file(path)) from None
     except OSError as error:
