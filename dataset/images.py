@@ -50,11 +50,18 @@ def read_image(path):
         raise ImageError(repr(path), "unreadable", str(error)) from None
 
 
+def absolute(root, image):
+    """The path of a list's image, which is the same however the list writes it."""
+    return os.path.abspath(os.path.join(root or "", image))
+
+
 def no_file(path):
     """What is wrong with a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
-    return "is a folder: name an image file in it" if os.path.isdir(path) else "does not exist: check its path"
+    if os.path.isdir(path):
+        return "is a folder: name an image file in it"
+    return "is not a regular file: name one" if os.path.exists(path) else "does not exist: check its path"
 
 
 def decode_image(data, name):
