@@ -138,7 +138,7 @@ def test_images_and_captions_of_samples():
         *(({"jpg": b"", "json": b'{"caption": %s}' % value}, "'caption' in its .json is")
           for value in (b"null", b"3", b"[]", b'["a", null]', b'{"en": "a"}')),
     ]:  # fmt: skip
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(InputError) as caught:
             of(**sample)
         assert str(caught.value).startswith("x.tar: sample k: ") and reason in str(caught.value)
 
