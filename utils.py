@@ -265,6 +265,12 @@ def open_regular(path):
     return file
 
 
+def read_regular(path):
+    """Return the bytes of a regular file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
 os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get unintended rights
 

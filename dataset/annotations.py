@@ -29,7 +29,7 @@ import numpy as np
 from dataset.cache import load_cached, locate, unreadable
 from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
-from utils import InputError, TrainingStopped, atomic_write, open_regular
+from utils import InputError, TrainingStopped, atomic_write, open_regular, read_regular
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 12  # entries that are checked and written at a time
@@ -256,8 +256,7 @@ def digest(value):
 def read_json(path, form, remedy):
     """A small JSON file as an object of `form`, a type that msgspec knows. Raises InputError."""
     try:
-        with open_regular(path) as file:
-            content = msgspec.json.decode(file.read().removeprefix(codecs.BOM_UTF8))
+        content = msgspec.json.decode(read_regular(path).removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from utils import open_regular
+from utils import read_regular
 
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -40,8 +40,7 @@ def load_image(path):
 def read_image(path):
     """Return the bytes of an image file. Raises ImageError."""
     try:
-        with open_regular(path) as file:
-            return file.read()
+        return read_regular(path)
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(path, "missing", problem=no_file(path)) from None
     except OSError as error:
