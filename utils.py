@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import stat
 import sys
 import tempfile
 import time
@@ -254,6 +255,21 @@ def make_deterministic():
 def printable(path):
     """Return a path for the screen or a list: as it is, or in quotes with escapes where it has a line break or the like."""
     return path if path.isprintable() else ascii(path)
+
+
+def open_regular(path):
+    """Open a regular file to read its bytes. Raises OSError for another kind: a FIFO would block, a device never end."""
+    file = open(os.fspath(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_regular(path):
+    """Return the bytes of a regular file. Raises OSError as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot

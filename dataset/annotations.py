@@ -1,8 +1,9 @@
 """Annotation files: a streaming reader of JSON lists, and their entries in arrays that processes share.
 
 A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here its entries,
-reduced to the fields of their form, are lines of JSON in one file, NAME.jsonl, whose positions are an array, NAME.npy. Both are
-mapped into memory, and all processes of a machine share the pages. They are made once and kept in a cache folder.
+reduced to the fields of their form, are lines of JSON in one file, NAME.jsonl, whose positions and checksums are an array,
+NAME.index. Both are mapped into memory, and all processes of a machine share the pages. They are made once and kept in a cache
+folder. A line is compared with its checksum each time it is read: whole files would take seconds at every start.
 
 The lists are read by Python's json, in pieces: msgspec, which checks the entries, needs a whole list in memory, and refuses NaN
 and halves of surrogate pairs, which Python writes.
@@ -11,14 +12,16 @@ and halves of surrogate pairs, which Python writes.
 import codecs
 import functools
 import hashlib
+import inspect
+import io
 import itertools
 import json
 import os
 import re
 import reprlib
+import zlib
 from array import array
-from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,7 +29,7 @@ import numpy as np
 from dataset.cache import load_cached, locate, unreadable
 from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
-from utils import InputError, atomic_write
+from utils import InputError, TrainingStopped, atomic_write, open_regular, read_regular
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 12  # entries that are checked and written at a time
@@ -106,29 +109,44 @@ def where(path, number):
 class Entries:
     """The entries of one or several JSON lists, joined in order, as objects of `form`, an Entry.
 
-    The first use of a list checks all its entries and fills the cache, until the file changes. A pickle holds only names.
-    Raises InputError for what `read_json_list` and `check_entry` refuse.
+    The first use of a list checks all its entries and fills the cache, until the file changes. A pickle holds only names. What
+    is damaged in the cache is made again. Raises InputError for what `read_json_list` and `check_entry` refuse.
     """
 
     def __init__(self, files, form, names=None):
         if not files:
             raise InputError("train_file: no annotation file is given; name at least one in the config")
         self.files, self.form = [os.fspath(file) for file in files], form
-        build = functools.partial(_build, form=form)
-        stores = map(_open, names) if names else load_cached(self.files, form.__name__, build, _open)
-        self._names, self._lines, self._offsets = zip(*stores)
-        self._ends = list(itertools.accumulate(len(offsets) - 1 for offsets in self._offsets))
+        if names:
+            self._stores = [_open(name) or self._repair(file, name) for file, name in enumerate(names)]
+        else:
+            self._stores = _load(self.files, form)
+        self._ends = list(itertools.accumulate(len(store.index) - 1 for store in self._stores))
 
     def __reduce__(self):
-        return Entries, (self.files, self.form, self._names)
+        return Entries, (self.files, self.form, [store.name for store in self._stores])
 
     def __len__(self):
         return self._ends[-1]
 
     def __getitem__(self, i):
         file, number = locate(i, self._ends)
-        start, end = self._offsets[file][number : number + 2].tolist()
-        return self.form(*json.loads(self._lines[file][start:end].tobytes()))
+        line = self._stores[file].read(number)
+        if line is None:
+            self._stores[file] = self._repair(file, self._stores[file].name)
+            line = self._stores[file].read(number)
+        return self.form(*json.loads(line))
+
+    def _repair(self, file, name):
+        """Open what is kept of a list under this name after it was found damaged: all lines are compared, or made again."""
+        try:
+            (store,) = _load(self.files[file : file + 1], self.form, whole=True)
+        except InputError as error:  # which in training would count as one of an entry
+            raise TrainingStopped(str(error)) from None
+        if store.name != name:
+            raise TrainingStopped(f"{self.files[file]}: has changed since the run started: put it back as it was, and continue "
+                                  "with --resume")
+        return store
 
     def where(self, i):
         """File and number of entry i, for error messages."""
@@ -136,32 +154,77 @@ class Entries:
         return where(self.files[file], number)
 
 
-def _open(name):
-    """(name, lines, offsets of the lines and of their end) of what is in the cache, None if it is not there or damaged."""
+class _Store(NamedTuple):
+    """What is kept of a list."""
+
+    name: str  # of its files in the cache folder, without what they end in
+    lines: np.ndarray  # bytes
+    index: np.ndarray  # (start, checksum) of each line, and the end of the last one
+
+    def read(self, number):
+        """The bytes of a line, None if they are not those that were written."""
+        (start, checksum), (end, _) = self.index[number : number + 2].tolist()
+        line = self.lines[start:end].tobytes()
+        return line if _checksum(line) == checksum else None
+
+
+def _load(files, form, whole=False):
+    """What is kept of each file as a _Store, built if it is not there. whole: also if any line of it is damaged."""
+    # the kept entries are those that `form` accepts, which its code and the clean-up of texts decide
+    version = [[(field.name, str(field.type)) for field in msgspec.structs.fields(form)], _source(form), _source(pre_caption)]
+    build, load = functools.partial(_build, form=form), functools.partial(_open, whole=whole)
+    return load_cached(files, form.__name__, build, load, version)
+
+
+def _source(definition):
+    """The text of the module of a class or function, None in a notebook."""
+    try:
+        return inspect.getsource(inspect.getmodule(definition))
+    except (OSError, TypeError):
+        return None
+
+
+def _open(name, whole=False):
+    """What is in the cache as a _Store, None if it is not there or seen to be damaged; whole: compare every line."""
     try:
         lines = np.memmap(f"{name}.jsonl", np.uint8, "r").view(np.ndarray)
-        offsets = np.load(f"{name}.npy", mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError, EOFError):
+        index = np.memmap(f"{name}.index", _index_type(len(lines)), "r").view(np.ndarray)
+    except (OSError, ValueError):
         return None
-    return (name, lines, offsets) if offsets[-1] == len(lines) else None
+    store = _Store(name, lines, index)
+    if index["start"][-1] != len(lines) or (whole and None in map(store.read, range(len(index) - 1))):
+        return None
+    return store
+
+
+def _index_type(size):
+    """The type of an element of the index of so many bytes."""
+    return np.dtype([("start", np.min_scalar_type(size)), ("checksum", np.uint32)])
+
+
+def _checksum(line):
+    return zlib.crc32(line, 1)  # from 1: zeros in the index, where a block is lost, do not fit an empty line
 
 
 def _build(job, form):
     """Check the entries of a list and write them: job is (path, name in the cache folder)."""
     path, name = job
-    entries, offsets, first = read_json_list(path), array("q", [0]), None
+    entries, first, end, starts, checksums = read_json_list(path), None, 0, array("q"), array("I")
     with atomic_write(f"{name}.jsonl") as file:
         for number in itertools.count(0, _BATCH):
             batch = [entry for _, entry in itertools.islice(entries, _BATCH)]
             if not batch:
                 break
             first = first or check_entry(batch[0], form, path, number)
-            lines = _json_lines(_checked(batch, form, path, number, first))
-            file.write(lines)
-            ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n")) + 1 + offsets[-1]
-            offsets.frombytes(ends.astype(np.int64).tobytes())
-    with atomic_write(f"{name}.npy") as file:  # what is complete has both
-        np.save(file, np.asarray(offsets).astype(np.min_scalar_type(offsets[-1])))
+            for line in _json_lines(_checked(batch, form, path, number, first)).splitlines(keepends=True):
+                file.write(line)
+                starts.append(end)
+                checksums.append(_checksum(line))
+                end += len(line)
+    index = np.zeros(len(starts) + 1, _index_type(end))
+    index["start"][:-1], index["start"][-1], index["checksum"][:-1] = starts, end, checksums
+    with atomic_write(f"{name}.index") as file:  # what is complete has both
+        file.write(index.tobytes())
 
 
 def _checked(batch, form, path, number, first):
@@ -193,7 +256,7 @@ def digest(value):
 def read_json(path, form, remedy):
     """A small JSON file as an object of `form`, a type that msgspec knows. Raises InputError."""
     try:
-        content = msgspec.json.decode(Path(path).read_bytes().removeprefix(codecs.BOM_UTF8))
+        content = msgspec.json.decode(read_regular(path).removeprefix(codecs.BOM_UTF8))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -220,7 +283,7 @@ def read_json_list(path):
     Raises InputError if the file cannot be read, is not valid JSON, not a list or empty.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             yield from enumerate(_decode_list(file, path))
     except OSError as error:
         raise unreadable(path, error) from None

@@ -1,35 +1,41 @@
-"""What is worked out once from a file and kept in a cache folder, until the file changes."""
+"""What is worked out once from a file and kept in a cache folder, until the file or the code changes."""
 
 import bisect
 import contextlib
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import tempfile
+from pathlib import Path
 
 from filelock import FileLock
 from tqdm import tqdm
 
 from dataset.workers import in_processes, process_count
-from utils import InputError
+from utils import TEMPORARY, InputError
 
-VERSION = 2  # of what is kept
+VERSION = 3  # of what is kept
+_INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TEMPORARY)}")
 
 
-def load_cached(paths, kind, build, load, processes=None):
+def load_cached(paths, kind, build, load, version=None, processes=None):
     """[load(name), ...] of what is kept of each path, under names in the cache folder that change with the files.
 
     Where load gives None, build((path, name)) makes it, in as many processes at a time (default: the cores, 8 at most); of
-    processes that start together one does it for all. kind: what it is, by which the names begin. Raises InputError if a file
-    cannot be found or the cache not be written, and what build raises.
+    processes that start together one does it for all, and removes what was kept of these paths under earlier names. kind: what
+    it is, by which the names begin; version: on what else it depends, as JSON. Raises InputError if a file cannot be found or
+    the cache not be written, and what build raises.
     """
     folder = cache_folder()
-    names = [os.path.join(folder, f"{kind}-{_fingerprint(path)}") for path in paths]
+    names = [os.path.join(folder, _name(path, kind, version)) for path in paths]
     loaded = [load(name) for name in names]
     if any(found is None for found in loaded):
-        with _locked(folder):
+        with _locked(folder) as locked:
             jobs = [job for job in zip(paths, names) if load(job[1]) is None]  # another process may have built it meanwhile
+            _remove_old(folder, [name for _, name in jobs], locked)
             with in_processes(process_count(len(jobs), processes)) as run:
                 try:
                     for _ in tqdm(run(build, jobs), desc="reading the data", total=len(jobs), unit="file", file=sys.stdout,
@@ -38,7 +44,10 @@ def load_cached(paths, kind, build, load, processes=None):
                 except OSError as error:
                     raise InputError(f"{folder}: cannot write the cache ({error.strerror}); free some space, or set the "
                                      "environment variable ALBEF_CACHE to another folder") from None
-        loaded = [load(name) for name in names]
+            loaded = [load(name) for name in names]  # within the lock: nobody removes it
+        if any(found is None for found in loaded):
+            raise InputError(f"{folder}: the cache does not hold what was written to it; set the environment variable "
+                             "ALBEF_CACHE to a folder on another disk")
     return loaded
 
 
@@ -51,29 +60,74 @@ def locate(index, ends):
 
 
 def cache_folder():
-    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else in the temporary folder.
+    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the temporary folder.
 
-    Raises InputError if none of them can be written.
+    Raises InputError if none of them can be written, and for a folder that another user may have made or filled.
     """
     wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef")
-    for folder in wanted, os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}"):
+    temporary = os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}")
+    for folder in wanted, temporary:
         with contextlib.suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            _check_owner(folder, private=folder == temporary)
             if os.access(folder, os.W_OK | os.X_OK):
                 return folder
     raise InputError(f"ALBEF_CACHE: cannot write to the cache folder {wanted}; set the environment variable "
                      f"ALBEF_CACHE to a folder on a local disk")
 
 
-def _fingerprint(path):
-    """A hash of name, size and time of a file."""
+def _check_owner(folder, private):
+    """Raise InputError if another user may have made a cache folder or written to it.
+
+    private: nobody else may read it, and it is no link. Else its owner may share it with a group, but not with everyone.
+    """
+    for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
+        shared = False  # whether everyone may write to a folder above
+        for path in *reversed(whole.parents), whole:
+            status = path.lstat()
+            if shared and status.st_uid not in (0, os.getuid()):
+                _refuse(path, "belongs to another user")
+            shared = shared or (stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_IWOTH))
+    if status.st_mode & (0o077 if private else stat.S_IWOTH):
+        _refuse(folder, f"has mode {stat.S_IMODE(status.st_mode):04o}, so others have access to it")
+    if private and os.path.islink(folder):
+        _refuse(folder, "is a link")
+    if private and status.st_uid != os.getuid():
+        _refuse(folder, "belongs to another user")
+
+
+def _refuse(path, problem):
+    raise InputError(f"{path}: {problem}, but annotations and compiled code are read from this cache folder: remove it, or set "
+                     "the environment variable ALBEF_CACHE to a folder of your own")
+
+
+def _name(path, kind, version):
+    """What the names in the cache begin with for a file: kind, a hash of its path, and one of all that is depended on."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from None
-    version = [VERSION, os.path.abspath(path), status.st_size, status.st_mtime_ns]
-    return hashlib.sha256(json.dumps(version).encode()).hexdigest()[:32]
+    path = os.path.abspath(path)
+    return f"{kind}-{_hash(path)[:16]}-{_hash([VERSION, version, path, status.st_size, status.st_mtime_ns])}"
+
+
+def _hash(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+def _remove_old(folder, names, locked):
+    """Remove what is kept of the same files under other names, and what killed processes have not completed.
+
+    names: those that are about to be built; locked: no other process of this machine is building.
+    """
+    names = set(map(os.path.basename, names))
+    files = {name.rpartition("-")[0] for name in names}
+    for entry in os.listdir(folder):
+        of_file = entry.rpartition("-")[0] in files and entry.partition(".")[0] not in names
+        if of_file or (locked and _INCOMPLETE.fullmatch(entry)):
+            with contextlib.suppress(OSError):  # of another user, or removed by a process that cannot lock
+                os.remove(os.path.join(folder, entry))
 
 
 def unreadable(path, error):
@@ -84,11 +138,11 @@ def unreadable(path, error):
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Within the block no other process of this machine is in such a block of the same folder."""
+    """Within the block no other process of this machine is in such a block of the same folder -> whether that is so."""
     lock = FileLock(os.path.join(folder, ".lock"), fallback_to_soft=False)
     with contextlib.suppress(OSError):  # some network file systems cannot lock; then each builds all, as a whole
         lock.acquire()
     try:
-        yield
+        yield lock.is_locked
     finally:
         lock.release()

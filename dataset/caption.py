@@ -159,9 +159,9 @@ class ShardedCaptions(CaptionDataset):
     def read(self, index):
         if index < self.listed:
             return super().read(index)
-        path, start, end = self.shards.place(index - self.listed)
-        sample = read_sample(path, start, end)
-        where = f"{path}: sample {sample['__key__']}"
+        place = self.shards.place(index - self.listed)
+        sample = read_sample(place)
+        where = f"{place.path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
         caption = draw_caption(captions, where)
-        return CaptionSample(self.transform(decode_image(image, where)), caption, -1, f"{path}/{sample['__key__']}")
+        return CaptionSample(self.transform(decode_image(image, where)), caption, -1, f"{place.path}/{sample['__key__']}")

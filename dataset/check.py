@@ -45,7 +45,7 @@ from dataset.build import build_dataset, data_sets, file_key, lists_and_shards
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
 from dataset.grounding import Expression
-from dataset.images import FORMATS, ImageError, decode_image, read_image
+from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
 from dataset.relevance import MAX_AD_WORDS, Ad, pre_ad
@@ -175,11 +175,11 @@ def begin():
 
 
 def look(job):
-    """(index, path of an image), or (index, shard, start, end) of a sample -> Seen, decoded as a run does."""
+    """(index, path of an image), or (index, path of a shard, Place) of a sample -> Seen, decoded as a run does."""
     seen, data = Seen(*job[:2]), None
     try:
         if job[2:]:
-            sample = read_sample(*job[1:])
+            sample = read_sample(job[2])
             seen = seen._replace(key=sample["__key__"])
             data, captions = image_and_captions(sample, place(seen.path, seen.key))
             seen = seen._replace(captions=captions, digest=digest((data, captions)))
@@ -397,6 +397,10 @@ def _report_images(tally, path, images, name):
     paths = list(images)
     for seen in tally.check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
         tally.add_image(path, seen.index, f"image {seen.path}", seen)
+    joined = len(tally.indices) - len(images)
+    if tally.form.entry is CaptionedImage and joined > 0 and not tally.lost_roots:
+        tally.row("joined", f"{joined:,} entries with an image of an earlier entry: their captions are of one image",
+                  entries_joined=joined)  # fmt: skip
     return tally.report(name, images)
 
 
@@ -410,7 +414,7 @@ def check_boxes(check, path, key):
             if check.is_lost("image_root", path, index):
                 tally.lost_roots.add("image_root")
             else:
-                images.setdefault(os.path.join(check.config["image_root"], box.image), index)
+                images.setdefault(absolute(check.config["image_root"], box.image), index)
         return _report_images(tally, path, images, "box {}".format)
     return unreadable(key, path)
 
@@ -441,7 +445,7 @@ def _count_entries(tally, path, questions):
                 tally.lost_roots.add(root)
             else:
                 for image in checked.images:
-                    images.setdefault(os.path.join(check.config[root], image), index)
+                    images.setdefault(absolute(check.config[root], image), index)
     return images
 
 
@@ -460,8 +464,11 @@ def check_shards(check, paths):
         return f"number {number} of {os.path.basename(shards.paths[shard])}"
 
     tally = Tally(check, "train_file", file, SHARDS)
-    tally.entries = len(shards)
-    for seen in check.look_at(len(shards), lambda i: (i, *shards.place(i)), "shards"):
+    tally.entries, others = len(shards), sum(shards.others)
+    if others:
+        tally.row("others", f"{others:,} files that are in no sample, as their names have no suffix or they are links",
+                  files_in_no_sample=others)
+    for seen in check.look_at(len(shards), lambda i: (i, (place := shards.place(i)).path, place), "shards"):
         tally.read += 1
         if seen.error:
             tally.refuse(seen.path, seen.key, seen.error)

@@ -4,12 +4,13 @@ import io
 import os
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
+
+from utils import read_regular
 
 # _check_size refuses what Pillow only warns of
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -39,7 +40,7 @@ def load_image(path):
 def read_image(path):
     """Return the bytes of an image file. Raises ImageError."""
     try:
-        return Path(path).read_bytes()
+        return read_regular(path)
     except (FileNotFoundError, IsADirectoryError):
         raise ImageError(path, "missing", problem=no_file(path)) from None
     except OSError as error:
@@ -48,11 +49,18 @@ def read_image(path):
         raise ImageError(repr(path), "unreadable", str(error)) from None
 
 
+def absolute(root, image):
+    """The path of a list's image, which is the same however the list writes it."""
+    return os.path.abspath(os.path.join(root or "", image))
+
+
 def no_file(path):
     """What is wrong with a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
-    return "is a folder: name an image file in it" if os.path.isdir(path) else "does not exist: check its path"
+    if os.path.isdir(path):
+        return "is a folder: name an image file in it"
+    return "is not a regular file: name one" if os.path.exists(path) else "does not exist: check its path"
 
 
 def decode_image(data, name):

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from dataset.annotations import as_form, read_json
-from utils import InputError
+from utils import InputError, open_regular
 
 GROUNDING_SPLITS = ("val", "testA", "testB")  # the splits of RefCOCO+ that are evaluated
 _NOT_RELEASED = "this is not the released RefCOCO+ file, download it again"
@@ -139,7 +139,7 @@ def _read_plain_pickle(path):
     # The opcodes EXT* take classes from this cache without asking find_class.
     copyreg.clear_extension_cache()
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return _PlainUnpickler(file, path).load()
     except InputError:
         raise

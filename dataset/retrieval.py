@@ -2,7 +2,7 @@
 
 from dataset.annotations import Entries, Entry, Texts
 from dataset.base import EntryDataset
-from dataset.images import load_image
+from dataset.images import absolute, load_image
 
 
 class CaptionedImage(Entry):
@@ -20,18 +20,24 @@ class CaptionedImage(Entry):
 class RetrievalTestSet(EntryDataset):
     """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R, R].
 
-    images: path of each image, as in the file; texts: all captions, cleaned up; img2txt: for each image the list of its
+    Entries of one image, by its absolute path, are one image with all their captions, equal ones included. images: path of
+    each image, as in its first entry; texts: all captions, cleaned up, image by image; img2txt: for each image the list of its
     texts; txt2img: for each text its image. Raises InputError for an entry without image or captions.
     """
 
     def __init__(self, files, image_root, transform):
-        super().__init__(Entries(files, CaptionedImage), {"image_root": image_root}, transform)
-        self.images, self.texts, self.img2txt, self.txt2img = [], [], [], []
-        for i, entry in enumerate(self.entries):
-            self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(entry.texts))))
-            self.txt2img.extend([i] * len(entry.texts))
-            self.images.append(entry.image)
-            self.texts.extend(map(entry.clean, entry.texts))
+        entries, captions, first = Entries(files, CaptionedImage), {}, []
+        for i, entry in enumerate(entries):
+            path = absolute(image_root, entry.image)
+            if path not in captions:
+                first.append(i)
+            captions.setdefault(path, []).extend(map(entry.clean, entry.texts))
+        super().__init__(entries, {"image_root": image_root}, transform, indices=first)
+        self.images, self.texts, self.img2txt, self.txt2img = [entries[i].image for i in first], [], [], []
+        for i, texts in enumerate(captions.values()):
+            self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
+            self.txt2img.extend([i] * len(texts))
+            self.texts.extend(texts)
 
     def read(self, index):
         (file,) = self.files(index)

@@ -1,7 +1,8 @@
 """WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they lie.
 
 A sample is a run of members of one name up to the first dot after the folders: 000000012.jpg, 000000012.txt and
-000000012.json. A scan of the headers finds where the samples begin; each is then read by its index, in one piece.
+000000012.json. In a shard of names like 22.04.jpg, which have no image after the first dot, it is a run of one name up to the last
+dot. A scan of the headers finds where the samples begin; each is then read by its index, in one piece.
 """
 
 import contextlib
@@ -10,25 +11,28 @@ import glob
 import io
 import itertools
 import json
-import operator
 import os
 import re
 import reprlib
 import tarfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
 
 from dataset.cache import load_cached, locate
-from utils import InputError, TrainingStopped, atomic_write
+from utils import InputError, TrainingStopped, atomic_write, open_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
+SHOWN = 5  # suffixes in a message
 MAX_OPEN = 128  # shards that a process keeps open: on a network file system it is opening that takes long
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
-_NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)")  # of a member: key and suffix
-_META = re.compile(r"__[^/]*__($|/)")  # keys of what is not a sample, such as __meta__.json or __index__/0.txt
+_META = re.compile(r"__([^/]*__/|[^/.]*__\.)")  # beginnings of names of no sample, as of __meta__.json or __index__/0.txt
+_HEADER = 2  # numbers before the positions in what is kept of a shard
 
 
 def expand(entries):
@@ -64,7 +68,7 @@ def _expand_pattern(pattern):
                          "{00000..01242}.tar") from None
     # a wildcard that matches nothing stays as it is, and so is missing
     paths = [path for name in names for path in (sorted(glob.glob(name)) if re.search(r"[*?]", name) else []) or [name]]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise InputError(f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)} that {pattern} "
                          "stands for are missing): copy them there, or correct train_file (relative paths start at the folder "
@@ -72,17 +76,28 @@ def _expand_pattern(pattern):
     return paths
 
 
+class Place(NamedTuple):
+    """Where a sample is."""
+
+    path: str  # of the shard
+    start: int  # of its bytes
+    end: int
+    last_dot: bool  # whether names are cut at their last dot
+
+
 class Shards:
     """The samples of shards by index, one shard after another, as `read_sample` gives them.
 
-    counts: samples of each shard. Shards that are new, or of another size or time of change than before, are scanned in that
-    many processes (default: the cores, 8 at most); what is found is kept in the cache folder. Raises InputError for a file that
-    is not a complete tar file, and if there is no sample in any.
+    counts: samples of each shard; others: files of each that are in no sample, as their names have no suffix. Shards that are
+    new, or of another size or time of change than before, are scanned in that many processes (default: the cores, 8 at most);
+    what is found is kept in the cache folder. Raises InputError for a file that is not a complete tar file, has sparse members
+    or names that cannot be cut into samples, and if there is no sample in any.
     """
 
     def __init__(self, paths, processes=None):
-        self.paths, self._offsets = paths, load_cached(paths, "shard", _scan, _load, processes)
-        self.counts = [len(offsets) - 1 for offsets in self._offsets]
+        self.paths, self._kept = paths, load_cached(paths, "shard", _scan, _load, processes=processes)
+        self.counts = [len(kept) - _HEADER - 1 for kept in self._kept]
+        self.others = [int(kept[1]) for kept in self._kept]
         self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
             others = ", nor do the other shards" if paths[1:] else ""
@@ -93,34 +108,40 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, index):
-        return read_sample(*self.place(index))
+        return read_sample(self.place(index))
 
     def place(self, index):
-        """(path, start, end): where the bytes of a sample are."""
+        """The Place of a sample."""
         shard, number = locate(index, self._ends)
-        return self.paths[shard], *self._offsets[shard][number : number + 2].tolist()
+        kept = self._kept[shard]
+        return Place(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
 
     def prefetch(self, indices):
         """Have the kernel begin to read samples, all at a time."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
-            for path, start, end in map(self.place, indices):
+            for path, start, end, _ in map(self.place, indices):
                 with _errors_of(path, TrainingStopped):
                     os.posix_fadvise(_open(path).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
 
 
-def read_sample(path, start, end):
-    """The sample whose members are bytes start..end-1 of a shard: {"__key__": str, suffix: bytes, ...}.
+def read_sample(place):
+    """The sample at a Place: {"__key__": str, suffix: bytes, ...}.
 
     Suffixes are in lower case; where a sample has one twice, the first counts. A member that is neither image nor caption is
     b"". Raises TrainingStopped if the shard cannot be read or has changed.
     """
+    path, start, end, last_dot = place
     sample = {}
     with _errors_of(path, TrainingStopped):
         # by position: data workers forked from this process share the open file
         data = os.pread(_open(path).fileno(), end - start, start)
-        with _archive(fileobj=io.BytesIO(data)) as archive:
-            for key, suffix, member in _members(archive):
-                if sample.setdefault("__key__", key) != key:
+        with _archive(io.BytesIO(data)) as archive:
+            for member in _members(archive):
+                name = _cut(member.name, last_dot)
+                if not (member.isreg() and name):
+                    continue
+                key, suffix = name
+                if sample.setdefault("__key__", key) != key or member.issparse():
                     break
                 if suffix not in sample:
                     used = suffix in IMAGE_SUFFIXES or suffix in CAPTION_SUFFIXES
@@ -139,7 +160,8 @@ def image_and_captions(sample, where):
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
-        held = ", ".join(f".{name}" for name in sample if name != "__key__")
+        suffixes = [f".{name}" for name in sample if name != "__key__"]
+        held = ", ".join(suffixes[:SHOWN]) + f" and {len(suffixes) - SHOWN} others" * (len(suffixes) > SHOWN)
         raise InputError(f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}", "no image")
     if "txt" in sample:
         return sample[suffix], [sample["txt"].decode("utf-8", "replace")]
@@ -158,34 +180,83 @@ def image_and_captions(sample, where):
 
 
 def _load(name):
+    """What `_scan` has kept as an array of int64, None if it is not there or damaged."""
     try:
-        return np.load(f"{name}.npy")
-    except (OSError, ValueError, EOFError):  # not there, or damaged
+        data = Path(f"{name}.index").read_bytes()
+    except OSError:
         return None
+    return np.frombuffer(data[4:], np.int64) if data[:4] == _checksum(data[4:]) else None
+
+
+def _checksum(data):
+    return zlib.crc32(data).to_bytes(4, "little")
 
 
 def _scan(job):
-    """Write where the samples of a shard begin, and where the last one ends: job is (path, name in the cache folder)."""
+    """Find the samples of a shard: job is (path, name in the cache folder).
+
+    Kept are whether names are cut at the last dot, how many files are in no sample, where each sample begins and where the last
+    one ends.
+    """
     path, name = job
-    with _errors_of(path, InputError), _archive(path) as archive:
-        samples = itertools.groupby(_members(archive), key=operator.itemgetter(0))
-        starts = [next(members)[-1].offset for _, members in samples]
+    files, others = [], 0  # (name, position) of each member of a sample
+    with _errors_of(path, InputError), open_regular(path) as file, _archive(file) as archive:
+        for member in _members(archive):
+            if member.issparse():
+                raise InputError(f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards do not take: "
+                                 "make this shard again, with tar without --sparse")
+            if member.isreg() and _cut(member.name):
+                files.append((member.name, member.offset))
+            elif not member.isdir() and not _META.match(member.name):
+                others += 1
         # tarfile takes anything after a whole member for the end
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it is cut short or damaged after a whole member")
-    with atomic_write(f"{name}.npy") as file:
-        np.save(file, np.array([*starts, archive.offset], np.int64))
+    last_dot = _cut_at_last_dot(path, [file for file, _ in files])
+    runs = itertools.groupby(files, key=lambda file: _cut(file[0], last_dot)[0])
+    starts = [next(members)[1] for _, members in runs]
+    data = np.array([last_dot, others, *starts, archive.offset], np.int64).tobytes()
+    with atomic_write(f"{name}.index") as file:
+        file.write(_checksum(data) + data)
+
+
+def _cut_at_last_dot(path, names):
+    """Whether the names of a shard's files are to be cut at the last dot: if only that gives images with captions.
+
+    Raises InputError if some names give them by the first dot, and others by the last one.
+    """
+    lost, image = None, False
+    for _, run in itertools.groupby(names, key=lambda name: _cut(name)[0]):
+        run = list(run)
+        if any(_cut(name)[1] in IMAGE_SUFFIXES for name in run):
+            image = True
+        else:
+            lost = lost or _image_by_last_dot(run)
+    if lost and image:
+        raise InputError(f"{path}: names are cut into key and suffix at their first dot, by which member {reprlib.repr(lost)} is "
+                         "no image, though others are: rename the members so that a dot stands before the suffix only")
+    return lost is not None
+
+
+def _image_by_last_dot(names):
+    """The first of these names that is an image with a caption where names are cut at the last dot, or None."""
+    for _, run in itertools.groupby(names, key=lambda name: _cut(name, last_dot=True)[0]):
+        by_suffix = {_cut(name, last_dot=True)[1]: name for name in run}
+        images = [by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
+        if images and not by_suffix.keys().isdisjoint(CAPTION_SUFFIXES):
+            return images[0]
+    return None
 
 
 @functools.lru_cache(MAX_OPEN)
 def _open(path):
-    return open(path, "rb", buffering=0)
+    return open_regular(path).detach()  # without a buffer, as it is read by position
 
 
-def _archive(path=None, fileobj=None):
+def _archive(file):
     # a file, not a stream: what is not wanted is passed over without being read
-    return tarfile.open(path, "r:", fileobj, encoding="utf-8", errors="backslashreplace")
+    return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -199,9 +270,22 @@ def _errors_of(path, kind):
 
 
 def _members(archive):
-    """Iterate over (key, suffix, member) of the members of an open tar file that are of samples."""
-    for member in iter(archive.next, None):
+    """Iterate over the members of an open tar file."""
+    while True:
+        try:
+            member = archive.next()
+        except (ValueError, MemoryError) as error:  # of a wrong map of a sparse member, of a size that no header has
+            raise tarfile.ReadError(f"a wrong header, {error}") from None
+        if member is None:
+            return
         archive.members.clear()  # where tarfile keeps all it has seen
-        name = _NAME.fullmatch(member.name)
-        if member.isreg() and name and not _META.match(name[1]):
-            yield name[1], name[2].lower(), member
+        yield member
+
+
+def _cut(name, last_dot=False):
+    """(key, suffix) of a member's name, cut at a dot after the folders; None if it has none, or is no sample's."""
+    folders, slash, base = name.rpartition("/")
+    key, dot, suffix = base.rpartition(".") if last_dot else base.partition(".")
+    if not dot or base.startswith(".") or _META.match(name):
+        return None
+    return folders + slash + key, suffix.lower()

@@ -7,13 +7,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from dataset.annotations import read_json_list
 from dataset.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, image_and_captions
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
-from utils import InputError
+from utils import InputError, read_regular
 
 # names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
@@ -209,7 +208,7 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
                 sample = {"__key__": stem, suffix[1:].lower(): b""}
                 for kind in CAPTION_SUFFIXES:
                     if f"{stem}.{kind}" in there:
-                        sample[kind] = Path(parent, f"{stem}.{kind}").read_bytes()
+                        sample[kind] = read_regular(os.path.join(parent, f"{stem}.{kind}"))
                 texts = _clean(image_and_captions(sample, path)[1])
                 if not texts:
                     raise InputError(f"{path}: its caption is empty")

@@ -34,7 +34,7 @@ import random
 
 from dataset.official import CaptionedFile, ImageFinder, convert, recognize
 from dataset.tables import read_folder, read_table
-from utils import InputError, atomic_write, make_output_dir
+from utils import InputError, atomic_write, make_output_dir, read_regular
 
 SHOWN = 5  # problems that are printed of what is left out
 SKIPPED = "skipped.txt"
@@ -45,7 +45,7 @@ def read_sources(args) -> tuple[dict[str, list], list[str]]:
     contents = {}  # None of a folder
     for source in args.sources:
         try:
-            contents[source] = None if os.path.isdir(source) else Path(source).read_bytes()
+            contents[source] = None if os.path.isdir(source) else read_regular(source)
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from None
     forms = {source: data and recognize(data) for source, data in contents.items()}

@@ -5,18 +5,21 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
+import signal
 
 import pytest
 
 from conftest import refusal
 from dataset import annotations, cache
-from dataset.annotations import Entries, check_entry, read_json_list
+from dataset.annotations import Entries, check_entry, read_json, read_json_list
 from dataset.caption import CaptionDataset, Pair, RetrievalPair
 from dataset.nlvr import Statement
 from dataset.retrieval import CaptionedImage
 from dataset.base import check_images
 from dataset.ve import Entailment
 from dataset.vqa import Question, TrainingQuestion
+from utils import TrainingStopped
 
 
 TRICKY = [
@@ -92,17 +95,81 @@ def test_cache_is_used_until_the_file_changes(tmp_path, monkeypatch):
     assert contents(load(path)) == as_pairs(same_size)
 
 
-@pytest.mark.parametrize("file", ["*.npy", "*.jsonl"])
-@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9], lambda content: None])
+DAMAGES = {
+    "empty": lambda content: b"", "cut": lambda content: content[:-9], "gone": lambda content: None,
+    "zeros": lambda content: bytes(len(content)), "flips": lambda content: bytes(byte ^ 4 for byte in content),
+    "last_block": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "swapped": lambda content: content[8:16] + content[:8] + content[16:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["*.index", "*.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_cache_is_built_again(tmp_path, folder, file, damage):
     path = write(tmp_path / "list.json", TRICKY)
-    load(path)
+    kept = pickle.dumps(load(path))
     (store,) = folder.glob(file)
-    content = damage(store.read_bytes())
-    store.unlink()
-    if content is not None:
-        store.write_bytes(content)
-    assert contents(load(path)) == as_pairs(TRICKY)
+    for again in lambda: load(path), lambda: pickle.loads(kept):  # a worker that is spawned opens what the run has opened
+        content = store.read_bytes()
+        store.unlink()
+        if (damaged := damage(content)) is not None:
+            store.write_bytes(damaged)
+        assert contents(again()) == as_pairs(TRICKY)
+        assert store.read_bytes() == content
+
+
+@pytest.mark.parametrize("file", ["*.index", "*.jsonl"])
+def test_a_cache_that_is_damaged_during_the_run_is_built_again(tmp_path, folder, file):
+    path = write(tmp_path / "list.json", TRICKY)
+    opened, late = load(path), load(path)
+    (store,) = folder.glob(file)
+    with open(store, "r+b") as mapped:
+        mapped.write(bytes(store.stat().st_size))
+    assert contents(opened) == as_pairs(TRICKY)
+    write(tmp_path / "list.json", TRICKY[:2])
+    with pytest.raises(TrainingStopped, match=re.escape(path)):  # other entries than those that the run began with
+        contents(late)
+    os.remove(path)
+    with pytest.raises(TrainingStopped, match=re.escape(path)):
+        contents(late)
+
+
+def test_the_cache_depends_on_the_form_and_the_clean_up(tmp_path, folder, monkeypatch):
+    class OtherPair(Pair):
+        score: float = 0.0
+
+    OtherPair.__name__ = "Pair"
+    path = write(tmp_path / "list.json", TRICKY[:2])
+    assert contents(load(path)) == as_pairs(TRICKY[:2])
+    before = stores(folder)
+    assert [entry.score for entry in Entries([path], OtherPair)] == [0, -1.25e-7]
+    assert len(stores(folder)) == 2 and not set(before) & set(stores(folder))
+    load(path)
+    assert sorted(stores(folder)) == sorted(before)
+    monkeypatch.setattr(annotations, "pre_caption", write)  # of another module
+    assert contents(load(path)) == as_pairs(TRICKY[:2])
+    assert len(stores(folder)) == 2 and not set(before) & set(stores(folder))
+
+
+def test_what_is_outdated_or_incomplete_in_the_cache_is_removed(tmp_path, folder, monkeypatch):
+    def kill(_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    other, path = write(tmp_path / "other.json", TRICKY), write(tmp_path / "list.json", TRICKY)
+    load(other)
+    kept = set(stores(folder))
+    (folder / ".mine.tmp").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("utils.os.fsync", kill)
+        process = multiprocessing.get_context("fork").Process(target=load, args=(path,))
+        process.start()
+        process.join()
+    assert any(file.name.endswith(".tmp") for file in folder.glob(".Pair-*"))
+    for length in 1, 2, 3:
+        write(tmp_path / "list.json", TRICKY[:length])
+        assert contents(load(path)) == as_pairs(TRICKY[:length])
+        assert kept < set(stores(folder)) and len(stores(folder)) == 4
+    assert {file.name for file in folder.glob(".*")} == {".lock", ".mine.tmp"}
 
 
 def test_cache_goes_to_the_temporary_folder_when_its_own_cannot_be_written(tmp_path, monkeypatch):
@@ -116,12 +183,64 @@ def test_cache_goes_to_the_temporary_folder_when_its_own_cannot_be_written(tmp_p
     assert "ALBEF_CACHE" in refusal(load, path)
 
 
+def owned_by_another(path, monkeypatch):
+    """Has a file seem to be another user's, whoever runs the tests."""
+    if os.getuid() == 0:
+        os.chown(path, 4321, -1, follow_symlinks=False)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda uid=os.getuid(): uid + 1)
+
+
+@pytest.mark.parametrize("found", [0o777, 0o755, 0o770, "a link", "another user's"])
+def test_in_the_temporary_folder_the_cache_is_private(tmp_path, monkeypatch, found):
+    monkeypatch.setenv("ALBEF_CACHE", "/dev/null/none")
+    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    before = os.umask(0)
+    folder = cache.cache_folder()
+    os.umask(before)
+    assert os.path.dirname(folder) == str(tmp_path / "tmp") and os.stat(folder).st_mode & 0o777 == 0o700
+    assert cache.cache_folder() == folder
+    if found == "a link":
+        os.rename(folder, tmp_path / "mine")
+        os.symlink(tmp_path / "mine", folder)
+    elif found == "another user's":
+        os.rename(folder, tmp_path / "tmp" / f"albef-{os.getuid() + (os.getuid() != 0)}")
+        owned_by_another(folder, monkeypatch)
+    else:
+        os.chmod(folder, found)
+    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
+
+
+def test_a_cache_folder_that_others_could_have_filled_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    folder = tmp_path / "shared" / "mine" / "cache"
+    monkeypatch.setenv("ALBEF_CACHE", str(folder))
+    for mode in 0o700, 0o755, 0o770:  # a folder that a user has named may be shared with a group
+        assert cache.cache_folder() == str(folder)
+        folder.chmod(mode)
+    folder.chmod(0o777)
+    assert str(folder) in refusal(cache.cache_folder)
+    folder.chmod(0o700)
+    os.symlink(folder, tmp_path / "shared" / "link")
+    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "shared" / "link"))
+    assert cache.cache_folder() == os.environ["ALBEF_CACHE"]
+    owned_by_another(tmp_path / "shared" / "link", monkeypatch)
+    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
+    monkeypatch.setenv("ALBEF_CACHE", str(folder))
+    owned_by_another(folder.parent, monkeypatch)
+    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
+    os.symlink(folder, tmp_path / "home")  # the link is mine, and leads to what is not
+    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "home"))
+    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
+
+
 def test_a_full_disk_is_named(tmp_path, folder, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     path = write(tmp_path / "list.json", TRICKY)
-    monkeypatch.setattr(annotations.np, "save", full)
+    monkeypatch.setattr("utils.os.fsync", full)
     message = refusal(load, path)
     assert message.startswith(f"{folder}: cannot write the cache (No space left on device)") and "ALBEF_CACHE" in message
     monkeypatch.undo()
@@ -275,6 +394,11 @@ def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(tmp_path, monk
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     missing = str(tmp_path / "missing.json")
+    fifo = tmp_path / "fifo.json"  # which would wait for a writer
+    os.mkfifo(fifo)
+    for path in fifo, "/dev/zero":
+        for function in load, lambda path: list(read_json_list(path)), lambda path: read_json(path, list, "name a file"):
+            assert refusal(function, path).startswith(f"{path}: ")
     for function in load, lambda path: list(read_json_list(path)):
         message = refusal(function, missing)
         assert message.startswith(f"{missing}: cannot read this file (No such file or directory); ")

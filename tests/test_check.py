@@ -280,6 +280,14 @@ def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
     assert report["files"][1]["images_also_trained_on"] == 1 and "1 (50.0%) are in train_file too" in out
 
 
+def test_retrieval_entries_that_are_joined_are_counted(run, write, shapes):
+    captions = [{"image": image, "caption": ["red"]} for image in (GOOD, f"./{GOOD}", str(shapes / GOOD), "images/train/000001.jpg")]
+    status, out, report = run(test_file=write(captions, "test.json"))
+    of = report["files"][-1]
+    assert status == 0 and (of["entries"], of["entries_joined"], of["images"]) == (4, 2, 2)
+    assert "entries_joined" not in run(train_file=write(pairs(4)))[2]["files"][0]
+
+
 def test_other_files(run, write, tmp_path):
     keys = {"train_file": write(pairs(2)), "image_root": "absent", "bert_config": "absent.json"}
     status, out, report = run(**keys)
@@ -320,6 +328,10 @@ def test_shards(run, tmp_path, shapes):
     assert of["first_duplicates"] == ["number 6 of 0.tar as number 0 of 0.tar"]
     assert [entry for entry, _ in problems_of(report)] == [None, "c", "d", "e", "f"]
     assert "1.tar: not a complete tar file" in out and "0.tar: sample e: no image" in out
+    assert "files_in_no_sample" not in of
+    write_tar(tmp_path / "1.tar", [("1.0.jpg", image), ("1.0.txt", b"red"), ("README", b"1"), ("1.1.jpg", image), ("1.1.txt", b"a")])
+    of = run(train_file=str(tmp_path / "1.tar"))[2]["files"][0]
+    assert (of["entries"], of["files_in_no_sample"], of["wrong"]) == (2, 1, {})
     (tmp_path / "1.tar").unlink()
     of = run("--images", 3, train_file=str(tmp_path / "*.tar"))[2]["files"][0]
     assert (of["entries"], of["entries_read"], of["texts"]) == (7, 3, 3)

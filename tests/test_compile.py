@@ -131,6 +131,15 @@ def test_layers_are_compiled_on_a_gpu_unless_results_must_repeat(key, device, de
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "mine"
 
 
+def test_compiled_code_is_not_loaded_from_a_folder_that_everyone_can_write(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path))
+    tmp_path.chmod(0o777)
+    with mock.patch("torch.compile") as tried, mock.patch("torch.zeros"):
+        assert "ALBEF_CACHE" in refusal(compiles, {"compile": True, "deterministic": False}, CPU)
+    assert not tried.called and "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 def test_without_a_compiler_training_goes_on_unless_compilation_is_asked_for(capsys, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     config, zeros = {"compile": "auto", "deterministic": False}, torch.zeros

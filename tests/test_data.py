@@ -76,3 +76,24 @@ def test_retrieval_test_set(tiny_config, shapes):
     assert [len(texts) for texts in dataset.img2txt] == [len(entry["caption"]) for entry in entries]
     assert all(dataset.txt2img[text] == image for image, texts in enumerate(dataset.img2txt) for text in texts)
     assert dataset[0].shape == (3, 32, 32)
+
+
+def test_retrieval_entries_of_one_image_are_one_image(tiny_config, shapes, tmp_path):
+    entries = json.loads((shapes / "test.json").read_text())
+    entries[1]["caption"].append(entries[1]["caption"][0])  # an image may have a caption twice
+    spellings = (lambda image: image, lambda image: f"./{image}", lambda image: str(shapes / image),
+                 lambda image: f"images/../{image}")  # fmt: skip
+    rounds = [[{"image": spelling(entry["image"]), "caption": [entry["caption"][i]]}
+               for entry in entries if i < len(entry["caption"])] for i, spelling in enumerate(spellings)]  # fmt: skip
+    files = {"grouped": entries, "first": rounds[0], "others": sum(rounds[1:], [])}
+    paths = {name: tmp_path / f"{name}.json" for name in files}
+    for name, path in paths.items():
+        path.write_text(json.dumps(files[name]))
+    for key in "test", "val":
+        grouped, split = (build_dataset(f"retrieval_{key}", {**tiny_config, f"{key}_file": [str(paths[name]) for name in names]})
+                          for names in (["grouped"], ["first", "others"]))  # fmt: skip
+        assert len(grouped) == len(split) == 12 and len(split.texts) == 37
+        for of in "images", "texts", "img2txt", "txt2img":
+            assert getattr(split, of) == getattr(grouped, of)
+        assert all(torch.equal(grouped[i], split[i]) for i in range(12))
+        assert split.where(11).startswith(f"{paths['first']}: entry 11 ")

@@ -1,7 +1,9 @@
 """What becomes of faulty data: docs/faults.md has the table of which every row is tested here or in test_images.py."""
 
 import json
+import os
 import re
+import stat
 import unicodedata
 
 import pytest
@@ -26,6 +28,11 @@ UNUSABLE = {  # name of the image file -> words of the reason
     "corrupt.jpg": "broken image", "truncated.jpg": "broken image", "corrupt.png": "broken image", "empty.jpg": "empty file",
     "html.jpg": "not an image", "gone.jpg": "does not exist", "bomb.jpg": "too large", "bomb.png": "too large",
     "float.tiff": "unknown range of gray", "slow.jpg": "too slow to decode", "page.eps": "not an image",
+    "fifo.jpg": "not a regular file", "device.jpg": "not a regular file", "socket.jpg": "unreadable",
+}  # fmt: skip
+LATER = {  # what becomes of images after the start
+    "gone.jpg": lambda path: None, "fifo.jpg": os.mkfifo, "device.jpg": lambda path: path.symlink_to("/dev/zero"),
+    "socket.jpg": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }  # fmt: skip
 
 
@@ -36,7 +43,7 @@ def tokenizer(tiny_config):
 
 @pytest.fixture
 def folder(shapes, tmp_path):
-    """An image folder with every file of UNUSABLE, but gone.jpg, and a good one."""
+    """An image folder with every file of UNUSABLE, those of LATER as at the start, and a good one."""
     good = (shapes / GOOD).read_bytes()
     png = encoded(Image.open(shapes / GOOD), "PNG")
     files = {
@@ -45,10 +52,17 @@ def folder(shapes, tmp_path):
         "bomb.jpg": declares(30000, 30000, "JPEG"), "bomb.png": declares(30000, 30000, "PNG"), "good.jpg": good,
         "slow.jpg": jpeg_of_scans(Image.new("RGB", (16, 16)), 101), "page.eps": encoded(Image.new("RGB", (16, 16)), "EPS"),
     }  # fmt: skip
-    for name, data in files.items():
+    for name, data in {**files, **dict.fromkeys(LATER, b"")}.items():
         (tmp_path / name).write_bytes(data)
     Image.new("F", (40, 30), 0.5).save(tmp_path / "float.tiff")
     return tmp_path
+
+
+def break_later(folder):
+    """Replace the images of LATER."""
+    for name, make in LATER.items():
+        (folder / name).unlink()
+        make(folder / name)
 
 
 def build(name, tiny_config, folder, entries, **keys):
@@ -80,9 +94,8 @@ def entries_of(name, images, text="a red circle"):
 
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_train", "vqa_train", "nlvr_train"])
 def test_in_training_unusable_images_are_replaced_and_listed(tiny_config, folder, name):
-    (folder / "gone.jpg").write_bytes(b"")
     dataset = build(name, tiny_config, folder, entries_of(name, [*UNUSABLE, *["good.jpg"] * 20]))
-    (folder / "gone.jpg").unlink()  # after the start
+    break_later(folder)
     for i, (image, words) in enumerate(UNUSABLE.items()):
         sample = dataset[i]
         assert image in sample.skipped[0] and words in sample.skipped[0] and "\n" not in sample.skipped[0]
@@ -93,9 +106,8 @@ def test_in_training_unusable_images_are_replaced_and_listed(tiny_config, folder
 
 @pytest.mark.parametrize("name", ["retrieval_test", "vqa_test", "nlvr_test"])
 def test_unusable_images_end_a_test(tiny_config, folder, name):
-    (folder / "gone.jpg").write_bytes(b"")
     dataset = build(name, tiny_config, folder, entries_of(name, UNUSABLE))
-    (folder / "gone.jpg").unlink()
+    break_later(folder)
     for i, (image, words) in enumerate(UNUSABLE.items()):
         message = refusal(dataset.__getitem__, i)
         assert image in message and words in message and "every image of the test file counts" in message
@@ -104,7 +116,9 @@ def test_unusable_images_end_a_test(tiny_config, folder, name):
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_test"])
 def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
     (folder / "photos").mkdir()
-    for image, problem in (("gone.jpg", "does not exist"), ("photos", "is a folder"), ("https://host/a.jpg", "is a URL")):
+    break_later(folder)
+    for image, problem in (("gone.jpg", "does not exist"), ("photos", "is a folder"), ("https://host/a.jpg", "is a URL"),
+                           ("fifo.jpg", "is not a regular file"), ("device.jpg", "is not a regular file")):  # fmt: skip
         message = refusal(build, name, tiny_config, folder, entries_of(name, ["good.jpg", image]))
         assert "entry 1" in message and f"{image} {problem} (1 of the 2" in message and "image_root" in message
 
@@ -211,8 +225,10 @@ def test_texts_with_words_beside_blank_ones_are_used():
 
 
 def test_duplicated_entries_are_used_as_they_are(tiny_config, folder):
-    for name in ("pretrain", "retrieval_train", "retrieval_test", "ve_train"):
+    for name in ("pretrain", "retrieval_train", "ve_train"):
         assert len(build(name, tiny_config, folder, entries_of(name, ["good.jpg"]) * 3)) == 3
+    dataset = build("retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"]) * 3)
+    assert len(dataset) == 1 and dataset.img2txt == [[0, 1, 2]]
     with pytest.raises(InputError, match="question_id 0 too"):
         build("vqa_test", tiny_config, folder, entries_of("vqa_test", ["good.jpg"]) * 2)
 

@@ -1,6 +1,7 @@
 """Image files are decoded to Pillow's pixels, and bad ones raise OSError."""
 
 import io
+import os
 import re
 import runpy
 import struct
@@ -205,7 +206,10 @@ def test_unreadable_files_raise(tmp_path):
     fake = tmp_path / "fake.jpg"
     fake.write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
     reasons = {text: "not an image", fake: "not an image", tmp_path / "missing.jpg": "does not exist", tmp_path: "is a folder",
-               "https://host/a.jpg": "is a URL: download"}  # fmt: skip
+               "https://host/a.jpg": "is a URL: download", "/dev/null": "unreadable: not a regular file"}  # fmt: skip
+    fifo = tmp_path / "fifo.jpg"  # which would wait for a writer
+    os.mkfifo(fifo)
+    reasons[fifo] = "unreadable: not a regular file"
     for path, reason in reasons.items():
         with pytest.raises(OSError, match=f"^{path}: {reason}"):
             load_image(path)

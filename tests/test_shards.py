@@ -138,7 +138,7 @@ def test_images_and_captions_of_samples():
         *(({"jpg": b"", "json": b'{"caption": %s}' % value}, "'caption' in its .json is")
           for value in (b"null", b"3", b"[]", b'["a", null]', b'{"en": "a"}')),
     ]:  # fmt: skip
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(InputError) as caught:
             of(**sample)
         assert str(caught.value).startswith("x.tar: sample k: ") and reason in str(caught.value)
 
@@ -169,11 +169,13 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
 
 def test_a_damaged_index_is_made_again(tmp_path):
     path = write_shard(tmp_path / "x.tar", range(2))
-    for damage in (lambda content: b"", lambda content: content[:-9], lambda content: b"\xff" + content):
-        assert counts([path]) == [2]
-        for cache in Path(os.environ["ALBEF_CACHE"]).rglob("*.npy"):
-            cache.write_bytes(damage(cache.read_bytes()))
-    assert counts([path]) == [2]
+    for damage in (None, lambda content: b"", lambda content: content[:-9], lambda content: b"\xff" + content,
+                   lambda content: bytes(len(content)), lambda content: content[:-4] + b"\1" + content[-3:]):  # fmt: skip
+        if damage:
+            (kept,) = Path(os.environ["ALBEF_CACHE"]).glob("shard-*")
+            kept.write_bytes(damage(kept.read_bytes()))
+        samples = Shards([path])
+        assert samples.counts == [2] and [samples[i]["txt"] for i in range(2)] == [b"caption 0", b"caption 1"]
 
 
 begun = multiprocessing.get_context("fork").Semaphore(0)
@@ -224,7 +226,7 @@ def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
         for position in rng.integers(0, len(content) * 2 // 3, 3):
             damaged[position] = rng.integers(256)
         (tmp_path / "x.tar").write_bytes(damaged)
-        for function, arguments in [(shards._scan, ((path, tmp_path / "index"),)), *((read_sample, place) for place in places)]:
+        for function, arguments in [(shards._scan, ((path, tmp_path / "index"),)), *((read_sample, (place,)) for place in places)]:
             try:
                 function(*arguments)
             except (InputError, TrainingStopped) as error:
@@ -239,6 +241,77 @@ def test_shards_without_samples_are_refused_if_all_are(tmp_path):
     assert counts([*empty, write_shard(tmp_path / "2.tar", range(1))]) == [0, 0, 1]
 
 
+def pair(name, number, suffix="txt"):
+    return [(f"{name}.jpg", picture(number)), (f"{name}.{suffix}", f"caption {number}".encode())]
+
+
+@pytest.mark.parametrize("names", [["22.00", "22.01", "22.02"], ["a.b/www.site.org_0", "www.site.org_1"]])
+def test_names_with_dots_are_cut_at_the_last_one_where_only_that_gives_images(tmp_path, monkeypatch, names):
+    members = [("__meta__.v1.json", b"{}"), *itertools.chain.from_iterable(map(pair, names, itertools.count()))]
+    paths = [write_tar(tmp_path / "dots.tar", members), write_shard(tmp_path / "plain.tar", range(2))]
+    for _ in range(2):  # the second time from what is kept
+        samples = Shards(paths)
+        assert samples.counts == [len(names), 2]
+        assert [samples[i] for i in range(len(names))] == [
+            {"__key__": name, "jpg": picture(i), "txt": f"caption {i}".encode()} for i, name in enumerate(names)
+        ]  # fmt: skip
+        assert samples[len(names) + 1]["__key__"] == "000000001"
+        monkeypatch.setattr(shards, "_scan", None)
+
+
+def test_a_shard_of_which_either_dot_loses_samples_is_refused(tmp_path):
+    plain, dots = pair("000000", 0), pair("www.site.org_000001", 1)
+    for number, members in enumerate([plain + dots, dots + plain]):
+        path = write_tar(tmp_path / f"{number}.tar", members)
+        message = refusal(Shards, [path])
+        assert message.startswith(f"{path}: ") and "www.site.org_000001.jpg" in message and len(message) < 400
+
+
+@pytest.mark.parametrize("members, keys", [
+    ([*pair("a", 0), ("a.seg.png", b"1"), ("b.seg.png", b"2"), ("b.txt", b"3")], ["a", "b"]),  # b without its image
+    ([("a.image.jpg", b"1"), ("a.caption.txt", b"2")], ["a"]),  # which no cut makes a pair of
+    ([*pair("a", 0), ("a.crop.jpg", b"1"), ("a.crop.json", b"2")], ["a"]),
+])  # fmt: skip
+def test_names_are_otherwise_cut_at_the_first_dot(tmp_path, members, keys):
+    samples = Shards([write_tar(tmp_path / "x.tar", members)])
+    assert [samples[i]["__key__"] for i in range(len(samples))] == keys
+
+
+def test_files_in_no_sample_are_counted_and_many_suffixes_are_not_named(tmp_path):
+    members = [*pair("0", 0), ("README", b"1"), ("._0.jpg", b"2"), special("1.jpg", tarfile.LNKTYPE, "0.jpg"),
+               special("folder", tarfile.DIRTYPE), ("__meta__.json", b"3")]  # fmt: skip
+    assert Shards([write_tar(tmp_path / "x.tar", members)]).others == [3]
+    with pytest.raises(InputError) as caught:
+        image_and_captions({"__key__": "k"} | {f"{i}.jpg": b"" for i in range(1000)}, "x.tar: sample k")
+    assert len(str(caught.value)) < 300 and "995" in str(caught.value)
+
+
+def sparse_member(kind):
+    """A member of 2 TB of which a tar file holds 512 bytes, as GNU tar --sparse writes it."""
+    info, size = tarfile.TarInfo("1.jpg"), 1 << 41
+    if kind == "GNU":
+        info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
+        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+        header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 512), tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
+        return bytes(header) + b"x" * 512
+    versions = {"PAX 0.0": {"offset": "0", "numbytes": "512"}, "PAX 0.1": {"map": "0,512"}, "PAX wrong": {"map": "zero"}}
+    keys = {"size": str(size), "numblocks": "1", **versions.get(kind, {"major": "1", "minor": "0", "realsize": str(size)})}
+    data = b"1\n0\n512\n".ljust(512, b"\0") * (kind == "PAX 1.0") + b"x" * 512
+    info.size, info.pax_headers = len(data), {f"GNU.sparse.{key}": value for key, value in keys.items()}
+    return info.tobuf(tarfile.PAX_FORMAT) + data
+
+
+@pytest.mark.parametrize("kind", ["GNU", "PAX 0.0", "PAX 0.1", "PAX 1.0", "PAX wrong"])
+def test_sparse_members_are_refused_by_shard_and_name(tmp_path, kind):
+    path = write_shard(tmp_path / "x.tar", range(1))
+    content = (tmp_path / "x.tar").read_bytes()
+    end = Shards([path]).place(0).end
+    (tmp_path / "x.tar").write_bytes(content[:end] + sparse_member(kind) + content[end:])
+    message = refusal(Shards, [path])
+    assert message.startswith(f"{path}: ") and ("1.jpg" in message or kind == "PAX wrong")
+
+
 def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
     path = write_shard(tmp_path / "x.tar", range(5))
     samples = Shards([path])
@@ -250,9 +323,13 @@ def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
         samples[4]
     shards._open.cache_clear()
     os.remove(path)
-    for read in samples.__getitem__, lambda index: samples.prefetch([index]):
-        with pytest.raises(TrainingStopped, match=rf"^{path}: cannot read this shard \(No such file"):
-            read(0)
+    for problem in "No such file", "not a regular file":
+        for read in samples.__getitem__, lambda index: samples.prefetch([index]):
+            with pytest.raises(TrainingStopped, match=rf"^{path}: cannot read this shard \({problem}"):
+                read(0)
+        if not os.path.exists(path):
+            os.mkfifo(path)  # which would wait for a writer
+    assert path in refusal(Shards, [path]) and path in refusal(Shards, expand([path])[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

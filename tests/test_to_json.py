@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -171,14 +172,17 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
              "sub/d.txt": "a cat", "sub/d.json": "broken", "0_stats.json": "{}", "readme.md": "", ".e.jpg": ""}  # fmt: skip
     for name, text in files.items():
         (tmp_path / "photos" / name).write_text(text)
+    os.mkfifo(tmp_path / "photos" / "sub/e.txt")  # which would wait for a writer
+    (tmp_path / "photos" / "sub/e.jpg").touch()
     monkeypatch.chdir(tmp_path)
     for root, prefix in ("photos", ""), ("", "photos/"):
         assert run(monkeypatch, "photos", "--image_root", root, "--output", f"out{root}") == 0
         entries = {entry["image"]: entry["caption"] for entry in json.loads(Path(f"out{root}/train.json").read_text())}
         assert entries == {f"{prefix}a.jpg": ["a dog"], f"{prefix}b.jpg": ["b", "c"], f"{prefix}sub/d.jpg": ["a cat"]}
         skipped = Path(f"out{root}/skipped.txt").read_text().splitlines()
-        assert [line.split(":")[0] for line in skipped] == ["photos/c.jpg", "photos/e.txt"]
-    assert run(monkeypatch, "configs", "--output", "none") == 2
+        assert [line.split(":")[0] for line in skipped] == ["photos/c.jpg", "photos/e.txt", "photos/sub/e.jpg"]
+    for source in "configs", "photos/sub/e.txt", "/dev/zero":
+        assert run(monkeypatch, source, "--output", "none") == 2
 
 
 def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_path, monkeypatch):
