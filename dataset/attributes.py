@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from dataset.annotations import read_json
+from dataset.annotations import digest, read_json
 from dataset.base import EntryDataset
 from dataset.images import ImageError, load_image
 from utils import InputError
@@ -108,6 +108,9 @@ class AttributeTestSet(EntryDataset):
             if attributes != self.attributes:
                 raise InputError(f"{file}: has other attributes than {files[0]}: evaluate one after the other")
         super().__init__([box for _, boxes in read for box in boxes], {"image_root": image_root}, transform)
+
+    def digest(self) -> str:
+        return f"{digest(self.entries):016x}"
 
     def files(self, index):
         return [os.path.join(self.roots["image_root"], self.entry(index).image)]

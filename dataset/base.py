@@ -32,6 +32,10 @@ class EntryDataset(Dataset):
     def __len__(self):
         return len(self.indices)
 
+    def digest(self) -> str:
+        """Return hexadecimal digits that stand for the entries."""
+        return self.entries.digest()
+
     def entry(self, index):
         return self.entries[self.indices[index]]
 

@@ -141,6 +141,9 @@ class ShardedCaptions(CaptionDataset):
     def __len__(self):
         return self.listed + len(self.shards)
 
+    def digest(self) -> str:
+        return (self.entries.digest() if self.listed else "") + self.shards.digest()
+
     def order(self, length, generator):
         """An epoch's order: shards one after another, mixed within windows of shuffle_buffer samples.
 

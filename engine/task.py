@@ -11,6 +11,7 @@ import torch
 
 from configs.schema import require
 from dataset import build_dataset, data_sets, file_key
+from engine.agreement import check_agreement
 from engine.configuration import choose_config, default_output_dir, task_in
 from engine.device import use_device
 from engine.loop import train
@@ -107,6 +108,8 @@ def set_up(task, args, evaluates, initialize, check):
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     tokenizer = tokenizer_of(config)
     train_set, test_sets = load_data(task, args, config, evaluates)
+    named = {"train_file": train_set, **{f"{split}_file": data_set for split, data_set in test_sets.items()}}
+    check_agreement(config, args.seed, tokenizer, {key: data_set for key, data_set in named.items() if data_set is not None})
 
     seed_everything(args.seed)
     model = build_model(task, config, tokenizer)

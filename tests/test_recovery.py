@@ -447,6 +447,19 @@ def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, pa
     assert len(saved["optimizer"]["state"]) > 10
 
 
+@pytest.mark.parametrize("differs", ["train_file", "the key queue_size"])
+def test_ranks_that_differ_in_data_or_configuration_are_refused(tiny_config, shapes, pair, tmp_path, differs):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "more.json").write_text(json.dumps(json.loads((shapes / "pretrain.json").read_text()) * 2))
+    keys = {"train_file": [str(tmp_path / "more.json")]} if differs == "train_file" else {"queue_size": 40}
+    other = command_line({**tiny_config, "batch_size": 4, **keys}, tmp_path / "run", tmp_path / "other")
+    arguments = command_line({**tiny_config, "batch_size": 4}, tmp_path / "run", tmp_path)
+    for rank, process in enumerate(pair(arguments, timeout=60, OTHER=str(other[1]))):
+        status, message = end_of(process, tmp_path / f"{rank}.err")
+        assert status == 2 and message.count("\n") == 1 and message.startswith(f"error: {differs} is "), message
+        assert "rank 0" in message and "rank 1" in message and not (tmp_path / "run/config.yaml").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, pair, tmp_path, signum):
     config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}

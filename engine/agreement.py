@@ -1,0 +1,53 @@
+"""What all ranks of a run must have in common, compared before the first step."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+from configs.schema import FILE_KEYS
+from utils import InputError, gather_lists, is_distributed
+
+# a node may keep its files elsewhere, and have other cores
+OF_A_NODE = {*FILE_KEYS, "num_workers"}
+
+
+def check_agreement(config: dict, seed: int, tokenizer, data_sets: dict) -> None:
+    """Compare configuration, seed, tokenizer, code and data with those of the other ranks; every rank must call it.
+
+    Args:
+        config: The complete configuration. Paths may differ.
+        seed: The flag --seed.
+        tokenizer: The tokenizer of the texts.
+        data_sets: The data sets by the key of their files.
+
+    Raises:
+        InputError: On all ranks, if anything differs on any rank.
+    """
+    if not is_distributed():
+        return
+    own = {f"the key {key}": value for key, value in config.items() if key not in OF_A_NODE}
+    own["--seed"] = seed
+    own |= {key: f"{len(data_set)} samples ({data_set.digest()})" for key, data_set in data_sets.items()}
+    own["the tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode())
+    own["the code"] = f"{_digest(*map(Path.read_bytes, _sources()))} with torch {torch.__version__}"
+    first, *others = gather_lists([own])
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise InputError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: "
+                                 "give all ranks the same files and flags")  # fmt: skip
+
+
+def _sources():
+    root = Path(__file__).resolve().parents[1]
+    folders = ("configs", "dataset", "engine", "evaluation", "models", "optim", "scheduler")
+    return sorted(path for folder in folders for path in (root / folder).glob("**/*.py"))
+
+
+def _digest(*contents):
+    """Return 16 hexadecimal digits that stand for some bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
