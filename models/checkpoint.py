@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from configs.schema import beside
 from models.hub import find_file, find_repository
 from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
+from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
 from utils import InputError, verify_hash
 
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")  # of use together only; the last is of fine-tuning alone
@@ -26,8 +28,8 @@ PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
-REPOSITORY = ("model.safetensors", "config.json", ("vocab.txt", "tokenizer.json"))  # files of an export that is published
-METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
+REPOSITORY = ("model.safetensors", "config.json", FILES)  # files of an export that is published
+METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in JSON
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def read_checkpoint(path):
     A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only: code in them is never
     run. Tensors lie in a mapping of the file: they are read when they are used, and take no memory that the system cannot have
     back (but for files from before torch 1.6). A .safetensors file gives {"model": tensors by name} and, as far as its metadata
-    has them, config and epoch, as a .pth file of a run does; see write_weights.
+    has them, config, epoch and tokenizer_json, as a .pth file of a run does; see write_weights.
     """
     path = existing_file(path)
     verify_hash(path)
@@ -111,16 +113,15 @@ def _read_safetensors(path):
 
 
 def _config_beside(path):
-    """The configuration of an export to a folder, where it is a file of its own: {"config": config}, {} without one.
-
-    The vocabulary that it names by its bare name lies in the folder, too.
-    """
+    """Return {"config": config, "tokenizer_json": text} of an export to a folder, {} for a file that lies alone."""
     file = path.with_name(REPOSITORY[1])
     config = json.loads(file.read_bytes()) if file.is_file() else {}
     if "image_res" not in config:  # BERT's own file of that name, for one
         return {}
-    vocabulary = path.parent / (config.get("tokenizer") or "")
-    return {"config": {**config, "tokenizer": str(vocabulary)} if vocabulary.is_file() else config}
+    config["tokenizer"] = beside(file, config.get("tokenizer"))
+    if config["tokenizer"] != str(path.with_name(VOCABULARY)):
+        return {"config": config}
+    return {"config": config, "tokenizer_json": path.with_name(VOCABULARY).read_text(encoding="utf-8")}
 
 
 def named_tensors(content, path):
@@ -153,8 +154,8 @@ def checkpoint_epoch(path):
 def write_weights(file, suffix, tensors, more):
     """Write tensors by name to an open file: as a .safetensors file, or else as a .pth file.
 
-    more: config and epoch, any of them; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share
-    memory, are in a .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
+    more: any of METADATA; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share memory, are in a
+    .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
     """
     if suffix != ".safetensors":
         torch.save({"model": tensors, **more}, file)
@@ -315,7 +316,9 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     multimodal encoder; not if the file has to be complete, for evaluation. Returns a LoadReport; raises InputError as
     read_weights and load_weights do, also for weights of the model's encoders that it has no place for.
     """
-    weights = read_weights(path)
+    content = read_checkpoint(path)
+    check_vocabulary(model, content, path)
+    weights = named_tensors(content, path)
     modules, in_file = ({name.split(".")[0] for name in names} for names in (model.state_dict(), weights))
     new_heads = modules & set(HEADS) - in_file
     lacking = new_heads | (modules & {"text_decoder"} - in_file)
@@ -335,6 +338,14 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
         return module in matched and not rest.startswith("cls.")  # the MLM head may find no use
 
     return load_weights(model, weights, path, names, may_be_new, must_fit, allow_missing)
+
+
+def check_vocabulary(model, content, path):
+    """Raise InputError if a checkpoint's content has another vocabulary than the model; either may have none."""
+    saved = content.get("tokenizer_json")
+    if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
+        raise InputError(f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "
+                         f"checkpoint's own: --set tokenizer={existing_file(path)}")  # fmt: skip
 
 
 def task_names(model, weights):
