@@ -30,8 +30,8 @@ from configs.schema import ANNOTATION_KEYS, BERT_KEYS, FILE_KEYS, read_bert_conf
 from engine.configuration import DEFAULTS, choose_config, task_in
 from models import task_of
 from models.checkpoint import METADATA, config_beside, is_momentum, named_tensors, read_checkpoint, write_weights
-from models.hub import check_repository, find_file, upload
-from models.tokenizer import FILES, tokenizer_of, vocabulary_of
+from models.hub import check_repository, upload
+from models.tokenizer import VOCABULARY, tokenizer_of
 from utils import InputError, atomic_write, make_output_dir
 
 SUFFIXES = (".safetensors", ".pth")
@@ -115,17 +115,15 @@ def export_folder(args):
     task = task_in(content, model_task, args.checkpoint)
     args.evaluate = True
     config = choose_config(task, args, args.checkpoint, DEFAULTS[task]).config
-    vocabulary = find_file(vocabulary_of(config), FILES, "tokenizer")
-    tokenizer_of(config)  # which vocab_size: auto waits for
-    name = "tokenizer.json" if vocabulary.suffix == ".json" else "vocab.txt"
+    vocabulary = tokenizer_of(config).backend_tokenizer.to_str()
     data = {key: [Path(file).name for file in config[key]] for key in ANNOTATION_KEYS if config[key]}
     bert_config = {key: value for key, value in read_bert_config(config["bert_config"]).items() if key in BERT_KEYS}
     config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # no paths of this machine
-    config |= {"bert_config": bert_config, "tokenizer": name}
+    config |= {"bert_config": bert_config, "tokenizer": VOCABULARY}
     epoch = content.get("epoch")
     metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)
     make_output_dir(folder, writes=False, flag="--to")
-    files = {name: vocabulary.read_bytes(), "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
+    files = {VOCABULARY: vocabulary.encode(), "config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
     files["README.md"] = model_card(args.push or folder.name, task, epoch, data, metrics).encode()
     kept = {key: value for key, value in tensors.items() if args.momentum or not is_momentum(key)}
     try:

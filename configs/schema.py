@@ -306,11 +306,19 @@ def load_config(path, overrides=()):
     config = parse_yaml(content, path)
     if not MAPPING.fits(config):
         raise InputError(f"{path}: a configuration is {MAPPING.wanted}")
+    if "tokenizer" in config:
+        config["tokenizer"] = beside(path, config["tokenizer"])
     config = override(config, overrides, path)
     for key, value in config.items():
         for text in value if isinstance(value, list) else [value]:
             _check_folder(f"{path}: {key}", text)
     return config
+
+
+def beside(path, name):
+    """Return the path of a file that a configuration at `path` names by its bare name and has beside it, else the name."""
+    bare = isinstance(name, str) and name and Path(name).name == name
+    return str(Path(path).with_name(name)) if bare and Path(path).with_name(name).is_file() else name
 
 
 def _check_folder(where, path):

@@ -11,7 +11,8 @@ SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
-# of characters that a tokenizer drops: control, zero-width, private, halves of surrogate pairs, combining marks, white space
+# of characters that make no word: control, zero-width, private, halves of surrogate pairs, combining marks, white space;
+# uncased BERT drops all of them, and a vocabulary with accents has marks only together with their letter
 _DROPPED = {"Cc", "Cf", "Co", "Cs", "Mn", "Zl", "Zp", "Zs"}
 _BLANKS = re.compile(r"\s{2,}")
 
@@ -39,7 +40,7 @@ def _first_words(text, max_words):
 
 
 def is_blank(text):
-    """Whether nothing is left of a cleaned-up text: no character, or only such as a tokenizer drops."""
+    """Whether nothing is left of a cleaned-up text: no character, or only such as make no word."""
     return all(unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text)
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from configs.schema import load_config, override
 from engine.saving import is_run_file, run_files
 from models import task_of
-from models.checkpoint import is_repository, named_tensors, read_checkpoint
+from models.checkpoint import existing_file, is_repository, named_tensors, read_checkpoint
 from utils import InputError
 
 # what the weights of a checkpoint were made for, whatever the data
@@ -48,6 +48,8 @@ def choose_config(task, args, checkpoint, default=None):
         return Choice(load_config(args.config, args.set), args.config, args.config)
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
     saved = content.get("config") if isinstance(content.get("config"), dict) else {}
+    if saved and content.get("tokenizer_json"):
+        saved = {**saved, "tokenizer": str(existing_file(checkpoint))}
     if saved and (default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)):
         config = override(saved, args.set, f"configuration of {checkpoint}")
         return Choice(config, checkpoint, f"that of {checkpoint} (another: --config FILE)")

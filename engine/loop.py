@@ -10,14 +10,13 @@ from typing import Callable, NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.schema import save_config
 from dataset import to_device
 from dataset.batches import TrainBatches
 from engine.curves import Curves
 from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
 from engine.recorder import Recorder, summary, write_log
-from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume, writing
+from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume, save_settings
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
 from utils import InputError, gather_lists, interruptible, is_distributed, is_main, rank, seed_everything, world_size
@@ -224,7 +223,7 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
-    """Train for scheduler.epochs epochs; leaves checkpoints, config.yaml, log.txt and TensorBoard files in output_dir.
+    """Train for scheduler.epochs epochs; leaves checkpoints, config.yaml, tokenizer.json, log.txt and TensorBoard files in output_dir.
 
     step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
     validate() -> (metrics for log.txt, name of the one to maximize), the same on all processes, is called after every epoch.
@@ -239,8 +238,7 @@ def train(model, dataset, tokenizer, step, config, output_dir, device, seed, res
     if is_main():
         announce(run, position, resume_from)
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        with writing(run.output_dir / "config.yaml"):
-            save_config(config, run.output_dir)
+        save_settings(model, config, run.output_dir)
     # what a stopped run had drawn beyond its checkpoint is drawn anew
     curves, flops = Curves(run.output_dir / "tensorboard", position.epoch * run.iterations + position.iteration + 1), None
 

@@ -19,8 +19,9 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from configs.schema import save_interval
-from models.checkpoint import load_weights, named_tensors, read_checkpoint
+from configs.schema import save_config, save_interval
+from models.checkpoint import check_vocabulary, load_weights, named_tensors, read_checkpoint
+from models.tokenizer import VOCABULARY
 from utils import (
     TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
 )  # fmt: skip
@@ -69,6 +70,19 @@ def writing(path, kept="", failures=OSError):
         reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
         reason = reason or (f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error)
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
+
+
+def save_settings(model, config, folder):
+    """Write what a model of this run needs beside its weights: config.yaml, and the vocabulary that it names, tokenizer.json.
+
+    Raises TrainingStopped.
+    """
+    if model.vocabulary:
+        config = {**config, "tokenizer": VOCABULARY}
+        with writing(folder / VOCABULARY), atomic_write(folder / VOCABULARY) as file:
+            file.write(model.vocabulary.encode())
+    with writing(folder / "config.yaml"):
+        save_config(config, folder)
 
 
 def _writing_checkpoint(path):
@@ -123,6 +137,7 @@ class Saver:
             "config": config,
             "epoch": position.epoch - 1 if done else position.epoch,
             "resume": {**asdict(position), **own},
+            **({"tokenizer_json": model.vocabulary} if model.vocabulary else {}),
         }
         state = copy_to_host(state, self.buffers, {})
         # what follows on this stream comes after the copies; only the thread has to wait for them
@@ -375,6 +390,7 @@ def resume(path, model, optimizer, config, seed, entries=None):
     saved, saved_config = state["resume"], state["config"]
     if saved_config["optimizer"]["opt"].lower() != config["optimizer"]["opt"].lower():
         raise _other_optimizer(path)
+    check_vocabulary(model, state, path)
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
     position = Position(**{key.name: saved[key.name] for key in fields(Position) if key.name in saved})
@@ -387,7 +403,9 @@ def resume(path, model, optimizer, config, seed, entries=None):
         if saved["world_size"] != world_size():
             print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
                   "of the epoch is still seen once, in another order")
-        if changed := [key for key in config if saved_config.get(key) != config[key]]:
+        # the vocabulary was compared above, and earlier versions saved the path of bert_config
+        same = {"tokenizer"} | ({"bert_config"} if isinstance(saved_config.get("bert_config"), str) else set())
+        if changed := [key for key in config if key not in same and saved_config.get(key) != config[key]]:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
     return position
 

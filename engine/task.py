@@ -130,7 +130,9 @@ def find_run(task, args, run):
 
     run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
     """
-    choice = choose_config(task, args, args.checkpoint, args.default_config)
+    choice = None
+    if not (args.resume and args.output_dir):  # a run that goes on has its configuration in its checkpoint
+        choice = choose_config(task, args, args.checkpoint, args.default_config)
     output_dir = Path(args.output_dir or default_output_dir(task, choice.source, args.evaluate))
     if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):
         output_dir /= "evaluation"
@@ -143,7 +145,7 @@ def find_run(task, args, run):
         if found != task:
             raise InputError(f"--resume: {resume_from} is of task {found}, this script's is {task}: name another --output_dir")
         choice = choose_config(task, args, resume_from, args.default_config)
-    return choice, output_dir, resume_from
+    return choice or choose_config(task, args, args.checkpoint, args.default_config), output_dir, resume_from
 
 
 def load_data(task, args, config, evaluates):

@@ -19,7 +19,7 @@ from inference.inputs import Images
 from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
 from models.alignment import feature_similarity
-from models.checkpoint import is_momentum, is_repository
+from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository
 from utils import InputError, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
@@ -128,7 +128,10 @@ def load_model_of(index, folder, device=None, checkpoint=None):
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
         raise InputError(f"{folder}: its checkpoint {source} is gone: say by --checkpoint where it lies now")
-    model = Inference(index.task, index.config, source, find_device(device))
+    config = index.config
+    if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the vocabulary is in the checkpoint
+        config = {**config, "tokenizer": str(existing_file(source))}
+    model = Inference(index.task, config, source, find_device(device))
     check_weights(model, index, folder)
     return model
 

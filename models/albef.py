@@ -38,8 +38,9 @@ class ALBEF(nn.Module):
                 f"vision_width {vision_width} differs from encoder_width {self.bert_config['encoder_width']} of "
                 "bert_config: both are the width of the image embeddings, make them equal"
             )
-        self.special_ids = SpecialIds()
+        self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:
+            self.vocabulary = tokenizer.backend_tokenizer.to_str()  # goes into checkpoints
             eos = tokenizer.convert_tokens_to_ids(config["eos"])
             if eos == tokenizer.unk_token_id:
                 raise InputError(f"eos is {config['eos']!r}, which is not a token of the vocabulary; the usual one is [SEP]")

@@ -21,6 +21,7 @@ from configs.schema import FILE_KEYS
 from models.hub import fetch, find_file
 from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
+from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
 from utils import InputError, verify_hash
 
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")  # of use together only; the last is of fine-tuning alone
@@ -29,8 +30,8 @@ HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
 # files of an export that is published, with alternatives
-REPOSITORY = (("model.safetensors",), ("config.json",), ("vocab.txt", "tokenizer.json"))
-METADATA = ("config", "epoch")  # of a .safetensors file, in JSON
+REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
+METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in JSON
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def read_checkpoint(path):
     A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only: code in them is never
     run. Tensors lie in a mapping of the file: they are read when they are used, and take no memory that the system cannot have
     back (but for files from before torch 1.6). A .safetensors file gives {"model": tensors by name} and, as far as its metadata
-    has them, config and epoch, as a .pth file of a run does; see write_weights.
+    has them, config, epoch and tokenizer_json, as a .pth file of a run does; see write_weights.
     """
     published, path = is_repository(path), existing_file(path)
     verify_hash(path)
@@ -117,7 +118,7 @@ def _read_safetensors(path):
 
 
 def config_beside(path):
-    """Return {"config": config} of the config.json that an export to a folder has beside its weights, {} without one.
+    """Return config and tokenizer_json of the files that an export to a folder has beside its weights, {} without them.
 
     Such a folder may come from anybody: its configuration names files beside it and no others. Raises InputError.
     """
@@ -136,7 +137,10 @@ def config_beside(path):
             raise InputError(f"{file}: {key} is {reprlib.repr(name)}, which is not a file beside it: remove the key, and name the "
                              "file by --set")  # fmt: skip
         config[key] = str(file.with_name(name))
-    return {"config": config}
+    vocabulary = file.with_name(VOCABULARY)
+    if config.get("tokenizer") != str(vocabulary):
+        return {"config": config}
+    return {"config": config, "tokenizer_json": vocabulary.read_text(encoding="utf-8")}
 
 
 def named_tensors(content, path):
@@ -169,8 +173,8 @@ def checkpoint_epoch(path):
 def write_weights(file, suffix, tensors, more):
     """Write tensors by name to an open file: as a .safetensors file, or else as a .pth file.
 
-    more: config and epoch, any of them; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share
-    memory, are in a .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
+    more: any of METADATA; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share memory, are in a
+    .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
     """
     if suffix != ".safetensors":
         torch.save({"model": tensors, **more}, file)
@@ -331,7 +335,9 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     multimodal encoder; not if the file has to be complete, for evaluation. Returns a LoadReport; raises InputError as
     read_weights and load_weights do, also for weights of the model's encoders that it has no place for.
     """
-    weights = read_weights(path)
+    content = read_checkpoint(path)
+    check_vocabulary(model, content, path)
+    weights = named_tensors(content, path)
     modules, in_file = ({name.split(".")[0] for name in names} for names in (model.state_dict(), weights))
     new_heads = modules & set(HEADS) - in_file
     lacking = new_heads | (modules & {"text_decoder"} - in_file)
@@ -351,6 +357,14 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
         return module in matched and not rest.startswith("cls.")  # the MLM head may find no use
 
     return load_weights(model, weights, path, names, may_be_new, must_fit, allow_missing)
+
+
+def check_vocabulary(model, content, path):
+    """Raise InputError if a checkpoint's content has another vocabulary than the model; either may have none."""
+    saved = content.get("tokenizer_json")
+    if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
+        raise InputError(f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "
+                         f"checkpoint's own: --set tokenizer={existing_file(path)}")  # fmt: skip
 
 
 def task_names(model, weights):

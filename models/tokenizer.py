@@ -1,6 +1,7 @@
 """WordPiece tokenization as the released checkpoints were trained with: [CLS] and word pieces, no [SEP].
 
-`python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language.
+`python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any language. Such a vocabulary
+keeps the marks of letters (lower case, NFC).
 """
 
 from configs.flags import Flags, at_least
@@ -8,32 +9,44 @@ from utils import begin_script, run_script
 
 flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.", "train.json --size 5000 --output vocab.txt")
 flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
-flags.add_argument("--output", required=True, help="the vocab file to write, one word piece per line")
+flags.add_argument("--output", required=True, help="the file to write: vocab.txt, one word piece per line, with "
+                   "tokenizer_config.json beside it, or tokenizer.json, one file for both")  # fmt: skip
 flags.add_argument("--size", type=at_least(1), default=30522, help="most word pieces that it may have")
 if __name__ == "__main__":
     begin_script(flags)
 
 import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
-from tokenizers import BertWordPieceTokenizer, Tokenizer, decoders, models, processors
-from tokenizers.normalizers import BertNormalizer
+from tokenizers import Tokenizer, decoders, models, processors, trainers
+from tokenizers.normalizers import NFC, BertNormalizer, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from configs.schema import read_bert_config
+from configs.schema import BERT_KEYS, read_bert_config
 from models.hub import find_file
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, is_main
 
-FILES = ["vocab.txt", "tokenizer.json"]
+VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
+FILES = (VOCABULARY, PIECES)  # of which a folder's first one counts
+UNCASED = {  # uncased BERT's values of the keys of SETTINGS that count; strip_accents None is as do_lower_case
+    "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "normalization": None,
+}  # fmt: skip
+OWN = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": False, "normalization": "NFC"}
+PROBE = "É E\u0301 İ パ ハ\u309a 漢字 don't"  # shows how a tokenizer treats case, marks, signs and punctuation
 SPECIAL = {
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
 }  # fmt: skip
 
 
 def build_tokenizer(source):
-    """Return the tokenizer of a vocab file, of a folder that holds vocab.txt or tokenizer.json, or of a hub name.
+    """Return the tokenizer of a vocab file, tokenizer.json or checkpoint, of a folder with one of FILES, or of a hub name.
+
+    tokenizer.json defines everything. A vocab.txt is read as uncased BERT's, unless a tokenizer_config.json beside it has
+    other values of do_lower_case, strip_accents and tokenize_chinese_chars.
 
     Called on a list of texts with padding, truncation and max_length as any transformers tokenizer; its ids begin with
     [CLS] and have no [SEP]. Raises InputError where there is no usable vocabulary or the hub is out of reach.
@@ -41,13 +54,19 @@ def build_tokenizer(source):
     path = find_file(source, FILES, "tokenizer")
     remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
-        if path.suffix == ".json":
+        if path.suffix in (".pth", ".safetensors"):
+            from models.checkpoint import read_checkpoint  # which imports this module
+
+            backend = Tokenizer.from_str(read_checkpoint(path).get("tokenizer_json") or "it has none")
+        elif path.suffix == ".json":
             backend = Tokenizer.from_file(str(path))
         else:
-            backend = Tokenizer(models.WordPiece(_read_vocab(path), unk_token="[UNK]", max_input_chars_per_word=100))
-            backend.normalizer = BertNormalizer(lowercase=True)
-            backend.pre_tokenizer = BertPreTokenizer()
-            backend.decoder = decoders.WordPiece()
+            vocab, settings = _read_vocab(path), _read_settings(source, path)
+            backend = _word_pieces(vocab, settings)
+            if not settings and is_main():
+                _note_unused(path, vocab, backend.normalizer)
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises no other class
         raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {remedy}") from None
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
@@ -56,6 +75,69 @@ def build_tokenizer(source):
     start = [("[CLS]", backend.token_to_id("[CLS]"))]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=start)
     return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+def _word_pieces(vocab, settings):
+    """Return BERT's tokenizer of word pieces by id, with the keys of a tokenizer_config.json, uncased BERT's by default."""
+    keys = UNCASED | settings
+    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    bert = BertNormalizer(
+        lowercase=keys["do_lower_case"],
+        strip_accents=keys["strip_accents"],
+        handle_chinese_chars=keys["tokenize_chinese_chars"],
+    )
+    backend.normalizer = Sequence([NFC(), bert]) if keys["normalization"] == "NFC" else bert
+    backend.pre_tokenizer = BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def settings_file(vocab):
+    """Return the path of a vocab file's settings: for vocab.txt tokenizer_config.json, for others with the file's stem."""
+    return vocab.with_name(SETTINGS if vocab.name == PIECES else f"{vocab.stem}.{SETTINGS}")
+
+
+def _read_settings(source, vocab):
+    """Return the settings of a vocab file, {} without any; of a hub name they are fetched. Raises ValueError."""
+    path = settings_file(vocab)
+    if not Path(source).exists():
+        with suppress(InputError):  # the repository has none, or the hub is out of reach
+            path = find_file(source, [SETTINGS], "tokenizer")
+    try:
+        settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    for key, default in UNCASED.items():
+        if settings.get(key, default) not in (True, False, default, OWN.get(key)):
+            raise ValueError(f"{path}: {key} is {settings[key]!r}")
+    return settings
+
+
+def _note_unused(path, vocab, normalizer):
+    """Print a note if a vocab file without settings has pieces that uncased BERT's normalizer never yields."""
+    words = [piece.removeprefix("##") for piece in vocab if piece not in SPECIAL.values()]
+    unused = [word for word in words if normalizer.normalize_str(word).strip() != word]
+    if unused:
+        print(f"note: tokenizer {path} drops accents and upper case; {len(unused)} of its pieces are never used, "
+              f"{unused[0]!r} for one: is {settings_file(path)} missing?", file=sys.stderr)  # fmt: skip
+
+
+def difference(definition, other):
+    """Return where the ids of two tokenizers differ, given as texts of tokenizer.json; "" if they do not."""
+    if definition == other:
+        return ""
+    vocabs, words = [], []
+    for backend in map(Tokenizer.from_str, (definition, other)):
+        vocabs.append({number: piece for piece, number in backend.get_vocab().items()})
+        text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
+        words.append(backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else text)
+    for number in sorted(vocabs[0].keys() | vocabs[1].keys()):
+        pieces = [vocab.get(number, "not used") for vocab in vocabs]
+        if pieces[0] != pieces[1]:
+            return f"id {number} is {pieces[0]!r}, here {pieces[1]!r}"
+    return "" if words[0] == words[1] else "upper case, accents or punctuation are treated differently"
 
 
 def _read_vocab(path):
@@ -80,14 +162,15 @@ def tokenizer_of(config):
     """Return the tokenizer that a task's configuration names, of the size that its bert_config says.
 
     Without the key tokenizer it is the one that belongs to text_encoder: the same hub name or folder, or the folder of a
-    weight file. Where bert_config has the vocab_size auto, config["bert_config"] becomes a dict with the tokenizer's size.
+    weight file. config["bert_config"] becomes a dict with every key; the vocab_size auto becomes the tokenizer's size.
     Raises InputError.
     """
     source = vocabulary_of(config)
     tokenizer = build_tokenizer(source)
     bert_config, size = read_bert_config(config["bert_config"]), len(tokenizer)
+    config["bert_config"] = bert_config = {key: bert_config[key] for key in BERT_KEYS}
     if bert_config["vocab_size"] == "auto":
-        config["bert_config"] = bert_config = {**bert_config, "vocab_size": size}
+        bert_config["vocab_size"] = size
     if bert_config["vocab_size"] != size:
         raise InputError(
             f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
@@ -118,11 +201,13 @@ def captions_of(files):
 
 def train_vocab(captions, size, min_frequency=2):
     """Train a WordPiece vocabulary of at most `size` pieces on an iterable of captions; return the pieces in order."""
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator(
-        captions, vocab_size=size, min_frequency=min_frequency, special_tokens=list(SPECIAL.values()), show_progress=False
-    )
-    vocab = trainer.get_vocab()
+    backend = _word_pieces({}, OWN)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, min_frequency=min_frequency, limit_alphabet=max(1000, size),
+        special_tokens=list(SPECIAL.values()), show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator(captions, trainer)
+    vocab = backend.get_vocab()
     return sorted(vocab, key=vocab.get)
 
 
@@ -132,13 +217,20 @@ def main():
     pieces = train_vocab(captions_of(args.files), args.size)
     if len(pieces) == len(SPECIAL):
         raise InputError(f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary")
+    output = Path(args.output)
+    if output.suffix == ".json":
+        backend = _word_pieces({piece: number for number, piece in enumerate(pieces)}, OWN)
+        files = {output: backend.to_str(pretty=True)}
+    else:
+        files = {settings_file(output): json.dumps(OWN, indent=1), output: "".join(f"{piece}\n" for piece in pieces)}
     try:
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-        with atomic_write(args.output) as file:
-            file.write("".join(f"{piece}\n" for piece in pieces).encode())
+        for path, text in files.items():
+            with atomic_write(path) as file:
+                file.write(text.encode())
     except OSError as error:
         raise InputError(f"--output {args.output}: cannot write there ({error.strerror}), name another file") from None
-    print(f"{args.output}: {len(pieces)} word pieces; vocab_size in bert_config must be {len(pieces)} or auto")
+    print(f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must be {len(pieces)} or auto")
 
 
 if __name__ == "__main__":

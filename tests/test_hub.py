@@ -88,11 +88,11 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(run_folder, expo
     folder = tmp_path / "hub/retriever"
     status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/")
     assert status == 0 and f"wrote {folder}/" in out, err
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "vocab.txt", "README.md"}
-    assert (folder / "vocab.txt").read_bytes() == (shapes / "vocab.txt").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert build_tokenizer(folder).get_vocab() == build_tokenizer(shapes / "vocab.txt").get_vocab()
     config = load_config(folder / "config.json")  # JSON is YAML
     assert config["bert_config"]["vocab_size"] == len((shapes / "vocab.txt").read_text().splitlines())
-    assert config["bert_config"]["hidden_act"] == "gelu" and config["tokenizer"] == "vocab.txt" and config["image_res"] == 32
+    assert config["bert_config"]["hidden_act"] == "gelu" and config["tokenizer"] == str(folder / "tokenizer.json") and config["image_res"] == 32
     card = (folder / "README.md").read_text()
     for words in ("task retrieval, epoch 1", "`test_file`: test.json", "| val_r_mean | 11 |", "| test_txt_r1 | 47.8 |",
                   "arxiv.org/abs/2107.07651", 'load_model("retriever")', "- vision-language"):  # fmt: skip

@@ -52,7 +52,7 @@ def limit(size):
 
 def save(path, **position):
     model = torch.nn.Linear(3, 2)
-    model.task = "pretrain"
+    model.task, model.vocabulary = "pretrain", None
     torch.nn.init.constant_(model.weight, position["epoch"])
     with Saver(0) as saver:
         saver.save(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
@@ -111,7 +111,7 @@ def test_killed_at_random_while_a_thread_writes(tmp_path):
         child = os.fork()
         if not child:
             model = torch.nn.Linear(500, 500)
-            model.task = "pretrain"
+            model.task, model.vocabulary = "pretrain", None
             with Saver(0) as saver:
                 for epoch in itertools.count():
                     torch.nn.init.constant_(model.weight, epoch)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import huggingface_hub
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from transformers import BertTokenizer
 
 from conftest import refusal
-from models.tokenizer import build_tokenizer, main, train_vocab
+from dataset.text import is_blank
+from models.tokenizer import SPECIAL, build_tokenizer, main, train_vocab
 
 GOLDEN = json.load(open("tests/golden/text.json"))
 
@@ -40,7 +43,7 @@ def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
     for folder in ("a", "b"):
         assert build_tokenizer(tmp_path / folder)(text)["input_ids"] == GOLDEN["tokens"][2]["input_ids"]
     (tmp_path / "empty").mkdir()
-    assert "empty has no vocab.txt or tokenizer.json" in refusal(build_tokenizer, tmp_path / "empty")
+    assert "empty has no tokenizer.json or vocab.txt" in refusal(build_tokenizer, tmp_path / "empty")
 
 
 def test_marks_and_line_ends_of_windows_and_other_separators_do_not_move_ids(tokenizer, tmp_path):
@@ -84,6 +87,66 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
         assert tokenizer.unk_token_id not in ids
         # every word is one piece; Chinese and Japanese signs are words of their own
         assert len(ids) == 1 + sum(1 if word.isalpha() and word < "\u3000" else len(word) for word in caption.split())
+
+
+def vocabulary(folder, monkeypatch, captions, output):
+    """The tokenizer of a vocabulary that the command makes of captions."""
+    (folder / "train.json").write_text(json.dumps([{"image": "x.jpg", "caption": captions * 3}]))
+    monkeypatch.setattr("sys.argv", ["tokenizer.py", str(folder / "train.json"), "--output", str(folder / output)])
+    main()
+    return build_tokenizer(folder / output)
+
+
+@pytest.mark.parametrize("output", ["vocab.txt", "mine.txt", "mine.json"])
+def test_own_vocabularies_keep_marks_in_any_composition_and_no_case(tmp_path, monkeypatch, output):
+    captions = ["赤いパンダ", "赤いハンダ", "Un Café", "un cafe", "ação", "acao", "हिंदी", "हदी", "güç", "guc", "한국", "Ёж", "еж"]
+    tokenizer = vocabulary(tmp_path, monkeypatch, captions, output)
+    ids = [tokenizer(caption)["input_ids"] for caption in captions]
+    assert len(set(map(tuple, ids))) == len(captions)
+    for caption, expected in zip(captions, ids):
+        assert tokenizer.unk_token_id not in expected
+        for form in ("NFC", "NFD"):
+            assert tokenizer(unicodedata.normalize(form, caption))["input_ids"] == expected
+            assert tokenizer(unicodedata.normalize(form, caption).upper())["input_ids"] == expected
+    assert tokenizer.decode(ids[2], skip_special_tokens=True) == "un café"
+    plain = vocabulary(tmp_path, monkeypatch, ["a red circle", "a blue circle"], output)
+    for text in ("a red Circle", "circled, red", "un café"):
+        assert plain(text)["input_ids"] == BertTokenizer(plain.get_vocab(), strip_accents=False)(text)["input_ids"][:-1]
+
+
+def test_nothing_that_is_not_blank_is_lost_on_an_own_vocabulary(tmp_path, monkeypatch):
+    tokenizer = vocabulary(tmp_path, monkeypatch, ["a red circle"], "vocab.txt")
+    for character in map(chr, [*range(0x3100), *range(0xA000, 0xA100), *range(0x1F600, 0x1F610)]):
+        if unicodedata.ucd_3_2_0.category(character) == unicodedata.category(character) != "Cn":
+            assert is_blank(character) or len(tokenizer(character)["input_ids"]) > 1, ascii(character)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}, {"strip_accents": False},
+    {"do_lower_case": False, "strip_accents": True}, {"do_lower_case": False, "tokenize_chinese_chars": False},
+])  # fmt: skip
+def test_what_a_folder_says_of_case_and_accents_is_done(tmp_path, capsys, settings):
+    pieces = [*SPECIAL.values(), "Café", "café", "Cafe", "cafe", "漢", "漢字", "字", "e\u0301"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "Café cafe e\u0301 漢字"
+    for source in (tmp_path, tmp_path / "vocab.txt"):
+        theirs = BertTokenizer(str(tmp_path / "vocab.txt"), **{"do_lower_case": True, **settings})
+        assert build_tokenizer(source)(text)["input_ids"] == theirs(text)["input_ids"][:-1]
+    assert ("'Café' for one" in capsys.readouterr().err) == (not settings)
+
+
+def test_tokenizer_json_wins_over_vocab_txt(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL.values(), "a"]))
+    build_tokenizer("tests/golden/vocab.txt").save_pretrained(tmp_path)
+    assert build_tokenizer(tmp_path)("a")["input_ids"] == build_tokenizer("tests/golden/vocab.txt")("a")["input_ids"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"do_lower_case": "no"}'])
+def test_bad_settings_are_named(tmp_path, content):
+    shutil.copy("tests/golden/vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    assert "tokenizer_config.json" in refusal(build_tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("content, output, words", [
@@ -141,7 +204,7 @@ def hub(monkeypatch):
 
 
 def test_a_hub_without_the_file_or_the_repository(hub):
-    assert "the hub repository has no vocab.txt or tokenizer.json" in refusal(build_tokenizer, "some-lab/some-bert")
+    assert "the hub repository has no tokenizer.json or vocab.txt" in refusal(build_tokenizer, "some-lab/some-bert")
     hub.error = "RepoNotFound"
     assert "the hub does not give it" in refusal(build_tokenizer, "some-lab/some-bert")
 
@@ -150,9 +213,9 @@ def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
     place_hub(monkeypatch, "http://127.0.0.1:9")
     message = refusal(build_tokenizer, "some-lab/some-bert")
     assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
-    assert "proxy variables" in message and "local copy of vocab" in message
+    assert "proxy variables" in message and "local copy of tokenizer.json or vocab.txt" in message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "unset HF_HUB_OFFLINE, or name a local copy of vocab.txt" in refusal(build_tokenizer, "some-lab/some-bert")
+    assert "unset HF_HUB_OFFLINE, or name a local copy of tokenizer.json" in refusal(build_tokenizer, "some-lab/some-bert")
 
 
 def test_an_address_is_not_a_hub_name():
