@@ -160,7 +160,7 @@ def model_card(name, task, epoch, data, metrics):
 def published_files(folder):
     """Return the names of the files of an exported folder. Raises InputError if one is missing or names files elsewhere."""
     config = config_beside(folder / "model.safetensors").get("config", {})
-    names = [*PUBLISHED, Path(config.get("tokenizer") or "vocab.txt").name]
+    names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"--push: {folder} is not a folder that --to has written, it lacks {', '.join(missing)}: add --to "
                          "FOLDER/, where what is published is written first")  # fmt: skip

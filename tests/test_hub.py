@@ -275,6 +275,6 @@ def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(run_folder
     assert status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
     status, _, err = export(checkpoint, "--to", f"{folder}/", "--push", "lab/b")
     assert status == 2 and str(folder) in err and "--overwrite" in err and "lab/b" not in hub.repositories
-    (folder / "vocab.txt").unlink()
+    (folder / "tokenizer.json").unlink()
     status, _, err = export(folder, "--push", "lab/b")
-    assert status == 2 and "vocab.txt" in err and "lab/b" not in hub.repositories
+    assert status == 2 and "tokenizer.json" in err and "lab/b" not in hub.repositories
