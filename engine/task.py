@@ -19,10 +19,11 @@ from engine.processes import init_process_group
 from engine.recorder import write_log
 from engine.saving import BEST, LAST, find_resume_file, run_files
 from evaluation import Report
+from evaluation.metrics import NotFinite
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint
 from models.tokenizer import tokenizer_of
-from utils import InputError, is_main, make_output_dir, seed_everything
+from utils import InputError, TrainingStopped, is_main, make_output_dir, seed_everything
 
 
 class Setup(NamedTuple):
@@ -55,7 +56,11 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
     setup = set_up(task, args, evaluate, initialize, check)
 
     def measure(split, report=None):
-        metrics = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, setup.config, setup.device, report)
+        try:
+            metrics = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, setup.config, setup.device, report)
+        except NotFinite as error:
+            files = ", ".join(setup.config[file_key(f"{task}_{split}")])
+            raise TrainingStopped(f"{split} {files}: {error}; no metric is reported, evaluate another checkpoint") from None
         return {prefixed(split, name): value for name, value in metrics.items()}
 
     def test(split, weights, epoch, **source):

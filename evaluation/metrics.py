@@ -1,4 +1,4 @@
-"""Metrics as pure functions."""
+"""Metrics as pure functions. Scores that are not finite raise NotFinite."""
 
 import re
 from collections import defaultdict
@@ -11,6 +11,25 @@ import torch.nn.functional as F
 
 from dataset.refer import GROUNDING_SPLITS, box_iou
 from utils import InputError
+
+
+class NotFinite(InputError):
+    """Scores that a metric would rank or compare are NaN or infinite."""
+
+
+def require_finite(scores, name):
+    """Raise NotFinite unless all scores are finite.
+
+    A comparison with NaN is false, so NaN would rank first in one metric and last in another.
+
+    Args:
+        scores: array [N, ...], the scores of N samples.
+        name: function of a sample's number that returns its name for the message.
+    """
+    scores = np.asarray(scores)
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
+    if len(bad):
+        raise NotFinite(f"{name(bad[0])}: its scores are not finite, as for {len(bad)} of {len(scores)}")
 
 
 def _ranks(scores, positives):
@@ -32,7 +51,7 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
     number; images without a text are not queries. A query is a hit at k when fewer than k wrong candidates stand before its
-    best positive; a wrong candidate with the same score counts half.
+    best positive; a wrong candidate with the same score counts half. Raises NotFinite, and InputError without a query.
     """
     results = {}
     directions = {
@@ -40,7 +59,10 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
         "img": (np.asarray(scores_t2i), [np.asarray([own], dtype=int) for own in txt2img]),
     }
     for name, (scores, positives) in directions.items():
+        require_finite(scores, f"{'image' if name == 'txt' else 'text'} {{}} (counting from 0)".format)
         ranks = _ranks(scores, positives)
+        if not len(ranks):
+            raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
         recalls = {k: float(100 * np.mean(ranks < k)) for k in (1, 5, 10)}
         results.update({f"{name}_r{k}": recall for k, recall in recalls.items()})
         results[f"{name}_r_mean"] = sum(recalls.values()) / 3
@@ -49,7 +71,12 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
 
 def chance_recall(images, texts, img2txt):
-    """Return the expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent."""
+    """Return the expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent.
+
+    Raises InputError without a text.
+    """
+    if not texts:
+        raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
     results = {}
     for k in (1, 5, 10):
         misses = []
@@ -192,11 +219,13 @@ def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
     (w * h)^alpha (Section 5, Visual Grounding); one without pixels in the image loses to every other. The
     best, the first of equals, is right if its IoU with the referred box is at least 0.5. Only splits that occur in cams are
     in the result; other splits (train) are passed over. Raises InputError for a ref_id that refs lacks and for an image
-    without a detected box.
+    without a detected box, and NotFinite for a map.
     """
     refs, boxes, images, detections = map(_by_id, (refs, boxes, images, detections))
-    hits = defaultdict(list)
-    for ref_id, cam in cams.items() if isinstance(cams, Mapping) else cams:
+    hits, cams = defaultdict(list), list(cams.items() if isinstance(cams, Mapping) else cams)
+    sums = [torch.as_tensor(cam).double().sum().item() for _, cam in cams]  # not finite unless all of a map is
+    require_finite(sums, lambda number: f"heat map of ref_id {cams[number][0]}")
+    for ref_id, cam in cams:
         ref_id = int(ref_id)
         ref = _find_ref(refs, ref_id)
         if ref["split"] not in GROUNDING_SPLITS:

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from conftest import ROOT, refusal
+from evaluation.attributes import average_precisions
 from evaluation.metrics import box_iou, chance_grounding, chance_recall, grounding_accuracy, recall_at_k, vqa_accuracy
+from evaluation.relevance import roc_auc
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
 GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())
@@ -18,6 +20,37 @@ def accuracy(prediction, *answers):
     """Accuracy of one prediction; the answers are repeated up to ten."""
     answers = (list(answers) * 10)[:10]
     return vqa_accuracy([{"question_id": 1, "answer": prediction}], [{"question_id": 1, "answer": answers}])["overall"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores that are not finite
+
+METRICS = {  # a metric of scores [4, 4], and how its message names those of row 2
+    "image to text": (lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]), "image 2"),
+    "text to image": (lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]), "text 2"),
+    "grounding": (lambda scores: grounding_accuracy(
+        {70 + i: row.reshape(2, 2) for i, row in enumerate(scores)}, {70 + i: {"image_id": i, "split": "val"} for i in range(4)},
+        {70 + i: [0, 0, 4, 4] for i in range(4)}, {i: {"height": 4, "width": 4} for i in range(4)},
+        {i: [[0, 0, 4, 4]] for i in range(4)}), "ref_id 72"),
+    "attributes": (lambda scores: average_precisions(scores, np.eye(4, dtype=int)), "box 2"),
+    "relevance": (lambda scores: roc_auc([0, 1, 0, 1], scores[:, 1]), "pair 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_that_are_not_finite_are_refused_by_name(metric, value):
+    measure, name = METRICS[metric]
+    scores = np.ones((4, 4))
+    measure(scores)
+    scores[2, 1] = value
+    assert name in refusal(measure, scores)
+
+
+def test_a_metric_that_the_data_does_not_define_is_refused():
+    assert "no image has a text" in refusal(recall_at_k, np.zeros((2, 0)), np.zeros((0, 2)), [], [[], []])
+    assert "no image has a text" in refusal(chance_recall, 2, 0, [[], []])
+    assert "all labels are equal" in refusal(roc_auc, [1, 1], [0.1, 0.2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

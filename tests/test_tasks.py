@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from chaos import assert_same_run
-from conftest import contents, log
+from conftest import contents, exit_status, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir
@@ -375,9 +376,14 @@ def test_roc_auc_is_the_golden_one():
     assert roc_auc(golden["labels"], golden["scores"]) == pytest.approx(golden["roc_auc"])
 
 
+def quarter_right(*_):
+    """Logits and targets, of which one in four is right."""
+    return np.array([[1.0, 0.0]] * 4), np.array([0, 1, 1, 1])
+
+
 RIGHT = {  # script: what makes a quarter of its test data right
-    "VE": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
-    "NLVR": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
+    "VE": ("evaluation.classification.classify", quarter_right),
+    "NLVR": ("evaluation.classification.classify", quarter_right),
     "Grounding": ("Grounding.grounding_accuracy", lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25)),
 }
 
@@ -426,6 +432,44 @@ def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(p
 def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
     model = build_model("nlvr", tiny_config)
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
+
+
+OVERFLOWING = {  # script: weights that make its scores overflow, what its message names
+    "VQA": ("text_decoder.cls", "question "), "VE": ("cls_head", "ve_val.json: entry 0"),
+    "NLVR": ("cls_head", "nlvr_dev.json: entry 0"), "Relevance": ("itm_head", "relevance_val.json: entry 0"),
+    "Grounding": ("itm_head", "ref_id "), "Retrieval": ("vision_proj", "image 0"), "Attributes": ("vision_proj", "annotation 0"),
+}  # fmt: skip
+
+
+def overflowing(script, program, shapes, folder):
+    """The configuration of a script and the file of a checkpoint whose weights are finite and its scores not."""
+    more = {"Retrieval": "test.json", "Attributes": "attributes.json"}
+    config = program[0](script) if script in TASKS else {**program[0]("VE"), "val_file": None, "test_file": str(shapes / more[script])}
+    model = build_model(script.lower(), config)
+    for name, param in model.named_parameters():
+        if OVERFLOWING[script][0] in name:
+            param.data.fill_(3e38)
+    torch.save({"model": model.state_dict()}, folder / "overflowing.pth")
+    return config, folder / "overflowing.pth"
+
+
+@pytest.mark.parametrize("script, answers", [*((script, "answer_list.json") for script in OVERFLOWING), ("VQA", None)])
+def test_scores_that_are_not_finite_end_an_evaluation(program, shapes, tmp_path, capsys, script, answers):
+    config, checkpoint = overflowing(script, program, shapes, tmp_path)
+    config["answer_list"] = answers and str(shapes / answers)
+    status = exit_status(lambda: program[1](script, config, tmp_path / "out", "--evaluate", checkpoint=checkpoint))
+    (line,) = capsys.readouterr().err.splitlines()
+    split, key = ("test", "test_file") if config["val_file"] is None and script != "Grounding" else ("val", "val_file")
+    files = config["test_file" if script == "Grounding" else key]
+    assert status == 1 and line.startswith(f"error: {split} {files if isinstance(files, str) else files[0]}: ")
+    assert OVERFLOWING[script][1] in line
+    assert not (tmp_path / "out/log.txt").exists() and not (tmp_path / "out/result").exists()
+
+
+def test_scores_that_are_not_finite_end_all_processes(program, shapes, tmp_path):
+    config, checkpoint = overflowing("Retrieval", program, shapes, tmp_path)
+    two = launch("Retrieval.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", checkpoint, "--evaluate")
+    assert two.returncode and "error: test " in two.stderr and not (tmp_path / "two/log.txt").exists()
 
 
 QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset": "vqa"}
