@@ -18,7 +18,7 @@ import torch
 from engine import autocast
 from engine.task import run_task
 from evaluation.divide import divide, gather
-from evaluation.metrics import require_finite, vqa_accuracy
+from evaluation.metrics import count_vqa_formulas, describe_vqa_formulas, require_finite, vqa_accuracy
 from evaluation.vqa import answer_questions, tokenize_answers
 
 
@@ -66,6 +66,7 @@ def evaluate(model, dataset, tokenizer, config, device, report=None):
     if report and metrics:
         shown = {name.removeprefix("acc_").replace("acc", "overall"): value for name, value in metrics.items()}
         print("VQA accuracy " + ", ".join(f"{name} {value:.2f}%" for name, value in shown.items()))
+        print(f"VQA accuracy is computed {describe_vqa_formulas(count_vqa_formulas(annotations))}")
     return metrics
 
 

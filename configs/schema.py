@@ -127,6 +127,7 @@ KEYS = {
     "max_tokens": Key(64, whole(2)),  # of relevance: query, separator and the words of the ad
     "eos": Key("[SEP]", TEXT),
     "num_beams": Key(3, whole(1)),
+    "max_answer_tokens": Key(None, whole(1)),  # of a generated answer; by default the longest training answer's, else 10
     "share": Key("cross_attention", one_of("cross_attention", "all", "none")),
     "eval_ema": Key(None, FLAG),  # in released files, without effect
     # training

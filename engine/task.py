@@ -115,6 +115,8 @@ def set_up(task, args, evaluates, initialize, check):
     train_set, test_sets = load_data(task, args, config, evaluates)
     named = {"train_file": train_set, **{f"{split}_file": data_set for split, data_set in test_sets.items()}}
     check_agreement(config, args.seed, tokenizer, {key: data_set for key, data_set in named.items() if data_set is not None})
+    if task == "vqa" and train_set and config["max_answer_tokens"] is None:
+        config["max_answer_tokens"] = train_set.longest_answer(tokenizer)
 
     seed_everything(args.seed)
     model = build_model(task, config, tokenizer)

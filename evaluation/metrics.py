@@ -1,7 +1,7 @@
 """Metrics as pure functions. Scores that are not finite raise NotFinite."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from functools import cache
 
@@ -91,6 +91,7 @@ def chance_recall(images, texts, img2txt):
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA accuracy, with the oddities of the official evaluation script: the published numbers have them too
 
+OFFICIAL_ANSWERS = 10  # of a question that the official formula scores
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # one that is not a decimal point
@@ -153,27 +154,65 @@ def _by_question(entries, kind):
 
 
 def _human_answers(annotation):
-    """Return the annotators' answers, without punctuation unless all are the same. Raises InputError."""
+    """Return the annotators' answers as predictions are compared with them. Raises InputError."""
     answers = annotation.get("answers", annotation.get("answer"))
     if isinstance(answers, list):
         answers = [given.get("answer") if isinstance(given, dict) else given for given in answers]
     if not isinstance(answers, list) or not answers or not all(isinstance(given, str) for given in answers):
         raise InputError(f"question {annotation['question_id']}: its annotation must have the annotators' answers, as "
                          "answer: [\"yes\", ...] or answers: [{\"answer\": \"yes\"}, ...]")
+    if len(answers) != OFFICIAL_ANSWERS:
+        return [_normalized(given) for given in answers]
     return [_without_punctuation(given) for given in answers] if len(set(answers)) > 1 else answers
 
 
-def vqa_accuracy(predictions, annotations):
-    """Return the official VQA accuracy in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+def _accuracy(answer, given):
+    """Return the accuracy of an answer, normalized, against those of _human_answers."""
+    equal = [human == answer for human in given]
+    if len(given) == OFFICIAL_ANSWERS:
+        return sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+    return min(1, sum(equal) / min(3, len(given)))
 
-    predictions: list of {question_id, answer}; annotations: list of {question_id, the ten annotators' answers as answer
-    (list of str) or answers (list of {answer}), perhaps answer_type}. A prediction scores min(1, m / 3) against nine of the
-    ten, m of which equal it, averaged over the ten ways to leave one out. All numbers are rounded to two digits, as the
+
+def count_vqa_formulas(annotations):
+    """Count the questions that vqa_accuracy scores by each formula, "official" or "own", and those "capped" below 100%.
+
+    On a capped question no prediction can have 100%. Returns a Counter. Raises InputError as vqa_accuracy does.
+    """
+    counts = Counter()
+    for annotation in annotations:
+        given = _human_answers(annotation)
+        reachable = {human for human in given if _normalized(human) == human}  # by the answer itself, or not at all
+        counts["official" if len(given) == OFFICIAL_ANSWERS else "own"] += 1
+        counts["capped"] += max((_accuracy(human, given) for human in reachable), default=0) < 1
+    return counts
+
+
+def describe_vqa_formulas(counts):
+    """Return one line on the counts of count_vqa_formulas."""
+    formulas = {
+        "official": f"by the official formula for {counts['official']} questions with {OFFICIAL_ANSWERS} answers",
+        "own": f"by min(1, matches / min(3, n)) with both sides normalized for {counts['own']} questions with another number n of answers",
+    }
+    used = " and ".join(text for name, text in formulas.items() if counts[name])
+    capped = f"; no prediction can have 100% on {counts['capped']}: their answers differ, or are not spelled as normalized"
+    return used + capped * (counts["capped"] > 0)
+
+
+def vqa_accuracy(predictions, annotations):
+    """Return the VQA accuracy in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+
+    predictions: list of {question_id, answer}; annotations: list of {question_id, the annotators' answers as answer
+    (list of str) or answers (list of {answer}), perhaps answer_type}. All numbers are rounded to two digits, as the
     official script reports them; overall and per type are means of unrounded accuracies.
 
-    The script's normalization is one-sided, and followed here: predictions go through all of it (white space, punctuation,
-    lower case, number words, articles, contractions), annotators' answers only lose their punctuation, and that only
-    where the ten are not all equal. Raises InputError, naming the question_id, where predictions and annotations do not
+    With ten answers the accuracy is the official one: a prediction scores min(1, m / 3) against nine of the ten, m of which
+    equal it, averaged over the ten ways to leave one out. The script's normalization is one-sided, and followed here:
+    predictions go through all of it (white space, punctuation, lower case, number words, articles, contractions), annotators'
+    answers only lose their punctuation, and that only where the ten are not all equal.
+
+    With another number n of answers both sides are normalized, and a prediction that equals m of them scores
+    min(1, m / min(3, n)). Raises InputError, naming the question_id, where predictions and annotations do not
     pair up one to one or an annotation has no answers.
     """
     predicted, annotated = _by_question(predictions, "prediction"), _by_question(annotations, "annotation")
@@ -186,9 +225,7 @@ def vqa_accuracy(predictions, annotations):
         raise InputError("there are no predictions and no annotations to score")
     per_question, by_type = {}, defaultdict(list)
     for question_id, annotation in annotated.items():
-        answer = _normalized(predicted[question_id]["answer"])
-        equal = [given == answer for given in _human_answers(annotation)]
-        accuracy = sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+        accuracy = _accuracy(_normalized(predicted[question_id]["answer"]), _human_answers(annotation))
         per_question[question_id] = accuracy
         if "answer_type" in annotation:
             by_type[annotation["answer_type"]].append(accuracy)

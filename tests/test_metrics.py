@@ -8,7 +8,9 @@ import torch
 
 from conftest import ROOT, refusal
 from evaluation.attributes import average_precisions
-from evaluation.metrics import box_iou, chance_grounding, chance_recall, grounding_accuracy, recall_at_k, vqa_accuracy
+from evaluation.metrics import (
+    box_iou, chance_grounding, chance_recall, count_vqa_formulas, grounding_accuracy, recall_at_k, vqa_accuracy,
+)  # fmt: skip
 from evaluation.relevance import roc_auc
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
@@ -123,6 +125,32 @@ def test_vqa_answers_lose_their_punctuation_only_where_they_differ():
     assert accuracy("t-shirt", "t-shirt") == 0
     assert accuracy("t-shirt", "t-shirt", "tee") == 100
     assert accuracy("a dog", "a dog", "the dog") == 0
+
+
+@pytest.mark.parametrize("prediction, answers, expected", [
+    ("yes", ["yes"], 100), ("yes", ["no"], 0), ("yes", ["yes"] * 3, 100), ("yes", ["yes"] * 11, 100),
+    ("yes", ["yes", "no"], 50), ("yes", ["yes", "no", "no", "no", "no"], 33.33), ("yes", ["yes", "yes", "no", "no"], 66.67),
+    ("Yes", ["yes"], 100), ("yes", ["Yes."], 100), ("t-shirt", ["T-shirt"], 100), ("a dog", ["the dog", "dog", "Dog!"], 100),
+])  # fmt: skip
+def test_vqa_accuracy_of_another_number_of_answers_than_ten(prediction, answers, expected):
+    annotation = {"question_id": 1, "answer": answers}
+    assert vqa_accuracy([{"question_id": 1, "answer": prediction}], [annotation])["overall"] == expected
+
+
+@pytest.mark.parametrize("answers, formula, capped", [
+    (["yes"] * 10, "official", 0), (["Yes"] * 10, "official", 1), (["t-shirt"] * 10, "official", 1),
+    (["t-shirt"] * 9 + ["tee"], "official", 0), (["dont"] * 9 + ["no"], "official", 1),
+    (["cat"] * 4 + list("bcdefg"), "official", 0), (["cat"] * 3 + list("bcdefgh"), "official", 1),
+    (["Yes"], "own", 0), (["the"], "own", 0), (["yes", "no"], "own", 1), (["a b"] * 3 + ["c"] * 2, "own", 0),
+])  # fmt: skip
+def test_formulas_and_questions_that_cannot_have_all_are_counted(answers, formula, capped):
+    counts = count_vqa_formulas([{"question_id": 1, "answers": [{"answer": answer} for answer in answers]}])
+    assert counts[formula] == 1 == counts["official"] + counts["own"] and counts["capped"] == capped
+
+
+def test_what_had_all_by_the_official_script_is_not_counted_as_capped():
+    annotations = [{"question_id": 1, "answer": case["answers"]} for case in VQA["cases"] if case["accuracy"] == 100]
+    assert annotations and count_vqa_formulas(annotations) == {"official": len(annotations), "capped": 0}
 
 
 def test_vqa_accuracy_leaves_its_arguments_as_they_are():

@@ -21,6 +21,7 @@ from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir
 from evaluation.relevance import Swapped, evaluate, roc_auc
+from inference import load_model
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
@@ -112,6 +113,33 @@ def test_without_a_list_answers_are_generated_with_num_beams(program, tmp_path, 
         run("VQA", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "vqa.pth")
     answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
     assert {entry["answer"] for entry in answers} == {build_tokenizer(config["tokenizer"]).decode([2])}
+
+
+def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, shapes, tmp_path, capsys):
+    config_of, run = program
+    tokenizer = build_tokenizer(program[0]("VQA")["tokenizer"])
+    answer = "a red circle left of a blue star, a green square and a pink moon"
+    entries = json.loads((shapes / "vqa_train.json").read_text())[:16]
+    entries[3] |= {"answer": [answer, "red"], "dataset": "vqa"}
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    config = {**config_of("VQA"), "train_file": [str(tmp_path / "train.json")], "answer_list": None, "num_beams": 1}
+    config |= {"val_file": None, "scheduler": {**config["scheduler"], "epochs": 1}}
+    length = len(tokenizer.tokenize(answer)) + 1
+    assert length > 11
+    run("VQA", config, tmp_path / "run")
+    file = tmp_path / "run/checkpoint_00.pth"
+    state = torch.load(file, weights_only=True)
+    assert state["config"]["max_answer_tokens"] == length
+    for name in ("weight", "bias"):  # of a model whose every answer is one word again and again
+        state["model"][f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"].zero_()
+    state["model"]["text_decoder.cls.predictions.bias"][tokenizer.vocab["red"]] = 99
+    torch.save(state, file)
+    for flags, expected in (([], length), (["--set", "max_answer_tokens=4"], 4)):  # --config names a file without the key
+        run("VQA", config, tmp_path / "out", "--evaluate", *flags, checkpoint=file)
+        answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
+        assert {entry["answer"] for entry in answers} == {" ".join(["red"] * expected)}
+    assert load_model(file).model.max_answer_tokens == length
+    assert "by the official formula" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", TASKS)
@@ -512,6 +540,7 @@ BAD_INPUT = {
     "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
     "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
     "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
+    "long answers": ("VQA", "max_answer_tokens", 40, "max_answer_tokens is 40"),
     "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be a whole number from 1"),
     "unknown sharing": ("NLVR", "share", "some", "share is 'some', it must be one of cross_attention, all, none"),
 }  # fmt: skip
