@@ -541,7 +541,8 @@ def check_others(check, tokenizer_of):
     if check.task == "vqa" and config["answer_list"]:
         load("answer_list", lambda answers: f"{len(answers)} answers", load_answer_list, config["answer_list"])
     if check.task == "grounding" and config["refcoco_data"]:
-        check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"])
+        check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"],
+                           config["refer_dataset"])
     if check.refer and config["det_file"]:
         load("det_file", lambda boxes: f"boxes of {len(boxes)} images", load_detections, config["det_file"], check.refer)
     return found

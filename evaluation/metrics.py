@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset.refer import GROUNDING_SPLITS, box_iou
+from dataset.refer import box_iou, is_tested
 from utils import InputError
 
 
@@ -245,9 +245,11 @@ def _percent(accuracies):
 
 
 def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
-    """Return the share of referring expressions whose best detected box is right: {"val_d", "testA_d", "testB_d"}, in [0, 1].
+    """Return the share of referring expressions whose best detected box is right, in [0, 1], by split.
 
-    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): RefCOCO+ has several expressions for a ref, each of which
+    The names of RefCOCO+ are "val_d", "testA_d" and "testB_d".
+
+    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): a ref may have several expressions, each of which
     counts. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
     {height, width}} in pixels; detections: {image_id: list of [x, y, w, h, score]}, the score unused. Ids are integers, or
     strings of them as JSON has; one call may mix the two.
@@ -265,13 +267,18 @@ def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
     for ref_id, cam in cams:
         ref_id = int(ref_id)
         ref = _find_ref(refs, ref_id)
-        if ref["split"] not in GROUNDING_SPLITS:
+        if not is_tested(ref):
             continue
         candidates = _candidates(detections, ref, ref_id)
         image = images[int(ref["image_id"])]
         best = candidates[int(np.argmax(box_scores(cam, image["height"], image["width"], candidates, alpha)))]
         hits[ref["split"]].append(box_iou(best, boxes[ref_id]) >= 0.5)
-    return {f"{split}_d": float(np.mean(hits[split])) for split in GROUNDING_SPLITS if split in hits}
+    return _mean_by_split(hits)
+
+
+def _mean_by_split(values):
+    """Return {"SPLIT_d": mean of a split's values}, val first."""
+    return {f"{split}_d": float(np.mean(values[split])) for split in sorted(values, key=lambda split: (split != "val", split))}
 
 
 def box_scores(cam, height, width, boxes, alpha=0.5):
@@ -290,10 +297,10 @@ def chance_grounding(refs, boxes, detections, ref_ids=None):
     shares = defaultdict(list)
     for ref_id in refs if ref_ids is None else map(int, ref_ids):
         ref = _find_ref(refs, ref_id)
-        if ref["split"] in GROUNDING_SPLITS:
+        if is_tested(ref):
             right = [box_iou(box, boxes[ref_id]) >= 0.5 for box in _candidates(detections, ref, ref_id)]
             shares[ref["split"]].append(np.mean(right))
-    return {f"{split}_d": float(np.mean(shares[split])) for split in GROUNDING_SPLITS if split in shares}
+    return _mean_by_split(shares)
 
 
 def _by_id(mapping):
@@ -302,7 +309,7 @@ def _by_id(mapping):
 
 def _find_ref(refs, ref_id):
     if ref_id not in refs:
-        raise InputError(f"ref_id {ref_id} of test_file is not among the refs of RefCOCO+: correct test_file or refcoco_data")
+        raise InputError(f"ref_id {ref_id} of test_file is not among the refs: correct test_file, refcoco_data or refer_dataset")
     return refs[ref_id]
 
 
@@ -311,7 +318,7 @@ def _candidates(detections, ref, ref_id):
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
-                         f"detections for every image of {', '.join(GROUNDING_SPLITS)}")
+                         "detections for every image of a split but train")
     return detections[image_id]
 
 

@@ -201,12 +201,13 @@ def test_questions_to_test_on(run, shapes, write):
 
 
 def test_expressions_to_test_on(run, shapes, write):
-    entries = json.loads((shapes / "grounding_test.json").read_text())[:3]
+    entries = json.loads((shapes / "grounding_test.json").read_text())[:4]
+    entries[3]["image"] = GOOD
     entries[1]["ref_id"] = 10**6
     del entries[2]["ref_id"]
     keys = {"task": "grounding", "train_file": None, "test_file": write(entries)}
     status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
-    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1}
+    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1, "another image than its ref's": 1}
     assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])][:2] == [
         "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
     ]  # fmt: skip

@@ -246,6 +246,7 @@ def test_only_splits_that_occur_are_reported():
     assert grounding_accuracy(*arguments) == {"val_d": 0.5, "testB_d": 1}
     assert list(grounding_accuracy(*arguments)) == ["val_d", "testB_d"]
     assert grounding_accuracy({}, *arguments[1:]) == {}
+    assert grounding_accuracy(*scene([hit], ("test", "val"))) == {"val_d": 1, "test_d": 1}
 
 
 def test_every_expression_of_a_ref_counts():

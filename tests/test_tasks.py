@@ -457,6 +457,20 @@ def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(p
         {"val_d": val["val_d"], "testA_d": test["testA_d"], "testB_d": test["testB_d"]})
 
 
+def test_grounding_on_another_data_set_of_refer_has_its_splits(program, shapes, tmp_path):
+    config_of, run = program
+    config, folder = config_of("Grounding"), tmp_path / "refer/refcocog"
+    folder.mkdir(parents=True)
+    refs = pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())
+    refs = [{**ref, "split": ref["split"].rstrip("AB")} for ref in refs]
+    (folder / "refs(umd).p").write_bytes(pickle.dumps(refs))
+    (folder / "instances.json").write_bytes((shapes / "refcoco+/instances.json").read_bytes())
+    torch.save({"model": build_model("grounding", config).state_dict()}, tmp_path / "any.pth")
+    config |= {"refcoco_data": str(tmp_path / "refer"), "refer_dataset": "refcocog"}
+    run("Grounding", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "any.pth")
+    assert [set(entry) - {"checkpoint", "epoch"} for entry in log(tmp_path / "out")] == [{"val_d"}, {"test_d"}]
+
+
 def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
     model = build_model("nlvr", tiny_config)
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
@@ -535,6 +549,7 @@ BAD_INPUT = {
     "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),
     "unknown ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a", "ref_id": 10**6}], "ref_id 1000000 is not among"),
     "no ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a"}], "entry 0 .* missing required field 'ref_id'"),
+    "no such refer": ("Grounding", "refer_dataset", "refcoco++", r"refer_dataset is '.*refcoco\+\+'"),
     "no refs": ("Grounding", "refcoco_data", "nowhere", "refs.unc..p does not exist"),
     "empty expression": ("Grounding", "train_file", [{"image": IMAGE, "text": " ", "ref_id": 1}], "text ' ' is empty"),
     "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
