@@ -44,7 +44,7 @@ def answer_all(model, dataset, tokenizer, config, device):
             found.update((index, candidates[0]) for index, candidates in zip(indices, answered))
     texts, probs = zip(*gather(found))
     require_finite(probs, lambda index: f"question {dataset.entry(index).question_id}")
-    return texts
+    return list(texts)
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None):
