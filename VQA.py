@@ -18,7 +18,7 @@ import torch
 from engine import autocast
 from engine.task import run_task
 from evaluation.divide import divide, gather
-from evaluation.metrics import vqa_accuracy
+from evaluation.metrics import count_vqa_formulas, describe_vqa_formulas, require_finite, vqa_accuracy
 from evaluation.vqa import answer_questions, tokenize_answers
 
 
@@ -30,7 +30,10 @@ def step(model, batch, alpha, update_momentum):
 
 @torch.no_grad()
 def answer_all(model, dataset, tokenizer, config, device):
-    """Return an answer to every question: the likeliest of answer_list, or without one what beam search generates."""
+    """Return an answer to every question: the likeliest of answer_list, or without one what beam search generates.
+
+    Raises NotFinite for an answer's probability, on all processes.
+    """
     answers = dataset.answer_list
     tokens = tokenize_answers(answers, model, tokenizer) if answers else None
     collate = functools.partial(dataset.collate_questions, tokenizer=tokenizer)
@@ -38,8 +41,10 @@ def answer_all(model, dataset, tokenizer, config, device):
     with autocast(config, device):
         for indices, (image, question) in divide(dataset, config, device, "questions", collate):
             answered = answer_questions(model, image, question, answers, tokens, tokenizer)
-            found.update((index, candidates[0][0]) for index, candidates in zip(indices, answered))
-    return gather(found)
+            found.update((index, candidates[0]) for index, candidates in zip(indices, answered))
+    texts, probs = zip(*gather(found))
+    require_finite(probs, lambda index: f"question {dataset.entry(index).question_id}")
+    return list(texts)
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None):
@@ -61,6 +66,7 @@ def evaluate(model, dataset, tokenizer, config, device, report=None):
     if report and metrics:
         shown = {name.removeprefix("acc_").replace("acc", "overall"): value for name, value in metrics.items()}
         print("VQA accuracy " + ", ".join(f"{name} {value:.2f}%" for name, value in shown.items()))
+        print(f"VQA accuracy is computed {describe_vqa_formulas(count_vqa_formulas(annotations))}")
     return metrics
 
 

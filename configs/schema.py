@@ -78,6 +78,7 @@ PATHS = either(PATH, list_of(PATH, "a list of paths"))
 MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
 BETAS = Kind("two numbers from 0 to below 1", lambda value: isinstance(value, list) and len(value) == 2 and all(
     number(0, 1).fits(beta) and beta < 1 for beta in value))  # fmt: skip
+REFER = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p"}  # data sets of REFER, their refs
 OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +94,7 @@ KEYS = {
     "vg_root": Key(None, TEXT),
     "answer_list": Key(None, TEXT),
     "refcoco_data": Key(None, TEXT),
+    "refer_dataset": Key("refcoco+", one_of(*REFER)),  # a folder under refcoco_data
     "det_file": Key(None, TEXT),
     "coco_file": Key(None, TEXT),  # in released files, without effect
     "image_res": Key(None, whole(1)),
@@ -127,6 +129,7 @@ KEYS = {
     "max_tokens": Key(64, whole(2)),  # of relevance: query, separator and the words of the ad
     "eos": Key("[SEP]", TEXT),
     "num_beams": Key(3, whole(1)),
+    "max_answer_tokens": Key(None, whole(1)),  # of a generated answer; by default the longest training answer's, else 10
     "share": Key("cross_attention", one_of("cross_attention", "all", "none")),
     "eval_ema": Key(None, FLAG),  # in released files, without effect
     # training

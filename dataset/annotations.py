@@ -279,6 +279,15 @@ def as_form(value, form, where, remedy):
         raise InputError(f"{where}: {_without_ticks(error)}; {remedy}") from None
 
 
+def by_id(values, path, what):
+    """Return {id: value}. Raises InputError if two different values have one id; `what` names a value in the message."""
+    found = {}
+    for value in values:
+        if found.setdefault(value.id, value) != value:
+            raise InputError(f"{path}: {what} {value.id} occurs twice, with different content: correct one of them")
+    return found
+
+
 def _without_ticks(error):
     """A message of msgspec, in which names stand as in Python's."""
     return str(error).replace("`", "'")

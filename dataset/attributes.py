@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from dataset.annotations import digest, read_json
+from dataset.annotations import by_id, digest, read_json
 from dataset.base import EntryDataset
 from dataset.images import ImageError, load_image
 from utils import InputError
@@ -55,9 +55,10 @@ class _Content(msgspec.Struct):
 
 
 class Box(NamedTuple):
-    """A box to evaluate: path of its image, whole pixels x, y, w, h, and for each attribute 1, 0 or -1 (not labeled)."""
+    """A box to evaluate: its image, whole pixels x, y, w, h, and for each attribute 1, 0 or -1 (not labeled)."""
 
-    image: str
+    image: str  # its path
+    size: tuple  # of the image in the file: height, width
     pixels: tuple
     labels: list
     where: str  # in the file, for messages
@@ -66,18 +67,20 @@ class Box(NamedTuple):
 def read_boxes(path):
     """Read a file of attributes in boxes: the Attributes, and a Box for every object of at least MIN_AREA pixels.
 
-    Raises InputError, naming the annotation (counted from 0), also for a box outside its image and an att_vec of another
-    length than attributes.
+    The labels of att_vec are in the order of the attributes' ids, and so are the Attributes. Raises InputError, naming the
+    annotation (counted from 0), also for a box outside its image, an att_vec of another length than attributes, and an id
+    that two images or attributes have.
     """
     content, boxes = read_json(path, _Content, _WANTED), []
-    images = {image.id: image for image in content.images}
+    images = by_id(content.images, path, "image")
+    attributes = [attribute for _, attribute in sorted(by_id(content.attributes, path, "attribute").items())]
     for number, annotation in enumerate(content.annotations):
         where = f"{path}: annotation {number} (counting from 0)"
         image, labels = images.get(annotation.image_id), annotation.att_vec
         if image is None:
             raise InputError(f"{where}: image_id {annotation.image_id} is not among the images: correct it or add the image")
-        if len(labels) != len(content.attributes):
-            raise InputError(f"{where}: att_vec has {len(labels)} labels for {len(content.attributes)} attributes: give each "
+        if len(labels) != len(attributes):
+            raise InputError(f"{where}: att_vec has {len(labels)} labels for {len(attributes)} attributes: give each "
                              "attribute one, -1 where it is not labeled")  # fmt: skip
         x, y, w, h = pixels = tuple(map(int, annotation.bbox))
         if min(annotation.bbox) < 0 or x + w > image.width or y + h > image.height:
@@ -86,13 +89,13 @@ def read_boxes(path):
         if annotation.area >= MIN_AREA:
             if min(w, h) < 1:
                 raise InputError(f"{where}: bbox {annotation.bbox} has no whole pixel: correct it, or area {annotation.area}")
-            boxes.append(Box(image.file_name, pixels, labels, where))
+            boxes.append(Box(image.file_name, (image.height, image.width), pixels, labels, where))
     if not boxes:
         raise InputError(f"{path}: has no annotation with an area of {MIN_AREA} pixels or more: name another file")
     if not any(1 in box.labels for box in boxes):
         raise InputError(f"{path}: no box has an attribute, a 1 in its att_vec, so that there is no average precision: correct "
                          "it")  # fmt: skip
-    return content.attributes, boxes
+    return attributes, boxes
 
 
 class AttributeTestSet(EntryDataset):
@@ -120,7 +123,8 @@ class AttributeTestSet(EntryDataset):
 
     def read(self, index):
         (file,), (x, y, w, h) = self.files(index), self.entry(index).pixels
-        crop = load_image(file)[:, y : y + h, x : x + w]
-        if crop.shape[1:] != (h, w):
-            raise ImageError(file, "wrong size", f"a box of {self.where(index)} lies outside of it")
-        return self.transform(crop)
+        image, (height, width) = load_image(file), self.entry(index).size
+        if image.shape[1:] != (height, width):
+            raise ImageError(file, "wrong size", f"{self.where(index)} is in an image of {width} x {height} pixels, this one has "
+                             f"{image.shape[2]} x {image.shape[1]}: it is another image")  # fmt: skip
+        return self.transform(image[:, y : y + h, x : x + w])

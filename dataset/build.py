@@ -33,7 +33,6 @@ CAPTIONS = {
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
 CLASSIFICATION = {"ve": Entailment, "nlvr": Statement, "relevance": Ad}
-REF_SPLITS = {"val": ["val"], "test": ["testA", "testB"]}  # of refs in test_file, which holds them together
 
 
 def _task_and_split(name):
@@ -87,8 +86,10 @@ def build_dataset(name, config, seed=0):
             raise InputError(f"val_file {files[0]} has no answers to compare with: leave val_file out, the last epoch is then "
                              "the result")
     elif task == "grounding":
-        refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file")))
-        dataset = GroundingTestSet(files, image_root, transform, refer, detections, REF_SPLITS[split])
+        refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file", "refer_dataset")))
+        # test_file holds all splits together
+        splits = ["val"] if split == "val" else sorted({ref["split"] for ref in refer.refs.values()} - {"train", "val"})
+        dataset = GroundingTestSet(files, image_root, transform, refer, detections, splits)
     elif task == "attributes" and not training:
         # bilinear, as where the published number comes from
         dataset = AttributeTestSet(files, image_root, test_transform(config["image_res"], Image.Resampling.BILINEAR))
@@ -123,12 +124,12 @@ def _image_captions(name, config, transform, seed):
 
 
 @functools.lru_cache(maxsize=1)
-def grounding_data(refcoco_data, det_file):
-    """RefCOCO+ and the detected boxes, read once for val and test."""
+def grounding_data(refcoco_data, det_file, refer_dataset):
+    """A data set of REFER and the detected boxes, read once for val and test."""
     for key, value in (("refcoco_data", refcoco_data), ("det_file", det_file)):
         if value is None:
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
-    refer = load_refer(refcoco_data)
+    refer = load_refer(refcoco_data, refer_dataset)
     return refer, load_detections(det_file, refer)
 
 

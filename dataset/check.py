@@ -57,6 +57,7 @@ from dataset.text import (
 from dataset.ve import Entailment
 from dataset.vqa import ROOTS, Question, TrainingQuestion, load_answer_list
 from dataset.workers import begin_worker, in_processes
+from evaluation.metrics import count_vqa_formulas, describe_vqa_formulas
 from utils import InputError, atomic_write
 
 SHOWN, EXAMPLES, UNKNOWN_SHOWN = 20, 3, 10  # problems, repeated entries and unknown words that are printed
@@ -219,6 +220,7 @@ class Tally:
         self.words, self.pieces = array("L"), array("L")  # of each text
         self.all_words, self.unknown = 0, Counter()
         self.sides, self.formats, self.traits = Counter(), Counter(), Counter()  # of each image
+        self.formulas = Counter()  # of questions to test on
 
     def refuse(self, path, entry, error):
         """Count an entry that cannot be used."""
@@ -270,6 +272,8 @@ class Tally:
         """
         self._report_entries(name)
         self._report_texts()
+        if self.formulas:
+            self.row("accuracy", describe_vqa_formulas(self.formulas), vqa_formulas=dict(self.formulas))
         self._report_images(images)
         say("", f"{self.result['key']} {self.result['file']}", f"  {title or self.form.title}", *self.rows)
         return self.result
@@ -440,6 +444,9 @@ def _count_entries(tally, path, questions):
                     problem = f"another entry has the question_id {checked.question_id!r} too: give it its own"
                     tally.refuse(path, index, InputError(problem, "repeated 'question_id'"))
                 questions[checked.question_id] = checked.answer is not None
+                if checked.answer is not None:
+                    annotation = {"question_id": checked.question_id, "answer": checked.answer}
+                    tally.formulas.update(count_vqa_formulas([annotation]))
             root = checked.root
             if check.is_lost(root, path, index):
                 tally.lost_roots.add(root)
@@ -534,7 +541,8 @@ def check_others(check, tokenizer_of):
     if check.task == "vqa" and config["answer_list"]:
         load("answer_list", lambda answers: f"{len(answers)} answers", load_answer_list, config["answer_list"])
     if check.task == "grounding" and config["refcoco_data"]:
-        check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"])
+        check.refer = load("refcoco_data", lambda refer: f"{len(refer.refs)} refs", load_refer, config["refcoco_data"],
+                           config["refer_dataset"])
     if check.refer and config["det_file"]:
         load("det_file", lambda boxes: f"boxes of {len(boxes)} images", load_detections, config["det_file"], check.refer)
     return found

@@ -1,5 +1,6 @@
 """Grounding data to test on: referring expressions with their images, and the boxes to choose from."""
 
+from pathlib import PurePath
 from typing import NamedTuple
 
 import torch
@@ -24,9 +25,18 @@ class Expression(Entry):
         return [self.text]
 
     def check_ref(self, refer):
-        """Raise InputError, without the place, for a ref that refer does not know."""
+        """Raise InputError, without the place, for a ref that refer does not know or whose image is another one.
+
+        An image is the same if one of the two paths ends with the other.
+        """
         if self.ref_id not in refer.refs:
             raise InputError(f"ref_id {self.ref_id} is not among the refs of refcoco_data", "unknown 'ref_id'")
+        image = refer.images[refer.refs[self.ref_id]["image_id"]]["file_name"]
+        own, of_ref = (PurePath(path).parts for path in (self.image, image))
+        common = min(len(own), len(of_ref))
+        if own[-common:] != of_ref[-common:]:
+            raise InputError(f"image {self.image} is not {image}, the image of ref_id {self.ref_id}; correct the entry, or set "
+                             "refer_dataset or refcoco_data to the data set of this file", "another image than its ref's")
 
 
 class GroundingSample(NamedTuple):
@@ -44,8 +54,8 @@ class GroundingBatch(NamedTuple):
 class GroundingTestSet(EntryDataset):
     """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of `splits`.
 
-    refer: from load_refer; detections: from load_detections. Raises InputError for a ref that refer does not know and
-    where no expression is of these splits.
+    refer: from load_refer; detections: from load_detections. Raises InputError for a ref that refer does not know,
+    for another image than that of the ref, and where no expression is of these splits.
     """
 
     def __init__(self, files, image_root, transform, refer, detections, splits):

@@ -1,4 +1,4 @@
-"""RefCOCO+ in the format of REFER: referring expressions, the boxes they refer to, and detected boxes to choose from."""
+"""RefCOCO, RefCOCO+ and RefCOCOg as REFER has them: refs, the boxes they refer to, and detected boxes to choose from."""
 
 import copyreg
 import os
@@ -9,11 +9,11 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from dataset.annotations import as_form, read_json
+from configs.schema import REFER
+from dataset.annotations import as_form, by_id, read_json
 from utils import InputError, open_regular
 
-GROUNDING_SPLITS = ("val", "testA", "testB")  # the splits of RefCOCO+ that are evaluated
-_NOT_RELEASED = "this is not the released RefCOCO+ file, download it again"
+_NOT_RELEASED = "this is not the released file of REFER, download it again"
 _DETECTIONS_ARE = "det_file must be {image_id: [[x, y, w, h, score], ...]}"
 
 
@@ -44,6 +44,7 @@ class _Image(msgspec.Struct):
 
 class _Annotation(msgspec.Struct):
     id: int
+    image_id: int
     bbox: Annotated[list[float], Meta(min_length=4, max_length=4)]
 
 
@@ -72,22 +73,23 @@ class _PlainUnpickler(pickle.Unpickler):
         raise InputError(f"{self.path}: refused to load, it wants the persistent object {reprlib.repr(pid)}; {_NOT_RELEASED}")
 
 
-def load_refer(folder):
-    """Read refcoco+/refs(unc).p and refcoco+/instances.json under `folder`, the config key refcoco_data -> Refer.
+def load_refer(folder, name="refcoco+"):
+    """Read the refs and instances.json of a data set of REFER, a key of configs.schema.REFER -> Refer.
 
-    The first is a pickle; it is read without importing or running anything. Raises InputError, naming the file and, where it
-    is one, the ref, if a file is missing, damaged, not of this format, or wants to run something.
+    folder: the config key refcoco_data; both files are in its folder `name`. The refs are a pickle; it is read without
+    importing or running anything. Raises InputError, naming the file and, where it is one, the ref, if a file is missing,
+    damaged, not of this format, or wants to run something, and if the two files do not agree on the image of a ref.
     """
-    refs_path = os.path.join(folder, "refcoco+", "refs(unc).p")
-    instances_path = os.path.join(folder, "refcoco+", "instances.json")
+    refs_path = os.path.join(folder, name, REFER[name])
+    instances_path = os.path.join(folder, name, "instances.json")
     for path in refs_path, instances_path:
         if not os.path.isfile(path):
-            raise InputError(f"{path} does not exist; put REFER's RefCOCO+ files refs(unc).p and instances.json into "
-                             f"{os.path.dirname(path)}, or correct refcoco_data ({folder})")
+            raise InputError(f"{path} does not exist; put REFER's files {REFER[name]} and instances.json into "
+                             f"{os.path.dirname(path)}, or correct refcoco_data ({folder}) or refer_dataset ({name})")
     instances = read_json(instances_path, _Instances, _NOT_RELEASED)
     images = {image.id: {"height": image.height, "width": image.width, "file_name": image.file_name}
-              for image in instances.images}  # fmt: skip
-    objects = {annotation.id: annotation.bbox for annotation in instances.annotations}
+              for image in by_id(instances.images, instances_path, "image").values()}  # fmt: skip
+    objects = by_id(instances.annotations, instances_path, "annotation")
     refs, boxes = {}, {}
     for ref in as_form(_read_plain_pickle(refs_path), _Refs, refs_path, _NOT_RELEASED):
         where = f"{refs_path}: ref {ref.ref_id}"
@@ -95,17 +97,25 @@ def load_refer(folder):
             raise InputError(f"{where} occurs twice; {_NOT_RELEASED}")
         for key, known in (("image_id", images), ("ann_id", objects)):
             if getattr(ref, key) not in known:
-                raise InputError(f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must be of RefCOCO+")
+                raise InputError(f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must be of {name}")
+        if objects[ref.ann_id].image_id != ref.image_id:
+            raise InputError(f"{where}: its image is {ref.image_id}, that of its annotation {ref.ann_id} in {instances_path} is "
+                             f"{objects[ref.ann_id].image_id}; both must be of {name}")
         refs[ref.ref_id] = {"image_id": ref.image_id, "split": ref.split}
-        boxes[ref.ref_id] = objects[ref.ann_id]
+        boxes[ref.ref_id] = objects[ref.ann_id].bbox
     return Refer(refs, boxes, images)
+
+
+def is_tested(ref):
+    """Return whether a ref belongs to a split that is evaluated, any but train."""
+    return ref["split"] != "train"
 
 
 def load_detections(det_file, refer):
     """Read det_file, JSON {image_id: [[x, y, w, h, score], ...]} -> {image_id (int): the list}; boxes in pixels.
 
-    A box may come without its score. Raises InputError, naming the file and the image, for anything else and unless every
-    image that a ref of val, testA or testB needs has a box.
+    A box may come without its score. Raises InputError, naming the file and the image, for anything else, for a box of which
+    more than half lies outside of its image, and unless every image of a tested ref has a box.
     """
     if not os.path.isfile(det_file):
         raise InputError(f"det_file {det_file} does not exist; correct the config key det_file")
@@ -113,11 +123,17 @@ def load_detections(det_file, refer):
     for image_id, boxes in read_json(det_file, dict[str, object], _DETECTIONS_ARE).items():
         if not image_id.isdecimal():
             raise InputError(f"{det_file}: {reprlib.repr(image_id)} is not an image id; {_DETECTIONS_ARE}")
-        detections[int(image_id)] = as_form(boxes, _Boxes, f"{det_file}: image {image_id}", _DETECTIONS_ARE)
+        where, image = f"{det_file}: image {image_id}", refer.images.get(int(image_id))
+        detections[int(image_id)] = boxes = as_form(boxes, _Boxes, where, _DETECTIONS_ARE)
+        for x, y, w, h in (box[:4] for box in boxes if image):  # images of other data sets may have boxes, too
+            inside = (min(x + w, image["width"]) - max(x, 0), min(y + h, image["height"]) - max(y, 0))
+            if max(inside[0], 0) * max(inside[1], 0) < w * h / 2:
+                raise InputError(f"{where}: box {[x, y, w, h]} lies outside of {image['file_name']} of {image['width']} x "
+                                 f"{image['height']} pixels: det_file must be of the images of refcoco_data")
     for ref_id, ref in refer.refs.items():
-        if ref["split"] in GROUNDING_SPLITS and not detections.get(ref["image_id"]):
+        if is_tested(ref) and not detections.get(ref["image_id"]):
             raise InputError(f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split {ref['split']}); "
-                             f"det_file must hold detections for every image of {', '.join(GROUNDING_SPLITS)}")
+                             "det_file must hold detections for every image of a split but train")
     return detections
 
 

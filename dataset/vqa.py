@@ -11,7 +11,7 @@ from msgspec import Meta
 from dataset.annotations import Entries, Entry, Texts, read_json
 from dataset.base import EntryDataset
 from dataset.images import load_image
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize
+from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize, without_halves
 from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
@@ -161,6 +161,12 @@ class VQADataset(EntryDataset):
         """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
         images, questions = zip(*samples)
         return torch.stack(images), tokenize(questions, tokenizer)
+
+    def longest_answer(self, tokenizer):
+        """Return the number of word pieces of the longest answer to train on, eos included and [CLS] not."""
+        answers = {text for entry in self.entries for text in ([entry.answer] if entry.dataset == "vg" else entry.answer)}
+        ids = tokenizer([without_halves(answer + self.eos) for answer in answers], truncation=True)["input_ids"]
+        return max(map(len, ids)) - 1
 
     def annotations(self):
         """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""

@@ -11,7 +11,7 @@ from utils import InputError
 
 # what the weights of a checkpoint were made for, whatever the data
 MODEL_KEYS = ("bert_config", "text_encoder", "tokenizer", "image_res", "patch_size", "vision_width", "vision_depth",
-              "vision_heads", "embed_dim")  # fmt: skip
+              "vision_heads", "embed_dim", "max_answer_tokens")  # fmt: skip
 
 DEFAULTS = {  # task: the configuration where a checkpoint to load has none
     "pretrain": "configs/Pretrain.yaml", "retrieval": "configs/Retrieval_flickr.yaml", "grounding": "configs/Grounding.yaml",
@@ -42,12 +42,16 @@ def choose_config(task, args, checkpoint, default=None):
 
     checkpoint: "" or a path that is not a file for none. Where there is a default, the checkpoint's must be of the task and
     from this code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the
-    MODEL_KEYS are used, where they are evaluated. Raises InputError where there is no configuration.
+    MODEL_KEYS are used, where they are evaluated. An evaluation with --config takes max_answer_tokens from the checkpoint unless
+    it is set. Raises InputError where there is no configuration.
     """
     if args.config:
-        return Choice(load_config(args.config, args.set), args.config, args.config)
-    content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
-    saved = content.get("config") if isinstance(content.get("config"), dict) else {}
+        config = load_config(args.config, args.set)
+        if task == "vqa" and config["max_answer_tokens"] is None and getattr(args, "evaluate", True):
+            length = _saved_config(checkpoint)[1].get("max_answer_tokens")
+            config = override(config, [f"max_answer_tokens={length}"] if length else [], args.config)
+        return Choice(config, args.config, args.config)
+    content, saved = _saved_config(checkpoint)
     if saved and content.get("tokenizer_json"):
         saved = {**saved, "tokenizer": str(existing_file(checkpoint))}
     if saved and (default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)):
@@ -60,6 +64,12 @@ def choose_config(task, args, checkpoint, default=None):
         config = override({**load_config(default), **model}, args.set, f"configuration of {checkpoint}")
         return Choice(config, default, f"{default}, with the model and tokenizer of {checkpoint} (another: --config FILE)")
     return Choice(load_config(default, args.set), default, f"{default} (another: --config FILE)")
+
+
+def _saved_config(checkpoint):
+    """Return the content of a checkpoint and the configuration in it, {} for either where there is none."""
+    content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
+    return content, content.get("config") if isinstance(content.get("config"), dict) else {}
 
 
 def default_output_dir(task, source, evaluate):

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from engine.recorder import Recorder, summary, write_log
 from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, resume, save_settings
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, distillation_weight, learning_rate, scaled
-from utils import InputError, gather_lists, interruptible, is_distributed, is_main, rank, seed_everything, world_size
+from utils import (
+    InputError, TrainingStopped, gather_lists, interruptible, is_distributed, is_main, rank, seed_everything, world_size,
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -136,6 +139,9 @@ def finish_epoch(run, position, lr, validate, stop):
         stop.leave_together(saved, run.saver.finish)
         with interruptible(saved):
             metrics, name = validate()
+        if not math.isfinite(metrics[name]):
+            raise TrainingStopped(f"epoch {epoch}: the validation score {name} is {metrics[name]}, so the best epoch is unknown; "
+                                  f"{path} holds this epoch")  # fmt: skip
         write_log(run.output_dir, epoch, **metrics)
         # a folder that vanished has taken the best one with it; the main process decides, as scores may differ in rounding
         better = metrics[name] > position.best.get("score", float("-inf")) or not (run.output_dir / BEST).exists()

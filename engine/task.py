@@ -19,10 +19,11 @@ from engine.processes import init_process_group
 from engine.recorder import write_log
 from engine.saving import BEST, LAST, find_resume_file, run_files
 from evaluation import Report
+from evaluation.metrics import NotFinite
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint
 from models.tokenizer import tokenizer_of
-from utils import InputError, is_main, make_output_dir, seed_everything
+from utils import InputError, TrainingStopped, is_main, make_output_dir, seed_everything
 
 
 class Setup(NamedTuple):
@@ -55,7 +56,11 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
     setup = set_up(task, args, evaluate, initialize, check)
 
     def measure(split, report=None):
-        metrics = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, setup.config, setup.device, report)
+        try:
+            metrics = evaluate(setup.model, setup.test_sets[split], setup.tokenizer, setup.config, setup.device, report)
+        except NotFinite as error:
+            files = ", ".join(setup.config[file_key(f"{task}_{split}")])
+            raise TrainingStopped(f"{split} {files}: {error}; no metric is reported, evaluate another checkpoint") from None
         return {prefixed(split, name): value for name, value in metrics.items()}
 
     def test(split, weights, epoch, **source):
@@ -110,6 +115,8 @@ def set_up(task, args, evaluates, initialize, check):
     train_set, test_sets = load_data(task, args, config, evaluates)
     named = {"train_file": train_set, **{f"{split}_file": data_set for split, data_set in test_sets.items()}}
     check_agreement(config, args.seed, tokenizer, {key: data_set for key, data_set in named.items() if data_set is not None})
+    if task == "vqa" and train_set and config["max_answer_tokens"] is None:
+        config["max_answer_tokens"] = train_set.longest_answer(tokenizer)
 
     seed_everything(args.seed)
     model = build_model(task, config, tokenizer)

@@ -8,6 +8,7 @@ from dataset.attributes import FREQUENCIES
 from dataset.text import SHORT_TOKENS, tokenize
 from engine import autocast
 from evaluation.divide import divide, gather
+from evaluation.metrics import require_finite
 from models.alignment import feature_similarity
 
 TEMPLATES = {  # of a prompt set: for what an object is, for what it has
@@ -51,8 +52,9 @@ def attribute_scores(similarities, counts, score="mean"):
 def average_precisions(scores, labels):
     """Return each attribute's average precision over the boxes labeled 1 or 0, in percent; None without a positive.
 
-    scores, labels: arrays [N, A], labels 1, 0 or -1 for unlabeled.
+    scores, labels: arrays [N, A], labels 1, 0 or -1 for unlabeled. Raises NotFinite.
     """
+    require_finite(scores, "box {} (counting from 0)".format)
     precisions = []
     for score, label in zip(np.transpose(scores), np.transpose(labels)):
         known = label >= 0
@@ -79,7 +81,7 @@ def chance_precisions(dataset):
 
 @torch.no_grad()
 def score_boxes(model, dataset, tokenizer, config, device, prompts="the", noun="", score="mean"):
-    """Return the scores [N, A] of the N boxes of an AttributeTestSet, an array, on all processes."""
+    """Return the scores [N, A] of the N boxes of an AttributeTestSet, an array, on all processes. Raises NotFinite."""
     model.eval()
     texts = [prompts_of(attribute, prompts, noun) for attribute in dataset.attributes]
     counts, found = [len(own) for own in texts], {}
@@ -89,7 +91,9 @@ def score_boxes(model, dataset, tokenizer, config, device, prompts="the", noun="
         for indices, image in divide(dataset, config, device, "boxes"):
             similarities = feature_similarity(model.encode_image(image)[1], text_feat)
             found.update(zip(indices, attribute_scores(similarities, counts, score).cpu().numpy()))
-    return np.stack(gather(found))
+    scores = np.stack(gather(found))
+    require_finite(scores, dataset.where)
+    return scores
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None, **how):

@@ -2,10 +2,12 @@
 
 import functools
 
+import numpy as np
 import torch
 
 from engine import autocast
 from evaluation.divide import divide, gather
+from evaluation.metrics import require_finite
 
 NAMES = {"ve": "visual entailment", "nlvr": "NLVR2"}
 
@@ -16,25 +18,27 @@ def step(model, batch, alpha, update_momentum):
 
 
 @torch.no_grad()
-def classify(model, dataset, tokenizer, config, device, measure):
-    """Return measure(logits [B, classes], targets [B]), a value for each sample, of a whole ClassificationDataset in order."""
+def classify(model, dataset, tokenizer, config, device):
+    """Return the logits [N, classes], float32, and targets [N] of a ClassificationDataset, arrays on all processes.
+
+    Raises NotFinite.
+    """
     model.eval()
     found, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
         for indices, batch in divide(dataset, config, device, "sentences", collate):
-            found.update(zip(indices, measure(model.predict(*batch.image, batch.text), batch.targets)))
-    return gather(found)
+            logits = model.predict(*batch.image, batch.text).float().cpu().numpy()
+            found.update(zip(indices, zip(logits, batch.targets.tolist())))
+    logits, targets = map(np.array, zip(*gather(found)))
+    require_finite(logits, dataset.where)
+    return logits, targets
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None):
     """Return the accuracy on a ClassificationDataset in percent, {"acc"}; report it in one line."""
-
-    def measure(logits, targets):
-        return (logits.argmax(dim=1) == targets).tolist()
-
-    right = classify(model, dataset, tokenizer, config, device, measure)
-    accuracy = 100 * sum(right) / len(right)
+    logits, targets = classify(model, dataset, tokenizer, config, device)
+    accuracy = 100 * float(np.mean(logits.argmax(axis=1) == targets))
     if report:
         chance = 100 / model.classes
-        print(f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(right)} sentences (chance {chance:.1f}%)")
+        print(f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(targets)} sentences (chance {chance:.1f}%)")
     return {"acc": accuracy}

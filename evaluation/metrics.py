@@ -1,7 +1,7 @@
-"""Metrics as pure functions."""
+"""Metrics as pure functions. Scores that are not finite raise NotFinite."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from functools import cache
 
@@ -9,8 +9,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dataset.refer import GROUNDING_SPLITS, box_iou
+from dataset.refer import box_iou, is_tested
 from utils import InputError
+
+
+class NotFinite(InputError):
+    """Scores that a metric would rank or compare are NaN or infinite."""
+
+
+def require_finite(scores, name):
+    """Raise NotFinite unless all scores are finite.
+
+    A comparison with NaN is false, so NaN would rank first in one metric and last in another.
+
+    Args:
+        scores: array [N, ...], the scores of N samples.
+        name: function of a sample's number that returns its name for the message.
+    """
+    scores = np.asarray(scores)
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
+    if len(bad):
+        raise NotFinite(f"{name(bad[0])}: its scores are not finite, as for {len(bad)} of {len(scores)}")
 
 
 def _ranks(scores, positives):
@@ -32,7 +51,7 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
     number; images without a text are not queries. A query is a hit at k when fewer than k wrong candidates stand before its
-    best positive; a wrong candidate with the same score counts half.
+    best positive; a wrong candidate with the same score counts half. Raises NotFinite, and InputError without a query.
     """
     results = {}
     directions = {
@@ -40,7 +59,10 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
         "img": (np.asarray(scores_t2i), [np.asarray([own], dtype=int) for own in txt2img]),
     }
     for name, (scores, positives) in directions.items():
+        require_finite(scores, f"{'image' if name == 'txt' else 'text'} {{}} (counting from 0)".format)
         ranks = _ranks(scores, positives)
+        if not len(ranks):
+            raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
         recalls = {k: float(100 * np.mean(ranks < k)) for k in (1, 5, 10)}
         results.update({f"{name}_r{k}": recall for k, recall in recalls.items()})
         results[f"{name}_r_mean"] = sum(recalls.values()) / 3
@@ -49,7 +71,12 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
 
 def chance_recall(images, texts, img2txt):
-    """Return the expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent."""
+    """Return the expected recall at 1, 5 and 10 of a random ranking of `images` and `texts` candidates, in percent.
+
+    Raises InputError without a text.
+    """
+    if not texts:
+        raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
     results = {}
     for k in (1, 5, 10):
         misses = []
@@ -64,6 +91,7 @@ def chance_recall(images, texts, img2txt):
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA accuracy, with the oddities of the official evaluation script: the published numbers have them too
 
+OFFICIAL_ANSWERS = 10  # of a question that the official formula scores
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # one that is not a decimal point
@@ -126,27 +154,65 @@ def _by_question(entries, kind):
 
 
 def _human_answers(annotation):
-    """Return the annotators' answers, without punctuation unless all are the same. Raises InputError."""
+    """Return the annotators' answers as predictions are compared with them. Raises InputError."""
     answers = annotation.get("answers", annotation.get("answer"))
     if isinstance(answers, list):
         answers = [given.get("answer") if isinstance(given, dict) else given for given in answers]
     if not isinstance(answers, list) or not answers or not all(isinstance(given, str) for given in answers):
         raise InputError(f"question {annotation['question_id']}: its annotation must have the annotators' answers, as "
                          "answer: [\"yes\", ...] or answers: [{\"answer\": \"yes\"}, ...]")
+    if len(answers) != OFFICIAL_ANSWERS:
+        return [_normalized(given) for given in answers]
     return [_without_punctuation(given) for given in answers] if len(set(answers)) > 1 else answers
 
 
-def vqa_accuracy(predictions, annotations):
-    """Return the official VQA accuracy in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+def _accuracy(answer, given):
+    """Return the accuracy of an answer, normalized, against those of _human_answers."""
+    equal = [human == answer for human in given]
+    if len(given) == OFFICIAL_ANSWERS:
+        return sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+    return min(1, sum(equal) / min(3, len(given)))
 
-    predictions: list of {question_id, answer}; annotations: list of {question_id, the ten annotators' answers as answer
-    (list of str) or answers (list of {answer}), perhaps answer_type}. A prediction scores min(1, m / 3) against nine of the
-    ten, m of which equal it, averaged over the ten ways to leave one out. All numbers are rounded to two digits, as the
+
+def count_vqa_formulas(annotations):
+    """Count the questions that vqa_accuracy scores by each formula, "official" or "own", and those "capped" below 100%.
+
+    On a capped question no prediction can have 100%. Returns a Counter. Raises InputError as vqa_accuracy does.
+    """
+    counts = Counter()
+    for annotation in annotations:
+        given = _human_answers(annotation)
+        reachable = {human for human in given if _normalized(human) == human}  # by the answer itself, or not at all
+        counts["official" if len(given) == OFFICIAL_ANSWERS else "own"] += 1
+        counts["capped"] += max((_accuracy(human, given) for human in reachable), default=0) < 1
+    return counts
+
+
+def describe_vqa_formulas(counts):
+    """Return one line on the counts of count_vqa_formulas."""
+    formulas = {
+        "official": f"by the official formula for {counts['official']} questions with {OFFICIAL_ANSWERS} answers",
+        "own": f"by min(1, matches / min(3, n)) with both sides normalized for {counts['own']} questions with another number n of answers",
+    }
+    used = " and ".join(text for name, text in formulas.items() if counts[name])
+    capped = f"; no prediction can have 100% on {counts['capped']}: their answers differ, or are not spelled as normalized"
+    return used + capped * (counts["capped"] > 0)
+
+
+def vqa_accuracy(predictions, annotations):
+    """Return the VQA accuracy in percent: {"overall", "per_answer_type": {type: ...}, "per_question": {id: ...}}.
+
+    predictions: list of {question_id, answer}; annotations: list of {question_id, the annotators' answers as answer
+    (list of str) or answers (list of {answer}), perhaps answer_type}. All numbers are rounded to two digits, as the
     official script reports them; overall and per type are means of unrounded accuracies.
 
-    The script's normalization is one-sided, and followed here: predictions go through all of it (white space, punctuation,
-    lower case, number words, articles, contractions), annotators' answers only lose their punctuation, and that only
-    where the ten are not all equal. Raises InputError, naming the question_id, where predictions and annotations do not
+    With ten answers the accuracy is the official one: a prediction scores min(1, m / 3) against nine of the ten, m of which
+    equal it, averaged over the ten ways to leave one out. The script's normalization is one-sided, and followed here:
+    predictions go through all of it (white space, punctuation, lower case, number words, articles, contractions), annotators'
+    answers only lose their punctuation, and that only where the ten are not all equal.
+
+    With another number n of answers both sides are normalized, and a prediction that equals m of them scores
+    min(1, m / min(3, n)). Raises InputError, naming the question_id, where predictions and annotations do not
     pair up one to one or an annotation has no answers.
     """
     predicted, annotated = _by_question(predictions, "prediction"), _by_question(annotations, "annotation")
@@ -159,9 +225,7 @@ def vqa_accuracy(predictions, annotations):
         raise InputError("there are no predictions and no annotations to score")
     per_question, by_type = {}, defaultdict(list)
     for question_id, annotation in annotated.items():
-        answer = _normalized(predicted[question_id]["answer"])
-        equal = [given == answer for given in _human_answers(annotation)]
-        accuracy = sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
+        accuracy = _accuracy(_normalized(predicted[question_id]["answer"]), _human_answers(annotation))
         per_question[question_id] = accuracy
         if "answer_type" in annotation:
             by_type[annotation["answer_type"]].append(accuracy)
@@ -181,9 +245,11 @@ def _percent(accuracies):
 
 
 def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
-    """Return the share of referring expressions whose best detected box is right: {"val_d", "testA_d", "testB_d"}, in [0, 1].
+    """Return the share of referring expressions whose best detected box is right, in [0, 1], by split.
 
-    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): RefCOCO+ has several expressions for a ref, each of which
+    The names of RefCOCO+ are "val_d", "testA_d" and "testB_d".
+
+    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): a ref may have several expressions, each of which
     counts. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
     {height, width}} in pixels; detections: {image_id: list of [x, y, w, h, score]}, the score unused. Ids are integers, or
     strings of them as JSON has; one call may mix the two.
@@ -192,20 +258,27 @@ def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
     (w * h)^alpha (Section 5, Visual Grounding); one without pixels in the image loses to every other. The
     best, the first of equals, is right if its IoU with the referred box is at least 0.5. Only splits that occur in cams are
     in the result; other splits (train) are passed over. Raises InputError for a ref_id that refs lacks and for an image
-    without a detected box.
+    without a detected box, and NotFinite for a map.
     """
     refs, boxes, images, detections = map(_by_id, (refs, boxes, images, detections))
-    hits = defaultdict(list)
-    for ref_id, cam in cams.items() if isinstance(cams, Mapping) else cams:
+    hits, cams = defaultdict(list), list(cams.items() if isinstance(cams, Mapping) else cams)
+    sums = [torch.as_tensor(cam).double().sum().item() for _, cam in cams]  # not finite unless all of a map is
+    require_finite(sums, lambda number: f"heat map of ref_id {cams[number][0]}")
+    for ref_id, cam in cams:
         ref_id = int(ref_id)
         ref = _find_ref(refs, ref_id)
-        if ref["split"] not in GROUNDING_SPLITS:
+        if not is_tested(ref):
             continue
         candidates = _candidates(detections, ref, ref_id)
         image = images[int(ref["image_id"])]
         best = candidates[int(np.argmax(box_scores(cam, image["height"], image["width"], candidates, alpha)))]
         hits[ref["split"]].append(box_iou(best, boxes[ref_id]) >= 0.5)
-    return {f"{split}_d": float(np.mean(hits[split])) for split in GROUNDING_SPLITS if split in hits}
+    return _mean_by_split(hits)
+
+
+def _mean_by_split(values):
+    """Return {"SPLIT_d": mean of a split's values}, val first."""
+    return {f"{split}_d": float(np.mean(values[split])) for split in sorted(values, key=lambda split: (split != "val", split))}
 
 
 def box_scores(cam, height, width, boxes, alpha=0.5):
@@ -224,10 +297,10 @@ def chance_grounding(refs, boxes, detections, ref_ids=None):
     shares = defaultdict(list)
     for ref_id in refs if ref_ids is None else map(int, ref_ids):
         ref = _find_ref(refs, ref_id)
-        if ref["split"] in GROUNDING_SPLITS:
+        if is_tested(ref):
             right = [box_iou(box, boxes[ref_id]) >= 0.5 for box in _candidates(detections, ref, ref_id)]
             shares[ref["split"]].append(np.mean(right))
-    return {f"{split}_d": float(np.mean(shares[split])) for split in GROUNDING_SPLITS if split in shares}
+    return _mean_by_split(shares)
 
 
 def _by_id(mapping):
@@ -236,7 +309,7 @@ def _by_id(mapping):
 
 def _find_ref(refs, ref_id):
     if ref_id not in refs:
-        raise InputError(f"ref_id {ref_id} of test_file is not among the refs of RefCOCO+: correct test_file or refcoco_data")
+        raise InputError(f"ref_id {ref_id} of test_file is not among the refs: correct test_file, refcoco_data or refer_dataset")
     return refs[ref_id]
 
 
@@ -245,7 +318,7 @@ def _candidates(detections, ref, ref_id):
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
-                         f"detections for every image of {', '.join(GROUNDING_SPLITS)}")
+                         "detections for every image of a split but train")
     return detections[image_id]
 
 

@@ -5,13 +5,15 @@ from torch.utils.data import Dataset
 
 from dataset.relevance import SEPARATOR
 from evaluation.classification import classify
+from evaluation.metrics import require_finite
+from utils import InputError
 
 
 class Swapped(Dataset):
     """A ClassificationDataset of ads in which each ad has the image, or the words, of one far from it in the file."""
 
     def __init__(self, dataset, part):
-        self.dataset, self.part, self.collate = dataset, part, dataset.collate
+        self.dataset, self.part, self.collate, self.where = dataset, part, dataset.collate, dataset.where
 
     def __len__(self):
         return len(self.dataset)
@@ -25,7 +27,13 @@ class Swapped(Dataset):
 
 
 def roc_auc(labels, scores):
-    """Return the area under the ROC curve in percent; labels 0 and 1, of each at least one."""
+    """Return the area under the ROC curve in percent.
+
+    labels: 0 and 1. Raises InputError unless both occur, and NotFinite for a score.
+    """
+    require_finite(scores, "pair {} (counting from 0)".format)
+    if len(set(labels)) < 2:
+        raise InputError("all labels are equal, so the ROC AUC is not defined: give pairs of both labels")
     return 100 * float(roc_auc_score(labels, scores))
 
 
@@ -36,12 +44,9 @@ def evaluate(model, dataset, tokenizer, config, device, report=None, alone=False
     the model makes of text alone and of image alone.
     """
 
-    def measure(logits, targets):
-        return zip(targets.tolist(), (logits[:, 1] - logits[:, 0]).tolist())
-
     def auc_of(data):
-        labels, scores = zip(*classify(model, data, tokenizer, config, device, measure))
-        return roc_auc(labels, scores)
+        logits, targets = classify(model, data, tokenizer, config, device)
+        return roc_auc(targets.tolist(), logits[:, 1] - logits[:, 0])
 
     metrics = {"auc": auc_of(dataset)}
     if alone:

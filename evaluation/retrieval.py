@@ -84,19 +84,19 @@ def evaluate(model, dataset, tokenizer, config, device, report=None, ks=None):
 
     ks: k_test alone by default; nothing is encoded or scored twice for another k. Return the metrics of recall_at_k after
     re-ranking: of the largest k by their names, of another with its prefix, k16_, and of ITC alone with itc_. Report a table
-    and, for the largest k, result/retrieval.json.
+    and, for the largest k, result/retrieval.json. Raises NotFinite, on all processes.
     """
     model.eval()
     ks = sorted(ks or [config["k_test"]])
     with autocast(config, device):
         image_embeds, image_feat = encode_images(model, dataset, config, device)
         text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
+        sim = feature_similarity(image_feat, text_feat)
+        metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
         scores_i2t, scores_t2i = model.rerank(
             image_embeds, image_feat, text_embeds, text_feat, mask, ks[-1],
             progress=lambda images: progress_bar(images, "re-ranking"),
         )  # fmt: skip
-    sim = feature_similarity(image_feat, text_feat)
-    metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
     for k in ks:
         i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
         t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)

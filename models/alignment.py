@@ -160,7 +160,7 @@ class Alignment(ALBEF):
         progress wraps the range of images.
         """
         lengths, device = attention_mask.sum(dim=1).tolist(), pairs.device
-        scores = torch.full(pairs.shape, NO_CANDIDATE, device=device)
+        scores = torch.zeros(pairs.shape, device=device)
         texts_of = pairs.cpu()
         for image in progress(range(rank(), len(pairs), world_size())):
             keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(device))
@@ -172,8 +172,8 @@ class Alignment(ALBEF):
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
                 scores[image, bucket.to(device)] = score(self.itm_logits(fused))
         if is_distributed():
-            dist.all_reduce(scores, op=dist.ReduceOp.MAX)
-        return scores
+            dist.all_reduce(scores)  # every score is of one process: the sum is exact, and keeps NaN as a maximum would not
+        return scores.masked_fill_(~pairs, NO_CANDIDATE)
 
 
 def feature_similarity(image_feat, text_feat):

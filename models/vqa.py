@@ -9,8 +9,9 @@ from models.bert import BertModel
 from models.decoder import AnswerDecoder
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
+from utils import InputError
 
-
+ANSWER_TOKENS = 10  # of a generated answer where max_answer_tokens is not set, as in the released code
 PASS_ROWS = 1024  # candidates that are decoded together: 1 GB of vocabulary logits for answers of 4 tokens
 
 
@@ -39,6 +40,11 @@ class VQA(ALBEF):
         super().__init__(config, BertModel, tokenizer)
         self.text_decoder = AnswerDecoder(self.bert_config)
         self.text_decoder.bert.gradient_checkpointing = self.bert.gradient_checkpointing
+        longest = self.bert_config["max_position_embeddings"] - 1  # behind [CLS]
+        self.max_answer_tokens = config["max_answer_tokens"] or min(ANSWER_TOKENS, longest)
+        if self.max_answer_tokens > longest:
+            raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, bert_config has max_position_embeddings for "
+                             f"{longest}: lower it")  # fmt: skip
         if config["distill"]:
             self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
@@ -157,10 +163,10 @@ class VQA(ALBEF):
         return totals.view_as(lengths)
 
     @torch.no_grad()
-    def generate(self, image, question, beams=1, max_length=10):
+    def generate(self, image, question, beams=1, max_length=None):
         """Free answers: beam search for the most probable sequence of at most max_length tokens, greedy with one beam.
 
-        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]. Returns for each question the list of its
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; max_length: default max_answer_tokens. Returns for each question the list of its
         answer's token ids without [CLS] and eos, and the log p of all its tokens [B].
         """
         keys_values, mask = self.encode_question(image, question)
@@ -168,7 +174,7 @@ class VQA(ALBEF):
         batch, device = len(image), image.device
         tokens = torch.full((batch, 1, 1), ids.cls, device=device)  # [B, beams, length]
         scores, past = torch.zeros(batch, 1, device=device), None
-        for _ in range(max_length):
+        for _ in range(max_length or self.max_answer_tokens):
             rows = torch.arange(batch, device=device).repeat_interleave(tokens.shape[1])
             hidden, past = self.text_decoder(tokens[:, :, -1].reshape(-1, 1), keys_values, mask, past, rows)
             logits = self.text_decoder.cls.predictions(hidden[:, 0])
@@ -182,7 +188,7 @@ class VQA(ALBEF):
             tokens = torch.cat([tokens.take_along_dim(beam[..., None], 1), token[..., None]], dim=2)
             kept = (torch.arange(batch, device=device)[:, None] * log_probs.shape[1] + beam).flatten()
             past = [(keys[kept], values[kept]) for keys, values in past]
-            if (tokens[:, :, -1] == ids.eos).all():
+            if (tokens[:, 0, -1] == ids.eos).all():  # no other beam can become more probable
                 break
         best = tokens[:, 0, 1:].tolist()
         return [answer[: answer.index(ids.eos)] if ids.eos in answer else answer for answer in best], scores[:, 0]

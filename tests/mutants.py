@@ -104,7 +104,7 @@ MUTANTS = [
     Mutant("models/alignment.py", "return math.log(candidates) - itc_onehot.detach()", "return itc_onehot.detach()"),
     Mutant("models/alignment.py", "top = sim.topk(min(k, sim.shape[1]), dim=1)", "top = sim.topk(sim.shape[1], dim=1)"),
     Mutant("models/alignment.py", "t2i = top_candidates(sim.T, k).T", "t2i = i2t"),
-    Mutant("models/alignment.py", "op=dist.ReduceOp.MAX", "op=dist.ReduceOp.SUM"),
+    Mutant("models/alignment.py", "scores = torch.zeros(pairs.shape", "scores = torch.full(pairs.shape, NO_CANDIDATE"),
     Mutant("models/pretrain.py", "self.config[\"mlm_probability\"]", "0.15"),
     Mutant("models/pretrain.py", "targets = torch.arange(batch, device=image.device)", "targets = torch.zeros(batch, dtype=torch.long)"),
     Mutant("models/pretrain.py", "\"mlm\" in self.objectives and \"mlm\" in self.distilled", "\"mlm\" in self.objectives"),

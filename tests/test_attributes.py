@@ -99,6 +99,12 @@ def test_boxes_are_cropped_at_whole_pixels_and_resized_bilinearly(config, shapes
     assert torch.equal(dataset[0], from_pillow(crop.resize((32, 32), Image.Resampling.BILINEAR)))
 
 
+def test_labels_are_in_the_order_of_the_attributes_ids(config, shapes, tmp_path):
+    plain = build_dataset("attributes_test", config)
+    changed = boxes_file(shapes, tmp_path, lambda content: content["attributes"].reverse())
+    assert build_dataset("attributes_test", {**config, "test_file": changed}).attributes == plain.attributes
+
+
 BAD = {  # what changes, what the message says
     "too few labels": (lambda c: c["annotations"][2]["att_vec"].pop(), "annotation 2 .*26 labels for 27 attributes"),
     "another label": (lambda c: c["annotations"][1].update(att_vec=[2] * 27), r"value 2.*annotations\[1\].att_vec"),
@@ -111,6 +117,9 @@ BAD = {  # what changes, what the message says
     "no type in the name": (lambda c: c["attributes"][0].update(name="red"), r"attributes\[0\].name"),
     "small boxes alone": (lambda c: [box.update(area=9) for box in c["annotations"]], "no annotation with an area of 50"),
     "no positive label": (lambda c: [box.update(att_vec=[0, -1, 0] * 9) for box in c["annotations"]], "no box has an attribute"),
+    "image id twice": (lambda c: c["images"][1].update(id=c["images"][0]["id"]), "image 0 occurs twice"),
+    "attribute id twice": (lambda c: c["attributes"][1].update(id=c["attributes"][0]["id"]), "attribute 0 occurs twice"),
+    "another image": (lambda c: c["images"][0].update(height=200), "000000.jpg: wrong size.*annotation 0"),
     "image of another size": (lambda c: [c["images"][0].update(width=200), c["annotations"][0].update(bbox=[90, 0, 48, 48])],
                               "000000.jpg: wrong size.*annotation 0"),
     "no image": (lambda c: c["images"][0].update(file_name="absent.jpg"), "absent.jpg does not exist"),

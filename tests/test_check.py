@@ -186,12 +186,14 @@ def test_wrong_entries_of_the_tasks(run, shapes, write, task, change, kind):
 
 def test_questions_to_test_on(run, shapes, write):
     entries = json.loads((shapes / "vqa_test.json").read_text())[:6]
+    entries[0]["answer"], entries[1]["answer"] = ["Yes"] * 10, ["Yes"]
     entries[3]["question_id"] = entries[1]["question_id"]
     entries[5]["image"] = "absent.jpg"
     del entries[4]["answer"]
     status, out, report = run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))
     problems = dict(problems_of(report))
     assert status == 1 and problems.keys() == {3, 5, None}
+    assert report["files"][0]["vqa_formulas"] == {"official": 4, "own": 1, "capped": 1} and "no prediction can have 100% on 1" in out
     assert "question_id" in problems[3] and "absent.jpg" in problems[5] and "1 questions have no 'answer'" in problems[None]
     for entry in entries:
         entry.pop("answer", None)
@@ -199,12 +201,13 @@ def test_questions_to_test_on(run, shapes, write):
 
 
 def test_expressions_to_test_on(run, shapes, write):
-    entries = json.loads((shapes / "grounding_test.json").read_text())[:3]
+    entries = json.loads((shapes / "grounding_test.json").read_text())[:4]
+    entries[3]["image"] = GOOD
     entries[1]["ref_id"] = 10**6
     del entries[2]["ref_id"]
     keys = {"task": "grounding", "train_file": None, "test_file": write(entries)}
     status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
-    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1}
+    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1, "another image than its ref's": 1}
     assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])][:2] == [
         "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
     ]  # fmt: skip

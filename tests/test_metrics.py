@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from conftest import ROOT, refusal
-from evaluation.metrics import box_iou, chance_grounding, chance_recall, grounding_accuracy, recall_at_k, vqa_accuracy
+from evaluation.attributes import average_precisions
+from evaluation.metrics import (
+    box_iou, chance_grounding, chance_recall, count_vqa_formulas, grounding_accuracy, recall_at_k, vqa_accuracy,
+)  # fmt: skip
+from evaluation.relevance import roc_auc
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
 GROUNDING = json.loads((ROOT / "tests/golden/grounding.json").read_text())
@@ -18,6 +22,37 @@ def accuracy(prediction, *answers):
     """Accuracy of one prediction; the answers are repeated up to ten."""
     answers = (list(answers) * 10)[:10]
     return vqa_accuracy([{"question_id": 1, "answer": prediction}], [{"question_id": 1, "answer": answers}])["overall"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores that are not finite
+
+METRICS = {  # a metric of scores [4, 4], and how its message names those of row 2
+    "image to text": (lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]), "image 2"),
+    "text to image": (lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]), "text 2"),
+    "grounding": (lambda scores: grounding_accuracy(
+        {70 + i: row.reshape(2, 2) for i, row in enumerate(scores)}, {70 + i: {"image_id": i, "split": "val"} for i in range(4)},
+        {70 + i: [0, 0, 4, 4] for i in range(4)}, {i: {"height": 4, "width": 4} for i in range(4)},
+        {i: [[0, 0, 4, 4]] for i in range(4)}), "ref_id 72"),
+    "attributes": (lambda scores: average_precisions(scores, np.eye(4, dtype=int)), "box 2"),
+    "relevance": (lambda scores: roc_auc([0, 1, 0, 1], scores[:, 1]), "pair 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_that_are_not_finite_are_refused_by_name(metric, value):
+    measure, name = METRICS[metric]
+    scores = np.ones((4, 4))
+    measure(scores)
+    scores[2, 1] = value
+    assert name in refusal(measure, scores)
+
+
+def test_a_metric_that_the_data_does_not_define_is_refused():
+    assert "no image has a text" in refusal(recall_at_k, np.zeros((2, 0)), np.zeros((0, 2)), [], [[], []])
+    assert "no image has a text" in refusal(chance_recall, 2, 0, [[], []])
+    assert "all labels are equal" in refusal(roc_auc, [1, 1], [0.1, 0.2])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +125,32 @@ def test_vqa_answers_lose_their_punctuation_only_where_they_differ():
     assert accuracy("t-shirt", "t-shirt") == 0
     assert accuracy("t-shirt", "t-shirt", "tee") == 100
     assert accuracy("a dog", "a dog", "the dog") == 0
+
+
+@pytest.mark.parametrize("prediction, answers, expected", [
+    ("yes", ["yes"], 100), ("yes", ["no"], 0), ("yes", ["yes"] * 3, 100), ("yes", ["yes"] * 11, 100),
+    ("yes", ["yes", "no"], 50), ("yes", ["yes", "no", "no", "no", "no"], 33.33), ("yes", ["yes", "yes", "no", "no"], 66.67),
+    ("Yes", ["yes"], 100), ("yes", ["Yes."], 100), ("t-shirt", ["T-shirt"], 100), ("a dog", ["the dog", "dog", "Dog!"], 100),
+])  # fmt: skip
+def test_vqa_accuracy_of_another_number_of_answers_than_ten(prediction, answers, expected):
+    annotation = {"question_id": 1, "answer": answers}
+    assert vqa_accuracy([{"question_id": 1, "answer": prediction}], [annotation])["overall"] == expected
+
+
+@pytest.mark.parametrize("answers, formula, capped", [
+    (["yes"] * 10, "official", 0), (["Yes"] * 10, "official", 1), (["t-shirt"] * 10, "official", 1),
+    (["t-shirt"] * 9 + ["tee"], "official", 0), (["dont"] * 9 + ["no"], "official", 1),
+    (["cat"] * 4 + list("bcdefg"), "official", 0), (["cat"] * 3 + list("bcdefgh"), "official", 1),
+    (["Yes"], "own", 0), (["the"], "own", 0), (["yes", "no"], "own", 1), (["a b"] * 3 + ["c"] * 2, "own", 0),
+])  # fmt: skip
+def test_formulas_and_questions_that_cannot_have_all_are_counted(answers, formula, capped):
+    counts = count_vqa_formulas([{"question_id": 1, "answers": [{"answer": answer} for answer in answers]}])
+    assert counts[formula] == 1 == counts["official"] + counts["own"] and counts["capped"] == capped
+
+
+def test_what_had_all_by_the_official_script_is_not_counted_as_capped():
+    annotations = [{"question_id": 1, "answer": case["answers"]} for case in VQA["cases"] if case["accuracy"] == 100]
+    assert annotations and count_vqa_formulas(annotations) == {"official": len(annotations), "capped": 0}
 
 
 def test_vqa_accuracy_leaves_its_arguments_as_they_are():
@@ -185,6 +246,7 @@ def test_only_splits_that_occur_are_reported():
     assert grounding_accuracy(*arguments) == {"val_d": 0.5, "testB_d": 1}
     assert list(grounding_accuracy(*arguments)) == ["val_d", "testB_d"]
     assert grounding_accuracy({}, *arguments[1:]) == {}
+    assert grounding_accuracy(*scene([hit], ("test", "val"))) == {"val_d": 1, "test_d": 1}
 
 
 def test_every_expression_of_a_ref_counts():

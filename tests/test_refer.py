@@ -1,4 +1,4 @@
-"""RefCOCO+ files: what is read, and what is refused without running anything."""
+"""Files of REFER: what is read, and what is refused without running anything."""
 
 import copyreg
 import json
@@ -125,7 +125,7 @@ def test_pickle_that_runs_a_command_is_refused(folder, case):
     (folder / "created").unlink()
     message = refused_refs(folder, data)
     assert f"it wants to import and run '{name}'" in message
-    assert "this is not the released RefCOCO+ file, download it again" in message
+    assert "this is not the released file of REFER, download it again" in message
     assert not (folder / "created").exists()
 
 
@@ -198,6 +198,28 @@ def test_missing_files_are_named_with_their_place(folder):
         path.write_bytes(content)
 
 
+def test_the_data_set_is_the_named_one(folder):
+    refs = [{**REFS[1], "split": "test", "image_id": 6, "ann_id": 12}]
+    for name, file in (("refcoco", "refs(unc).p"), ("refcocog", "refs(umd).p")):
+        assert str(folder / name / file) in refusal(load_refer, folder, name)
+        (folder / name).mkdir()
+        (folder / name / file).write_bytes(python2_pickle(refs, 2))
+        (folder / name / "instances.json").write_text(json.dumps(INSTANCES))
+        assert load_refer(folder, name).refs == {1: {"image_id": 6, "split": "test"}}
+    assert load_refer(folder).refs[1] == load_refer(folder, "refcoco+").refs[1] == {"image_id": 5, "split": "val"}
+
+
+def test_ids_that_do_not_mean_the_same_are_refused(folder):
+    message = refused_refs(folder, python2_pickle([{**REFS[1], "image_id": 6}], 2))
+    assert "ref 1: its image is 6, that of its annotation 11" in message
+    for part, what in (("images", "image 6"), ("annotations", "annotation 12")):
+        twice = [*INSTANCES[part], {**INSTANCES[part][-1], "height": 7, "bbox": [0, 0, 9, 9]}]
+        assert f"{what} occurs twice" in refused_instances(folder, json.dumps({**INSTANCES, part: twice}))
+        (folder / "refcoco+/refs(unc).p").write_bytes(python2_pickle(REFS, 2))
+        (folder / "refcoco+/instances.json").write_text(json.dumps({**INSTANCES, part: INSTANCES[part] * 2}))
+        assert load_refer(folder).refs.keys() == {0, 1, 2}
+
+
 def test_refs_of_another_structure_are_refused(folder):
     def changed(**values):
         return python2_pickle([REFS[0], {**REFS[1], **values}], 2)
@@ -259,6 +281,18 @@ def test_detections_of_another_structure_are_refused(folder, refer, content, com
     path = detections_file(folder, content)
     message = refusal(load_detections, path, refer)
     assert message.startswith(f"{path}: ") and complaint in message and "{image_id: [[x, y, w, h, score], ...]}" in message
+
+
+@pytest.mark.parametrize("box", [[40, 0, 5, 5], [0, 30, 5, 5, 0.9], [-6, 0, 10, 5], [20, 20, 30, 30]])
+def test_boxes_outside_of_the_image_of_their_id_are_refused(folder, refer, box):
+    path = detections_file(folder, {**DETECTIONS, "5": [*DETECTIONS["5"], box], "7": [box]})
+    message = refusal(load_detections, path, refer)
+    assert message.startswith(f"{path}: image 5: box {list(map(float, box[:4]))}") and "5.jpg of 40 x 30" in message
+
+
+def test_boxes_that_a_detector_did_not_clip_are_read(folder, refer):
+    content = {**DETECTIONS, "5": [[-1, -0.5, 42, 31], [38, 28, 2.5, 2.2], [0, 0, 0, 0]]}
+    assert load_detections(detections_file(folder, content), refer)[5] == content["5"]
 
 
 def test_missing_detections_are_named(folder, refer):

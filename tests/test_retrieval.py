@@ -14,7 +14,7 @@ from models import build_model
 from models.checkpoint import load_checkpoint
 from helpers.launch import launch
 from test_engine import command_line, signal_at
-from utils import InputError, Interrupted
+from utils import InputError, Interrupted, TrainingStopped
 
 
 @pytest.fixture
@@ -83,6 +83,18 @@ def test_a_worse_epoch_after_a_resume_does_not_replace_the_best(config, pretrain
     best = torch.load(folder / "checkpoint_best.pth", weights_only=True)
     assert best["epoch"] == 0 and best["resume"]["best"] == {"score": 30, "epoch": 0}
     assert all(torch.equal(value, best["model"][name]) for name, value in seen[-1].items())
+
+
+@pytest.mark.parametrize("before", [[], [30.0]])
+def test_a_score_that_is_not_finite_stops_a_run_and_is_never_the_best(config, pretrained, tmp_path, monkeypatch, scores, before):
+    scores[0].extend([*before, float("nan")])
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match="val_r_mean"):
+        run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
+    assert [entry["val_r_mean"] for entry in log(folder) if "val_r_mean" in entry] == before
+    best, last = (folder / f"checkpoint_{name}.pth" for name in ("best", "last"))
+    assert best.exists() == bool(before)
+    assert torch.load(last, weights_only=True)["epoch"] == len(before)
 
 
 @pytest.mark.parametrize("where", ["in an epoch", "in a validation"])

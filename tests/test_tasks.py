@@ -11,15 +11,17 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 from chaos import assert_same_run
-from conftest import contents, log
+from conftest import contents, exit_status, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
 from engine.configuration import choose_config, default_output_dir
 from evaluation.relevance import Swapped, evaluate, roc_auc
+from inference import load_model
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
@@ -111,6 +113,33 @@ def test_without_a_list_answers_are_generated_with_num_beams(program, tmp_path, 
         run("VQA", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "vqa.pth")
     answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
     assert {entry["answer"] for entry in answers} == {build_tokenizer(config["tokenizer"]).decode([2])}
+
+
+def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, shapes, tmp_path, capsys):
+    config_of, run = program
+    tokenizer = build_tokenizer(program[0]("VQA")["tokenizer"])
+    answer = "a red circle left of a blue star, a green square and a pink moon"
+    entries = json.loads((shapes / "vqa_train.json").read_text())[:16]
+    entries[3] |= {"answer": [answer, "red"], "dataset": "vqa"}
+    (tmp_path / "train.json").write_text(json.dumps(entries))
+    config = {**config_of("VQA"), "train_file": [str(tmp_path / "train.json")], "answer_list": None, "num_beams": 1}
+    config |= {"val_file": None, "scheduler": {**config["scheduler"], "epochs": 1}}
+    length = len(tokenizer.tokenize(answer)) + 1
+    assert length > 11
+    run("VQA", config, tmp_path / "run")
+    file = tmp_path / "run/checkpoint_00.pth"
+    state = torch.load(file, weights_only=True)
+    assert state["config"]["max_answer_tokens"] == length
+    for name in ("weight", "bias"):  # of a model whose every answer is one word again and again
+        state["model"][f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"].zero_()
+    state["model"]["text_decoder.cls.predictions.bias"][tokenizer.vocab["red"]] = 99
+    torch.save(state, file)
+    for flags, expected in (([], length), (["--set", "max_answer_tokens=4"], 4)):  # --config names a file without the key
+        run("VQA", config, tmp_path / "out", "--evaluate", *flags, checkpoint=file)
+        answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
+        assert {entry["answer"] for entry in answers} == {" ".join(["red"] * expected)}
+    assert load_model(file).model.max_answer_tokens == length
+    assert "by the official formula" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", TASKS)
@@ -375,15 +404,20 @@ def test_roc_auc_is_the_golden_one():
     assert roc_auc(golden["labels"], golden["scores"]) == pytest.approx(golden["roc_auc"])
 
 
+def quarter_right(*_):
+    """Logits and targets, of which one in four is right."""
+    return np.array([[1.0, 0.0]] * 4), np.array([0, 1, 1, 1])
+
+
 RIGHT = {  # script: what makes a quarter of its test data right
-    "VE": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
-    "NLVR": ("evaluation.classification.gather", lambda _: [True, False, False, False]),
+    "VE": ("evaluation.classification.classify", quarter_right),
+    "NLVR": ("evaluation.classification.classify", quarter_right),
     "Grounding": ("Grounding.grounding_accuracy", lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25)),
 }
 
 
 @pytest.mark.parametrize("script", RIGHT)
-def test_accuracies_are_percent_also_where_an_older_run_had_shares(program, tmp_path, monkeypatch, capsys, script):
+def test_accuracies_are_percent(program, tmp_path, monkeypatch, capsys, script):
     config_of, run = program
     config, folder = config_of(script), tmp_path / "run"
     config["scheduler"]["epochs"] = 1
@@ -394,12 +428,7 @@ def test_accuracies_are_percent_also_where_an_older_run_had_shares(program, tmp_
     assert "25.00%" in capsys.readouterr().out
 
     state = torch.load(folder / "checkpoint_last.pth", weights_only=True)
-    assert state["resume"]["best"] == {"score": 25, "epoch": 0} and state["resume"].pop("task")
-    state["resume"]["best"]["score"] = 0.9
-    torch.save(state, folder / "checkpoint_last.pth")
-    run(script, config, folder, "--resume", "--set", "scheduler.epochs=2")
-    state = torch.load(folder / "checkpoint_last.pth", weights_only=True)
-    assert state["resume"]["best"] == {"score": 90, "epoch": 0}
+    assert state["resume"]["best"] == {"score": 25, "epoch": 0}
 
 
 def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(program, shapes, tmp_path):
@@ -423,9 +452,61 @@ def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(p
         {"val_d": val["val_d"], "testA_d": test["testA_d"], "testB_d": test["testB_d"]})
 
 
+def test_grounding_on_another_data_set_of_refer_has_its_splits(program, shapes, tmp_path):
+    config_of, run = program
+    config, folder = config_of("Grounding"), tmp_path / "refer/refcocog"
+    folder.mkdir(parents=True)
+    refs = pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())
+    refs = [{**ref, "split": ref["split"].rstrip("AB")} for ref in refs]
+    (folder / "refs(umd).p").write_bytes(pickle.dumps(refs))
+    (folder / "instances.json").write_bytes((shapes / "refcoco+/instances.json").read_bytes())
+    torch.save({"model": build_model("grounding", config).state_dict()}, tmp_path / "any.pth")
+    config |= {"refcoco_data": str(tmp_path / "refer"), "refer_dataset": "refcocog"}
+    run("Grounding", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "any.pth")
+    assert [set(entry) - {"checkpoint", "epoch"} for entry in log(tmp_path / "out")] == [{"val_d"}, {"test_d"}]
+
+
 def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
     model = build_model("nlvr", tiny_config)
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
+
+
+OVERFLOWING = {  # script: weights that make its scores overflow, what its message names
+    "VQA": ("text_decoder.cls", "question "), "VE": ("cls_head", "ve_val.json: entry 0"),
+    "NLVR": ("cls_head", "nlvr_dev.json: entry 0"), "Relevance": ("itm_head", "relevance_val.json: entry 0"),
+    "Grounding": ("itm_head", "ref_id "), "Retrieval": ("vision_proj", "image 0"), "Attributes": ("vision_proj", "annotation 0"),
+}  # fmt: skip
+
+
+def overflowing(script, program, shapes, folder):
+    """The configuration of a script and the file of a checkpoint whose weights are finite and its scores not."""
+    more = {"Retrieval": "test.json", "Attributes": "attributes.json"}
+    config = program[0](script) if script in TASKS else {**program[0]("VE"), "val_file": None, "test_file": str(shapes / more[script])}
+    model = build_model(script.lower(), config)
+    for name, param in model.named_parameters():
+        if OVERFLOWING[script][0] in name:
+            param.data.fill_(3e38)
+    torch.save({"model": model.state_dict()}, folder / "overflowing.pth")
+    return config, folder / "overflowing.pth"
+
+
+@pytest.mark.parametrize("script, answers", [*((script, "answer_list.json") for script in OVERFLOWING), ("VQA", None)])
+def test_scores_that_are_not_finite_end_an_evaluation(program, shapes, tmp_path, capsys, script, answers):
+    config, checkpoint = overflowing(script, program, shapes, tmp_path)
+    config["answer_list"] = answers and str(shapes / answers)
+    status = exit_status(lambda: program[1](script, config, tmp_path / "out", "--evaluate", checkpoint=checkpoint))
+    (line,) = capsys.readouterr().err.splitlines()
+    split, key = ("test", "test_file") if config["val_file"] is None and script != "Grounding" else ("val", "val_file")
+    files = config["test_file" if script == "Grounding" else key]
+    assert status == 1 and line.startswith(f"error: {split} {files if isinstance(files, str) else files[0]}: ")
+    assert OVERFLOWING[script][1] in line
+    assert not (tmp_path / "out/log.txt").exists() and not (tmp_path / "out/result").exists()
+
+
+def test_scores_that_are_not_finite_end_all_processes(program, shapes, tmp_path):
+    config, checkpoint = overflowing("Retrieval", program, shapes, tmp_path)
+    two = launch("Retrieval.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", checkpoint, "--evaluate")
+    assert two.returncode and "error: test " in two.stderr and not (tmp_path / "two/log.txt").exists()
 
 
 QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset": "vqa"}
@@ -463,11 +544,13 @@ BAD_INPUT = {
     "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),
     "unknown ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a", "ref_id": 10**6}], "ref_id 1000000 is not among"),
     "no ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a"}], "entry 0 .* missing required field 'ref_id'"),
+    "no such refer": ("Grounding", "refer_dataset", "refcoco++", r"refer_dataset is '.*refcoco\+\+'"),
     "no refs": ("Grounding", "refcoco_data", "nowhere", "refs.unc..p does not exist"),
     "empty expression": ("Grounding", "train_file", [{"image": IMAGE, "text": " ", "ref_id": 1}], "text ' ' is empty"),
     "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
     "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
     "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
+    "long answers": ("VQA", "max_answer_tokens", 40, "max_answer_tokens is 40"),
     "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be a whole number from 1"),
     "unknown sharing": ("NLVR", "share", "some", "share is 'some', it must be one of cross_attention, all, none"),
 }  # fmt: skip
