@@ -2,7 +2,7 @@
 
 import json
 import re
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -261,12 +261,19 @@ def test_images_of_any_kind_are_the_same(models, photos):
     assert palette.info["transparency"] == 0  # the user's picture stays as it is
 
 
-def test_a_model_works_in_any_thread(models, photos):
-    model, features = models["retrieval"], []
-    thread = threading.Thread(target=lambda: features.append(model.embed_images(photos, workers=1)))
-    thread.start()
-    thread.join()
-    assert torch.equal(features[0], model.embed_images(photos, workers=1))
+def test_threads_share_a_model(models, photos):
+    model, texts = models["retrieval"], ["a red circle", "two blue squares " * 9] * 200
+    calls = [lambda: model.heat_map(photos[0], "a red circle").by_word, lambda: model.match(photos[:3], texts[:2]),
+             lambda: model.heat_map(photos[1], "a star", mode="itc").whole, lambda: model.embed_texts(texts)]  # fmt: skip
+    expected = [call() for call in calls]
+
+    def repeat(number):
+        return [calls[number]() for _ in range(12)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert close(pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos))
+        for results, alone in zip(pool.map(repeat, range(len(calls))), expected):
+            assert all(close(result, alone) for result in results)
 
 
 def test_sources_and_precision(files, models, photos, tmp_path):
