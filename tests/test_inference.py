@@ -1,7 +1,10 @@
 """load_model: what scripts compute on the same checkpoint, for images and texts of any kind, number and order; bad input."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -274,6 +277,51 @@ def test_threads_share_a_model(models, photos):
         assert close(pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos))
         for results, alone in zip(pool.map(repeat, range(len(calls))), expected):
             assert all(close(result, alone) for result in results)
+
+
+# what the process has besides: a worker of its own, which cleans up at the end
+EFFECTS = """
+import multiprocessing, os, signal, sys, time, warnings
+import matplotlib, torch, PIL.Image, ruamel.yaml, timm
+from torch.utils.data._utils import signal_handling
+
+def state():
+    os.umask(mask := os.umask(0))
+    return {"umask": mask, "filters": list(warnings.filters), "environment": dict(os.environ), "hooks": (sys.excepthook, sys.stdout),
+            "signals": [signal.getsignal(s) for s in signal.valid_signals()], "SIGCHLD": signal_handling._SIGCHLD_handler_set,
+            "matplotlib": {k: matplotlib.rcParams._get(k) for k in matplotlib.rcParams}, "grad": torch.is_grad_enabled(),
+            "others": (os.getcwd(), torch.get_num_threads(), PIL.Image.MAX_IMAGE_PIXELS)}
+
+def wait(pipe):
+    signal.signal(signal.SIGTERM, lambda *_: (print("cleaned up", flush=True), os._exit(0)))
+    pipe.send(1)
+    time.sleep(60)
+
+os.umask(0o027)
+here, there = multiprocessing.Pipe()
+multiprocessing.get_context("fork").Process(target=wait, args=(there,), daemon=True).start()
+here.recv()
+checkpoint, image, folder = sys.argv[1:]
+before = state()
+from inference import load_model
+model = load_model(checkpoint, "cpu")
+model.embed_texts(["a red circle"] * 9)
+model.embed_images([image] * 2, workers=1)
+os.umask(0o077)  # later than the import
+model.heat_map(image, "a red circle").draw(folder + "/heat.png")
+os.umask(0o027)
+after = state()
+print([key for key in before if before[key] != after[key]], oct(os.stat(folder + "/heat.png").st_mode & 0o777), flush=True)
+"""
+
+
+def test_importing_and_using_a_model_changes_nothing_in_the_process(files, photos, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TOKENIZERS_PARALLELISM", None)
+    command = [sys.executable, "-c", EFFECTS, str(files["retrieval"]), photos[0], str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[] 0o600", "cleaned up"], done.stderr
+    assert not done.stderr
 
 
 def test_sources_and_precision(files, models, photos, tmp_path):
