@@ -122,6 +122,8 @@ def _check_scans(data, name):
 
 
 def _check_size(width, height, name):
+    if not width * height:
+        raise ImageError(name, "no pixels", f"{width} x {height}")
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise ImageError(name, "too large", f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from dataset.transforms import normalize
 from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
 from inference import Inference, load_model
+from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
 from models import build_model
 from models.alignment import NO_CANDIDATE, feature_similarity
@@ -355,7 +357,7 @@ BAD = {
     "number": (lambda m, f: m["retrieval"].embed_texts([3]), "3 is not a text"),
     "missing image": (lambda m, f: m["ve"].entails("no.jpg", "a"), "no.jpg: does not exist"),
     "not an image": (lambda m, f: m["retrieval"].embed_images(["README.md"]), "README.md: not an image"),
-    "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: expected str"),
+    "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: .*expected str"),
     "floats": (lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))), "image 0: float64 .* an array is uint8"),
     "200 megapixels": (lambda m, f: m["retrieval"].embed_images(HUGE), "image 0: too large: 20000 x 10000 pixels"),
     "one image": (lambda m, f: m["nlvr"].true_of("a.jpg", "a"), "takes two images"),
@@ -368,16 +370,62 @@ BAD = {
     "other width": (lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"), "features of 3 numbers .* do not compare"),
     "features of others": (lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
                            "2 images and 3 features"),
-    "no results": (lambda m, f: m["retrieval"].rank(["a.jpg"], "a", k=0), "k=0, it is a number from 1"),
     "mode": (lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"), "mode='gradcam', it is itm or itc"),
-    "empty box": (lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=[[1, 2, 3, 0]]), r"box \[1, 2, 3, 0\] is not"),
+    "configuration": (lambda m, f: load_model(f["ve"], config="/dev/null"), "/dev/null: not a regular file"),
 }
+NAN, FEATURES = float("nan"), np.ones((2, 8), np.float32)
+
+
+def closed():
+    picture = Image.new("RGB", (8, 8))
+    picture.close()
+    return picture
+
+
+IMAGES = {
+    "meta": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "closed": closed(), "no rows": np.zeros((0, 8, 3), np.uint8),
+    "no pixels": Image.new("RGB", (0, 0)), "tensor without pixels": torch.zeros(3, 0, 8, dtype=torch.uint8),
+    "a row": np.zeros(8, np.uint8), "a value": np.zeros((), np.uint8), "None": None, "device": "/dev/null",
+}  # fmt: skip
+BAD |= {f"image: {name}": (lambda m, f, image=image: m["retrieval"].heat_map(image, "a"), "image 0|/dev/null")
+        for name, image in IMAGES.items()}  # fmt: skip
+BAD |= {f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "k=") for k in (0, 1.5, NAN, "3", None)}
+BAD |= {f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=") for n in (-1, 1.5, "all")}
+BAD |= {f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=") for n in (-1, 1.5)}
+BAD |= {f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=") for n in (1.5, "2", -1)}
+BOXES = [[1, 2, 3, 0]], [[NAN, 0, 1, 1]], [[0, 0, np.inf, 1]], [[0, 0, NAN, 1]], [["0", "0", "1", "1"]], [1, 2, 3, 4], [None], [[1, 2, 3]]
+BAD |= {f"boxes {boxes}": (lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes), "box ") for boxes in BOXES}
+BAD["boxes 5"] = lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=5), "5 are not boxes"
+BAD["boxes for another number of pairs"] = lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []), "0 lists of boxes for 2"
+FEATURE_CASES = {
+    "NaN": np.full((2, 8), NAN), "infinite": np.full((2, 8), -np.inf), "meta": torch.zeros(2, 8, device="meta"), "none": None,
+    "list": FEATURES.tolist(), "three dimensions": FEATURES[None], "whole numbers": FEATURES.astype(int), "empty": FEATURES[:0],
+}  # fmt: skip
+for name, values in FEATURE_CASES.items():
+    BAD[f"features to rank: {name}"] = (
+        lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values), "features|image 0")  # fmt: skip
+    BAD[f"features: {name}"] = lambda m, f, values=values: m["retrieval"].similarity(values, "a"), "features|image|index 0"
+BAD["answers that are a number"] = lambda m, f: m["vqa"].heat_map("a.jpg", "a", answers=5), "5 are not answers"
+BAD["a text of no dimensions"] = lambda m, f: m["retrieval"].embed_texts(np.array("a")), "are not texts"
+BAD["pairs that are a number"] = lambda m, f: m["nlvr"].true_of(5, ["a", "b"]), "5 are not pairs of images"
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(models, files, case):
     function, message = BAD[case]
     assert re.search(message, refusal(function, models, files))
+
+
+def test_texts_of_unknown_words_are_warned_of_at_the_callers_line(models, photos):
+    model = models["retrieval"]
+    for call in (lambda text: model.embed_texts(["a red circle", text]), lambda text: model.rank(photos[:2], text, k=1),
+                 lambda text: model.heat_map(photos[0], text), lambda text: model.similarity(photos[0], text)):  # fmt: skip
+        with pytest.warns(UnknownWords, match="赤い") as caught:
+            call("赤い パンダ")
+        assert {warning.filename for warning in caught} == {__file__}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call("a 赤い circle")
 
 
 def test_a_file_of_200_megapixels_is_one_line(models, tmp_path):
