@@ -26,6 +26,7 @@ from conftest import ROOT, contents, exit_status, refusal, tiny
 from dataset import build_dataset
 from dataset.shapes.scenes import draw_scene, render
 from evaluation import retrieval
+from evaluation.divide import progress_bar
 from inference import index as indexing, load_model
 from inference.index import FILE, UNUSABLE, Index, find_images, near_copies, read_index, search
 from models import build_model
@@ -348,6 +349,8 @@ def test_a_text_of_unknown_words_has_a_note_and_a_ranking(run, index, photos, tm
 
 
 def test_standard_output_holds_results_alone_and_may_be_closed(index, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert progress_bar([], "images").disable  # not a terminal
     index(photos / "0")
     monkeypatch.setattr(sys, "argv", ["Search.py", "query", str(tmp_path / "index"), "a star", "--rerank", "0", "--html",
                                       str(tmp_path / "page.html")])  # fmt: skip
