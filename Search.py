@@ -44,6 +44,7 @@ import sys
 import time
 import warnings
 
+from dataset.images import FORMATS
 from engine.processes import find_device
 from engine.saving import writing
 from inference import load_model
@@ -87,7 +88,7 @@ def make_index(args):
     print_results([f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
                    + f" ({rate:.1f} per second)" * bool(changes.embedded) + f", {changes.removed} removed"])  # fmt: skip
     if others:
-        note(f"  left out: {count_others(others)}")
+        note(f"  left out: other files: {count_others(others)}; images have the suffixes of {', '.join(FORMATS)}")
     for path, problem in changes.unusable[:SHOWN]:
         note(f"  left out: {show(path)}: {problem}")
     if len(changes.unusable) > SHOWN:

@@ -171,16 +171,20 @@ def find_images(folders):
                 found[path], images = (state.st_size, state.st_mtime_ns), images + 1
         problems += [(error.filename, error.strerror) for error in errors]
         if not images:
-            why = f"{errors[0].filename}: {errors[0].strerror}" if errors else count_others(Counter(others.values())) or "it has no files"
+            why = f"by the suffixes of {', '.join(FORMATS)}"
+            if errors:
+                why = f"{errors[0].filename}: {errors[0].strerror}"
+            elif others:
+                why += f"; other files: {count_others(Counter(others.values()))}"
             raise InputError(f"{root}: no image in it or below ({why})")
     return dict(sorted(found.items())), problems, Counter(others.values())
 
 
 def count_others(others):
-    """Return a phrase on files that are left out, a Counter of suffixes as find_images gives it; "" for none."""
-    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(SUFFIXES)]
-    counts += ["..."] * (len(others) > SUFFIXES)
-    return f"other files: {', '.join(counts)}; images are {', '.join(FORMATS)} by their suffixes" if counts else ""
+    """Return a phrase on the files that are no images by their suffixes, a Counter as find_images gives it."""
+    most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:SUFFIXES]
+    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in most]
+    return ", ".join([*counts, *["..."] * (len(others) > SUFFIXES)])
 
 
 def _folders_below(root, onerror):
@@ -216,9 +220,10 @@ def _collate(samples):
 def update_index(folder, index, model, images, problems, prune=False):
     """Add images to the index of a folder, with problems, both as find_images gives them; return the Changes.
 
-    index: what open_index gives. Images that are new, or changed by size or date, are embedded. prune: remove the images of the
-    index that are not among `images`. What is done is saved from time to time, and if a signal or an error ends it. Raises
-    InputError for another model than the index's or if no image can be used, and TrainingStopped if the index cannot be written.
+    index: what open_index gives. Images that are new, or changed by size or date, are embedded. prune: remove the images of
+    the index that are not among `images`. What is done is saved from time to time, and if a signal or an error ends it.
+    Raises InputError for another model than the index's or if no image can be used, and TrainingStopped if the index cannot
+    be written.
     """
     check_task(model, ALIGNED, "index")
     weights, checkpoint = check_weights(model, index, folder), model.source

@@ -393,8 +393,10 @@ BAD |= {f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "
 BAD |= {f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=") for n in (-1, 1.5, "all")}
 BAD |= {f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=") for n in (-1, 1.5)}
 BAD |= {f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=") for n in (1.5, "2", -1)}
-BOXES = [[1, 2, 3, 0]], [[NAN, 0, 1, 1]], [[0, 0, np.inf, 1]], [[0, 0, NAN, 1]], [["0", "0", "1", "1"]], [1, 2, 3, 4], [None], [[1, 2, 3]]
-BAD |= {f"boxes {boxes}": (lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes), "box ") for boxes in BOXES}
+BOXES = ([[1, 2, 3, 0]], [[NAN, 0, 1, 1]], [[0, 0, np.inf, 1]], [[0, 0, NAN, 1]], [["0", "0", "1", "1"]], [1, 2, 3, 4],
+         [None], [[1, 2, 3]])  # fmt: skip
+BAD |= {f"boxes {boxes}": (lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes), "box ")
+        for boxes in BOXES}  # fmt: skip
 BAD["boxes 5"] = lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=5), "5 are not boxes"
 BAD["boxes for another number of pairs"] = lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []), "0 lists of boxes for 2"
 FEATURE_CASES = {

@@ -425,6 +425,7 @@ BAD = {
     "no such folder": ("index {}/nowhere", "nowhere: does not exist, name a folder"),
     "a file": ("index {}/text.txt", "text.txt: is a file, name a folder"),
     "an empty folder": ("index {}/photos {}/empty", "empty: no image in it or below"),
+    "other files": ("index {}/others", "others: no image in it or below .*1 without suffix, 1 .heic"),
     "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
     "another task": ("index {}/photos --checkpoint {}/vqa.pth", "vqa.pth is of task vqa, which cannot do it"),
     "another checkpoint": ("index {}/photos --checkpoint {}/other.pth", "made with weights .* of .*model.pth, and .*other.pth"),
@@ -459,6 +460,9 @@ def folder(checkpoints, photos, tmp_path_factory):
         (folder / f"{name}.pth").symlink_to(checkpoints / f"{name}.pth")
     (folder / "photos").symlink_to(photos / "0")
     (folder / "empty").mkdir()
+    (folder / "others").mkdir()
+    for name in ("a.HEIC", "b"):
+        (folder / "others" / name).touch()
     (folder / "text.txt").write_text("a text")
     (folder / "broken").mkdir()
     (folder / "broken/a.jpg").write_text("a text")
