@@ -76,7 +76,7 @@ def read_test_data(models):
 
 def find_usable(folder):
     """Return the paths of the images in a folder and below that can be used; the others are named. Raises InputError."""
-    images, problems = find_images([folder])
+    images, problems, _ = find_images([folder])
     usable = []
     for path in images:
         try:

@@ -1,6 +1,7 @@
 """Search in folders of images by a text or an example, and lists of near-copies.
 
-`index` embeds the images of folders, and called again those that are new or changed; `query` and `duplicates` read the index.
+`index` adds the images of folders to an index, and embeds again those that have changed; `query` and `duplicates` read it.
+Results go to standard output, progress and notes to standard error.
 """
 
 from pathlib import Path
@@ -10,9 +11,10 @@ from utils import begin_script, run_script
 
 DEVICE = {"help": "cuda, cuda:1, ... or cpu; by default cuda where there is a GPU"}
 flags = Flags(__doc__, "index photos --checkpoint flickr30k.pth --to output/photos")
-index = flags.add_command("index", "Embed the images of folders, or bring an index of them up to date.",
+index = flags.add_command("index", "Embed the images of folders and add them to an index.",
                           "photos --checkpoint flickr30k.pth --to output/photos")  # fmt: skip
-index.add_argument("folders", nargs="+", metavar="FOLDER", help="of images, at any depth; all that the index is to have")
+index.add_argument("folders", nargs="+", metavar="FOLDER", help="of images, at any depth")
+index.add_argument("--prune", action="store_true", help="remove images that the index has and FOLDER does not")
 index.add_argument("--checkpoint", required=True, metavar="FILE", help="of pre-training, retrieval or grounding: a file, the "
                    "folder of a run, or a hub repository, USER/NAME[@REVISION]")  # fmt: skip
 index.add_argument("--to", required=True, metavar="INDEX", help="folder of the index")
@@ -40,13 +42,16 @@ if __name__ == "__main__":
 import os
 import sys
 import time
+import warnings
 
+from dataset.images import FORMATS
 from engine.processes import find_device
 from engine.saving import writing
 from inference import load_model
 from inference.index import (
-    UNUSABLE, find_images, load_model_of, near_copies, open_index, read_index, search, update_index,
+    UNUSABLE, count_others, find_images, load_model_of, near_copies, open_index, read_index, search, update_index,
 )  # fmt: skip
+from inference.inputs import UnknownWords
 from utils import InputError, interruptible, printable
 from visualize.page import check_page, write_page
 
@@ -58,29 +63,43 @@ def show(path):
     return printable(path.removeprefix(os.path.join(os.getcwd(), "")))
 
 
+def note(text):
+    """Print a note to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_results(lines):
+    """Print lines to standard output, whose reader may be a program that closes it early, such as head."""
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at exit
+
+
 def make_index(args):
     """Make an index or bring it up to date, and say what was done."""
-    images, problems = find_images(args.folders)
+    images, problems, others = find_images(args.folders)
     before = open_index(args.to)
-    print(f"{len(images)} images found")
     model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
     start = time.monotonic()
     with interruptible(f"{args.to} has what was embedded so far; the same command goes on"):
-        changes = update_index(args.to, before, model, images, problems)
+        changes = update_index(args.to, before, model, images, problems, args.prune)
     rate = changes.embedded / (time.monotonic() - start)
-    print(f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
-          + f" ({rate:.1f} per second)" * bool(changes.embedded) + f", {changes.gone} gone")  # fmt: skip
+    print_results([f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
+                   + f" ({rate:.1f} per second)" * bool(changes.embedded) + f", {changes.removed} removed"])  # fmt: skip
+    if others:
+        note(f"  left out: other files: {count_others(others)}; images have the suffixes of {', '.join(FORMATS)}")
     for path, problem in changes.unusable[:SHOWN]:
-        print(f"  left out: {show(path)}: {problem}")
+        note(f"  left out: {show(path)}: {problem}")
     if len(changes.unusable) > SHOWN:
-        print(f"  left out: {len(changes.unusable)} in all, {Path(args.to, UNUSABLE)} has the list")
+        note(f"  left out: {len(changes.unusable)} in all, {Path(args.to, UNUSABLE)} has the list")
 
 
 def open_for_reading(folder):
-    """Return the Index in a folder, with a note where it is not complete. Raises InputError."""
+    """Return the Index in a folder, with a note if it is not complete. Raises InputError."""
     found = read_index(folder)
     if found.left:
-        print(f"note: {folder} lacks {found.left} images that its indexing has not come to", file=sys.stderr)
+        note(f"note: {folder} is incomplete, {found.left} images are not indexed yet")
     return found
 
 
@@ -90,14 +109,17 @@ def answer_query(args):
         check_page(args.html)
     found_in = open_for_reading(args.index)
     model = load_model_of(found_in, args.index, args.device, args.checkpoint)
-    found = search(found_in, model, args.text, args.image, args.k, args.rerank)
-    for path, score in found:
-        print(f"{score:8.3f}  {show(path)}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UnknownWords)
+        found = search(found_in, model, args.text, args.image, args.k, args.rerank)
+    for warning in caught:
+        note(f"note: {warning.message}")
+    print_results(f"{score:8.3f}  {show(path)}" for path, score in found)
     if args.html:
         ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM), then by similarity (ITC)"
         with writing(Path(args.html)):
             write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
-        print(f"wrote {args.html}")
+        note(f"wrote {args.html}")
 
 
 def list_copies(args):
@@ -106,10 +128,8 @@ def list_copies(args):
         raise InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
     groups = near_copies(open_for_reading(args.index), args.threshold, find_device(args.device))
     for group in groups:
-        for path, similarity in group:
-            print(f"{similarity:8.3f}  {show(path)}")
-        print()
-    print(f"{len(groups)} groups of {sum(map(len, groups))} images")
+        print_results([*(f"{similarity:8.3f}  {show(path)}" for path, similarity in group), ""])
+    note(f"{len(groups)} groups of {sum(map(len, groups))} images")
 
 
 def main():

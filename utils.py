@@ -7,19 +7,18 @@ import hashlib
 import os
 import random
 import re
+import secrets
 import signal
 import stat
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 # NumPy and torch are imported where they are used: they take seconds, which --help and a mistyped flag need not wait for
-
-# the data workers tokenize, each in one thread; without this the library warns at every fork
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 TIMEOUT = 1800  # seconds that a process waits for the others
@@ -58,6 +57,9 @@ def begin_script(flags):
     """
     # torch's OpenMP threads would spin while they wait, which starves a machine that something else uses, too
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # the data workers tokenize, each in one thread; without this the library warns at every fork
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # of Pillow; dataset.images refuses such an image
     for signum in SIGNALS:
         signal.signal(signum, end_at_once)
     run_script(flags.parse_args)
@@ -273,7 +275,6 @@ def read_regular(path):
 
 
 TEMPORARY = ".tmp"  # how the names of files end that are not complete; they begin with a dot
-os.umask(UMASK := os.umask(0))  # read once: while it is read another thread's files would get unintended rights
 
 
 @contextlib.contextmanager
@@ -285,16 +286,15 @@ def atomic_write(path, mode="wb"):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is there and not a file", str(path))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        os.chmod(name, 0o666 & ~UMASK)
-        with os.fdopen(handle, mode) as file:
+        with open(name, mode.replace("w", "x")) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        name.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # the new name, too, is to survive a power failure; not every file system can
         folder = os.open(path.parent, os.O_RDONLY)

@@ -53,7 +53,7 @@ def measure_indexing(folder, config):
     network = build_model("retrieval", {**config, "num_workers": 1}).to(DEVICE).eval()
     model = SimpleNamespace(model=network, config=network.config, device=DEVICE, task="retrieval", source="random",
                             transform=test_transform(config["image_res"]))  # fmt: skip
-    images, problems = find_images([folder])
+    images, problems, _ = find_images([folder])
     pixels = torch.stack([model.transform(load_image(path)) for path in images]).split(config["batch_size_test"])
     with torch.no_grad(), autocast(config, DEVICE):
         network.encode_image(normalize(pixels[0].to(DEVICE)))  # a first call takes longer

@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import warnings
 
 import numpy as np
 import simplejpeg
@@ -11,9 +10,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from utils import read_regular
-
-# _check_size refuses what Pillow only warns of
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 # Pillow is asked for these alone: its other plug-ins were not chosen to run on files from the web, and that of EPS starts
 # Ghostscript on them
@@ -84,7 +80,7 @@ def decode_image(data, name):
         raise
     except UnidentifiedImageError:
         raise ImageError(name, "not an image", f"it is none of {', '.join(FORMATS)}") from None
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, "too large", str(error)) from None
     except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
         raise ImageError(name, "broken image", str(error)) from error
@@ -126,6 +122,8 @@ def _check_scans(data, name):
 
 
 def _check_size(width, height, name):
+    if not width * height:
+        raise ImageError(name, "no pixels", f"{width} x {height}")
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
         raise ImageError(name, "too large", f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")

@@ -3,6 +3,8 @@
 import re
 import unicodedata
 
+import torch
+
 from utils import Text
 
 MAX_WORDS = 30  # of a caption, a sentence, or a question in training
@@ -50,8 +52,13 @@ def without_halves(text):
 
 
 def tokenize(texts, tokenizer, max_tokens=None):
-    """texts -> Text [B, L], padded to the longest; at most max_tokens ids, or what the model takes."""
-    max_tokens = max_tokens and min(max_tokens, tokenizer.model_max_length)
-    texts = list(map(without_halves, texts))
-    tokens = tokenizer(texts, padding="longest", truncation=True, max_length=max_tokens, return_tensors="pt")
-    return Text(tokens["input_ids"], tokens["attention_mask"])
+    """texts -> Text [B, L], padded to the longest; at most max_tokens ids, or what the model takes.
+
+    Any number of threads may share the tokenizer: its own truncation and padding, which are settings of it, are not used.
+    """
+    limit = min(max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
+    rows = [row[:limit] for row in tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"]]
+    lengths = torch.tensor(list(map(len, rows)))
+    length = int(lengths.max())
+    ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
+    return Text(ids, (torch.arange(length) < lengths[:, None]).long())

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import weakref
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
 
@@ -18,10 +19,6 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data._utils import signal_handling
 
 from utils import SIGNALS, InputError, TrainingStopped, cores
-
-# torch has a dead worker raise an error in the middle of whatever is being computed, be it that the other workers are being
-# started; without its handler the error comes where the next batch is asked for, and nothing is half done
-signal_handling._SIGCHLD_handler_set = True
 
 MAX_PROCESSES = 8  # more would wait for the disk
 
@@ -44,12 +41,36 @@ def _end_with_parent():
     os._exit(1)
 
 
+_data_workers = weakref.WeakSet()  # processes of all Loaders
+_starting = threading.Lock()
+
+
 @atexit.register  # before multiprocessing's own, which would ask them to end and wait for it
 def _end_workers():
-    """Kill the data workers that are left where an error has ended the run."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    """Kill the data workers that are left if an error has ended the run."""
+    for process in _data_workers:
+        process.kill()
+
+
+@contextlib.contextmanager
+def _starting_workers():
+    """Set flags of torch and tokenizers for the data workers that start in the block, and note these workers.
+
+    With its SIGCHLD handler torch raises the death of a worker in the middle of any computation, even while other workers
+    start. Without the handler the error comes with the next batch.
+    """
+    with _starting:
+        handled, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True
+        parallel = os.environ.get("TOKENIZERS_PARALLELISM")
+        os.environ["TOKENIZERS_PARALLELISM"] = parallel or "false"  # or the library warns at the fork
+        before = multiprocessing.active_children()
+        try:
+            yield
+        finally:
+            _data_workers.update(process for process in multiprocessing.active_children() if process not in before)
+            if parallel is None:
+                del os.environ["TOKENIZERS_PARALLELISM"]
+            signal_handling._SIGCHLD_handler_set = handled
 
 
 class WorkerDied(TrainingStopped):
@@ -70,7 +91,9 @@ class Loader(DataLoader):
 
     def __iter__(self):
         try:
-            for batch in super().__iter__():
+            with _starting_workers():
+                batches = super().__iter__()
+            for batch in batches:
                 if isinstance(batch, (InputError, TrainingStopped)):
                     raise batch
                 yield batch

@@ -171,7 +171,7 @@ def build_page(models, data, paths, features):
     return page
 
 
-# one thing at a time: Grad-CAM changes a model while it runs; no function is offered to other programs
+# one thing at a time, for the memory and the cores that it takes; no function is offered to other programs
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
 

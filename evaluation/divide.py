@@ -1,7 +1,5 @@
 """Evaluation over a data set, divided among the processes without a sample twice, whatever the task."""
 
-import sys
-
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -10,8 +8,8 @@ from utils import gather_lists, is_main, rank, world_size
 
 
 def progress_bar(iterable, what):
-    """Iterate with a bar on the main process's screen, there after a second and gone when it is done."""
-    return tqdm(iterable, desc=what, leave=False, disable=not is_main(), file=sys.stdout, dynamic_ncols=True, mininterval=1,
+    """Iterate with a bar on the main process's terminal, there after a second and gone when it is done."""
+    return tqdm(iterable, desc=what, leave=False, disable=None if is_main() else True, dynamic_ncols=True, mininterval=1,
                 delay=1)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from engine.device import autocast
 from engine.processes import find_device
 from engine.saving import writing
 from evaluation.divide import divide, progress_bar
-from inference.inputs import Images
+from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
 from models.alignment import feature_similarity
@@ -24,6 +25,7 @@ from utils import InputError, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
 SAVE_EVERY, SAVE_SHARE = 10, 0.05  # seconds from one save to the next, at least; of the time that goes into saves, at most
+SUFFIXES = 8  # that are counted by name
 ROWS = 4096  # that near_copies compares with as many others at a time
 
 
@@ -47,7 +49,7 @@ class Changes(NamedTuple):
     total: int  # that the index has now
     kept: int
     embedded: int
-    gone: int
+    removed: int
     unusable: list  # [(path, problem), ...]
 
 
@@ -141,22 +143,25 @@ def load_model_of(index, folder, device=None, checkpoint=None):
 
 
 def find_images(folders):
-    """Return the images in folders and below, {path: (size, date)} in the order of paths, and [(path, problem), ...].
+    """Find the images in folders and below by their suffixes.
 
-    Images are known by their suffixes. Names that begin with a dot are passed over, links are followed. A problem is of a
-    link or folder that cannot be read. Raises InputError for one of `folders` that cannot be, or has no image.
+    Names that begin with a dot are passed over, links are followed. Returns {path: (size, date)} in the order of paths;
+    [(path, problem), ...] of links and folders that cannot be read; a Counter of the suffixes of all other files.
+    Raises InputError for one of `folders` that cannot be read, or has no image.
     """
-    suffixes = tuple(suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS)
-    found, problems, taken = {}, [], {}  # taken: a folder without links -> the name that it is gone through by
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    found, problems, others, taken = {}, [], {}, {}  # taken: a folder without links -> the name that it is gone through by
     for root in folders:
         if not os.path.isdir(root):
             raise InputError(f"{root}: {'is a file' if os.path.exists(root) else 'does not exist'}, name a folder of images")
         errors, images = [], 0
         for folder, own, names in _folders_below(os.path.abspath(root), errors.append):
-            paths = [os.path.join(folder, name) for name in names if name.lower().endswith(suffixes) and name[0] != "."]
+            kinds = {os.path.join(folder, name): os.path.splitext(name)[1].lower() for name in names if name[0] != "."}
+            paths = [path for path, suffix in kinds.items() if suffix in suffixes]
             if taken.setdefault(own, folder) != folder:
                 images += len(paths)  # which are there already
                 continue
+            others.update((path, suffix) for path, suffix in kinds.items() if suffix not in suffixes)
             for path in paths:
                 try:
                     state = os.stat(path)
@@ -166,9 +171,20 @@ def find_images(folders):
                 found[path], images = (state.st_size, state.st_mtime_ns), images + 1
         problems += [(error.filename, error.strerror) for error in errors]
         if not images:
-            why = f"{errors[0].filename}: {errors[0].strerror}" if errors else f"by the suffixes of {', '.join(FORMATS)}"
+            why = f"by the suffixes of {', '.join(FORMATS)}"
+            if errors:
+                why = f"{errors[0].filename}: {errors[0].strerror}"
+            elif others:
+                why += f"; other files: {count_others(Counter(others.values()))}"
             raise InputError(f"{root}: no image in it or below ({why})")
-    return dict(sorted(found.items())), problems
+    return dict(sorted(found.items())), problems, Counter(others.values())
+
+
+def count_others(others):
+    """Return a phrase on the files that are no images by their suffixes, a Counter as find_images gives it."""
+    most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:SUFFIXES]
+    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in most]
+    return ", ".join([*counts, *["..."] * (len(others) > SUFFIXES)])
 
 
 def _folders_below(root, onerror):
@@ -201,16 +217,20 @@ def _collate(samples):
     return torch.stack(usable) if usable else None, problems
 
 
-def update_index(folder, index, model, images, problems):
-    """Bring the index of a folder up to date with images and problems, as find_images gives them; return the Changes.
+def update_index(folder, index, model, images, problems, prune=False):
+    """Add images to the index of a folder, with problems, both as find_images gives them; return the Changes.
 
-    index: what open_index gives. Images that are new, or changed by size or date, are embedded. What is done is saved from time
-    to time, and where a signal or an error ends it. Raises InputError for another model than the index's or if no image can be
-    used, and TrainingStopped where the index cannot be written.
+    index: what open_index gives. Images that are new, or changed by size or date, are embedded. prune: remove the images of
+    the index that are not among `images`. What is done is saved from time to time, and if a signal or an error ends it.
+    Raises InputError for another model than the index's or if no image can be used, and TrainingStopped if the index cannot
+    be written.
     """
     check_task(model, ALIGNED, "index")
     weights, checkpoint = check_weights(model, index, folder), model.source
     checkpoint = str(checkpoint) if is_repository(checkpoint) else os.path.abspath(checkpoint)
+    if index and not prune:
+        known = dict(zip(index.paths, zip(index.sizes.tolist(), index.dates.tolist())))
+        images = dict(sorted({**known, **images}.items()))
     paths, states, rows = list(images), torch.tensor(list(images.values())), _unchanged(index, images)
     features, done = torch.empty(len(paths), model.config["embed_dim"], dtype=torch.float16), rows >= 0
     if index:
@@ -237,8 +257,8 @@ def update_index(folder, index, model, images, problems):
         save()
     if not done.any():
         raise InputError(f"none of {len(paths)} images can be used, such as {': '.join(unusable[-1])}")
-    gone = len(set(index.paths) - images.keys()) if index else 0
-    return Changes(int(done.sum()), kept, int(done.sum()) - kept, gone, unusable)
+    removed = len(set(index.paths) - images.keys()) if index else 0
+    return Changes(int(done.sum()), kept, int(done.sum()) - kept, removed, unusable)
 
 
 def _unchanged(index, images):
@@ -273,10 +293,11 @@ def search(index, model, text=None, image=None, k=20, rerank=None):
     """
     if text is None and image is None:
         raise InputError("nothing to search for: give a text, an image or both")
+    check_number(k, "k", 1)
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
     query = torch.stack(features).mean(dim=0)
-    rerank = 0 if text is None else model.config["k_test"] if rerank is None else rerank
+    rerank = 0 if text is None else model.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
     scores, (best,) = most_similar(query[None], index.features, max(k, rerank), model.device)
     found = [(index.paths[i], score) for i, score in zip(best.tolist(), scores[0].tolist())]
     here = [os.path.isfile(path) for path, _ in found]

@@ -1,52 +1,110 @@
-"""What users hand to a model: images of any kind and texts, one or many."""
+"""What users hand to a model: images of any kind, texts, features, boxes and numbers, one or many."""
 
+import os
 import reprlib
+import sys
+import warnings
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dataset.images import ImageError, decode_pillow, load_image
-from dataset.text import is_blank
+from dataset.text import is_blank, without_halves
 from utils import InputError
+
+
+HERE = os.path.dirname(__file__)
+
+
+class UnknownWords(UserWarning):
+    """The vocabulary has none of a text's words: to the model it is the same as any other such text."""
 
 
 def is_array(value):
     return isinstance(value, (np.ndarray, torch.Tensor))
 
 
-def as_list(values, what, is_one):
-    """Return (a list of values, whether it was one alone). Raises InputError where there are none."""
-    if is_one(values):
-        return [values], True
+def is_features(value):
+    """Whether a value is an array of any float type with values, as features are."""
+    return is_array(value) and "float" in str(value.dtype) and not getattr(value, "is_meta", False)
+
+
+def check_features(values, what):
+    """Return features, [N, D] or [D] of one alone. Raises InputError for another value."""
+    if not is_features(values) or values.ndim not in (1, 2) or 0 in values.shape:
+        kind = f"{values.dtype} {list(values.shape)}" if is_array(values) else reprlib.repr(values)
+        raise InputError(f"{what}: {kind} are not features: give an array of floats [N, D], as embed_images and embed_texts do")
+    return values
+
+
+def check_number(value, what, least):
+    """Return a whole number. Raises InputError for another value, or one below `least`."""
+    if not isinstance(value, (int, np.integer)) or value < least:
+        raise InputError(f"{what}={value!r}, it is a whole number from {least}")
+    return value
+
+
+def check_box(box):
+    """Raise InputError for a box that does not begin with x, y, width, height in pixels."""
+    try:
+        values = np.asarray(box)[:4]
+        right = values.shape == (4,) and values.dtype.kind in "iuf" and np.isfinite(values).all() and values[2:].min() > 0
+    except (TypeError, ValueError, IndexError):
+        right = False
+    if not right:
+        raise InputError(f"box {reprlib.repr(box)} is not [x, y, width, height] of a box with pixels")
+
+
+def as_list(values, what, least=1):
+    """Return a list of values, an array as it is. Raises InputError for fewer than `least`, and for what is no list."""
     try:
         values = values if is_array(values) else list(values)
+        count = len(values)
     except TypeError:
         raise InputError(f"{reprlib.repr(values)} are not {what}: give one or a list of them") from None
-    if len(values) == 0:
+    if count < least:
         raise InputError(f"no {what} given: give one or a list of them")
-    return values, False
+    return values
 
 
 def as_images(images):
     """Return (a list of images, whether it was one alone). Raises InputError for none."""
-    def is_one(value):
-        return value.ndim < 4 if is_array(value) else not isinstance(value, (list, tuple)) and not hasattr(value, "__next__")
+    if is_array(images):
+        one = images.ndim < 4
+    else:
+        one = not isinstance(images, (list, tuple)) and not hasattr(images, "__next__")
+    return ([images], True) if one else (as_list(images, "images"), False)
 
-    return as_list(images, "images", is_one)
 
+def as_texts(texts, clean, tokenizer):
+    """Return (a list of texts after clean-up, whether it was one alone). Raises InputError for one without words, and none.
 
-def as_texts(texts, clean):
-    """Return (a list of texts after clean-up, whether it was one alone). Raises InputError for one without words, and none."""
-    texts, one = as_list(texts, "texts", lambda value: isinstance(value, str))
-    cleaned = []
-    for text in texts:
+    Warns of texts whose words the tokenizer does not know.
+    """
+    one, cleaned = isinstance(texts, str), []
+    for text in [texts] if one else as_list(texts, "texts"):
         if not isinstance(text, str):
             raise InputError(f"{reprlib.repr(text)} is not a text: give a string or a list of strings")
         cleaned.append(clean(text))
         if is_blank(cleaned[-1]):
             raise InputError(f"text {reprlib.repr(text)}: nothing is left of it after clean-up, give a text with words")
+    if unknown := unknown_texts(cleaned, tokenizer):
+        level = 1
+        while sys._getframe(level).f_code.co_filename.startswith(HERE):
+            level += 1
+        others = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
+        warnings.warn(f"text {reprlib.repr(unknown[0])}{others}: the vocabulary has none of its words, so the model cannot tell "
+                      "it from other such texts", UnknownWords, level + 1)  # fmt: skip
     return cleaned, one
+
+
+def unknown_texts(texts, tokenizer):
+    """Return those of cleaned-up texts of which the tokenizer knows no word."""
+    special = set(tokenizer.all_special_ids)
+    texts = [text for text in texts if special.issuperset(tokenizer.convert_tokens_to_ids(text.split()))]  # else: a whole word
+    ids = tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"] if texts else []
+    return [text for text, row in zip(texts, ids) if special.issuperset(row)]
 
 
 def read_image(image, name="image"):
@@ -60,16 +118,17 @@ def read_image(image, name="image"):
             return decode_pillow(image, name)
         if not is_array(image):
             return load_image(image)
-    except (ImageError, TypeError) as error:
-        raise InputError(str(error) if isinstance(error, ImageError) else f"{name}: {error}") from None
-    except OSError as error:  # Pillow's, of a file that it reads only now
-        raise InputError(f"{name}: broken image: {error}") from None
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
-        return decode_pillow(Image.fromarray(image), name)
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim > 1 and image.shape[2:] in ((), (3,)):
+            return decode_pillow(Image.fromarray(image), name)
+    except ImageError as error:
+        raise InputError(str(error)) from None
+    except Exception as error:  # Pillow's of many kinds, of a picture that is closed or whose file is read only now
+        raise InputError(f"{name}: cannot be read: {error}") from None
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
-        return image.cpu()
+        if image.numel() and not image.is_meta:
+            return image.cpu()
     raise InputError(f"{name}: {image.dtype} {list(image.shape)} is not an image: an array is uint8 [H, W, 3] or [H, W], a "
-                     "tensor uint8 [3, H, W], both from 0 to 255")  # fmt: skip
+                     "tensor uint8 [3, H, W] with values, both from 0 to 255")  # fmt: skip
 
 
 class Images:

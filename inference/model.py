@@ -22,7 +22,9 @@ from evaluation.metrics import box_scores
 from evaluation.divide import progress_bar
 from evaluation.retrieval import ImageEmbeds, encode_images, encode_texts
 from evaluation.vqa import answer_questions, tokenize_answers
-from inference.inputs import Images, as_images, as_texts, is_array, read_image
+from inference.inputs import (
+    Images, as_images, as_list, as_texts, check_box, check_features, check_number, is_features, read_image,
+)  # fmt: skip
 from models import ALIGNED, build_model, task_of
 from models.alignment import feature_similarity, matched
 from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
@@ -133,7 +135,7 @@ class Inference:
         them, 0 for this one.
         """
         images, one = as_images(images)
-        config = {**self.config, "image_embeds": "recompute", "num_workers": workers}
+        config = {**self.config, "image_embeds": "recompute", "num_workers": check_number(workers, "workers", 0)}
         _, features = encode_images(self.model, Images(images, self.transform), config, self.device)
         return features.cpu()[0] if one else features.cpu()
 
@@ -154,7 +156,7 @@ class Inference:
         """
         image_feat, text_feat = _features(images, self.embed_images), _features(texts, self.embed_texts)
         _check_widths(image_feat, text_feat)
-        sim = feature_similarity(_matrix(image_feat), _matrix(text_feat))
+        sim = _check_finite(feature_similarity(_matrix(image_feat), _matrix(text_feat)))
         return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
 
     @serves(*ALIGNED)
@@ -176,15 +178,14 @@ class Inference:
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
-        if k < 1:
-            raise InputError(f"rank: k={k}, it is a number from 1")
-        rerank = self.config["k_test"] if rerank is None else rerank
+        check_number(k, "k", 1)
+        rerank = self.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking reads images and texts themselves: give them beside their features, or rerank=0")
-        (images, one_image) = (None, image_features.ndim == 1) if images is None else as_images(images)
-        (texts, one_text) = (None, text_features.ndim == 1) if texts is None else self._captions(texts)
-        image_feat = self.embed_images(images) if image_features is None else image_features
-        text_feat = self.embed_texts(texts) if text_features is None else text_features
+        (images, one_image) = (None, np.ndim(image_features) == 1) if images is None else as_images(images)
+        (texts, one_text) = (None, np.ndim(text_features) == 1) if texts is None else self._captions(texts)
+        image_feat = self.embed_images(images) if image_features is None else check_features(image_features, "image_features")
+        text_feat = self.embed_texts(texts) if text_features is None else check_features(text_features, "text_features")
         _check_widths(image_feat, text_feat)
         for what, values, features in (("images", images, image_feat), ("texts", texts, text_feat)):
             if values is not None and len(values) != len(_matrix(features)):
@@ -222,13 +223,13 @@ class Inference:
         mode: itm or itc; block_num: the layer, by default the third multimodal one. Pairs as in `answer`.
         """
         items, texts, one = self._pairs(images, self._captions(texts))
-        _check_mode(mode)
-        boxes = [boxes] if one else boxes or [None] * len(items)
+        _check_explanation(mode, block_num)
+        boxes = [boxes] * len(items) if one or boxes is None else as_list(boxes, "lists of boxes", 0)
         if len(boxes) != len(items):
             raise InputError(f"ground: {len(boxes)} lists of boxes for {len(items)} pairs of image and text: give one for each")
+        boxes = [None if candidates is None else as_list(candidates, "boxes", 0) for candidates in boxes]
         for box in (box for candidates in boxes if candidates is not None for box in candidates):
-            if len(box) < 4 or min(box[2:4]) <= 0:
-                raise InputError(f"ground: box {list(box)} is not [x, y, width, height] of a box with pixels")
+            check_box(box)
         found, maps, sizes = [], [], []
         for part, image, part_sizes in self._batches(items):
             tokens = tokenize(texts[part], self.tokenizer, MAX_TOKENS).to(self.device)
@@ -297,7 +298,7 @@ class Inference:
         `answer`. mode: itm, or itc for the contrastive similarity, which has no words. block_num: the layer, by default the
         third with cross-attention but never the last. Pairs as in `answer`, of two images as in `true_of`.
         """
-        _check_mode(mode)
+        _check_explanation(mode, block_num)
         if mode == "itc" and self.task not in ALIGNED:
             raise InputError(f"heat_map: mode itc explains a contrastive similarity, which task {self.task} has none of")
         vqa, answers = self.task == "vqa", _answer_list(answers)
@@ -341,10 +342,10 @@ class Inference:
 
     def _captions(self, texts):
         clean = pre_ad if self.task == "relevance" else functools.partial(pre_caption, max_words=MAX_WORDS)
-        return as_texts(texts, clean)
+        return as_texts(texts, clean, self.tokenizer)
 
     def _questions(self, texts):
-        return as_texts(texts, functools.partial(pre_question, max_words=MAX_QUESTION_WORDS))
+        return as_texts(texts, functools.partial(pre_question, max_words=MAX_QUESTION_WORDS), self.tokenizer)
 
     def _pairs(self, images, texts):
         """Return (the images of each pair of image and text, a list of one or two; the texts; whether there is one pair alone).
@@ -353,7 +354,7 @@ class Inference:
         """
         texts, one = texts
         if self.task in PAIRS:
-            items = [images] if one else list(images)
+            items = [images] if one else as_list(images, "pairs of images")
             if any(not isinstance(item, (list, tuple)) or len(item) != 2 for item in items):
                 raise InputError(f"task {self.task} takes two images for each text: give a list of both, for several texts a "
                                  "list of such lists")  # fmt: skip
@@ -391,7 +392,7 @@ def most_similar(queries, candidates, k, device="cpu"):
     values = torch.empty(len(queries), 0, device=device)
     best = torch.empty(len(queries), 0, dtype=torch.long, device=device)
     for start in range(0, len(candidates), BLOCK):
-        sim = feature_similarity(queries, as_float(candidates[start : start + BLOCK]).to(device))
+        sim = _check_finite(feature_similarity(queries, as_float(candidates[start : start + BLOCK]).to(device)))
         numbers = torch.arange(start, start + sim.shape[1], device=device).expand_as(sim)
         values, best = torch.cat([values, sim], dim=1), torch.cat([best, numbers], dim=1)
         values, order = values.topk(min(k, values.shape[1]), dim=1)
@@ -424,7 +425,14 @@ def _matrix(features):
 
 def _features(values, embed):
     """Return values that are features as they are, float32, others as `embed` gives them."""
-    return as_float(values) if is_array(values) and "float" in str(values.dtype) else embed(values)
+    return as_float(check_features(values, "features")) if is_features(values) else embed(values)
+
+
+def _check_finite(similarities):
+    """Return similarities. Raises InputError for those of features that are NaN or infinite."""
+    if not similarities.isfinite().all():
+        raise InputError("features of images or texts are not finite: embed them anew")
+    return similarities
 
 
 def _check_widths(image_feat, text_feat):
@@ -434,10 +442,12 @@ def _check_widths(image_feat, text_feat):
                          "compare: take both from one model; an array that is an image is uint8")  # fmt: skip
 
 
-def _check_mode(mode):
-    """Raise InputError for a way of explaining that there is not."""
+def _check_explanation(mode, block_num):
+    """Raise InputError for the arguments of a heat map, whose block the model need not have."""
     if mode not in ("itm", "itc"):
         raise InputError(f"mode={mode!r}, it is itm or itc")
+    if block_num is not None:
+        check_number(block_num, "block_num", 0)
 
 
 def _unwrap(matrix, one_row, one_column):
@@ -450,6 +460,7 @@ def _unwrap(matrix, one_row, one_column):
 def _answer_list(answers):
     if isinstance(answers, (str, Path)):
         return load_answer_list(answers)
-    if other := [answer for answer in answers or [] if not isinstance(answer, str)]:
+    answers = [] if answers is None else as_list(answers, "answers", 0)
+    if other := [answer for answer in answers if not isinstance(answer, str)]:
         raise InputError(f"answers: {other[0]!r} is not a text: give a list of texts, or the JSON file of one")
-    return list(answers or [])
+    return answers

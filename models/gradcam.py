@@ -4,31 +4,61 @@ A heat map is the mean over heads of an attention map times the positive part of
 on the patch grid of the image, [h, w], rows first. Only the block that is asked for computes its attention unfused.
 """
 
-import contextlib
+import copy
 
 import torch
+from torch import nn
 
 from utils import InputError
 
 
-@contextlib.contextmanager
-def _recorded(*attentions):
-    """Within it the cross-attentions compute their maps [B, heads, L, 1+N] openly, and append them to the list it yields."""
-    maps = []
+def _copy(module, **replaced):
+    """Copy a module that shares its weights and submodules with the original, except for replaced submodules.
+
+    Grad-CAM changes copies, so that other threads can use the model meanwhile. A copy is not compiled.
+    """
+    copied = copy.copy(module)
+    copied._modules = {**module._modules, **replaced}
+    return copied
+
+
+class _Recorder(nn.Module):
+    """Append attention maps [B, heads, L, 1+N] to a list and return them, with gradients."""
+
+    def __init__(self, maps):
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, probs):
+        self.maps.append(probs if probs.requires_grad else probs.requires_grad_())
+        return probs
+
+
+def _recording_bert(bert, blocks, maps):
+    """Copy a multimodal encoder so that the cross-attentions of `blocks` append their maps to the list `maps`."""
+    record = _Recorder(maps)
 
     def attend(query, keys, values, mask=None):
         scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5
-        probs = scores.softmax(dim=-1)
-        maps.append(probs if probs.requires_grad else probs.requires_grad_())
-        return maps[-1] @ values
+        return record(scores.softmax(dim=-1)) @ values
 
-    for attention in attentions:
+    layers = [copy.copy(layer) for layer in bert.encoder.layer]
+    for number in blocks:
+        cross = layers[number].crossattention
+        attention = _copy(cross.self)
         attention.attend = attend
-    try:
-        yield maps
-    finally:
-        for attention in attentions:
-            vars(attention).pop("attend", None)  # where a pair shares all, both its blocks are one module
+        layers[number] = _copy(layers[number], crossattention=_copy(cross, self=attention))
+    return _copy(bert, encoder=_copy(bert.encoder, layer=nn.ModuleList(layers)))
+
+
+def _recording_model(model, block_num, maps):
+    """Copy a model so that a block of its image encoder appends its self-attention maps to the list `maps`."""
+    encoder = model.visual_encoder
+    blocks = [copy.copy(block) for block in encoder.blocks]
+    attention = _copy(blocks[block_num].attn, attn_drop=_Recorder(maps))
+    attention.fused_attn = False
+    blocks[block_num] = _copy(blocks[block_num], attn=attention)
+    return _copy(model, visual_encoder=_copy(encoder, blocks=nn.Sequential(*blocks)))
 
 
 def _heat(attention, gradient, grid):
@@ -83,10 +113,9 @@ def cross_gradcam(model, keys_values, text, block_num, score):
         blocks = [first, first + 1]
     with torch.no_grad():  # the gradient ends at the attention map
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
-    attentions = [bert.encoder.layer[number].crossattention.self for number in blocks]
-    # compiled layers would not notice that attention is another one
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"), _recorded(*attentions) as maps:
-        value = score(bert.fuse(text_embeds, text.attention_mask, keys_values))
+    maps = []
+    with torch.enable_grad():
+        value = score(_recording_bert(bert, blocks, maps).fuse(text_embeds, text.attention_mask, keys_values))
         gradients = torch.autograd.grad(value, maps)
     grid = model.visual_encoder.patch_embed.grid_size  # at padding the gradient is 0: nothing attends to it
     return [_heat(attention.detach(), gradient, grid) for attention, gradient in zip(maps, gradients)], value.detach()
@@ -111,16 +140,11 @@ def itc_gradcam(model, image, text, block_num):
     Arguments as in itm_gradcam, block_num from 0. Returns [B, h, w]. Raises InputError if there is no such block.
     """
     check_block(model, block_num, "itc")
-    encoder = model.visual_encoder
-    attention, maps = encoder.blocks[block_num].attn, []
-    fused, attention.fused_attn = attention.fused_attn, False
-    hook = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
-    try:
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            _, image_feat = model.encode_image(image)
-            _, text_feat = model.encode_text(text)
-            (gradient,) = torch.autograd.grad((image_feat * text_feat).sum() / model.temp, maps)
-    finally:
-        hook.remove()
-        attention.fused_attn = fused
-    return _heat(maps[0].detach()[:, :, 0], gradient[:, :, 0], encoder.patch_embed.grid_size)
+    maps = []
+    with torch.no_grad():
+        _, text_feat = model.encode_text(text)
+    with torch.enable_grad():
+        _, image_feat = _recording_model(model, block_num, maps).encode_image(image)
+        (gradient,) = torch.autograd.grad((image_feat * text_feat).sum() / model.temp, maps)
+    grid = model.visual_encoder.patch_embed.grid_size
+    return _heat(maps[0].detach()[:, :, 0], gradient[:, :, 0], grid)

@@ -1,8 +1,12 @@
 """load_model: what scripts compute on the same checkpoint, for images and texts of any kind, number and order; bad input."""
 
 import json
+import os
 import re
-import threading
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ from dataset.transforms import normalize
 from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
 from inference import Inference, load_model
+from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
 from models import build_model
 from models.alignment import NO_CANDIDATE, feature_similarity
@@ -261,12 +266,64 @@ def test_images_of_any_kind_are_the_same(models, photos):
     assert palette.info["transparency"] == 0  # the user's picture stays as it is
 
 
-def test_a_model_works_in_any_thread(models, photos):
-    model, features = models["retrieval"], []
-    thread = threading.Thread(target=lambda: features.append(model.embed_images(photos, workers=1)))
-    thread.start()
-    thread.join()
-    assert torch.equal(features[0], model.embed_images(photos, workers=1))
+def test_threads_share_a_model(models, photos):
+    model, texts = models["retrieval"], ["a red circle", "two blue squares " * 9] * 200
+    calls = [lambda: model.heat_map(photos[0], "a red circle").by_word, lambda: model.match(photos[:3], texts[:2]),
+             lambda: model.heat_map(photos[1], "a star", mode="itc").whole, lambda: model.embed_texts(texts)]  # fmt: skip
+    expected = [call() for call in calls]
+
+    def repeat(number):
+        return [calls[number]() for _ in range(12)]
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        assert close(pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos))
+        for results, alone in zip(pool.map(repeat, range(len(calls))), expected):
+            assert all(close(result, alone) for result in results)
+
+
+# what the process has besides: a worker of its own, which cleans up at the end
+EFFECTS = """
+import multiprocessing, os, signal, sys, time, warnings
+import matplotlib, torch, PIL.Image, ruamel.yaml, timm
+from torch.utils.data._utils import signal_handling
+
+def state():
+    os.umask(mask := os.umask(0))
+    return {"umask": mask, "filters": list(warnings.filters), "environment": dict(os.environ), "hooks": (sys.excepthook, sys.stdout),
+            "signals": [signal.getsignal(s) for s in signal.valid_signals()], "SIGCHLD": signal_handling._SIGCHLD_handler_set,
+            "matplotlib": {k: matplotlib.rcParams._get(k) for k in matplotlib.rcParams}, "grad": torch.is_grad_enabled(),
+            "others": (os.getcwd(), torch.get_num_threads(), PIL.Image.MAX_IMAGE_PIXELS)}
+
+def wait(pipe):
+    signal.signal(signal.SIGTERM, lambda *_: (print("cleaned up", flush=True), os._exit(0)))
+    pipe.send(1)
+    time.sleep(60)
+
+os.umask(0o027)
+here, there = multiprocessing.Pipe()
+multiprocessing.get_context("fork").Process(target=wait, args=(there,), daemon=True).start()
+here.recv()
+checkpoint, image, folder = sys.argv[1:]
+before = state()
+from inference import load_model
+model = load_model(checkpoint, "cpu")
+model.embed_texts(["a red circle"] * 9)
+model.embed_images([image] * 2, workers=1)
+os.umask(0o077)  # later than the import
+model.heat_map(image, "a red circle").draw(folder + "/heat.png")
+os.umask(0o027)
+after = state()
+print([key for key in before if before[key] != after[key]], oct(os.stat(folder + "/heat.png").st_mode & 0o777), flush=True)
+"""
+
+
+def test_importing_and_using_a_model_changes_nothing_in_the_process(files, photos, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TOKENIZERS_PARALLELISM", None)
+    command = [sys.executable, "-c", EFFECTS, str(files["retrieval"]), photos[0], str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[] 0o600", "cleaned up"], done.stderr
+    assert not done.stderr
 
 
 def test_sources_and_precision(files, models, photos, tmp_path):
@@ -300,7 +357,7 @@ BAD = {
     "number": (lambda m, f: m["retrieval"].embed_texts([3]), "3 is not a text"),
     "missing image": (lambda m, f: m["ve"].entails("no.jpg", "a"), "no.jpg: does not exist"),
     "not an image": (lambda m, f: m["retrieval"].embed_images(["README.md"]), "README.md: not an image"),
-    "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: expected str"),
+    "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: .*expected str"),
     "floats": (lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))), "image 0: float64 .* an array is uint8"),
     "200 megapixels": (lambda m, f: m["retrieval"].embed_images(HUGE), "image 0: too large: 20000 x 10000 pixels"),
     "one image": (lambda m, f: m["nlvr"].true_of("a.jpg", "a"), "takes two images"),
@@ -313,16 +370,64 @@ BAD = {
     "other width": (lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"), "features of 3 numbers .* do not compare"),
     "features of others": (lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
                            "2 images and 3 features"),
-    "no results": (lambda m, f: m["retrieval"].rank(["a.jpg"], "a", k=0), "k=0, it is a number from 1"),
     "mode": (lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"), "mode='gradcam', it is itm or itc"),
-    "empty box": (lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=[[1, 2, 3, 0]]), r"box \[1, 2, 3, 0\] is not"),
+    "configuration": (lambda m, f: load_model(f["ve"], config="/dev/null"), "/dev/null: not a regular file"),
 }
+NAN, FEATURES = float("nan"), np.ones((2, 8), np.float32)
+
+
+def closed():
+    picture = Image.new("RGB", (8, 8))
+    picture.close()
+    return picture
+
+
+IMAGES = {
+    "meta": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "closed": closed(), "no rows": np.zeros((0, 8, 3), np.uint8),
+    "no pixels": Image.new("RGB", (0, 0)), "tensor without pixels": torch.zeros(3, 0, 8, dtype=torch.uint8),
+    "a row": np.zeros(8, np.uint8), "a value": np.zeros((), np.uint8), "None": None, "device": "/dev/null",
+}  # fmt: skip
+BAD |= {f"image: {name}": (lambda m, f, image=image: m["retrieval"].heat_map(image, "a"), "image 0|/dev/null")
+        for name, image in IMAGES.items()}  # fmt: skip
+BAD |= {f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "k=") for k in (0, 1.5, NAN, "3", None)}
+BAD |= {f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=") for n in (-1, 1.5, "all")}
+BAD |= {f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=") for n in (-1, 1.5)}
+BAD |= {f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=") for n in (1.5, "2", -1)}
+BOXES = ([[1, 2, 3, 0]], [[NAN, 0, 1, 1]], [[0, 0, np.inf, 1]], [[0, 0, NAN, 1]], [["0", "0", "1", "1"]], [1, 2, 3, 4],
+         [None], [[1, 2, 3]])  # fmt: skip
+BAD |= {f"boxes {boxes}": (lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes), "box ")
+        for boxes in BOXES}  # fmt: skip
+BAD["boxes 5"] = lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=5), "5 are not boxes"
+BAD["boxes for another number of pairs"] = lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []), "0 lists of boxes for 2"
+FEATURE_CASES = {
+    "NaN": np.full((2, 8), NAN), "infinite": np.full((2, 8), -np.inf), "meta": torch.zeros(2, 8, device="meta"), "none": None,
+    "list": FEATURES.tolist(), "three dimensions": FEATURES[None], "whole numbers": FEATURES.astype(int), "empty": FEATURES[:0],
+}  # fmt: skip
+for name, values in FEATURE_CASES.items():
+    BAD[f"features to rank: {name}"] = (
+        lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values), "features|image 0")  # fmt: skip
+    BAD[f"features: {name}"] = lambda m, f, values=values: m["retrieval"].similarity(values, "a"), "features|image|index 0"
+BAD["answers that are a number"] = lambda m, f: m["vqa"].heat_map("a.jpg", "a", answers=5), "5 are not answers"
+BAD["a text of no dimensions"] = lambda m, f: m["retrieval"].embed_texts(np.array("a")), "are not texts"
+BAD["pairs that are a number"] = lambda m, f: m["nlvr"].true_of(5, ["a", "b"]), "5 are not pairs of images"
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(models, files, case):
     function, message = BAD[case]
     assert re.search(message, refusal(function, models, files))
+
+
+def test_texts_of_unknown_words_are_warned_of_at_the_callers_line(models, photos):
+    model = models["retrieval"]
+    for call in (lambda text: model.embed_texts(["a red circle", text]), lambda text: model.rank(photos[:2], text, k=1),
+                 lambda text: model.heat_map(photos[0], text), lambda text: model.similarity(photos[0], text)):  # fmt: skip
+        with pytest.warns(UnknownWords, match="赤い") as caught:
+            call("赤い パンダ")
+        assert {warning.filename for warning in caught} == {__file__}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call("a 赤い circle")
 
 
 def test_a_file_of_200_megapixels_is_one_line(models, tmp_path):

@@ -26,6 +26,7 @@ from conftest import ROOT, contents, exit_status, refusal, tiny
 from dataset import build_dataset
 from dataset.shapes.scenes import draw_scene, render
 from evaluation import retrieval
+from evaluation.divide import progress_bar
 from inference import index as indexing, load_model
 from inference.index import FILE, UNUSABLE, Index, find_images, near_copies, read_index, search
 from models import build_model
@@ -62,12 +63,12 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def index(run, checkpoints, tmp_path):
-    """Indexes folders into tmp_path / name with a checkpoint; returns what Search.py prints."""
+    """Indexes folders (and flags) into tmp_path / name with a checkpoint; returns what Search.py prints."""
 
     def call(*folders, name="index", checkpoint="model.pth"):
         status, out, err = run("index", *folders, "--checkpoint", checkpoints / checkpoint, "--to", tmp_path / name)
-        assert status == 0 and not err, err
-        return out
+        assert status == 0 and out.count("\n") == 1, err
+        return err + out
 
     return call
 
@@ -141,7 +142,7 @@ def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates
         moved.rename(gone)
     indexing.write_index(tmp_path / "index", found._replace(left=7), [])
     status, again, err = run("query", tmp_path / "index", "a red circle", "-k", 3, "--rerank", 5)
-    assert status == 0 and again == out and "index lacks 7 images" in err
+    assert status == 0 and again == out and "7 images are not indexed" in err
 
 
 def test_an_example_finds_itself_and_with_a_text_both_count(run, index, checkpoints, photos, tmp_path):
@@ -183,11 +184,11 @@ def test_duplicates_lists_a_copy_of_other_size_and_quality(run, index, photos, t
     Image.open(original).resize((400, 300)).save(folder / "smaller.jpg", quality=60)
     shutil.copy(original, folder / "same.jpg")
     index(folder)
-    status, out, _ = run("duplicates", tmp_path / "index", "--threshold", "0.999")
+    status, out, err = run("duplicates", tmp_path / "index", "--threshold", "0.999")
     groups = [set(re.findall(r"\S+\.jpg", group)) for group in out.split("\n\n")]
     copies = {str(original), str(folder / "same.jpg"), str(folder / "smaller.jpg")}
     assert status == 0 and any(copies <= group for group in groups)
-    assert re.fullmatch(r"\d+ groups of \d+ images", out.splitlines()[-1])
+    assert re.fullmatch(r"\d+ groups of \d+ images\n", err)
 
 
 def test_the_example_of_the_docs_runs(index, photos, tmp_path, capsys):
@@ -242,13 +243,13 @@ def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(index, ph
     kept = len(set(indexed) - set(changed) - set(removed))
     gone = len(set(indexed) & set(removed))
     assert kept > 5 and gone
-    out = index(folder)
-    assert f"50 images, {kept} as before, {50 - kept} embedded" in out and f"{gone} gone" in out
+    out = index(folder, "--prune")
+    assert f"50 images, {kept} as before, {50 - kept} embedded" in out and f"{gone} removed" in out
     index(folder, name="anew")
     assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
     lists = [(tmp_path / name / UNUSABLE).read_text() for name in ("index", "anew")]
     assert lists[0] == lists[1] and lists[0].count("not an image") == 3
-    assert "50 images, 50 as before, 0 embedded, 0 gone" in index(folder)
+    assert "50 images, 50 as before, 0 embedded, 0 removed" in index(folder)
 
 
 def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoints, tmp_path):
@@ -262,7 +263,7 @@ def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoint
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     (folder / "notes.txt").write_text("nothing to see")
     out = index(folder)
-    assert "20 images, 0 as before, 20 embedded" in out and out.count("left out:") == 6
+    assert "20 images, 0 as before, 20 embedded" in out and out.count("left out:") == 7 and "1 .txt" in out
     lines = (tmp_path / "index" / UNUSABLE).read_text().splitlines()
     expected = {"huge.png": "too large: Image size (200000000 pixels)", "empty.jpg": "empty file", "text.gif": "not an image",
                 "cut.jpg": "broken image", "line\\nbreak.jpg'": "empty file", "dangling.jpg": "No such file"}  # fmt: skip
@@ -272,6 +273,21 @@ def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoint
     (folder / "dangling.jpg").unlink()
     draw_photo(folder / "dangling.jpg", 1)
     assert "21 images, 20 as before, 1 embedded" in index(folder)
+
+
+def test_indexing_adds_and_prune_removes(run, index, photos, checkpoints, tmp_path):
+    folder = shutil.copytree(photos / "0", tmp_path / "mine")
+    (folder / "IMG_1.HEIC").touch()
+    assert "1 .heic" in index(folder)
+    assert "40 images, 20 as before, 20 embedded" in index(photos / "1")
+    (folder / "0/00.jpg").unlink()
+    both = read_index(tmp_path / "index")
+    assert "40 images, 40 as before, 0 embedded" in index(folder) and "0 removed" in index(photos / "1")
+    assert_same(read_index(tmp_path / "index"), both)
+    assert "39 images, 39 as before, 0 embedded, 1 removed" in index(folder, photos / "1", "--prune")
+    assert "20 images, 20 as before, 0 embedded, 19 removed" in index(photos / "1", "--prune")
+    index(photos / "1", name="anew")
+    assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
 
 
 def test_a_change_is_seen_by_its_date_alone(index, photos, tmp_path):
@@ -293,14 +309,17 @@ def test_every_image_at_any_depth_is_found_once(photos, tmp_path):
     for name in [*names, ".hidden.jpg", ".hidden/a.jpg", "a/.hidden.png"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / name, {".jfif": "JPEG", ".ppm": "PPM"}.get(Path(name).suffix))
+    for name in ("IMG.HEIC", "a/b/img.heic", "noextension", ".hidden.heic"):
+        (folder / name).touch()
     (tmp_path / "other").mkdir()
     picture.save(tmp_path / "other/f.jpg")
     (folder / "linked").symlink_to(tmp_path / "other")
     (folder / "a/loop").symlink_to(folder)
     (folder / b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")).write_bytes((folder / "z.JPG").read_bytes())
-    found, problems = find_images([folder, folder / "a", tmp_path / "other"])
+    found, problems, others = find_images([folder, folder / "a", tmp_path / "other"])
     expected = {str(folder / name) for name in [*names, "linked/f.jpg", "latin-\udcfc.jpg"]}
     assert set(found) == expected and list(found) == sorted(found) and not problems
+    assert others == {".heic": 2, "": 1}
     assert found[str(folder / "z.JPG")] == ((folder / "z.JPG").stat().st_size, (folder / "z.JPG").stat().st_mtime_ns)
 
 
@@ -316,6 +335,40 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(run, i
     status, _, err = run("query", tmp_path / "index", "a star")
     assert status == 2 and "its checkpoint" in err and "is gone: say by --checkpoint" in err
     assert run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "model.pth")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# standard output
+
+
+def test_a_text_of_unknown_words_has_a_note_and_a_ranking(run, index, photos, tmp_path):
+    index(photos / "0")
+    for text, notes in (("赤いパンダ", 1), ("a 赤いパンダ", 0), ("a red circle", 0)):
+        status, out, err = run("query", tmp_path / "index", text, "-k", 3)
+        assert status == 0 and out.count("\n") == 3 and err.count("\n") == notes and err.count("赤いパンダ") == notes
+
+
+def test_standard_output_holds_results_alone_and_may_be_closed(index, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    assert progress_bar([], "images").disable  # not a terminal
+    index(photos / "0")
+    monkeypatch.setattr(sys, "argv", ["Search.py", "query", str(tmp_path / "index"), "a star", "--rerank", "0", "--html",
+                                      str(tmp_path / "page.html")])  # fmt: skip
+    for closed in False, True:
+        reader, writer = os.pipe()
+        if closed:
+            os.close(reader)
+        child = os.fork()
+        if not child:
+            os.dup2(writer, 1)
+            os.dup2(os.open(tmp_path / "errors", os.O_RDWR | os.O_CREAT | os.O_TRUNC), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            os._exit(exit_status(Search.main))
+        os.close(writer)
+        out = [] if closed else os.fdopen(reader).readlines()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (tmp_path / "errors").read_text() == f"wrote {tmp_path / 'page.html'}\n"
+        assert closed or len(out) == 20 and all(re.fullmatch(r" *-?\d\.\d{3}  \S+\.jpg\n", line) for line in out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +405,7 @@ def test_the_page_opens_from_disk_whatever_the_paths(run, index, photos, tmp_pat
     Image.open(source).save(folder / "turned.jpg", exif=rotated)
     index(folder)
     status, out, _ = run("query", tmp_path / "index", "a <i>star</i> & more", "--html", tmp_path / "page.html")
-    assert status == 0 and len(out.splitlines()) >= 10 and "line\\nbreak.jpg" in out
+    assert status == 0 and len(out.splitlines()) == 9 and "line\\nbreak.jpg" in out
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
     paths = {os.fsdecode(urllib.parse.unquote_to_bytes(link.removeprefix("file://"))) for link in page.links}
@@ -372,6 +425,7 @@ BAD = {
     "no such folder": ("index {}/nowhere", "nowhere: does not exist, name a folder"),
     "a file": ("index {}/text.txt", "text.txt: is a file, name a folder"),
     "an empty folder": ("index {}/photos {}/empty", "empty: no image in it or below"),
+    "other files": ("index {}/others", "others: no image in it or below .*1 without suffix, 1 .heic"),
     "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
     "another task": ("index {}/photos --checkpoint {}/vqa.pth", "vqa.pth is of task vqa, which cannot do it"),
     "another checkpoint": ("index {}/photos --checkpoint {}/other.pth", "made with weights .* of .*model.pth, and .*other.pth"),
@@ -406,12 +460,15 @@ def folder(checkpoints, photos, tmp_path_factory):
         (folder / f"{name}.pth").symlink_to(checkpoints / f"{name}.pth")
     (folder / "photos").symlink_to(photos / "0")
     (folder / "empty").mkdir()
+    (folder / "others").mkdir()
+    for name in ("a.HEIC", "b"):
+        (folder / "others" / name).touch()
     (folder / "text.txt").write_text("a text")
     (folder / "broken").mkdir()
     (folder / "broken/a.jpg").write_text("a text")
     HUGE.save(folder / "huge.png")
     model = load_model(folder / "model.pth", "cpu")
-    indexing.update_index(folder / "index", indexing.open_index(folder / "index"), model, *find_images([folder / "photos"]))
+    indexing.update_index(folder / "index", indexing.open_index(folder / "index"), model, *find_images([folder / "photos"])[:2])
     gone = read_index(folder / "index")
     for name in ("gone", "damaged"):
         (folder / name).mkdir()
@@ -441,7 +498,7 @@ def test_a_folder_without_permission_is_one_line(photos):
         (folder / "photos/0").chmod(0)
         if os.geteuid() == 0:
             os.seteuid(65534)
-        found, problems = find_images([folder / "photos"])
+        found, problems, _ = find_images([folder / "photos"])
         assert len(found) == 10 and problems == [(str(folder / "photos/0"), "Permission denied")]
         message = refusal(find_images, [folder / "photos/0"])
         assert message.endswith("photos/0: Permission denied)")

@@ -6,6 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.figure import Figure
 from PIL import Image
 
 import Visualize
@@ -14,6 +18,7 @@ from visualize.explain import explain_answer, explain_class, find_answer, join_p
 from models import build_model, task_of
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
+from visualize import draw as draw_module
 from visualize.draw import draw_heat_maps
 from utils import InputError, Text, seed_everything
 
@@ -244,8 +249,8 @@ def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn from here on."""
-    found = []
-    monkeypatch.setattr("visualize.draw.plt.close", found.append)
+    found, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (found.append(figure), save(figure, *args, **kwargs)))
     return found
 
 
@@ -269,6 +274,45 @@ def test_heat_maps_share_a_scale_and_a_color_bar_and_show_the_image(figures, tmp
 def test_without_any_heat_there_is_a_picture(figures, tmp_path):
     draw_heat_maps([np.zeros((40, 80, 3), np.uint8)], [("whole text", np.zeros((1, 2, 2)))], ["dog"], tmp_path / "a.png")
     assert figures[0].axes[1].images[1].get_clim() == (0, 1)
+
+
+@pytest.fixture
+def font(tmp_path):
+    """A font file with one character, 赤, that this test alone has installed."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((500, 0), (500, 500), (0, 500)):
+        pen.lineTo(point)
+    pen.closePath()
+    builder = FontBuilder(1000)
+    builder.setupGlyphOrder([".notdef", "red"])
+    builder.setupCharacterMap({ord("赤"): "red"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "red": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (500, 0), "red": (500, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Test Red", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "red.ttf")
+    installed = list(font_manager.fontManager.ttflist)
+    yield tmp_path / "red.ttf"
+    font_manager.fontManager.ttflist[:] = installed
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, font, monkeypatch, tmp_path, capsys):
+    def draw():
+        draw_heat_maps([np.zeros((40, 80, 3), np.uint8)], [("赤", np.zeros((1, 2, 2)))], ["赤 ด $5 $6 é"], tmp_path / "a.png")
+        return figures[-1].get_suptitle(), figures[-1].axes[1].get_title(), capsys.readouterr().err
+
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
+    without, with_box, err = draw()
+    assert (without, with_box) == ("□ □ $5 $6 é", "□") and err.count("\n") == 1 and "CJK" in err and "THAI" in err
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font)])  # installed since
+    draw_module._add_new_fonts.cache_clear()
+    with_font, label, err = draw()
+    assert (with_font, label) == ("赤 □ $5 $6 é", "赤") and "CJK" not in err and "THAI" in err
+    assert "Test Red" in figures[-1].axes[1].title.get_fontfamily()
 
 
 def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, tokenizer):

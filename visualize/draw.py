@@ -1,26 +1,27 @@
 """Drawing: curves of a run, rankings, attributes, heat maps and pseudo-targets, each from arrays and text to a file."""
 
+import contextlib
+import functools
 import math
 import os
+import sys
 import textwrap
-import warnings
+import unicodedata
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 from dataset.images import load_image
 from utils import InputError, atomic_write
-
-matplotlib.rcParams["text.parse_math"] = False  # a $ in a caption is a dollar
-warnings.filterwarnings("ignore", "Glyph .* missing")  # a box takes its place
 
 DPI = 110
 WIDTH = 12  # inches of a full row of panels
@@ -36,8 +37,62 @@ HEAT[:, 3] = np.linspace(0, 0.65, 256)
 HEAT = ListedColormap(HEAT, "heat")
 
 
+@functools.cache
+def _characters_of(font):
+    """Return the characters of a font file, none if it cannot be read."""
+    try:
+        return set(map(chr, FT2Font(font).get_charmap()))
+    except (OSError, RuntimeError):
+        return set()
+
+
+@functools.cache
+def _add_new_fonts():
+    """Add the fonts that were installed after matplotlib listed fonts for its cache."""
+    for font in set(font_manager.findSystemFonts()) - {entry.fname for entry in font_manager.fontManager.ttflist}:
+        with contextlib.suppress(Exception):  # matplotlib skips what it cannot use, too
+            font_manager.fontManager.addfont(font)
+
+
+def _find_fonts(characters):
+    """Return the families of installed fonts that together have as many of the characters as possible."""
+    families, lacking = [], set(characters)
+    fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
+    while True:
+        gained, *_, font = max(
+            ((len(lacking & _characters_of(font.fname)), font.style == "normal", font.weight == 400, "Sans" in font.name, font)
+             for font in fonts), key=lambda row: row[:-1])  # fmt: skip
+        if not gained:
+            return families
+        families.append(font.name)
+        lacking -= _characters_of(font.fname)
+
+
+def _set_font(text):
+    """Choose fonts for the characters of a matplotlib text, and return those that no installed font has.
+
+    A box takes their place. A $ stays a dollar.
+    """
+    text.set_parse_math(False)
+    lacking = set(text.get_text()) - {"\n"} - _characters_of(font_manager.findfont(text.get_fontproperties()))
+    if not lacking:
+        return set()
+    _add_new_fonts()
+    for family in _find_fonts(lacking):
+        properties = text.get_fontproperties().copy()
+        text.set_fontfamily([*text.get_fontfamily(), family])
+        properties.set_family(family)
+        lacking -= _characters_of(font_manager.findfont(properties))
+    text.set_text("".join(c if c not in lacking else "□" if c.isprintable() else " " for c in text.get_text()))
+    return {c for c in lacking if c.isprintable()}
+
+
 def _save(figure, path):
     """Write a figure in the format that the name of its file says. Raises InputError."""
+    if lacking := set().union(*map(_set_font, figure.findobj(Text))):
+        scripts = {unicodedata.name(c, "unknown").split()[0] if c.isalpha() else "symbols" for c in lacking}
+        print(f"note: {path}: no installed font has {', '.join(sorted(scripts))}, such as {min(lacking)}; install one, "
+              "such as Noto (Debian: fonts-noto-core, fonts-noto-cjk)", file=sys.stderr)  # fmt: skip
     try:
         with atomic_write(path) as file:
             figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
@@ -45,7 +100,6 @@ def _save(figure, path):
         raise InputError(f"{path}: cannot be written ({error.strerror}): make room, or name another place") from None
     except ValueError as error:  # a format that matplotlib does not know
         raise InputError(f"{path}: {error}") from None
-    plt.close(figure)
 
 
 def _average(values):
@@ -61,7 +115,7 @@ def draw_curves(curves, path):
     """
     names = [name for name in TITLES if name in curves]
     rows = math.ceil(len(names) / 3)
-    figure = plt.figure(figsize=(14, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(14, 3.6 * rows), layout="constrained")
     for place, name in enumerate(names, 1):
         steps, values, *_ = curves[name]
         axis = figure.add_subplot(rows, 3, place, title=TITLES[name], xlabel="iteration")
@@ -76,7 +130,7 @@ def draw_curves(curves, path):
 
 def draw_lines(curves, name, path):
     """Draw a scalar that TITLES knows of several runs in one panel. curves: run -> (steps, values, ...), arrays [N]."""
-    figure = plt.figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot(title=TITLES[name], xlabel="iteration")
     for run, (steps, values, *_) in curves.items():
         axis.plot(steps, _average(values), label=run)
@@ -93,7 +147,7 @@ def draw_retrieval(rankings, path, queries=5, top=5):
     texts, images = ([rows[i] for i in np.linspace(0, len(rows) - 1, min(queries, len(rows))).astype(int)]
                      for rows in (rankings["text_to_image"], rankings["image_to_text"]))  # fmt: skip
     rows = len(texts) + len(images)
-    figure = plt.figure(figsize=(13, 2.05 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(13, 2.05 * rows + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows, top + 1, width_ratios=[1.6] + [1] * top)
 
     def show_text(cell, *lines, **place):
@@ -130,13 +184,13 @@ def draw_attributes(result, path, count=5):
     """
     boxes, attributes = result["boxes"], result["attributes"]
     chosen = [boxes[i] for i in np.linspace(0, len(boxes) - 1, min(count, len(boxes))).astype(int)]
-    figure = plt.figure(figsize=(13, 2.05 * len(chosen) + 0.6), layout="constrained")
+    figure = Figure(figsize=(13, 2.05 * len(chosen) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(chosen), 3, width_ratios=[1, 2, 2])
     for row, box in enumerate(chosen):
         axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
         axis.imshow(load_image(os.path.join(result["image_root"], box["image"])).permute(1, 2, 0).numpy())
         x, y, w, h = box["box"]
-        axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor="#ff2d9b", linewidth=2.5))
+        axis.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor="#ff2d9b", linewidth=2.5))
         for column, (kind, right) in enumerate((("best", 1), ("worst", 0)), 1):
             axis = figure.add_subplot(grid[row, column], title=kind if row == 0 else None)
             axis.axis("off")
@@ -209,8 +263,8 @@ def draw_heat_maps(images, panels, title, path):
     width = np.clip(1.7 * math.prod(aspects) ** (0.5 / rows), 1.25, 5)
     bands = math.ceil(count / int(WIDTH / width))
     columns, heights = math.ceil(count / bands), [width / aspect for aspect in aspects]
-    figure, axes = plt.subplots(bands * rows, columns, height_ratios=heights * bands, squeeze=False, layout="compressed",
-                                figsize=(max(width * columns + 1, 6), bands * (sum(heights) + 0.3) + 1))  # fmt: skip
+    figure = Figure(figsize=(max(width * columns + 1, 6), bands * (sum(heights) + 0.3) + 1), layout="compressed")
+    axes = figure.subplots(bands * rows, columns, height_ratios=heights * bands, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     images, scale = [_small(image) for image in images], _heat_scale(panels)
@@ -256,7 +310,7 @@ def draw_pseudo_targets(image, words, texts, title, texts_title, path):
     width = WIDTH / 7
     rows = max(math.ceil(len(words) / columns), min(round(2.2 * image.shape[0] / image.shape[1]), 3), 1)
     heights = [1.4] * rows + [2] * bool(texts)
-    figure = plt.figure(figsize=(width * (columns + 2), sum(heights) + 0.8), layout="constrained")
+    figure = Figure(figsize=(width * (columns + 2), sum(heights) + 0.8), layout="constrained")
     grid = figure.add_gridspec(len(heights), columns + 2, height_ratios=heights)
     axis = figure.add_subplot(grid[:rows, :2], anchor="NW")
     axis.imshow(_small(image))

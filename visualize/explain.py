@@ -55,13 +55,11 @@ def split_words(text, model, tokenizer):
     Words are those of BERT's pre-tokenizer: separated by blanks, each symbol that clean-up leaves by itself.
     """
     text = without_halves(text)
-    tokens = tokenizer([text], truncation=True, max_length=model.bert_config["max_position_embeddings"])
-    pieces = {}
-    for position, word in enumerate(tokens.word_ids(0)):
+    tokens, limit, pieces = tokenizer([text], verbose=False), model.bert_config["max_position_embeddings"], {}
+    for position, word in enumerate(tokens.word_ids(0)[:limit]):
         if word is not None:
             pieces.setdefault(word, []).append(position)
-    (ids,) = tokens["input_ids"]
-    words = []
+    ids, words = tokens["input_ids"][0][:limit], []
     for word, positions in pieces.items():
         start, end = tokens.word_to_chars(0, word)
         words.append(text[start:end] + UNKNOWN * (ids[positions[0]] == tokenizer.unk_token_id))

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dataset.images import FORMATS
-from utils import InputError, atomic_write, printable
+from utils import InputError, atomic_write, open_regular, printable
 
 SIDE = 480  # pixels of a thumbnail's longer side, twice what it has on most screens
 PAGE = """<!DOCTYPE html>
@@ -71,7 +71,7 @@ def write_page(path, results, total, ranked_by, text=None, image=None):
 def _thumbnail(path):
     """Return an image file as an <img> with its pixels in it, upright as EXIF has it; what is wrong with it as text."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded
             image = ImageOps.exif_transpose(image).convert("RGB")
         image.thumbnail((SIDE, SIDE))
