@@ -21,7 +21,7 @@ from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
 from models.alignment import feature_similarity
 from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository
-from utils import InputError, atomic_write, make_output_dir, printable
+from utils import InputError, alone, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
 SAVE_EVERY, SAVE_SHARE = 10, 0.05  # seconds from one save to the next, at least; of the time that goes into saves, at most
@@ -217,6 +217,7 @@ def _collate(samples):
     return torch.stack(usable) if usable else None, problems
 
 
+@alone()
 def update_index(folder, index, model, images, problems, prune=False):
     """Add images to the index of a folder, with problems, both as find_images gives them; return the Changes.
 

@@ -30,7 +30,7 @@ from models.alignment import feature_similarity, matched
 from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
 from models.gradcam import text_gradcam
 from models.tokenizer import tokenizer_of
-from utils import InputError
+from utils import InputError, alone
 from visualize.draw import draw_heat_maps
 from visualize.explain import (
     explain_answer, explain_class, explain_similarity, split_words, unknown_words, word_targets,
@@ -96,7 +96,7 @@ def serves(*tasks, exact=False):
         @functools.wraps(method)
         def call(self, *args, **kwargs):
             check_task(self, tasks, method.__name__)
-            with torch.no_grad(), nullcontext() if exact else autocast(self.config, self.device):
+            with alone(), torch.no_grad(), nullcontext() if exact else autocast(self.config, self.device):
                 return method(self, *args, **kwargs)
 
         return call

@@ -8,6 +8,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -113,6 +114,22 @@ def test_match_is_the_probability_of_the_matching_head(models, photos):
     (text_embeds, _), (image_embeds, _) = model.model.encode_text(phrase.tokens), model.model.encode_image(image)
     fused = model.model.fuse(text_embeds, phrase.tokens.attention_mask, image_embeds)
     assert close(model.match(photos[0], "A red circle!"), model.model.itm_logits(fused).softmax(dim=1)[0, 1])
+
+
+def test_a_method_called_on_one_rank_of_a_job_neither_divides_nor_waits(models, photos, monkeypatch):
+    calls = {
+        "retrieval": lambda model: model.rank(photos, ["a red circle", "a star"], k=3, rerank=3),
+        "pretrain": lambda model: model.embed_images(photos),
+        "ve": lambda model: model.entails(photos[0], "a red circle"),
+    }
+    expected = {task: call(models[task]) for task, call in calls.items()}
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_reduce", mock.Mock(side_effect=AssertionError("waits")))
+    for task, call in calls.items():
+        found = call(models[task])
+        assert torch.equal(found, expected[task]) if task == "pretrain" else found == expected[task]
 
 
 def test_rank_reads_only_the_candidates_where_features_are_given(models, photos):
