@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 
 from ruamel.yaml import YAML
 
-from utils import InputError, atomic_write, open_regular
+from utils import InputError, atomic_write, read_regular
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what a key may hold
@@ -302,8 +302,7 @@ def override(config, overrides, where):
 def load_config(path, overrides=()):
     """Read a YAML file and applies overrides as `override` does. Raises InputError."""
     try:
-        with open_regular(path) as file:
-            content = file.read()
+        content = read_regular(path)
     except OSError as error:
         _check_folder("--config", path)
         raise InputError(f"--config {path}: {error.strerror}") from None
@@ -338,8 +337,7 @@ def _read_bert_file(value):
     if MAPPING.fits(value):
         return dict(value)
     try:
-        with open_regular(value) as file:
-            bert = json.load(file)
+        bert = json.loads(read_regular(value))
     except OSError as error:
         raise InputError(f"bert_config: cannot read {value}: {error.strerror}") from None
     except ValueError as error:

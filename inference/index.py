@@ -25,7 +25,7 @@ from utils import InputError, alone, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
 SAVE_EVERY, SAVE_SHARE = 10, 0.05  # seconds from one save to the next, at least; of the time that goes into saves, at most
-SUFFIXES = 8  # that are counted by name
+COUNTED = 8  # suffixes that are counted one by one
 ROWS = 4096  # that near_copies compares with as many others at a time
 
 
@@ -182,9 +182,9 @@ def find_images(folders):
 
 def count_others(others):
     """Return a phrase on the files that are no images by their suffixes, a Counter as find_images gives it."""
-    most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:SUFFIXES]
+    most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:COUNTED]
     counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in most]
-    return ", ".join([*counts, *["..."] * (len(others) > SUFFIXES)])
+    return ", ".join([*counts, *["..."] * (len(others) > COUNTED)])
 
 
 def _folders_below(root, onerror):
