@@ -71,7 +71,7 @@ TASKS = {
     "ve": ("ve_train", "ve_test", "ve_test", (30, 40), (30, 40)),
     "nlvr": ("nlvr_train", "nlvr_test", "nlvr_test", (30, 40), (30, 40)),
     "grounding": ("grounding_train", None, "grounding_test", (30, 30), (30, 30)),
-    "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 32), (512, 32)),
+    "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 40), (512, 40)),
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def keys_of(task, shapes):
     names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
     return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
         "vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json"),
-        "answer_list": str(shapes / "answer_list.json"), "max_tokens": 32,
+        "answer_list": str(shapes / "answer_list.json"),
     }  # fmt: skip
 
 
