@@ -372,3 +372,8 @@ def test_results_come_in_order_and_few_items_are_taken_ahead():
     with in_processes(2) as jobs:
         for i, result in enumerate(jobs(abs, items())):
             assert result == i and len(taken) <= i + 9
+
+
+def test_a_key_of_set_that_the_task_does_not_read_is_refused(run, shapes):
+    status, out, report = run("--set", "eos=[SEP]x", task="ve", **keys_of("ve", shapes))
+    assert status == 2 and "eos" in out and report is None
