@@ -45,7 +45,7 @@ def idle_keys(task: str, config: dict, overrides: list[str], evaluate: bool) -> 
         ("itc" not in objectives, "objectives lacks itc", ["hard_negatives", "queue_size", "temp", "optimizer.temp_lr_scale"]),
         ("itm" not in objectives, "objectives lacks itm", ["hard_negatives"]),
         (task == "vqa" and not answers, "answers are generated without answer_list", ["k_test"]),
-        (task == "vqa" and answers, "answers are chosen from answer_list", ["num_beams"]),
+        (task == "vqa" and answers, "answers are chosen from answer_list", ["num_beams", "max_answer_tokens"]),
     ):
         if idle:
             yield [key for key in keys if key in given], reason

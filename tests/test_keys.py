@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import engine.loop
+import engine.saving
 import engine.task
 import models
 from configs.effects import notes, unread_keys
-from configs.schema import KEYS, TASKS, load_config, read_bert_config, with_defaults
+from configs.schema import KEYS, TASKS, load_config, override, read_bert_config, with_defaults
 from conftest import ROOT, exit_status, refusal
 from dataset import build_dataset
 from evaluation.retrieval import encode_texts
@@ -95,7 +96,7 @@ def test_the_table_says_which_task_reads_a_key(script, pretrained, sharded, shap
     monkeypatch.setattr(engine.task, "notes", lambda *args: [])
     monkeypatch.setattr(models, "with_defaults", lambda config: config)
     monkeypatch.setattr(engine.loop, "scaled", lambda schedule, *args: Recorder(scaled(schedule, *args), read, "scheduler."))
-    monkeypatch.setattr(engine.loop, "save_config", lambda *args: None)
+    monkeypatch.setattr(engine.saving, "save_config", lambda *args: None)
     keys = {}
     if task in ("pretrain", "nlvr_pretrain"):  # of lists and shards
         keys = {"train_file": [str(shapes / "pretrain.json"), sharded]}
@@ -139,13 +140,12 @@ def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_pa
     ("ve", ["distill=false", "alpha=0.1"], "alpha"),
     ("ve", ["keep_checkpoints=1"], "keep_checkpoints"),
     ("vqa", ["num_beams=2"], "num_beams"),
+    ("vqa", ["max_answer_tokens=5"], "max_answer_tokens"),
     ("vqa", ["answer_list=null", "k_test=3"], "k_test"),
 ])  # fmt: skip
 def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
     config = {**tiny_config, "val_file": ["val.json"], "answer_list": "a.json"}
     config = with_defaults({key: value for key, value in config.items() if key not in unread_keys(task, config)})
-    from configs.schema import override
-
     (line,) = notes(task, override(config, flags, "config"), flags, False)
     assert f"{named}:" in line
     (line,) = notes(task, override(config, ["accumulate=2"], "config"), ["accumulate=2", "max_tokens=9"], True)
