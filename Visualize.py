@@ -119,7 +119,7 @@ def load(args):
     return model
 
 
-def read_texts(path):
+def read_texts(path, max_words):
     """Read the texts of a file, cleaned up, each once: captions of a JSON list, else the lines."""
     if Path(path).suffix == ".json":
         texts = [text for number, entry in read_json_list(path) for text in check_entry(entry, Captioned, path, number).texts]
@@ -128,7 +128,7 @@ def read_texts(path):
             texts = Path(path).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--texts {path}: cannot be read as text, one per line: {error}") from None
-    return [text for text in dict.fromkeys(pre_caption(text, MAX_WORDS) for text in texts) if text]
+    return [text for text in dict.fromkeys(pre_caption(text, max_words) for text in texts) if text]
 
 
 def candidate_texts(args, config):
@@ -136,7 +136,7 @@ def candidate_texts(args, config):
     files = [args.texts] if args.texts else [path for path in config["test_file"] or [] if Path(path).is_file()]
     if not files:
         print("note: no texts to compare with, as --texts is not given and the checkpoint's test_file is out of reach")
-    texts = list(dict.fromkeys(text for path in files for text in read_texts(path)))
+    texts = list(dict.fromkeys(text for path in files for text in read_texts(path, config["max_words"] or MAX_WORDS)))
     if args.texts and not texts:
         raise InputError(f"--texts {args.texts}: no text in it")
     return texts
@@ -155,7 +155,7 @@ def candidate_answers(args, config):
 def picture_pseudo_targets(args, picture, model):
     """Draw the momentum model's words and texts for an image, uint8 [3, H, W], and its caption."""
     words, texts = model.fill_in(picture, args.text), candidate_texts(args, model.config)
-    caption, best = pre_caption(args.text, MAX_WORDS), []
+    caption, best = pre_caption(args.text, model.config["max_words"] or MAX_WORDS), []
     if texts:
         with torch.no_grad():
             _, image_feat = model.model.encode_image(normalize(model.transform(picture)[None].to(model.device)), momentum=True)

@@ -1,4 +1,4 @@
-"""Every configuration key of every task: its default and what it may hold; loading, overriding and saving YAML files.
+"""Every configuration key: its default, its values and the tasks that read it; loading, overriding, saving YAML files.
 
 A new key is a line in KEYS; config["key"], or config["section"]["key"], then has its value in every task.
 """
@@ -28,11 +28,37 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
+TASKS = ("pretrain", "nlvr_pretrain", "retrieval", "vqa", "ve", "nlvr", "grounding", "relevance", "attributes")
+
+
+def all_but(*names):
+    """Return the tasks without some."""
+    return tuple(task for task in TASKS if task not in names)
+
+
+TRAINED = all_but("attributes")
+CONTRASTIVE = ("pretrain", "retrieval", "grounding")  # trained by ITC and ITM
+CAPTIONED = ("pretrain", "nlvr_pretrain")  # trained on captions from the web
+DISTILLED = all_but("nlvr_pretrain", "attributes")
+VALIDATED = ("retrieval", "vqa", "ve", "nlvr", "relevance")  # by val_file
+
+
 class Key(NamedTuple):
-    """A key's default and kind. One without a default, None, may be left out; a task that needs it says so."""
+    """A key's default, kind and readers. One without a default, None, may be left out; a task that needs it says so.
+
+    tasks: those on whose result or run the key has an effect, none for keys that stand in released files alone; training: it
+    has none where a task is only evaluated.
+    """
 
     default: Any
     kind: Kind
+    tasks: tuple = TASKS
+    training: bool = False
+
+
+def trains(default, kind, tasks=TRAINED):
+    """Return a Key that training alone reads."""
+    return Key(default, kind, tasks, training=True)
 
 
 def number(low=0, high=None):
@@ -42,9 +68,11 @@ def number(low=0, high=None):
     return Kind(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
 
 
-def whole(low):
-    """Return the kind of a whole number that is not below `low`."""
-    return Kind(f"a whole number from {low}", lambda value: type(value) is int and value >= low)
+def whole(low, high=None):
+    """Return the kind of a whole number from `low` to `high`, by default to what a machine word holds."""
+    wanted = f"a whole number from {low}" if high is None else f"a whole number from {low} to {high:,}"
+    high = sys.maxsize if high is None else high
+    return Kind(wanted, lambda value: type(value) is int and low <= value <= high)
 
 
 def one_of(*choices):
@@ -80,98 +108,104 @@ BETAS = Kind("two numbers from 0 to below 1", lambda value: isinstance(value, li
     number(0, 1).fits(beta) and beta < 1 for beta in value))  # fmt: skip
 REFER = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p"}  # data sets of REFER, their refs
 OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
+# far above any model: what is beyond them fills the memory before anything is said
+COUNT, WIDTH, PIXELS = whole(1, 1000), whole(1, 100_000), whole(1, 10_000)
+ROWS = whole(1, 100_000_000)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the keys
 
+TEMP_RANGE = 0.001, 0.5  # that the learned temperature is kept in
 KEYS = {
     # data
-    "train_file": Key(None, PATHS),
-    "val_file": Key(None, PATHS),
-    "test_file": Key(None, PATHS),
-    "image_root": Key("", TEXT),
-    "vqa_root": Key(None, TEXT),
-    "vg_root": Key(None, TEXT),
-    "answer_list": Key(None, TEXT),
-    "refcoco_data": Key(None, TEXT),
-    "refer_dataset": Key("refcoco+", one_of(*REFER)),  # a folder under refcoco_data
-    "det_file": Key(None, TEXT),
-    "coco_file": Key(None, TEXT),  # in released files, without effect
-    "image_res": Key(None, whole(1)),
-    "hflip": Key(True, FLAG),
-    "min_scale": Key(None, number(0, 1)),
-    "randaugment": Key(True, FLAG),
-    "max_skipped": Key(0.01, number(0, 1)),
-    "num_workers": Key(None, whole(0)),
-    "shuffle_buffer": Key(20000, whole(1)),
+    "train_file": trains(None, PATHS),
+    "val_file": Key(None, PATHS, (*VALIDATED, "attributes")),
+    "test_file": Key(None, PATHS, ("pretrain", *VALIDATED, "grounding", "attributes")),
+    "image_root": Key("", TEXT, all_but("vqa")),
+    "vqa_root": Key(None, TEXT, ("vqa",)),
+    "vg_root": Key(None, TEXT, ("vqa",)),
+    "answer_list": Key(None, TEXT, ("vqa",)),
+    "refcoco_data": Key(None, TEXT, ("grounding",)),
+    "refer_dataset": Key("refcoco+", one_of(*REFER), ("grounding",)),  # a folder under refcoco_data
+    "det_file": Key(None, TEXT, ("grounding",)),
+    "coco_file": Key(None, TEXT, ()),  # in released files, without effect
+    "image_res": Key(None, PIXELS),
+    "hflip": trains(True, FLAG),
+    "min_scale": trains(None, number(0, 1)),
+    "randaugment": trains(True, FLAG),
+    "max_skipped": trains(0.01, number(0, 1)),
+    "num_workers": Key(None, whole(0, 1000)),
+    "shuffle_buffer": trains(20000, whole(1), CAPTIONED),
+    "max_words": Key(None, whole(1), all_but("attributes")),  # of a text; the task's by default
+    "max_tokens": Key(None, whole(2)),  # ids of a text, [CLS] included; the task's by default
     # model
     "bert_config": Key(None, either(PATH, MAPPING)),
-    "vision_width": Key(768, whole(1)),
-    "vision_depth": Key(12, whole(1)),
-    "vision_heads": Key(12, whole(1)),
-    "patch_size": Key(16, whole(1)),
-    "embed_dim": Key(256, whole(1)),
+    "vision_width": Key(768, WIDTH),
+    "vision_depth": Key(12, COUNT),
+    "vision_heads": Key(12, COUNT),
+    "patch_size": Key(16, PIXELS),
+    "embed_dim": Key(256, WIDTH, ("pretrain", "nlvr_pretrain", "retrieval", "grounding", "attributes")),
     "text_encoder": Key("bert-base-uncased", TEXT),
-    "vision_encoder": Key("deit_base_patch16_224.fb_in1k", TEXT),
+    "vision_encoder": trains("deit_base_patch16_224.fb_in1k", TEXT, ("pretrain",)),
     "tokenizer": Key(None, TEXT),
     # method
-    "objectives": Key(["itc", "mlm", "itm"], OBJECTIVES),
-    "hard_negatives": Key(True, FLAG),
-    "distill": Key(True, either(FLAG, OBJECTIVES)),
-    "alpha": Key(0.4, number(0, 1)),
-    "warm_up": Key(True, FLAG),
-    "temp": Key(0.07, number()),
-    "momentum": Key(0.995, number(0, 1)),
-    "queue_size": Key(65536, whole(1)),
-    "mlm_probability": Key(0.15, number(0, 1)),
-    "k_test": Key(128, whole(1)),
-    "image_embeds": Key("host", one_of("host", "recompute")),
-    "max_tokens": Key(64, whole(2)),  # of relevance: query, separator and the words of the ad
-    "eos": Key("[SEP]", TEXT),
-    "num_beams": Key(3, whole(1)),
-    "max_answer_tokens": Key(None, whole(1)),  # of a generated answer; by default the longest training answer's, else 10
-    "share": Key("cross_attention", one_of("cross_attention", "all", "none")),
-    "eval_ema": Key(None, FLAG),  # in released files, without effect
+    "objectives": trains(["itc", "mlm", "itm"], OBJECTIVES, CONTRASTIVE),
+    "hard_negatives": trains(True, FLAG, CONTRASTIVE),
+    "distill": trains(True, either(FLAG, OBJECTIVES), DISTILLED),
+    "alpha": trains(0.4, number(0, 1), DISTILLED),
+    "warm_up": trains(True, FLAG, DISTILLED),
+    "temp": trains(0.07, number(*TEMP_RANGE), CONTRASTIVE),
+    "momentum": trains(0.995, number(0, 1), DISTILLED),
+    "queue_size": trains(65536, ROWS, CONTRASTIVE),
+    "mlm_probability": trains(0.15, number(0, 1), ("pretrain",)),
+    "k_test": Key(128, whole(1), ("pretrain", "retrieval", "vqa")),
+    "image_embeds": Key("host", one_of("host", "recompute"), ("pretrain", "retrieval")),
+    "eos": Key("[SEP]", TEXT, ("vqa",)),
+    "num_beams": Key(3, COUNT, ("vqa",)),
+    # of a generated answer; by default the longest training answer's, else 10
+    "max_answer_tokens": Key(None, whole(1), ("vqa",)),
+    "share": Key("cross_attention", one_of("cross_attention", "all", "none"), ("nlvr", "nlvr_pretrain")),
+    "eval_ema": Key(None, FLAG, ()),  # in released files, without effect
     # training
-    "batch_size": Key(None, whole(1)),
-    "batch_size_test": Key(64, whole(1)),
-    "accumulate": Key(1, whole(1)),
-    "clip_grad": Key(None, number()),
-    "reference_batch": Key(None, whole(1)),
+    "batch_size": trains(None, whole(1)),
+    "batch_size_test": Key(64, whole(1), all_but("nlvr_pretrain")),
+    "accumulate": trains(1, whole(1)),
+    "clip_grad": trains(None, number()),
+    "reference_batch": trains(None, whole(1)),
     "precision": Key("fp32", one_of("fp32", "bf16")),
-    "compile": Key("auto", either(one_of("auto"), FLAG)),
-    "gradient_checkpointing": Key(False, FLAG),
+    "compile": trains("auto", either(one_of("auto"), FLAG)),
+    "gradient_checkpointing": trains(False, FLAG),
     "deterministic": Key(False, FLAG),
-    "log_every": Key(50, whole(1)),
-    "save_every": Key("15 minutes", INTERVAL),
-    "keep_checkpoints": Key(None, whole(1)),
-    "max_skipped_steps": Key(0, whole(0)),
-    "optimizer.opt": Key("adamW", TEXT),
-    "optimizer.lr": Key(1e-4, number()),
-    "optimizer.weight_decay": Key(0.02, number()),
-    "optimizer.opt_eps": Key(None, number()),  # the optimizer's own by default, as opt_betas
-    "optimizer.opt_betas": Key(None, BETAS),
-    "optimizer.temp_lr_scale": Key(1.0, number()),
-    "scheduler.sched": Key("cosine", one_of("cosine")),
-    "scheduler.epochs": Key(30, whole(1)),
-    "scheduler.min_lr": Key(1e-5, number()),
-    "scheduler.decay_rate": Key(1.0, number()),
-    "scheduler.warmup_lr": Key(1e-5, number()),
-    "scheduler.warmup_epochs": Key(10, whole(0)),
-    "scheduler.cooldown_epochs": Key(0, whole(0)),
-    "scheduler.warmup_iters": Key(None, whole(0)),
+    "log_every": trains(50, whole(1)),
+    "save_every": trains("15 minutes", INTERVAL),
+    "keep_checkpoints": trains(None, whole(1)),
+    "max_skipped_steps": trains(0, whole(0)),
+    "optimizer.opt": trains("adamW", TEXT),
+    "optimizer.lr": trains(1e-4, number()),
+    "optimizer.weight_decay": trains(0.02, number()),
+    "optimizer.opt_eps": trains(None, number()),  # the optimizer's own by default, as opt_betas
+    "optimizer.opt_betas": trains(None, BETAS),
+    "optimizer.temp_lr_scale": trains(1.0, number(), CONTRASTIVE),
+    "scheduler.sched": trains("cosine", one_of("cosine")),
+    "scheduler.epochs": trains(30, whole(1)),
+    "scheduler.min_lr": trains(1e-5, number()),
+    "scheduler.decay_rate": Key(1.0, number(), ()),  # in released files, without effect, as cooldown_epochs
+    "scheduler.warmup_lr": trains(1e-5, number()),
+    "scheduler.warmup_epochs": trains(10, whole(0)),
+    "scheduler.cooldown_epochs": Key(0, whole(0), ()),
+    "scheduler.warmup_iters": trains(None, whole(0)),
 }
 # Hugging Face's keys of bert_config, with its defaults, and two of ALBEF. Those without a default are required.
 BERT_KEYS = {
-    "vocab_size": Key(None, either(whole(1), one_of("auto"))),  # auto: the tokenizer's
-    "hidden_size": Key(None, whole(1)),
-    "num_hidden_layers": Key(None, whole(1)),
-    "num_attention_heads": Key(None, whole(1)),
+    "vocab_size": Key(None, either(ROWS, one_of("auto"))),  # auto: the tokenizer's
+    "hidden_size": Key(None, WIDTH),
+    "num_hidden_layers": Key(None, COUNT),
+    "num_attention_heads": Key(None, COUNT),
     "fusion_layer": Key(None, whole(0)),  # the layers below it are the text encoder
-    "encoder_width": Key(None, whole(1)),  # of the image embeddings
-    "intermediate_size": Key(3072, whole(1)),
-    "max_position_embeddings": Key(512, whole(1)),
-    "type_vocab_size": Key(2, whole(1)),
+    "encoder_width": Key(None, WIDTH),  # of the image embeddings
+    "intermediate_size": Key(3072, WIDTH),
+    "max_position_embeddings": Key(512, ROWS),
+    "type_vocab_size": Key(2, COUNT),
     "pad_token_id": Key(0, whole(0)),
     "layer_norm_eps": Key(1e-12, number()),
     "hidden_dropout_prob": Key(0.1, number(0, 1)),
@@ -179,11 +213,14 @@ BERT_KEYS = {
     "initializer_range": Key(0.02, number()),
     "hidden_act": Key("gelu", one_of("gelu")),
 }
+# of Hugging Face's files, without effect here; a mapping may have them, and a file any others
+BERT_OTHERS = ("architectures", "model_type", "transformers_version", "torch_dtype", "position_embedding_type", "use_cache",
+               "gradient_checkpointing", "classifier_dropout", "add_cross_attention")  # fmt: skip
 OTHER_NAMES = {  # in released files, which have the learning rate twice
     "schedular": "scheduler", "batch_size_train": "batch_size", "scheduler.lr": "optimizer.lr",
 }  # fmt: skip
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
-ANNOTATION_KEYS = [key for key, (_, kind) in KEYS.items() if kind is PATHS]
+ANNOTATION_KEYS = [name for name, key in KEYS.items() if key.kind is PATHS]
 # of files and folders, or of hub repositories
 FILE_KEYS = [*ANNOTATION_KEYS, "image_root", "vqa_root", "vg_root", "answer_list", "refcoco_data", "det_file", "coco_file",
              "bert_config", "text_encoder", "vision_encoder", "tokenizer"]  # fmt: skip
@@ -195,9 +232,12 @@ _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 80
 
 
-def _check_key(key, known, where):
+def _check_known(keys, known, where):
     """Raise InputError for a key that is not known, naming the nearest one."""
-    if key not in known:
+    for key in keys:
+        if key in known:
+            continue
+        key = str(key)
         near = [name for name in known if name.endswith(f".{key}")]
         near = near or difflib.get_close_matches(key, [*known, *SECTIONS, *OTHER_NAMES], 1, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "configs/schema.py lists all keys"
@@ -206,9 +246,9 @@ def _check_key(key, known, where):
 
 def _check_values(values, known, where):
     """Raise InputError for a key that is not known, and for a value that a key may not have."""
+    _check_known(values, known, where)
     for key, value in values.items():
-        _check_key(key, known, where)
-        default, kind = known[key]
+        default, kind = known[key][:2]
         if not (kind.fits(value) or (value is None and default is None)):
             raise InputError(f"{where}: {key} is {_REPR.repr(value)}, it must be {kind.wanted}")
 
@@ -264,6 +304,17 @@ def with_defaults(config, where="config"):
     return override(config, (), where)
 
 
+def parse_override(text):
+    """Return how messages name a key=value override, and its values by our name of the key. Raises InputError."""
+    shown = f"--set {' '.join(text.split())}"
+    path, separator, value = text.partition("=")
+    if not separator:
+        raise InputError(f"{shown}: write it as key=value")
+    value = parse_yaml(value, shown)
+    section, _, name = path.rpartition(".")
+    return shown, {"bert_config": {name: value}} if section == "bert_config" else _flatten({path: value}, shown)
+
+
 def override(config, overrides, where):
     """Return config with key=value overrides, checked and completed as by with_defaults.
 
@@ -271,23 +322,15 @@ def override(config, overrides, where):
     """
     flat = _flatten(config, where)
     for text in overrides:
-        shown = f"--set {' '.join(text.split())}"
-        path, separator, value = text.partition("=")
-        if not separator:
-            raise InputError(f"{shown}: write it as key=value")
-        value = parse_yaml(value, shown)
-        section, _, name = path.rpartition(".")
-        if section == "bert_config":
-            bert = _read_bert_file(flat.get("bert_config") or {})
-            _check_key(name, BERT_KEYS | bert, shown)
-            flat["bert_config"] = {**bert, name: value}
-        else:
-            changed = _flatten({path: value}, shown)
-            _check_values(changed, KEYS, shown)
-            flat |= changed
+        shown, changed = parse_override(text)
+        if isinstance(changed.get("bert_config"), dict) and text.startswith("bert_config."):
+            _check_known(changed["bert_config"], BERT_KEYS, shown)
+            changed["bert_config"] = _read_bert_file(flat.get("bert_config") or {}) | changed["bert_config"]
+        _check_values(changed, KEYS, shown)
+        flat |= changed
     _check_values(flat, KEYS, where)
     complete = {}
-    for key, value in copy.deepcopy({key: default for key, (default, _) in KEYS.items()} | flat).items():
+    for key, value in copy.deepcopy({name: key.default for name, key in KEYS.items()} | flat).items():
         section, _, name = key.rpartition(".")
         (complete.setdefault(section, {}) if section else complete)[name] = value
     complete["scheduler"]["lr"] = complete["optimizer"]["lr"]
@@ -333,9 +376,13 @@ def _check_folder(where, path):
 
 
 def _read_bert_file(value):
-    """Return bert_config as a new dict, read if it is the path of a JSON file."""
+    """Return the keys of bert_config that a model reads, of a mapping or of the JSON file at a path. Raises InputError.
+
+    Other keys are refused in a mapping unless they are BERT_OTHERS, in a file if they look like a misspelling.
+    """
     if MAPPING.fits(value):
-        return dict(value)
+        _check_known([key for key in value if key not in BERT_OTHERS], BERT_KEYS, "bert_config")
+        return {key: value[key] for key in value if key in BERT_KEYS}
     try:
         bert = json.loads(read_regular(value))
     except OSError as error:
@@ -344,17 +391,19 @@ def _read_bert_file(value):
         raise InputError(f"bert_config: {value} is not valid JSON: {error}") from None
     if not MAPPING.fits(bert):
         raise InputError(f"bert_config: {value} is not a JSON object")
-    return bert
+    misspelled = [key for key in bert if difflib.get_close_matches(key, BERT_KEYS, 1, 0.9)]
+    _check_known(misspelled, BERT_KEYS, f"bert_config {value}")
+    return {key: bert[key] for key in bert if key in BERT_KEYS}
 
 
 def read_bert_config(value):
     """The key bert_config, a mapping or the path of a JSON file -> dict, checked, with defaults. Raises InputError."""
-    bert = {key: default for key, (default, _) in BERT_KEYS.items()} | _read_bert_file(value)
+    bert = {name: key.default for name, key in BERT_KEYS.items()} | _read_bert_file(value)
     where = "bert_config" if MAPPING.fits(value) else f"bert_config {value}"
     missing = [key for key in BERT_KEYS if bert[key] is None]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
-    _check_values({key: bert[key] for key in BERT_KEYS}, BERT_KEYS, where)
+    _check_values(bert, BERT_KEYS, where)
     _check_multiple(bert, "hidden_size", "num_attention_heads", where)
     if bert["fusion_layer"] >= bert["num_hidden_layers"]:
         raise InputError(f"{where}: fusion_layer is {bert['fusion_layer']}, it must be below num_hidden_layers "

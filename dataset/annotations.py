@@ -53,6 +53,7 @@ class Entry(msgspec.Struct):
     """
 
     wanted: ClassVar[str]
+    max_words: ClassVar[int] = MAX_WORDS  # of a text, unless the configuration has max_words
 
     @property
     def root(self):
@@ -64,9 +65,10 @@ class Entry(msgspec.Struct):
         """The paths of the images."""
         return [self.image]
 
-    def clean(self, text):
-        """One of `texts` as a model reads it."""
-        return pre_caption(text, MAX_WORDS)
+    @classmethod
+    def clean(cls, text: str, max_words: int | None = None) -> str:
+        """Return one of `texts` as a model reads it."""
+        return pre_caption(text, max_words or cls.max_words)
 
     def check(self):
         """Raise InputError, without the place, for what the types do not say."""

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from dataset.images import ImageError, no_file
+from dataset.text import Limits, is_blank
 from utils import InputError, seed_of
 
 MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
@@ -20,14 +21,14 @@ class EntryDataset(Dataset):
     every sample counts.
 
     entries: dataset.annotations.Entries; indices: of those that are samples, by default all; roots: the folders of their images
-    by key of the configuration. A subclass has read(index), which raises ImageError or InputError for a sample that cannot be
-    used, and in training returns a NamedTuple with a list `skipped`.
+    by key of the configuration; limits: of their texts. A subclass has read(index), which raises ImageError or InputError for a
+    sample that cannot be used, and in training returns a NamedTuple with a list `skipped`.
     """
 
-    def __init__(self, entries, roots, transform, seed=None, indices=None):
+    def __init__(self, entries, roots, transform, seed=None, indices=None, limits=Limits()):
         self.entries, self.roots, self.transform, self.seed = entries, roots, transform, seed
         self.indices = range(len(entries)) if indices is None else indices
-        self.epoch = 0
+        self.limits, self.epoch = limits, 0
 
     def __len__(self):
         return len(self.indices)
@@ -43,6 +44,13 @@ class EntryDataset(Dataset):
         """The paths of a sample's images."""
         entry = self.entry(index)
         return [os.path.join(self.roots[entry.root] or "", image) for image in entry.images]
+
+    def clean(self, index, text):
+        """Return a text of a sample's entry as the model reads it. Raises InputError if nothing is left of it."""
+        cleaned = self.entries.form.clean(text, self.limits.words)
+        if is_blank(cleaned):  # of a few words only, as the entry was checked with its own limit
+            raise InputError(f"{self.where(index)}: its text is empty after clean-up and max_words {self.limits.words}")
+        return cleaned
 
     def where(self, index):
         """File and number of a sample's entry, for error messages."""

@@ -14,10 +14,10 @@ from dataset.classification import ClassificationDataset
 from dataset.grounding import GroundingTestSet
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
-from dataset.relevance import Ad
+from dataset.relevance import MAX_AD_TOKENS, Ad
 from dataset.retrieval import RetrievalTestSet
 from dataset.shards import Shards, expand
-from dataset.text import MAX_TOKENS, SHORT_TOKENS
+from dataset.text import MAX_TOKENS, SHORT_TOKENS, Limits
 from dataset.transforms import normalize, test_transform, train_transform
 from dataset.ve import Entailment
 from dataset.vqa import ROOTS, VQADataset, load_answer_list
@@ -26,10 +26,17 @@ from configs.schema import require
 from utils import InputError
 
 
-# of the training sets: form of the entries, smallest share of the image that a crop keeps (None: all), token ids
+# of the training sets: form of the entries, smallest share of the image that a crop keeps (None: all)
 CAPTIONS = {
-    "pretrain": (Pair, 0.2, SHORT_TOKENS), "nlvr_pretrain_train": (Pair, 0.2, SHORT_TOKENS),
-    "retrieval_train": (RetrievalPair, 0.5, MAX_TOKENS), "grounding_train": (GroundingPair, None, MAX_TOKENS),
+    "pretrain": (Pair, 0.2),
+    "nlvr_pretrain_train": (Pair, 0.2),
+    "retrieval_train": (RetrievalPair, 0.5),
+    "grounding_train": (GroundingPair, None),
+}
+TOKENS = {  # ids of a text by data set, unless the configuration has max_tokens; elsewhere what the model takes
+    "pretrain": SHORT_TOKENS, "nlvr_pretrain_train": SHORT_TOKENS, "vqa_train": SHORT_TOKENS,
+    **{f"{task}_{split}": tokens for split in ("train", "val", "test")
+       for task, tokens in (("retrieval", MAX_TOKENS), ("grounding", MAX_TOKENS), ("relevance", MAX_AD_TOKENS))},
 }  # fmt: skip
 FINE_TUNING_SCALE = 0.5
 CLASSIFICATION = {"ve": Entailment, "nlvr": Statement, "relevance": Ad}
@@ -69,19 +76,19 @@ def build_dataset(name, config, seed=0):
         scale = scale if config["min_scale"] is None else config["min_scale"]
         transform = train_transform(config["image_res"], scale, config["hflip"], config["randaugment"])
     files, own_seed = config[key], seed if training else None
+    limits = Limits(config["max_words"], config["max_tokens"] or TOKENS.get(name))
     if name in CAPTIONS:
-        return _image_captions(name, config, transform, seed)
+        return _image_captions(name, config, transform, seed, limits)
     if task == "retrieval":
-        dataset = RetrievalTestSet(files, image_root, transform)
+        dataset = RetrievalTestSet(files, image_root, transform, limits)
     elif task in CLASSIFICATION:
-        max_tokens = config["max_tokens"] if task == "relevance" else None
-        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed, max_tokens)
+        dataset = ClassificationDataset(files, CLASSIFICATION[task], image_root, transform, own_seed, limits)
         if task == "relevance" and not training:
             dataset.require_classes(2, key)
     elif task == "vqa":
         roots = {root: config[root] for root in ROOTS.values()}
         answers = load_answer_list(config["answer_list"]) if config["answer_list"] and not training else None
-        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, answers)
+        dataset = VQADataset(files, roots, transform, config["eos"], own_seed, answers, limits)
         if split == "val" and not dataset.annotations():
             raise InputError(f"val_file {files[0]} has no answers to compare with: leave val_file out, the last epoch is then "
                              "the result")
@@ -89,7 +96,7 @@ def build_dataset(name, config, seed=0):
         refer, detections = grounding_data(*(config[key] for key in ("refcoco_data", "det_file", "refer_dataset")))
         # test_file holds all splits together
         splits = ["val"] if split == "val" else sorted({ref["split"] for ref in refer.refs.values()} - {"train", "val"})
-        dataset = GroundingTestSet(files, image_root, transform, refer, detections, splits)
+        dataset = GroundingTestSet(files, image_root, transform, refer, detections, splits, limits)
     elif task == "attributes" and not training:
         # bilinear, as where the published number comes from
         dataset = AttributeTestSet(files, image_root, test_transform(config["image_res"], Image.Resampling.BILINEAR))
@@ -109,17 +116,17 @@ def lists_and_shards(name: str, files: list[str]) -> tuple[list[str], list[str]]
     return lists, shards
 
 
-def _image_captions(name, config, transform, seed):
+def _image_captions(name, config, transform, seed, limits):
     """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
-    form, _, max_tokens = CAPTIONS[name]
+    form = CAPTIONS[name][0]
     files, shards = lists_and_shards(name, config["train_file"])
     entries = Entries(files, form) if files or not shards else []
-    dataset = CaptionDataset(entries, config["image_root"], transform, seed, max_tokens)
+    dataset = CaptionDataset(entries, config["image_root"], transform, seed, limits)
     if len(dataset):
         check_images(dataset)
     if not shards:
         return dataset
-    return ShardedCaptions(entries, config["image_root"], transform, seed, max_tokens, Shards(shards),
+    return ShardedCaptions(entries, config["image_root"], transform, seed, limits, Shards(shards),
                            config["shuffle_buffer"])  # fmt: skip
 
 

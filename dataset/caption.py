@@ -9,7 +9,7 @@ from dataset.annotations import Entry, Texts, digest
 from dataset.base import EntryDataset
 from dataset.images import decode_image, load_image
 from dataset.shards import image_and_captions, read_sample
-from dataset.text import MAX_WORDS, is_blank, pre_caption, tokenize, without_halves
+from dataset.text import is_blank, tokenize, without_halves
 from utils import InputError, Text
 
 UNIT = 1000  # entries of JSON lists that stay together where they are mixed with shards
@@ -97,34 +97,33 @@ class CaptionBatch(NamedTuple):
     masked: NamedTuple = None  # the text with masked tokens, which the pre-training model adds
 
 
-def draw_caption(captions, where):
-    """One of an entry's captions at random, cleaned up and cut to 30 words. Raises InputError if it is empty then."""
-    caption = pre_caption(without_halves(captions[int(torch.randint(len(captions), ()))]), MAX_WORDS)
+def draw_caption(captions, where, max_words=None):
+    """Return one of an entry's captions at random, cleaned up and cut. Raises InputError if it is empty then."""
+    caption = Pair.clean(without_halves(captions[int(torch.randint(len(captions), ()))]), max_words)
     if is_blank(caption):
         raise InputError(f"{where}: a caption is empty after clean-up")
     return caption
 
 
 class CaptionDataset(EntryDataset):
-    """Pairs of a transformed image and one of its captions, cleaned up and cut to 30 words.
+    """Pairs of a transformed image and one of its captions, cleaned up and cut to the limits.
 
     entries: Entries of pairs. One cannot be used if its image cannot be read or its caption is empty after clean-up.
     """
 
-    def __init__(self, entries, image_root, transform, seed, max_tokens):
-        super().__init__(entries, {"image_root": image_root}, transform, seed)
-        self.max_tokens = max_tokens
+    def __init__(self, entries, image_root, transform, seed, limits):
+        super().__init__(entries, {"image_root": image_root}, transform, seed, limits=limits)
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)
-        caption = draw_caption(entry.texts, self.where(index))
+        caption = draw_caption(entry.texts, self.where(index), self.limits.words)
         image_id = -1 if entry.group is None else digest(entry.group) >> 1  # of 63 bits
         return CaptionSample(self.transform(load_image(file)), caption, image_id, file)
 
     def collate(self, samples, tokenizer):
-        """Samples -> CaptionBatch; captions become at most max_tokens ids, padded to the longest of the batch."""
+        """Samples -> CaptionBatch; captions are padded to the longest of the batch."""
         images, captions, image_ids, files, skipped = zip(*samples)
-        text = tokenize(captions, tokenizer, self.max_tokens)
+        text = tokenize(captions, tokenizer, self.limits.tokens)
         return CaptionBatch(torch.stack(images), text, torch.tensor(image_ids), list(files), sum(skipped, []))
 
 
@@ -134,8 +133,8 @@ class ShardedCaptions(CaptionDataset):
     shuffle_buffer: samples that are mixed with one another.
     """
 
-    def __init__(self, entries, image_root, transform, seed, max_tokens, shards, shuffle_buffer):
-        super().__init__(entries, image_root, transform, seed, max_tokens)
+    def __init__(self, entries, image_root, transform, seed, limits, shards, shuffle_buffer):
+        super().__init__(entries, image_root, transform, seed, limits)
         self.listed, self.shards, self.shuffle_buffer = len(entries), shards, shuffle_buffer
 
     def __len__(self):
@@ -166,5 +165,5 @@ class ShardedCaptions(CaptionDataset):
         sample = read_sample(place)
         where = f"{place.path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
-        caption = draw_caption(captions, where)
+        caption = draw_caption(captions, where, self.limits.words)
         return CaptionSample(self.transform(decode_image(image, where)), caption, -1, f"{place.path}/{sample['__key__']}")

@@ -30,30 +30,29 @@ import sys
 import warnings
 from array import array
 from collections import Counter
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from configs.effects import refuse_unread
 from configs.schema import load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
-from dataset.build import build_dataset, data_sets, file_key, lists_and_shards
+from dataset.build import TOKENS, build_dataset, data_sets, file_key, lists_and_shards
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
 from dataset.grounding import Expression
 from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
 from dataset.nlvr import Statement
 from dataset.refer import load_detections, load_refer
-from dataset.relevance import MAX_AD_WORDS, Ad, pre_ad
+from dataset.relevance import Ad
 from dataset.retrieval import CaptionedImage
 from dataset.shards import Shards, expand, image_and_captions, read_sample
-from dataset.text import (
-    MAX_QUESTION_WORDS, MAX_TOKENS, MAX_WORDS, SHORT_TOKENS, is_blank, pre_caption, pre_question, without_halves,
-)  # fmt: skip
+from dataset.text import is_blank, without_halves
 from dataset.ve import Entailment
 from dataset.vqa import ROOTS, Question, TrainingQuestion, load_answer_list
 from dataset.workers import begin_worker, in_processes
@@ -70,32 +69,29 @@ BAR = {"leave": False, "file": sys.stdout, "dynamic_ncols": True, "mininterval":
 
 
 class Form(NamedTuple):
-    """What a list holds: its title in the report, the class of its entries, and how much of a text a model reads."""
+    """What a list holds: its title in the report and the class of its entries."""
 
     title: str
     entry: type = None
-    max_tokens: int = None  # None: what the model takes
-    clean: Callable = pre_caption
-    max_words: int = MAX_WORDS
 
 
-PAIRS = Form("image-caption pairs for pre-training", Pair, SHORT_TOKENS)
-IMAGES = Form("images with captions for a retrieval test", CaptionedImage, MAX_TOKENS)
+PAIRS = Form("image-caption pairs for pre-training", Pair)
+IMAGES = Form("images with captions for a retrieval test", CaptionedImage)
 STATEMENTS, ENTAILMENT = Form("NLVR2", Statement), Form("visual entailment", Entailment)
-ADS = Form("queries and ads", Ad, None, pre_ad, MAX_AD_WORDS)
+ADS = Form("queries and ads", Ad)
 # by data set, as build_dataset names them, those to validate on as those to test on
 FORMS = {
     "pretrain": PAIRS, "nlvr_pretrain_train": PAIRS,
-    "retrieval_train": Form("captions for retrieval", RetrievalPair, MAX_TOKENS), "retrieval_test": IMAGES,
-    "vqa_train": Form("questions to train on", TrainingQuestion, SHORT_TOKENS, pre_question),
-    "vqa_test": Form("questions to test on", Question, None, pre_question, MAX_QUESTION_WORDS),
+    "retrieval_train": Form("captions for retrieval", RetrievalPair), "retrieval_test": IMAGES,
+    "vqa_train": Form("questions to train on", TrainingQuestion),
+    "vqa_test": Form("questions to test on", Question),
     "ve_train": ENTAILMENT, "ve_test": ENTAILMENT, "nlvr_train": STATEMENTS, "nlvr_test": STATEMENTS,
     "relevance_train": ADS, "relevance_test": ADS,
-    "grounding_train": Form("referring expressions to train on", GroundingPair, MAX_TOKENS),
-    "grounding_test": Form("referring expressions to test on", Expression, MAX_TOKENS),
+    "grounding_train": Form("referring expressions to train on", GroundingPair),
+    "grounding_test": Form("referring expressions to test on", Expression),
     "attributes_test": Form("boxes with attributes to test on"),
 }  # fmt: skip
-SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", None, SHORT_TOKENS)
+SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", Pair)
 
 
 class Check:
@@ -212,6 +208,8 @@ class Tally:
 
     def __init__(self, check, key, file, form):
         self.check, self.form, self.training = check, form, key == "train_file"
+        self.max_words = check.config["max_words"] or (form.entry and form.entry.max_words)
+        self.max_tokens = check.config["max_tokens"] or TOKENS.get(check.names[key])
         self.rows, self.result = [], {"key": key, "file": file, "form": form.title}  # what is printed and reported
         self.entries = self.read = 0  # of shards, not all may be read
         self.lost_roots = set()  # keys of image folders that are missing
@@ -236,8 +234,8 @@ class Tally:
 
     def _add_text(self, text):
         """Count a text; returns whether anything is left of it after clean-up."""
-        words = self.form.clean(text, sys.maxsize).split(" ")
-        kept = without_halves(" ".join(words[: self.form.max_words]))
+        words = self.form.entry.clean(text, sys.maxsize).split(" ")
+        kept = without_halves(" ".join(words[: self.max_words]))
         usable = not is_blank(kept)
         self.words.append(len(words) if usable else 0)
         if tokenizer := self.check.tokenizer:
@@ -293,9 +291,10 @@ class Tally:
     def _report_texts(self):
         self.row("texts", f"{len(self.words):,}", texts=len(self.words))
         if self.words:
-            self._report_lengths("words", self.words, self.form.max_words)
+            self._report_lengths("words", self.words, self.max_words)
         if self.pieces:
-            self._report_lengths("word_pieces", self.pieces, self.form.max_tokens or self.check.tokenizer.model_max_length)
+            most = self.check.tokenizer.model_max_length
+            self._report_lengths("word_pieces", self.pieces, min(self.max_tokens or most, most))
             count, most = self.unknown.total(), dict(self.unknown.most_common(UNKNOWN_SHOWN))
             of_words, of_pieces = count / max(1, self.all_words), count / sum(self.pieces)
             shown = ": " * bool(most) + ", ".join(f"{word} {times:,}" for word, times in most.items())
@@ -382,8 +381,6 @@ def check_list(check, path, key, questions):
     questions: {id: whether it has an answer} of the questions to test on, to which those of this list are added.
     """
     form = FORMS[check.names[key].replace("_val", "_test")]
-    if form.entry is Ad:
-        form = form._replace(max_tokens=check.config["max_tokens"])
     for needed in ("refcoco_data", "det_file") if form.entry is Expression else ():
         if check.config[needed] is None:
             check.add(path, None, f"the configuration lacks the key {needed}, which referring expressions are tested with")
@@ -551,6 +548,7 @@ def check_others(check, tokenizer_of):
 def main():
     """Check the data of a configuration from the command line; exits with status 1 if there are problems."""
     args = flags.parse_args()
+    refuse_unread(args.task, args.set)
     config = load_config(args.config, args.set)
     names = data_sets(args.task).values()
     keys = list(dict.fromkeys(map(file_key, names)))

@@ -7,7 +7,7 @@ import torch
 from dataset.annotations import Entries
 from dataset.base import EntryDataset
 from dataset.images import load_image
-from dataset.text import tokenize
+from dataset.text import Limits, tokenize
 from utils import InputError, Text
 
 
@@ -28,11 +28,10 @@ class ClassificationBatch(NamedTuple):
 
 
 class ClassificationDataset(EntryDataset):
-    """Sentences with their images and their class. form: an Entry with `sentence` and `target`; max_tokens: None, uncut."""
+    """Sentences with their images and their class. form: an Entry with `sentence` and `target`."""
 
-    def __init__(self, files, form, image_root, transform, seed=None, max_tokens=None):
-        super().__init__(Entries(files, form), {"image_root": image_root}, transform, seed)
-        self.max_tokens = max_tokens
+    def __init__(self, files, form, image_root, transform, seed=None, limits=Limits()):
+        super().__init__(Entries(files, form), {"image_root": image_root}, transform, seed, limits=limits)
 
     def require_classes(self, count, key):
         """Raise InputError unless `count` classes occur; key: that of the configuration that names the files."""
@@ -44,12 +43,12 @@ class ClassificationDataset(EntryDataset):
     def read(self, index):
         entry, files = self.entry(index), self.files(index)
         image = torch.stack([self.transform(load_image(file)) for file in files])
-        return ClassificationSample(image, entry.clean(entry.sentence), entry.target, files)
+        return ClassificationSample(image, self.clean(index, entry.sentence), entry.target, files)
 
     def collate(self, samples, tokenizer):
         """Samples -> ClassificationBatch; sentences are padded to the longest of the batch."""
         images, sentences, targets, files, skipped = zip(*samples)
-        text = tokenize(sentences, tokenizer, self.max_tokens)
+        text = tokenize(sentences, tokenizer, self.limits.tokens)
         return ClassificationBatch(
             torch.stack(images, dim=1).unbind(), text, torch.tensor(targets), sum(files, []), sum(skipped, [])
         )

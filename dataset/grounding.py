@@ -8,7 +8,7 @@ import torch
 from dataset.annotations import Entries, Entry
 from dataset.base import EntryDataset
 from dataset.images import load_image
-from dataset.text import MAX_TOKENS, tokenize
+from dataset.text import Limits, tokenize
 from utils import InputError, Text
 
 
@@ -58,7 +58,7 @@ class GroundingTestSet(EntryDataset):
     for another image than that of the ref, and where no expression is of these splits.
     """
 
-    def __init__(self, files, image_root, transform, refer, detections, splits):
+    def __init__(self, files, image_root, transform, refer, detections, splits, limits=Limits()):
         entries, indices = Entries(files, Expression), []
         for i, entry in enumerate(entries):
             try:
@@ -67,7 +67,7 @@ class GroundingTestSet(EntryDataset):
                 raise InputError(f"{entries.where(i)}: {error}", error.kind) from None
             if refer.refs[entry.ref_id]["split"] in splits:
                 indices.append(i)
-        super().__init__(entries, {"image_root": image_root}, transform, indices=indices)
+        super().__init__(entries, {"image_root": image_root}, transform, indices=indices, limits=limits)
         self.refer, self.detections = refer, detections
         if not len(self):
             raise InputError(f"test_file {', '.join(files)}: has no expression of {', '.join(splits)}; name the files of all "
@@ -75,9 +75,9 @@ class GroundingTestSet(EntryDataset):
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)
-        return GroundingSample(self.transform(load_image(file)), entry.clean(entry.text), entry.ref_id)
+        return GroundingSample(self.transform(load_image(file)), self.clean(index, entry.text), entry.ref_id)
 
     def collate(self, samples, tokenizer):
-        """Samples -> GroundingBatch; expressions become at most 30 ids, padded to the longest of the batch."""
+        """Samples -> GroundingBatch; expressions are padded to the longest of the batch."""
         images, texts, ref_ids = zip(*samples)
-        return GroundingBatch(torch.stack(images), tokenize(texts, tokenizer, MAX_TOKENS), list(ref_ids))
+        return GroundingBatch(torch.stack(images), tokenize(texts, tokenizer, self.limits.tokens), list(ref_ids))

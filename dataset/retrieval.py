@@ -3,6 +3,7 @@
 from dataset.annotations import Entries, Entry, Texts
 from dataset.base import EntryDataset
 from dataset.images import absolute, load_image
+from dataset.text import Limits
 
 
 class CaptionedImage(Entry):
@@ -25,19 +26,19 @@ class RetrievalTestSet(EntryDataset):
     texts; txt2img: for each text its image. Raises InputError for an entry without image or captions.
     """
 
-    def __init__(self, files, image_root, transform):
+    def __init__(self, files, image_root, transform, limits=Limits()):
         entries, captions, first = Entries(files, CaptionedImage), {}, []
         for i, entry in enumerate(entries):
             path = absolute(image_root, entry.image)
             if path not in captions:
                 first.append(i)
-            captions.setdefault(path, []).extend(map(entry.clean, entry.texts))
-        super().__init__(entries, {"image_root": image_root}, transform, indices=first)
+            captions.setdefault(path, []).extend(entry.texts)
+        super().__init__(entries, {"image_root": image_root}, transform, indices=first, limits=limits)
         self.images, self.texts, self.img2txt, self.txt2img = [entries[i].image for i in first], [], [], []
         for i, texts in enumerate(captions.values()):
             self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
             self.txt2img.extend([i] * len(texts))
-            self.texts.extend(texts)
+            self.texts.extend(self.clean(i, text) for text in texts)
 
     def read(self, index):
         (file,) = self.files(index)

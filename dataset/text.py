@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,15 @@ MAX_WORDS = 30  # of a caption, a sentence, or a question in training
 MAX_QUESTION_WORDS = 50  # of a question in testing
 SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a VQA question in training
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
+
+
+
+class Limits(NamedTuple):
+    """How much of a text a model reads: the keys max_words and max_tokens, or the default of the task and split."""
+
+    words: int | None = None  # None: of the form of the entries
+    tokens: int | None = None  # None: what the model takes
+
 
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
 # of characters that make no word: control, zero-width, private, halves of surrogate pairs, combining marks, white space;

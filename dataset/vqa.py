@@ -3,7 +3,7 @@
 import reprlib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -11,7 +11,7 @@ from msgspec import Meta
 from dataset.annotations import Entries, Entry, Texts, read_json
 from dataset.base import EntryDataset
 from dataset.images import load_image
-from dataset.text import MAX_QUESTION_WORDS, MAX_WORDS, SHORT_TOKENS, pre_question, tokenize, without_halves
+from dataset.text import MAX_QUESTION_WORDS, Limits, pre_question, tokenize, without_halves
 from utils import InputError, Text
 
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
@@ -37,8 +37,9 @@ class TrainingQuestion(Entry):
     def texts(self):
         return [self.question]
 
-    def clean(self, text):
-        return pre_question(text, MAX_WORDS)
+    @classmethod
+    def clean(cls, text, max_words=None):
+        return pre_question(text, max_words or cls.max_words)
 
     def check(self):
         super().check()
@@ -57,11 +58,13 @@ class Question(Entry):
     dataset: Literal[*ROOTS] = "vqa"
     answer: str | Texts | None = None
     answer_type: str | None = None
+    max_words: ClassVar[int] = MAX_QUESTION_WORDS
 
     root, texts = TrainingQuestion.root, TrainingQuestion.texts
 
-    def clean(self, text):
-        return pre_question(text, MAX_QUESTION_WORDS)
+    @classmethod
+    def clean(cls, text, max_words=None):
+        return pre_question(text, max_words or cls.max_words)
 
     def check(self):
         super().check()
@@ -114,10 +117,10 @@ class VQADataset(EntryDataset):
     ranking, if there are. Raises InputError for an entry without what the task needs.
     """
 
-    def __init__(self, files, roots, transform, eos, seed=None, answer_list=None):
+    def __init__(self, files, roots, transform, eos, seed=None, answer_list=None, limits=Limits()):
         entries = Entries(files, Question if seed is None else TrainingQuestion)
         used = sorted({entry.root for entry in entries})
-        super().__init__(entries, {key: roots[key] for key in used}, transform, seed)
+        super().__init__(entries, {key: roots[key] for key in used}, transform, seed, limits=limits)
         self.eos, self.answer_list = eos, answer_list
         for key, root in self.roots.items():
             if root is None:
@@ -140,7 +143,7 @@ class VQADataset(EntryDataset):
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)
-        image, question = self.transform(load_image(file)), entry.clean(entry.question)
+        image, question = self.transform(load_image(file)), self.clean(index, entry.question)
         if self.seed is None:
             return image, question
         if entry.dataset == "vg":
@@ -153,14 +156,14 @@ class VQADataset(EntryDataset):
         """Samples -> VQABatch; texts are padded to the longest of the batch."""
         images, questions, answers, weights, files, skipped = zip(*samples)
         return VQABatch(
-            torch.stack(images), tokenize(questions, tokenizer, SHORT_TOKENS), tokenize(sum(answers, []), tokenizer),
+            torch.stack(images), tokenize(questions, tokenizer, self.limits.tokens), tokenize(sum(answers, []), tokenizer),
             torch.tensor(list(map(len, answers))), torch.tensor(sum(weights, [])), list(files), sum(skipped, []),
         )  # fmt: skip
 
     def collate_questions(self, samples, tokenizer):
         """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
         images, questions = zip(*samples)
-        return torch.stack(images), tokenize(questions, tokenizer)
+        return torch.stack(images), tokenize(questions, tokenizer, self.limits.tokens)
 
     def longest_answer(self, tokenizer):
         """Return the number of word pieces of the longest answer to train on, eos included and [CLS] not."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from configs.effects import notes, refuse_unread
 from configs.schema import require
 from dataset import build_dataset, data_sets, file_key
 from engine.agreement import check_agreement
@@ -99,17 +100,23 @@ def set_up(task, args, evaluates, initialize, check):
     """Accept everything that a script is given. Return a Setup. Raises InputError; nothing of a run is written before."""
     if args.evaluate and args.checkpoint in ("", "random"):
         raise InputError("an evaluation needs --checkpoint, the weights to evaluate")
+    if args.resume and args.evaluate:
+        raise InputError("--resume continues a training, and --evaluate does not train: leave one of them out")
     if args.split and not args.evaluate:
         raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
+    refuse_unread(task, args.set)
     device = init_process_group(args.device, args.timeout)
     choice, output_dir, resume_from = find_run(task, args, args.checkpoint if initialize else "")
     if not (resume_from or args.checkpoint or initialize):
         raise InputError("--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or random")
+    config = choice.config
     if is_main():
         print(f"configuration: {choice.text}")
-    config = choice.config
+        for line in notes(task, config, args.set, args.evaluate):
+            print(line, file=sys.stderr)
     for key in ("text_encoder", "vision_encoder", "tokenizer"):
-        config[key] = getattr(args, key, None) or config[key]
+        if value := getattr(args, key, None):
+            config[key] = value
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     tokenizer = tokenizer_of(config)
     train_set, test_sets = load_data(task, args, config, evaluates)
@@ -120,6 +127,10 @@ def set_up(task, args, evaluates, initialize, check):
 
     seed_everything(args.seed)
     model = build_model(task, config, tokenizer)
+    if train_set and is_main() and not has_negatives(model, train_set, config["batch_size"]):
+        what = "text assignment" if task == "nlvr_pretrain" else "matching"
+        print(f"note: {what} is not trained, no batch has a negative: set batch_size from 2, and train on two images or more",
+              file=sys.stderr)  # fmt: skip
     if check:
         check(model)
     reports = []
@@ -130,6 +141,15 @@ def set_up(task, args, evaluates, initialize, check):
     if is_main() and reports:
         print(*reports, sep="\n")
     return Setup(config, output_dir, device, tokenizer, model.to(device), train_set, test_sets, resume_from)
+
+
+def has_negatives(model, train_set, batch_size):
+    """Return whether a batch of one process can have a negative for a model that matches images with texts."""
+    if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
+        return True
+    entries = train_set.entries  # with a group for those of one image, None where each is its own; none of shards
+    first = entries[0].group if len(entries) else None
+    return batch_size > 1 and (first is None or any(entries[i].group != first for i in range(len(entries))))
 
 
 def find_run(task, args, run):

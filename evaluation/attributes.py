@@ -86,7 +86,7 @@ def score_boxes(model, dataset, tokenizer, config, device, prompts="the", noun="
     texts = [prompts_of(attribute, prompts, noun) for attribute in dataset.attributes]
     counts, found = [len(own) for own in texts], {}
     with autocast(config, device):
-        text = tokenize(sum(texts, []), tokenizer, SHORT_TOKENS).to(device)
+        text = tokenize(sum(texts, []), tokenizer, config["max_tokens"] or SHORT_TOKENS).to(device)
         text_feat = model.encode_text(text)[1]
         for indices, image in divide(dataset, config, device, "boxes"):
             similarities = feature_similarity(model.encode_image(image)[1], text_feat)

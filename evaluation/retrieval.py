@@ -62,8 +62,8 @@ def encode_images(model, dataset, config, device):
 
 @torch.no_grad()
 def encode_texts(model, texts, tokenizer, config, device):
-    """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L], L at most 30, on the device."""
-    tokens = tokenize(texts, tokenizer, MAX_TOKENS).to(device)
+    """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L] on the device."""
+    tokens = tokenize(texts, tokenizer, config["max_tokens"] or MAX_TOKENS).to(device)
     lengths = tokens.attention_mask.sum(dim=1)
     order = lengths.argsort(stable=True)  # texts of one length go together, so that padding costs next to nothing
     text_embeds, text_feat = None, torch.empty(len(texts), config["embed_dim"], device=device)

@@ -11,10 +11,11 @@ import torch
 
 from configs.schema import require
 from dataset import nlvr, ve
-from dataset.relevance import pre_ad
-from dataset.text import MAX_QUESTION_WORDS, MAX_TOKENS, MAX_WORDS, pre_caption, pre_question, tokenize
+from dataset.annotations import Entry
+from dataset.relevance import Ad
+from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize, test_transform
-from dataset.vqa import load_answer_list
+from dataset.vqa import Question, load_answer_list
 from engine.configuration import DEFAULTS, choose_config, task_in
 from engine.device import autocast, use_device
 from engine.processes import find_device
@@ -232,7 +233,7 @@ class Inference:
             check_box(box)
         found, maps, sizes = [], [], []
         for part, image, part_sizes in self._batches(items):
-            tokens = tokenize(texts[part], self.tokenizer, MAX_TOKENS).to(self.device)
+            tokens = tokenize(texts[part], self.tokenizer, self.config["max_tokens"] or MAX_TOKENS).to(self.device)
             heat = text_gradcam(self.model, *image, tokens, mode, block_num)
             if mode == "itm":  # the mean over its own tokens, however many the longest text of the batch has
                 heat *= (tokens.attention_mask.shape[1] / tokens.attention_mask.sum(dim=1))[:, None, None]
@@ -260,7 +261,7 @@ class Inference:
         tokens = tokenize_answers(answers, self.model, self.tokenizer) if answers else None
         found = []
         for part, (image,), _ in self._batches(items):
-            question = tokenize(questions[part], self.tokenizer).to(self.device)
+            question = tokenize(questions[part], self.tokenizer, self.config["max_tokens"]).to(self.device)
             found += answer_questions(self.model, image, question, answers, tokens, self.tokenizer)
         return found[0] if one else found
 
@@ -283,7 +284,7 @@ class Inference:
         items, texts, one = self._pairs(images, self._captions(texts))
         probs = []
         for part, image, _ in self._batches(items):
-            tokens = tokenize(texts[part], self.tokenizer).to(self.device)
+            tokens = tokenize(texts[part], self.tokenizer, self.config["max_tokens"]).to(self.device)
             probs += self.model.predict(*image, tokens).softmax(dim=1).tolist()
         return probs, one
 
@@ -341,11 +342,13 @@ class Inference:
     # what the methods are given
 
     def _captions(self, texts):
-        clean = pre_ad if self.task == "relevance" else functools.partial(pre_caption, max_words=MAX_WORDS)
-        return as_texts(texts, clean, self.tokenizer)
+        return self._cleaned(texts, Ad if self.task == "relevance" else Entry)
 
     def _questions(self, texts):
-        return as_texts(texts, functools.partial(pre_question, max_words=MAX_QUESTION_WORDS), self.tokenizer)
+        return self._cleaned(texts, Question)
+
+    def _cleaned(self, texts, form):
+        return as_texts(texts, functools.partial(form.clean, max_words=self.config["max_words"]), self.tokenizer)
 
     def _pairs(self, images, texts):
         """Return (the images of each pair of image and text, a list of one or two; the texts; whether there is one pair alone).

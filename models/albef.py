@@ -20,6 +20,14 @@ class SpecialIds(NamedTuple):
     eos: int = 102  # what ends an answer
 
 
+def check_objectives(key: str, named: bool | list[str], known: list[str]) -> None:
+    """Raise InputError for objectives that a task does not have. key: the one of the configuration that names them."""
+    others = [name for name in named if name not in known] if isinstance(named, list) else []
+    if others:
+        remedy = f"in this task it may name {', '.join(known)}" if known else "this task has one loss, set true or false"
+        raise InputError(f"{key} names {', '.join(others)}: {remedy}")
+
+
 class ALBEF(nn.Module):
     """Image encoder, text encoder and multimodal encoder.
 
@@ -41,10 +49,7 @@ class ALBEF(nn.Module):
         self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:
             self.vocabulary = tokenizer.backend_tokenizer.to_str()  # goes into checkpoints
-            eos = tokenizer.convert_tokens_to_ids(config["eos"])
-            if eos == tokenizer.unk_token_id:
-                raise InputError(f"eos is {config['eos']!r}, which is not a token of the vocabulary; the usual one is [SEP]")
-            self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id, eos)
+            self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id)
         self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)
         if config.get("gradient_checkpointing"):

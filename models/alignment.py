@@ -7,12 +7,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from models.albef import ALBEF
+from configs.schema import KEYS, TEMP_RANGE
+from models.albef import ALBEF, check_objectives
 from models.head import Head
 from models.losses import itc_loss, sample_negatives, similarities
 from models.momentum import update_momentum_
 from models.queue import enqueue_
-from utils import InputError, is_distributed, rank, world_size
+from utils import is_distributed, rank, world_size
 
 
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
@@ -34,12 +35,12 @@ class Alignment(ALBEF):
 
     def __init__(self, config, bert, tokenizer, known):
         super().__init__(config, bert, tokenizer)
+        if set(config["objectives"]) != set(KEYS["objectives"].default):  # which is all that a task has
+            check_objectives("objectives", config["objectives"], known)
         self.objectives = [name for name in config["objectives"] if name in known]
-        if not self.objectives:
-            named = ", ".join(config["objectives"])
-            raise InputError(f"objectives is {named}, this task has {', '.join(known)}: name one of them")
-        distill = config["distill"]
-        self.distilled = distill if isinstance(distill, list) else self.objectives * distill
+        distillable = [name for name in self.objectives if name != "itm"]
+        self.distilled = config["distill"] if isinstance(config["distill"], list) else distillable * config["distill"]
+        check_objectives("distill", config["distill"], distillable)
         self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives
         width = self.bert_config["hidden_size"]
         self.vision_proj = Head(config["vision_width"], config["embed_dim"])
@@ -72,7 +73,7 @@ class Alignment(ALBEF):
     @torch.no_grad()
     def begin_step(self, update_momentum):
         """Keep temp in its range and move the momentum model."""
-        self.temp.clamp_(0.001, 0.5)
+        self.temp.clamp_(*TEMP_RANGE)
         if update_momentum:
             update_momentum_(self, self.config["momentum"])
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from models.albef import ALBEF
+from models.albef import ALBEF, check_objectives
 from models.head import Head
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
@@ -23,6 +23,7 @@ class Classifier(ALBEF):
         self.classes = classes
         self.add_module(self.head, self.build_head(self.bert_config["hidden_size"], classes))
         if config["distill"]:
+            check_objectives("distill", config["distill"], [])
             self.add_momentum("visual_encoder", "text_encoder", self.head)
 
     @staticmethod

@@ -176,7 +176,10 @@ def tokenizer_of(config):
             f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
             f"name the tokenizer that belongs to the config, or set vocab_size to {size}"
         )
-    tokenizer.model_max_length = bert_config["max_position_embeddings"]  # where the task itself sets no limit
+    most = bert_config["max_position_embeddings"]
+    if (config["max_tokens"] or 0) > most:
+        raise InputError(f"max_tokens is {config['max_tokens']}, and max_position_embeddings of bert_config {most}: lower it")
+    tokenizer.model_max_length = most  # where the task itself sets no limit
     return tokenizer
 
 

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from models.albef import ALBEF
+from models.albef import ALBEF, check_objectives
 from models.bert import BertModel
 from models.decoder import AnswerDecoder
 from models.losses import distilled_cross_entropy
@@ -38,6 +38,11 @@ class VQA(ALBEF):
 
     def __init__(self, config, tokenizer=None):
         super().__init__(config, BertModel, tokenizer)
+        if tokenizer is not None:
+            eos = tokenizer.convert_tokens_to_ids(config["eos"])
+            if eos == tokenizer.unk_token_id:
+                raise InputError(f"eos is {config['eos']!r}, which is not a token of the vocabulary; the usual one is [SEP]")
+            self.special_ids = self.special_ids._replace(eos=eos)
         self.text_decoder = AnswerDecoder(self.bert_config)
         self.text_decoder.bert.gradient_checkpointing = self.bert.gradient_checkpointing
         longest = self.bert_config["max_position_embeddings"] - 1  # behind [CLS]
@@ -46,6 +51,7 @@ class VQA(ALBEF):
             raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, bert_config has max_position_embeddings for "
                              f"{longest}: lower it")  # fmt: skip
         if config["distill"]:
+            check_objectives("distill", config["distill"], [])
             self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
     def _question(self, visual_encoder, bert, decoder, image, question):

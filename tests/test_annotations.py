@@ -16,6 +16,7 @@ from dataset.annotations import Entries, check_entry, read_json, read_json_list
 from dataset.caption import CaptionDataset, Pair, RetrievalPair
 from dataset.nlvr import Statement
 from dataset.retrieval import CaptionedImage
+from dataset.text import Limits
 from dataset.base import check_images
 from dataset.ve import Entailment
 from dataset.vqa import Question, TrainingQuestion
@@ -419,7 +420,7 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
     loaded = load(*files)
 
     def pairs(entries, image_root):
-        return CaptionDataset(entries, image_root, None, seed=0, max_tokens=25)
+        return CaptionDataset(entries, image_root, None, seed=0, limits=Limits())
 
     message = refusal(check_images, pairs(loaded, str(root)))
     assert message.startswith(f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist")

@@ -71,7 +71,7 @@ TASKS = {
     "ve": ("ve_train", "ve_test", "ve_test", (30, 40), (30, 40)),
     "nlvr": ("nlvr_train", "nlvr_test", "nlvr_test", (30, 40), (30, 40)),
     "grounding": ("grounding_train", None, "grounding_test", (30, 30), (30, 30)),
-    "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 32), (512, 32)),
+    "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 40), (512, 40)),
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def keys_of(task, shapes):
     names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
     return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
         "vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json"),
-        "answer_list": str(shapes / "answer_list.json"), "max_tokens": 32,
+        "answer_list": str(shapes / "answer_list.json"),
     }  # fmt: skip
 
 
@@ -372,3 +372,8 @@ def test_results_come_in_order_and_few_items_are_taken_ahead():
     with in_processes(2) as jobs:
         for i, result in enumerate(jobs(abs, items())):
             assert result == i and len(taken) <= i + 9
+
+
+def test_a_key_of_set_that_the_task_does_not_read_is_refused(run, shapes):
+    status, out, report = run("--set", "eos=[SEP]x", task="ve", **keys_of("ve", shapes))
+    assert status == 2 and "eos" in out and report is None

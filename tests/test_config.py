@@ -1,12 +1,14 @@
 """Configurations, schedules and optimizer groups."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
+from conftest import refusal
 from configs.schema import load_config, override, read_bert_config, save_config, with_defaults
 from models import build_model
 from optim import create_optimizer, parameter_groups
@@ -171,6 +173,12 @@ def test_a_configuration_is_a_copy_of_its_defaults_and_of_what_it_is_made_from()
     ("save_every: 1.5 iterations", "save_every is '1.5 iterations', it must be"),
     ("save_every: -1", "save_every is -1, it must be"),
     ("hflip: 3", "hflip is 3, it must be true or false"),
+    ("temp: 0", "temp is 0, it must be a number from 0.001 to 0.5"),
+    ("temp: 1.0e+9", "temp is 1000000000.0"),
+    ("vision_depth: 10000000", "vision_depth is 10000000"),
+    ("queue_size: 1099511627776", "queue_size is 1099511627776"),
+    ("num_workers: 1000000", "num_workers is 1000000"),
+    ("batch_size: 1180591620717411303424", "batch_size is 1180591620717411303424"),  # beyond a machine word
     ("momentum: -1", "momentum is -1"),
     ("precision: fp16", "it must be one of fp32, bf16"),
     ("objectives: [itc, mln]", "objectives is ['itc', 'mln'], it must be a list of itc, mlm, itm"),
@@ -186,6 +194,19 @@ def test_bad_configurations_name_file_and_key(tmp_path, text, message):
     with pytest.raises(InputError, match=r"bad\.yaml") as error:
         load_config(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_regular_files_are_configurations(tmp_path):
+    os.mkfifo(tmp_path / "fifo")  # which blocks until somebody writes to it
+    for path in ("/dev/zero", str(tmp_path / "fifo"), str(tmp_path)):
+        assert path in refusal(load_config, path)
+        assert path in refusal(read_bert_config, path)
+
+
+def test_sizes_beyond_any_model_are_refused():
+    bert = json.loads(Path("tests/golden/bert.json").read_text())
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+        assert key in refusal(read_bert_config, {**bert, key: 2**40})
 
 
 def test_weight_decay_spares_biases_and_one_dimensional_parameters(golden):

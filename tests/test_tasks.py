@@ -527,7 +527,7 @@ BAD_INPUT = {
                                   "entry 1 .*has no 'answer', though others have"),
     "answers of Visual Genome to score": ("VQA", "test_file", [{**QUESTION, "dataset": "vg", "answer": "a"}], "one annotator"),
     "two batch sizes": ("VE", "batch_size_train", 4, "batch_size is 8 and batch_size_train is 4"),
-    "objectives of another task": ("Grounding", "--set", "objectives=[mlm]", "objectives is mlm, this task has itc, itm"),
+    "objectives of another task": ("Grounding", "--set", "objectives=[mlm]", "objectives names mlm: .* itc, itm"),
     "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is not a token"),
     "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
     "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "text '\\?' is empty"),

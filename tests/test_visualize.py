@@ -120,12 +120,12 @@ def test_pictures_of_pseudo_targets(visualize, tmp_path):
 
 def test_texts_are_lines_or_captions(tmp_path):
     (tmp_path / "texts.txt").write_text("A red dog!\n\n ?\na red dog\ntwo cats\n")
-    assert Visualize.read_texts(tmp_path / "texts.txt") == ["a red dog", "two cats"]
+    assert Visualize.read_texts(tmp_path / "texts.txt", 30) == ["a red dog", "two cats"]
     (tmp_path / "texts.json").write_text(json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}]))
-    assert Visualize.read_texts(tmp_path / "texts.json") == ["a dog", "a cat"]
+    assert Visualize.read_texts(tmp_path / "texts.json", 30) == ["a dog", "a cat"]
     (tmp_path / "texts.json").write_text(json.dumps([{"text": "a dog"}]))
     with pytest.raises(InputError, match="texts.json: entry 0 .* missing required field 'caption'"):
-        Visualize.read_texts(tmp_path / "texts.json")
+        Visualize.read_texts(tmp_path / "texts.json", 30)
 
 
 def test_the_pieces_of_a_word_are_joined(make, tokenizer):

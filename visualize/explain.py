@@ -55,7 +55,8 @@ def split_words(text, model, tokenizer):
     Words are those of BERT's pre-tokenizer: separated by blanks, each symbol that clean-up leaves by itself.
     """
     text = without_halves(text)
-    tokens, limit, pieces = tokenizer([text], verbose=False), model.bert_config["max_position_embeddings"], {}
+    limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
+    tokens, pieces = tokenizer([text], verbose=False), {}
     for position, word in enumerate(tokens.word_ids(0)[:limit]):
         if word is not None:
             pieces.setdefault(word, []).append(position)
@@ -181,7 +182,8 @@ def text_targets(model, image_feat, texts, caption, tokenizer):
     similarities = []
     for start in tqdm(range(0, len(texts), BATCH), desc="texts", leave=False, disable=None):
         batch = texts[start : start + BATCH]
-        tokens = tokenize(batch, tokenizer, model.bert_config["max_position_embeddings"]).to(image_feat.device)
+        limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
+        tokens = tokenize(batch, tokenizer, limit).to(image_feat.device)
         similarities.append(feature_similarity(image_feat, model.encode_text(tokens, momentum=True)[1])[0])
     values, best = torch.cat(similarities).topk(min(TOP, len(texts)))
     return [Candidate(texts[i], value, texts[i] == caption) for value, i in zip(values.tolist(), best.tolist())]
