@@ -38,7 +38,6 @@ if __name__ == "__main__":
 
 import tempfile
 import threading
-from pathlib import Path
 
 from dataset.build import build_dataset
 from dataset.images import ImageError, load_image

@@ -19,7 +19,6 @@ from PIL import Image
 from conftest import ROOT, contents, exit_status
 from dataset.build import build_dataset
 from demo import results
-from inference import load_model
 from test_inference import files, models, photos  # noqa: F401, fixtures
 
 TEXT = "a red circle"

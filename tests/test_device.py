@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import exit_status, refusal
+from conftest import refusal
 from engine.device import device_peak, use_device
 from engine.processes import init_process_group
 from engine.recorder import Recorder

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-import dataset.images
 from benchmarks.dataloader import photo
 from dataset.images import decode_image, load_image
 

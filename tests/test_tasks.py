@@ -1,6 +1,5 @@
 """The scripts that fine-tune, but for Retrieval.py, as a whole: training, resuming, evaluation, bad input."""
 
-import argparse
 import functools
 import importlib
 import json
@@ -19,7 +18,7 @@ from chaos import assert_same_run
 from conftest import contents, exit_status, log
 from evaluation.metrics import grounding_accuracy
 from dataset import build_dataset, file_key
-from engine.configuration import choose_config, default_output_dir
+from engine.configuration import default_output_dir
 from evaluation.relevance import Swapped, evaluate, roc_auc
 from inference import load_model
 from models import build_model, task_of
