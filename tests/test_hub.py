@@ -229,7 +229,7 @@ def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shap
 
 
 def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export, hub, shapes, tmp_path):
-    assert {key for key, (_, kind) in KEYS.items() if kind in (TEXT, PATH, PATHS)} <= {*FILE_KEYS, "eos", "optimizer.opt"}
+    assert {name for name, key in KEYS.items() if key.kind in (TEXT, PATH, PATHS)} <= {*FILE_KEYS, "eos", "optimizer.opt"}
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]
