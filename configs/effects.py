@@ -54,7 +54,7 @@ def idle_keys(task: str, config: dict, overrides: list[str], evaluate: bool) -> 
 def notes(task: str, config: dict, overrides: list[str], evaluate: bool) -> list[str]:
     """Return a line for each reason why keys of a run have no effect."""
     unread, idle = unread_keys(task, config), idle_keys(task, config, overrides, evaluate)
-    lines = [f"note: {task} does not read {', '.join(unread)}: they have no effect"] * bool(unread)
+    lines = [f"note: {task} does not read {', '.join(unread)}"] * bool(unread)
     return lines + [f"note: {', '.join(keys)}: no effect, {reason}" for keys, reason in idle if keys]
 
 

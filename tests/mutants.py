@@ -92,9 +92,9 @@ MUTANTS = [
            "torch.cat([valid.new_zeros(batch), valid.new_ones(2 * batch)])"),
     # contrastive learning and matching
     Mutant("models/alignment.py", "self.hard_negatives = config[\"hard_negatives\"] and", "self.hard_negatives ="),
-    Mutant("models/alignment.py", "distill if isinstance(distill, list) else self.objectives * distill", "self.objectives"),
+    Mutant("models/alignment.py", "config[\"distill\"] if isinstance(config[\"distill\"], list) else distillable * config[\"distill\"]", "distillable"),
     Mutant("models/alignment.py", "if \"itc\" in self.distilled:", "if self.distilled:"),
-    Mutant("models/alignment.py", "self.temp.clamp_(0.001, 0.5)", "pass"),
+    Mutant("models/alignment.py", "self.temp.clamp_(*TEMP_RANGE)", "pass"),
     Mutant("models/alignment.py", "        if update_momentum:\n", "        if True:\n"),
     Mutant("models/alignment.py", "config[\"queue_size\"]))", "65536))"),
     Mutant("models/alignment.py", "self.image_queue.clone(), self.text_queue.clone()", "self.text_queue.clone(), self.image_queue.clone()"),

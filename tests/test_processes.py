@@ -66,13 +66,17 @@ def ending(process):
 
 @pytest.fixture
 def retrieval(tiny_config, shapes, tmp_path, pretrained):
-    """Arguments of Retrieval.py with two data workers, which fine-tunes or evaluates on the same image many times over."""
+    """Arguments of Retrieval.py with two data workers, which fine-tunes or evaluates on an image under many names."""
 
-    def arguments(image="images/test/000000.jpg", entries=4000):
-        (tmp_path / "test.json").write_text(json.dumps([{"image": image, "caption": ["a red circle"]}] * entries))
+    def arguments(image=shapes / "images/test/000000.jpg", entries=4000):
+        links = [tmp_path / f"link{number}.jpg" for number in range(entries)]
+        for link in links:
+            link.symlink_to(image)
+        (tmp_path / "test.json").write_text(json.dumps([{"image": str(link), "caption": ["a red circle"]} for link in links]))
         files = {"train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")]}
         keys = {"num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}
         config = {**tiny_config, **files, **keys}
+        del config["vision_encoder"]  # which pre-training alone reads
         return ["Retrieval.py", *command_line(config, tmp_path / "run", tmp_path), "--checkpoint", pretrained]
 
     return arguments
@@ -80,7 +84,7 @@ def retrieval(tiny_config, shapes, tmp_path, pretrained):
 
 def test_an_unusable_test_image_ends_the_evaluation(retrieval, start, shapes, tmp_path):
     (tmp_path / "broken.jpg").write_bytes((shapes / "images/test/000000.jpg").read_bytes()[:300])
-    status, said = ending(start(*retrieval(str(tmp_path / "broken.jpg"), 8), "--evaluate"))
+    status, said = ending(start(*retrieval(tmp_path / "broken.jpg", 8), "--evaluate"))
     assert status == 2 and said.startswith("error: cannot read a test image") and len(said.splitlines()) == 1, said
 
 
