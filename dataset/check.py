@@ -42,6 +42,7 @@ from configs.schema import load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
+from dataset.batches import check_length
 from dataset.build import TOKENS, build_dataset, data_sets, file_key, lists_and_shards
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
@@ -570,7 +571,9 @@ def main():
         for name in names if not check.problems else ():
             with check.noting():
                 if config[file_key(name)]:
-                    build_dataset(name, config)  # what concerns a list or several as a whole
+                    dataset = build_dataset(name, config)  # what concerns a list or several as a whole
+                    if file_key(name) == "train_file":
+                        check_length(len(dataset), config["batch_size"], world_size=1)
         if args.report:
             found = {"task": args.task, "config": args.config, "others": others, "files": results, "notes": check.notes}
             json.dump({"problems": check.problems, "count": len(check.problems), **found}, report, indent=1)
