@@ -302,6 +302,9 @@ class Tally:
             self.row("unknown words", f"{_percent(of_words)} ({_percent(of_pieces)} of the word pieces){shown}", unknown_words={
                 "count": count, "share_of_words": of_words, "share_of_word_pieces": of_pieces, "most_frequent": most,
             })  # fmt: skip
+            if of_words > 0.5:
+                self.check.notes.append(f"{self.result['key']} {self.result['file']}: the vocabulary lacks {_percent(of_words)} of "
+                                        "the words; python -m models.tokenizer makes one from captions")
 
     def _report_lengths(self, key, lengths, limit):
         lengths = np.frombuffer(lengths, lengths.typecode)
@@ -480,7 +483,7 @@ def check_shards(check, paths):
         else:
             tally.add_entry(seen.path, seen.key, seen.index, seen.captions, seen.digest)
             tally.add_image(seen.path, seen.key, "image", seen)
-    return {"shards": counts, **tally.report(name, range(len(shards)), f"{len(paths)} {SHARDS.title}")}
+    return {"shards": counts, **tally.report(name, range(len(shards)), f"{SHARDS.title}: {len(paths)}")}
 
 
 def check_lists(check):

@@ -246,6 +246,12 @@ def test_lengths_of_texts_and_unknown_words(run, write):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("caption, noted", [("зебра", True), ("a red circle", False)])
+def test_a_vocabulary_of_other_words_is_noted(run, write, caption, noted):
+    status, out, report = run("--images", 0, train_file=write([{"image": GOOD, "caption": caption}]))
+    assert status == 0 and len(report["notes"]) == noted and ("models.tokenizer" in out) == noted
+
+
 def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shapes):
     picture = Image.open(shapes / GOOD)
     exif = Image.Exif()
