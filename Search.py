@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 
-from dataset.images import FORMATS
+from dataset.images import FORMATS, SUFFIXES
 from engine.processes import find_device
 from engine.saving import writing
 from inference import load_model
@@ -105,6 +105,8 @@ def open_for_reading(folder):
 
 def answer_query(args):
     """Print the images that fit best, and write the page."""
+    if Path(args.text or "").suffix.lower() in SUFFIXES and os.path.isfile(args.text):
+        raise InputError(f"TEXT {args.text} is an image file: --image {args.text} searches for images like it")
     if args.html:
         check_page(args.html)
     found_in = open_for_reading(args.index)

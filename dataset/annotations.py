@@ -300,6 +300,8 @@ def read_json_list(path):
 
     Raises InputError if the file cannot be read, is not valid JSON, not a list or empty.
     """
+    if os.fspath(path).endswith(".tar"):
+        raise InputError(f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment reads shards")
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             yield from enumerate(_decode_list(file, path))
@@ -363,7 +365,8 @@ def _opening(text, path):
         raise InputError(f"{path}: " + (advice(path) or "holds a JSON object, not a list of entries; if it is JSON lines (an "
                                         f"object a line), convert it: jq -s . {path} > list.json"))  # fmt: skip
     found = "is an empty list" if opening else "is not a JSON list" if start else "is empty"
-    raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]')
+    raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]. '
+                     "python -m dataset.to_json converts tables, folders and official files")
 
 
 def _advance(text, pos, line, column):

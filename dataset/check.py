@@ -42,6 +42,7 @@ from configs.schema import load_config, read_bert_config
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
+from dataset.batches import check_length
 from dataset.build import TOKENS, build_dataset, data_sets, file_key, lists_and_shards
 from dataset.cache import locate
 from dataset.caption import GroundingPair, Pair, RetrievalPair
@@ -301,6 +302,9 @@ class Tally:
             self.row("unknown words", f"{_percent(of_words)} ({_percent(of_pieces)} of the word pieces){shown}", unknown_words={
                 "count": count, "share_of_words": of_words, "share_of_word_pieces": of_pieces, "most_frequent": most,
             })  # fmt: skip
+            if of_words > 0.5:
+                self.check.notes.append(f"{self.result['key']} {self.result['file']}: the vocabulary lacks {_percent(of_words)} of "
+                                        "the words; python -m models.tokenizer makes one from captions")
 
     def _report_lengths(self, key, lengths, limit):
         lengths = np.frombuffer(lengths, lengths.typecode)
@@ -479,7 +483,7 @@ def check_shards(check, paths):
         else:
             tally.add_entry(seen.path, seen.key, seen.index, seen.captions, seen.digest)
             tally.add_image(seen.path, seen.key, "image", seen)
-    return {"shards": counts, **tally.report(name, range(len(shards)), f"{len(paths)} {SHARDS.title}")}
+    return {"shards": counts, **tally.report(name, range(len(shards)), f"{SHARDS.title}: {len(paths)}")}
 
 
 def check_lists(check):
@@ -570,7 +574,9 @@ def main():
         for name in names if not check.problems else ():
             with check.noting():
                 if config[file_key(name)]:
-                    build_dataset(name, config)  # what concerns a list or several as a whole
+                    dataset = build_dataset(name, config)  # what concerns a list or several as a whole
+                    if file_key(name) == "train_file":
+                        check_length(len(dataset), config["batch_size"], world_size=1)
         if args.report:
             found = {"task": args.task, "config": args.config, "others": others, "files": results, "notes": check.notes}
             json.dump({"problems": check.problems, "count": len(check.problems), **found}, report, indent=1)

@@ -14,6 +14,7 @@ from utils import read_regular
 # Pillow is asked for these alone: its other plug-ins were not chosen to run on files from the web, and that of EPS starts
 # Ghostscript on them
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}  # with a dot
 # A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file can keep a decoder busy
 # for minutes. To count scans beforehand costs about 1% of decoding an ordinary image, and is a time limit that works in every
 # thread and process; a signal would not interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dataset.annotations import read_json_list
-from dataset.shards import CAPTION_SUFFIXES, IMAGE_SUFFIXES, image_and_captions
+from dataset.images import FORMATS, SUFFIXES
+from dataset.shards import CAPTION_SUFFIXES, image_and_captions
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
 from utils import InputError, read_regular
 
@@ -135,8 +136,7 @@ def read_table(
 
     def is_row(row):
         image = row[columns_of(row)[0]].strip()
-        suffix = os.path.splitext(image)[1][1:].lower()
-        return suffix in IMAGE_SUFFIXES or image != "" and _find(image, image_root) is not None
+        return os.path.splitext(image)[1].lower() in SUFFIXES or image != "" and _find(image, image_root) is not None
 
     if text.lstrip().startswith("["):
         rows = ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path))
@@ -200,12 +200,17 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
         there, stems = set(names), set()
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            if name.startswith(".") or suffix[1:].lower() not in IMAGE_SUFFIXES:
-                continue
             path = os.path.join(parent, name)
+            if name.startswith(".") or suffix[1:] in CAPTION_SUFFIXES:
+                continue
+            if suffix.lower() not in SUFFIXES:
+                if not there.isdisjoint(f"{stem}.{kind}" for kind in CAPTION_SUFFIXES):
+                    stems.add(stem)
+                    problems.append(f"{path}: has a caption, but its suffix is not that of {', '.join(FORMATS)}: convert it")
+                continue
             stems.add(stem)
             try:
-                sample = {"__key__": stem, suffix[1:].lower(): b""}
+                sample = {"__key__": stem, "jpg": b""}
                 for kind in CAPTION_SUFFIXES:
                     if f"{stem}.{kind}" in there:
                         sample[kind] = read_regular(os.path.join(parent, f"{stem}.{kind}"))

@@ -32,18 +32,21 @@ def require_finite(scores, name):
         raise NotFinite(f"{name(bad[0])}: its scores are not finite, as for {len(bad)} of {len(scores)}")
 
 
-def _ranks(scores, positives):
-    """Return for each query the rank (0 is best) of its best positive; ties count half, so that order plays no part.
+def _hit_probability(k, right, wrong):
+    """Return the probability that a random order of candidates has one of the right ones among its first k."""
+    draws = np.arange(min(k, right + wrong))
+    return 1 - np.prod(np.maximum(0, wrong - draws) / (right + wrong - draws))
 
-    scores: [Q, K]; positives: for each query the indices of its positives. A query without a positive has no rank.
+
+def _standings(scores, positives):
+    """Count for each query the wrong candidates above its best positive, and the positives and wrong candidates equal to it.
+
+    scores: [Q, K]; positives: for each query the indices of its positives. A query without a positive is left out.
     """
-    ranks = []
     for row, own in zip(scores, positives):
         if len(own):
-            best = row[own].max()
-            others = np.delete(row, own)
-            ranks.append((others > best).sum() + 0.5 * (others == best).sum())
-    return np.array(ranks)
+            best, others = row[own].max(), np.delete(row, own)
+            yield int((others > best).sum()), int((row[own] == best).sum()), int((others == best).sum())
 
 
 def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
@@ -51,7 +54,8 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
     number; images without a text are not queries. A query is a hit at k when fewer than k wrong candidates stand before its
-    best positive; a wrong candidate with the same score counts half. Raises NotFinite, and InputError without a query.
+    best positive. Equal scores count with the probability of a hit in random order, so that constant scores have the recall
+    of chance. Raises NotFinite, and InputError without a query.
     """
     results = {}
     directions = {
@@ -60,10 +64,13 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
     }
     for name, (scores, positives) in directions.items():
         require_finite(scores, f"{'image' if name == 'txt' else 'text'} {{}} (counting from 0)".format)
-        ranks = _ranks(scores, positives)
-        if not len(ranks):
+        standings = list(_standings(scores, positives))
+        if not standings:
             raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
-        recalls = {k: float(100 * np.mean(ranks < k)) for k in (1, 5, 10)}
+        recalls = {
+            k: float(100 * np.mean([_hit_probability(k - above, right, wrong) for above, right, wrong in standings]))
+            for k in (1, 5, 10)
+        }
         results.update({f"{name}_r{k}": recall for k, recall in recalls.items()})
         results[f"{name}_r_mean"] = sum(recalls.values()) / 3
     results["r_mean"] = (results["txt_r_mean"] + results["img_r_mean"]) / 2
@@ -79,11 +86,8 @@ def chance_recall(images, texts, img2txt):
         raise InputError("no image has a text, so recall is not defined: give pairs of images and texts")
     results = {}
     for k in (1, 5, 10):
-        misses = []
-        for own in filter(len, img2txt):
-            draws = np.arange(min(k, texts))  # the probability that none of k texts drawn is one of the image's own
-            misses.append(np.prod(np.maximum(0, texts - len(own) - draws) / (texts - draws)))
-        results[f"txt_r{k}"] = float(100 * (1 - np.mean(misses)))
+        hits = [_hit_probability(k, len(own), texts - len(own)) for own in filter(len, img2txt)]
+        results[f"txt_r{k}"] = float(100 * np.mean(hits))
         results[f"img_r{k}"] = 100 * min(1, k / images)
     return results
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 
 from dataset.images import FORMATS, ImageError, load_image
+from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.device import autocast
 from engine.processes import find_device
 from engine.saving import writing
@@ -149,7 +149,6 @@ def find_images(folders):
     [(path, problem), ...] of links and folders that cannot be read; a Counter of the suffixes of all other files.
     Raises InputError for one of `folders` that cannot be read, or has no image.
     """
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
     found, problems, others, taken = {}, [], {}, {}  # taken: a folder without links -> the name that it is gone through by
     for root in folders:
         if not os.path.isdir(root):
@@ -157,11 +156,11 @@ def find_images(folders):
         errors, images = [], 0
         for folder, own, names in _folders_below(os.path.abspath(root), errors.append):
             kinds = {os.path.join(folder, name): os.path.splitext(name)[1].lower() for name in names if name[0] != "."}
-            paths = [path for path, suffix in kinds.items() if suffix in suffixes]
+            paths = [path for path, suffix in kinds.items() if suffix in IMAGE_SUFFIXES]
             if taken.setdefault(own, folder) != folder:
                 images += len(paths)  # which are there already
                 continue
-            others.update((path, suffix) for path, suffix in kinds.items() if suffix not in suffixes)
+            others.update((path, suffix) for path, suffix in kinds.items() if suffix not in IMAGE_SUFFIXES)
             for path in paths:
                 try:
                     state = os.stat(path)

@@ -60,7 +60,9 @@ def existing_file(path):
     path = Path(path)
     if path.is_dir():
         best = best_file(path)
-        raise InputError(f"checkpoint {path} is a folder: name {f'the file, perhaps {best}' if best else 'a file'}")
+        if best is None:
+            raise InputError(f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check the path")
+        raise InputError(f"checkpoint {path} is a folder: name the file, perhaps {best}")
     if is_repository(path):
         return fetch(str(path), REPOSITORY, "checkpoint")[0]
     if not path.is_file():

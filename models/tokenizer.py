@@ -11,6 +11,7 @@ flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.
 flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
 flags.add_argument("--output", required=True, help="the file to write: vocab.txt, one word piece per line, with "
                    "tokenizer_config.json beside it, or tokenizer.json, one file for both")  # fmt: skip
+flags.add_argument("--overwrite", action="store_true", help="replace files of these names")
 flags.add_argument("--size", type=at_least(1), default=30522, help="most word pieces that it may have")
 if __name__ == "__main__":
     begin_script(flags)
@@ -185,13 +186,14 @@ def tokenizer_of(config):
 
 def captions_of(files):
     """Yield every caption of annotation files whose entries have `caption`, a string or a list. Raises InputError."""
+    remedy = "python -m dataset.to_json makes one from a table, a folder or an official file"
     for path in files:
         try:
             entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cannot be read as a JSON list: {error}") from None
+            raise InputError(f"{path}: cannot be read as a JSON list ({error}); {remedy}") from None
         if not isinstance(entries, list) or not entries:
-            raise InputError(f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}}')
+            raise InputError(f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}}; {remedy}')
         for index, entry in enumerate(entries):
             found = entry.get("caption") if isinstance(entry, dict) else None
             texts = found if isinstance(found, list) else [found]
@@ -226,6 +228,9 @@ def main():
         files = {output: backend.to_str(pretty=True)}
     else:
         files = {settings_file(output): json.dumps(OWN, indent=1), output: "".join(f"{piece}\n" for piece in pieces)}
+    existing = [str(path) for path in files if path.exists()]
+    if existing and not args.overwrite:
+        raise InputError(f"--output: {', '.join(existing)} exists already: name another file, or add --overwrite")
     try:
         os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
         for path, text in files.items():

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import tarfile
 
 import pytest
 
@@ -302,12 +303,20 @@ def test_pickle_reopens_the_cache_instead_of_carrying_it(tmp_path):
             loaded[outside]
 
 
+def test_shards_in_the_place_of_lists_are_named(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(__file__, "a.txt")
+    message = refusal(lambda: list(read_json_list(tmp_path / "a.tar")))
+    assert message.startswith(f"{tmp_path / 'a.tar'}: ") and "shard" in message and "train_file" in message
+
+
 @pytest.mark.parametrize("text, expected", [
     ("", "is empty"),
     (" \n ", "is empty"),
     ("[]", "is an empty list"),
     ("[ \n ]", "is an empty list"),
     ('"text"', "is not a JSON list"),
+    ("path,caption\na.jpg,a red circle\n", "dataset.to_json"),
     ('{"image": "a"}\n{"image": "b"}\n', "jq -s"),
     ('[{"image": "a"},\n {"image" "b"}]', "line 2 column 11 (Expecting ':' delimiter); correct it"),
     ('[{"image": "a"},\n {"image": "b"}\n {"image": "c"}]', "line 3 column 2 (Expecting ',' or ']'); correct it"),

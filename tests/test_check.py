@@ -26,7 +26,7 @@ def run(tiny_config, tmp_path, monkeypatch, capsys):
     """Checks the tiny configuration with some keys changed for a task; returns (exit status, what is printed, the report)."""
 
     def call(*flags, task="pretrain", **keys):
-        YAML(typ="safe").dump({**tiny_config, "test_file": None, **keys}, tmp_path / "config.yaml")
+        YAML(typ="safe").dump({**tiny_config, "test_file": None, "batch_size": 1, **keys}, tmp_path / "config.yaml")
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
         argv = ["check", task, tmp_path / "config.yaml", "--processes", 1, "--report", report, *flags]
@@ -128,6 +128,13 @@ def test_what_concerns_a_whole_list_is_found(run, shapes, write):
     train = [{"image": GOOD, "caption": ["red"], "image_id": 1}, {"image": GOOD, "caption": "red"}]
     status, out, report = run(task="retrieval", train_file=write(train))
     assert status == 1 and problems_of(report)[0][0] == 1 and report["files"][0]["wrong"] == {"wrong 'image_id'": 1}
+
+
+@pytest.mark.parametrize("task", ["pretrain", "retrieval"])
+def test_less_than_one_batch_is_found(run, write, task):
+    assert run(task=task, train_file=write(pairs(3)), batch_size=3)[0] == 0
+    status, out, _ = run(task=task, train_file=write(pairs(3)), batch_size=4)
+    assert status == 1 and "batch_size" in out
 
 
 def test_what_the_task_does_not_read_is_not_looked_at(run, write):
@@ -237,6 +244,12 @@ def test_lengths_of_texts_and_unknown_words(run, write):
         "count": 3, "share_of_words": 3 / words, "share_of_word_pieces": 3 / (words + 20),
         "most_frequent": {"зебра": 2, "\U0001f600": 1},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("caption, noted", [("зебра", True), ("a red circle", False)])
+def test_a_vocabulary_of_other_words_is_noted(run, write, caption, noted):
+    status, out, report = run("--images", 0, train_file=write([{"image": GOOD, "caption": caption}]))
+    assert status == 0 and len(report["notes"]) == noted and ("models.tokenizer" in out) == noted
 
 
 def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shapes):

@@ -206,7 +206,7 @@ def test_unreadable_files_are_one_line(tmp_path, state):
 def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    assert refusal(read_weights, run) == f"checkpoint {run} is a folder: name a file"
+    assert f"{run}: the folder has no weight file" in refusal(read_weights, run)
     for name in ("checkpoint_10.pth", "checkpoint_last.pth", "checkpoint_best.pth"):  # each one more likely to be meant
         (run / name).touch()
         assert refusal(read_weights, f"{run}/").endswith(f"is a folder: name the file, perhaps {run / name}")

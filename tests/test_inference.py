@@ -363,7 +363,7 @@ HUGE = Image.new("1", (20000, 10000))
 BAD = {
     "missing file": (lambda m, f: load_model("no.pth"), "no.pth does not exist"),
     "text file": (lambda m, f: load_model("README.md"), "README.md is not a checkpoint"),
-    "empty folder": (lambda m, f: load_model("configs/shapes"), "configs/shapes is a folder: name a file"),
+    "empty folder": (lambda m, f: load_model("configs/shapes"), "configs/shapes: the folder has no weight file"),
     "device": (lambda m, f: load_model(f["ve"], device="tpu9"), "this code does not run there, use cuda or cpu"),
     "precision": (lambda m, f: load_model(f["ve"], precision="fp8"), "it must be one of fp32, bf16"),
     "other task": (lambda m, f: m["ve"].rank(["a.jpg"], "a"), "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval"),

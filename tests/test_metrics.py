@@ -297,9 +297,25 @@ def test_ties_do_not_depend_on_order():
     order = rng.permutation(20)
     result = recall_at_k(scores, scores.T, own, [[i] for i in own])
     shuffled = scores[order][:, order]
-    assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == result
-    constant = np.zeros((20, 20))
-    assert recall_at_k(constant, constant, own, [[i] for i in own])["txt_r5"] == 0.0
+    assert recall_at_k(shuffled, shuffled.T, own, [[i] for i in own]) == pytest.approx(result)
+
+
+def test_constant_scores_have_the_recall_of_chance():
+    img2txt = [[0, 1, 2], [3], [], [4, 5], *([i] for i in range(6, 16))]
+    txt2img = [image for image, own in enumerate(img2txt) for _ in own]
+    result = recall_at_k(np.zeros((14, 16)), np.zeros((16, 14)), txt2img, img2txt)
+    for name, value in chance_recall(14, 16, img2txt).items():
+        assert result[name] == pytest.approx(value), name
+
+
+def test_recall_beyond_the_candidates_of_re_ranking():
+    # of 16 images 4 are candidates, none of them the right one: it is one of 12 without a score
+    scores = np.full((16, 16), -100.0)
+    for query in range(16):
+        scores[query, [(query + shift) % 16 for shift in range(1, 5)]] = 1.0
+    result = recall_at_k(scores, scores, list(range(16)), [[i] for i in range(16)])
+    assert result["img_r1"] == 0 and result["img_r5"] == pytest.approx(100 / 12)
+    assert result["img_r10"] == pytest.approx(50)
 
 
 def test_chance_is_that_of_a_random_ranking():

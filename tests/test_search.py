@@ -441,6 +441,7 @@ BAD = {
     "blank text": ("query {}/index ?!", "nothing is left of it"),
     "empty text": ("query {}/index ''", "nothing is left of it"),
     "no such example": ("query {}/index --image no.jpg", "no.jpg: does not exist"),
+    "example as text": ("query {}/index {}/huge.png", "--image .*huge.png"),
     "text as example": ("query {}/index --image {}/text.txt", "text.txt: not an image"),
     "200 megapixels": ("query {}/index --image {}/huge.png", "huge.png: too large: Image size .200000000 pixels"),
     "other weights": ("query {}/index star --checkpoint {}/other.pth", "made with weights"),

@@ -169,18 +169,21 @@ def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, mo
 
 def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
     files = {"a.txt": "a dog\n", "b.json": '{"caption": ["b", "c"], "url": "x"}', "c.json": '{"caption": null}', "e.txt": "?",
+             "f.heic": "", "f.txt": "a fox", "g.txt": "a goat", "clip.mov": "",
              "sub/d.txt": "a cat", "sub/d.json": "broken", "0_stats.json": "{}", "readme.md": "", ".e.jpg": ""}  # fmt: skip
     for name, text in files.items():
         (tmp_path / "photos" / name).write_text(text)
+    shutil.copy(tmp_path / "photos" / "a.jpg", tmp_path / "photos" / "g.jfif")
     os.mkfifo(tmp_path / "photos" / "sub/e.txt")  # which would wait for a writer
     (tmp_path / "photos" / "sub/e.jpg").touch()
     monkeypatch.chdir(tmp_path)
     for root, prefix in ("photos", ""), ("", "photos/"):
         assert run(monkeypatch, "photos", "--image_root", root, "--output", f"out{root}") == 0
         entries = {entry["image"]: entry["caption"] for entry in json.loads(Path(f"out{root}/train.json").read_text())}
-        assert entries == {f"{prefix}a.jpg": ["a dog"], f"{prefix}b.jpg": ["b", "c"], f"{prefix}sub/d.jpg": ["a cat"]}
+        assert entries == {f"{prefix}a.jpg": ["a dog"], f"{prefix}b.jpg": ["b", "c"], f"{prefix}g.jfif": ["a goat"],
+                           f"{prefix}sub/d.jpg": ["a cat"]}
         skipped = Path(f"out{root}/skipped.txt").read_text().splitlines()
-        assert [line.split(":")[0] for line in skipped] == ["photos/c.jpg", "photos/e.txt", "photos/sub/e.jpg"]
+        assert [line.split(":")[0] for line in skipped] == ["photos/c.jpg", "photos/f.heic", "photos/e.txt", "photos/sub/e.jpg"]
     for source in "configs", "photos/sub/e.txt", "/dev/zero":
         assert run(monkeypatch, source, "--output", "none") == 2
 

@@ -92,7 +92,8 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
 def vocabulary(folder, monkeypatch, captions, output):
     """The tokenizer of a vocabulary that the command makes of captions."""
     (folder / "train.json").write_text(json.dumps([{"image": "x.jpg", "caption": captions * 3}]))
-    monkeypatch.setattr("sys.argv", ["tokenizer.py", str(folder / "train.json"), "--output", str(folder / output)])
+    argv = ["tokenizer.py", folder / "train.json", "--output", folder / output, "--overwrite"]
+    monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])
     main()
     return build_tokenizer(folder / output)
 
@@ -152,6 +153,7 @@ def test_bad_settings_are_named(tmp_path, content):
 @pytest.mark.parametrize("content, output, words", [
     ("[]", "v.txt", "train.json: is not a JSON list with entries"),
     ("null", "v.txt", "train.json: is not a JSON list with entries"),
+    ("path,caption\na.jpg,a dog\n", "v.txt", "dataset.to_json"),
     ('[{"caption": "a"}, {"caption": 3}]', "v.txt", "train.json: entry 1 (counting from 0) has no 'caption'"),
     ('[{"caption": [" ", ""]}]', "v.txt", "train.json: no caption has a word"),
     ('[{"caption": ["a", null]}]', "v.txt", "train.json: entry 0"),
@@ -163,6 +165,21 @@ def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line
     monkeypatch.setattr("sys.argv", ["tokenizer.py", "train.json", "--output", output])
     assert words in refusal(main)
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
+
+
+@pytest.mark.parametrize("existing", ["v.txt", "v.tokenizer_config.json"])
+def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, existing):
+    monkeypatch.chdir(tmp_path)
+    Path("train.json").write_text('[{"caption": "a dog"}]')
+    Path(existing).write_text("mine")
+    argv = ["tokenizer.py", "train.json", "--output", "v.txt"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert existing in refusal(main)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["train.json", existing])
+    assert Path(existing).read_text() == "mine"
+    monkeypatch.setattr("sys.argv", [*argv, "--overwrite"])
+    main()
+    assert Path(existing).read_text() != "mine"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
