@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.schema import BERT_KEYS, read_bert_config
 from models.hub import find_file
-from utils import InputError, atomic_write, is_main
+from utils import InputError, atomic_write, is_main, read_regular
 
 VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 FILES = (VOCABULARY, PIECES)  # of which a folder's first one counts
@@ -187,7 +187,7 @@ def captions_of(files):
     """Yield every caption of annotation files whose entries have `caption`, a string or a list. Raises InputError."""
     for path in files:
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            entries = json.loads(read_regular(path).decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read as a JSON list: {error}") from None
         if not isinstance(entries, list) or not entries:
