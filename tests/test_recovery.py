@@ -196,9 +196,9 @@ def test_a_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path)
         for record in plain.namelist():
             bomb.writestr(record, plain.read(record))
     with mock.patch("torch.load", side_effect=AssertionError("read")):
-        assert "compressed" in refusal(read_checkpoint, tmp_path / "bomb.pth")
+        assert "compressed records" in refusal(read_checkpoint, tmp_path / "bomb.pth")
         (tmp_path / "bomb.pth").rename(tmp_path / "index.pt")
-        assert "compressed" in refusal(read_index, tmp_path)
+        assert "compressed records" in refusal(read_index, tmp_path)
 
 
 def test_a_run_of_another_seed_is_not_continued(tiny_config, tmp_path):
