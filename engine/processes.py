@@ -206,9 +206,10 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _note(self, signum, _):
-        # Slurm signals a preempted job twice, and torchrun forwards a signal that its workers may have got already
+        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have got already, and timeout(1)
+        # signals its command and then its group
         launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-        if self.signum and time.monotonic() - self._noted >= launched:
+        if self.signum and time.monotonic() - self._noted >= (1 if launched else 0.2):
             end_at_once(signum, None)
         self.signum, self._noted = signum, time.monotonic()
 

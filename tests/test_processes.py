@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from conftest import ROOT
 from dataset.workers import Loader
+from engine.processes import StopSignal
 from test_engine import broken_copy, command_line, torchrun
 
 
@@ -125,9 +127,19 @@ def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_pat
     until(trace.exists)
     run.send_signal(signum)
     until(lambda: "heard" in trace.read_text())
+    time.sleep(0.3)  # what comes sooner is the same signal, sent twice
     run.send_signal(signum)
     status, said = ending(run)
     assert status == 128 + signum and "ended at once" in said.splitlines()[-1], said
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch):
+    ended = mock.Mock()
+    monkeypatch.setattr("engine.processes.end_at_once", ended)
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM and not ended.called
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
