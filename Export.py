@@ -32,7 +32,7 @@ from models import task_of
 from models.checkpoint import METADATA, config_beside, is_momentum, named_tensors, read_checkpoint, write_weights
 from models.hub import check_repository, upload
 from models.tokenizer import VOCABULARY, tokenizer_of
-from utils import InputError, atomic_write, make_output_dir
+from utils import InputError, atomic_write, make_output_dir, read_regular
 
 SUFFIXES = (".safetensors", ".pth")
 PUBLISHED = ["model.safetensors", "config.json", "README.md"]  # and the vocabulary
@@ -140,7 +140,7 @@ def export_folder(args):
 def metrics_of(log, epoch):
     """Return the metrics of validation and test that a run's log.txt has for an epoch, by name."""
     try:
-        entries = [json.loads(line) for line in log.read_text().splitlines()]
+        entries = [json.loads(line) for line in read_regular(log).splitlines()]
     except (OSError, ValueError):
         return {}
     return {key: value for entry in entries if entry.get("epoch") == epoch for key, value in entry.items()

@@ -48,7 +48,7 @@ from engine.processes import init_process_group
 from inference import Inference
 from models import ALIGNED, task_of
 from models.checkpoint import named_tensors, read_checkpoint
-from utils import InputError
+from utils import InputError, read_regular
 from visualize.draw import TITLES, draw_attributes, draw_curves, draw_pseudo_targets, draw_retrieval
 from visualize.explain import text_targets, unknown_words
 
@@ -69,7 +69,7 @@ def picture_run(folder, queries):
         if result.exists():
             picture = folder / f"{result.stem}.png"
             try:
-                draw(json.loads(result.read_bytes()), picture, queries)
+                draw(json.loads(read_regular(result)), picture, queries)
             except InputError:
                 raise
             except ImageError as error:
@@ -125,7 +125,7 @@ def read_texts(path, max_words):
         texts = [text for number, entry in read_json_list(path) for text in check_entry(entry, Captioned, path, number).texts]
     else:
         try:
-            texts = Path(path).read_text(encoding="utf-8").splitlines()
+            texts = read_regular(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--texts {path}: cannot be read as text, one per line: {error}") from None
     return [text for text in dict.fromkeys(pre_caption(text, max_words) for text in texts) if text]

@@ -319,7 +319,7 @@ def recorded_hash(path):
     """Return the recorded SHA-256 of a file in hexadecimal, None without a record. Raises InputError."""
     record = hash_record(path)
     try:
-        found = re.search(r"^\\?([0-9a-fA-F]{64})\b", record.read_text(), re.MULTILINE)
+        found = re.search(r"^\\?([0-9a-fA-F]{64})\b", read_regular(record).decode(), re.MULTILINE)
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,14 +1,13 @@
 """Which samples make up the batches of an epoch, on any number of processes and from any point of it on."""
 
 import functools
-import os
 import sys
 
 import torch
 from torch.utils.data import Sampler
 
 from dataset.workers import Loader, WorkerDied
-from utils import InputError, TrainingStopped, cores, rank, seed_of, world_size
+from utils import InputError, TrainingStopped, cores, environment_number, rank, seed_of, world_size
 
 MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
 
@@ -58,7 +57,7 @@ def workers(config):
     """Data workers of each process: num_workers, else the cores of this machine divided by its processes, 8 at most."""
     if config["num_workers"] is not None:
         return config["num_workers"]
-    return min(8, max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return min(8, max(1, cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1))))
 
 
 class TrainBatches:

@@ -35,7 +35,7 @@ from dataset.caption import Pair
 from dataset.images import ImageError, read_image
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.workers import in_processes, process_count
-from utils import InputError, atomic_write, hash_file, make_output_dir
+from utils import InputError, atomic_write, hash_file, make_output_dir, read_regular
 
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied
@@ -130,7 +130,7 @@ def _check_origin(output, origin):
     path = output / MADE_OF
     remedy = f"name another --output, or remove {output} to make all shards anew"
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(read_regular(path))
     except FileNotFoundError:
         if any(output.glob("*.tar")):
             raise InputError(f"--output {output}: holds shards but no {MADE_OF}, which says what they are made of: "

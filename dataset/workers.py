@@ -14,8 +14,10 @@ import threading
 import weakref
 from collections import deque
 from concurrent.futures.process import BrokenProcessPool
+from typing import NamedTuple
 
-from torch.utils.data import DataLoader, default_collate
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from utils import SIGNALS, InputError, TrainingStopped, cores
@@ -81,7 +83,7 @@ class Loader(DataLoader):
     """Batches of a data set, read by data workers whose errors reach the run as they are.
 
     collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating
-    raises WorkerDied, and the InputError or TrainingStopped of the data set.
+    raises WorkerDied, and what the data set raises.
     """
 
     def __init__(self, dataset, collate, count, device, **batching):
@@ -94,9 +96,11 @@ class Loader(DataLoader):
             with _starting_workers():
                 batches = super().__iter__()
             for batch in batches:
-                if isinstance(batch, (InputError, TrainingStopped)):
-                    raise batch
+                if isinstance(batch, _Failure):
+                    break
                 yield batch
+            else:
+                return
         except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two where it dies while it hands a batch over
             of_torch = re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error))
             if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
@@ -104,15 +108,28 @@ class Loader(DataLoader):
             raise WorkerDied(f"a data worker died ({str(error) or type(error).__name__}); if memory ran out, lower num_workers "
                              "or the batch size; if shared memory did (/dev/shm), start the container with a larger --shm-size"
                              ) from None
+        if isinstance(batch.error, ExceptionWrapper):
+            batch.error.reraise()
+        raise batch.error
+
+
+class _Failure(NamedTuple):
+    """What takes the place of a batch that a data set could not give."""
+
+    error: Exception | ExceptionWrapper  # the latter carries the traceback of a data worker
 
 
 def _read(indices, dataset, collate):
-    """A batch; an error takes its place, since torch makes a text with a stack trace of what a worker raises."""
+    """Return a batch, or the _Failure of the data set, so that it is not taken for the death of a data worker."""
     several = getattr(dataset, "__getitems__", None)
     try:
         return collate(several(indices) if several else [dataset[index] for index in indices])
     except (InputError, TrainingStopped) as error:
-        return error
+        return _Failure(error)
+    except Exception:
+        if get_worker_info() is None:  # read in the run's own process
+            raise
+        return _Failure(ExceptionWrapper(where="in a data worker"))
 
 
 def process_count(tasks, wanted=None):

@@ -111,6 +111,8 @@ class _Meeting:
         self.host, self.port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT")
         if not self.host:
             raise InputError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is missing: start by torchrun, or unset WORLD_SIZE")
+        if self.port > 65535:
+            raise InputError(f"MASTER_PORT={self.port} in the environment is not a port, which is at most 65535: start by torchrun")
         self.begun, self.announced = time.monotonic(), False
 
     def failed(self, reason):
@@ -179,13 +181,12 @@ def _slurm_to_environment():
     # a batch script itself is not a step
     if "RANK" in os.environ or environment_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    for name, of_slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+        os.environ[name] = str(environment_number(of_slurm))
     # a job's own, by the rule of scripts/slurm_pretrain.sh
     os.environ.setdefault("MASTER_PORT", str(10000 + environment_number("SLURM_JOB_ID") % 20000))
     # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
-    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ["SLURM_STEP_NODELIST"]).partition(",")[0]
+    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "")).partition(",")[0]
     os.environ.setdefault("MASTER_ADDR", first)
 
 
@@ -205,9 +206,10 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _note(self, signum, _):
-        # Slurm signals a preempted job twice, and torchrun forwards a signal that its workers may have got already
+        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have got already, and timeout(1)
+        # signals its command and then its group
         launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-        if self.signum and time.monotonic() - self._noted >= launched:
+        if self.signum and time.monotonic() - self._noted >= (1 if launched else 0.2):
             end_at_once(signum, None)
         self.signum, self._noted = signum, time.monotonic()
 

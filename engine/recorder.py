@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.device import device_peak
 from engine.saving import LAST, writing
-from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, world_size
+from utils import TrainingStopped, atomic_write, gather_lists, is_distributed, is_main, read_regular, world_size
 
 SKIPPED_IN_LOG = 100  # names of unusable files an epoch's entry in log.txt lists; skipped.txt has them all
 
@@ -182,7 +182,7 @@ def write_log(output_dir, epoch, **values):
         return
     path = Path(output_dir) / "log.txt"
     with writing(path, "earlier lines are untouched", (OSError, ValueError)):  # ValueError: they are not ours
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = [json.loads(line) for line in read_regular(path).splitlines()] if path.exists() else []
         entry = next((line for line in lines if line.get("epoch") == epoch), None) if epoch is not None else None
         if entry is None:
             lines.append(entry := {})

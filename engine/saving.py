@@ -23,7 +23,8 @@ from configs.schema import save_config, save_interval
 from models.checkpoint import check_vocabulary, load_weights, named_tensors, read_checkpoint
 from models.tokenizer import VOCABULARY
 from utils import (
-    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
+    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, environment_number, gather_lists, is_main,
+    remake_output_dir, world_size,
 )  # fmt: skip
 
 # a zip file ends with a record of 22 bytes, which begins and ends so, and a comment: the SHA-256 in hexadecimal
@@ -275,7 +276,7 @@ def find_resume_file(output_dir, checkpoint, wanted):
     since. Raises InputError, on all processes, where a run would overwrite the checkpoints of another.
     """
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # torchrun's only on the node that caused the restart
-    restart = any(gather_lists([any(int(os.environ.get(name) or 0) for name in counts)]))
+    restart = any(gather_lists([any(environment_number(name, 0) for name in counts)]))
     found = None
     if is_main():
         try:

@@ -35,7 +35,7 @@ import msgspec
 
 from configs.flags import Flags, at_least
 from configs.schema import load_config, override, parse_yaml, with_defaults
-from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, run_script
+from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, read_regular, run_script
 
 RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
 TAIL = 6  # lines of a log that are shown
@@ -80,7 +80,7 @@ class Row(NamedTuple):
 def read_experiments(path):
     """Read an experiment file. Raises InputError."""
     try:
-        content = parse_yaml(Path(path).read_bytes(), path)
+        content = parse_yaml(read_regular(path), path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     where = path

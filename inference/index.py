@@ -20,7 +20,7 @@ from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
 from models.alignment import feature_similarity
-from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository
+from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository, read_checkpoint
 from utils import InputError, alone, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
@@ -63,7 +63,7 @@ def read_index(folder):
     if not path.is_file():
         raise InputError(f"{folder}: no index there, it lacks {FILE}: Search.py index makes one")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = read_checkpoint(path)
         index = Index(content.pop("paths").numpy().tobytes().decode("utf-8", "surrogateescape").split("\0"), **content)
         if any(len(part) != len(index.paths) for part in (index.features, index.sizes, index.dates)):
             raise ValueError("parts of different lengths")

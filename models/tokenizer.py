@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from configs.schema import BERT_KEYS, read_bert_config
 from models.hub import find_file
-from utils import InputError, atomic_write, is_main
+from utils import InputError, atomic_write, is_main, read_regular
 
 VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 FILES = (VOCABULARY, PIECES)  # of which a folder's first one counts
@@ -189,7 +189,7 @@ def captions_of(files):
     remedy = "python -m dataset.to_json makes one from a table, a folder or an official file"
     for path in files:
         try:
-            entries = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+            entries = json.loads(read_regular(path).decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: cannot be read as a JSON list ({error}); {remedy}") from None
         if not isinstance(entries, list) or not entries:

@@ -1,6 +1,6 @@
-"""A run of two processes is killed again and again, at random instants, and must end as if nothing had happened.
+"""A run of several processes is killed again and again, at random instants, and must end as if nothing had happened.
 
-    python tests/chaos.py [--kills 20] [--seed 0]
+    python tests/chaos.py [--kills 20] [--processes 2] [--seed 0]
 
 Pre-training on a small set of shapes, with a data worker in each process, runs undisturbed, and once more with kills: SIGKILL
 for everything at once, for one process (torchrun restarts all), for a data worker (it is replaced), and SIGTERM for the
@@ -46,8 +46,8 @@ def write_run(folder, epochs):
     return folder / "config.yaml"
 
 
-def start(config, output_dir, trace):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1000",
+def start(config, output_dir, trace, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--max-restarts=1000",
                "tests/helpers/troubled.py", "--config", config, "--output_dir", output_dir, "--device", "cpu", "--resume"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(trace), "SLOW": "0.1"}  # many a kill comes during a write
     with open(output_dir.with_suffix(".out"), "a") as out:
@@ -110,11 +110,11 @@ def wait(launcher, trace, seconds, begun):
     return False
 
 
-def disturb(config, output_dir, trace, kinds, rng, longest, say=print):
+def disturb(config, output_dir, trace, kinds, rng, longest, processes=2):
     """Runs with a kill of each of kinds at random instants, up to `longest` seconds of training apart, until the run ends."""
     pending = list(kinds)
     while True:
-        launcher, fatal = start(config, output_dir, trace), False
+        launcher, fatal = start(config, output_dir, trace, processes), False
         while pending and not fatal:
             # one kill in four hits the start of the program, where there is nothing to save but something to break
             in_training = rng.random() < 0.75
@@ -123,7 +123,7 @@ def disturb(config, output_dir, trace, kinds, rng, longest, say=print):
             if strike(launcher, pending[0], rng):
                 kind = pending.pop(0)
                 fatal = kind in ENDING
-                say(f"{kind} killed; iterations begun in each start: {[len(life) for life in lives(trace)]}")
+                print(f"{kind} killed; iterations begun in each start: {[len(life) for life in lives(trace)]}")
         status = launcher.wait()
         if status == 0:
             assert not pending, f"the run ended before {len(pending)} kills; make it longer"
@@ -160,6 +160,7 @@ def check(whole, parts, trace, iterations):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--longest", type=float, default=6, help="seconds of training between two kills, at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,12 +170,12 @@ def main():
         folder = Path(folder)
         config = write_run(folder, args.epochs)
         begun = time.monotonic()
-        assert start(config, folder / "whole", folder / "whole.trace").wait() == 0, (folder / "whole.out").read_text()
+        assert start(config, folder / "whole", folder / "whole.trace", args.processes).wait() == 0, (folder / "whole.out").read_text()
         (iterations,) = map(len, lives(folder / "whole.trace"))
         print(f"undisturbed: {iterations} iterations in {time.monotonic() - begun:.0f} s")
         kinds = [kind for _, kind in zip(range(args.kills), itertools.cycle(KINDS))]
         rng.shuffle(kinds)
-        disturb(config, folder / "parts", folder / "parts.trace", kinds, rng, args.longest)
+        disturb(config, folder / "parts", folder / "parts.trace", kinds, rng, args.longest, args.processes)
         repeated = check(folder / "whole", folder / "parts", folder / "parts.trace", iterations)
         print(f"{args.kills} kills, {len(lives(folder / 'parts.trace'))} starts that trained, {repeated} iterations done twice "
               f"(at most {2 * SAVE_EVERY} a kill): weights, optimizer state and log.txt are those of the undisturbed run")

@@ -15,7 +15,12 @@ from PIL import Image
 
 import Visualize
 from conftest import ROOT, contents, exit_status, log
+from dataset.to_shards import _check_origin
+from engine.recorder import write_log
+from experiments.run import read_experiments
 from models import build_model
+from models.tokenizer import captions_of
+from utils import InputError, TrainingStopped, recorded_hash
 
 
 def write(path, content):
@@ -174,6 +179,18 @@ def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
         exit_status(mock.Mock(side_effect=error))
     (hint,) = caught.value.__notes__
     assert caught.value is error and {"batch_size", "precision", "gradient_checkpointing"} <= set(re.findall(r"\w+", hint))
+
+
+@pytest.mark.parametrize("read", [
+    lambda null: list(captions_of([null])), read_experiments, recorded_hash, lambda null: Visualize.read_texts(null, 30),
+    lambda null: write_log(null.parent, 0, loss=1.0), lambda null: _check_origin(null.parent, {}),
+], ids=["captions", "experiments", "record", "texts", "log", "shards"])  # fmt: skip
+def test_only_regular_files_are_read(read, tmp_path):
+    """A FIFO would block, and a device without an end fill the memory."""
+    for name in ("null", "null.sha256", "log.txt", "shards.json"):
+        (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises((InputError, TrainingStopped), match="not a regular file"):
+        read(tmp_path / "null")
 
 
 def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(pretrain, tmp_path, monkeypatch):

@@ -8,11 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from conftest import ROOT
+from dataset.workers import Loader
+from engine.processes import StopSignal
 from test_engine import broken_copy, command_line, torchrun
 
 
@@ -122,9 +127,19 @@ def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_pat
     until(trace.exists)
     run.send_signal(signum)
     until(lambda: "heard" in trace.read_text())
+    time.sleep(0.3)  # what comes sooner is the same signal, sent twice
     run.send_signal(signum)
     status, said = ending(run)
     assert status == 128 + signum and "ended at once" in said.splitlines()[-1], said
+
+
+def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch):
+    ended = mock.Mock()
+    monkeypatch.setattr("engine.processes.end_at_once", ended)
+    with StopSignal() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM and not ended.called
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -184,6 +199,27 @@ print(before, os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
 def test_a_name_that_is_not_utf8_can_be_printed():
     program = [sys.executable, "-c", "from utils import run_script; run_script(lambda: print('a\\udcff'))"]
     assert subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"
+
+
+class Bug(Dataset):
+    """A data set whose code raises an error, which is of a class that Python raises for broken pipes too."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ValueError, EOFError, ConnectionResetError, RuntimeError])
+def test_a_bug_in_a_data_set_keeps_its_traceback_in_a_data_worker(error, workers):
+    with pytest.raises(error) as caught:
+        list(Loader(Bug(error("DataLoader worker (pid")), None, workers, torch.device("cpu")))
+    assert type(caught.value) is error and (not workers or "in __getitem__" in str(caught.value))
 
 
 def test_a_data_worker_that_dies_while_the_others_start_is_noticed_at_the_next_batch():

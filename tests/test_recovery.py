@@ -35,6 +35,7 @@ from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from helpers.launch import launch, start
+from inference.index import read_index
 from test_engine import CPU, at, command_line, run, signal_at, stop_at
 from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
 
@@ -195,7 +196,9 @@ def test_a_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path)
         for record in plain.namelist():
             bomb.writestr(record, plain.read(record))
     with mock.patch("torch.load", side_effect=AssertionError("read")):
-        assert "compressed" in refusal(read_checkpoint, tmp_path / "bomb.pth")
+        assert "compressed records" in refusal(read_checkpoint, tmp_path / "bomb.pth")
+        (tmp_path / "bomb.pth").rename(tmp_path / "index.pt")
+        assert "compressed records" in refusal(read_index, tmp_path)
 
 
 def test_a_run_of_another_seed_is_not_continued(tiny_config, tmp_path):
@@ -412,6 +415,8 @@ def test_a_restart_resumes_without_being_told(tmp_path, monkeypatch, capsys, var
     assert "holds no checkpoint yet, so a new run starts" in capsys.readouterr().out
     monkeypatch.setenv(variable, "0")
     assert "holds a run already" in refusal(find_resume_file, tmp_path / "run", "", False)
+    monkeypatch.setenv(variable, "abc")
+    assert f"{variable}=abc" in refusal(find_resume_file, tmp_path / "run", "", False)
 
 
 @pytest.fixture

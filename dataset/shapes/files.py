@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.workers import in_processes, process_count
-from utils import InputError, atomic_write
+from utils import InputError, atomic_write, read_regular
 
 from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, combination_of, draw_scene, render
@@ -84,8 +84,8 @@ def clear(output):
 def _read_marker(path):
     """Return the arguments of the data set in a folder and whether it is complete, None if the file is missing or another."""
     try:
-        made = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        made = json.loads(read_regular(path))
+    except (OSError, ValueError):
         return None
     return made if isinstance(made, dict) and "complete" in made else None
 
