@@ -46,7 +46,7 @@ def read_image(path):
 
 
 def absolute(root, image):
-    """The path of a list's image, which is the same however the list writes it."""
+    """Return the absolute path of a list's image, equal for all spellings of the path."""
     return os.path.abspath(os.path.join(root or "", image))
 
 

@@ -56,8 +56,8 @@ def _end_workers():
 def _starting_workers():
     """Set flags of torch and tokenizers for the data workers that start in the block, and note these workers.
 
-    With its SIGCHLD handler torch raises the death of a worker in the middle of any computation, even while other workers
-    start. Without the handler the error comes with the next batch.
+    torch's SIGCHLD handler raises an error in the middle of any computation when a worker dies, even while other workers start.
+    Without the handler the error comes with the next batch.
     """
     with _starting:
         handled, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True

@@ -318,7 +318,7 @@ def _candidates(detections, ref, ref_id):
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
-                         "detections for every image of a split but train")
+                         "detections for every image outside of the split train")
     return detections[image_id]
 
 

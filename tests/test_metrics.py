@@ -270,7 +270,7 @@ def test_chance_is_the_share_of_right_boxes():
 
 def test_image_without_detections_and_unknown_ref_are_refused():
     cams, refs, boxes, images, detections = scene([], ("val", "testA"))
-    message = "det_file has no box for image 100 (ref_id 0, split val): it must hold detections for every image of"
+    message = "det_file has no box for image 100 (ref_id 0, split val): it must hold detections for every image outside"
     assert message in refusal(grounding_accuracy, cams, refs, boxes, images, detections)
     assert message in refusal(grounding_accuracy, cams, refs, boxes, images, {})
     assert message in refusal(chance_grounding, refs, boxes, detections)
