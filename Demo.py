@@ -114,7 +114,7 @@ def main():
         print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
     features = embed(searching, paths) if paths else {}
     with tempfile.TemporaryDirectory(prefix="albef-demo-") as folder:
-        # copies of the images that are shown, and uploads, also unfinished ones
+        # copies of shown images and uploads, including unfinished uploads
         tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(models, data, paths, features)
         with interruptible("the page is closed"):

@@ -118,7 +118,7 @@ def export_folder(args):
     vocabulary = tokenizer_of(config).backend_tokenizer.to_str()
     data = {key: [Path(file).name for file in config[key]] for key in ANNOTATION_KEYS if config[key]}
     bert_config = {key: value for key, value in read_bert_config(config["bert_config"]).items() if key in BERT_KEYS}
-    config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # no paths of this machine
+    config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # without paths of this machine
     config |= {"bert_config": bert_config, "tokenizer": VOCABULARY}
     epoch = content.get("epoch")
     metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)
@@ -138,7 +138,7 @@ def export_folder(args):
 
 
 def metrics_of(log, epoch):
-    """Return the metrics of validation and test that a run's log.txt has for an epoch, by name."""
+    """Return the validation and test metrics of an epoch from a run's log.txt, by name."""
     try:
         entries = [json.loads(line) for line in log.read_text().splitlines()]
     except (OSError, ValueError):
@@ -158,12 +158,12 @@ def model_card(name, task, epoch, data, metrics):
 
 
 def published_files(folder):
-    """Return the names of the files of an exported folder. Raises InputError if one is missing or names files elsewhere."""
+    """Return the names of an exported folder's files. Raises InputError if one is missing or names files elsewhere."""
     config = config_beside(folder / "model.safetensors").get("config", {})
     names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"--push: {folder} is not a folder that --to has written, it lacks {', '.join(missing)}: add --to "
-                         "FOLDER/, where what is published is written first")  # fmt: skip
+                         "FOLDER/, to write it first")  # fmt: skip
     return names
 
 

@@ -213,7 +213,7 @@ BERT_KEYS = {
     "initializer_range": Key(0.02, number()),
     "hidden_act": Key("gelu", one_of("gelu")),
 }
-# keys of Hugging Face without effect here; a mapping may have only these, a file any others
+# keys of Hugging Face without effect here; a mapping may have no other unknown keys, a file may
 BERT_OTHERS = ("architectures", "model_type", "transformers_version", "torch_dtype", "position_embedding_type", "use_cache",
                "gradient_checkpointing", "classifier_dropout", "add_cross_attention")  # fmt: skip
 OTHER_NAMES = {  # names in released files, which have the learning rate twice

@@ -71,7 +71,7 @@ class Entry(msgspec.Struct):
         return pre_caption(text, max_words or cls.max_words)
 
     def check(self):
-        """Raise InputError, without the place, if a text is blank. Subclasses check more that the types cannot."""
+        """Raise InputError, without the place, if a text is blank. Subclasses may check more."""
         for text in self.texts:
             if is_blank(self.clean(text)):
                 raise InputError(f"its text {reprlib.repr(text)} is empty after clean-up", "empty text")

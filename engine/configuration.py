@@ -38,12 +38,12 @@ def task_in(content, task, path):
 
 
 def choose_config(task, args, checkpoint, default=None):
-    """The configuration of --config, else the one in the checkpoint, else of the file `default`, with the overrides of --set.
+    """Return the configuration of --config, else of the checkpoint, else of the file `default`, with the overrides of --set.
 
-    checkpoint: "" or a path that is not a file for none. Where there is a default, the checkpoint's must be of the task and
-    from this code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the
-    MODEL_KEYS are used, where they are evaluated. An evaluation with --config takes max_answer_tokens from the checkpoint unless
-    it is set. Raises InputError where there is no configuration.
+    checkpoint: "" or a path that is not a file means none. If there is a default, the checkpoint's configuration is used only if
+    it is of the task and from this code. The released code (it writes schedular) saves the paths of its machine and never reads
+    them. An evaluation of other checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
+    max_answer_tokens from the checkpoint unless it is set. Raises InputError if there is no configuration.
     """
     if args.config:
         config = load_config(args.config, args.set)
@@ -67,7 +67,7 @@ def choose_config(task, args, checkpoint, default=None):
 
 
 def _saved_config(checkpoint):
-    """Return the content of a checkpoint and the configuration in it, {} for either where there is none."""
+    """Return the content of a checkpoint and its configuration, each {} if it is missing."""
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
     return content, content.get("config") if isinstance(content.get("config"), dict) else {}
 

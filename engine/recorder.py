@@ -91,7 +91,7 @@ class Recorder:
         self._show({name: statistics.fmean(values[name] for values in good) for name in names if good}, len(pending))
 
     def _add_good(self, values):
-        """Add an iteration's values to the sums."""
+        """Add the values of an iteration to the sums."""
         for name, value in values.items():
             self.now.sums[name] = self.now.sums.get(name, 0.0) + value
         self.now.counted += 1

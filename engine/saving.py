@@ -26,7 +26,7 @@ from utils import (
     TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, gather_lists, is_main, remake_output_dir, world_size,
 )  # fmt: skip
 
-# a zip file ends with a record of 22 bytes, which begins and ends so, and a comment: the SHA-256 in hexadecimal
+# a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is the SHA-256 in hexadecimal
 DIGEST_SIZE = 64
 END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -73,7 +73,7 @@ def writing(path, kept="", failures=OSError):
 
 
 def save_settings(model, config, folder):
-    """Write what a model of this run needs beside its weights: config.yaml, and the vocabulary that it names, tokenizer.json.
+    """Write config.yaml and its vocabulary tokenizer.json, which a model of this run needs beside its weights.
 
     Raises TrainingStopped.
     """
@@ -214,7 +214,7 @@ def _write(path, state, copied, keep, otherwise):
 
 
 def add_digest(file: BinaryIO) -> None:
-    """Append the SHA-256 of a zip file's bytes as its comment. file: open for reading and writing."""
+    """Append the SHA-256 of a zip file as its comment. file: open for reading and writing."""
     file.seek(-2, os.SEEK_END)
     file.write(COMMENT_LENGTH)
     file.seek(0)
@@ -358,7 +358,7 @@ def newest_checkpoint(folder):
 
 
 def _damage(path):
-    """Return what is wrong with the bytes of a .pth file, by its digest, else by its checksums; "" if nothing is."""
+    """Return the damage of a .pth file according to its digest, else its checksums; "" if there is none."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
@@ -368,7 +368,7 @@ def _damage(path):
                 return "" if digest == content[-DIGEST_SIZE:] else "its digest does not agree"
         with zipfile.ZipFile(path) as file:  # a file without a digest
             record = file.testzip()
-    except Exception as error:  # whatever a damaged file makes a reader raise
+    except Exception as error:  # a damaged file can raise any exception
         return str(error) or type(error).__name__
     return f"the checksum of {record} does not agree" if record else ""
 
@@ -380,7 +380,7 @@ def _damage(path):
 def resume(path, model, optimizer, config, seed, entries=None):
     """Restore model and optimizer of a saved run. Return its Position. Raises InputError if the file does not fit.
 
-    entries: of the training set; within an epoch they must be as many as they were.
+    entries: number of entries of the training set, which must not change within an epoch.
     """
     state = read_checkpoint(path)
     lacking = [key for key in ("optimizer", "resume", "config") if not isinstance(state.get(key), dict)]
@@ -411,14 +411,14 @@ def resume(path, model, optimizer, config, seed, entries=None):
 
 
 def _check_same_epoch(path, saved, saved_config, config, entries):
-    """Raises InputError where the rest of the epoch in which a run was saved would not be found."""
+    """Raise InputError if the rest of the epoch cannot be located, because the data or its order changed."""
     kept = [("the number of entries of train_file", entries, saved["entries"])]
     if any(name.endswith(".tar") for name in config["train_file"] or []):
         kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
     for what, now, then in kept:
         if now != then:
-            raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is {then} "
-                             f"as it was then, not {now}: change it when the epoch is over")
+            raise InputError(f"--resume: {path} was saved within an epoch, in which {what} was {then} and must not change to "
+                             f"{now}: change it when the epoch is over")
 
 
 def _other_optimizer(path):
@@ -429,7 +429,7 @@ def _other_optimizer(path):
 def load_optimizer(optimizer, state, path):
     """Load the state of an optimizer.
 
-    Options such as weight_decay stay those of the optimizer. path: of the checkpoint, for the InputError if it does not fit.
+    Options such as weight_decay are not loaded. path: of the checkpoint, for the InputError if its state does not fit.
     """
     for group, own in zip(state["param_groups"], optimizer.param_groups):
         group |= {name: value for name, value in own.items() if name != "params"}  # an older torch may have had fewer

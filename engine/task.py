@@ -147,7 +147,7 @@ def has_negatives(model, train_set, batch_size):
     """Return whether a batch of one process can have a negative for a model that matches images with texts."""
     if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
         return True
-    entries = train_set.entries  # with a group for those of one image, None where each is its own; none of shards
+    entries = train_set.entries  # entries of one image have one group; None: each is its own; shards have no entries
     first = entries[0].group if len(entries) else None
     return batch_size > 1 and (first is None or any(entries[i].group != first for i in range(len(entries))))
 
@@ -158,7 +158,7 @@ def find_run(task, args, run):
     run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
     """
     choice = None
-    if not (args.resume and args.output_dir):  # a run that goes on has its configuration in its checkpoint
+    if not (args.resume and args.output_dir):  # a resumed run has its configuration in its checkpoint
         choice = choose_config(task, args, args.checkpoint, args.default_config)
     output_dir = Path(args.output_dir or default_output_dir(task, choice.source, args.evaluate))
     if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):

@@ -65,7 +65,7 @@ class Row(NamedTuple):
     keys: dict
     seed: int | None
     folder: Path
-    needs: list  # names of rows, last the one that it starts from
+    needs: list  # names of rows; this row starts from the last one
     command: list  # without the interpreter
 
     @property
@@ -205,9 +205,10 @@ def overrides(row: Row) -> list[str]:
 
 
 def effective_config(row: Row, rows: dict) -> dict:
-    """Return the configuration that a row's command runs with, {} if that is the default of its script.
+    """Return the configuration of a row's command, {} if it is the default of its script.
 
-    A row without a configuration that starts from a run of the same script has the configuration of that run. Raises InputError.
+    If a row has no configuration and starts from a run of the same script, it has the configuration of that run. Raises
+    InputError.
     """
     if "config" in row.keys:
         return load_config(row.keys["config"], overrides(row))

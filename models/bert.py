@@ -260,7 +260,7 @@ class PredictionTransform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """hidden [..., C] -> vocabulary logits [..., V] in float32; the decoder's weight is the word embedding."""
+    """Compute vocabulary logits [..., V] in float32 from hidden [..., C]; the decoder's weight is the word embedding."""
 
     def __init__(self, config, word_embeddings):
         super().__init__()

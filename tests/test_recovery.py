@@ -353,7 +353,7 @@ def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
     (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
-    assert "number of entries of train_file is 48 as it was then, not 40" in refusal(run, config, tmp_path / "run", True)
+    assert "number of entries of train_file was 48 and must not change to 40" in refusal(run, config, tmp_path / "run", True)
 
 
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
