@@ -28,7 +28,7 @@ query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show
 query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
 query.add_argument("-k", type=at_least(1), default=20, help="images to print")
 query.add_argument("--rerank", type=at_least(0), metavar="N", help="rank the N most similar images by their match with the "
-                   "text (ITM); the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
+                   "text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
 query.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
 query.add_argument("--checkpoint", metavar="FILE", help="new path of the index's checkpoint, if it has moved")
 query.add_argument("--device", **DEVICE)

@@ -454,7 +454,7 @@ def _check_explanation(mode, block_num):
 
 
 def _unwrap(matrix, one_row, one_column):
-    """Return [NI, NT] without the dimension of an image or text alone, of a pair a float."""
+    """Return [NI, NT] without the dimension of a single image or text; a float for a single pair."""
     matrix = matrix[0] if one_row else matrix
     matrix = matrix[..., 0] if one_column else matrix
     return matrix if matrix.ndim else matrix.item()
