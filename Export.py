@@ -1,7 +1,7 @@
-"""Weights and configuration of a checkpoint as a file of their own, .safetensors or .pth, without the state of training.
+"""Export the weights and configuration of a checkpoint to a .safetensors or .pth file, without the state of training.
 
-Names are those of the released checkpoints, and either file is accepted wherever this repository takes a checkpoint. With
---to FOLDER/ they become what a hub repository holds, with the vocabulary and a model card; --push uploads it.
+Tensors have the names of the released checkpoints. All scripts accept either file as a checkpoint. --to FOLDER/ writes the files
+of a hub repository, with the vocabulary and a model card; --push uploads the folder.
 """
 
 from configs.flags import Flags
@@ -11,10 +11,10 @@ flags = Flags(__doc__, "--checkpoint output/VE/checkpoint_best.pth --to ve.safet
 flags.add_argument("--checkpoint", required=True, metavar="FILE", help="the file to read, .pth, .bin or .safetensors")
 flags.add_argument("--to", metavar="FILE", help="the file to write, .safetensors or .pth, or FOLDER/ for the hub")
 flags.add_argument("--push", metavar="USER/NAME", help="upload to the hub FOLDER/, or the folder --checkpoint")
-flags.add_argument("--public", action="store_true", help="for everyone to see, where --push makes a repository")
-flags.add_argument("--config", help="of FOLDER/, for a checkpoint without one: the YAML file it was trained with")
-flags.add_argument("--momentum", action="store_true", help="with the momentum model and its queues, to train on")
-flags.add_argument("--overwrite", action="store_true", help="write over an existing file, folder or repository")
+flags.add_argument("--public", action="store_true", help="make the new repository of --push public")
+flags.add_argument("--config", help="configuration of FOLDER/ for a checkpoint without one: the YAML file of its training")
+flags.add_argument("--momentum", action="store_true", help="also write the momentum model and its queues, to train on")
+flags.add_argument("--overwrite", action="store_true", help="replace an existing file, folder or repository")
 flags.add_set()
 if __name__ == "__main__":
     begin_script(flags)
@@ -188,7 +188,7 @@ def main():
 
 
 def export_file(args):
-    """Write one file and say what is in it."""
+    """Write one file and describe its content."""
     count, left_out, more = export(args.checkpoint, args.to, args.momentum, args.overwrite)
     size = Path(args.to).stat().st_size / 1e6
     print(f"wrote {args.to}: {count} tensors, {size:.1f} MB, with {' and '.join(more) or 'no config'}")

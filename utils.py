@@ -255,7 +255,7 @@ def make_deterministic():
 
 
 def printable(path):
-    """Return a path for the screen or a list: as it is, or in quotes with escapes where it has a line break or the like."""
+    """Return a path for the screen or a list: unchanged, or quoted with escapes if it has unprintable characters."""
     return path if path.isprintable() else ascii(path)
 
 
@@ -279,9 +279,9 @@ TEMPORARY = ".tmp"  # how the names of files end that are not complete; they beg
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside path and rename it to path when the block ends well: never a half-written file.
+    """Open a temporary file beside path and rename it to path after the block, so that no incomplete file appears.
 
-    Raises OSError, also for what is there and no file: a folder, or a device such as /dev/null, whose place it would take.
+    Raises OSError, also if `path` exists but is not a regular file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -296,7 +296,7 @@ def atomic_write(path, mode="wb"):
     except BaseException:
         name.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # the new name, too, is to survive a power failure; not every file system can
+    with contextlib.suppress(OSError):  # the new name should also survive a power failure, if the file system can sync folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -259,14 +259,14 @@ class Tally:
         self.traits.update(small=small, rotated=seen.rotated, animated=seen.animated)
 
     def row(self, title, text, **numbers):
-        """Add a line to what is printed, and numbers to what is reported."""
+        """Add a line to the printed rows, and numbers to the report."""
         self.rows.append(f"  {title:<{TITLE_WIDTH}}{text}")
         self.result.update(numbers)
 
     def report(self, name, images, title=None):
         """Print the counts and return them.
 
-        name(index) is what to call an entry; images: those that the entries name; title: default that of the form.
+        name(index): name of an entry; images: images that the entries name; title: default the title of the form.
         """
         self._report_entries(name)
         self._report_texts()
@@ -394,7 +394,7 @@ def check_list(check, path, key, questions):
 
 
 def _report_images(tally, path, images, name):
-    """Look at the images {path: index of the first entry that names it} of a file, and report what is counted of it."""
+    """Decode the images of a file, {path: index of the first entry that names it}, and report the counts."""
     paths = list(images)
     for seen in tally.check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
         tally.add_image(path, seen.index, f"image {seen.path}", seen)

@@ -161,10 +161,10 @@ def read_sample(place):
 
 
 def image_and_captions(sample, where):
-    """(bytes of the image, list of captions) of a sample; where names it in messages.
+    """Return (bytes of the image, list of captions) of a sample. where: its name in messages.
 
-    The caption is that of .txt, else those of "caption" in .json, a string or a list of strings. Raises InputError if there is
-    no image or no caption.
+    Captions are the text of .txt, else "caption" in .json, a string or a list of strings. Raises InputError if there is no image
+    or no caption.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:

@@ -97,7 +97,7 @@ class Loader(DataLoader):
                 if isinstance(batch, (InputError, TrainingStopped)):
                     raise batch
                 yield batch
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two where it dies while it hands a batch over
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two if it dies while it sends a batch
             of_torch = re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error))
             if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
                 raise

@@ -113,7 +113,7 @@ def ask(tab, models):
 def search(models, paths, features):
     """Return the function of the search: (name of a model, text, whether to re-rank) -> (captioned pictures, paths, HTML).
 
-    paths: of the images; features: those of each model.
+    paths: of the images; features: of the images for each model.
     """
 
     def call(name, text, rerank):
@@ -150,8 +150,7 @@ def _thumbnail(path):
 def build_page(models, data, paths, features):
     """Return the page of models by name, as gr.Blocks.
 
-    data: their test data by name, for examples, where it is within reach; paths, features: as `search` takes them, empty for no
-    search.
+    data: existing test data by model name, for examples; paths, features: as for `search`, empty for no search.
     """
     with gr.Blocks(title="ALBEF", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.HTML(f"<h1>ALBEF</h1>{results.show_lines('Align before fuse, tried on ' + ', '.join(models))}")

@@ -1,4 +1,4 @@
-"""Which configuration a script runs with, and which folder it writes to, as far as the command line leaves it open."""
+"""Choose the configuration and the output folder of a script from its flags."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -73,10 +73,10 @@ def _saved_config(checkpoint):
 
 
 def default_output_dir(task, source, evaluate):
-    """The folder of a task's results where --output_dir names none: output/ and what the configuration is called.
+    """Return the folder of a task's results if --output_dir is missing: output/ and the name of the configuration.
 
-    source: the YAML file, of whose path the part after configs counts, or the checkpoint of the configuration. The file of a
-    run is called as its folder, and what is evaluated with it goes there.
+    source: the YAML file, named by its path after configs, or the checkpoint of the configuration. A file of a run has the name
+    of its folder, and evaluations with it are written there.
     """
     path = Path(source)
     of_run = path.name == "config.yaml" or is_run_file(path)

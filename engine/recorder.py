@@ -48,7 +48,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def count_flops(self):
-        """Count what a step computes, once and where it tells how busy the device is."""
+        """Count the FLOPs of one step, if the peak of the device is known."""
         if self.flops is not None or self.peak is None:
             yield
             return
@@ -65,7 +65,7 @@ class Recorder:
             self.fetch()
 
     def fetch(self):
-        """Bring what is pending to the host, its mean over the processes; all must call it. Raises TrainingStopped."""
+        """Move pending values to the host, averaged over the processes, which must all call it. Raises TrainingStopped."""
         if not self.pending:
             return
         names = list(self.pending[0][0])

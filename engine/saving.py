@@ -58,9 +58,9 @@ class Position:
 
 @contextlib.contextmanager
 def writing(path, kept="", failures=OSError):
-    """A context that writes a file of a run, whose folder is made again if it is gone. Raises TrainingStopped for failures.
+    """Context that writes a file of a run, and makes a missing folder again. Raises TrainingStopped for `failures`.
 
-    kept: what is said to be unharmed.
+    kept: part of the message that names the unharmed files.
     """
     try:
         remake_output_dir(path.parent)
@@ -115,13 +115,13 @@ class Saver:
             print(f"note: {failure}", file=sys.stderr, flush=True)
 
     def save(self, path, model, optimizer, config, position, seed, lr, entries=None, keep=None, otherwise=""):
-        """Begin to write the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming.
+        """Take a snapshot of the state and write it in a background thread.
 
-        The file is that of the state at this call, whatever training changes while it is written; path and then LAST become
-        its names when it is complete and on the disk, and rotate follows. entries: of the training set. epoch is the last one
-        that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything). Where it cannot be
-        written, what was there stays, and the next save or finish raises TrainingStopped, or with `otherwise` a note ends so.
-        Raises TrainingStopped for the write before, on all processes.
+        The file has the released keys (model, optimizer, lr_scheduler, config, epoch) and our keys for exact resuming. When it is
+        complete and on the disk, it is renamed to path and then LAST, and rotate follows. entries: of the training set. epoch:
+        the last epoch that has begun. Random states need no key, because every iteration is seeded (utils.seed_everything). If
+        the file cannot be written, existing files stay, and the next save or finish raises TrainingStopped. With `otherwise` a
+        note with this text is printed instead. Raises TrainingStopped for the previous write, on all processes.
         """
         self.finish()
         if not is_main():
@@ -171,14 +171,14 @@ class Saver:
 
 
 def copy_to_host(value, buffers, copies, path=()):
-    """Return a state of dicts and lists with its tensors copied into host memory, pinned for those of a GPU.
+    """Copy the tensors of a state of dicts and lists into host memory, pinned for GPU tensors. Return the copied state.
 
-    buffers: by path in the state, made where they lack; a later copy reuses them. copies: {}, by what a tensor shows. Nothing
-    waits for a GPU: the copies are complete when what its stream has been given so far is.
+    buffers: by path in the state; missing ones are created, and later copies reuse them. copies: {}, filled with the copy of each
+    distinct tensor. The call does not wait for a GPU: the copies are complete once its stream has run all work queued so far.
     """
     if isinstance(value, torch.Tensor):
         shown = value.data_ptr(), value.dtype, value.shape, value.stride()
-        if shown not in copies:  # tied weights are one tensor in the file, too
+        if shown not in copies:  # tied weights are also one tensor in the file
             buffer = buffers.get(path)
             if buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):
                 buffers[path] = buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -243,7 +243,7 @@ def _link(source, target):
 def make_last(path):
     """Make checkpoint_last.pth the same file as path, without writing it again where the file system allows.
 
-    Raises TrainingStopped where it cannot be written.
+    Raises TrainingStopped if it cannot be written.
     """
     last = path.with_name(LAST)
     with _writing_checkpoint(last):
@@ -315,9 +315,9 @@ def run_files(folder):
 
 
 def _saves_of(folder):
-    """Return a folder's checkpoints as (epoch, samples of it seen, whether it is LAST, path), and what is wrong with others.
+    """Return a folder's checkpoints as (epoch, seen samples of it, whether it is LAST, path), and the problems of damaged ones.
 
-    Raises InputError for a checkpoint that no run can be continued from: a run in this folder would replace it.
+    Raises InputError for a checkpoint without the state of a run, because a run in this folder would replace it.
     """
     saves, damaged = [], []
     for path in run_files(folder):
@@ -333,16 +333,16 @@ def _saves_of(folder):
             raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
                              "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
                              f"{path} --output_dir OTHER")
-        # by samples: an iteration may have been of another size
+        # by samples, because the size of an iteration may have changed
         saves.append((resume["epoch"], resume["seen"], path.name == LAST, path))
     return saves, damaged
 
 
 def newest_checkpoint(folder):
-    """Return the undamaged checkpoint of a run's folder that is furthest in the run, by what is in it, not by the clock.
+    """Return the undamaged checkpoint of a run's folder with the most progress, according to its content, not its date.
 
-    None if there is no checkpoint. A damaged one is named and passed over. Raises InputError if there are only such, and for
-    one that is not a run's.
+    Returns None if there is no checkpoint. A note names each damaged one. Raises InputError if all are damaged, or if one has no
+    state of a run.
     """
     saves, damaged = _saves_of(folder)
     for *_, path in sorted(saves, reverse=True):

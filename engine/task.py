@@ -36,7 +36,7 @@ class Setup(NamedTuple):
     tokenizer: object
     model: torch.nn.Module
     train_set: object  # None with --evaluate
-    test_sets: dict  # by split, as far as the configuration names their files
+    test_sets: dict  # by split, if the configuration names the files of the split
     resume_from: Path | None  # a checkpoint of the run in output_dir
 
 
@@ -155,7 +155,7 @@ def has_negatives(model, train_set, batch_size):
 def find_run(task, args, run):
     """Return the Choice of a configuration, the folder to write to, and the checkpoint to continue from, None for a new run.
 
-    run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
+    run: the checkpoint whose run --resume continues, "" for the newest one of the folder. Raises InputError.
     """
     choice = None
     if not (args.resume and args.output_dir):  # a resumed run has its configuration in its checkpoint

@@ -326,7 +326,7 @@ def write_page(content, output, path):
 
 
 def report(content, output):
-    """Print the table of an experiment file's tasks, or write its page, as far as its rows have been run."""
+    """Print the table of an experiment file's tasks, or write its page, from the rows that have been run."""
     if "page" in content:
         write_page(content, output, Path(content["page"]))
     else:
@@ -336,7 +336,7 @@ def report(content, output):
 def main():
     flags = Flags(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/paper.yaml")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="the folder of the results (default: that of the file)")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
     args = flags.parse_args()
     content = read_experiments(args.file)
     report(content, args.output or Path(content["output"]))

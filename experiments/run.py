@@ -381,7 +381,7 @@ def run(rows, free):
 
 
 def show(rows, jobs):
-    """Print what a call would run, with the minutes to expect as far as they are known."""
+    """Print the commands of a call, with the expected minutes if they are known."""
     total = 0
     for name, row in rows.items():
         known = row.keys.get("minutes")
@@ -397,7 +397,7 @@ def main():
     flags.add_argument("--table", help="only the rows of this table of the file")
     flags.add_argument("--scratch", action="store_true", help="from random weights, without the pre-training rows; to "
                        "OUTPUT-scratch")  # fmt: skip
-    flags.add_argument("--output", type=Path, metavar="DIR", help="the folder of the results (default: that of the file)")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
     flags.add_argument("--jobs", type=at_least(1), help="runs side by side (default: one for each GPU, else for each core)")
     flags.add_argument("--dry-run", action="store_true", help="only show the runs")
     args = flags.parse_args()

@@ -74,9 +74,9 @@ def read_index(folder):
 
 
 def write_index(folder, index, unusable):
-    """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped where it cannot be written.
+    """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped if it cannot be written.
 
-    The file is replaced as a whole: a reader finds the one before or this one, also after a failure.
+    The file is replaced by a rename, so a reader finds either the old or the new one, even after a failure.
     """
     path, names = Path(folder) / FILE, "\0".join(index.paths).encode("utf-8", "surrogateescape")
     with writing(path, "what was saved before is untouched", (OSError, RuntimeError)):
@@ -272,7 +272,7 @@ def _unchanged(index, images):
 
 @torch.no_grad()
 def _embed(model, paths):
-    """Yield batch by batch (its indices, those of usable images, their features float16 [U, D], [(path, problem), ...])."""
+    """Yield for each batch (all indices, indices of usable images, their features float16 [U, D], [(path, problem), ...])."""
     with autocast(model.config, model.device):
         for part, (pixels, problems) in divide(_Files(paths, model.transform), model.config, model.device, "images", _collate):
             usable = [i for i, problem in zip(part, problems) if not problem]
@@ -332,6 +332,6 @@ def near_copies(index, threshold, device):
         nearest[part][close], highest[part][close] = best.cpu()[close], values.cpu()[close]
     roots = nearest.tolist()
     for i, similarity in enumerate(highest.tolist()):
-        roots[i] = roots[roots[i]]  # of an earlier image: already that of its group
+        roots[i] = roots[roots[i]]  # an earlier image is already the root of its group
         groups.setdefault(roots[i], []).append((index.paths[i], similarity))
     return [group for group in groups.values() if len(group) > 1]

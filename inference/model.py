@@ -84,7 +84,7 @@ def load_model(source, device=None, precision=None, config=None, overrides=()):
 
 
 def check_task(model, tasks, what):
-    """Raise InputError where an Inference model is of none of the tasks that serve what is asked for."""
+    """Raise InputError unless the task of an Inference model is one of `tasks`."""
     if model.task not in tasks:
         raise InputError(f"{what}: {model.source} is of task {model.task}, which cannot do it: load a checkpoint of "
                          f"{' or '.join(tasks)}")  # fmt: skip

@@ -1,8 +1,8 @@
 """Weights in and out: weight files, the conversion of released, foreign and older ones, and a report on every tensor.
 
-Most failed reproductions come from weights that silently did not load. So what is missing unexpectedly, has no place, or could
-not have come out of training is an error. A refused file leaves the model as it was, unless it is its values that are wrong.
-What a run saves to continue from is the business of engine/saving.py.
+Most failed reproductions come from weights that silently did not load. So an unexpectedly missing tensor, an unused tensor and an
+impossible value (NaN, infinity) are errors. A refused file leaves the model unchanged, unless its values are wrong.
+engine/saving.py saves and resumes runs.
 """
 
 import json
@@ -45,7 +45,7 @@ def best_file(folder):
 
 
 def is_repository(path):
-    """Whether a name that is not a file here has the form of a hub repository, USER/NAME or USER/NAME@REVISION."""
+    """Return whether a name is no existing path and has the form USER/NAME or USER/NAME@REVISION of a hub repository."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and Path(path).suffix not in SUFFIXES
     return bool(named) and not Path(path).exists()
 
@@ -53,7 +53,7 @@ def is_repository(path):
 def existing_file(path):
     """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or USER/NAME@REVISION.
 
-    Raises InputError with the remedy where it is a folder, an address or nothing.
+    Raises InputError with the remedy if it is a folder or an address, or does not exist.
     """
     if str(path).startswith(("http://", "https://")):
         raise InputError(f"checkpoint {path} is an address: download it first and name the file")
@@ -309,14 +309,14 @@ def no_name(_):
 
 @torch.no_grad()
 def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fit=no_name, allow_missing=None):
-    """Copy weights of a file into the model and return a LoadReport of what became of each.
+    """Copy weights of a file into the model and return a LoadReport on each tensor.
 
     weights: tensors by name in the file; source: the file, for messages; names: name in the model -> name in the file, for each
-    tensor of the model that is wanted, by default all of them under their own; may_be_new(name in the model) and
-    must_fit(name in the file): whether a tensor may be missing, or must have a place; allow_missing: nothing need be there or
-    fit, None where that is not a choice of the user. Momentum modules and queues: see _match. Raises InputError for a tensor of
-    another shape or kind, for NaN or infinity, for tensors that differ but are one in the model, and for what is missing or
-    has no place unexpectedly.
+    tensor of the model to load (default: all, with equal names); may_be_new(name in the model): whether a tensor may be missing
+    from the file; must_fit(name in the file): whether the model must have the tensor; allow_missing: accept missing and unused
+    tensors, None if the user has no such flag. Momentum modules and queues: see _match. Raises InputError for a tensor of another
+    shape or kind, for NaN or infinity, for different tensors that are tied in the model, and for unexpectedly missing or unused
+    tensors.
     """
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}

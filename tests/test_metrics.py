@@ -27,7 +27,7 @@ def accuracy(prediction, *answers):
 # ---------------------------------------------------------------------------------------------------------------------
 # scores that are not finite
 
-METRICS = {  # a metric of scores [4, 4], and how its message names those of row 2
+METRICS = {  # a metric of scores [4, 4], and the name of row 2 in its message
     "image to text": (lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]), "image 2"),
     "text to image": (lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]), "text 2"),
     "grounding": (lambda scores: grounding_accuracy(

@@ -236,7 +236,7 @@ def _show_heat(axis, image, heat, scale):
 def paint_heat_maps(images, panels, height):
     """Return the panels of draw_heat_maps as pictures by themselves, [(label, the pictures of its images), ...].
 
-    A picture is uint8 [height, W, 3]; images and panels are those of draw_heat_maps.
+    A picture is uint8 [height, W, 3]; images and panels: as for draw_heat_maps.
     """
     scale, columns = _heat_scale(panels), []
     for number, image in enumerate(map(_small, images)):
@@ -256,7 +256,7 @@ def draw_heat_maps(images, panels, title, path):
     """Draw the image and one panel per heat map, in rows as Figures 4 to 6; of two images the second is below the first.
 
     All heat maps share one scale, from 0 to their largest value. images: one or two, uint8 [H, W, 3]; panels: list of (label,
-    heat maps [h, w] of the images), of which the first is that of the whole text; title: lines of text.
+    heat maps [h, w] of the images), the whole text first; title: lines of text.
     """
     rows, count = len(images), 1 + len(panels)
     aspects = [image.shape[1] / image.shape[0] for image in images]
@@ -304,7 +304,7 @@ def draw_pseudo_targets(image, words, texts, title, texts_title, path):
     """Draw Figure 2: beside the image the candidates for each masked word of its caption, below them the candidate texts.
 
     image uint8 [H, W, 3]; words: list of (word, its candidates); texts: the candidates for the whole caption, perhaps none.
-    A candidate has text, score (a word's is a probability) and hit, true where it is what the caption has.
+    A candidate has text, score (a probability for words) and hit, true if the caption has this text.
     """
     columns = min(max(3, len(words)), 5)  # of words; the image takes two more
     width = WIDTH / 7
