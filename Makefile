@@ -28,7 +28,7 @@ shapes-scratch: .venv/installed  ## train every task on the drawn scenes without
 paper $(PAPER): .venv/installed  ## run the paper's experiments on drawn scenes: hours on two cores
 	$(RUN) experiments/paper.yaml $(patsubst paper-%,--table %,$(filter paper-%,$@)) $(DRY)
 
-# on the checkpoint of quickstart, which it makes where there is none, and those of shapes
+# on the checkpoint of quickstart, which is trained if it is missing, and existing checkpoints of shapes
 demo: .venv/installed-demo $(if $(wildcard output/quickstart/checkpoint_last.pth),,quickstart)  ## open a page on the trained models
 	$(BIN)/python Demo.py output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth)))
 
