@@ -1,7 +1,7 @@
-"""A page in the browser of this machine on which to try trained models, with a tab for each thing that they can do.
+"""Try trained models on a page in the browser of this machine, with a tab for each task.
 
-Search in images, match with heat maps, ask questions, entailment, statements on two images, pseudo-targets of Figure 2. Nothing
-leaves the machine, and no other machine can open the page.
+The tabs are search in images, matching with heat maps, questions, entailment, statements on two images and the pseudo-targets of
+Figure 2. No data leaves the machine, and no other machine can open the page.
 """
 
 import importlib.util
@@ -14,13 +14,13 @@ from utils import InputError, begin_script, interruptible, printable, run_script
 flags = Flags(__doc__, "output/quickstart output/shapes/VQA --images photos/")
 HOST = "127.0.0.1"
 flags.add_argument("checkpoint", nargs="+", help="the folder of a run, a weight file, or a hub repository, of any task")
-flags.add_argument("--images", metavar="FOLDER", help="the images to search in (default: those of the checkpoint's test_file)")
-flags.add_argument("--port", type=int, default=7860, help=f"of http://{HOST}")
-flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
+flags.add_argument("--images", metavar="FOLDER", help="the images to search in (default: the images of the checkpoint's test_file)")
+flags.add_argument("--port", type=int, default=7860, help=f"port of http://{HOST}")
+flags.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if there is a GPU)")
 
 
 def check_gradio_and_port():
-    """Raise InputError for what can be said before anything slow."""
+    """Raise InputError if Gradio is missing or the port is not free, before slow imports."""
     if importlib.util.find_spec("gradio") is None:
         raise InputError("Demo.py needs Gradio: pip install -r requirements-demo.txt")
     port = flags.parse_args().port
@@ -63,7 +63,7 @@ def load_models(sources, device):
 
 
 def read_test_data(models):
-    """Return the test data that models were configured with, by their names, where it is within reach."""
+    """Return the test data of the models' configurations by model name, if it exists."""
     data = {}
     for name, model in models.items():
         try:
@@ -114,7 +114,7 @@ def main():
         print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
     features = embed(searching, paths) if paths else {}
     with tempfile.TemporaryDirectory(prefix="albef-demo-") as folder:
-        # copies of the images that are shown, and uploads, also unfinished ones
+        # copies of shown images and uploads, including unfinished uploads
         tempfile.tempdir = os.environ["GRADIO_TEMP_DIR"] = folder
         page = build_page(models, data, paths, features)
         with interruptible("the page is closed"):

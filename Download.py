@@ -1,4 +1,4 @@
-"""Downloads the files that the authors of ALBEF have released: checkpoints and annotation lists.
+"""Download the released files of ALBEF: checkpoints and annotation lists.
 
   Download.py --list                    print the names
   Download.py ALBEF_4M --to weights/    download weights/ALBEF_4M.pth, or continue an interrupted download
@@ -42,13 +42,13 @@ FILES = {  # name: (file, what it is, what takes it)
     "data": ("data.tar.gz", "annotations of the downstream tasks", "train_file, val_file, test_file, ... of their configs"),
     "json_pretrain": ("json_pretrain.zip", "annotations for pre-training", "train_file of Pretrain.py and Pretrain_nlvr.py"),
 }  # fmt: skip
-ATTEMPTS, BACKOFF, TIMEOUT = 5, 1.0, 60  # attempts that bring nothing new; seconds before the next, doubled; without a byte
+ATTEMPTS, BACKOFF, TIMEOUT = 5, 1.0, 60  # attempts without new bytes; seconds before the next one, doubled each time; seconds of silence
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError, ssl.SSLError)  # another attempt may succeed
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, LZMAError, EOFError, RuntimeError, UnicodeError)
 
 
 def released_files(names):
-    """Return the file names for names in any case, with or without extension, or `all`. Raises InputError."""
+    """Return the files of names, which may have any case, lack the extension, or be `all`. Raises InputError."""
     known = {alias.lower(): file for key, (file, *_) in FILES.items() for alias in (key, file)}
     names = FILES if "all" in map(str.lower, names) else names
     for name in names:
@@ -64,7 +64,7 @@ def size_of(path):
 
 
 def request(url, start):
-    """Return the response to a GET request for the bytes from `start`. Raises InputError, and NETWORK to try again."""
+    """Return the response to a GET request for the bytes from `start`. Raises InputError; NETWORK if a retry may succeed."""
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url}: an address begins with http:// or https://")
     try:
@@ -77,18 +77,18 @@ def request(url, start):
         raise InputError(f"{url}: not a valid address ({error})") from None
     if response.headers.get("Content-Type", "").startswith("text/html"):
         raise InputError(f"{url}: the server answers with a web page, perhaps to log in on: open the address in a browser")
-    if response.length is None:  # a cut connection would look like the end
+    if response.length is None:  # a closed connection would look like the end of the file
         raise InputError(f"{url}: the server does not say how large the file is: name a mirror (--url)")
     return response
 
 
 def attempt(url, part):
-    """Complete the file `part` with one request. Raises InputError, OSError of the disk, and NETWORK."""
+    """Complete the file `part` with one request. Raises InputError, OSError of the disk and NETWORK."""
     have = size_of(part)
     try:
         response = request(url, have)
     except HTTPError as error:
-        if error.code == 416:  # the part is not one of this file
+        if error.code == 416:  # the part does not belong to this file
             part.unlink()
         raise
     with response:
@@ -104,13 +104,13 @@ def attempt(url, part):
                 file.write(data)
                 file.flush()  # received bytes survive the end of the process
                 bar.update(len(data))
-            os.fsync(file.fileno())  # else a power failure could leave the name without the bytes
+            os.fsync(file.fileno())  # otherwise a power failure could leave an empty file with this name
     if size_of(part) != size:
         raise ConnectionError(f"the connection closed at {size_of(part):,} of {size:,} bytes")
 
 
 def fetch(url, path):
-    """Download url to path; attempts that bring nothing new are counted. Raises InputError, OSError of the disk."""
+    """Download url to path. Give up after ATTEMPTS attempts without new bytes. Raises InputError, OSError of the disk."""
     part, failures, most = path.with_name(f"{path.name}.part"), 0, 0
     while True:
         try:
@@ -128,7 +128,7 @@ def fetch(url, path):
 
 
 def unpack(path):
-    """Unpack an archive beside itself; existing files stay. Raises InputError, OSError."""
+    """Unpack an archive into its folder and keep existing files. Raises InputError, OSError."""
     unpacked, kept = path.with_name(f"{path.name}.unpacking"), []
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
@@ -163,7 +163,7 @@ def provide(url, path, unpacking):
         state = "verified" if verify_hash(path) else "not recorded"
         if new and state != "verified":
             with atomic_write(hash_record(path), "w") as file:
-                file.write(f"{hash_file(path)}  {path.name}\n")  # as sha256sum does
+                file.write(f"{hash_file(path)}  {path.name}\n")  # in the format of sha256sum
             state = "recorded"
         if unpacking:
             unpack(path)
@@ -172,11 +172,11 @@ def provide(url, path, unpacking):
 
 def main():
     flags = Flags(__doc__)
-    flags.add_argument("names", nargs="*", metavar="NAME", help="a released file, in any case, also without extension; or all")
-    flags.add_argument("--list", action="store_true", help="print the names, what they are and which script takes them")
-    flags.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="the folder to write to")
+    flags.add_argument("names", nargs="*", metavar="NAME", help="released file, in any case, with or without extension; or all")
+    flags.add_argument("--list", action="store_true", help="print the names, the files and the scripts that read them")
+    flags.add_argument("--to", type=Path, default=Path(), metavar="DIR", help="folder to write to")
     flags.add_argument("--url", default=os.environ.get("ALBEF_MIRROR", RELEASED), metavar="ADDRESS",
-                       help="the folder of a mirror with the released file names")  # fmt: skip
+                       help="address of a mirror's folder that has the released file names")  # fmt: skip
     flags.add_argument("--no_unpack", action="store_true", help="leave archives packed")
     args = flags.parse_args()
     if args.list:

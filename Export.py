@@ -1,7 +1,7 @@
-"""Weights and configuration of a checkpoint as a file of their own, .safetensors or .pth, without the state of training.
+"""Export the weights and configuration of a checkpoint to a .safetensors or .pth file, without the state of training.
 
-Names are those of the released checkpoints, and either file is accepted wherever this repository takes a checkpoint. With
---to FOLDER/ they become what a hub repository holds, with the vocabulary and a model card; --push uploads it.
+Tensors have the names of the released checkpoints. All scripts accept either file as a checkpoint. --to FOLDER/ writes the files
+of a hub repository, with the vocabulary and a model card; --push uploads the folder.
 """
 
 from configs.flags import Flags
@@ -11,10 +11,10 @@ flags = Flags(__doc__, "--checkpoint output/VE/checkpoint_best.pth --to ve.safet
 flags.add_argument("--checkpoint", required=True, metavar="FILE", help="the file to read, .pth, .bin or .safetensors")
 flags.add_argument("--to", metavar="FILE", help="the file to write, .safetensors or .pth, or FOLDER/ for the hub")
 flags.add_argument("--push", metavar="USER/NAME", help="upload to the hub FOLDER/, or the folder --checkpoint")
-flags.add_argument("--public", action="store_true", help="for everyone to see, where --push makes a repository")
-flags.add_argument("--config", help="of FOLDER/, for a checkpoint without one: the YAML file it was trained with")
-flags.add_argument("--momentum", action="store_true", help="with the momentum model and its queues, to train on")
-flags.add_argument("--overwrite", action="store_true", help="write over an existing file, folder or repository")
+flags.add_argument("--public", action="store_true", help="make the new repository of --push public")
+flags.add_argument("--config", help="configuration of FOLDER/ for a checkpoint without one: the YAML file of its training")
+flags.add_argument("--momentum", action="store_true", help="also write the momentum model and its queues, to train on")
+flags.add_argument("--overwrite", action="store_true", help="replace an existing file, folder or repository")
 flags.add_set()
 if __name__ == "__main__":
     begin_script(flags)
@@ -118,7 +118,7 @@ def export_folder(args):
     vocabulary = tokenizer_of(config).backend_tokenizer.to_str()
     data = {key: [Path(file).name for file in config[key]] for key in ANNOTATION_KEYS if config[key]}
     bert_config = {key: value for key, value in read_bert_config(config["bert_config"]).items() if key in BERT_KEYS}
-    config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # no paths of this machine
+    config = {key: value for key, value in config.items() if key not in FILE_KEYS}  # without paths of this machine
     config |= {"bert_config": bert_config, "tokenizer": VOCABULARY}
     epoch = content.get("epoch")
     metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)
@@ -138,7 +138,7 @@ def export_folder(args):
 
 
 def metrics_of(log, epoch):
-    """Return the metrics of validation and test that a run's log.txt has for an epoch, by name."""
+    """Return the validation and test metrics of an epoch from a run's log.txt, by name."""
     try:
         entries = [json.loads(line) for line in read_regular(log).splitlines()]
     except (OSError, ValueError):
@@ -158,12 +158,12 @@ def model_card(name, task, epoch, data, metrics):
 
 
 def published_files(folder):
-    """Return the names of the files of an exported folder. Raises InputError if one is missing or names files elsewhere."""
+    """Return the names of an exported folder's files. Raises InputError if one is missing or names files elsewhere."""
     config = config_beside(folder / "model.safetensors").get("config", {})
     names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"--push: {folder} is not a folder that --to has written, it lacks {', '.join(missing)}: add --to "
-                         "FOLDER/, where what is published is written first")  # fmt: skip
+                         "FOLDER/, to write it first")  # fmt: skip
     return names
 
 
@@ -188,7 +188,7 @@ def main():
 
 
 def export_file(args):
-    """Write one file and say what is in it."""
+    """Write one file and describe its content."""
     count, left_out, more = export(args.checkpoint, args.to, args.momentum, args.overwrite)
     size = Path(args.to).stat().st_size / 1e6
     print(f"wrote {args.to}: {count} tensors, {size:.1f} MB, with {' and '.join(more) or 'no config'}")

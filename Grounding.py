@@ -38,7 +38,7 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None, *, mode, block_num):
-    """Return the percent of expressions whose best detected box is right, for each of the refs' splits in the data set.
+    """Return the percentage of expressions whose best detected box is right, for each split of the refs in the data set.
 
     Report a line for each, with the percent of a random box.
     """

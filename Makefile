@@ -1,7 +1,7 @@
 # Every target makes its own virtual environment in .venv and installs what it needs; a second call reuses it.
 PYTHON ?= python3
 BIN := .venv/bin
-# OpenMP threads that spin while they wait starve a machine that something else uses, too
+# OpenMP threads that spin while they wait would slow down other programs on the machine
 export OMP_WAIT_POLICY ?= passive
 
 # the driver of experiments; the + has `make -n` call it, too, to show the runs
@@ -22,13 +22,13 @@ quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500
 shapes: .venv/installed  ## train every task on the drawn scenes: hours on two cores
 	$(RUN) experiments/shapes.yaml $(DRY)
 
-shapes-scratch: .venv/installed  ## train every task on them without pre-training: hours
+shapes-scratch: .venv/installed  ## train every task on the drawn scenes without pre-training: hours
 	$(RUN) experiments/shapes.yaml --scratch $(DRY)
 
 paper $(PAPER): .venv/installed  ## run the paper's experiments on drawn scenes: hours on two cores
 	$(RUN) experiments/paper.yaml $(patsubst paper-%,--table %,$(filter paper-%,$@)) $(DRY)
 
-# on the checkpoint of quickstart, which it makes where there is none, and those of shapes
+# on the checkpoint of quickstart, which is trained if it is missing, and existing checkpoints of shapes
 demo: .venv/installed-demo $(if $(wildcard output/quickstart/checkpoint_last.pth),,quickstart)  ## open a page on the trained models
 	$(BIN)/python Demo.py output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth)))
 

@@ -1,6 +1,6 @@
-"""Search in folders of images by a text or an example, and lists of near-copies.
+"""Search folders of images by a text or an example, and list near-copies.
 
-`index` adds the images of folders to an index, and embeds again those that have changed; `query` and `duplicates` read it.
+`index` adds the images of folders to an index, and embeds changed images again. `query` and `duplicates` read the index.
 Results go to standard output, progress and notes to standard error.
 """
 
@@ -9,32 +9,32 @@ from pathlib import Path
 from configs.flags import Flags, at_least
 from utils import begin_script, run_script
 
-DEVICE = {"help": "cuda, cuda:1, ... or cpu; by default cuda where there is a GPU"}
+DEVICE = {"help": "cuda, cuda:1, ... or cpu (default: cuda if there is a GPU)"}
 flags = Flags(__doc__, "index photos --checkpoint flickr30k.pth --to output/photos")
 index = flags.add_command("index", "Embed the images of folders and add them to an index.",
                           "photos --checkpoint flickr30k.pth --to output/photos")  # fmt: skip
-index.add_argument("folders", nargs="+", metavar="FOLDER", help="of images, at any depth")
-index.add_argument("--prune", action="store_true", help="remove images that the index has and FOLDER does not")
-index.add_argument("--checkpoint", required=True, metavar="FILE", help="of pre-training, retrieval or grounding: a file, the "
-                   "folder of a run, or a hub repository, USER/NAME[@REVISION]")  # fmt: skip
+index.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of images, searched at any depth")
+index.add_argument("--prune", action="store_true", help="remove indexed images that are not in a FOLDER")
+index.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of pre-training, retrieval or grounding: a "
+                   "file, the folder of a run, or a hub repository USER/NAME[@REVISION]")  # fmt: skip
 index.add_argument("--to", required=True, metavar="INDEX", help="folder of the index")
 index.add_argument("--config", metavar="FILE", help="for a checkpoint without one: the YAML file it was trained with")
 index.add_set()
 index.add_argument("--device", **DEVICE)
 query = flags.add_command("query", "Print the images that fit a text or an example best, with scores.",
                           'output/photos "two dogs in the snow" --html dogs.html')  # fmt: skip
-query.add_argument("index", metavar="INDEX", help="folder that index has written")
+query.add_argument("index", metavar="INDEX", help="folder of the index")
 query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
 query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
 query.add_argument("-k", type=at_least(1), default=20, help="images to print")
-query.add_argument("--rerank", type=at_least(0), metavar="N", help="the N most similar images are ranked by how well "
-                   "they match the text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
-query.add_argument("--html", metavar="PAGE", help="write a page of thumbnails, too")
-query.add_argument("--checkpoint", metavar="FILE", help="where the index's checkpoint lies now, if it has moved")
+query.add_argument("--rerank", type=at_least(0), metavar="N", help="rank the N most similar images by their match with the "
+                   "text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
+query.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
+query.add_argument("--checkpoint", metavar="FILE", help="new path of the index's checkpoint, if it has moved")
 query.add_argument("--device", **DEVICE)
 copies = flags.add_command("duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99")
-copies.add_argument("index", metavar="INDEX", help="folder that index has written")
-copies.add_argument("--threshold", type=float, default=0.98, help="similarity from which on images are near-copies, up to 1")
+copies.add_argument("index", metavar="INDEX", help="folder of the index")
+copies.add_argument("--threshold", type=float, default=0.98, help="smallest similarity of near-copies, at most 1")
 copies.add_argument("--device", **DEVICE)
 if __name__ == "__main__":
     begin_script(flags)
@@ -59,7 +59,7 @@ SHOWN = 5  # unusable images that are printed
 
 
 def show(path):
-    """Return a path for the screen, relative where it is below the working directory."""
+    """Return a printable path, relative if it is below the working directory."""
     return printable(path.removeprefix(os.path.join(os.getcwd(), "")))
 
 
@@ -69,15 +69,15 @@ def note(text):
 
 
 def print_results(lines):
-    """Print lines to standard output, whose reader may be a program that closes it early, such as head."""
+    """Print lines to standard output, which a reader such as head may close early."""
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports the error at exit
 
 
 def make_index(args):
-    """Make an index or bring it up to date, and say what was done."""
+    """Create or update an index, and print the number of images."""
     images, problems, others = find_images(args.folders)
     before = open_index(args.to)
     model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
@@ -96,7 +96,7 @@ def make_index(args):
 
 
 def open_for_reading(folder):
-    """Return the Index in a folder, with a note if it is not complete. Raises InputError."""
+    """Return the Index in a folder; print a note if it is incomplete. Raises InputError."""
     found = read_index(folder)
     if found.left:
         note(f"note: {folder} is incomplete, {found.left} images are not indexed yet")

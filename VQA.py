@@ -30,9 +30,9 @@ def step(model, batch, alpha, update_momentum):
 
 @torch.no_grad()
 def answer_all(model, dataset, tokenizer, config, device):
-    """Return an answer to every question: the likeliest of answer_list, or without one what beam search generates.
+    """Answer every question with the likeliest answer of answer_list, or by beam search if there is none.
 
-    Raises NotFinite for an answer's probability, on all processes.
+    Raises NotFinite on all processes if the probability of an answer is not finite.
     """
     answers = dataset.answer_list
     tokens = tokenize_answers(answers, model, tokenizer) if answers else None

@@ -26,7 +26,7 @@ flags.add_argument("--to", help="the picture to write: heatmap.png or pseudo_tar
 flags.add_argument("--config", help="for a checkpoint without one: the YAML file it was trained with")
 flags.add_set()
 flags.add_argument("--allow_missing", action="store_true", help="weights missing in --checkpoint stay random")
-flags.add_argument("--device", help="cuda, cuda:1, ... or cpu; by default cuda where there is a GPU")
+flags.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if there is a GPU)")
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -54,7 +54,7 @@ from visualize.explain import text_targets, unknown_words
 
 
 def picture_run(folder, queries):
-    """Draw curves.png, retrieval.png and attributes.png of a run, as far as it has what they show."""
+    """Draw curves.png, retrieval.png and attributes.png of a run, each if the run has its data."""
     tensorboard, draws = folder / "tensorboard", {"retrieval": draw_retrieval, "attributes": draw_attributes}
     results = {folder / f"result/{name}.json": draw for name, draw in draws.items()}
     if not (tensorboard.is_dir() or any(result.exists() for result in results)):
@@ -132,7 +132,7 @@ def read_texts(path, max_words):
 
 
 def candidate_texts(args, config):
-    """Return the texts to compare an image with: of --texts, else of test_file where it exists, else none."""
+    """Return the texts to compare an image with: from --texts, else from test_file if it exists, else none."""
     files = [args.texts] if args.texts else [path for path in config["test_file"] or [] if Path(path).is_file()]
     if not files:
         print("note: no texts to compare with, as --texts is not given and the checkpoint's test_file is out of reach")
@@ -143,7 +143,7 @@ def candidate_texts(args, config):
 
 
 def candidate_answers(args, config):
-    """Return the answers to choose from: --answer, else those of answer_list where it exists, else none."""
+    """Return the answers to choose from: --answer, else answer_list if it exists, else none."""
     if args.answer:
         return [args.answer]
     answers = reachable_answers(config)

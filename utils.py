@@ -18,16 +18,16 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# NumPy and torch are imported where they are used: they take seconds, which --help and a mistyped flag need not wait for
+# NumPy and torch are imported inside functions: they take seconds, and --help must not wait for them
 
 
-TIMEOUT = 1800  # seconds that a process waits for the others
+TIMEOUT = 1800  # seconds that a process waits for other ranks
 
 
 class InputError(Exception):
-    """Something the user gave is wrong. The message is one line: the file, key or line, and the remedy.
+    """A wrong input of the user. The message is one line that names the file, key or line, and the remedy.
 
-    Scripts print it without a traceback and exit with status 2. kind: what is wrong with an entry of a list, for counts.
+    Scripts print it without a traceback and exit with status 2. kind: short name of the problem of a list's entry, for counts.
     """
 
     def __init__(self, message, kind="other"):
@@ -39,7 +39,7 @@ class TrainingStopped(Exception):
     """Training cannot go on (a loss is not finite, too many broken images). Scripts exit with status 1."""
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; the launcher or the batch system ends the run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; sent by the launcher or the batch system to end the run
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,15 +51,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 def begin_script(flags):
-    """Parse a script's flags before its imports, which take seconds: --help and mistakes are answered at once.
+    """Parse a script's flags before its imports, which take seconds, so that --help and mistakes print at once.
 
     A signal during the imports ends the process with one line.
     """
-    # torch's OpenMP threads would spin while they wait, which starves a machine that something else uses, too
+    # OpenMP threads of torch would spin while they wait and slow down other programs on the machine
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # the data workers tokenize, each in one thread; without this the library warns at every fork
+    # each data worker tokenizes in one thread; without this variable the library warns at every fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # of Pillow; dataset.images refuses such an image
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # from Pillow; dataset.images refuses such an image
     for signum in SIGNALS:
         signal.signal(signum, end_at_once)
     run_script(flags.parse_args)
@@ -71,20 +71,20 @@ def run_script(main):
     Every other exception keeps its traceback, on every rank.
     """
     status, message = 0, ""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's lacks it; it is None if it was closed from the beginning
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # missing in a notebook, or if stdout is None because it was closed at the start
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         with interruptible("ended before it was complete"):
             main()
             if is_distributed():
-                gather_lists([])  # the launcher ends all processes as soon as one has left
+                gather_lists([])  # the launcher ends all processes as soon as one has exited
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error)
     except (TrainingStopped, InputError) as error:
-        # a library's or a server's text in a message can have several lines and escape sequences of the terminal
+        # a message may hold text of a library or server, with line breaks and escape sequences of the terminal
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).splitlines()))
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {text}"
-        # most likely all processes say the same; the launcher ends this one once the first has left
+        # most likely all ranks have the same message; the launcher ends this one once the first has exited
         time.sleep(min(_launched_rank(), 8))
     except Exception as error:
         _add_memory_hint(error)
@@ -95,8 +95,8 @@ def run_script(main):
     if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
     if is_distributed():
-        # a normal exit would wait for the collective operations that are under way, and the others in them for this process;
-        # and at the end of a good run gloo's threads may abort it
+        # a normal exit would wait for pending collective operations, in which other ranks wait for this process;
+        # after a complete run gloo's threads may abort the process
         sys.stdout.flush()
         os._exit(status)
     if status:
@@ -111,7 +111,7 @@ def _add_memory_hint(error):
 
 
 def _print_traceback(error):
-    """Print the traceback of a rank, and hand it to torchrun, which shows the first one of all ranks."""
+    """Print the traceback of a rank, and record it for torchrun, which shows the first one of all ranks."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     error.add_note(f"rank {rank()}: if another rank has ended before, its error is the cause; continue with --resume")
@@ -122,7 +122,7 @@ def _print_traceback(error):
 
 @contextlib.contextmanager
 def interruptible(message):
-    """Have a signal raise Interrupted with this message within it, and a second one end the process at once."""
+    """Context in which a signal raises Interrupted with this message and a second signal ends the process at once."""
     process = os.getpid()
 
     def interrupt(signum, _):
@@ -143,12 +143,12 @@ def interruptible(message):
 def end_at_once(signum, _):
     """Handle a signal: end this process."""
     if not _launched_rank():
-        os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # print may be what was interrupted
+        os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # the signal may have interrupted a print
     os._exit(128 + signum)
 
 
 def _launched_rank():
-    """Return the rank of this process by what the launcher says, also before it has joined the others."""
+    """Return the rank of this process from the launcher's variables, which are set before it joins the group."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(rank) if rank.isdecimal() else 0
 
@@ -162,7 +162,7 @@ _alone = contextvars.ContextVar("alone", default=False)
 
 @contextlib.contextmanager
 def alone():
-    """Within it this process is one of its own: what it computes is neither divided among the ranks nor waits for them."""
+    """Context in which this process computes by itself: it neither shares work with other ranks nor waits for them."""
     token = _alone.set(True)
     try:
         yield
@@ -171,7 +171,7 @@ def alone():
 
 
 def _group():
-    """Return torch.distributed if this process has joined others, which it cannot have without importing it; else None."""
+    """Return torch.distributed if this process has joined a group, else None. Without the import there is no group."""
     dist = sys.modules.get("torch.distributed")
     return dist if dist and dist.is_available() and dist.is_initialized() and not _alone.get() else None
 
@@ -208,7 +208,7 @@ def cores():
 
 
 def environment_number(name: str, default: int | None = None) -> int:
-    """Return a whole number from the environment. Raises InputError if it is another text, or missing without a default."""
+    """Return a whole number from the environment. Raises InputError if it is no number, or missing without a default."""
     text = os.environ.get(name) or default
     if text is None:
         raise InputError(f"{name} is missing in the environment: start several processes by torchrun or srun, or unset WORLD_SIZE")
@@ -255,12 +255,12 @@ def make_deterministic():
 
 
 def printable(path):
-    """Return a path for the screen or a list: as it is, or in quotes with escapes where it has a line break or the like."""
+    """Return a path for the screen or a list: unchanged, or quoted with escapes if it has unprintable characters."""
     return path if path.isprintable() else ascii(path)
 
 
 def open_regular(path):
-    """Open a regular file to read its bytes. Raises OSError for another kind: a FIFO would block, a device never end."""
+    """Open a regular file to read its bytes. Raises OSError for another kind: a FIFO would block, a device would never end."""
     file = open(os.fspath(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -279,9 +279,9 @@ TEMPORARY = ".tmp"  # how the names of files end that are not complete; they beg
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside path and rename it to path when the block ends well: never a half-written file.
+    """Open a temporary file beside path and rename it to path after the block, so that no incomplete file appears.
 
-    Raises OSError, also for what is there and no file: a folder, or a device such as /dev/null, whose place it would take.
+    Raises OSError, also if `path` exists but is not a regular file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -296,7 +296,7 @@ def atomic_write(path, mode="wb"):
     except BaseException:
         name.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # the new name, too, is to survive a power failure; not every file system can
+    with contextlib.suppress(OSError):  # the new name should also survive a power failure, if the file system can sync folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -15,7 +15,7 @@ from configs.schema import load_config
 from utils import Text
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POLICY = os.environ.get("OMP_WAIT_POLICY", "default")  # of OpenMP's threads while they wait; scripts use passive
+POLICY = os.environ.get("OMP_WAIT_POLICY", "default")  # how OpenMP threads wait; scripts use passive
 NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads ({POLICY} waits)"
 MACHINE = f"{NAME}, torch {torch.__version__}"
 CLS = 101

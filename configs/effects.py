@@ -1,11 +1,11 @@
-"""Which keys of a configuration have no effect in a run: refused in --set, else named in a note."""
+"""Find the keys of a configuration that have no effect in a run, to refuse them in --set or name them in a note."""
 
 from typing import Iterator
 
 from configs.schema import KEYS, VALIDATED, parse_override
 from utils import InputError
 
-RELEASED = ("coco_file", "eval_ema")  # keys that released files have and no code reads: never worth a note
+RELEASED = ("coco_file", "eval_ema")  # keys of released files that no code reads: no note names them
 
 
 def refuse_unread(task: str, overrides: list[str]) -> None:
@@ -19,15 +19,15 @@ def refuse_unread(task: str, overrides: list[str]) -> None:
 
 
 def unread_keys(task: str, config: dict) -> list[str]:
-    """Return the keys that a task does not read and whose value in a complete configuration is not the default."""
+    """Return the keys of a complete configuration that the task does not read and that differ from their default."""
     return [name for name, key in KEYS.items()
             if task not in key.tasks and name not in RELEASED and _value(config, name) != key.default]  # fmt: skip
 
 
 def idle_keys(task: str, config: dict, overrides: list[str], evaluate: bool) -> Iterator[tuple[list[str], str]]:
-    """Yield (keys, reason) of keys that --set names and that have no effect beside the run's other settings.
+    """Yield (keys, reason) for keys in --set that another setting, or --evaluate, leaves without effect.
 
-    config: complete; evaluate: nothing is trained.
+    config: the complete configuration; evaluate: whether the run only evaluates.
     """
     given = [key for text in overrides for key in parse_override(text)[1]]
     if evaluate:

@@ -1,4 +1,4 @@
-"""The command-line flags that every task script has, and what is said about wrong ones."""
+"""Command-line flags of all task scripts, and messages about wrong flags."""
 
 import argparse
 import difflib

@@ -32,7 +32,7 @@ TASKS = ("pretrain", "nlvr_pretrain", "retrieval", "vqa", "ve", "nlvr", "groundi
 
 
 def all_but(*names):
-    """Return the tasks without some."""
+    """Return all tasks except some."""
     return tuple(task for task in TASKS if task not in names)
 
 
@@ -40,14 +40,14 @@ TRAINED = all_but("attributes")
 CONTRASTIVE = ("pretrain", "retrieval", "grounding")  # trained by ITC and ITM
 CAPTIONED = ("pretrain", "nlvr_pretrain")  # trained on captions from the web
 DISTILLED = all_but("nlvr_pretrain", "attributes")
-VALIDATED = ("retrieval", "vqa", "ve", "nlvr", "relevance")  # by val_file
+VALIDATED = ("retrieval", "vqa", "ve", "nlvr", "relevance")  # on val_file
 
 
 class Key(NamedTuple):
-    """A key's default, kind and readers. One without a default, None, may be left out; a task that needs it says so.
+    """A key's default, kind and readers. The default None means that the key may be missing; a task may still require it.
 
-    tasks: those on whose result or run the key has an effect, none for keys that stand in released files alone; training: it
-    has none where a task is only evaluated.
+    tasks: the tasks that the key has an effect on, empty for keys that only released files have; training: the key has no
+    effect in an evaluation.
     """
 
     default: Any
@@ -57,7 +57,7 @@ class Key(NamedTuple):
 
 
 def trains(default, kind, tasks=TRAINED):
-    """Return a Key that training alone reads."""
+    """Return a Key that has an effect in training only."""
     return Key(default, kind, tasks, training=True)
 
 
@@ -69,7 +69,7 @@ def number(low=0, high=None):
 
 
 def whole(low, high=None):
-    """Return the kind of a whole number from `low` to `high`, by default to what a machine word holds."""
+    """Return the kind of a whole number from `low` to `high`, by default to the largest machine word."""
     wanted = f"a whole number from {low}" if high is None else f"a whole number from {low} to {high:,}"
     high = sys.maxsize if high is None else high
     return Kind(wanted, lambda value: type(value) is int and low <= value <= high)
@@ -108,14 +108,14 @@ BETAS = Kind("two numbers from 0 to below 1", lambda value: isinstance(value, li
     number(0, 1).fits(beta) and beta < 1 for beta in value))  # fmt: skip
 REFER = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p"}  # data sets of REFER, their refs
 OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
-# far above any model: what is beyond them fills the memory before anything is said
+# far above any model: larger values would fill the memory before a message appears
 COUNT, WIDTH, PIXELS = whole(1, 1000), whole(1, 100_000), whole(1, 10_000)
 ROWS = whole(1, 100_000_000)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the keys
 
-TEMP_RANGE = 0.001, 0.5  # that the learned temperature is kept in
+TEMP_RANGE = 0.001, 0.5  # limits of the learned temperature
 KEYS = {
     # data
     "train_file": trains(None, PATHS),
@@ -136,8 +136,8 @@ KEYS = {
     "max_skipped": trains(0.01, number(0, 1)),
     "num_workers": Key(None, whole(0, 1000)),
     "shuffle_buffer": trains(20000, whole(1), CAPTIONED),
-    "max_words": Key(None, whole(1), all_but("attributes")),  # of a text; the task's by default
-    "max_tokens": Key(None, whole(2)),  # ids of a text, [CLS] included; the task's by default
+    "max_words": Key(None, whole(1), all_but("attributes")),  # of a text; default: by task
+    "max_tokens": Key(None, whole(2)),  # ids of a text, [CLS] included; default: by task
     # model
     "bert_config": Key(None, either(PATH, MAPPING)),
     "vision_width": Key(768, WIDTH),
@@ -162,7 +162,7 @@ KEYS = {
     "image_embeds": Key("host", one_of("host", "recompute"), ("pretrain", "retrieval")),
     "eos": Key("[SEP]", TEXT, ("vqa",)),
     "num_beams": Key(3, COUNT, ("vqa",)),
-    # of a generated answer; by default the longest training answer's, else 10
+    # of a generated answer; default: the longest answer of train_file, else 10
     "max_answer_tokens": Key(None, whole(1), ("vqa",)),
     "share": Key("cross_attention", one_of("cross_attention", "all", "none"), ("nlvr", "nlvr_pretrain")),
     "eval_ema": Key(None, FLAG, ()),  # in released files, without effect
@@ -183,13 +183,13 @@ KEYS = {
     "optimizer.opt": trains("adamW", TEXT),
     "optimizer.lr": trains(1e-4, number()),
     "optimizer.weight_decay": trains(0.02, number()),
-    "optimizer.opt_eps": trains(None, number()),  # the optimizer's own by default, as opt_betas
+    "optimizer.opt_eps": trains(None, number()),  # None: the optimizer's default, as with opt_betas
     "optimizer.opt_betas": trains(None, BETAS),
     "optimizer.temp_lr_scale": trains(1.0, number(), CONTRASTIVE),
     "scheduler.sched": trains("cosine", one_of("cosine")),
     "scheduler.epochs": trains(30, whole(1)),
     "scheduler.min_lr": trains(1e-5, number()),
-    "scheduler.decay_rate": Key(1.0, number(), ()),  # in released files, without effect, as cooldown_epochs
+    "scheduler.decay_rate": Key(1.0, number(), ()),  # in released files, without effect, like cooldown_epochs
     "scheduler.warmup_lr": trains(1e-5, number()),
     "scheduler.warmup_epochs": trains(10, whole(0)),
     "scheduler.cooldown_epochs": Key(0, whole(0), ()),
@@ -197,7 +197,7 @@ KEYS = {
 }
 # Hugging Face's keys of bert_config, with its defaults, and two of ALBEF. Those without a default are required.
 BERT_KEYS = {
-    "vocab_size": Key(None, either(ROWS, one_of("auto"))),  # auto: the tokenizer's
+    "vocab_size": Key(None, either(ROWS, one_of("auto"))),  # auto: the tokenizer's size
     "hidden_size": Key(None, WIDTH),
     "num_hidden_layers": Key(None, COUNT),
     "num_attention_heads": Key(None, COUNT),
@@ -213,15 +213,15 @@ BERT_KEYS = {
     "initializer_range": Key(0.02, number()),
     "hidden_act": Key("gelu", one_of("gelu")),
 }
-# of Hugging Face's files, without effect here; a mapping may have them, and a file any others
+# keys of Hugging Face without effect here; a mapping may have no other unknown keys, a file may
 BERT_OTHERS = ("architectures", "model_type", "transformers_version", "torch_dtype", "position_embedding_type", "use_cache",
                "gradient_checkpointing", "classifier_dropout", "add_cross_attention")  # fmt: skip
-OTHER_NAMES = {  # in released files, which have the learning rate twice
+OTHER_NAMES = {  # names in released files, which have the learning rate twice
     "schedular": "scheduler", "batch_size_train": "batch_size", "scheduler.lr": "optimizer.lr",
 }  # fmt: skip
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 ANNOTATION_KEYS = [name for name, key in KEYS.items() if key.kind is PATHS]
-# of files and folders, or of hub repositories
+# keys whose values name files, folders or hub repositories
 FILE_KEYS = [*ANNOTATION_KEYS, "image_root", "vqa_root", "vg_root", "answer_list", "refcoco_data", "det_file", "coco_file",
              "bert_config", "text_encoder", "vision_encoder", "tokenizer"]  # fmt: skip
 
@@ -305,7 +305,7 @@ def with_defaults(config, where="config"):
 
 
 def parse_override(text):
-    """Return how messages name a key=value override, and its values by our name of the key. Raises InputError."""
+    """Parse a key=value override. Return its name in messages and its values by key. Raises InputError."""
     shown = f"--set {' '.join(text.split())}"
     path, separator, value = text.partition("=")
     if not separator:
@@ -362,7 +362,7 @@ def load_config(path, overrides=()):
 
 
 def beside(path, name):
-    """Return the path of a file that a configuration at `path` names by its bare name and has beside it, else the name."""
+    """Return the path of the file `name` beside the configuration at `path` if it exists there, else the name."""
     bare = isinstance(name, str) and name and Path(name).name == name
     return str(Path(path).with_name(name)) if bare and Path(path).with_name(name).is_file() else name
 
@@ -378,7 +378,7 @@ def _check_folder(where, path):
 def _read_bert_file(value):
     """Return the keys of bert_config that a model reads, of a mapping or of the JSON file at a path. Raises InputError.
 
-    Other keys are refused in a mapping unless they are BERT_OTHERS, in a file if they look like a misspelling.
+    A mapping may have no other keys except BERT_OTHERS. A file may have any other key that does not look like a misspelling.
     """
     if MAPPING.fits(value):
         _check_known([key for key in value if key not in BERT_OTHERS], BERT_KEYS, "bert_config")

@@ -1,12 +1,12 @@
 """Annotation files: a streaming reader of JSON lists, and their entries in arrays that processes share.
 
-A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here its entries,
-reduced to the fields of their form, are lines of JSON in one file, NAME.jsonl, whose positions and checksums are an array,
-NAME.index. Both are mapped into memory, and all processes of a machine share the pages. They are made once and kept in a cache
-folder. A line is compared with its checksum each time it is read: whole files would take seconds at every start.
+A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here each entry,
+reduced to the fields of its form, is a line of JSON in the file NAME.jsonl. The array NAME.index holds the position and checksum
+of each line. Both files are mapped into memory, and all processes of a machine share the pages. They are made once and kept in a
+cache folder. Each line is compared with its checksum when it is read; to compare whole files would take seconds at every start.
 
-The lists are read by Python's json, in pieces: msgspec, which checks the entries, needs a whole list in memory, and refuses NaN
-and halves of surrogate pairs, which Python writes.
+Python's json reads the lists in pieces. msgspec checks the entries, but it needs a whole list in memory, and it refuses NaN and
+halves of surrogate pairs, which Python writes.
 """
 
 import codecs
@@ -38,7 +38,7 @@ _LONGEST_TOKEN = 16  # characters, more than in any token or escape sequence tha
 
 _DECODER = json.JSONDecoder()
 _ENCODER = msgspec.json.Encoder()
-_SPACE = " \t\n\r"  # all that JSON takes for white space
+_SPACE = " \t\n\r"  # JSON's white space
 _OPENING = re.compile(rf"[{_SPACE}]*\[[{_SPACE}]*(\]?)")
 _SEPARATOR = re.compile(rf"[{_SPACE}]*([,\]]?)[{_SPACE}]*")
 
@@ -49,7 +49,7 @@ Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
 class Entry(msgspec.Struct):
     """The form of a list's entries: its fields and their types.
 
-    A subclass has `texts`, all texts of an entry, of which none may be blank, and `wanted`, the form in the words of messages.
+    A subclass has `texts`, all texts of an entry, and `wanted`, the form in the words of messages. No text may be blank.
     """
 
     wanted: ClassVar[str]
@@ -57,7 +57,7 @@ class Entry(msgspec.Struct):
 
     @property
     def root(self):
-        """The key of the configuration whose folder the paths of the images start from."""
+        """The configuration key of the folder that the image paths start from."""
         return "image_root"
 
     @property
@@ -71,7 +71,7 @@ class Entry(msgspec.Struct):
         return pre_caption(text, max_words or cls.max_words)
 
     def check(self):
-        """Raise InputError, without the place, for what the types do not say."""
+        """Raise InputError, without the place, if a text is blank. Subclasses may check more."""
         for text in self.texts:
             if is_blank(self.clean(text)):
                 raise InputError(f"its text {reprlib.repr(text)} is empty after clean-up", "empty text")
@@ -81,9 +81,9 @@ class Entry(msgspec.Struct):
 
 
 def check_entry(entry, form, path, number, first=None):
-    """A value of a list as an object of `form`, an Entry. Raises InputError, which says what is wrong in which field.
+    """Convert a value of a list to `form`, an Entry. Raises InputError that names the wrong field.
 
-    first: the list's first entry, as an object of `form`. Default: not compared.
+    first: the list's first entry, converted, to compare this one with.
     """
     try:
         checked = msgspec.convert(entry, form)
@@ -104,15 +104,15 @@ def check_entry(entry, form, path, number, first=None):
 
 
 def where(path, number):
-    """How error messages name an entry of an annotation file."""
+    """Return the name of an entry of an annotation file for error messages."""
     return f"{path}: entry {number} (counting from 0)"
 
 
 class Entries:
     """The entries of one or several JSON lists, joined in order, as objects of `form`, an Entry.
 
-    The first use of a list checks all its entries and fills the cache, until the file changes. A pickle holds only names. What
-    is damaged in the cache is made again. Raises InputError for what `read_json_list` and `check_entry` refuse.
+    The first use of a list checks all its entries and writes them to the cache. They are written again if the file changes or
+    the cache is damaged. A pickle holds only names. Raises InputError as `read_json_list` and `check_entry` do.
     """
 
     def __init__(self, files, form, names=None):
@@ -140,10 +140,10 @@ class Entries:
         return self.form(*json.loads(line))
 
     def _repair(self, file, name):
-        """Open what is kept of a list under this name after it was found damaged: all lines are compared, or made again."""
+        """Open a list's damaged store: compare all lines, and build the store again if one differs. Raises TrainingStopped."""
         try:
             (store,) = _load(self.files[file : file + 1], self.form, whole=True)
-        except InputError as error:  # which in training would count as one of an entry
+        except InputError as error:  # training would take an InputError for that of one entry
             raise TrainingStopped(str(error)) from None
         if store.name != name:
             raise TrainingStopped(f"{self.files[file]}: has changed since the run started: put it back as it was, and continue "
@@ -151,42 +151,42 @@ class Entries:
         return store
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that stand for the entries, by the checksums of their lines."""
+        """Return a digest of all entries, 16 hexadecimal digits, computed from the checksums of their lines."""
         digest = hashlib.blake2b(digest_size=8)
         for store in self._stores:
             digest.update(np.ascontiguousarray(store.index))
         return digest.hexdigest()
 
     def where(self, i):
-        """File and number of entry i, for error messages."""
+        """Return the file and number of entry i for error messages."""
         file, number = locate(i, self._ends)
         return where(self.files[file], number)
 
 
 class _Store(NamedTuple):
-    """What is kept of a list."""
+    """The cached entries of a list."""
 
-    name: str  # of its files in the cache folder, without what they end in
+    name: str  # path of the files in the cache folder, without suffix
     lines: np.ndarray  # bytes
     index: np.ndarray  # (start, checksum) of each line, and the end of the last one
 
     def read(self, number):
-        """The bytes of a line, None if they are not those that were written."""
+        """Return the bytes of a line, None if they do not match its checksum."""
         (start, checksum), (end, _) = self.index[number : number + 2].tolist()
         line = self.lines[start:end].tobytes()
         return line if _checksum(line) == checksum else None
 
 
 def _load(files, form, whole=False):
-    """What is kept of each file as a _Store, built if it is not there. whole: also if any line of it is damaged."""
-    # the kept entries are those that `form` accepts, which its code and the clean-up of texts decide
+    """Return the _Store of each file, built if it is missing; with `whole` also if one of its lines is damaged."""
+    # the code of `form` and of the clean-up decides which entries are accepted
     version = [[(field.name, str(field.type)) for field in msgspec.structs.fields(form)], _source(form), _source(pre_caption)]
     build, load = functools.partial(_build, form=form), functools.partial(_open, whole=whole)
     return load_cached(files, form.__name__, build, load, version)
 
 
 def _source(definition):
-    """The text of the module of a class or function, None in a notebook."""
+    """Return the source of the module of a class or function, None in a notebook."""
     try:
         return inspect.getsource(inspect.getmodule(definition))
     except (OSError, TypeError):
@@ -194,7 +194,7 @@ def _source(definition):
 
 
 def _open(name, whole=False):
-    """What is in the cache as a _Store, None if it is not there or seen to be damaged; whole: compare every line."""
+    """Return the cached _Store, None if it is missing or damaged; with `whole` compare every line."""
     try:
         lines = np.memmap(f"{name}.jsonl", np.uint8, "r").view(np.ndarray)
         index = np.memmap(f"{name}.index", _index_type(len(lines)), "r").view(np.ndarray)
@@ -207,12 +207,12 @@ def _open(name, whole=False):
 
 
 def _index_type(size):
-    """The type of an element of the index of so many bytes."""
+    """Return the dtype of the index of a store with `size` bytes."""
     return np.dtype([("start", np.min_scalar_type(size)), ("checksum", np.uint32)])
 
 
 def _checksum(line):
-    return zlib.crc32(line, 1)  # from 1: zeros in the index, where a block is lost, do not fit an empty line
+    return zlib.crc32(line, 1)  # from 1: an index of zeros, from a lost block, must not match an empty line
 
 
 def _build(job, form):
@@ -232,12 +232,12 @@ def _build(job, form):
                 end += len(line)
     index = np.zeros(len(starts) + 1, _index_type(end))
     index["start"][:-1], index["start"][-1], index["checksum"][:-1] = starts, end, checksums
-    with atomic_write(f"{name}.index") as file:  # what is complete has both
+    with atomic_write(f"{name}.index") as file:  # last: a complete store has both files
         file.write(index.tobytes())
 
 
 def _checked(batch, form, path, number, first):
-    """The entries of a batch as objects of `form`; number: that of its first one; first: the first one of the list."""
+    """Convert the entries of a batch to `form`. number: of its first entry; first: the list's first entry."""
     try:
         checked = msgspec.convert(batch, list[form])
         for entry in checked:
@@ -245,11 +245,11 @@ def _checked(batch, form, path, number, first):
             entry.check_with(first)
         return checked
     except (msgspec.ValidationError, InputError):
-        return [check_entry(entry, form, path, number + i, first) for i, entry in enumerate(batch)]  # which says where
+        return [check_entry(entry, form, path, number + i, first) for i, entry in enumerate(batch)]  # names the entry
 
 
 def _json_lines(entries):
-    """Entries, without the names of their fields, as lines of JSON."""
+    """Return entries as lines of JSON, without field names."""
     values = list(map(msgspec.structs.astuple, entries))
     try:
         return _ENCODER.encode_lines(values)

@@ -58,7 +58,7 @@ class Box(NamedTuple):
     """A box to evaluate: its image, whole pixels x, y, w, h, and for each attribute 1, 0 or -1 (not labeled)."""
 
     image: str  # its path
-    size: tuple  # of the image in the file: height, width
+    size: tuple  # (height, width) of the image according to the file
     pixels: tuple
     labels: list
     where: str  # in the file, for messages
@@ -67,9 +67,9 @@ class Box(NamedTuple):
 def read_boxes(path):
     """Read a file of attributes in boxes: the Attributes, and a Box for every object of at least MIN_AREA pixels.
 
-    The labels of att_vec are in the order of the attributes' ids, and so are the Attributes. Raises InputError, naming the
-    annotation (counted from 0), also for a box outside its image, an att_vec of another length than attributes, and an id
-    that two images or attributes have.
+    Attributes and the labels of att_vec are in the order of the attributes' ids. Raises InputError for content of another form,
+    a box outside its image, an att_vec whose length is not the number of attributes, and an id of two images or attributes. The
+    message names the annotation, counted from 0.
     """
     content, boxes = read_json(path, _Content, _WANTED), []
     images = by_id(content.images, path, "image")

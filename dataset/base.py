@@ -16,13 +16,13 @@ MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
 class EntryDataset(Dataset):
     """Samples by index, to train on if there is a seed, else to test on.
 
-    In training what an index gives depends on (seed, epoch, index) alone, not on the worker or on what came before, and a
-    sample that cannot be used is replaced by another: web data is noisy (Section 3.4). In testing it is an InputError, as
-    every sample counts.
+    In training a sample depends on (seed, epoch, index) alone, not on the worker or on earlier samples. An unusable sample is
+    replaced by another one, because web data is noisy (Section 3.4). In testing it is an InputError, because every sample
+    counts.
 
-    entries: dataset.annotations.Entries; indices: of those that are samples, by default all; roots: the folders of their images
-    by key of the configuration; limits: of their texts. A subclass has read(index), which raises ImageError or InputError for a
-    sample that cannot be used, and in training returns a NamedTuple with a list `skipped`.
+    entries: dataset.annotations.Entries; indices: the entries that are samples (default: all); roots: image folders by
+    configuration key; limits: of the texts. A subclass has read(index), which raises ImageError or InputError for an unusable
+    sample. In training it returns a NamedTuple with a list `skipped`.
     """
 
     def __init__(self, entries, roots, transform, seed=None, indices=None, limits=Limits()):
@@ -34,7 +34,7 @@ class EntryDataset(Dataset):
         return len(self.indices)
 
     def digest(self) -> str:
-        """Return hexadecimal digits that stand for the entries."""
+        """Return a digest of the entries in hexadecimal digits."""
         return self.entries.digest()
 
     def entry(self, index):
@@ -46,9 +46,9 @@ class EntryDataset(Dataset):
         return [os.path.join(self.roots[entry.root] or "", image) for image in entry.images]
 
     def clean(self, index, text):
-        """Return a text of a sample's entry as the model reads it. Raises InputError if nothing is left of it."""
+        """Clean up and cut a text of a sample's entry. Raises InputError if it is empty then."""
         cleaned = self.entries.form.clean(text, self.limits.words)
-        if is_blank(cleaned):  # of a few words only, as the entry was checked with its own limit
+        if is_blank(cleaned):  # only if max_words is small: the entry was checked with the limit of its form
             raise InputError(f"{self.where(index)}: its text is empty after clean-up and max_words {self.limits.words}")
         return cleaned
 

@@ -34,9 +34,9 @@ class EpochBatches(Sampler):
         self.begin(0)
 
     def begin(self, epoch, seen=0):
-        """Make the next iteration that of an epoch, without the samples that all processes together have seen of it.
+        """Set the epoch and skip its first `seen` samples, counted over all processes.
 
-        The processes and their batch size may have been others then.
+        The number of processes and the batch size may have changed since.
         """
         self.epoch, self.seen = epoch, seen
 
@@ -75,7 +75,7 @@ class TrainBatches:
         self.loader = Loader(dataset, collate, workers(config), device, batch_sampler=self.sampler)
 
     def begin(self, epoch, seen=0):
-        """Make the next iteration that of an epoch, without the samples that all processes together have seen of it."""
+        """Set the epoch and skip its first `seen` samples, counted over all processes."""
         self.dataset.epoch = epoch
         self.sampler.begin(epoch, seen)
 

@@ -26,14 +26,14 @@ from configs.schema import require
 from utils import InputError
 
 
-# of the training sets: form of the entries, smallest share of the image that a crop keeps (None: all)
+# training sets: form of the entries, smallest share of the image that a crop keeps (None: all)
 CAPTIONS = {
     "pretrain": (Pair, 0.2),
     "nlvr_pretrain_train": (Pair, 0.2),
     "retrieval_train": (RetrievalPair, 0.5),
     "grounding_train": (GroundingPair, None),
 }
-TOKENS = {  # ids of a text by data set, unless the configuration has max_tokens; elsewhere what the model takes
+TOKENS = {  # ids of a text by data set, unless max_tokens is set; the other data sets have the model's limit
     "pretrain": SHORT_TOKENS, "nlvr_pretrain_train": SHORT_TOKENS, "vqa_train": SHORT_TOKENS,
     **{f"{task}_{split}": tokens for split in ("train", "val", "test")
        for task, tokens in (("retrieval", MAX_TOKENS), ("grounding", MAX_TOKENS), ("relevance", MAX_AD_TOKENS))},
@@ -117,7 +117,7 @@ def lists_and_shards(name: str, files: list[str]) -> tuple[list[str], list[str]]
 
 
 def _image_captions(name, config, transform, seed, limits):
-    """A training set of image-caption pairs: of JSON lists, of shards, or of both."""
+    """Build a training set of image-caption pairs from JSON lists, shards or both."""
     form = CAPTIONS[name][0]
     files, shards = lists_and_shards(name, config["train_file"])
     entries = Entries(files, form) if files or not shards else []
@@ -132,7 +132,7 @@ def _image_captions(name, config, transform, seed, limits):
 
 @functools.lru_cache(maxsize=1)
 def grounding_data(refcoco_data, det_file, refer_dataset):
-    """A data set of REFER and the detected boxes, read once for val and test."""
+    """Read a data set of REFER and the detected boxes, once for val and test."""
     for key, value in (("refcoco_data", refcoco_data), ("det_file", det_file)):
         if value is None:
             raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")

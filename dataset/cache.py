@@ -1,4 +1,4 @@
-"""What is worked out once from a file and kept in a cache folder, until the file or the code changes."""
+"""A cache folder for data derived from files, valid until the file or the code changes."""
 
 import bisect
 import contextlib
@@ -17,17 +17,17 @@ from tqdm import tqdm
 from dataset.workers import in_processes, process_count
 from utils import TEMPORARY, InputError
 
-VERSION = 3  # of what is kept
+VERSION = 3  # of the formats of cached files
 _INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TEMPORARY)}")
 
 
 def load_cached(paths, kind, build, load, version=None, processes=None):
-    """[load(name), ...] of what is kept of each path, under names in the cache folder that change with the files.
+    """Return load(name) for each path; the name is a path in the cache folder that changes with the file.
 
-    Where load gives None, build((path, name)) makes it, in as many processes at a time (default: the cores, 8 at most); of
-    processes that start together one does it for all, and removes what was kept of these paths under earlier names. kind: what
-    it is, by which the names begin; version: on what else it depends, as JSON. Raises InputError if a file cannot be found or
-    the cache not be written, and what build raises.
+    If load returns None, build((path, name)) writes the cached file. Builds run in `processes` processes (default: the cores, 8
+    at most). If several runs start together, one builds for all. It also removes the cached files of earlier versions of these
+    paths. kind: prefix of the names; version: a JSON value on which the content depends. Raises InputError if a file is missing
+    or the cache cannot be written, and every exception of build.
     """
     folder = cache_folder()
     names = [os.path.join(folder, _name(path, kind, version)) for path in paths]
@@ -44,7 +44,7 @@ def load_cached(paths, kind, build, load, version=None, processes=None):
                 except OSError as error:
                     raise InputError(f"{folder}: cannot write the cache ({error.strerror}); free some space, or set the "
                                      "environment variable ALBEF_CACHE to another folder") from None
-            loaded = [load(name) for name in names]  # within the lock: nobody removes it
+            loaded = [load(name) for name in names]  # inside the lock, so that no process removes the files
         if any(found is None for found in loaded):
             raise InputError(f"{folder}: the cache does not hold what was written to it; set the environment variable "
                              "ALBEF_CACHE to a folder on another disk")
@@ -52,7 +52,7 @@ def load_cached(paths, kind, build, load, version=None, processes=None):
 
 
 def locate(index, ends):
-    """(file, index in it) of an index in files that are joined in order; ends: their summed lengths. Raises IndexError."""
+    """Return (file, index in it) of an index in joined files. ends: cumulative lengths. Raises IndexError."""
     if not 0 <= index < ends[-1]:
         raise IndexError(f"index {index} of {ends[-1]}")
     file = bisect.bisect(ends, index)
@@ -60,7 +60,7 @@ def locate(index, ends):
 
 
 def cache_folder():
-    """ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the temporary folder.
+    """Return ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the temporary folder.
 
     Raises InputError if none of them can be written, and for a folder that another user may have made or filled.
     """
@@ -80,10 +80,10 @@ def cache_folder():
 def _check_owner(folder, private):
     """Raise InputError if another user may have made a cache folder or written to it.
 
-    private: nobody else may read it, and it is no link. Else its owner may share it with a group, but not with everyone.
+    private: only its owner may access it, and it is no link. Otherwise a group may share it, but not everyone.
     """
     for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
-        shared = False  # whether everyone may write to a folder above
+        shared = False  # whether everyone may write to a parent folder
         for path in *reversed(whole.parents), whole:
             status = path.lstat()
             if shared and status.st_uid not in (0, os.getuid()):
@@ -103,7 +103,7 @@ def _refuse(path, problem):
 
 
 def _name(path, kind, version):
-    """What the names in the cache begin with for a file: kind, a hash of its path, and one of all that is depended on."""
+    """Return the name of a file in the cache: kind, hash of its path, hash of its version, size and date."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -117,9 +117,9 @@ def _hash(value):
 
 
 def _remove_old(folder, names, locked):
-    """Remove what is kept of the same files under other names, and what killed processes have not completed.
+    """Remove cached files of earlier versions of the same files, and incomplete files of killed processes.
 
-    names: those that are about to be built; locked: no other process of this machine is building.
+    names: cached files that are built next; locked: no other process of this machine is building.
     """
     names = set(map(os.path.basename, names))
     files = {name.rpartition("-")[0] for name in names}
@@ -131,16 +131,16 @@ def _remove_old(folder, names, locked):
 
 
 def unreadable(path, error):
-    """The InputError for an OSError of a file of the data."""
+    """Return the InputError for an OSError of a data file."""
     return InputError(f"{path}: cannot read this file ({error.strerror}); correct its path in the config (relative paths start "
                       "at the folder you run in)")
 
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Within the block no other process of this machine is in such a block of the same folder -> whether that is so."""
+    """Lock the cache folder against the machine's other processes; yield whether the file system can lock."""
     lock = FileLock(os.path.join(folder, ".lock"), fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # some network file systems cannot lock; then each builds all, as a whole
+    with contextlib.suppress(OSError):  # some network file systems cannot lock; then each process builds all files
         lock.acquire()
     try:
         yield lock.is_locked

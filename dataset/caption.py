@@ -42,7 +42,7 @@ class Pair(Captioned):
 
 
 class RetrievalPair(Entry):
-    """An image with a caption or several to train retrieval on, of which one is drawn each time."""
+    """An image with one or several captions to train retrieval on; each epoch draws one caption."""
 
     wanted = ('retrieval trains on entries {"image": path, "caption": text or list of texts}, of which all or none have '
               '"image_id": text or number')
@@ -54,7 +54,7 @@ class RetrievalPair(Entry):
 
     @property
     def group(self):
-        """What the captions of one image have in common: `image_id`, or the path if the list has no ids."""
+        """Return the key that all captions of one image share: `image_id`, or the path if the list has no ids."""
         return os.path.normpath(self.image) if self.image_id is None else self.image_id
 
     def check_with(self, first):
@@ -108,7 +108,7 @@ def draw_caption(captions, where, max_words=None):
 class CaptionDataset(EntryDataset):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to the limits.
 
-    entries: Entries of pairs. One cannot be used if its image cannot be read or its caption is empty after clean-up.
+    entries: Entries of pairs. A pair is unusable if its image cannot be read or its caption is empty after clean-up.
     """
 
     def __init__(self, entries, image_root, transform, seed, limits):

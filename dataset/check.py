@@ -1,10 +1,10 @@
-"""Reads all that a task's configuration names, before a run does, and reports what is wrong with it.
+"""Check all data that a task's configuration names, and report what is wrong.
 
     python -m dataset.check pretrain configs/Pretrain.yaml --report report.json
 
-A run refuses the first wrong entry of a list, and replaces or refuses samples that it cannot use (docs/faults.md). This goes on
-to the end, decodes every image once, and counts. Without a problem it builds the data sets of the task's script, too: what it
-approves, the script takes.
+A run refuses the first wrong entry of a list, and replaces or refuses unusable samples (docs/faults.md). This command reads to
+the end, decodes every image once, and counts. If there is no problem, it also builds the data sets of the task's script, so the
+script accepts the data.
 """
 
 from configs.flags import Flags, at_least
@@ -12,11 +12,11 @@ from models import MODELS
 from utils import begin_script, cores, run_script
 
 flags = Flags("Check all files that a task reads.", "pretrain configs/Pretrain.yaml --report report.json")
-flags.add_argument("task", choices=list(MODELS), metavar="TASK", help=f"whose script reads them: {', '.join(MODELS)}")
+flags.add_argument("task", choices=list(MODELS), metavar="TASK", help=f"task to check for: {', '.join(MODELS)}")
 flags.add_argument("config", metavar="CONFIG", help="YAML file of the task")
 flags.add_set()
-flags.add_argument("--processes", type=at_least(1), metavar="N", default=cores(), help="that decode images")
-flags.add_argument("--images", type=at_least(0), metavar="N", help="look at N evenly spaced images of every file only")
+flags.add_argument("--processes", type=at_least(1), metavar="N", default=cores(), help="processes that decode images")
+flags.add_argument("--images", type=at_least(0), metavar="N", help="decode N evenly spaced images of every file (default: all)")
 flags.add_argument("--report", metavar="FILE", help="JSON file to write all problems and counts to")
 if __name__ == "__main__":
     begin_script(flags)
@@ -62,7 +62,7 @@ from utils import InputError, atomic_write
 
 SHOWN, EXAMPLES, UNKNOWN_SHOWN = 20, 3, 10  # problems, repeated entries and unknown words that are printed
 UNKNOWN_LENGTH = 30  # characters of an unknown word that are kept
-IMAGES_AT_A_TIME = 16  # that a process is given
+IMAGES_AT_A_TIME = 16  # per job of a process
 SIDES = (64, 128, 256, 512, 1024)  # pixels of the shorter side at which the bins of the histogram begin
 BINS = [f"<{SIDES[0]}", *(f"{start}-{end - 1}" for start, end in itertools.pairwise(SIDES)), f">={SIDES[-1]}"]
 TITLE_WIDTH, BAR_WIDTH = 17, 30  # characters
@@ -70,7 +70,7 @@ BAR = {"leave": False, "file": sys.stdout, "dynamic_ncols": True, "mininterval":
 
 
 class Form(NamedTuple):
-    """What a list holds: its title in the report and the class of its entries."""
+    """The content of a list: its title in the report and the class of its entries."""
 
     title: str
     entry: type = None
@@ -80,7 +80,7 @@ PAIRS = Form("image-caption pairs for pre-training", Pair)
 IMAGES = Form("images with captions for a retrieval test", CaptionedImage)
 STATEMENTS, ENTAILMENT = Form("NLVR2", Statement), Form("visual entailment", Entailment)
 ADS = Form("queries and ads", Ad)
-# by data set, as build_dataset names them, those to validate on as those to test on
+# by data set, as build_dataset names them; validation sets have the form of test sets
 FORMS = {
     "pretrain": PAIRS, "nlvr_pretrain_train": PAIRS,
     "retrieval_train": Form("captions for retrieval", RetrievalPair), "retrieval_test": IMAGES,
@@ -96,7 +96,7 @@ SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", Pair)
 
 
 class Check:
-    """What the check of every file needs, and what was found so far."""
+    """The state of a check: settings that every file needs, and the problems found so far."""
 
     def __init__(self, task, config, images, compute):
         # names: the task's data sets by the key of their files; images: how many of each file to look at, None for all
@@ -104,16 +104,16 @@ class Check:
         self.task, self.config, self.images = task, config, images
         self._compute = compute  # of in_processes
         self.problems, self.notes = [], []  # problems: {file, entry, problem}
-        self.tokenizer = self.refer = None  # where they cannot be loaded
+        self.tokenizer = self.refer = None  # None if they cannot be loaded
         self.lost_roots, self.trained_images = {}, set()  # whether a key's image folder is missing; paths
 
     def add(self, path, entry, problem):
-        """problem: an error or a text. path: None for a key of the configuration; entry: index in a list, key in a shard."""
+        """Record a problem, an error or a text. path: None for a key of the configuration; entry: index in a list, key in a shard."""
         problem = str(problem).removeprefix(place(path, entry)).lstrip(": ")
         self.problems.append({"file": path, "entry": entry, "problem": problem})
 
     def is_lost(self, root, path, entry):
-        """Return whether the image folder of a key is missing, a problem the first time that an entry needs it."""
+        """Return whether the image folder of a key is missing. Record the problem when an entry first needs the folder."""
         if root not in self.lost_roots:
             folder = self.config[root]
             self.lost_roots[root] = folder is None or folder != "" and not os.path.isdir(folder)
@@ -168,12 +168,12 @@ class Seen(NamedTuple):
 def begin():
     """What a process that decodes images starts with."""
     begin_worker()
-    warnings.simplefilter("ignore")  # of damaged files Pillow says a lot
+    warnings.simplefilter("ignore")  # Pillow warns often of damaged files
     torch.set_num_threads(1)
 
 
 def look(job):
-    """(index, path of an image), or (index, path of a shard, Place) of a sample -> Seen, decoded as a run does."""
+    """Decode an image or a sample as a run does. job: (index, path), for a sample with its Place. Return Seen."""
     seen, data = Seen(*job[:2]), None
     try:
         if job[2:]:
@@ -184,7 +184,7 @@ def look(job):
         data = read_image(seen.path) if data is None else data
         seen = seen._replace(side=min(decode_image(data, seen.path).shape[1:]))
         with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # its pixels are there; what else it says of itself may be damaged
+            # the pixels are readable, but the other data of the file may be damaged
             rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
             animated = getattr(image, "is_animated", False)
             seen = seen._replace(format=f"{image.format} {image.mode}", rotated=rotated, animated=animated)
@@ -196,12 +196,12 @@ def look(job):
 
 
 def look_at_all(jobs):
-    """(path of the first, [job, ...]) -> [Seen, ...]."""
+    """Run `look` on several jobs. jobs: (path of the first one, list of jobs). Return a list of Seen."""
     return list(map(look, jobs[1]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what is counted, printed and reported of a file
+# counts, printed lines and the report of a file
 
 
 class Tally:
@@ -212,10 +212,10 @@ class Tally:
         self.max_words = check.config["max_words"] or (form.entry and form.entry.max_words)
         self.max_tokens = check.config["max_tokens"] or TOKENS.get(check.names[key])
         self.rows, self.result = [], {"key": key, "file": file, "form": form.title}  # what is printed and reported
-        self.entries = self.read = 0  # of shards, not all may be read
+        self.entries = self.read = 0  # with --images, not all samples of shards are read
         self.lost_roots = set()  # keys of image folders that are missing
         self.wrong, self.unusable = Counter(), Counter()  # entries and images that cannot be used, by kind
-        self.digests, self.indices = array("Q"), array("Q")  # of each entry that can
+        self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
         self.words, self.pieces = array("L"), array("L")  # of each text
         self.all_words, self.unknown = 0, Counter()
         self.sides, self.formats, self.traits = Counter(), Counter(), Counter()  # of each image
@@ -260,14 +260,14 @@ class Tally:
         self.traits.update(small=small, rotated=seen.rotated, animated=seen.animated)
 
     def row(self, title, text, **numbers):
-        """Add a line to what is printed, and numbers to what is reported."""
+        """Add a line to the printed rows, and numbers to the report."""
         self.rows.append(f"  {title:<{TITLE_WIDTH}}{text}")
         self.result.update(numbers)
 
     def report(self, name, images, title=None):
         """Print the counts and return them.
 
-        name(index) is what to call an entry; images: those that the entries name; title: default that of the form.
+        name(index): name of an entry; images: images that the entries name; title: default the title of the form.
         """
         self._report_entries(name)
         self._report_texts()
@@ -380,9 +380,9 @@ def unreadable(key, file):
 
 
 def check_list(check, path, key, questions):
-    """Check a JSON list of the task, its texts and its images -> what the report says of it.
+    """Check a JSON list of the task, its texts and its images. Return its part of the report.
 
-    questions: {id: whether it has an answer} of the questions to test on, to which those of this list are added.
+    questions: {id: whether it has an answer} of the questions to test on; the questions of this list are added.
     """
     form = FORMS[check.names[key].replace("_val", "_test")]
     for needed in ("refcoco_data", "det_file") if form.entry is Expression else ():
@@ -398,7 +398,7 @@ def check_list(check, path, key, questions):
 
 
 def _report_images(tally, path, images, name):
-    """Look at the images {path: index of the first entry that names it} of a file, and report what is counted of it."""
+    """Decode the images of a file, {path: index of the first entry that names it}, and report the counts."""
     paths = list(images)
     for seen in tally.check.look_at(len(paths), lambda i: (images[paths[i]], paths[i]), os.path.basename(path)):
         tally.add_image(path, seen.index, f"image {seen.path}", seen)
@@ -487,7 +487,7 @@ def check_shards(check, paths):
 
 
 def check_lists(check):
-    """Check the lists that the task reads, printing what it finds of each -> what the report says of them."""
+    """Check the lists that the task reads, and print the result of each. Return their parts of the report."""
     results = []
     for key, name in check.names.items():
         lists, shards, questions = [], [], {}
@@ -512,9 +512,9 @@ def check_lists(check):
 
 
 def check_others(check, tokenizer_of):
-    """Open what else the task reads -> {key: what it is}.
+    """Open the other files that the task reads. Return {key: description}.
 
-    What cannot be opened is a problem; a hub that cannot be reached is not, as the configuration may be right.
+    A file that cannot be opened is a problem. If the hub cannot be reached, it is a note, because the configuration may be right.
     """
     config, found = check.config, {}
     for root in filter(config.get, ROOTS.values() if check.task == "vqa" else ["image_root"]):
@@ -574,7 +574,7 @@ def main():
         for name in names if not check.problems else ():
             with check.noting():
                 if config[file_key(name)]:
-                    dataset = build_dataset(name, config)  # what concerns a list or several as a whole
+                    dataset = build_dataset(name, config)  # raises problems of whole lists
                     if file_key(name) == "train_file":
                         check_length(len(dataset), config["batch_size"], world_size=1)
         if args.report:

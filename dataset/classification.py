@@ -34,7 +34,7 @@ class ClassificationDataset(EntryDataset):
         super().__init__(Entries(files, form), {"image_root": image_root}, transform, seed, limits=limits)
 
     def require_classes(self, count, key):
-        """Raise InputError unless `count` classes occur; key: that of the configuration that names the files."""
+        """Raise InputError unless `count` classes occur; key: the configuration key of the files."""
         found = set()
         if not any(found.add(entry.target) or len(found) == count for entry in self.entries):
             (label,) = found

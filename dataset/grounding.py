@@ -25,7 +25,7 @@ class Expression(Entry):
         return [self.text]
 
     def check_ref(self, refer):
-        """Raise InputError, without the place, for a ref that refer does not know or whose image is another one.
+        """Raise InputError, without the place, if the ref is not in `refer` or has another image.
 
         An image is the same if one of the two paths ends with the other.
         """
@@ -54,8 +54,8 @@ class GroundingBatch(NamedTuple):
 class GroundingTestSet(EntryDataset):
     """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of `splits`.
 
-    refer: from load_refer; detections: from load_detections. Raises InputError for a ref that refer does not know,
-    for another image than that of the ref, and where no expression is of these splits.
+    refer: from load_refer; detections: from load_detections. Raises InputError if a ref is not in `refer`, if an entry's image
+    is not the image of its ref, and if no expression belongs to these splits.
     """
 
     def __init__(self, files, image_root, transform, refer, detections, splits, limits=Limits()):

@@ -11,8 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from utils import read_regular
 
-# Pillow is asked for these alone: its other plug-ins were not chosen to run on files from the web, and that of EPS starts
-# Ghostscript on them
+# only these plug-ins of Pillow may read files from the web; the plug-in of EPS, for example, would start Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}  # with a dot
 # A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file can keep a decoder busy
@@ -47,7 +46,7 @@ def read_image(path):
 
 
 def absolute(root, image):
-    """The path of a list's image, which is the same however the list writes it."""
+    """Return the absolute path of a list's image, equal for all spellings of the path."""
     return os.path.abspath(os.path.join(root or "", image))
 
 
@@ -63,11 +62,10 @@ def no_file(path):
 def decode_image(data, name):
     """Decode the bytes of an image of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last in memory.
 
-    Pixels are those of Pillow's convert("RGB"), as in the released code: EXIF does not turn them, transparency leaves the
-    color beneath, of an animation the first frame is used. Gray of 16 bits is scaled to 8, where Pillow clips it.
-    Raises ImageError, with name in the message, for one that is empty, corrupt or truncated, of none of FORMATS, of 32-bit
-    values whose white is not known, or, before it is decoded, of more pixels than Image.MAX_IMAGE_PIXELS or more than MAX_SCANS
-    scans.
+    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF does not turn them, transparency shows the color beneath,
+    and an animation gives its first frame. Gray of 16 bits is scaled to 8 bits, while Pillow would clip it. Raises ImageError with
+    name in the message if an image is empty, corrupt, truncated, of none of FORMATS or of 32-bit values with unknown white. An
+    image with more than Image.MAX_IMAGE_PIXELS pixels or MAX_SCANS scans is refused before it is decoded.
     """
     if not data:
         raise ImageError(name, "empty file")

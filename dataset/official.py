@@ -31,10 +31,10 @@ class CaptionedFile(NamedTuple):
 
 
 class Official(msgspec.Struct):
-    """What is used of an official file, or of a line of it."""
+    """The fields that are read of an official file or of one of its lines."""
 
     title: ClassVar[str]
-    lines: ClassVar[bool] = False  # an object a line
+    lines: ClassVar[bool] = False  # one object per line
 
 
 class _Image(msgspec.Struct):
@@ -135,7 +135,7 @@ def recognize(data: bytes) -> type[Official] | None:
 
 
 def _head(value: msgspec.Raw) -> Any:
-    """Return a JSON value, of a list only the first element."""
+    """Return a JSON value, reduced to its first element if it is a list."""
     if bytes(memoryview(value)[:1]) != b"[":
         return msgspec.json.decode(value)
     return list(map(msgspec.json.decode, msgspec.json.decode(value, type=list[msgspec.Raw])[:1]))
@@ -150,7 +150,7 @@ def _fits(head, form):
 
 
 def advice(path: str | os.PathLike) -> str:
-    """Return what an official file is and the command that converts it, "" for other files. Raises OSError."""
+    """Return the title of an official file with the command that converts it, "" for other files. Raises OSError."""
     form = recognize(Path(path).read_bytes())
     if form is None:
         return ""
@@ -159,9 +159,9 @@ def advice(path: str | os.PathLike) -> str:
 
 
 class ImageFinder:
-    """Find images under a folder, in which the publisher's folders may be missing.
+    """Find images under a folder, which may lack the publisher's folders.
 
-    missing: the images that are not there.
+    missing: paths of the images that do not exist.
     """
 
     def __init__(self, image_root: str):
@@ -187,11 +187,11 @@ def convert(
     Args:
         files: Content by path.
         forms: Form by path, as `recognize` returns it.
-        find: Finds the images.
+        find: Finder of the images.
 
     Returns:
         The entries of each split, train, val or test: CaptionedFile of captions, else dicts as the scripts read them.
-        The problems of what is left out.
+        The problems of entries that are left out.
 
     Raises:
         InputError: A file does not have its form throughout, or the files do not belong together.
@@ -269,7 +269,7 @@ def _convert_karpathy(path, content, find, lists, problems):
 
 
 def _convert_vqa(contents, find, lists, problems):
-    """Join questions with the annotations of their subtype; without such they are to test on."""
+    """Join questions with the annotations of their subtype. Questions without annotations go into the test list."""
     answers = defaultdict(dict)  # by subtype and question_id
     for content in contents.values():
         if isinstance(content, VqaAnnotations):

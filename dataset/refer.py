@@ -76,9 +76,9 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_refer(folder, name="refcoco+"):
     """Read the refs and instances.json of a data set of REFER, a key of configs.schema.REFER -> Refer.
 
-    folder: the config key refcoco_data; both files are in its folder `name`. The refs are a pickle; it is read without
-    importing or running anything. Raises InputError, naming the file and, where it is one, the ref, if a file is missing,
-    damaged, not of this format, or wants to run something, and if the two files do not agree on the image of a ref.
+    folder: the config key refcoco_data; both files are in its folder `name`. The refs are a pickle, which is read without
+    importing or running anything. Raises InputError if a file is missing, damaged, of another format or would run code, and if
+    the two files disagree on the image of a ref. The message names the file, and the ref if one is wrong.
     """
     refs_path = os.path.join(folder, name, REFER[name])
     instances_path = os.path.join(folder, name, "instances.json")
@@ -107,15 +107,15 @@ def load_refer(folder, name="refcoco+"):
 
 
 def is_tested(ref):
-    """Return whether a ref belongs to a split that is evaluated, any but train."""
+    """Return whether a ref belongs to a split that is evaluated, i.e. is not in train."""
     return ref["split"] != "train"
 
 
 def load_detections(det_file, refer):
     """Read det_file, JSON {image_id: [[x, y, w, h, score], ...]} -> {image_id (int): the list}; boxes in pixels.
 
-    A box may come without its score. Raises InputError, naming the file and the image, for anything else, for a box of which
-    more than half lies outside of its image, and unless every image of a tested ref has a box.
+    A box may come without its score. Raises InputError that names the file and the image if the content has another form, if
+    more than half of a box lies outside of its image, or if an image of a tested ref has no box.
     """
     if not os.path.isfile(det_file):
         raise InputError(f"det_file {det_file} does not exist; correct the config key det_file")
@@ -133,7 +133,7 @@ def load_detections(det_file, refer):
     for ref_id, ref in refer.refs.items():
         if is_tested(ref) and not detections.get(ref["image_id"]):
             raise InputError(f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split {ref['split']}); "
-                             "det_file must hold detections for every image of a split but train")
+                             "det_file must hold detections for every image outside of the split train")
     return detections
 
 

@@ -21,9 +21,10 @@ class CaptionedImage(Entry):
 class RetrievalTestSet(EntryDataset):
     """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R, R].
 
-    Entries of one image, by its absolute path, are one image with all their captions, equal ones included. images: path of
-    each image, as in its first entry; texts: all captions, cleaned up, image by image; img2txt: for each image the list of its
-    texts; txt2img: for each text its image. Raises InputError for an entry without image or captions.
+    Entries with the same absolute image path become one image with all their captions, including equal ones.
+
+    images: path of each image, as in its first entry; texts: all captions, cleaned up, image by image; img2txt: the text
+    indices of each image; txt2img: the image index of each text. Raises InputError for an entry without image or captions.
     """
 
     def __init__(self, files, image_root, transform, limits=Limits()):

@@ -1,8 +1,8 @@
 """WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they lie.
 
-A sample is a run of members of one name up to the first dot after the folders: 000000012.jpg, 000000012.txt and
-000000012.json. In a shard of names like 22.04.jpg, which have no image after the first dot, it is a run of one name up to the last
-dot. A scan of the headers finds where the samples begin; each is then read by its index, in one piece.
+A sample is a run of members with one name up to the first dot after the folders: 000000012.jpg, 000000012.txt and
+000000012.json. If no member of a shard is an image by the first dot, as with names like 22.04.jpg, names are cut at the last dot.
+A scan of the headers finds the start of each sample. A sample is then read by its index, in one piece.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ SHOWN = 5  # suffixes in a message
 MAX_OPEN = 128  # shards that a process keeps open: on a network file system it is opening that takes long
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
-_META = re.compile(r"__([^/]*__/|[^/.]*__\.)")  # beginnings of names of no sample, as of __meta__.json or __index__/0.txt
-_HEADER = 2  # numbers before the positions in what is kept of a shard
+_META = re.compile(r"__([^/]*__/|[^/.]*__\.)")  # files that are in no sample, such as __meta__.json or __index__/0.txt
+_HEADER = 2  # numbers before the positions in the cached result of a scan
 
 
 def expand(entries):
@@ -78,7 +78,7 @@ def _expand_pattern(pattern):
 
 
 class Place(NamedTuple):
-    """Where a sample is."""
+    """The position of a sample in a shard."""
 
     path: str  # of the shard
     start: int  # of its bytes
@@ -89,10 +89,10 @@ class Place(NamedTuple):
 class Shards:
     """The samples of shards by index, one shard after another, as `read_sample` gives them.
 
-    counts: samples of each shard; others: files of each that are in no sample, as their names have no suffix. Shards that are
-    new, or of another size or time of change than before, are scanned in that many processes (default: the cores, 8 at most);
-    what is found is kept in the cache folder. Raises InputError for a file that is not a complete tar file, has sparse members
-    or names that cannot be cut into samples, and if there is no sample in any.
+    counts: samples of each shard; others: files of each shard that are in no sample, because their names have no suffix. Shards
+    that are new or have changed (size or date) are scanned in `processes` processes (default: the cores, 8 at most). Positions
+    are kept in the cache folder. Raises InputError if a file is not a complete tar file, has sparse members or has names that
+    cannot be cut into samples, and if no shard has a sample.
     """
 
     def __init__(self, paths, processes=None):
@@ -112,20 +112,20 @@ class Shards:
         return read_sample(self.place(index))
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that stand for the sizes and positions of the samples."""
+        """Return a digest of the positions of all samples, 16 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=8)
         for kept in self._kept:
             digest.update(np.ascontiguousarray(kept))
         return digest.hexdigest()
 
     def place(self, index):
-        """The Place of a sample."""
+        """Return the Place of a sample."""
         shard, number = locate(index, self._ends)
         kept = self._kept[shard]
         return Place(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
 
     def prefetch(self, indices):
-        """Have the kernel begin to read samples, all at a time."""
+        """Have the kernel read several samples ahead."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
             for path, start, end, _ in map(self.place, indices):
                 with _errors_of(path, TrainingStopped):
@@ -133,10 +133,10 @@ class Shards:
 
 
 def read_sample(place):
-    """The sample at a Place: {"__key__": str, suffix: bytes, ...}.
+    """Return the sample at a Place: {"__key__": str, suffix: bytes, ...}.
 
-    Suffixes are in lower case; where a sample has one twice, the first counts. A member that is neither image nor caption is
-    b"". Raises TrainingStopped if the shard cannot be read or has changed.
+    Suffixes are in lower case. If a sample has one twice, the first counts. A member that is neither image nor caption is b"".
+    Raises TrainingStopped if the shard cannot be read or has changed.
     """
     path, start, end, last_dot = place
     sample = {}
@@ -161,10 +161,10 @@ def read_sample(place):
 
 
 def image_and_captions(sample, where):
-    """(bytes of the image, list of captions) of a sample; where names it in messages.
+    """Return (bytes of the image, list of captions) of a sample. where: its name in messages.
 
-    The caption is that of .txt, else those of "caption" in .json, a string or a list of strings. Raises InputError if there is
-    no image or no caption.
+    Captions are the text of .txt, else "caption" in .json, a string or a list of strings. Raises InputError if there is no image
+    or no caption.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
@@ -188,7 +188,7 @@ def image_and_captions(sample, where):
 
 
 def _load(name):
-    """What `_scan` has kept as an array of int64, None if it is not there or damaged."""
+    """Return the cached result of `_scan`, an array of int64; None if it is missing or damaged."""
     try:
         data = Path(f"{name}.index").read_bytes()
     except OSError:
@@ -201,10 +201,10 @@ def _checksum(data):
 
 
 def _scan(job):
-    """Find the samples of a shard: job is (path, name in the cache folder).
+    """Find the samples of a shard. job: (path, name in the cache folder).
 
-    Kept are whether names are cut at the last dot, how many files are in no sample, where each sample begins and where the last
-    one ends.
+    Writes whether names are cut at the last dot, the number of files in no sample, the start of each sample and the end of the
+    last one.
     """
     path, name = job
     files, others = [], 0  # (name, position) of each member of a sample
@@ -217,7 +217,7 @@ def _scan(job):
                 files.append((member.name, member.offset))
             elif not member.isdir() and not _META.match(member.name):
                 others += 1
-        # tarfile takes anything after a whole member for the end
+        # tarfile accepts any bytes after a whole member as the end
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it is cut short or damaged after a whole member")
@@ -230,9 +230,9 @@ def _scan(job):
 
 
 def _cut_at_last_dot(path, names):
-    """Whether the names of a shard's files are to be cut at the last dot: if only that gives images with captions.
+    """Return whether names must be cut at the last dot, i.e. only that cut gives images with captions.
 
-    Raises InputError if some names give them by the first dot, and others by the last one.
+    Raises InputError if some files are images by the first dot and others by the last one.
     """
     lost, image = None, False
     for _, run in itertools.groupby(names, key=lambda name: _cut(name)[0]):
@@ -248,7 +248,7 @@ def _cut_at_last_dot(path, names):
 
 
 def _image_by_last_dot(names):
-    """The first of these names that is an image with a caption where names are cut at the last dot, or None."""
+    """Return the first name that is an image with a caption if names are cut at the last dot, else None."""
     for _, run in itertools.groupby(names, key=lambda name: _cut(name, last_dot=True)[0]):
         by_suffix = {_cut(name, last_dot=True)[1]: name for name in run}
         images = [by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
@@ -259,11 +259,11 @@ def _image_by_last_dot(names):
 
 @functools.lru_cache(MAX_OPEN)
 def _open(path):
-    return open_regular(path).detach()  # without a buffer, as it is read by position
+    return open_regular(path).detach()  # unbuffered, because it is read by position
 
 
 def _archive(file):
-    # a file, not a stream: what is not wanted is passed over without being read
+    # a file, not a stream: tarfile then skips members without reading them
     return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
 
 
@@ -274,7 +274,7 @@ def _errors_of(path, kind):
     except (tarfile.TarError, OverflowError) as error:
         raise kind(f"{path}: not a complete tar file ({error}): copy or download this shard again") from None
     except OSError as error:
-        raise kind(f"{path}: cannot read this shard ({error.strerror}): see to its storage and permissions") from None
+        raise kind(f"{path}: cannot read this shard ({error.strerror}): check its storage and permissions") from None
 
 
 def _members(archive):
@@ -282,16 +282,16 @@ def _members(archive):
     while True:
         try:
             member = archive.next()
-        except (ValueError, MemoryError) as error:  # of a wrong map of a sparse member, of a size that no header has
+        except (ValueError, MemoryError) as error:  # a wrong map of a sparse member, or an impossible size
             raise tarfile.ReadError(f"a wrong header, {error}") from None
         if member is None:
             return
-        archive.members.clear()  # where tarfile keeps all it has seen
+        archive.members.clear()  # tarfile keeps every member that it has read
         yield member
 
 
 def _cut(name, last_dot=False):
-    """(key, suffix) of a member's name, cut at a dot after the folders; None if it has none, or is no sample's."""
+    """Cut a member's name at a dot after the folders. Return (key, suffix), None if it is in no sample."""
     folders, slash, base = name.rpartition("/")
     key, dot, suffix = base.rpartition(".") if last_dot else base.partition(".")
     if not dot or base.startswith(".") or _META.match(name):

@@ -15,7 +15,7 @@ from dataset.shards import CAPTION_SUFFIXES, image_and_captions
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
 from utils import InputError, read_regular
 
-# names that columns have in the wild, the likeliest first; upper case, blanks and hyphens do not matter
+# usual names of columns, the likeliest first; upper case, blanks and hyphens do not matter
 PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
          "img", "img_path", "photo", "picture")
 TEXTS = ("caption", "captions", "text", "description", "sentence", "alt_text", "alt", "comment", "title")
@@ -48,12 +48,12 @@ def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
 def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield (place, {column: value}) for the rows of a CSV or TSV table, a ValueError for a row with other columns.
 
-    A quoted value may hold delimiters and line breaks (RFC 4180). In a row that is not quoted that way, double quotes are
-    letters: the quote is not closed before the next line that is a row by itself, or characters follow the closing quote.
+    A quoted value may hold delimiters and line breaks (RFC 4180). The double quotes of a row are letters if characters follow a
+    closing quote, or if a quote is still open before a line that is a row by itself.
 
     Args:
-        is_row: Tells whether a row that may begin on a line does so.
-        notes: Takes the places of the rows whose quotes are letters.
+        is_row: Function that returns whether {column: value} of a line is a row by itself.
+        notes: List to which the places of rows whose quotes are letters are added.
     """
     lines = list(io.StringIO(text, newline=""))
     delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
@@ -121,7 +121,7 @@ def read_table(
     """Read a table.
 
     Returns:
-        The captions by image path, the problems of the rows that cannot be used, and what was read in words.
+        The captions by image path, the problems of unusable rows, and a description of the columns that were read.
 
     Raises:
         InputError: The file cannot be read.
@@ -168,7 +168,7 @@ def _find(image, image_root):
 
 
 def _pair(row, columns, image_root):
-    """Image path and captions of a row. Raises ValueError if it cannot be used."""
+    """Return the image path and captions of a row. Raises ValueError if the row is unusable."""
     image, texts = map(row.get, columns)
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f"{columns[0]!r} is empty or not text")
@@ -189,10 +189,10 @@ def _clean(texts):
 
 
 def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], list[str], str]:
-    """Read the images of a folder and of those in it, with their captions in .txt or .json files of the same names.
+    """Read the images of a folder and its subfolders with the captions in .txt or .json files of the same names.
 
-    Captions are those of a sample of shards: .txt, else "caption" in .json. Returns what `read_table` does; paths start from
-    `image_root`.
+    As in shards, captions are the .txt file, else "caption" in the .json file. Returns the same as `read_table`; paths start
+    from `image_root`.
     """
     captions, problems = {}, []
     for parent, folders, names in os.walk(folder):

@@ -16,14 +16,14 @@ MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 
 class Limits(NamedTuple):
-    """How much of a text a model reads: the keys max_words and max_tokens, or the default of the task and split."""
+    """The longest text that a model reads: the keys max_words and max_tokens, or the default of the task and split."""
 
-    words: int | None = None  # None: of the form of the entries
-    tokens: int | None = None  # None: what the model takes
+    words: int | None = None  # None: the limit of the form of the entries
+    tokens: int | None = None  # None: the model's limit
 
 
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
-# of characters that make no word: control, zero-width, private, halves of surrogate pairs, combining marks, white space;
+# categories of characters that make no word: control, zero-width, private, halves of surrogate pairs, combining marks, white space;
 # uncased BERT drops all of them, and a vocabulary with accents has marks only together with their letter
 _DROPPED = {"Cc", "Cf", "Co", "Cs", "Mn", "Zl", "Zp", "Zs"}
 _BLANKS = re.compile(r"\s{2,}")
@@ -42,7 +42,7 @@ def pre_caption(caption, max_words):
 def pre_question(question, max_words):
     """Lower-case a question, drop its punctuation and keep the first `max_words` words.
 
-    Unlike in captions, leading and repeated blanks stay (each of those counts as a word), and so does <person>.
+    Unlike in captions, leading and repeated blanks stay, and so does <person>. Each such blank counts as a word.
     """
     return _first_words(question.lower().translate(_CLEAN).rstrip(" "), max_words)
 
@@ -52,19 +52,19 @@ def _first_words(text, max_words):
 
 
 def is_blank(text):
-    """Whether nothing is left of a cleaned-up text: no character, or only such as make no word."""
+    """Return whether a cleaned-up text is empty or has only characters that make no word."""
     return all(unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text)
 
 
 def without_halves(text):
-    """A text without halves of surrogate pairs, which JSON can hold and a tokenizer refuses."""
+    """Remove halves of surrogate pairs from a text: JSON can hold them, but a tokenizer refuses them."""
     return text.encode("utf-8", "ignore").decode()
 
 
 def tokenize(texts, tokenizer, max_tokens=None):
-    """texts -> Text [B, L], padded to the longest; at most max_tokens ids, or what the model takes.
+    """Tokenize texts -> Text [B, L], padded to the longest, with at most max_tokens ids or the model's limit.
 
-    Any number of threads may share the tokenizer: its own truncation and padding, which are settings of it, are not used.
+    Threads may share the tokenizer, because its truncation and padding, which change its settings, are not used.
     """
     limit = min(max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
     rows = [row[:limit] for row in tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"]]

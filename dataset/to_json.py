@@ -6,7 +6,7 @@
 
 A source is a table (CSV, TSV, JSON lines, a JSON list) with a path and a caption in each row, a folder of images with .txt or
 .json files, or an official file of COCO's captions, Karpathy's splits, VQA v2, NLVR2 or SNLI-VE, which is recognized by its
-form. What cannot be used is left out and listed in skipped.txt.
+form. Unusable rows and files are left out and listed in skipped.txt.
 """
 
 from pathlib import Path
@@ -18,12 +18,12 @@ flags = Flags(__doc__.splitlines()[0], "captions.csv --image_root photos --outpu
 flags.add_argument("sources", nargs="+", metavar="SOURCE", help="table, folder or official files of one kind")
 flags.add_argument("--image_root", default="", metavar="DIR", help="folder that the paths start from")
 flags.add_argument("--output", "--output_dir", required=True, type=Path, metavar="DIR",
-                   help="folder of the lists: train.json, val.json and test.json, as far as there are entries for them")
+                   help="folder of the lists: train.json, val.json and test.json, each if it has entries")
 flags.add_argument("--overwrite", action="store_true", help="replace the lists of an earlier conversion")
 flags.add_argument("--test", type=at_least(0), default=0, metavar="N", help="images to hold out in test.json")
 flags.add_argument("--path", metavar="NAME", help="column of the image paths; recognized by its name if not given")
 flags.add_argument("--text", metavar="NAME", help="column of the captions; recognized by its name if not given")
-flags.add_argument("--encoding", metavar="NAME", help="of a table, such as cp1252; UTF-8 if not given")
+flags.add_argument("--encoding", metavar="NAME", help="encoding of a table, such as cp1252 (default: UTF-8)")
 flags.add_argument("--seed", type=int, default=0, help="another one holds out other images")
 if __name__ == "__main__":
     begin_script(flags)
@@ -36,13 +36,13 @@ from dataset.official import CaptionedFile, ImageFinder, convert, recognize
 from dataset.tables import read_folder, read_table
 from utils import InputError, atomic_write, make_output_dir, read_regular
 
-SHOWN = 5  # problems that are printed of what is left out
+SHOWN = 5  # problems that are printed
 SKIPPED = "skipped.txt"
 
 
 def read_sources(args) -> tuple[dict[str, list], list[str]]:
     """Read the sources of a command line. Returns the entries of each split and the problems. Raises InputError."""
-    contents = {}  # None of a folder
+    contents = {}  # None for a folder
     for source in args.sources:
         try:
             contents[source] = None if os.path.isdir(source) else read_regular(source)
@@ -117,7 +117,7 @@ def write(output: Path, files: dict[str, list[str]], overwrite: bool) -> None:
 
 
 def main():
-    """Convert the sources of the command line and print what came of it."""
+    """Convert the sources of the command line and print the number of entries."""
     args = flags.parse_args()
     lists, problems = read_sources(args)
     if args.test:

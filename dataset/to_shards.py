@@ -1,9 +1,9 @@
-"""Pre-training lists and the image files they name -> WebDataset shards.
+"""Write pre-training lists and their image files into WebDataset shards.
 
     python -m dataset.to_shards train.json [more.json] --image_root DIR --output DIR
 
-Reading a few large files in sequence is what network and spinning disks are fast at; millions of small ones they are not.
-Images are copied byte for byte, and equal inputs make equal shards. Interrupted, the command goes on where it was.
+Network and spinning disks read a few large files faster than millions of small ones. Images are copied byte for byte, and equal
+inputs give equal shards. After an interruption the same command continues.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Image transforms on uint8 tensors, tuned for one CPU core.
 
-The pixels are those of the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py has
-both), but for the edge of sheared and turned images, which blends into the gray around as in the released code.
+The pixels equal the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py has both). Only the edge of
+sheared and turned images differs: it blends into the gray around, as in the released code.
 Images stay uint8 until `normalize`, which the training step calls on the device: a quarter of the bytes.
 All randomness comes from torch's default CPU generator.
 """

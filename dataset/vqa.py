@@ -87,7 +87,7 @@ class VQASample(NamedTuple):
 class VQABatch(NamedTuple):
     image: torch.Tensor  # uint8 [B, 3, R, R]
     question: Text  # [B, L]
-    answer: Text  # [A, L'], the answers of each question after those of the one before
+    answer: Text  # [A, L'], all answers of the first question, then of the second, and so on
     n: torch.Tensor  # number of answers of each question [B]
     weights: torch.Tensor  # [A]
     files: list

@@ -58,8 +58,8 @@ def _end_workers():
 def _starting_workers():
     """Set flags of torch and tokenizers for the data workers that start in the block, and note these workers.
 
-    With its SIGCHLD handler torch raises the death of a worker in the middle of any computation, even while other workers
-    start. Without the handler the error comes with the next batch.
+    torch's SIGCHLD handler raises an error in the middle of any computation when a worker dies, even while other workers start.
+    Without the handler the error comes with the next batch.
     """
     with _starting:
         handled, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True
@@ -101,7 +101,7 @@ class Loader(DataLoader):
                 yield batch
             else:
                 return
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two where it dies while it hands a batch over
+        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two if it dies while it sends a batch
             of_torch = re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error))
             if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
                 raise

@@ -20,22 +20,22 @@ from inference.inputs import read_image
 from models import ALIGNED
 from utils import InputError
 
-# An image's file is handed on as it is: the framework's own decoder says what is wrong with it. For a subclass, Gradio would
-# write a stub file beside this one.
+# Gradio passes the file of an image unchanged, and the framework's decoder reports what is wrong with it. If this were a
+# subclass, Gradio would write a stub file beside this module.
 gr.Image.preprocess = lambda self, given: given and given.path
-# whatever a version of Gradio asks other hosts for (fonts, scripts), the browser refuses to
+# the browser refuses all requests of Gradio to other hosts (fonts, scripts)
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 TOP = 12  # images that a search shows
-RERANKED = 32  # candidates that it re-ranks at most: someone waits
+RERANKED = 32  # largest number of candidates that a search re-ranks, so that the answer comes soon
 THUMBNAIL = 400  # pixels
 EXAMPLES = 4
-UPLOAD = 50 * 2**20  # bytes of a file at most
-SESSIONS = 100  # of browsers whose last search is kept
-CLEANING = (600, 3600)  # seconds between two cleanings, and the age from which they delete an uploaded file
+UPLOAD = 50 * 2**20  # largest size of a file in bytes
+SESSIONS = 100  # browsers whose last search is kept
+CLEANING = (600, 3600)  # seconds between two cleanings; age in seconds at which they delete an uploaded file
 
 
 class Tab(NamedTuple):
-    """What can be asked about an image, or two."""
+    """A question that the page answers about one or two images."""
 
     name: str
     tasks: tuple  # whose checkpoints can do it
@@ -86,12 +86,12 @@ def those_of(models, tasks):
 
 
 def is_uploaded(path):
-    """Whether a path, which any program on this machine can send, is that of a file in the page's own folder."""
+    """Return whether a path is a file in the page's own folder; any program on this machine can send a path."""
     return os.path.isfile(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(get_upload_folder()))
 
 
 def ask(tab, models):
-    """Return the function of a tab: (name of a model, images, text) -> HTML, the sentence of an InputError in its place."""
+    """Return the function of a tab: (name of a model, images, text) -> HTML, or the message of an InputError."""
 
     def call(name, *given):
         *images, text = given
@@ -101,7 +101,7 @@ def ask(tab, models):
             if not all(map(is_uploaded, images)):
                 raise InputError("The image was not uploaded to this page, or too long ago: drop it in its field again.")
             return tab.show(models[name], *images, text)
-        except InputError as error:  # images are where Gradio has put them, in folders that the user does not know
+        except InputError as error:  # the message names images in folders of Gradio that the user does not know
             message = str(error)
             for image in filter(None, images):
                 message = message.replace(f"{Path(image).parent}{os.sep}", "")
@@ -113,7 +113,7 @@ def ask(tab, models):
 def search(models, paths, features):
     """Return the function of the search: (name of a model, text, whether to re-rank) -> (captioned pictures, paths, HTML).
 
-    paths: of the images; features: those of each model.
+    paths: of the images; features: of the images for each model.
     """
 
     def call(name, text, rerank):
@@ -150,8 +150,7 @@ def _thumbnail(path):
 def build_page(models, data, paths, features):
     """Return the page of models by name, as gr.Blocks.
 
-    data: their test data by name, for examples, where it is within reach; paths, features: as `search` takes them, empty for no
-    search.
+    data: existing test data by model name, for examples; paths, features: as for `search`, empty for no search.
     """
     with gr.Blocks(title="ALBEF", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.HTML(f"<h1>ALBEF</h1>{results.show_lines('Align before fuse, tried on ' + ', '.join(models))}")
@@ -163,7 +162,7 @@ def build_page(models, data, paths, features):
             name, image, caption, result, call = added["Match"]
 
             def choose(event: gr.SelectData, name, found, text):
-                # a copy in the page's folder: of other folders Gradio gives nothing away
+                # a copy in the page's folder, because Gradio serves no file of other folders
                 return gr.Tabs(selected="Match"), name, save_file_to_cache(found[event.index], get_upload_folder()), text
 
             chosen = gallery.select(choose, [searched, found, text], [tabs, name, image, caption], **QUIET)
@@ -171,7 +170,7 @@ def build_page(models, data, paths, features):
     return page
 
 
-# one thing at a time, for the memory and the cores that it takes; no function is offered to other programs
+# one call at a time, to limit memory and cores; other programs cannot call these functions by name
 QUIET = {"api_visibility": "private", "show_progress": "hidden"}
 ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
 
@@ -236,11 +235,11 @@ def examples(models, data):
 
 
 def launch(page, host, port):
-    """Serve a page from a thread of its own. Raises InputError if the port cannot be used."""
+    """Serve a page from a new thread. Raises InputError if the port cannot be used."""
 
     @contextlib.asynccontextmanager
     async def guard(app):
-        app.middleware_stack = LocalOnly(app.middleware_stack, port)  # outside of what Gradio adds, which allows other origins
+        app.middleware_stack = LocalOnly(app.middleware_stack, port)  # outermost, because Gradio's own middleware allows other origins
         yield
 
     try:

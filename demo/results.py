@@ -89,7 +89,7 @@ def show_word(word):
 
 
 def show_heat(heat):
-    """Return the words of a HeatMap, each a radio button with its pictures: those of the chosen word are seen."""
+    """Return the words of a HeatMap as radio buttons; the pictures of the chosen word are visible."""
     aspect = sum(image.shape[1] / image.shape[0] for image in heat.pictures)  # of the pictures side by side
     height, name, words = min(HEIGHT, round(WIDTH / aspect)), next(_names), []
     for label, pictures in paint_heat_maps(heat.pictures, heat.panels, height):

@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common, compared before the first step."""
+"""Compare the ranks of a run before the first step: configuration, seed, tokenizer, code and data."""
 
 import hashlib
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from configs.schema import FILE_KEYS
 from utils import InputError, gather_lists, is_distributed
 
-# a node may keep its files elsewhere, and have other cores
+# nodes may have different paths and numbers of cores
 OF_A_NODE = {*FILE_KEYS, "num_workers"}
 
 
@@ -46,7 +46,7 @@ def _sources():
 
 
 def _digest(*contents):
-    """Return 16 hexadecimal digits that stand for some bytes."""
+    """Return a digest of bytes, 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for content in contents:
         digest.update(content)

@@ -1,4 +1,4 @@
-"""Which configuration a script runs with, and which folder it writes to, as far as the command line leaves it open."""
+"""Choose the configuration and the output folder of a script from its flags."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +38,12 @@ def task_in(content, task, path):
 
 
 def choose_config(task, args, checkpoint, default=None):
-    """The configuration of --config, else the one in the checkpoint, else of the file `default`, with the overrides of --set.
+    """Return the configuration of --config, else of the checkpoint, else of the file `default`, with the overrides of --set.
 
-    checkpoint: "" or a path that is not a file for none. Where there is a default, the checkpoint's must be of the task and
-    from this code: the released one (it writes schedular) saves the paths of its machine and never reads them. Of others the
-    MODEL_KEYS are used, where they are evaluated. An evaluation with --config takes max_answer_tokens from the checkpoint unless
-    it is set. Raises InputError where there is no configuration.
+    checkpoint: "" or a path that is not a file means none. If there is a default, the checkpoint's configuration is used only if
+    it is of the task and from this code. The released code (it writes schedular) saves the paths of its machine and never reads
+    them. An evaluation of other checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
+    max_answer_tokens from the checkpoint unless it is set. Raises InputError if there is no configuration.
     """
     if args.config:
         config = load_config(args.config, args.set)
@@ -67,16 +67,16 @@ def choose_config(task, args, checkpoint, default=None):
 
 
 def _saved_config(checkpoint):
-    """Return the content of a checkpoint and the configuration in it, {} for either where there is none."""
+    """Return the content of a checkpoint and its configuration, each {} if it is missing."""
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
     return content, content.get("config") if isinstance(content.get("config"), dict) else {}
 
 
 def default_output_dir(task, source, evaluate):
-    """The folder of a task's results where --output_dir names none: output/ and what the configuration is called.
+    """Return the folder of a task's results if --output_dir is missing: output/ and the name of the configuration.
 
-    source: the YAML file, of whose path the part after configs counts, or the checkpoint of the configuration. The file of a
-    run is called as its folder, and what is evaluated with it goes there.
+    source: the YAML file, named by its path after configs, or the checkpoint of the configuration. A file of a run has the name
+    of its folder, and evaluations with it are written there.
     """
     path = Path(source)
     of_run = path.name == "config.yaml" or is_run_file(path)

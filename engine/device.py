@@ -31,12 +31,12 @@ def autocast(config, device):
 
 
 def use_device(config, device):
-    """Choose how the device computes, by the keys precision and deterministic. Training and evaluation call it first.
+    """Set how the device computes according to the keys precision and deterministic, before training or evaluation.
 
     float32 matrix products on a GPU run on tensor cores in TF32, as in the released code's torch, or in full float32 with
-    deterministic. Fused attention leaves cuDNN out: it prepares a plan for every new shape, and the lengths of texts vary.
+    deterministic. Fused attention does not use cuDNN, which would prepare a plan for every new length of the texts.
     """
-    if config["deterministic"] or device.type == "cpu":  # where it costs nothing
+    if config["deterministic"] or device.type == "cpu":  # on a CPU it takes no time
         make_deterministic()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if config["deterministic"] else "high")
@@ -44,18 +44,18 @@ def use_device(config, device):
 
 
 def compiles(config, device):
-    """Return whether the layers are to be compiled, by the key compile: auto is on a GPU, but for results that must repeat.
+    """Return whether to compile the layers. `auto` compiles on a GPU unless `deterministic` is set.
 
-    Where torch.compile does not work auto says so and goes without. Raises InputError there if it is true.
+    If torch.compile does not work, `auto` prints a note and does not compile. Raises InputError if the key compile is true then.
     """
     automatic = config["compile"] == "auto"
     if not (device.type == "cuda" and not config["deterministic"] if automatic else config["compile"]):
         return False
-    # torch's own place is the temporary folder, which a restart of the machine may empty
+    # the default of torch is the temporary folder, which a restart of the machine may empty
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "torchinductor"))
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever a compiler says, or its absence
+    except Exception as error:  # a compiler can raise any exception, and it may be missing
         said = " ".join(str(getattr(error, "inner_exception", error)).split())
         problem = f"torch.compile does not work here ({said:.200}): it needs Triton, a C compiler and Python's header files"
         if not automatic:
@@ -84,7 +84,7 @@ def compile_layers(model, **options):
 
 
 def device_peak(device, config):
-    """Return the bf16 matrix-product peak of the device in FLOP/s; None in fp32, and where it is not known."""
+    """Return the bf16 matrix-product peak of the device in FLOP/s, None in fp32 or if it is unknown."""
     if device.type != "cuda" or config["precision"] != "bf16":
         return None
     words = re.split("[ -]", torch.cuda.get_device_name(device).removeprefix("NVIDIA "))

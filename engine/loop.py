@@ -80,10 +80,11 @@ def iterate(run, batches, epoch, iteration, alpha):
 
 
 def settle_buckets(run, batches):
-    """Have DistributedDataParallel order its buckets before the first step. Return the batches, of which it looks at the first.
+    """Run a backward pass without a step, so that DistributedDataParallel orders its buckets. Return the batches, unchanged.
 
-    It orders them by its first backward pass, and for three ranks and more the order decides how sums are rounded. A resumed run
-    would order them later than the run it continues. This pass leaves no trace.
+    The buckets are ordered after the first backward pass, and with three or more ranks their order decides how sums are rounded.
+    Without this pass the first step of a resumed run would have the initial order, unlike the same step of an uninterrupted run.
+    The pass changes no weights, gradients or buffers.
     """
     batch = next(batches)
     buffers = [buffer.clone() for buffer in run.model.buffers()]
@@ -115,7 +116,7 @@ def train_epoch(run, batches, position, recorder, stop):
             saver.finish()
         due = late or (saver.iterations and (iteration + 1) % saver.iterations == 0)
         if (signum or due) and iteration + 1 < recorder.end:
-            # a full disk may be emptied before the next save is due; stopping would lose what there is
+            # a full disk may be emptied before the next save; stopping would lose the progress since the last one
             otherwise = "" if signum else f"training goes on, and saves again after {saver.every}"
             path = run.save(LAST, recorder.position(), lr, otherwise=otherwise)
             if signum:
@@ -143,7 +144,7 @@ def finish_epoch(run, position, lr, validate, stop):
             raise TrainingStopped(f"epoch {epoch}: the validation score {name} is {metrics[name]}, so the best epoch is unknown; "
                                   f"{path} holds this epoch")  # fmt: skip
         write_log(run.output_dir, epoch, **metrics)
-        # a folder that vanished has taken the best one with it; the main process decides, as scores may differ in rounding
+        # if the folder vanished, so did the best checkpoint; rank 0 decides, because scores may differ in rounding
         better = metrics[name] > position.best.get("score", float("-inf")) or not (run.output_dir / BEST).exists()
         if gather_lists([better])[0]:
             next_epoch.best = {"score": metrics[name], "epoch": epoch}
@@ -229,14 +230,14 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
 
 
 def train(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from=None, validate=None):
-    """Train for scheduler.epochs epochs; leaves checkpoints, config.yaml, tokenizer.json, log.txt and TensorBoard files in output_dir.
+    """Train for scheduler.epochs epochs. Write checkpoints, settings and logs into output_dir.
 
     step(model, batch, alpha, update_momentum) computes the losses of a batch; resume_from: from find_resume_file;
     validate() -> (metrics for log.txt, name of the one to maximize), the same on all processes, is called after every epoch.
-    The checkpoints are checkpoint_last.pth and every epoch's checkpoint_%02d.pth or, with validate, the one of the highest
-    score as checkpoint_best.pth. Return {score, epoch} of that one, or {epoch} of the last. Nothing is written before
-    everything is accepted. Raises InputError where resume_from does not fit, Interrupted after saving on SIGTERM or Ctrl-C,
-    TrainingStopped when too many losses are not finite or too much data unusable.
+    The checkpoints are checkpoint_last.pth and checkpoint_%02d.pth of every epoch, or with validate checkpoint_best.pth of the
+    highest score. Other files are config.yaml, tokenizer.json, log.txt and TensorBoard's. Return {score, epoch} of the best
+    epoch, or {epoch} of the last one. Nothing is written before all checks pass. Raises InputError if resume_from does not fit,
+    Interrupted after saving on SIGTERM or Ctrl-C, TrainingStopped if too many losses are not finite or too much data is unusable.
     """
     use_device(config, device)
     run, batches, position = prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, resume_from)

@@ -25,7 +25,7 @@ from utils import (
     local_rank,
 )
 
-PATIENCE = 5  # seconds without the others after which a process says for whom it waits
+PATIENCE = 5  # seconds after which a waiting process prints the missing ranks
 
 
 def find_device(name):
@@ -47,13 +47,13 @@ def init_process_group(device: str | None, timeout: float = TIMEOUT) -> torch.de
 
     Args:
         device: Name of the device, None for a GPU if there is one.
-        timeout: Seconds after which a process that waits for the others gives up.
+        timeout: Seconds after which a process gives up waiting for the others.
 
     Returns:
         The device of this process.
 
     Raises:
-        InputError: The device is missing, or the others do not come.
+        InputError: The device is missing, or other processes do not join in time.
     """
     device = find_device(device)
     _slurm_to_environment()
@@ -66,14 +66,14 @@ def init_process_group(device: str | None, timeout: float = TIMEOUT) -> torch.de
 
 
 def _own_gpu(device, several):
-    """Return the GPU of this process: of several on a machine the one of its local rank. Raises InputError."""
+    """Return the GPU of this process, by its local rank if there are several processes. Raises InputError."""
     count, number = torch.cuda.device_count(), local_rank()
     if not several:
         if (device.index or 0) >= count:
             raise InputError(f"--device {device}: torch finds {count} GPUs here, the last one is cuda:{count - 1}")
         return device
     if count == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
-        number = 0  # srun may show each task its own GPU alone; torchrun shows all
+        number = 0  # srun may show each task only its own GPU; torchrun shows all
     if number >= count:
         raise InputError(f"process {number} of this machine has no GPU, torch finds {count} here: start as many processes as "
                          f"GPUs (torchrun --nproc_per_node={count}), or use --device cpu")
@@ -83,7 +83,7 @@ def _own_gpu(device, several):
 
 
 def _join(device, world_size, timeout):
-    """Join the group: gloo for the hosts, and NCCL, which connects at once and says here what is wrong, for GPUs."""
+    """Join the group: gloo on the CPU and NCCL on GPUs. With device_id NCCL connects here, so its errors appear here."""
     meeting, patience = _Meeting(world_size, timeout), datetime.timedelta(seconds=timeout)
     try:
         store = meeting.store()
@@ -103,7 +103,7 @@ def _join(device, world_size, timeout):
 
 
 class _Meeting:
-    """The processes of a run find each other at MASTER_ADDR:MASTER_PORT. Signals end every wait."""
+    """The rendezvous of a run's processes at MASTER_ADDR:MASTER_PORT. Signals end every wait."""
 
     def __init__(self, world_size, timeout):
         self.world_size, self.timeout = world_size, timeout
@@ -116,7 +116,7 @@ class _Meeting:
         self.begun, self.announced = time.monotonic(), False
 
     def failed(self, reason):
-        """Return the InputError of processes that do not come together."""
+        """Return the InputError of a rendezvous that failed."""
         cause = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "WORLD_SIZE"
         return InputError(
             f"--timeout {self.timeout:g}: {reason}; start {self.world_size} processes by torchrun or srun, or unset {cause} to run "
@@ -124,7 +124,7 @@ class _Meeting:
         )
 
     def pause(self, missing):
-        """Wait a moment, say once who is `missing`. Raises InputError after the timeout."""
+        """Wait a moment, and print once who is `missing`. Raises InputError after the timeout."""
         waited = time.monotonic() - self.begun
         said = f"{missing} of {self.world_size} processes not reached at {self.host}:{self.port}"
         if waited > self.timeout:
@@ -135,10 +135,10 @@ class _Meeting:
         time.sleep(0.02)
 
     def store(self):
-        """Return the store that the launcher's agent or rank 0 serves."""
+        """Connect to the store of the launcher's agent or of rank 0."""
         serves = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         while not serves:
-            try:  # torch would wait for the server without listening to signals
+            try:  # torch would wait for the server without handling signals
                 socket.create_connection((self.host, self.port), 1).close()
                 break
             except OSError:
@@ -149,10 +149,10 @@ class _Meeting:
         )
 
     def wait_for_others(self, store):
-        """Hand each of the other ranks a prefix for the keys of this start of the run. Return the prefix.
+        """Send the other ranks a key prefix for this start of the run. Return the prefix.
 
-        torchrun may restart the processes on the store that those before have used, with the addresses of the dead in it: a
-        process that reads one waits for ever. So every rank says which number it has drawn, and the prefix is under that number.
+        torchrun may restart the processes with the same store, which still has the addresses of dead processes. A process that
+        reads such an address waits for ever. So each rank draws a random number, and rank 0 stores the prefix under that number.
         """
         prefix, missing = uuid.uuid4().hex, set(range(1, self.world_size))
         while missing:
@@ -166,7 +166,7 @@ class _Meeting:
         return prefix
 
     def wait_for_first(self, store):
-        """Return the prefix that rank 0 hands to this rank."""
+        """Receive the key prefix from rank 0. Return it."""
         mine = uuid.uuid4().hex
         store.set(f"albef/hello/{self.rank}", mine)
         while not store.check([f"albef/answer/{mine}"]):
@@ -177,13 +177,13 @@ class _Meeting:
 
 
 def _slurm_to_environment():
-    """Translate Slurm's variables to torchrun's, where srun has started several tasks without torchrun."""
-    # a batch script itself is not a step
+    """Translate Slurm's variables to torchrun's if srun has started several tasks without torchrun."""
+    # a batch script is not a step
     if "RANK" in os.environ or environment_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
     for name, of_slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
         os.environ[name] = str(environment_number(of_slurm))
-    # a job's own, by the rule of scripts/slurm_pretrain.sh
+    # a port for each job, as in scripts/slurm_pretrain.sh
     os.environ.setdefault("MASTER_PORT", str(10000 + environment_number("SLURM_JOB_ID") % 20000))
     # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
     first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "")).partition(",")[0]
@@ -191,9 +191,9 @@ def _slurm_to_environment():
 
 
 class StopSignal:
-    """Within it SIGTERM and Ctrl-C are noted, so that all processes of a run save and leave together. A second one ends at once.
+    """Context that records SIGTERM and Ctrl-C, so that all processes save and exit together. A second signal ends at once.
 
-    Every process must call agree, after each iteration, and leave_together, at the same places: they wait for the others.
+    Every process must call `agree` after each iteration, and `leave_together` at the same places, because they wait for the others.
     """
 
     def __enter__(self):
@@ -206,7 +206,7 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _note(self, signum, _):
-        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have got already, and timeout(1)
+        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have received, and timeout(1)
         # signals its command and then its group
         launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
         if self.signum and time.monotonic() - self._noted >= (1 if launched else 0.2):
@@ -214,10 +214,10 @@ class StopSignal:
         self.signum, self._noted = signum, time.monotonic()
 
     def agree(self, *own):
-        """Return the signal to stop for, 0 for none, and of each of `own` numbers the largest that a process has.
+        """Return the signal to stop for (0: none) and the maximum over all processes of each of `own` numbers.
 
-        The answer is the same on all processes, and every process must call it. It is a reduction on the CPU that runs beside
-        the next iteration, so that no process waits for it: the answer to iteration i is read after iteration i + 1.
+        The result is the same on all processes, and every process must call it. It is a reduction on the CPU that runs during the
+        next iteration, so that no process waits for it. The result of iteration i is read after iteration i + 1.
         """
         if not is_distributed():
             return [self.signum, *own]
@@ -231,9 +231,9 @@ class StopSignal:
         return answer
 
     def leave_together(self, message, finish):
-        """Raise Interrupted if any process has had a signal, after finish(), which waits for the one that saves.
+        """Raise Interrupted if a process has received a signal, after finish(), which waits for the save.
 
-        Every process must call it. The main one prints the message first: the launcher ends all as soon as one has left.
+        Every process must call it. Rank 0 prints the message first, because the launcher ends all processes once one has exited.
         """
         if signum := max(gather_lists([self.signum])):
             finish()

@@ -48,7 +48,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def count_flops(self):
-        """Count what a step computes, once and where it tells how busy the device is."""
+        """Count the FLOPs of one step, if the peak of the device is known."""
         if self.flops is not None or self.peak is None:
             yield
             return
@@ -65,7 +65,7 @@ class Recorder:
             self.fetch()
 
     def fetch(self):
-        """Bring what is pending to the host, its mean over the processes; all must call it. Raises TrainingStopped."""
+        """Move pending values to the host, averaged over the processes, which must all call it. Raises TrainingStopped."""
         if not self.pending:
             return
         names = list(self.pending[0][0])
@@ -91,7 +91,7 @@ class Recorder:
         self._show({name: statistics.fmean(values[name] for values in good) for name in names if good}, len(pending))
 
     def _add_good(self, values):
-        """Add an iteration's values to the sums."""
+        """Add the values of an iteration to the sums."""
         for name, value in values.items():
             self.now.sums[name] = self.now.sums.get(name, 0.0) + value
         self.now.counted += 1

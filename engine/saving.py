@@ -27,7 +27,7 @@ from utils import (
     remake_output_dir, world_size,
 )  # fmt: skip
 
-# a zip file ends with a record of 22 bytes, which begins and ends so, and a comment: the SHA-256 in hexadecimal
+# a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is the SHA-256 in hexadecimal
 DIGEST_SIZE = 64
 END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -59,9 +59,9 @@ class Position:
 
 @contextlib.contextmanager
 def writing(path, kept="", failures=OSError):
-    """A context that writes a file of a run, whose folder is made again if it is gone. Raises TrainingStopped for failures.
+    """Context that writes a file of a run, and makes a missing folder again. Raises TrainingStopped for `failures`.
 
-    kept: what is said to be unharmed.
+    kept: part of the message that names the unharmed files.
     """
     try:
         remake_output_dir(path.parent)
@@ -74,7 +74,7 @@ def writing(path, kept="", failures=OSError):
 
 
 def save_settings(model, config, folder):
-    """Write what a model of this run needs beside its weights: config.yaml, and the vocabulary that it names, tokenizer.json.
+    """Write config.yaml and its vocabulary tokenizer.json, which a model of this run needs beside its weights.
 
     Raises TrainingStopped.
     """
@@ -116,13 +116,13 @@ class Saver:
             print(f"note: {failure}", file=sys.stderr, flush=True)
 
     def save(self, path, model, optimizer, config, position, seed, lr, entries=None, keep=None, otherwise=""):
-        """Begin to write the released keys (model, optimizer, lr_scheduler, config, epoch) and ours for exact resuming.
+        """Take a snapshot of the state and write it in a background thread.
 
-        The file is that of the state at this call, whatever training changes while it is written; path and then LAST become
-        its names when it is complete and on the disk, and rotate follows. entries: of the training set. epoch is the last one
-        that was begun. Random states need no key: every iteration seeds itself (utils.seed_everything). Where it cannot be
-        written, what was there stays, and the next save or finish raises TrainingStopped, or with `otherwise` a note ends so.
-        Raises TrainingStopped for the write before, on all processes.
+        The file has the released keys (model, optimizer, lr_scheduler, config, epoch) and our keys for exact resuming. When it is
+        complete and on the disk, it is renamed to path and then LAST, and rotate follows. entries: of the training set. epoch:
+        the last epoch that has begun. Random states need no key, because every iteration is seeded (utils.seed_everything). If
+        the file cannot be written, existing files stay, and the next save or finish raises TrainingStopped. With `otherwise` a
+        note with this text is printed instead. Raises TrainingStopped for the previous write, on all processes.
         """
         self.finish()
         if not is_main():
@@ -172,14 +172,14 @@ class Saver:
 
 
 def copy_to_host(value, buffers, copies, path=()):
-    """Return a state of dicts and lists with its tensors copied into host memory, pinned for those of a GPU.
+    """Copy the tensors of a state of dicts and lists into host memory, pinned for GPU tensors. Return the copied state.
 
-    buffers: by path in the state, made where they lack; a later copy reuses them. copies: {}, by what a tensor shows. Nothing
-    waits for a GPU: the copies are complete when what its stream has been given so far is.
+    buffers: by path in the state; missing ones are created, and later copies reuse them. copies: {}, filled with the copy of each
+    distinct tensor. The call does not wait for a GPU: the copies are complete once its stream has run all work queued so far.
     """
     if isinstance(value, torch.Tensor):
         shown = value.data_ptr(), value.dtype, value.shape, value.stride()
-        if shown not in copies:  # tied weights are one tensor in the file, too
+        if shown not in copies:  # tied weights are also one tensor in the file
             buffer = buffers.get(path)
             if buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):
                 buffers[path] = buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
@@ -215,7 +215,7 @@ def _write(path, state, copied, keep, otherwise):
 
 
 def add_digest(file: BinaryIO) -> None:
-    """Append the SHA-256 of a zip file's bytes as its comment. file: open for reading and writing."""
+    """Append the SHA-256 of a zip file as its comment. file: open for reading and writing."""
     file.seek(-2, os.SEEK_END)
     file.write(COMMENT_LENGTH)
     file.seek(0)
@@ -244,7 +244,7 @@ def _link(source, target):
 def make_last(path):
     """Make checkpoint_last.pth the same file as path, without writing it again where the file system allows.
 
-    Raises TrainingStopped where it cannot be written.
+    Raises TrainingStopped if it cannot be written.
     """
     last = path.with_name(LAST)
     with _writing_checkpoint(last):
@@ -316,9 +316,9 @@ def run_files(folder):
 
 
 def _saves_of(folder):
-    """Return a folder's checkpoints as (epoch, samples of it seen, whether it is LAST, path), and what is wrong with others.
+    """Return a folder's checkpoints as (epoch, seen samples of it, whether it is LAST, path), and the problems of damaged ones.
 
-    Raises InputError for a checkpoint that no run can be continued from: a run in this folder would replace it.
+    Raises InputError for a checkpoint without the state of a run, because a run in this folder would replace it.
     """
     saves, damaged = [], []
     for path in run_files(folder):
@@ -334,16 +334,16 @@ def _saves_of(folder):
             raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
                              "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
                              f"{path} --output_dir OTHER")
-        # by samples: an iteration may have been of another size
+        # by samples, because the size of an iteration may have changed
         saves.append((resume["epoch"], resume["seen"], path.name == LAST, path))
     return saves, damaged
 
 
 def newest_checkpoint(folder):
-    """Return the undamaged checkpoint of a run's folder that is furthest in the run, by what is in it, not by the clock.
+    """Return the undamaged checkpoint of a run's folder with the most progress, according to its content, not its date.
 
-    None if there is no checkpoint. A damaged one is named and passed over. Raises InputError if there are only such, and for
-    one that is not a run's.
+    Returns None if there is no checkpoint. A note names each damaged one. Raises InputError if all are damaged, or if one has no
+    state of a run.
     """
     saves, damaged = _saves_of(folder)
     for *_, path in sorted(saves, reverse=True):
@@ -359,7 +359,7 @@ def newest_checkpoint(folder):
 
 
 def _damage(path):
-    """Return what is wrong with the bytes of a .pth file, by its digest, else by its checksums; "" if nothing is."""
+    """Return the damage of a .pth file according to its digest, else its checksums; "" if there is none."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
@@ -369,7 +369,7 @@ def _damage(path):
                 return "" if digest == content[-DIGEST_SIZE:] else "its digest does not agree"
         with zipfile.ZipFile(path) as file:  # a file without a digest
             record = file.testzip()
-    except Exception as error:  # whatever a damaged file makes a reader raise
+    except Exception as error:  # a damaged file can raise any exception
         return str(error) or type(error).__name__
     return f"the checksum of {record} does not agree" if record else ""
 
@@ -381,7 +381,7 @@ def _damage(path):
 def resume(path, model, optimizer, config, seed, entries=None):
     """Restore model and optimizer of a saved run. Return its Position. Raises InputError if the file does not fit.
 
-    entries: of the training set; within an epoch they must be as many as they were.
+    entries: number of entries of the training set, which must not change within an epoch.
     """
     state = read_checkpoint(path)
     lacking = [key for key in ("optimizer", "resume", "config") if not isinstance(state.get(key), dict)]
@@ -412,14 +412,14 @@ def resume(path, model, optimizer, config, seed, entries=None):
 
 
 def _check_same_epoch(path, saved, saved_config, config, entries):
-    """Raises InputError where the rest of the epoch in which a run was saved would not be found."""
+    """Raise InputError if the rest of the epoch cannot be located, because the data or its order changed."""
     kept = [("the number of entries of train_file", entries, saved["entries"])]
     if any(name.endswith(".tar") for name in config["train_file"] or []):
         kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
     for what, now, then in kept:
         if now != then:
-            raise InputError(f"--resume: {path} was saved within an epoch, the rest of which is found only if {what} is {then} "
-                             f"as it was then, not {now}: change it when the epoch is over")
+            raise InputError(f"--resume: {path} was saved within an epoch, in which {what} was {then} and must not change to "
+                             f"{now}: change it when the epoch is over")
 
 
 def _other_optimizer(path):
@@ -430,7 +430,7 @@ def _other_optimizer(path):
 def load_optimizer(optimizer, state, path):
     """Load the state of an optimizer.
 
-    Options such as weight_decay stay those of the optimizer. path: of the checkpoint, for the InputError if it does not fit.
+    Options such as weight_decay are not loaded. path: of the checkpoint, for the InputError if its state does not fit.
     """
     for group, own in zip(state["param_groups"], optimizer.param_groups):
         group |= {name: value for name, value in own.items() if name != "params"}  # an older torch may have had fewer

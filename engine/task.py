@@ -36,7 +36,7 @@ class Setup(NamedTuple):
     tokenizer: object
     model: torch.nn.Module
     train_set: object  # None with --evaluate
-    test_sets: dict  # by split, as far as the configuration names their files
+    test_sets: dict  # by split, if the configuration names the files of the split
     resume_from: Path | None  # a checkpoint of the run in output_dir
 
 
@@ -147,7 +147,7 @@ def has_negatives(model, train_set, batch_size):
     """Return whether a batch of one process can have a negative for a model that matches images with texts."""
     if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
         return True
-    entries = train_set.entries  # with a group for those of one image, None where each is its own; none of shards
+    entries = train_set.entries  # entries of one image have one group; None: each is its own; shards have no entries
     first = entries[0].group if len(entries) else None
     return batch_size > 1 and (first is None or any(entries[i].group != first for i in range(len(entries))))
 
@@ -155,10 +155,10 @@ def has_negatives(model, train_set, batch_size):
 def find_run(task, args, run):
     """Return the Choice of a configuration, the folder to write to, and the checkpoint to continue from, None for a new run.
 
-    run: the checkpoint whose run --resume continues, "" for that of the folder. Raises InputError.
+    run: the checkpoint whose run --resume continues, "" for the newest one of the folder. Raises InputError.
     """
     choice = None
-    if not (args.resume and args.output_dir):  # a run that goes on has its configuration in its checkpoint
+    if not (args.resume and args.output_dir):  # a resumed run has its configuration in its checkpoint
         choice = choose_config(task, args, args.checkpoint, args.default_config)
     output_dir = Path(args.output_dir or default_output_dir(task, choice.source, args.evaluate))
     if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):

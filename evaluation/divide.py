@@ -8,7 +8,7 @@ from utils import gather_lists, is_main, rank, world_size
 
 
 def progress_bar(iterable, what):
-    """Iterate with a bar on the main process's terminal, there after a second and gone when it is done."""
+    """Iterate with a bar on the main process's terminal, shown after one second and removed at the end."""
     return tqdm(iterable, desc=what, leave=False, disable=None if is_main() else True, dynamic_ncols=True, mininterval=1,
                 delay=1)
 

@@ -24,7 +24,7 @@ def require_finite(scores, name):
 
     Args:
         scores: array [N, ...], the scores of N samples.
-        name: function of a sample's number that returns its name for the message.
+        name: function from the number of a sample to its name in the message.
     """
     scores = np.asarray(scores)
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
@@ -53,9 +53,9 @@ def recall_at_k(scores_i2t, scores_t2i, txt2img, img2txt):
     """Return the recall at 1, 5 and 10 of image-to-text (txt_*) and text-to-image (img_*) retrieval, in percent.
 
     scores_i2t: [NI, NT]; scores_t2i: [NT, NI]; txt2img: the image of each text; img2txt: the texts of each image, any
-    number; images without a text are not queries. A query is a hit at k when fewer than k wrong candidates stand before its
-    best positive. Equal scores count with the probability of a hit in random order, so that constant scores have the recall
-    of chance. Raises NotFinite, and InputError without a query.
+    number; images without a text are not queries. A query is a hit at k if fewer than k wrong candidates rank before its best
+    positive. Equal scores count with the probability of a hit in random order, so constant scores have the recall of chance.
+    Raises NotFinite, and InputError if there is no query.
     """
     results = {}
     directions = {
@@ -95,7 +95,7 @@ def chance_recall(images, texts, img2txt):
 # ---------------------------------------------------------------------------------------------------------------------
 # VQA accuracy, with the oddities of the official evaluation script: the published numbers have them too
 
-OFFICIAL_ANSWERS = 10  # of a question that the official formula scores
+OFFICIAL_ANSWERS = 10  # answers of a question to which the official formula applies
 _PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")  # one that is not a decimal point
@@ -158,7 +158,7 @@ def _by_question(entries, kind):
 
 
 def _human_answers(annotation):
-    """Return the annotators' answers as predictions are compared with them. Raises InputError."""
+    """Return the annotators' answers, normalized for the comparison with predictions. Raises InputError."""
     answers = annotation.get("answers", annotation.get("answer"))
     if isinstance(answers, list):
         answers = [given.get("answer") if isinstance(given, dict) else given for given in answers]
@@ -171,7 +171,7 @@ def _human_answers(annotation):
 
 
 def _accuracy(answer, given):
-    """Return the accuracy of an answer, normalized, against those of _human_answers."""
+    """Return the accuracy of a normalized answer against the answers of _human_answers."""
     equal = [human == answer for human in given]
     if len(given) == OFFICIAL_ANSWERS:
         return sum(min(1, (sum(equal) - left_out) / 3) for left_out in equal) / len(equal)
@@ -179,14 +179,14 @@ def _accuracy(answer, given):
 
 
 def count_vqa_formulas(annotations):
-    """Count the questions that vqa_accuracy scores by each formula, "official" or "own", and those "capped" below 100%.
+    """Count the questions that vqa_accuracy scores by each formula, "official" or "own", and the "capped" questions.
 
     On a capped question no prediction can have 100%. Returns a Counter. Raises InputError as vqa_accuracy does.
     """
     counts = Counter()
     for annotation in annotations:
         given = _human_answers(annotation)
-        reachable = {human for human in given if _normalized(human) == human}  # by the answer itself, or not at all
+        reachable = {human for human in given if _normalized(human) == human}  # only the answer itself can equal it
         counts["official" if len(given) == OFFICIAL_ANSWERS else "own"] += 1
         counts["capped"] += max((_accuracy(human, given) for human in reachable), default=0) < 1
     return counts
@@ -210,14 +210,14 @@ def vqa_accuracy(predictions, annotations):
     (list of str) or answers (list of {answer}), perhaps answer_type}. All numbers are rounded to two digits, as the
     official script reports them; overall and per type are means of unrounded accuracies.
 
-    With ten answers the accuracy is the official one: a prediction scores min(1, m / 3) against nine of the ten, m of which
-    equal it, averaged over the ten ways to leave one out. The script's normalization is one-sided, and followed here:
-    predictions go through all of it (white space, punctuation, lower case, number words, articles, contractions), annotators'
-    answers only lose their punctuation, and that only where the ten are not all equal.
+    With ten answers the accuracy is the official one. Against nine of the ten a prediction scores min(1, m / 3) if m of the nine
+    equal it. The accuracy is the mean over the ten ways to leave one answer out. As in the official script, predictions are fully
+    normalized (white space, punctuation, lower case, number words, articles, contractions). Annotators' answers lose only their
+    punctuation, and they keep it if all ten are equal.
 
-    With another number n of answers both sides are normalized, and a prediction that equals m of them scores
-    min(1, m / min(3, n)). Raises InputError, naming the question_id, where predictions and annotations do not
-    pair up one to one or an annotation has no answers.
+    With another number n of answers both sides are normalized, and a prediction that equals m of the answers scores
+    min(1, m / min(3, n)). Raises InputError that names the question_id if predictions and annotations do not pair up one to one
+    or if an annotation has no answers.
     """
     predicted, annotated = _by_question(predictions, "prediction"), _by_question(annotations, "annotation")
     counts = f"{len(predicted)} predictions, {len(annotated)} annotated questions"
@@ -251,22 +251,20 @@ def _percent(accuracies):
 def grounding_accuracy(cams, refs, boxes, images, detections, alpha=0.5):
     """Return the share of referring expressions whose best detected box is right, in [0, 1], by split.
 
-    The names of RefCOCO+ are "val_d", "testA_d" and "testB_d".
+    The keys of RefCOCO+ are "val_d", "testA_d" and "testB_d".
 
-    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map): a ref may have several expressions, each of which
-    counts. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
+    cams: {ref_id: map [h, w], any size}, or pairs (ref_id, map), because a ref may have several expressions. refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}, the box referred to; images: {image_id:
     {height, width}} in pixels; detections: {image_id: list of [x, y, w, h, score]}, the score unused. Ids are integers, or
     strings of them as JSON has; one call may mix the two.
 
     A map is resized bicubically to its image, and a detected box scores the map's sum over the box's pixels, divided by
-    (w * h)^alpha (Section 5, Visual Grounding); one without pixels in the image loses to every other. The
-    best, the first of equals, is right if its IoU with the referred box is at least 0.5. Only splits that occur in cams are
-    in the result; other splits (train) are passed over. Raises InputError for a ref_id that refs lacks and for an image
-    without a detected box, and NotFinite for a map.
+    (w * h)^alpha (Section 5, Visual Grounding). A box without pixels in the image loses to every other box. The best box, the
+    first of equals, is right if its IoU with the referred box is at least 0.5. The result has only splits that occur in cams, and
+    never train. Raises InputError if refs lacks a ref_id or an image has no detected box, and NotFinite if a map is not finite.
     """
     refs, boxes, images, detections = map(_by_id, (refs, boxes, images, detections))
     hits, cams = defaultdict(list), list(cams.items() if isinstance(cams, Mapping) else cams)
-    sums = [torch.as_tensor(cam).double().sum().item() for _, cam in cams]  # not finite unless all of a map is
+    sums = [torch.as_tensor(cam).double().sum().item() for _, cam in cams]  # a sum is finite only if the whole map is
     require_finite(sums, lambda number: f"heat map of ref_id {cams[number][0]}")
     for ref_id, cam in cams:
         ref_id = int(ref_id)
@@ -322,7 +320,7 @@ def _candidates(detections, ref, ref_id):
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it must hold "
-                         "detections for every image of a split but train")
+                         "detections for every image outside of the split train")
     return detections[image_id]
 
 

@@ -62,7 +62,7 @@ def encode_images(model, dataset, config, device):
 
 @torch.no_grad()
 def encode_texts(model, texts, tokenizer, config, device):
-    """texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L] on the device."""
+    """Encode texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L] on the device."""
     tokens = tokenize(texts, tokenizer, config["max_tokens"] or MAX_TOKENS).to(device)
     lengths = tokens.attention_mask.sum(dim=1)
     order = lengths.argsort(stable=True)  # texts of one length go together, so that padding costs next to nothing
@@ -82,9 +82,9 @@ def encode_texts(model, texts, tokenizer, config, device):
 def evaluate(model, dataset, tokenizer, config, device, report=None, ks=None):
     """Rank a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k of ks (Table 6).
 
-    ks: k_test alone by default; nothing is encoded or scored twice for another k. Return the metrics of recall_at_k after
-    re-ranking: of the largest k by their names, of another with its prefix, k16_, and of ITC alone with itc_. Report a table
-    and, for the largest k, result/retrieval.json. Raises NotFinite, on all processes.
+    ks: default [k_test]; several values share all encodings and scores. Return the metrics of recall_at_k after re-ranking: for
+    the largest k without prefix, for another k with a prefix such as k16_, and for ITC alone with itc_. Report a table and, for
+    the largest k, result/retrieval.json. Raises NotFinite, on all processes.
     """
     model.eval()
     ks = sorted(ks or [config["k_test"]])

@@ -10,10 +10,10 @@ def tokenize_answers(answers, model, tokenizer):
 
 
 def answer_questions(model, image, question, answers, tokens, tokenizer):
-    """Return for each question of a batch its answers with their probabilities, [(text, p), ...], the best first.
+    """Return the answers to each question of a batch with their probabilities, [(text, p), ...], the best first.
 
-    image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answers: the candidates, of which k_test are ranked
-    and p is their softmax, and tokens: those of tokenize_answers. Without answers one is generated with num_beams, of which p
+    image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answers: the candidates; tokens: from tokenize_answers.
+    The best k_test candidates are ranked, and p is their softmax. Without candidates one answer is generated with num_beams, and p
     is the probability of all its tokens.
     """
     if answers:

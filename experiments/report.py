@@ -32,7 +32,7 @@ from utils import InputError, atomic_write, run_script
 from visualize.draw import draw_lines
 
 PICTURE_WIDTH = 1100  # pixels of the pictures beside the page
-NO_DIFFERENCE = 0.1  # percent; if the paper's numbers differ by less there is no trend to compare with
+NO_DIFFERENCE = 0.1  # percent; if the paper's numbers differ by less, the paper has no trend
 
 # ---------------------------------------------------------------------------------------------------------------------
 # numbers
@@ -56,7 +56,7 @@ def runs_of(name, rows):
 
 
 def values(name, metric, rows):
-    """Return a metric of all complete runs of a row by seed, which is None for a row without seeds."""
+    """Return a metric of all complete runs of a row by seed; the seed is None if the row has no seeds."""
     found = {row.seed: value(row, metric) for row in runs_of(name, rows)}
     return {seed: number for seed, number in found.items() if number is not None}
 
@@ -102,7 +102,7 @@ def _chance_attributes(config, split):
     return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
 
 
-CHANCE = {  # by script: configuration, val or test -> percent by metric, without what stands before it in log.txt
+CHANCE = {  # by script: function (configuration, val or test) -> percent by metric, named without its prefix in log.txt
     "Pretrain.py": _chance_retrieval, "Retrieval.py": _chance_retrieval, "VQA.py": _chance_vqa,
     "VE.py": lambda config, split: {"acc": 100 / 3}, "NLVR.py": lambda config, split: {"acc": 100 / 2},
     "Grounding.py": _chance_grounding, "Attributes.py": _chance_attributes,
@@ -116,7 +116,7 @@ def _chances(script, config, split):
 
 
 def chance(row, metric, rows):
-    """Return the percent of a run's metric that chance gives with the run's own settings, None if it is not known."""
+    """Return the metric of chance in percent with the run's settings, None if it is unknown."""
     script, split = row.keys["script"], "val" if metric.startswith("val") else "test"
     try:
         config = effective_config(row, rows)
@@ -167,7 +167,7 @@ def difference_interval(before: dict, after: dict) -> tuple[float, float]:
 
 
 def compare(before: dict, after: dict, paper: float | None) -> str:
-    """Return the difference of numbers by seed with its 95% interval, the paper's, and the verdict on the paper's trend.
+    """Return the difference of numbers by seed, its 95% interval, the paper's difference and the verdict on the trend.
 
     paper: the paper's difference; None if it has no numbers and claims a rise. Single runs have neither interval nor verdict.
     """
@@ -191,7 +191,7 @@ def compare(before: dict, after: dict, paper: float | None) -> str:
 
 
 def _runs(column, line, rows):
-    """Return the Rows of a column's run in a line, none where the file has no such row."""
+    """Return the Rows of a column's run in a line, an empty result if the file has no such row."""
     return runs_of(column["row"].format_map(line), rows)
 
 
@@ -208,7 +208,7 @@ def trend_lines(table, rows):
         parts, missing = [], 0
         for one, other in trend.get("pairs", {label: label for label in columns}).items():
             if not (_runs(columns[one], first, rows) and _runs(columns[other], last, rows)):
-                continue  # a column that a line does not have
+                continue  # a line lacks this column
             papers = first.get("paper", {}).get(one), last.get("paper", {}).get(other)
             difference = None if None in papers else papers[1] - papers[0]
             before, after = _cell(columns[one], first, rows), _cell(columns[other], last, rows)
@@ -240,7 +240,7 @@ def number_table(table, rows):
 
 
 def _column_chance(column, lines, rows):
-    """Return the chance of a column's runs, its range if they have different ones, "–" if it is not known."""
+    """Return the chance of a column's runs, its range if the runs differ, "–" if it is unknown."""
     found = [chance(run, column["metric"].format_map(line), rows) for line in lines for run in _runs(column, line, rows)]
     known = sorted(guess for guess in found if guess is not None)
     return " to ".join(dict.fromkeys(f"{guess:.1f}" for guess in known[:1] + known[-1:])) or "–"
@@ -326,7 +326,7 @@ def write_page(content, output, path):
 
 
 def report(content, output):
-    """Print the table of an experiment file's tasks, or write its page, as far as its rows have been run."""
+    """Print the table of an experiment file's tasks, or write its page, from the rows that have been run."""
     if "page" in content:
         write_page(content, output, Path(content["page"]))
     else:
@@ -336,7 +336,7 @@ def report(content, output):
 def main():
     flags = Flags(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/paper.yaml")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="the folder of the results (default: that of the file)")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
     args = flags.parse_args()
     content = read_experiments(args.file)
     report(content, args.output or Path(content["output"]))

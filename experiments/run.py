@@ -65,7 +65,7 @@ class Row(NamedTuple):
     keys: dict
     seed: int | None
     folder: Path
-    needs: list  # names of rows, last the one that it starts from
+    needs: list  # names of rows; this row starts from the last one
     command: list  # without the interpreter
 
     @property
@@ -205,9 +205,10 @@ def overrides(row: Row) -> list[str]:
 
 
 def effective_config(row: Row, rows: dict) -> dict:
-    """Return the configuration that a row's command runs with, {} if that is the default of its script.
+    """Return the configuration of a row's command, {} if it is the default of its script.
 
-    A row without a configuration that starts from a run of the same script has the configuration of that run. Raises InputError.
+    If a row has no configuration and starts from a run of the same script, it has the configuration of that run. Raises
+    InputError.
     """
     if "config" in row.keys:
         return load_config(row.keys["config"], overrides(row))
@@ -380,7 +381,7 @@ def run(rows, free):
 
 
 def show(rows, jobs):
-    """Print what a call would run, with the minutes to expect as far as they are known."""
+    """Print the commands of a call, with the expected minutes if they are known."""
     total = 0
     for name, row in rows.items():
         known = row.keys.get("minutes")
@@ -396,7 +397,7 @@ def main():
     flags.add_argument("--table", help="only the rows of this table of the file")
     flags.add_argument("--scratch", action="store_true", help="from random weights, without the pre-training rows; to "
                        "OUTPUT-scratch")  # fmt: skip
-    flags.add_argument("--output", type=Path, metavar="DIR", help="the folder of the results (default: that of the file)")
+    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
     flags.add_argument("--jobs", type=at_least(1), help="runs side by side (default: one for each GPU, else for each core)")
     flags.add_argument("--dry-run", action="store_true", help="only show the runs")
     args = flags.parse_args()

@@ -25,7 +25,7 @@ from utils import InputError, alone, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
 SAVE_EVERY, SAVE_SHARE = 10, 0.05  # seconds from one save to the next, at least; of the time that goes into saves, at most
-COUNTED = 8  # suffixes that are counted one by one
+COUNTED = 8  # suffixes that messages name
 ROWS = 4096  # that near_copies compares with as many others at a time
 
 
@@ -74,9 +74,9 @@ def read_index(folder):
 
 
 def write_index(folder, index, unusable):
-    """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped where it cannot be written.
+    """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped if it cannot be written.
 
-    The file is replaced as a whole: a reader finds the one before or this one, also after a failure.
+    The file is replaced by a rename, so a reader finds either the old or the new one, even after a failure.
     """
     path, names = Path(folder) / FILE, "\0".join(index.paths).encode("utf-8", "surrogateescape")
     with writing(path, "what was saved before is untouched", (OSError, RuntimeError)):
@@ -131,7 +131,7 @@ def load_model_of(index, folder, device=None, checkpoint=None):
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
         raise InputError(f"{folder}: its checkpoint {source} is gone: say by --checkpoint where it lies now")
     config = index.config
-    if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the vocabulary is in the checkpoint
+    if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
         config = {**config, "tokenizer": str(existing_file(source))}
     model = Inference(index.task, config, source, find_device(device))
     check_weights(model, index, folder)
@@ -143,13 +143,13 @@ def load_model_of(index, folder, device=None, checkpoint=None):
 
 
 def find_images(folders):
-    """Find the images in folders and below by their suffixes.
+    """Find the images in folders and their subfolders by suffix.
 
-    Names that begin with a dot are passed over, links are followed. Returns {path: (size, date)} in the order of paths;
-    [(path, problem), ...] of links and folders that cannot be read; a Counter of the suffixes of all other files.
-    Raises InputError for one of `folders` that cannot be read, or has no image.
+    Names that begin with a dot are skipped, links are followed. Returns {path: (size, date)} sorted by path, [(path, problem),
+    ...] for unreadable links and folders, and a Counter of the suffixes of all other files. Raises InputError if one of
+    `folders` cannot be read or has no image.
     """
-    found, problems, others, taken = {}, [], {}, {}  # taken: a folder without links -> the name that it is gone through by
+    found, problems, others, taken = {}, [], {}, {}  # taken: real path of a folder -> path by which it was visited
     for root in folders:
         if not os.path.isdir(root):
             raise InputError(f"{root}: {'is a file' if os.path.exists(root) else 'does not exist'}, name a folder of images")
@@ -158,7 +158,7 @@ def find_images(folders):
             kinds = {os.path.join(folder, name): os.path.splitext(name)[1].lower() for name in names if name[0] != "."}
             paths = [path for path, suffix in kinds.items() if suffix in IMAGE_SUFFIXES]
             if taken.setdefault(own, folder) != folder:
-                images += len(paths)  # which are there already
+                images += len(paths)  # the same folder was visited before
                 continue
             others.update((path, suffix) for path, suffix in kinds.items() if suffix not in IMAGE_SUFFIXES)
             for path in paths:
@@ -180,7 +180,7 @@ def find_images(folders):
 
 
 def count_others(others):
-    """Return a phrase on the files that are no images by their suffixes, a Counter as find_images gives it."""
+    """Describe the Counter of other files' suffixes that find_images returns."""
     most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:COUNTED]
     counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in most]
     return ", ".join([*counts, *["..."] * (len(others) > COUNTED)])
@@ -218,12 +218,11 @@ def _collate(samples):
 
 @alone()
 def update_index(folder, index, model, images, problems, prune=False):
-    """Add images to the index of a folder, with problems, both as find_images gives them; return the Changes.
+    """Add images and problems, both from find_images, to the index of a folder. Return the Changes.
 
-    index: what open_index gives. Images that are new, or changed by size or date, are embedded. prune: remove the images of
-    the index that are not among `images`. What is done is saved from time to time, and if a signal or an error ends it.
-    Raises InputError for another model than the index's or if no image can be used, and TrainingStopped if the index cannot
-    be written.
+    index: from open_index. Images that are new or have another size or date are embedded. prune: remove indexed images that are
+    not among `images`. Progress is saved from time to time, and if a signal or an error ends the call. Raises InputError if the
+    model is not the model of the index or no image is usable, and TrainingStopped if the index cannot be written.
     """
     check_task(model, ALIGNED, "index")
     weights, checkpoint = check_weights(model, index, folder), model.source
@@ -272,7 +271,7 @@ def _unchanged(index, images):
 
 @torch.no_grad()
 def _embed(model, paths):
-    """Yield batch by batch (its indices, those of usable images, their features float16 [U, D], [(path, problem), ...])."""
+    """Yield for each batch (all indices, indices of usable images, their features float16 [U, D], [(path, problem), ...])."""
     with autocast(model.config, model.device):
         for part, (pixels, problems) in divide(_Files(paths, model.transform), model.config, model.device, "images", _collate):
             usable = [i for i, problem in zip(part, problems) if not problem]
@@ -285,11 +284,11 @@ def _embed(model, paths):
 
 
 def search(index, model, text=None, image=None, k=20, rerank=None):
-    """Return the k images of an Index that fit best, [(path, score), ...], the best first; those that are gone are passed over.
+    """Return the k best existing images of an Index, [(path, score), ...], the best first.
 
-    text: what they show; image: an example, as Inference.embed_images takes it; with both the mean of the similarities counts.
-    rerank: the number of candidates, by default k_test, that are ranked by the text's matching logit (ITM), their score; the
-    others follow by similarity, their score. Without a text similarity ranks all. Raises InputError.
+    text: a description; image: an example, as for Inference.embed_images. With both, candidates are ranked by the mean of the
+    similarities. rerank: number of candidates (default: k_test) that are ranked by the text's matching logit (ITM), which is their
+    score. The others follow by similarity, which is their score. Without a text, similarity ranks all. Raises InputError.
     """
     if text is None and image is None:
         raise InputError("nothing to search for: give a text, an image or both")
@@ -332,6 +331,6 @@ def near_copies(index, threshold, device):
         nearest[part][close], highest[part][close] = best.cpu()[close], values.cpu()[close]
     roots = nearest.tolist()
     for i, similarity in enumerate(highest.tolist()):
-        roots[i] = roots[roots[i]]  # of an earlier image: already that of its group
+        roots[i] = roots[roots[i]]  # an earlier image is already the root of its group
         groups.setdefault(roots[i], []).append((index.paths[i], similarity))
     return [group for group in groups.values() if len(group) > 1]

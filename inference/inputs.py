@@ -1,4 +1,4 @@
-"""What users hand to a model: images of any kind, texts, features, boxes and numbers, one or many."""
+"""Check and read a user's inputs to a model: images, texts, features, boxes and numbers, one or many."""
 
 import os
 import reprlib
@@ -18,7 +18,7 @@ HERE = os.path.dirname(__file__)
 
 
 class UnknownWords(UserWarning):
-    """The vocabulary has none of a text's words: to the model it is the same as any other such text."""
+    """The vocabulary has none of a text's words, so the model cannot tell the text from other such texts."""
 
 
 def is_array(value):
@@ -26,12 +26,12 @@ def is_array(value):
 
 
 def is_features(value):
-    """Whether a value is an array of any float type with values, as features are."""
+    """Return whether a value is an array of any float type, not on the meta device."""
     return is_array(value) and "float" in str(value.dtype) and not getattr(value, "is_meta", False)
 
 
 def check_features(values, what):
-    """Return features, [N, D] or [D] of one alone. Raises InputError for another value."""
+    """Return features [N, D], or [D] for a single input. Raises InputError for another value."""
     if not is_features(values) or values.ndim not in (1, 2) or 0 in values.shape:
         kind = f"{values.dtype} {list(values.shape)}" if is_array(values) else reprlib.repr(values)
         raise InputError(f"{what}: {kind} are not features: give an array of floats [N, D], as embed_images and embed_texts do")
@@ -57,7 +57,7 @@ def check_box(box):
 
 
 def as_list(values, what, least=1):
-    """Return a list of values, an array as it is. Raises InputError for fewer than `least`, and for what is no list."""
+    """Return values as a list, an array unchanged. Raises InputError for fewer than `least` values or no iterable."""
     try:
         values = values if is_array(values) else list(values)
         count = len(values)
@@ -69,7 +69,7 @@ def as_list(values, what, least=1):
 
 
 def as_images(images):
-    """Return (a list of images, whether it was one alone). Raises InputError for none."""
+    """Return (list of images, whether a single one was given). Raises InputError for an empty list."""
     if is_array(images):
         one = images.ndim < 4
     else:
@@ -78,9 +78,9 @@ def as_images(images):
 
 
 def as_texts(texts, clean, tokenizer):
-    """Return (a list of texts after clean-up, whether it was one alone). Raises InputError for one without words, and none.
+    """Return (list of cleaned-up texts, whether a single one was given).
 
-    Warns of texts whose words the tokenizer does not know.
+    Warns of texts if the vocabulary has none of their words. Raises InputError for a text without words or an empty list.
     """
     one, cleaned = isinstance(texts, str), []
     for text in [texts] if one else as_list(texts, "texts"):
@@ -100,18 +100,18 @@ def as_texts(texts, clean, tokenizer):
 
 
 def unknown_texts(texts, tokenizer):
-    """Return those of cleaned-up texts of which the tokenizer knows no word."""
+    """Return the cleaned-up texts of whose words the vocabulary has none."""
     special = set(tokenizer.all_special_ids)
-    texts = [text for text in texts if special.issuperset(tokenizer.convert_tokens_to_ids(text.split()))]  # else: a whole word
+    texts = [text for text in texts if special.issuperset(tokenizer.convert_tokens_to_ids(text.split()))]  # others have a known word
     ids = tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"] if texts else []
     return [text for text, row in zip(texts, ids) if special.issuperset(row)]
 
 
 def read_image(image, name="image"):
-    """Return an image as uint8 [3, H, W], RGB, the pixels that training and testing see. Raises InputError.
+    """Return an image as uint8 [3, H, W], RGB, decoded as in training and testing. Raises InputError.
 
-    image: a path, a picture of Pillow, an array uint8 [H, W] or [H, W, 3], or a tensor uint8 [3, H, W]. name: of one that is
-    not a path, for messages.
+    image: a path, a picture of Pillow, an array uint8 [H, W] or [H, W, 3], or a tensor uint8 [3, H, W]. name: for
+    messages, if the image is not a path.
     """
     try:
         if isinstance(image, Image.Image):
@@ -122,7 +122,7 @@ def read_image(image, name="image"):
             return decode_pillow(Image.fromarray(image), name)
     except ImageError as error:
         raise InputError(str(error)) from None
-    except Exception as error:  # Pillow's of many kinds, of a picture that is closed or whose file is read only now
+    except Exception as error:  # Pillow raises many kinds if the picture is closed or its file is damaged
         raise InputError(f"{name}: cannot be read: {error}") from None
     if isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3:
         if image.numel() and not image.is_meta:
@@ -132,7 +132,7 @@ def read_image(image, name="image"):
 
 
 class Images:
-    """Images as a data set: each is read when it is asked for, and resized as the model takes it, uint8 [3, R, R]."""
+    """Data set of images that are read on access and resized for the model: uint8 [3, R, R]."""
 
     def __init__(self, images, transform):
         self.images, self.transform = images, transform

@@ -84,7 +84,7 @@ def load_model(source, device=None, precision=None, config=None, overrides=()):
 
 
 def check_task(model, tasks, what):
-    """Raise InputError where an Inference model is of none of the tasks that serve what is asked for."""
+    """Raise InputError unless the task of an Inference model is one of `tasks`."""
     if model.task not in tasks:
         raise InputError(f"{what}: {model.source} is of task {model.task}, which cannot do it: load a checkpoint of "
                          f"{' or '.join(tasks)}")  # fmt: skip
@@ -172,10 +172,10 @@ class Inference:
     def rank(self, images, texts, k=10, rerank=None, of="images", image_features=None, text_features=None):
         """Return the k best images for each text, [(index, score), ...], the best first; with of="texts" texts for each image.
 
-        As in the evaluation (Section 5), the `rerank` candidates with the highest similarity, by default k_test, are ranked by
-        their ITM logit; the others follow by similarity, which is their score. image_features, text_features: from embed_images
-        and embed_texts, arrays of any float type, perhaps memory-mapped; images and texts are then read for the candidates
-        alone, and those to rank may be None where nothing is re-ranked. A single query gives a single list.
+        As in the evaluation (Section 5), the `rerank` candidates with the highest similarity (default: k_test) are ranked by their
+        ITM logit, which is their score. The others follow by similarity, which is their score. image_features, text_features:
+        from embed_images and embed_texts, arrays of any float type, perhaps memory-mapped. With features, images and texts are
+        read for the candidates only, and the ranked ones may be None if `rerank` is 0. A single query gives a single list.
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
@@ -427,26 +427,26 @@ def _matrix(features):
 
 
 def _features(values, embed):
-    """Return values that are features as they are, float32, others as `embed` gives them."""
+    """Return values as float32 if they are features, else `embed` of them."""
     return as_float(check_features(values, "features")) if is_features(values) else embed(values)
 
 
 def _check_finite(similarities):
-    """Return similarities. Raises InputError for those of features that are NaN or infinite."""
+    """Return similarities. Raises InputError if features are NaN or infinite."""
     if not similarities.isfinite().all():
         raise InputError("features of images or texts are not finite: embed them anew")
     return similarities
 
 
 def _check_widths(image_feat, text_feat):
-    """Raise InputError for features that do not compare."""
+    """Raise InputError if image and text features have different widths."""
     if image_feat.shape[-1] != text_feat.shape[-1]:
         raise InputError(f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]} for texts do not "
                          "compare: take both from one model; an array that is an image is uint8")  # fmt: skip
 
 
 def _check_explanation(mode, block_num):
-    """Raise InputError for the arguments of a heat map, whose block the model need not have."""
+    """Raise InputError for wrong arguments of a heat map; whether the model has the block is not checked."""
     if mode not in ("itm", "itc"):
         raise InputError(f"mode={mode!r}, it is itm or itc")
     if block_num is not None:
@@ -454,7 +454,7 @@ def _check_explanation(mode, block_num):
 
 
 def _unwrap(matrix, one_row, one_column):
-    """Return [NI, NT] without the dimension of an image or text alone, of a pair a float."""
+    """Return [NI, NT] without the dimension of a single image or text; a float for a single pair."""
     matrix = matrix[0] if one_row else matrix
     matrix = matrix[..., 0] if one_column else matrix
     return matrix if matrix.ndim else matrix.item()

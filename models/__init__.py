@@ -30,7 +30,7 @@ def build_model(task, config, tokenizer=None):
 
 
 def task_of(state):
-    """Return the task, a key of MODELS, that a checkpoint's tensors by name belong to, those of grounding to retrieval.
+    """Return the task, a key of MODELS, of a checkpoint's tensors by name; for grounding it is retrieval.
 
     Raises InputError if they belong to none.
     """

@@ -21,7 +21,7 @@ class SpecialIds(NamedTuple):
 
 
 def check_objectives(key: str, named: bool | list[str], known: list[str]) -> None:
-    """Raise InputError for objectives that a task does not have. key: the one of the configuration that names them."""
+    """Raise InputError for objectives that a task does not have. key: the configuration key that names them."""
     others = [name for name in named if name not in known] if isinstance(named, list) else []
     if others:
         remedy = f"in this task it may name {', '.join(known)}" if known else "this task has one loss, set true or false"

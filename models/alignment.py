@@ -35,7 +35,7 @@ class Alignment(ALBEF):
 
     def __init__(self, config, bert, tokenizer, known):
         super().__init__(config, bert, tokenizer)
-        if set(config["objectives"]) != set(KEYS["objectives"].default):  # which is all that a task has
+        if set(config["objectives"]) != set(KEYS["objectives"].default):  # the default is all objectives of a task
             check_objectives("objectives", config["objectives"], known)
         self.objectives = [name for name in config["objectives"] if name in known]
         distillable = [name for name in self.objectives if name != "itm"]
@@ -67,7 +67,7 @@ class Alignment(ALBEF):
         return text_embeds, F.normalize(proj(text_embeds[:, 0]), dim=-1)
 
     def itm_logits(self, fused):
-        """fused [B, L, C] -> logits [B, 2] in float32 from the [CLS] position: not matched, matched."""
+        """Classify fused [B, L, C] -> logits [B, 2] in float32 from the [CLS] position: not matched, matched."""
         return self.itm_head(fused[:, 0])
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class Alignment(ALBEF):
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
                 scores[image, bucket.to(device)] = score(self.itm_logits(fused))
         if is_distributed():
-            dist.all_reduce(scores)  # every score is of one process: the sum is exact, and keeps NaN as a maximum would not
+            dist.all_reduce(scores)  # one process has each score, so the sum is exact; a maximum would not keep NaN
         return scores.masked_fill_(~pairs, NO_CANDIDATE)
 
 

@@ -12,7 +12,7 @@ from models.head import Head
 
 
 def compute_dtype(tensor):
-    """The dtype that a matrix product of a tensor has: autocast's where it is on."""
+    """Return the dtype of a tensor's matrix products: autocast's if it is on, else the tensor's."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
@@ -260,7 +260,7 @@ class PredictionTransform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    """hidden [..., C] -> vocabulary logits [..., V] in float32; the decoder's weight is the word embedding."""
+    """Compute vocabulary logits [..., V] in float32 from hidden [..., C]; the decoder's weight is the word embedding."""
 
     def __init__(self, config, word_embeddings):
         super().__init__()

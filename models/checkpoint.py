@@ -1,8 +1,8 @@
 """Weights in and out: weight files, the conversion of released, foreign and older ones, and a report on every tensor.
 
-Most failed reproductions come from weights that silently did not load. So what is missing unexpectedly, has no place, or could
-not have come out of training is an error. A refused file leaves the model as it was, unless it is its values that are wrong.
-What a run saves to continue from is the business of engine/saving.py.
+Most failed reproductions come from weights that silently did not load. So an unexpectedly missing tensor, an unused tensor and an
+impossible value (NaN, infinity) are errors. A refused file leaves the model unchanged, unless its values are wrong.
+engine/saving.py saves and resumes runs.
 """
 
 import json
@@ -29,7 +29,7 @@ PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
-# files of an export that is published, with alternatives
+# files of a published export, with alternatives
 REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
 METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in JSON
 
@@ -45,7 +45,7 @@ def best_file(folder):
 
 
 def is_repository(path):
-    """Whether a name that is not a file here has the form of a hub repository, USER/NAME or USER/NAME@REVISION."""
+    """Return whether a name is no existing path and has the form USER/NAME or USER/NAME@REVISION of a hub repository."""
     named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and Path(path).suffix not in SUFFIXES
     return bool(named) and not Path(path).exists()
 
@@ -53,7 +53,7 @@ def is_repository(path):
 def existing_file(path):
     """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or USER/NAME@REVISION.
 
-    Raises InputError with the remedy where it is a folder, an address or nothing.
+    Raises InputError with the remedy if it is a folder or an address, or does not exist.
     """
     if str(path).startswith(("http://", "https://")):
         raise InputError(f"checkpoint {path} is an address: download it first and name the file")
@@ -71,12 +71,12 @@ def existing_file(path):
 
 
 def read_checkpoint(path):
-    """Return what a .pth, .bin or .safetensors file holds, as a dict. Raises InputError for what cannot be read.
+    """Return the content of a .pth, .bin or .safetensors file as a dict. Raises InputError if it cannot be read.
 
-    A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only: code in them is never
-    run. Tensors lie in a mapping of the file: they are read when they are used, and take no memory that the system cannot have
-    back (but for files from before torch 1.6). A .safetensors file gives {"model": tensors by name} and, as far as its metadata
-    has them, config, epoch and tokenizer_json, as a .pth file of a run does; see write_weights.
+    A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only, so code in them never
+    runs. Tensors lie in a mapping of the file. They are read on use, and the system can reclaim their memory, unless the file
+    is older than torch 1.6. A .safetensors file gives {"model": tensors by name}, and config, epoch and tokenizer_json if its
+    metadata has them, like a .pth file of a run; see write_weights.
     """
     published, path = is_repository(path), existing_file(path)
     verify_hash(path)
@@ -96,7 +96,7 @@ def read_checkpoint(path):
     except (RuntimeError, SafetensorError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
-    except Exception:  # pickle.UnpicklingError and what broken pickles raise besides
+    except Exception:  # pickle.UnpicklingError and other errors of broken pickles
         raise InputError(f"checkpoint {path} is not a checkpoint, or holds more than tensors, numbers and text; no code in it "
                          "was run") from None  # fmt: skip
     if not isinstance(content, dict):
@@ -120,16 +120,16 @@ def _read_safetensors(path):
 
 
 def config_beside(path):
-    """Return config and tokenizer_json of the files that an export to a folder has beside its weights, {} without them.
+    """Return config and tokenizer_json from the files beside the weights of an exported folder, {} if they are missing.
 
-    Such a folder may come from anybody: its configuration names files beside it and no others. Raises InputError.
+    Such a folder may come from anybody, so its configuration may name only files beside it. Raises InputError.
     """
     file = Path(path).with_name("config.json")
     try:
         config = json.loads(file.read_bytes()) if file.is_file() else {}
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict) or "image_res" not in config:  # BERT's own file of that name, for one
+    if not isinstance(config, dict) or "image_res" not in config:  # such as BERT's config.json
         return {}
     for key in FILE_KEYS:
         name = config.get(key)
@@ -175,8 +175,8 @@ def checkpoint_epoch(path):
 def write_weights(file, suffix, tensors, more):
     """Write tensors by name to an open file: as a .safetensors file, or else as a .pth file.
 
-    more: any of METADATA; in a .safetensors file they are metadata in JSON. Tensors that are tied, i.e. share memory, are in a
-    .safetensors file under each of their names. Raises TypeError for a config that JSON cannot hold.
+    more: any of METADATA, written as JSON metadata of a .safetensors file. A .safetensors file has tied tensors, which share
+    memory, under each of their names. Raises TypeError if JSON cannot hold the config.
     """
     if suffix != ".safetensors":
         torch.save({"model": tensors, **more}, file)
@@ -311,14 +311,14 @@ def no_name(_):
 
 @torch.no_grad()
 def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fit=no_name, allow_missing=None):
-    """Copy weights of a file into the model and return a LoadReport of what became of each.
+    """Copy weights of a file into the model and return a LoadReport on each tensor.
 
     weights: tensors by name in the file; source: the file, for messages; names: name in the model -> name in the file, for each
-    tensor of the model that is wanted, by default all of them under their own; may_be_new(name in the model) and
-    must_fit(name in the file): whether a tensor may be missing, or must have a place; allow_missing: nothing need be there or
-    fit, None where that is not a choice of the user. Momentum modules and queues: see _match. Raises InputError for a tensor of
-    another shape or kind, for NaN or infinity, for tensors that differ but are one in the model, and for what is missing or
-    has no place unexpectedly.
+    tensor of the model to load (default: all, with equal names); may_be_new(name in the model): whether a tensor may be missing
+    from the file; must_fit(name in the file): whether the model must have the tensor; allow_missing: accept missing and unused
+    tensors, None if the user has no such flag. Momentum modules and queues: see _match. Raises InputError for a tensor of another
+    shape or kind, for NaN or infinity, for different tensors that are tied in the model, and for unexpectedly missing or unused
+    tensors.
     """
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}
@@ -362,7 +362,7 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
 
 
 def check_vocabulary(model, content, path):
-    """Raise InputError if a checkpoint's content has another vocabulary than the model; either may have none."""
+    """Raise InputError if a checkpoint and the model have different vocabularies; either may lack one."""
     saved = content.get("tokenizer_json")
     if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
         raise InputError(f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "

@@ -6,9 +6,9 @@ from models.bert import BertForMaskedLM, additive_mask, compute_dtype
 
 
 class AnswerDecoder(BertForMaskedLM):
-    """As many layers as the multimodal encoder has, which they are initialized from, and the vocabulary head.
+    """Answer decoder: the layers of the multimodal encoder, which initializes them, and the vocabulary head.
 
-    Names in the state dict are those of a pre-training text_encoder, the layers counted from 0.
+    The state dict has the names of a pre-training text_encoder, with layers counted from 0.
     """
 
     def __init__(self, config):

@@ -62,7 +62,7 @@ def _recording_model(model, block_num, maps):
 
 
 def _heat(attention, gradient, grid):
-    """attention and its gradient [B, heads, ..., 1+N] -> heat maps [B, ..., h, w] in float32, as boxes are ranked by them."""
+    """Compute heat maps [B, ..., h, w] from attention and its gradient [B, heads, ..., 1+N], in float32 to rank boxes."""
     return (attention.float() * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
 
 

@@ -1,4 +1,4 @@
-"""The layer of which projections, classifiers and vocabulary heads are made."""
+"""The linear layer of projections, classifiers and vocabulary heads."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class Head(nn.Linear):
     """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [..., C_out].
 
-    What ranks comes out of such layers. Rounded to bf16, which has 8 significant bits, the scores of different inputs tie.
+    Its outputs rank candidates. Rounded to bf16, which has 8 significant bits, the scores of different inputs would tie.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from huggingface_hub.utils._http import default_client_factory
 
 from utils import InputError, printable
 
-FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")  # headers that huggingface_hub makes file names of
-NETWORK = (HTTPError, OfflineModeIsEnabled)  # what the hub's client raises if the hub refuses or cannot be reached
+FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")  # huggingface_hub makes file names of these headers
+NETWORK = (HTTPError, OfflineModeIsEnabled)  # exceptions of the client if the hub refuses or cannot be reached
 
 
 def find_file(source, filenames, key):
@@ -37,19 +37,19 @@ def find_file(source, filenames, key):
     raise InputError(f"{key}: folder {source} has no {' or '.join(filenames)}")
 
 
-@functools.cache  # a process sees one version, whatever is pushed meanwhile
+@functools.cache  # a process uses one commit, even if a newer one is pushed meanwhile
 def fetch(source, filenames, key):
-    """Return the paths in the hub's cache of a repository's files, all of one commit.
+    """Return the paths of a repository's files in the hub's cache, all of one commit.
 
-    The hub is asked for the newest commit. If the hub is out of reach, the commit that was fetched last is used, with a note. A
+    The newest commit is fetched. If the hub is out of reach, the commit that was fetched last is used, with a note. A
     commit in the cache needs no network.
 
     Args:
         source: USER/NAME, or USER/NAME@REVISION.
-        filenames: a tuple for each file, of alternatives; the first one that the repository has counts.
+        filenames: a tuple of alternative names for each file; the first one in the repository is used.
         key: the configuration key or flag in messages.
 
-    Raises InputError; its kind is network if the hub cannot be reached, so that the name may be right.
+    Raises InputError. Its kind is "network" if the hub cannot be reached: the name may still be right.
     """
     name, _, revision = source.partition("@")
     revision, paths, choices = revision or "main", [], filenames[0]
@@ -76,7 +76,7 @@ def fetch(source, filenames, key):
 
 @functools.cache
 def _check_answers():
-    """Have the hub's client refuse answers by which it would write outside of its cache."""
+    """Make the hub's client refuse responses that would make it write outside of its cache."""
 
     def check(response):
         for header in FILE_NAMES if response.request.method == "HEAD" else ():
@@ -94,11 +94,11 @@ def _check_answers():
 
 
 def _out_of_reach(name, filename, revision):
-    """Return the error with which the hub cannot be reached, None if it answers or need not be asked. Raises refusals.
+    """Return the error if the hub cannot be reached, None if it responds or the commit is cached. Raises refusals.
 
-    Without a network hf_hub_download would try for half a minute.
+    Without this check hf_hub_download would try for half a minute if there is no network.
     """
-    if ".." in revision:  # would lead out of the cache
+    if ".." in revision:  # a path outside of the cache
         raise HFValidationError(revision)
     if re.fullmatch("[0-9a-f]{40}", revision) and isinstance(try_to_load_from_cache(name, filename, revision=revision), str):
         return None
@@ -113,7 +113,7 @@ def _out_of_reach(name, filename, revision):
 
 
 def _download(name, choices, revision, local):
-    """Return the path in the cache of the first of the choices that a repository has, fetched unless `local`."""
+    """Return the cached path of the first of `choices` in a repository; fetch it unless `local`."""
     *others, last = choices
     for filename in others:
         with suppress(EntryNotFoundError):
@@ -153,12 +153,12 @@ def upload(folder, filenames, name, public=False):
 
 
 def _refuses(error):
-    """Whether an error is an answer of the hub that another attempt does not change."""
+    """Return whether the hub refuses a request, so that another attempt would fail too."""
     return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
 
 
 def _explain(error):
-    """Return what the hub's client says, with the remedy."""
+    """Return the message of an error of the hub's client, with the remedy."""
     if isinstance(error, OfflineModeIsEnabled):
         return "the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE"
     said = printable((str(error).strip().splitlines() or [type(error).__name__])[0])

@@ -72,7 +72,7 @@ def common_rename(rename):
 
 
 def condense(names):
-    """Return one name for those that differ in their numbers, a.{0-11}.b, and for those of base and momentum, a[_m].b."""
+    """Merge names that differ only in numbers into a.{0-11}.b, and names of base and momentum into a[_m].b."""
     alike, pairs = {}, {}
     for name in names:
         alike.setdefault(re.sub(r"\d+", "#", name), []).append(map(int, re.findall(r"\d+", name)))

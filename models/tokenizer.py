@@ -11,8 +11,8 @@ flags = Flags("Train a WordPiece vocabulary on the captions of annotation files.
 flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
 flags.add_argument("--output", required=True, help="the file to write: vocab.txt, one word piece per line, with "
                    "tokenizer_config.json beside it, or tokenizer.json, one file for both")  # fmt: skip
-flags.add_argument("--overwrite", action="store_true", help="replace files of these names")
-flags.add_argument("--size", type=at_least(1), default=30522, help="most word pieces that it may have")
+flags.add_argument("--overwrite", action="store_true", help="replace existing files")
+flags.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -32,8 +32,8 @@ from models.hub import find_file
 from utils import InputError, atomic_write, is_main, read_regular
 
 VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
-FILES = (VOCABULARY, PIECES)  # of which a folder's first one counts
-UNCASED = {  # uncased BERT's values of the keys of SETTINGS that count; strip_accents None is as do_lower_case
+FILES = (VOCABULARY, PIECES)  # the first one in a folder is used
+UNCASED = {  # uncased BERT's values of the keys of SETTINGS that are read; strip_accents None means do_lower_case
     "do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True, "normalization": None,
 }  # fmt: skip
 OWN = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": False, "normalization": "NFC"}
@@ -49,14 +49,14 @@ def build_tokenizer(source):
     tokenizer.json defines everything. A vocab.txt is read as uncased BERT's, unless a tokenizer_config.json beside it has
     other values of do_lower_case, strip_accents and tokenize_chinese_chars.
 
-    Called on a list of texts with padding, truncation and max_length as any transformers tokenizer; its ids begin with
-    [CLS] and have no [SEP]. Raises InputError where there is no usable vocabulary or the hub is out of reach.
+    It is called like any transformers tokenizer. Ids begin with [CLS] and have no [SEP]. Raises InputError if there is no usable
+    vocabulary or the hub is out of reach.
     """
     path = find_file(source, FILES, "tokenizer")
     remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
         if path.suffix in (".pth", ".safetensors"):
-            from models.checkpoint import read_checkpoint  # which imports this module
+            from models.checkpoint import read_checkpoint  # not at the top: it imports this module
 
             backend = Tokenizer.from_str(read_checkpoint(path).get("tokenizer_json") or "it has none")
         elif path.suffix == ".json":
@@ -79,7 +79,7 @@ def build_tokenizer(source):
 
 
 def _word_pieces(vocab, settings):
-    """Return BERT's tokenizer of word pieces by id, with the keys of a tokenizer_config.json, uncased BERT's by default."""
+    """Return BERT's tokenizer. vocab: {piece: id}; settings: keys of tokenizer_config.json (default: uncased BERT's)."""
     keys = UNCASED | settings
     backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     bert = BertNormalizer(
@@ -94,12 +94,12 @@ def _word_pieces(vocab, settings):
 
 
 def settings_file(vocab):
-    """Return the path of a vocab file's settings: for vocab.txt tokenizer_config.json, for others with the file's stem."""
+    """Return the path of a vocab file's settings: tokenizer_config.json for vocab.txt, else STEM.tokenizer_config.json."""
     return vocab.with_name(SETTINGS if vocab.name == PIECES else f"{vocab.stem}.{SETTINGS}")
 
 
 def _read_settings(source, vocab):
-    """Return the settings of a vocab file, {} without any; of a hub name they are fetched. Raises ValueError."""
+    """Return the settings of a vocab file, {} if they are missing; fetch them for a hub name. Raises ValueError."""
     path = settings_file(vocab)
     if not Path(source).exists():
         with suppress(InputError):  # the repository has none, or the hub is out of reach
@@ -117,7 +117,7 @@ def _read_settings(source, vocab):
 
 
 def _note_unused(path, vocab, normalizer):
-    """Print a note if a vocab file without settings has pieces that uncased BERT's normalizer never yields."""
+    """Print a note if a vocab file without settings has pieces that uncased BERT never uses."""
     words = [piece.removeprefix("##") for piece in vocab if piece not in SPECIAL.values()]
     unused = [word for word in words if normalizer.normalize_str(word).strip() != word]
     if unused:
@@ -126,7 +126,7 @@ def _note_unused(path, vocab, normalizer):
 
 
 def difference(definition, other):
-    """Return where the ids of two tokenizers differ, given as texts of tokenizer.json; "" if they do not."""
+    """Return the first difference between two texts of tokenizer.json, "" if their ids are equal."""
     if definition == other:
         return ""
     vocabs, words = [], []
@@ -160,10 +160,10 @@ def vocabulary_of(config):
 
 
 def tokenizer_of(config):
-    """Return the tokenizer that a task's configuration names, of the size that its bert_config says.
+    """Return the tokenizer that a task's configuration names, checked against vocab_size of its bert_config.
 
-    Without the key tokenizer it is the one that belongs to text_encoder: the same hub name or folder, or the folder of a
-    weight file. config["bert_config"] becomes a dict with every key; the vocab_size auto becomes the tokenizer's size.
+    If the key tokenizer is missing, text_encoder names the tokenizer: the same hub name or folder, or the folder of a weight
+    file. config["bert_config"] becomes a dict with every key; the vocab_size auto becomes the tokenizer's size.
     Raises InputError.
     """
     source = vocabulary_of(config)
@@ -180,7 +180,7 @@ def tokenizer_of(config):
     most = bert_config["max_position_embeddings"]
     if (config["max_tokens"] or 0) > most:
         raise InputError(f"max_tokens is {config['max_tokens']}, and max_position_embeddings of bert_config {most}: lower it")
-    tokenizer.model_max_length = most  # where the task itself sets no limit
+    tokenizer.model_max_length = most  # unless the task has a smaller limit
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
 from utils import InputError
 
-ANSWER_TOKENS = 10  # of a generated answer where max_answer_tokens is not set, as in the released code
+ANSWER_TOKENS = 10  # of a generated answer unless max_answer_tokens is set, as in the released code
 PASS_ROWS = 1024  # candidates that are decoded together: 1 GB of vocabulary logits for answers of 4 tokens
 
 
@@ -45,7 +45,7 @@ class VQA(ALBEF):
             self.special_ids = self.special_ids._replace(eos=eos)
         self.text_decoder = AnswerDecoder(self.bert_config)
         self.text_decoder.bert.gradient_checkpointing = self.bert.gradient_checkpointing
-        longest = self.bert_config["max_position_embeddings"] - 1  # behind [CLS]
+        longest = self.bert_config["max_position_embeddings"] - 1  # after [CLS]
         self.max_answer_tokens = config["max_answer_tokens"] or min(ANSWER_TOKENS, longest)
         if self.max_answer_tokens > longest:
             raise InputError(f"max_answer_tokens is {self.max_answer_tokens}, bert_config has max_position_embeddings for "
@@ -170,10 +170,10 @@ class VQA(ALBEF):
 
     @torch.no_grad()
     def generate(self, image, question, beams=1, max_length=None):
-        """Free answers: beam search for the most probable sequence of at most max_length tokens, greedy with one beam.
+        """Generate answers of at most max_length tokens by beam search for the most probable sequence, greedy with one beam.
 
-        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; max_length: default max_answer_tokens. Returns for each question the list of its
-        answer's token ids without [CLS] and eos, and the log p of all its tokens [B].
+        image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; max_length: default max_answer_tokens. Returns the
+        list of each answer's token ids without [CLS] and eos, and the log p of each answer [B], summed over all its tokens.
         """
         keys_values, mask = self.encode_question(image, question)
         ids = self.special_ids

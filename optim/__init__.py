@@ -29,8 +29,7 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
 def create_optimizer(config, model):
     """Return the optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
-    config: {opt, lr, weight_decay, temp_lr_scale}, and opt_eps and opt_betas if they are not the optimizer's own. Raises
-    InputError.
+    config: {opt, lr, weight_decay, temp_lr_scale}; opt_eps and opt_betas default to the optimizer's. Raises InputError.
     """
     groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
     name = config["opt"].lower()
@@ -48,7 +47,7 @@ def create_optimizer(config, model):
 def step_if_finite(optimizer, norm):
     """optimizer.step(), or nothing at all if norm, of all gradients, is not finite; fused AdamW is not waited for."""
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~norm.isfinite()).float()  # as gradient scaling has it: the kernel itself leaves the step out
+        optimizer.found_inf = (~norm.isfinite()).float()  # as in gradient scaling: the kernel skips the step
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()

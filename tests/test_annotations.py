@@ -111,7 +111,7 @@ def test_damaged_cache_is_built_again(tmp_path, folder, file, damage):
     path = write(tmp_path / "list.json", TRICKY)
     kept = pickle.dumps(load(path))
     (store,) = folder.glob(file)
-    for again in lambda: load(path), lambda: pickle.loads(kept):  # a worker that is spawned opens what the run has opened
+    for again in lambda: load(path), lambda: pickle.loads(kept):  # a spawned worker opens the same files as the run
         content = store.read_bytes()
         store.unlink()
         if (damaged := damage(content)) is not None:
@@ -129,7 +129,7 @@ def test_a_cache_that_is_damaged_during_the_run_is_built_again(tmp_path, folder,
         mapped.write(bytes(store.stat().st_size))
     assert contents(opened) == as_pairs(TRICKY)
     write(tmp_path / "list.json", TRICKY[:2])
-    with pytest.raises(TrainingStopped, match=re.escape(path)):  # other entries than those that the run began with
+    with pytest.raises(TrainingStopped, match=re.escape(path)):  # the entries have changed since the start of the run
         contents(late)
     os.remove(path)
     with pytest.raises(TrainingStopped, match=re.escape(path)):
@@ -148,7 +148,7 @@ def test_the_cache_depends_on_the_form_and_the_clean_up(tmp_path, folder, monkey
     assert len(stores(folder)) == 2 and not set(before) & set(stores(folder))
     load(path)
     assert sorted(stores(folder)) == sorted(before)
-    monkeypatch.setattr(annotations, "pre_caption", write)  # of another module
+    monkeypatch.setattr(annotations, "pre_caption", write)  # a function of another module
     assert contents(load(path)) == as_pairs(TRICKY[:2])
     assert len(stores(folder)) == 2 and not set(before) & set(stores(folder))
 
@@ -186,7 +186,7 @@ def test_cache_goes_to_the_temporary_folder_when_its_own_cannot_be_written(tmp_p
 
 
 def owned_by_another(path, monkeypatch):
-    """Has a file seem to be another user's, whoever runs the tests."""
+    """Make a file seem to belong to another user, whoever runs the tests."""
     if os.getuid() == 0:
         os.chown(path, 4321, -1, follow_symlinks=False)
     else:
@@ -218,7 +218,7 @@ def test_a_cache_folder_that_others_could_have_filled_is_refused(tmp_path, monke
     (tmp_path / "shared").chmod(0o1777)
     folder = tmp_path / "shared" / "mine" / "cache"
     monkeypatch.setenv("ALBEF_CACHE", str(folder))
-    for mode in 0o700, 0o755, 0o770:  # a folder that a user has named may be shared with a group
+    for mode in 0o700, 0o755, 0o770:  # a folder that the user names may be shared with a group
         assert cache.cache_folder() == str(folder)
         folder.chmod(mode)
     folder.chmod(0o777)
@@ -232,7 +232,7 @@ def test_a_cache_folder_that_others_could_have_filled_is_refused(tmp_path, monke
     monkeypatch.setenv("ALBEF_CACHE", str(folder))
     owned_by_another(folder.parent, monkeypatch)
     assert "ALBEF_CACHE" in refusal(cache.cache_folder)
-    os.symlink(folder, tmp_path / "home")  # the link is mine, and leads to what is not
+    os.symlink(folder, tmp_path / "home")  # the link belongs to this user, its target to another
     monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "home"))
     assert "ALBEF_CACHE" in refusal(cache.cache_folder)
 
@@ -404,7 +404,7 @@ def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(tmp_path, monk
 
 def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     missing = str(tmp_path / "missing.json")
-    fifo = tmp_path / "fifo.json"  # which would wait for a writer
+    fifo = tmp_path / "fifo.json"  # open() would wait for a writer
     os.mkfifo(fifo)
     for path in fifo, "/dev/zero":
         for function in load, lambda path: list(read_json_list(path)), lambda path: read_json(path, list, "name a file"):

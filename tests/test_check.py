@@ -23,7 +23,7 @@ GOOD = "images/train/000000.jpg"
 
 @pytest.fixture
 def run(tiny_config, tmp_path, monkeypatch, capsys):
-    """Checks the tiny configuration with some keys changed for a task; returns (exit status, what is printed, the report)."""
+    """Check the tiny configuration with changed keys for a task. Return (exit status, printed text, report)."""
 
     def call(*flags, task="pretrain", **keys):
         YAML(typ="safe").dump({**tiny_config, "test_file": None, "batch_size": 1, **keys}, tmp_path / "config.yaml")
@@ -76,7 +76,7 @@ TASKS = {
 
 
 def keys_of(task, shapes):
-    """The keys of a configuration that a task reads its files from."""
+    """Return the configuration keys of a task's files."""
     names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
     return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
         "vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json"),
@@ -106,7 +106,7 @@ def test_good_data_of_every_task(run, shapes, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_config, task):
-    """Every list of every task, as the file to train on and to test on."""
+    """Check every list of every task as the training file and as the test file."""
     sets = data_sets(task)
     for key, split in (("train_file", "train"), ("test_file", "test")):
         for name in {name for names in TASKS.values() for name in names[:3] if name} if split in sets else ():

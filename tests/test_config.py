@@ -197,7 +197,7 @@ def test_bad_configurations_name_file_and_key(tmp_path, text, message):
 
 
 def test_only_regular_files_are_configurations(tmp_path):
-    os.mkfifo(tmp_path / "fifo")  # which blocks until somebody writes to it
+    os.mkfifo(tmp_path / "fifo")  # open() would wait for a writer
     for path in ("/dev/zero", str(tmp_path / "fifo"), str(tmp_path)):
         assert path in refusal(load_config, path)
         assert path in refusal(read_bert_config, path)

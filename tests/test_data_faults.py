@@ -30,7 +30,7 @@ UNUSABLE = {  # name of the image file -> words of the reason
     "float.tiff": "unknown range of gray", "slow.jpg": "too slow to decode", "page.eps": "not an image",
     "fifo.jpg": "not a regular file", "device.jpg": "not a regular file", "socket.jpg": "unreadable",
 }  # fmt: skip
-LATER = {  # what becomes of images after the start
+LATER = {  # changes of images after the start
     "gone.jpg": lambda path: None, "fifo.jpg": os.mkfifo, "device.jpg": lambda path: path.symlink_to("/dev/zero"),
     "socket.jpg": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
 }  # fmt: skip
@@ -43,7 +43,7 @@ def tokenizer(tiny_config):
 
 @pytest.fixture
 def folder(shapes, tmp_path):
-    """An image folder with every file of UNUSABLE, those of LATER as at the start, and a good one."""
+    """Make an image folder with the files of UNUSABLE, the unchanged files of LATER and a good image."""
     good = (shapes / GOOD).read_bytes()
     png = encoded(Image.open(shapes / GOOD), "PNG")
     files = {
@@ -59,7 +59,7 @@ def folder(shapes, tmp_path):
 
 
 def break_later(folder):
-    """Replace the images of LATER."""
+    """Change the images of LATER."""
     for name, make in LATER.items():
         (folder / name).unlink()
         make(folder / name)

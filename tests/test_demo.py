@@ -102,7 +102,7 @@ def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models,
     assert found == [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)] and "(ITC)" in said
     pictures, found, said = call("r", TEXT, True)
     probabilities = model.match(found, TEXT).tolist()
-    count = min(page.TOP, len(photos))  # k_test is 3, but all that are shown have a probability
+    count = min(page.TOP, len(photos))  # k_test is 3, but all shown images have a probability
     assert set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)} and f"the {count} most similar images" in said
     assert probabilities == sorted(probabilities, reverse=True)
     assert [caption for _, caption in pictures] == [f"{p:.1%} · {Path(f).name}" for p, f in zip(probabilities, found)]
@@ -203,7 +203,7 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(run, page
 
 
 class Client:
-    """Speaks HTTP to a page that serves one model, as a program or another site's script would."""
+    """HTTP client of a page that serves one model, like a program or a script of another site."""
 
     def __init__(self, port, name):
         self.port, self.name = port, name
@@ -219,11 +219,11 @@ class Client:
             connection.close()
 
     def ask(self, image, text=TEXT):
-        """Return the message with which the function of the tab completes for an image as the browser names it."""
+        """Call the function of the tab for an image as the browser names it. Return its last message."""
         return self.call(0, [self.name, image, text])
 
     def call(self, function, data, event=None, session="one"):
-        """Return the message with which a function of the page completes."""
+        """Call a function of the page. Return its last message."""
         body = json.dumps({"data": data, "fn_index": function, "session_hash": session, "event_data": event})
         assert self.request("POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
         events = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
@@ -266,13 +266,13 @@ def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F8
             answer = str(client.ask(image)["output"].get("data"))
             assert "bars" not in answer, image
             answers["meta" in image].add(answer)
-    assert len(answers[True]) == len(answers[False]) == 1  # whether a file exists is not told
+    assert len(answers[True]) == len(answers[False]) == 1  # the answer does not reveal whether a file exists
     assert "bars" in str(client.ask({"path": uploaded})["output"]["data"])
 
 
 def test_a_found_image_of_any_folder_opens_in_match(page, models, photos, port, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the photos lie neither below it nor in the working directory
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the photos are neither below tmp_path nor in the working directory
     model = models["retrieval"]
     blocks = page.build_page({"r": model}, {}, photos, {"r": model.embed_images(photos)})
     page.launch(blocks, "127.0.0.1", port)

@@ -1,4 +1,4 @@
-"""Download.py against a local server that cuts connections, ignores ranges, sends nonsense and worse."""
+"""Download.py against a local server that closes connections, ignores ranges and sends damaged data."""
 
 import contextlib
 import hashlib
@@ -231,7 +231,7 @@ def test_killed_at_30_percent_then_two_at_once(server, tmp_path, signum):
     assert killed.returncode in (-signum, 128 + signum)
     server.script = [{"hold": 30_000}]
     both = [start(server, tmp_path) for _ in range(2)]
-    wait_for(lambda: part.stat().st_size == 120_000)  # while the server holds one, the other waits
+    wait_for(lambda: part.stat().st_size == 120_000)  # while the server blocks one download, the other waits
     assert not (tmp_path / FILE).exists()
     server.gate.set()
     for process in both:
@@ -257,9 +257,9 @@ def test_a_file_must_fit_its_record(download, server, tmp_path, monkeypatch):
     record.write_text("no hash\n")
     assert_error(download("ALBEF_4M"), record.name, "no SHA-256")
     record.unlink()
-    status, out, _ = download("ALBEF_4M")  # it came by other means
+    status, out, _ = download("ALBEF_4M")  # Download.py did not write this file
     assert status == 0 and "verified" not in out and not record.exists() and path.read_bytes() == OTHER
-    record.write_text(f"{hashlib.sha256(OTHER).hexdigest()} *{FILE}\n")  # as sha256sum may write it
+    record.write_text(f"{hashlib.sha256(OTHER).hexdigest()} *{FILE}\n")  # another form of sha256sum
     status, out, _ = download("ALBEF_4M")
     assert status == 0 and "verified" in out
 

@@ -240,7 +240,7 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     ([50, 60, 70], [52, 61, 73], None, (-0.48, 4.48), "inconclusive"),
     ([50, 52, 54], [50, 52, 54], None, (0, 0), "inconclusive"),
     ([50, 52, 54], [60, 63, 63], 0.01, (7.52, 12.48), "no trend in the paper"),
-    ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),  # other seeds: Welch
+    ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),  # different seeds: Welch's interval
     ([50, 60, 70], [60, 70], None, (-19.88, 29.88), "inconclusive"),
     ([50], [60], 1.4, None, None), ([50, 52], [60], None, None, None),
 ])  # fmt: skip

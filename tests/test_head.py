@@ -1,4 +1,4 @@
-"""What ranks stays float32 under bf16: scores of different inputs do not tie."""
+"""Scores stay float32 under bf16, so that scores of different inputs do not tie."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ LAST = "itm_head", "cls_head.2", "ta_head", "predictions.decoder"  # layers whos
 
 
 def texts(rows, seed=0):
-    """Random texts of equal length, each beginning with [CLS]."""
+    """Return random texts of equal length, each with [CLS] first."""
     ids = torch.randint(5, 61, (rows, 6), generator=torch.Generator().manual_seed(seed))
     ids[:, 0] = 2
     return Text(ids, torch.ones_like(ids))
 
 
 def same(count):
-    """One text as often as there are images."""
+    """Repeat one text for every image."""
     return Text(*(values.expand(count, -1) for values in texts(1)))
 
 
@@ -32,7 +32,7 @@ def reranking(model, image):
 
 
 def attributes(model, image):
-    model.vision_proj.weight[1:] = 0  # one number alone sets the images apart
+    model.vision_proj.weight[1:] = 0  # the images differ in one number only
     model.vision_proj.bias[1] = 1
     return feature_similarity(model.encode_image(image)[1], model.encode_text(texts(1))[1])
 
@@ -79,7 +79,7 @@ def test_scores_of_different_inputs_do_not_tie_under_bf16(released, task, scores
     image = torch.randn(COUNT, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0))
     for name, module in model.named_modules():
         if name.endswith(LAST):
-            module.bias += 8  # which all inputs share, so that bf16 has few digits for what sets them apart
+            module.bias += 8  # shared by all inputs, so that bf16 has few digits for their differences
     with torch.autocast("cpu", torch.bfloat16):
         found = scores(model.eval(), image).flatten()
     assert found.dtype == torch.float32

@@ -175,7 +175,7 @@ def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub,
         for name in "lab/b", f"lab/b@{'1' * 40}":
             message = refusal(load_model, name)
             assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
-        assert all(call.kwargs["local_files_only"] for call in downloaded.call_args_list)  # else it tries for half a minute
+        assert all(call.kwargs["local_files_only"] for call in downloaded.call_args_list)  # otherwise it would try for half a minute
     status, _, err = export(tmp_path / "out", "--push", "lab/b")
     assert status == 2 and "--push lab/b: the hub cannot be reached" in err
 
@@ -247,7 +247,7 @@ def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export
     status, _, err = export(tmp_path / "old", "--push", "lab/b")
     assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
     content = {**read_checkpoint(tmp_path / "out/model.safetensors"), "config": {**good, "tokenizer": "/dev/zero"}}
-    with open(tmp_path / "model.safetensors", "wb") as file:  # weights that bring another configuration
+    with open(tmp_path / "model.safetensors", "wb") as file:  # the metadata of the weights has another configuration
         write_weights(file, ".safetensors", content.pop("model"), content)
     files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
     for config in (json.dumps(good).encode(), b"{", b"[]", b"{}", b"[" * 100_000):

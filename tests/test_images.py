@@ -186,7 +186,7 @@ def declares(width, height, format):
 
 
 @pytest.mark.parametrize("format, side", [("JPEG", 9500), ("JPEG", 60000), ("PNG", 9500), ("PNG", 60000)])
-@pytest.mark.filterwarnings("error")  # of Pillow, which a user may have made an error
+@pytest.mark.filterwarnings("error")  # a user may turn warnings of Pillow into errors
 def test_too_many_pixels_are_refused_by_the_header(monkeypatch, format, side):
     def decode(*_):
         raise AssertionError("decoded")
@@ -204,7 +204,7 @@ def test_unreadable_files_raise(tmp_path):
     fake.write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
     reasons = {text: "not an image", fake: "not an image", tmp_path / "missing.jpg": "does not exist", tmp_path: "is a folder",
                "https://host/a.jpg": "is a URL: download", "/dev/null": "unreadable: not a regular file"}  # fmt: skip
-    fifo = tmp_path / "fifo.jpg"  # which would wait for a writer
+    fifo = tmp_path / "fifo.jpg"  # open() would wait for a writer
     os.mkfifo(fifo)
     reasons[fifo] = "unreadable: not a regular file"
     for path, reason in reasons.items():

@@ -298,7 +298,7 @@ def test_threads_share_a_model(models, photos):
             assert all(close(result, alone) for result in results)
 
 
-# what the process has besides: a worker of its own, which cleans up at the end
+# the process also has a worker of its own, which cleans up at the end
 EFFECTS = """
 import multiprocessing, os, signal, sys, time, warnings
 import matplotlib, torch, PIL.Image, ruamel.yaml, timm

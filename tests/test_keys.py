@@ -1,4 +1,4 @@
-"""Which keys have an effect in which task: the table of configs/schema.py, and what a run says of the others."""
+"""The tasks that read each key, in configs/schema.py, and the notes of a run on keys without effect."""
 
 import importlib
 import json
@@ -32,19 +32,19 @@ MORE_DATA = {
     "Retrieval": {"train_file": ["retrieval_train.json"], "val_file": ["val.json"], "test_file": ["test.json"]},
     "Attributes": {"train_file": None, "test_file": ["attributes.json"]},
 }
-# of tasks: keys that code shared with other tasks reads, and that change nothing
+# by task: keys that shared code reads although they have no effect in the task
 READ_IN_VAIN = {
     **dict.fromkeys(("ve", "nlvr", "relevance"), {"optimizer.temp_lr_scale"}),
     "vqa": {"optimizer.temp_lr_scale", "image_root"},
     "nlvr_pretrain": {"optimizer.temp_lr_scale", "temp", "alpha", "warm_up"},
     "attributes": {"objectives", "hard_negatives", "distill", "temp", "queue_size", "gradient_checkpointing", "max_words"},
 }
-# as the file is loaded, on a GPU, in a second epoch, at a step that is not finite
+# keys that are read while loading the file, on a GPU, in a second epoch or at a step that is not finite
 READ_ELSEWHERE = {"scheduler.sched", "log_every", "scheduler.min_lr", "max_skipped_steps"}
 
 
 class Recorder(dict):
-    """A configuration that notes the keys that are read, those of a section with its name."""
+    """Configuration that records the keys that are read, as section.key within a section."""
 
     def __init__(self, config, read, prefix=""):
         super().__init__({key: Recorder(value, read, f"{key}.") if key in ("optimizer", "scheduler") else value
@@ -64,7 +64,7 @@ class Recorder(dict):
 
 @pytest.fixture
 def script(tiny_config, shapes, tmp_path, monkeypatch, capsys):
-    """Runs a task's script on its shapes with some keys changed; returns (exit status, stderr)."""
+    """Run a task's script on its shapes with changed keys. Return (exit status, stderr)."""
 
     def call(task, *flags, **keys):
         name = SCRIPTS[task]
@@ -255,7 +255,7 @@ def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(tiny_config
 def test_objectives_that_a_task_does_not_have_are_refused(tiny_config, task, keys, named):
     message = refusal(build_model, task, {**tiny_config, **keys})
     assert message.startswith([*keys][-1]) and f"names {named}:" in message
-    build_model(task, tiny_config)  # whose objectives are the default, of all tasks
+    build_model(task, tiny_config)  # its objectives are the default, which fits all tasks
 
 
 @pytest.mark.parametrize("task", ["pretrain", "nlvr_pretrain", "retrieval"])

@@ -27,7 +27,7 @@ def accuracy(prediction, *answers):
 # ---------------------------------------------------------------------------------------------------------------------
 # scores that are not finite
 
-METRICS = {  # a metric of scores [4, 4], and how its message names those of row 2
+METRICS = {  # a metric of scores [4, 4], and the name of row 2 in its message
     "image to text": (lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]), "image 2"),
     "text to image": (lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]), "text 2"),
     "grounding": (lambda scores: grounding_accuracy(
@@ -270,7 +270,7 @@ def test_chance_is_the_share_of_right_boxes():
 
 def test_image_without_detections_and_unknown_ref_are_refused():
     cams, refs, boxes, images, detections = scene([], ("val", "testA"))
-    message = "det_file has no box for image 100 (ref_id 0, split val): it must hold detections for every image of"
+    message = "det_file has no box for image 100 (ref_id 0, split val): it must hold detections for every image outside"
     assert message in refusal(grounding_accuracy, cams, refs, boxes, images, detections)
     assert message in refusal(grounding_accuracy, cams, refs, boxes, images, {})
     assert message in refusal(chance_grounding, refs, boxes, detections)

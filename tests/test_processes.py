@@ -71,7 +71,7 @@ def ending(process):
 
 @pytest.fixture
 def retrieval(tiny_config, shapes, tmp_path, pretrained):
-    """Arguments of Retrieval.py with two data workers, which fine-tunes or evaluates on an image under many names."""
+    """Return arguments of Retrieval.py with two data workers, to fine-tune or evaluate on an image with many names."""
 
     def arguments(image=shapes / "images/test/000000.jpg", entries=4000):
         links = [tmp_path / f"link{number}.jpg" for number in range(entries)]
@@ -81,7 +81,7 @@ def retrieval(tiny_config, shapes, tmp_path, pretrained):
         files = {"train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")]}
         keys = {"num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}
         config = {**tiny_config, **files, **keys}
-        del config["vision_encoder"]  # which pre-training alone reads
+        del config["vision_encoder"]  # only pre-training reads it
         return ["Retrieval.py", *command_line(config, tmp_path / "run", tmp_path), "--checkpoint", pretrained]
 
     return arguments
@@ -120,7 +120,7 @@ def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, sig
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_path, signum):
-    """The run is held in an iteration, so that only the second signal can end it."""
+    """The run is blocked in an iteration, so only the second signal can end it."""
     trace = tmp_path / "trace"
     arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
     run = start("tests/helpers/troubled.py", *arguments, TRACE=trace, HOLD="1")

@@ -150,7 +150,7 @@ def test_a_state_is_copied_as_it_is(tmp_path):
 
 
 def flip(data, position, bit=1):
-    """The data with one bit changed."""
+    """Return the data with one bit changed."""
     return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
 
 
@@ -182,7 +182,7 @@ def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys
     for position in random.integers(len(data), size=30).tolist() + list(range(len(data) - 90, len(data), 4)):
         last.write_bytes(flip(data, position, 1 << random.integers(8)))
         found = newest_checkpoint(tmp_path)
-        if found == last:  # the flip took the digest's mark, and the checksums of all that is read agree
+        if found == last:  # the flip removed the mark of the digest, and all checksums agree
             assert all(torch.equal(*pair) for pair in zip(*map(
                 dict.values, (read_weights(last), torch.load(io.BytesIO(data), weights_only=True)["model"]))))  # fmt: skip
         else:
@@ -356,7 +356,7 @@ def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
     (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
-    assert "number of entries of train_file is 48 as it was then, not 40" in refusal(run, config, tmp_path / "run", True)
+    assert "number of entries of train_file was 48 and must not change to 40" in refusal(run, config, tmp_path / "run", True)
 
 
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
@@ -535,12 +535,12 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
 
 
 def test_three_processes_resume_exactly(tiny_config, tmp_path):
-    """Three, since the sum of two numbers does not depend on their order."""
+    """Three ranks, because the sum of two numbers does not depend on their order."""
     config = {**tiny_config, "batch_size": 2, "num_workers": 1, "test_file": None, "save_every": "3 iterations"}
     whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path), processes=3)
     assert whole.returncode == 0, whole.stderr
-    # an epoch has 8 iterations. INTERRUPT: a signal to one process near its end, after which all stop at one iteration; SIGNAL: at
-    # its end; MISHAP: a kill in the middle of the second one
+    # an epoch has 8 iterations. INTERRUPT: a signal to one process near the end of the first epoch, after which all processes stop
+    # at the same iteration; SIGNAL: a signal at its end; MISHAP: a kill in the middle of the second epoch
     for trouble in ("INTERRUPT", "SIGNAL", "MISHAP"):
         arguments = command_line(config, tmp_path / trouble, tmp_path)
         stopped = launch("tests/helpers/troubled.py", *arguments, processes=3, **{trouble: "1"})
@@ -685,7 +685,7 @@ def test_the_switch_makes_other_devices_deterministic_too(tiny_config, tmp_path,
     torch.use_deterministic_algorithms(False)
     config = {**tiny_config, "deterministic": key, "optimizer": {**tiny_config["optimizer"], "opt": "nothing"}}
     model = build_model("pretrain", tiny_config)
-    with pytest.raises(InputError, match="optimizer: opt is 'nothing'"):  # ends before anything is computed
+    with pytest.raises(InputError, match="optimizer: opt is 'nothing'"):  # raised before the first computation
         train(model, [], None, None, config, tmp_path, torch.device(device), seed=0)
     assert torch.are_deterministic_algorithms_enabled() is switched
 

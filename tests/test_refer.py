@@ -1,4 +1,4 @@
-"""Files of REFER: what is read, and what is refused without running anything."""
+"""Files of REFER: accepted content, and content that is refused without running anything."""
 
 import copyreg
 import json

@@ -63,7 +63,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def index(run, checkpoints, tmp_path):
-    """Indexes folders (and flags) into tmp_path / name with a checkpoint; returns what Search.py prints."""
+    """Index folders (and flags) into tmp_path / name with a checkpoint. Return the output of Search.py."""
 
     def call(*folders, name="index", checkpoint="model.pth"):
         status, out, err = run("index", *folders, "--checkpoint", checkpoints / checkpoint, "--to", tmp_path / name)

@@ -149,7 +149,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/shapes.json").write_text('{"circle": 1}')  # of somebody else
+    (tmp_path / "other/shapes.json").write_text('{"circle": 1}')  # a file of another program
     for output in (tmp_path / "mine", tmp_path / "mine/notes.txt", tmp_path / "other"):
         status, _, error = run(output)
         assert status == 2 and error.startswith("error: ") and error.count("\n") == 1

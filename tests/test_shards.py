@@ -249,7 +249,7 @@ def pair(name, number, suffix="txt"):
 def test_names_with_dots_are_cut_at_the_last_one_where_only_that_gives_images(tmp_path, monkeypatch, names):
     members = [("__meta__.v1.json", b"{}"), *itertools.chain.from_iterable(map(pair, names, itertools.count()))]
     paths = [write_tar(tmp_path / "dots.tar", members), write_shard(tmp_path / "plain.tar", range(2))]
-    for _ in range(2):  # the second time from what is kept
+    for _ in range(2):  # the second time from the cache
         samples = Shards(paths)
         assert samples.counts == [len(names), 2]
         assert [samples[i] for i in range(len(names))] == [
@@ -269,7 +269,7 @@ def test_a_shard_of_which_either_dot_loses_samples_is_refused(tmp_path):
 
 @pytest.mark.parametrize("members, keys", [
     ([*pair("a", 0), ("a.seg.png", b"1"), ("b.seg.png", b"2"), ("b.txt", b"3")], ["a", "b"]),  # b without its image
-    ([("a.image.jpg", b"1"), ("a.caption.txt", b"2")], ["a"]),  # which no cut makes a pair of
+    ([("a.image.jpg", b"1"), ("a.caption.txt", b"2")], ["a"]),  # no cut gives a pair
     ([*pair("a", 0), ("a.crop.jpg", b"1"), ("a.crop.json", b"2")], ["a"]),
 ])  # fmt: skip
 def test_names_are_otherwise_cut_at_the_first_dot(tmp_path, members, keys):
@@ -287,7 +287,7 @@ def test_files_in_no_sample_are_counted_and_many_suffixes_are_not_named(tmp_path
 
 
 def sparse_member(kind):
-    """A member of 2 TB of which a tar file holds 512 bytes, as GNU tar --sparse writes it."""
+    """Return a sparse member of 2 TB, stored in 512 bytes, as GNU tar --sparse writes it."""
     info, size = tarfile.TarInfo("1.jpg"), 1 << 41
     if kind == "GNU":
         info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
@@ -328,7 +328,7 @@ def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
             with pytest.raises(TrainingStopped, match=rf"^{path}: cannot read this shard \({problem}"):
                 read(0)
         if not os.path.exists(path):
-            os.mkfifo(path)  # which would wait for a writer
+            os.mkfifo(path)  # open() would wait for a writer
     assert path in refusal(Shards, [path]) and path in refusal(Shards, expand([path])[1])
 
 

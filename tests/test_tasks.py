@@ -129,7 +129,7 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, sh
     file = tmp_path / "run/checkpoint_00.pth"
     state = torch.load(file, weights_only=True)
     assert state["config"]["max_answer_tokens"] == length
-    for name in ("weight", "bias"):  # of a model whose every answer is one word again and again
+    for name in ("weight", "bias"):  # makes the model repeat one word in every answer
         state["model"][f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"].zero_()
     state["model"]["text_decoder.cls.predictions.bias"][tokenizer.vocab["red"]] = 99
     torch.save(state, file)
@@ -404,7 +404,7 @@ def test_roc_auc_is_the_golden_one():
 
 
 def quarter_right(*_):
-    """Logits and targets, of which one in four is right."""
+    """Return logits and targets with one right prediction in four."""
     return np.array([[1.0, 0.0]] * 4), np.array([0, 1, 1, 1])
 
 
@@ -470,7 +470,7 @@ def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pre
     assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
 
 
-OVERFLOWING = {  # script: weights that make its scores overflow, what its message names
+OVERFLOWING = {  # script: weights that make its scores overflow, the name in the message
     "VQA": ("text_decoder.cls", "question "), "VE": ("cls_head", "ve_val.json: entry 0"),
     "NLVR": ("cls_head", "nlvr_dev.json: entry 0"), "Relevance": ("itm_head", "relevance_val.json: entry 0"),
     "Grounding": ("itm_head", "ref_id "), "Retrieval": ("vision_proj", "image 0"), "Attributes": ("vision_proj", "annotation 0"),
@@ -478,7 +478,7 @@ OVERFLOWING = {  # script: weights that make its scores overflow, what its messa
 
 
 def overflowing(script, program, shapes, folder):
-    """The configuration of a script and the file of a checkpoint whose weights are finite and its scores not."""
+    """Return the configuration of a script and a checkpoint file with finite weights whose scores are not finite."""
     more = {"Retrieval": "test.json", "Attributes": "attributes.json"}
     config = program[0](script) if script in TASKS else {**program[0]("VE"), "val_file": None, "test_file": str(shapes / more[script])}
     model = build_model(script.lower(), config)

@@ -1,4 +1,4 @@
-"""python -m dataset.to_json: tables, folders and official files -> the lists that scripts read."""
+"""python -m dataset.to_json: conversion of tables, folders and official files into lists."""
 
 import importlib
 import json
@@ -21,9 +21,9 @@ IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
 
 @pytest.fixture
 def convert(tmp_path, monkeypatch, capsys):
-    """Converts a table, given as bytes or text, into a new folder.
+    """Convert a table, given as bytes or text, into a new folder.
 
-    Returns (exit status, what is printed, train.json, test.json, skipped.txt).
+    Returns (exit status, printed text, train.json, test.json, skipped.txt).
     """
     for name in IMAGES:
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / "photos" / name).write_text(text)
     shutil.copy(tmp_path / "photos" / "a.jpg", tmp_path / "photos" / "g.jfif")
-    os.mkfifo(tmp_path / "photos" / "sub/e.txt")  # which would wait for a writer
+    os.mkfifo(tmp_path / "photos" / "sub/e.txt")  # open() would wait for a writer
     (tmp_path / "photos" / "sub/e.jpg").touch()
     monkeypatch.chdir(tmp_path)
     for root, prefix in ("photos", ""), ("", "photos/"):
@@ -239,7 +239,7 @@ def karpathy(split, number):
 
 
 SPLITS = ("train", "restval", "val", "test")
-# files -> lists; the task that reads them, and the key of its folder of images
+# files -> lists; the task that reads them, and the key of its image folder
 OFFICIAL = {
     "COCO": ({"captions_val2017.json": captions("000000000005.jpg")},
              {"val": [{"image": "val2017/000000000005.jpg", "caption": ["A dog."] * 2}]}, "retrieval"),
@@ -269,7 +269,7 @@ OFFICIAL = {
 
 @pytest.fixture
 def official(tmp_path, monkeypatch):
-    """Writes official files and converts them; returns (exit status, the lists by split)."""
+    """Write official files and convert them. Return (exit status, the lists by split)."""
     monkeypatch.chdir(tmp_path)
 
     def call(files, *flags):

@@ -90,7 +90,7 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
 
 
 def vocabulary(folder, monkeypatch, captions, output):
-    """The tokenizer of a vocabulary that the command makes of captions."""
+    """Return the tokenizer of a vocabulary that the command makes from captions."""
     (folder / "train.json").write_text(json.dumps([{"image": "x.jpg", "caption": captions * 3}]))
     argv = ["tokenizer.py", folder / "train.json", "--output", folder / output, "--overwrite"]
     monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])

@@ -278,7 +278,7 @@ def test_without_any_heat_there_is_a_picture(figures, tmp_path):
 
 @pytest.fixture
 def font(tmp_path):
-    """A font file with one character, 赤, that this test alone has installed."""
+    """Make a font file with one character, 赤, installed for this test only."""
     pen = TTGlyphPen(None)
     pen.moveTo((0, 0))
     for point in ((500, 0), (500, 500), (0, 500)):
@@ -308,7 +308,7 @@ def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, font, mo
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     without, with_box, err = draw()
     assert (without, with_box) == ("□ □ $5 $6 é", "□") and err.count("\n") == 1 and "CJK" in err and "THAI" in err
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font)])  # installed since
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font)])  # installed meanwhile
     draw_module._add_new_fonts.cache_clear()
     with_font, label, err = draw()
     assert (with_font, label) == ("赤 □ $5 $6 é", "赤") and "CJK" not in err and "THAI" in err

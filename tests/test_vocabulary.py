@@ -1,4 +1,4 @@
-"""The vocabulary and the BERT configuration of a run stay with its checkpoints, wherever they are moved."""
+"""A run's vocabulary and BERT configuration stay with its checkpoints after a move."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ TEXT = "a red circle left of a blue square"
 
 @pytest.fixture
 def own(shapes, tiny_config, tmp_path):
-    """The tiny configuration with a vocabulary and a BERT configuration of its own, in tmp_path/data."""
+    """Return the tiny configuration with its own vocabulary and BERT configuration in tmp_path/data."""
     (tmp_path / "data").mkdir()
     shutil.copy(shapes / "vocab.txt", tmp_path / "data/vocab.txt")
     tiny_config["tokenizer"] = str(tmp_path / "data/vocab.txt")
@@ -36,14 +36,14 @@ def own(shapes, tiny_config, tmp_path):
 
 @pytest.fixture
 def trained(own, pretrain, tmp_path, shapes):
-    """(folder of a run, the similarity that its model gives), after what it was configured with has gone."""
+    """Return (folder of a run, a similarity of its model) after the configured files were deleted."""
     assert pretrain(tokenizer=own["tokenizer"])[0] == 0
     image = next(iter(sorted(map(str, (shapes / "images/test").glob("*.jpg")))))
     return tmp_path / "out", image, load_model(tmp_path / "out", "cpu").similarity(image, TEXT)
 
 
 def other_vocabulary(path):
-    """Exchange the last two pieces of a vocab file, as they may be when a vocabulary is made again."""
+    """Exchange the last two pieces of a vocab file, as a new training of the vocabulary may do."""
     *pieces, one, two = path.read_text().splitlines()
     path.write_text("\n".join([*pieces, two, one]) + "\n")
 
@@ -55,7 +55,7 @@ def script(monkeypatch, main, *flags):
 
 def test_a_run_is_whole_wherever_it_is_moved(trained, own, tmp_path, monkeypatch, capsys):
     folder, image, similarity = trained
-    moved = shutil.copytree(folder, tmp_path / "moved")  # this process holds the lock of the folder itself
+    moved = shutil.copytree(folder, tmp_path / "moved")  # this process locks the original folder
     shutil.rmtree(folder)
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "bert.json").unlink()
@@ -85,7 +85,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_name(trained, own, sh
     vocab, checkpoint = Path(own["tokenizer"]), folder / "checkpoint_last.pth"
     assert load_model(folder, "cpu", overrides=[f"tokenizer={vocab}"]).similarity(image, TEXT) == similarity
     other_vocabulary(vocab)
-    assert load_model(folder, "cpu").similarity(image, TEXT) == similarity  # its own
+    assert load_model(folder, "cpu").similarity(image, TEXT) == similarity  # with the vocabulary of the run
     message = refusal(load_model, folder, "cpu", None, None, [f"tokenizer={vocab}"])
     assert str(vocab) in message and str(checkpoint) in message
     config = ["--config", tmp_path / "config.yaml"]
@@ -106,7 +106,7 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_name(trained, own, sh
 def test_the_choice_of_accents_is_compared_and_forms_of_a_file_are_not(own, tmp_path):
     folder, vocab = tmp_path / "data", Path(own["tokenizer"])
     plain = build_tokenizer(vocab)
-    plain(["a"], padding="max_length", truncation=True, max_length=9)  # leaves its settings in the tokenizer
+    plain(["a"], padding="max_length", truncation=True, max_length=9)  # the settings stay in the tokenizer
     plain.save_pretrained(tmp_path / "same")
     before = plain.backend_tokenizer.to_str()
     assert difference(before, build_tokenizer(tmp_path / "same").backend_tokenizer.to_str()) == ""

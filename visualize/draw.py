@@ -39,7 +39,7 @@ HEAT = ListedColormap(HEAT, "heat")
 
 @functools.cache
 def _characters_of(font):
-    """Return the characters of a font file, none if it cannot be read."""
+    """Return the characters of a font file, an empty set if it cannot be read."""
     try:
         return set(map(chr, FT2Font(font).get_charmap()))
     except (OSError, RuntimeError):
@@ -48,14 +48,14 @@ def _characters_of(font):
 
 @functools.cache
 def _add_new_fonts():
-    """Add the fonts that were installed after matplotlib listed fonts for its cache."""
+    """Add fonts that were installed after matplotlib cached its list."""
     for font in set(font_manager.findSystemFonts()) - {entry.fname for entry in font_manager.fontManager.ttflist}:
-        with contextlib.suppress(Exception):  # matplotlib skips what it cannot use, too
+        with contextlib.suppress(Exception):  # matplotlib also skips unusable fonts
             font_manager.fontManager.addfont(font)
 
 
 def _find_fonts(characters):
-    """Return the families of installed fonts that together have as many of the characters as possible."""
+    """Return families of installed fonts that together cover as many characters as possible."""
     families, lacking = [], set(characters)
     fonts = [font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")]
     while True:
@@ -69,9 +69,9 @@ def _find_fonts(characters):
 
 
 def _set_font(text):
-    """Choose fonts for the characters of a matplotlib text, and return those that no installed font has.
+    """Choose fonts for the characters of a matplotlib text. Return the characters that no installed font has.
 
-    A box takes their place. A $ stays a dollar.
+    A box replaces each of them. A $ does not begin a formula.
     """
     text.set_parse_math(False)
     lacking = set(text.get_text()) - {"\n"} - _characters_of(font_manager.findfont(text.get_fontproperties()))
@@ -88,7 +88,7 @@ def _set_font(text):
 
 
 def _save(figure, path):
-    """Write a figure in the format that the name of its file says. Raises InputError."""
+    """Write a figure in the format of its file name. Raises InputError."""
     if lacking := set().union(*map(_set_font, figure.findobj(Text))):
         scripts = {unicodedata.name(c, "unknown").split()[0] if c.isalpha() else "symbols" for c in lacking}
         print(f"note: {path}: no installed font has {', '.join(sorted(scripts))}, such as {min(lacking)}; install one, "
@@ -236,7 +236,7 @@ def _show_heat(axis, image, heat, scale):
 def paint_heat_maps(images, panels, height):
     """Return the panels of draw_heat_maps as pictures by themselves, [(label, the pictures of its images), ...].
 
-    A picture is uint8 [height, W, 3]; images and panels are those of draw_heat_maps.
+    A picture is uint8 [height, W, 3]; images and panels: as for draw_heat_maps.
     """
     scale, columns = _heat_scale(panels), []
     for number, image in enumerate(map(_small, images)):
@@ -256,7 +256,7 @@ def draw_heat_maps(images, panels, title, path):
     """Draw the image and one panel per heat map, in rows as Figures 4 to 6; of two images the second is below the first.
 
     All heat maps share one scale, from 0 to their largest value. images: one or two, uint8 [H, W, 3]; panels: list of (label,
-    heat maps [h, w] of the images), of which the first is that of the whole text; title: lines of text.
+    heat maps [h, w] of the images), the whole text first; title: lines of text.
     """
     rows, count = len(images), 1 + len(panels)
     aspects = [image.shape[1] / image.shape[0] for image in images]
@@ -304,7 +304,7 @@ def draw_pseudo_targets(image, words, texts, title, texts_title, path):
     """Draw Figure 2: beside the image the candidates for each masked word of its caption, below them the candidate texts.
 
     image uint8 [H, W, 3]; words: list of (word, its candidates); texts: the candidates for the whole caption, perhaps none.
-    A candidate has text, score (a word's is a probability) and hit, true where it is what the caption has.
+    A candidate has text, score (a probability for words) and hit, true if the caption has this text.
     """
     columns = min(max(3, len(words)), 5)  # of words; the image takes two more
     width = WIDTH / 7

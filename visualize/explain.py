@@ -52,7 +52,7 @@ class Candidate(NamedTuple):
 def split_words(text, model, tokenizer):
     """Return the Phrase of a cleaned-up text, on the model's device, cut at the model's positions.
 
-    Words are those of BERT's pre-tokenizer: separated by blanks, each symbol that clean-up leaves by itself.
+    BERT's pre-tokenizer splits words at blanks, and makes each symbol that clean-up keeps a word.
     """
     text = without_halves(text)
     limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
@@ -75,7 +75,7 @@ def unknown_words(words):
 
 
 def join_pieces(heat, pieces):
-    """Turn heat maps of tokens [I, L, h, w] into those of words [I, W, h, w]: the mean over a word's pieces."""
+    """Average heat maps of tokens [I, L, h, w] over the pieces of each word -> [I, W, h, w]."""
     return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
 
 
@@ -94,7 +94,7 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
 
 
 def explain_class(task, model, image, phrase, block_num=None):
-    """Return the HeatMaps of the most probable class, in pre-training and retrieval those of "match".
+    """Return the HeatMaps of the most probable class, in pre-training and retrieval of the class "match".
 
     model: in eval mode, of a task in HEADS; image [I, 3, H, W], two for pairs, else one; block_num: as cross_gradcam takes it.
     """

@@ -69,7 +69,7 @@ def write_page(path, results, total, ranked_by, text=None, image=None):
 
 
 def _thumbnail(path):
-    """Return an image file as an <img> with its pixels in it, upright as EXIF has it; what is wrong with it as text."""
+    """Return an image file as an <img> with embedded pixels, turned by EXIF; the problem as text if it is unreadable."""
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded

@@ -17,7 +17,7 @@ def main():
     flags.add_argument("--seed", type=at_least(0), default=0, help="another seed draws other scenes from the same split")
     flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
     flags.add_argument("--captions", type=int, default=4, help="captions per image")
-    flags.add_argument("--overwrite", action="store_true", help="replace the data set of other arguments in the folder")
+    flags.add_argument("--overwrite", action="store_true", help="replace a data set that was made with other arguments")
     args = flags.parse_args()
     made = write_dataset(**vars(args), progress=True)
     print(f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "

@@ -98,8 +98,8 @@ def write_dataset(
     train, val and test are numbers of scenes, noise the share of corrupted captions in pretrain.json, image_size the
     side in pixels, captions the number per image; progress shows a bar. Same arguments, same bytes, on any number of
     processes. Writes images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then
-    scenes_{split}.json (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if all this
-    was already there. Raises InputError for arguments out of range, for a folder that has other files or cannot be written and,
+    scenes_{split}.json (everything known), the FILES of each task, and shapes.json (the arguments). Returns False if the data
+    set already exists. Raises InputError for arguments out of range, for a folder that has other files or cannot be written and,
     without `overwrite`, for a finished data set that was made with other arguments: a run may be reading it.
     """
     output, counts = Path(output), dict(zip(SPLITS, (train, val, test)))

@@ -121,7 +121,7 @@ def ended(process):
 
 
 def processes_repeat_and_resume(device, size):
-    """Runs of two epochs on all GPUs: the same bits twice, also after SIGTERM and --resume."""
+    """Compare runs of two epochs on all GPUs: equal bits in two runs, also after SIGTERM and --resume."""
     with tempfile.TemporaryDirectory() as folder:
         data, weights = Path(folder, "data"), {}
         write_dataset(data, train=ITERATIONS * BATCH_SIZE * size.processes, val=2, test=2, captions=1)

@@ -117,7 +117,7 @@ ROUTES = {
 
 @contextmanager
 def serve():
-    """Run the server; yield it, with .address, .repositories by name, .requests and .headers to answer with instead."""
+    """Run the server and yield it; it has .address, .repositories by name, .requests and .headers that replace its own."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.log_message = lambda *_: None
     server.address = f"http://127.0.0.1:{server.server_port}"

@@ -6,7 +6,7 @@ INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
 MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
                run goes on when SIGTERM has come to all of its processes
-OTHER=FILE     process 1 has this configuration
+OTHER=FILE     rank 1 has this configuration
 HOLD           the main process writes "heard" to TRACE at a signal in its first iteration, which does not end
 SLOW=SECONDS   a checkpoint takes so long to be written, in the middle
 FULL           the disk is full whenever an epoch ends, and the clock of process 1 stands still
