@@ -372,13 +372,6 @@ def make_output_dir(path, writes=True, patience=10, flag="--output_dir"):
             leftover.unlink(missing_ok=True)
 
 
-def remake_output_dir(path):
-    """Make the folder of a running run again if it is gone, and say so. Raises OSError."""
-    if not Path(path).is_dir():
-        Path(path).mkdir(parents=True, exist_ok=True)
-        print(f"note: {path} was gone and is made anew; what it held is lost", file=sys.stderr, flush=True)
-
-
 _held = {}  # output_dir -> the lock that this process has until it ends, however it ends
 
 

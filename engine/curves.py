@@ -7,8 +7,6 @@ import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import remake_output_dir
-
 
 class Curves:
     """Scalars by step in a folder. purge_step: what an earlier, killed run has drawn from this step on is hidden."""
@@ -25,7 +23,6 @@ class Curves:
     def add(self, values, step):
         """values: name -> number."""
         try:
-            remake_output_dir(self.folder.parent)
             self.folder.mkdir(exist_ok=True)
             if self.writer is None:
                 self.writer = SummaryWriter(str(self.folder), purge_step=self.purge_step)

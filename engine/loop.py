@@ -144,7 +144,7 @@ def finish_epoch(run, position, lr, validate, stop):
             raise TrainingStopped(f"epoch {epoch}: the validation score {name} is {metrics[name]}, so the best epoch is unknown; "
                                   f"{path} holds this epoch")  # fmt: skip
         write_log(run.output_dir, epoch, **metrics)
-        # if the folder vanished, so did the best checkpoint; rank 0 decides, because scores may differ in rounding
+        # the best one may have been moved away; rank 0 decides, because scores may differ in rounding
         better = metrics[name] > position.best.get("score", float("-inf")) or not (run.output_dir / BEST).exists()
         if gather_lists([better])[0]:
             next_epoch.best = {"score": metrics[name], "epoch": epoch}

@@ -23,8 +23,7 @@ from configs.schema import save_config, save_interval
 from models.checkpoint import check_vocabulary, load_weights, named_tensors, read_checkpoint
 from models.tokenizer import VOCABULARY
 from utils import (
-    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, environment_number, gather_lists, is_main,
-    remake_output_dir, world_size,
+    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, environment_number, gather_lists, is_main, world_size,
 )  # fmt: skip
 
 # a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is the SHA-256 in hexadecimal
@@ -59,12 +58,11 @@ class Position:
 
 @contextlib.contextmanager
 def writing(path, kept="", failures=OSError):
-    """Context that writes a file of a run, and makes a missing folder again. Raises TrainingStopped for `failures`.
+    """Context that writes a file of a run. Raises TrainingStopped for `failures`.
 
     kept: part of the message that names the unharmed files.
     """
     try:
-        remake_output_dir(path.parent)
         yield
     except failures as error:
         # torch.save says that a position is not the expected one, and the operating system why

@@ -296,12 +296,10 @@ def test_what_ends_a_run_waits_for_the_write(tiny_config, tmp_path, monkeypatch,
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-def test_an_output_dir_that_vanishes_is_made_anew(tiny_config, tmp_path, capsys, whole):
-    run(tiny_config, tmp_path / "parts", step=at(9, lambda: shutil.rmtree(tmp_path / "parts")))
-    assert "was gone and is made anew" in capsys.readouterr().err
-    expected, found = (read_weights(folder / LAST) for folder in (whole, tmp_path / "parts"))
-    assert all(torch.equal(value, found[name]) for name, value in expected.items())
-    assert log(tmp_path / "parts") == log(whole)[1:]
+def test_an_output_dir_that_vanishes_stops_the_run(tiny_config, tmp_path):
+    with pytest.raises(TrainingStopped, match=f"cannot write {tmp_path / 'run'}/.*: No such file or directory"):
+        run(tiny_config, tmp_path / "run", step=at(9, lambda: shutil.rmtree(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_clock_jumps_do_not_matter(tiny_config, tmp_path, monkeypatch, whole):
@@ -351,12 +349,15 @@ def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path):
         assert "holds the state of another optimizer" in refusal(run, config, tmp_path, True)
 
 
-def test_within_an_epoch_the_data_must_stay(tiny_config, tmp_path):
+def test_within_an_epoch_the_data_must_stay(tiny_config, sharded, tmp_path):
     stop_at(3, tiny_config, tmp_path / "run")
     (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
     assert "number of entries of train_file was 48 and must not change to 40" in refusal(run, config, tmp_path / "run", True)
+    config = {**tiny_config, "train_file": [sharded]}
+    stop_at(3, config, tmp_path / "shards")
+    assert "shuffle_buffer" in refusal(run, {**config, "shuffle_buffer": 1}, tmp_path / "shards", True)
 
 
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
