@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import json
 import os
 import sys
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -205,11 +206,22 @@ def captions_of(files):
 
 
 def train_vocab(captions, size, min_frequency=2):
-    """Train a WordPiece vocabulary of at most `size` pieces on an iterable of captions; return the pieces in order."""
-    backend = _word_pieces({}, OWN)
+    """Train a WordPiece vocabulary of at most `size` pieces on an iterable of captions; return the pieces in order.
+
+    The same captions give the same pieces. The trainer numbers letters inside of words in the order of a hash table, which is
+    another one in each process, and merges pairs of equal frequency by number. So these letters are given in order.
+    """
+    backend, captions = _word_pieces({}, OWN), list(captions)
+    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
+    words = Counter(word for caption in captions for word, _ in split(normalize(caption)))
+    counts = Counter()
+    for word, count in words.items():
+        counts.update(dict.fromkeys(word, count))
+    letters = sorted(counts, key=lambda letter: (-counts[letter], letter))[: max(1000, size)]
+    inner = {letter for word in words for letter in word[1:]}
     trainer = trainers.WordPieceTrainer(
-        vocab_size=size, min_frequency=min_frequency, limit_alphabet=max(1000, size),
-        special_tokens=list(SPECIAL.values()), show_progress=False,
+        vocab_size=size, min_frequency=min_frequency, initial_alphabet=letters, limit_alphabet=len(letters),
+        special_tokens=[*SPECIAL.values(), *(f"##{letter}" for letter in letters if letter in inner)], show_progress=False,
     )  # fmt: skip
     backend.train_from_iterator(captions, trainer)
     vocab = backend.get_vocab()

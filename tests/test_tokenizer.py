@@ -167,6 +167,14 @@ def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line
     assert [path.name for path in tmp_path.iterdir()] == ["train.json"]
 
 
+def test_the_same_captions_give_the_same_vocabulary():
+    # most pairs of letters are equally frequent
+    captions = [f"{a}{b}{c} {c}{b}" for a in "bcdfg" for b in "aeiou" for c in "klmnp"]
+    first = train_vocab(captions, 60)
+    assert len(first) == len(set(first)) == 60
+    assert all(train_vocab(iter(some), 60) == first for some in (captions, captions[::-1], captions[7:] + captions[:7]))
+
+
 @pytest.mark.parametrize("existing", ["v.txt", "v.tokenizer_config.json"])
 def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, existing):
     monkeypatch.chdir(tmp_path)
