@@ -14,7 +14,7 @@ PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes pa
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z].*:.*## / { split($$1, name, " "); printf "%-16s%s\n", name[1], $$2 }' Makefile
 
-quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500: 6 GB of disk, 8 min on two cores
+quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500: 6 GB of disk, 7 min on two cores
 	$(BIN)/python -m dataset.shapes --output data/shapes
 	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --output_dir output/quickstart --resume
 	$(BIN)/python Visualize.py --output_dir output/quickstart
