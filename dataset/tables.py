@@ -59,11 +59,8 @@ def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Ite
     delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
     names, at = None, 0
 
-    def as_letters(line):
-        return [cell.strip(" ") for cell in line.rstrip("\r\n").split(delimiter)]
-
     def begins_row(line):
-        cells = [cell.strip('"') for cell in as_letters(line)]
+        cells = [cell.strip('"') for cell in _split_plainly(line, delimiter)]
         return len(cells) == len(names) and is_row(dict(zip(names, cells)))
 
     def record():
@@ -83,7 +80,7 @@ def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Ite
         place, width = f"line {at + 1}", len(names or ())
         wrong = cells is None or names and any(cells) and len(cells) != width
         if wrong and len(read) == 1:
-            letters = as_letters(lines[at])
+            letters = _split_plainly(lines[at], delimiter)
             if len(letters) == width or not names:
                 cells, wrong = letters, False
                 notes.append(place)
@@ -98,6 +95,11 @@ def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Ite
                                     "stand in double quotes, and a double quote in it be doubled")
         elif any(cells):  # spreadsheets end in rows of empty cells
             yield place, dict(zip(names, cells))
+
+
+def _split_plainly(line, delimiter):
+    """Return the cells of a line in which double quotes are letters."""
+    return [cell.strip(" ") for cell in line.rstrip("\r\n").split(delimiter)]
 
 
 def find_columns(names, path_column: str | None, text_column: str | None, path: str) -> tuple[str, str]:
