@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # OpenMP threads that spin while they wait would slow down other programs on the machine
 export OMP_WAIT_POLICY ?= passive
+ifeq ($(OMP_WAIT_POLICY),passive)
+export GOMP_SPINCOUNT ?= 5000
+endif
 
 # the driver of experiments; the + has `make -n` call it, too, to show the runs
 DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)

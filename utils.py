@@ -56,7 +56,8 @@ def begin_script(flags):
     A signal during the imports ends the process with one line.
     """
     # OpenMP threads of torch would spin while they wait and slow down other programs on the machine
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if os.environ.setdefault("OMP_WAIT_POLICY", "passive") == "passive":
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # a short spin: to sleep at once slows down a quiet machine
     # each data worker tokenizes in one thread; without this variable the library warns at every fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # from Pillow; dataset.images refuses such an image

@@ -183,17 +183,18 @@ def test_all_processes_of_torchrun_say_the_same_once():
     assert said.count("did you mean --output_dir?") == 1, said
 
 
-@pytest.mark.parametrize("given, found", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_environment_says(given, found):
+@pytest.mark.parametrize("given, found, spins", [({}, "passive", "5000"), ({"OMP_WAIT_POLICY": "active"}, "active", "None")])
+def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_environment_says(given, found, spins):
     program = """
 import argparse, os, sys, utils
 before = os.environ.get("OMP_WAIT_POLICY")
 utils.begin_script(argparse.ArgumentParser())
-print(before, os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+print(before, os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 """
-    environment = {**{key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}, **given}
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    environment = {**kept, **given}
     told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert told.stdout.split() == [str(given.get("OMP_WAIT_POLICY")), found, "False"], told.stderr
+    assert told.stdout.split() == [str(given.get("OMP_WAIT_POLICY")), found, spins, "False"], told.stderr
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():
