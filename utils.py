@@ -305,6 +305,14 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+def hash_contents(contents) -> str:
+    """Return one digest of an iterable of byte strings or contiguous arrays, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
 def hash_file(path):
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as file:

@@ -29,7 +29,7 @@ import numpy as np
 from dataset.cache import load_cached, locate, unreadable
 from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
-from utils import InputError, TrainingStopped, atomic_write, open_regular, read_regular
+from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular, read_regular
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 12  # entries that are checked and written at a time
@@ -152,10 +152,7 @@ class Entries:
 
     def digest(self) -> str:
         """Return a digest of all entries, 16 hexadecimal digits, computed from the checksums of their lines."""
-        digest = hashlib.blake2b(digest_size=8)
-        for store in self._stores:
-            digest.update(np.ascontiguousarray(store.index))
-        return digest.hexdigest()
+        return hash_contents(np.ascontiguousarray(store.index) for store in self._stores)
 
     def where(self, i):
         """Return the file and number of entry i for error messages."""

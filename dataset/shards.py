@@ -8,7 +8,6 @@ A scan of the headers finds the start of each sample. A sample is then read by i
 import contextlib
 import functools
 import glob
-import hashlib
 import io
 import itertools
 import json
@@ -24,7 +23,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from dataset.cache import load_cached, locate
-from utils import InputError, TrainingStopped, atomic_write, open_regular
+from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
@@ -113,10 +112,7 @@ class Shards:
 
     def digest(self) -> str:
         """Return a digest of the positions of all samples, 16 hexadecimal digits."""
-        digest = hashlib.blake2b(digest_size=8)
-        for kept in self._kept:
-            digest.update(np.ascontiguousarray(kept))
-        return digest.hexdigest()
+        return hash_contents(map(np.ascontiguousarray, self._kept))
 
     def place(self, index):
         """Return the Place of a sample."""

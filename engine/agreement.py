@@ -1,12 +1,11 @@
 """Compare the ranks of a run before the first step: configuration, seed, tokenizer, code and data."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from configs.schema import FILE_KEYS
-from utils import InputError, gather_lists, is_distributed
+from utils import InputError, gather_lists, hash_contents, is_distributed
 
 # nodes may have different paths and numbers of cores
 OF_A_NODE = {*FILE_KEYS, "num_workers"}
@@ -29,8 +28,8 @@ def check_agreement(config: dict, seed: int, tokenizer, data_sets: dict) -> None
     own = {f"the key {key}": value for key, value in config.items() if key not in OF_A_NODE}
     own["--seed"] = seed
     own |= {key: f"{len(data_set)} samples ({data_set.digest()})" for key, data_set in data_sets.items()}
-    own["the tokenizer"] = _digest(tokenizer.backend_tokenizer.to_str().encode())
-    own["the code"] = f"{_digest(*map(Path.read_bytes, _sources()))} with torch {torch.__version__}"
+    own["the tokenizer"] = hash_contents([tokenizer.backend_tokenizer.to_str().encode()])
+    own["the code"] = f"{hash_contents(map(Path.read_bytes, _sources()))} with torch {torch.__version__}"
     first, *others = gather_lists([own])
     for rank, other in enumerate(others, 1):
         for name in first | other:
@@ -43,11 +42,3 @@ def _sources():
     root = Path(__file__).resolve().parents[1]
     folders = ("configs", "dataset", "engine", "evaluation", "models", "optim", "scheduler")
     return sorted(path for folder in folders for path in (root / folder).glob("**/*.py"))
-
-
-def _digest(*contents):
-    """Return a digest of bytes, 16 hexadecimal digits."""
-    digest = hashlib.blake2b(digest_size=8)
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()

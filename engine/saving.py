@@ -402,9 +402,8 @@ def resume(path, model, optimizer, config, seed, entries=None):
         if saved["world_size"] != world_size():
             print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
                   "of the epoch is still seen once, in another order")
-        # the vocabulary was compared above, and earlier versions saved the path of bert_config
-        same = {"tokenizer"} | ({"bert_config"} if isinstance(saved_config.get("bert_config"), str) else set())
-        if changed := [key for key in config if key not in same and saved_config.get(key) != config[key]]:
+        # the vocabulary was compared above
+        if changed := [key for key in config if key != "tokenizer" and saved_config.get(key) != config[key]]:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
     return position
 
