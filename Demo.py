@@ -1,7 +1,8 @@
 """Try trained models on a page in the browser of this machine, with a tab for each task.
 
-The tabs are search in images, matching with heat maps, questions, entailment, statements on two images and the pseudo-targets of
-Figure 2. No data leaves the machine, and no other machine can open the page.
+The tabs are search in images, matching with heat maps, questions, entailment, statements on two
+images and the pseudo-targets of Figure 2. No data leaves the machine, and no other machine can open
+the page.
 """
 
 import importlib.util
@@ -13,8 +14,16 @@ from utils import InputError, begin_script, interruptible, printable, run_script
 
 flags = Flags(__doc__, "output/quickstart output/shapes/VQA --images photos/")
 HOST = "127.0.0.1"
-flags.add_argument("checkpoint", nargs="+", help="the folder of a run, a weight file, or a hub repository, of any task")
-flags.add_argument("--images", metavar="FOLDER", help="the images to search in (default: the images of the checkpoint's test_file)")
+flags.add_argument(
+    "checkpoint",
+    nargs="+",
+    help="the folder of a run, a weight file, or a hub repository, of any task",
+)
+flags.add_argument(
+    "--images",
+    metavar="FOLDER",
+    help="the images to search in (default: the images of the checkpoint's test_file)",
+)
 flags.add_argument("--port", type=int, default=7860, help=f"port of http://{HOST}")
 flags.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if there is a GPU)")
 
@@ -29,7 +38,9 @@ def check_gradio_and_port():
     try:
         socket.create_server((HOST, port)).close()
     except OSError as error:
-        raise InputError(f"--port {port}: {os.strerror(error.errno)}: end what listens there, or name another port") from None
+        raise InputError(
+            f"--port {port}: {os.strerror(error.errno)}: end what listens there, or name another port"
+        ) from None
 
 
 if __name__ == "__main__":
@@ -48,7 +59,10 @@ from models import ALIGNED
 
 
 def load_models(sources, device):
-    """Return the models of checkpoints for which there is a tab, by the names given. Raises InputError where there is none."""
+    """Return the models of checkpoints for which there is a tab, by the names given.
+
+    Raises InputError where there is none.
+    """
     models = {}
     for source in (source.rstrip("/") for source in sources):
         print(f"loading {source}", flush=True)
@@ -56,9 +70,13 @@ def load_models(sources, device):
         if any(model.task in tab.tasks for tab in TABS):
             models[source] = model
         else:
-            print(f"note: {source} is left out: it is of task {model.task}, for which there is no tab")
+            print(
+                f"note: {source} is left out: it is of task {model.task}, for which there is no tab"
+            )
     if not models:
-        raise InputError("none of the checkpoints has a tab: give one of pre-training, retrieval, VQA, VE or NLVR2")
+        raise InputError(
+            "none of the checkpoints has a tab: give one of pre-training, retrieval, VQA, VE or NLVR2"
+        )
     return models
 
 
@@ -67,14 +85,19 @@ def read_test_data(models):
     data = {}
     for name, model in models.items():
         try:
-            data[name] = build_dataset(f"{'retrieval' if model.task == 'pretrain' else model.task}_test", model.config)
+            data[name] = build_dataset(
+                f"{'retrieval' if model.task == 'pretrain' else model.task}_test", model.config
+            )
         except InputError:  # on another machine, or of grounding
             pass
     return data
 
 
 def find_usable(folder):
-    """Return the paths of the images in a folder and below that can be used; the others are named. Raises InputError."""
+    """Return the paths of the images in a folder and below that can be used; the others are named.
+
+    Raises InputError.
+    """
     images, problems, _ = find_images([folder])
     usable = []
     for path in images:
@@ -105,13 +128,17 @@ def main():
     data, searching = read_test_data(models), those_of(models, ALIGNED)
     paths = []
     if args.images and not searching:
-        raise InputError(f"--images {args.images}: none of the checkpoints can search: add one of pre-training or retrieval")
+        raise InputError(
+            f"--images {args.images}: none of the checkpoints can search: add one of pre-training or retrieval"
+        )
     if args.images:
         paths = find_usable(args.images)
     elif dataset := next((data[name] for name in searching if name in data), None):
         paths = [os.path.abspath(dataset.files(i)[0]) for i in range(len(dataset))]
     elif searching:
-        print("note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach")
+        print(
+            "note: no tab to search in, as --images is not given and the checkpoint's test_file is out of reach"
+        )
     features = embed(searching, paths) if paths else {}
     with tempfile.TemporaryDirectory(prefix="albef-demo-") as folder:
         # copies of shown images and uploads, including unfinished uploads

@@ -1,31 +1,41 @@
-"""Fine-tunes ALBEF on image-text pairs alone and grounds referring expressions by Grad-CAM (Section 5)."""
+"""Fine-tunes ALBEF on image-text pairs alone and grounds referring expressions by Grad-CAM (Section
+5).
+"""
 
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
 flags = task_flags(__doc__, "configs/Grounding.yaml", "--checkpoint refcoco.pth --evaluate")
-flags.add_argument("--gradcam_mode", choices=["itm", "itc"], default="itm",
-                   help="itm: cross-attention of the multimodal encoder; itc: self-attention of the image encoder")  # fmt: skip
-flags.add_argument("--block_num", type=int, help="block whose attention is used; by default the third multimodal layer "
-                   "(8 of 12, the last where there are fewer) for itm, the last of the ViT for itc")  # fmt: skip
+flags.add_argument(
+    "--gradcam_mode",
+    choices=["itm", "itc"],
+    default="itm",
+    help="itm: cross-attention of the multimodal encoder; itc: self-attention of the image encoder",
+)
+flags.add_argument(
+    "--block_num",
+    type=int,
+    help="block whose attention is used; by default the third multimodal layer "
+    "(8 of 12, the last where there are fewer) for itm, the last of the ViT for itc",
+)
 if __name__ == "__main__":
     begin_script(flags)
 
 import functools
 
-from Retrieval import step
 from engine import autocast
 from engine.task import run_task
 from evaluation.divide import divide, gather
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from models.gradcam import check_block, text_gradcam
+from Retrieval import step
 
 
 def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
     """Return (ref_id, heat map [h, w]) of every expression, on all processes.
 
-    mode: itm, matching on the cross-attention of a multimodal layer, the mean over tokens, or itc, similarity on the
-    self-attention of a ViT block; block_num: the layer, None for the usual one.
+    mode: itm, matching on the cross-attention of a multimodal layer, the mean over tokens, or itc,
+    similarity on the self-attention of a ViT block; block_num: the layer, None for the usual one.
     """
     model.eval()
     found = {}
@@ -38,7 +48,8 @@ def heat_maps(model, dataset, tokenizer, config, device, mode, block_num):
 
 
 def evaluate(model, dataset, tokenizer, config, device, report=None, *, mode, block_num):
-    """Return the percentage of expressions whose best detected box is right, for each split of the refs in the data set.
+    """Return the percentage of expressions whose best detected box is right, for each split of the
+    refs in the data set.
 
     Report a line for each, with the percent of a random box.
     """
@@ -46,10 +57,14 @@ def evaluate(model, dataset, tokenizer, config, device, report=None, *, mode, bl
     shares = grounding_accuracy(maps, *dataset.refer, dataset.detections)
     if report:
         refer = dataset.refer
-        chance = chance_grounding(refer.refs, refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps])
+        chance = chance_grounding(
+            refer.refs, refer.boxes, dataset.detections, [ref_id for ref_id, _ in maps]
+        )
         for name, share in shares.items():
             split = name.removesuffix("_d")
-            print(f"grounding, {report.title}: {split} {100 * share:.2f}% (a random box: {100 * chance[name]:.1f}%)")
+            print(
+                f"grounding, {report.title}: {split} {100 * share:.2f}% (a random box: {100 * chance[name]:.1f}%)"
+            )
     return {name: 100 * share for name, share in shares.items()}
 
 

@@ -1,6 +1,7 @@
 """Fine-tunes ALBEF for NLVR2 (Section 5) and evaluates it: is the sentence true of the two images?
 
---checkpoint is a model after text assignment (Pretrain_nlvr.py) or, "w/o TA", a plain pre-trained one.
+--checkpoint is a model after text assignment (Pretrain_nlvr.py) or, "w/o TA", a plain pre-trained
+one.
 """
 
 from configs.flags import task_flags

@@ -1,10 +1,16 @@
-"""Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file, evaluates zero-shot."""
+"""Pre-trains ALBEF on image-caption pairs (Section 3) and, if the configuration names a test_file,
+evaluates zero-shot.
+"""
 
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
 flags = task_flags(__doc__, "configs/Pretrain.yaml", "--set batch_size=32 accumulate=2")
-flags.add_argument("--vision_encoder", metavar="VIT", help="ViT weights: timm name, folder, .pth, .safetensors, or random")
+flags.add_argument(
+    "--vision_encoder",
+    metavar="VIT",
+    help="ViT weights: timm name, folder, .pth, .safetensors, or random",
+)
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -15,11 +21,16 @@ from models.checkpoint import load_text_encoder, load_vision_encoder
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(batch.image, batch.text, alpha=alpha, masked=batch.masked, update_momentum=update_momentum)
+    return model(
+        batch.image, batch.text, alpha=alpha, masked=batch.masked, update_momentum=update_momentum
+    )
 
 
 def initialize(model, config):
-    """Load BERT and DeiT (Section 3.1), but where the configuration says random. Return the load reports."""
+    """Load BERT and DeiT (Section 3.1), but where the configuration says random.
+
+    Return the load reports.
+    """
     sources = (("text_encoder", load_text_encoder), ("vision_encoder", load_vision_encoder))
     return [load(model, config[key]) for key, load in sources if config[key] != "random"]
 

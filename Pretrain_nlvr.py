@@ -1,4 +1,6 @@
-"""Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the second, or neither?"""
+"""Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the
+second, or neither?
+"""
 
 from configs.flags import task_flags
 from utils import begin_script, run_script

@@ -1,10 +1,20 @@
-"""Fine-tunes ALBEF for image-text retrieval (Section 5) and evaluates it: ITC ranking, then ITM re-ranking."""
+"""Fine-tunes ALBEF for image-text retrieval (Section 5) and evaluates it:
+
+ITC ranking, then ITM re-ranking.
+"""
 
 from configs.flags import task_flags
 from utils import begin_script, run_script
 
-flags = task_flags(__doc__, "configs/Retrieval_flickr.yaml", "--checkpoint ALBEF.pth --k_test 16 128")
-flags.add_argument("--k_test", nargs="+", metavar="K", help="numbers of candidates to re-rank, each gives a row of the table")
+flags = task_flags(
+    __doc__, "configs/Retrieval_flickr.yaml", "--checkpoint ALBEF.pth --k_test 16 128"
+)
+flags.add_argument(
+    "--k_test",
+    nargs="+",
+    metavar="K",
+    help="numbers of candidates to re-rank, each gives a row of the table",
+)
 if __name__ == "__main__":
     begin_script(flags)
 
@@ -17,7 +27,9 @@ from utils import InputError
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum)
+    return model(
+        batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum
+    )
 
 
 def candidates(values):
@@ -27,13 +39,17 @@ def candidates(values):
     except ValueError:
         ks = [0]
     if ks and min(ks) < 1:
-        raise InputError(f"--k_test {' '.join(values)}: give whole numbers from 1, the candidates that ITM ranks again")
+        raise InputError(
+            f"--k_test {' '.join(values)}: give whole numbers from 1, the candidates that ITM ranks again"
+        )
     return ks
 
 
 def main():
     args = flags.parse_args()
-    run_task("retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean")
+    run_task(
+        "retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean"
+    )
 
 
 if __name__ == "__main__":

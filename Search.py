@@ -1,7 +1,7 @@
 """Search folders of images by a text or an example, and list near-copies.
 
-`index` adds the images of folders to an index, and embeds changed images again. `query` and `duplicates` read the index.
-Results go to standard output, progress and notes to standard error.
+`index` adds the images of folders to an index, and embeds changed images again. `query` and
+`duplicates` read the index. Results go to standard output, progress and notes to standard error.
 """
 
 from pathlib import Path
@@ -11,30 +11,62 @@ from utils import begin_script, run_script
 
 DEVICE = {"help": "cuda, cuda:1, ... or cpu (default: cuda if there is a GPU)"}
 flags = Flags(__doc__, "index photos --checkpoint flickr30k.pth --to output/photos")
-index = flags.add_command("index", "Embed the images of folders and add them to an index.",
-                          "photos --checkpoint flickr30k.pth --to output/photos")  # fmt: skip
-index.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of images, searched at any depth")
-index.add_argument("--prune", action="store_true", help="remove indexed images that are not in a FOLDER")
-index.add_argument("--checkpoint", required=True, metavar="FILE", help="checkpoint of pre-training, retrieval or grounding: a "
-                   "file, the folder of a run, or a hub repository USER/NAME[@REVISION]")  # fmt: skip
+index = flags.add_command(
+    "index",
+    "Embed the images of folders and add them to an index.",
+    "photos --checkpoint flickr30k.pth --to output/photos",
+)
+index.add_argument(
+    "folders", nargs="+", metavar="FOLDER", help="folder of images, searched at any depth"
+)
+index.add_argument(
+    "--prune", action="store_true", help="remove indexed images that are not in a FOLDER"
+)
+index.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="FILE",
+    help="checkpoint of pre-training, retrieval or grounding: a "
+    "file, the folder of a run, or a hub repository USER/NAME[@REVISION]",
+)
 index.add_argument("--to", required=True, metavar="INDEX", help="folder of the index")
-index.add_argument("--config", metavar="FILE", help="for a checkpoint without one: the YAML file it was trained with")
+index.add_argument(
+    "--config",
+    metavar="FILE",
+    help="for a checkpoint without one: the YAML file it was trained with",
+)
 index.add_set()
 index.add_argument("--device", **DEVICE)
-query = flags.add_command("query", "Print the images that fit a text or an example best, with scores.",
-                          'output/photos "two dogs in the snow" --html dogs.html')  # fmt: skip
+query = flags.add_command(
+    "query",
+    "Print the images that fit a text or an example best, with scores.",
+    'output/photos "two dogs in the snow" --html dogs.html',
+)
 query.add_argument("index", metavar="INDEX", help="folder of the index")
 query.add_argument("text", nargs="?", metavar="TEXT", help="what the images show")
-query.add_argument("--image", metavar="FILE", help="an example; with a text, images that are similar to both")
+query.add_argument(
+    "--image", metavar="FILE", help="an example; with a text, images that are similar to both"
+)
 query.add_argument("-k", type=at_least(1), default=20, help="images to print")
-query.add_argument("--rerank", type=at_least(0), metavar="N", help="rank the N most similar images by their match with the "
-                   "text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)")  # fmt: skip
+query.add_argument(
+    "--rerank",
+    type=at_least(0),
+    metavar="N",
+    help="rank the N most similar images by their match with the "
+    "text (ITM), 0 for none; the others follow by similarity (default: the checkpoint's k_test)",
+)
 query.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
-query.add_argument("--checkpoint", metavar="FILE", help="new path of the index's checkpoint, if it has moved")
+query.add_argument(
+    "--checkpoint", metavar="FILE", help="new path of the index's checkpoint, if it has moved"
+)
 query.add_argument("--device", **DEVICE)
-copies = flags.add_command("duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99")
+copies = flags.add_command(
+    "duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99"
+)
 copies.add_argument("index", metavar="INDEX", help="folder of the index")
-copies.add_argument("--threshold", type=float, default=0.98, help="smallest similarity of near-copies, at most 1")
+copies.add_argument(
+    "--threshold", type=float, default=0.98, help="smallest similarity of near-copies, at most 1"
+)
 copies.add_argument("--device", **DEVICE)
 if __name__ == "__main__":
     begin_script(flags)
@@ -49,8 +81,16 @@ from engine.processes import find_device
 from engine.saving import writing
 from inference import load_model
 from inference.index import (
-    UNUSABLE, count_others, find_images, load_model_of, near_copies, open_index, read_index, search, update_index,
-)  # fmt: skip
+    UNUSABLE,
+    count_others,
+    find_images,
+    load_model_of,
+    near_copies,
+    open_index,
+    read_index,
+    search,
+    update_index,
+)
 from inference.inputs import UnknownWords
 from utils import InputError, interruptible, printable
 from visualize.page import check_page, write_page
@@ -73,7 +113,8 @@ def print_results(lines):
     try:
         print("\n".join(lines), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports the error at exit
+        # otherwise Python reports the error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_index(args):
@@ -85,10 +126,17 @@ def make_index(args):
     with interruptible(f"{args.to} has what was embedded so far; the same command goes on"):
         changes = update_index(args.to, before, model, images, problems, args.prune)
     rate = changes.embedded / (time.monotonic() - start)
-    print_results([f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
-                   + f" ({rate:.1f} per second)" * bool(changes.embedded) + f", {changes.removed} removed"])  # fmt: skip
+    print_results(
+        [
+            f"{args.to}: {changes.total} images, {changes.kept} as before, {changes.embedded} embedded"
+            + f" ({rate:.1f} per second)" * bool(changes.embedded)
+            + f", {changes.removed} removed"
+        ]
+    )
     if others:
-        note(f"  left out: other files: {count_others(others)}; images have the suffixes of {', '.join(FORMATS)}")
+        note(
+            f"  left out: other files: {count_others(others)}; images have the suffixes of {', '.join(FORMATS)}"
+        )
     for path, problem in changes.unusable[:SHOWN]:
         note(f"  left out: {show(path)}: {problem}")
     if len(changes.unusable) > SHOWN:
@@ -106,7 +154,9 @@ def open_for_reading(folder):
 def answer_query(args):
     """Print the images that fit best, and write the page."""
     if Path(args.text or "").suffix.lower() in SUFFIXES and os.path.isfile(args.text):
-        raise InputError(f"TEXT {args.text} is an image file: --image {args.text} searches for images like it")
+        raise InputError(
+            f"TEXT {args.text} is an image file: --image {args.text} searches for images like it"
+        )
     if args.html:
         check_page(args.html)
     found_in = open_for_reading(args.index)
@@ -118,14 +168,20 @@ def answer_query(args):
         note(f"note: {warning.message}")
     print_results(f"{score:8.3f}  {show(path)}" for path, score in found)
     if args.html:
-        ranked_by = "similarity (ITC)" if args.text is None or args.rerank == 0 else "matching (ITM), then by similarity (ITC)"
+        ranked_by = (
+            "similarity (ITC)"
+            if args.text is None or args.rerank == 0
+            else "matching (ITM), then by similarity (ITC)"
+        )
         with writing(Path(args.html)):
             write_page(args.html, found, len(found_in.paths), ranked_by, args.text, args.image)
         note(f"wrote {args.html}")
 
 
 def list_copies(args):
-    """Print groups of near-copies, each image with its similarity to the one before it that is most similar."""
+    """Print groups of near-copies, each image with its similarity to the one before it that is most
+    similar.
+    """
     if not 0 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
     groups = near_copies(open_for_reading(args.index), args.threshold, find_device(args.device))

@@ -1,4 +1,6 @@
-"""Fine-tunes ALBEF for visual entailment (Section 5) and evaluates it: does the sentence follow from the image?"""
+"""Fine-tunes ALBEF for visual entailment (Section 5) and evaluates it: does the sentence follow
+from the image?
+"""
 
 from configs.flags import task_flags
 from utils import begin_script, run_script

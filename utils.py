@@ -18,16 +18,19 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# NumPy and torch are imported inside functions: they take seconds, and --help must not wait for them
+# NumPy and torch are imported inside functions: they take seconds, and --help must not wait for
+# them
 
 
 TIMEOUT = 1800  # seconds that a process waits for other ranks
 
 
 class InputError(Exception):
-    """A wrong input of the user. The message is one line that names the file, key or line, and the remedy.
+    """A wrong input of the user. The message is one line that names the file, key or line, and the
+    remedy.
 
-    Scripts print it without a traceback and exit with status 2. kind: short name of the problem of a list's entry, for counts.
+    Scripts print it without a traceback and exit with status 2. kind: short name of the problem of
+    a list's entry, for counts.
     """
 
     def __init__(self, message, kind="other"):
@@ -36,14 +39,21 @@ class InputError(Exception):
 
 
 class TrainingStopped(Exception):
-    """Training cannot go on (a loss is not finite, too many broken images). Scripts exit with status 1."""
+    """Training cannot go on (a loss is not finite, too many broken images).
+
+    Scripts exit with status 1.
+    """
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; sent by the launcher or the batch system to end the run
+# Ctrl-C; sent by the launcher or the batch system to end the run
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal of SIGNALS ends the run. Scripts print the message, if there is one, and exit with status 130 or 143."""
+    """A signal of SIGNALS ends the run.
+
+    Scripts print the message, if there is one, and exit with status 130 or 143.
+    """
 
     def __init__(self, signum, message=""):
         super().__init__(message and f"{signal.Signals(signum).name}: {message}")
@@ -51,28 +61,34 @@ class Interrupted(KeyboardInterrupt):
 
 
 def begin_script(flags):
-    """Parse a script's flags before its imports, which take seconds, so that --help and mistakes print at once.
+    """Parse a script's flags before its imports, which take seconds, so that --help and mistakes
+    print at once.
 
     A signal during the imports ends the process with one line.
     """
     # OpenMP threads of torch would spin while they wait and slow down other programs on the machine
     if os.environ.setdefault("OMP_WAIT_POLICY", "passive") == "passive":
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # a short spin: to sleep at once slows down a quiet machine
-    # each data worker tokenizes in one thread; without this variable the library warns at every fork
+        # a short spin: to sleep at once slows down a quiet machine
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # each data worker tokenizes in one thread; without this variable the library warns at every
+    # fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # from Pillow; dataset.images refuses such an image
+    # from Pillow; dataset.images refuses such an image
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     for signum in SIGNALS:
         signal.signal(signum, end_at_once)
     run_script(flags.parse_args)
 
 
 def run_script(main):
-    """Run a script's main function. A signal, InputError or TrainingStopped becomes one line and the exit status.
+    """Run a script's main function. A signal, InputError or TrainingStopped becomes one line and
+    the exit status.
 
     Every other exception keeps its traceback, on every rank.
     """
     status, message = 0, ""
-    if hasattr(sys.stdout, "reconfigure"):  # missing in a notebook, or if stdout is None because it was closed at the start
+    # missing in a notebook, or if stdout is None because it was closed at the start
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         with interruptible("ended before it was complete"):
@@ -82,10 +98,14 @@ def run_script(main):
     except KeyboardInterrupt as error:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error)
     except (TrainingStopped, InputError) as error:
-        # a message may hold text of a library or server, with line breaks and escape sequences of the terminal
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).splitlines()))
+        # a message may hold text of a library or server, with line breaks and escape sequences of
+        # the terminal
+        text = "".join(
+            c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(error).splitlines())
+        )
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {text}"
-        # most likely all ranks have the same message; the launcher ends this one once the first has exited
+        # most likely all ranks have the same message; the launcher ends this one once the first has
+        # exited
         time.sleep(min(_launched_rank(), 8))
     except Exception as error:
         _add_memory_hint(error)
@@ -96,8 +116,8 @@ def run_script(main):
     if message and (not _launched_rank() or status in (1, 2)):
         print(message, file=sys.stderr, flush=True)
     if is_distributed():
-        # a normal exit would wait for pending collective operations, in which other ranks wait for this process;
-        # after a complete run gloo's threads may abort the process
+        # a normal exit would wait for pending collective operations, in which other ranks wait for
+        # this process; after a complete run gloo's threads may abort the process
         sys.stdout.flush()
         os._exit(status)
     if status:
@@ -107,15 +127,21 @@ def run_script(main):
 def _add_memory_hint(error):
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
-        error.add_note("out of memory: lower batch_size (not below 2; batch_size_test in an evaluation), set precision to bf16 "
-                       "or gradient_checkpointing to true")  # fmt: skip
+        error.add_note(
+            "out of memory: lower batch_size (not below 2; batch_size_test in an evaluation), set precision to bf16 "
+            "or gradient_checkpointing to true"
+        )
 
 
 def _print_traceback(error):
-    """Print the traceback of a rank, and record it for torchrun, which shows the first one of all ranks."""
+    """Print the traceback of a rank, and record it for torchrun, which shows the first one of all
+    ranks.
+    """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    error.add_note(f"rank {rank()}: if another rank has ended before, its error is the cause; continue with --resume")
+    error.add_note(
+        f"rank {rank()}: if another rank has ended before, its error is the cause; continue with --resume"
+    )
     print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         get_error_handler().record_exception(error)
@@ -123,7 +149,9 @@ def _print_traceback(error):
 
 @contextlib.contextmanager
 def interruptible(message):
-    """Context in which a signal raises Interrupted with this message and a second signal ends the process at once."""
+    """Context in which a signal raises Interrupted with this message and a second signal ends the
+    process at once.
+    """
     process = os.getpid()
 
     def interrupt(signum, _):
@@ -144,17 +172,20 @@ def interruptible(message):
 def end_at_once(signum, _):
     """Handle a signal: end this process."""
     if not _launched_rank():
-        os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())  # the signal may have interrupted a print
+        # the signal may have interrupted a print
+        os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())
     os._exit(128 + signum)
 
 
 def _launched_rank():
-    """Return the rank of this process from the launcher's variables, which are set before it joins the group."""
+    """Return the rank of this process from the launcher's variables, which are set before it joins
+    the group.
+    """
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(rank) if rank.isdecimal() else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # processes and seeds
 
 
@@ -163,7 +194,9 @@ _alone = contextvars.ContextVar("alone", default=False)
 
 @contextlib.contextmanager
 def alone():
-    """Context in which this process computes by itself: it neither shares work with other ranks nor waits for them."""
+    """Context in which this process computes by itself: it neither shares work with other ranks nor
+    waits for them.
+    """
     token = _alone.set(True)
     try:
         yield
@@ -172,9 +205,16 @@ def alone():
 
 
 def _group():
-    """Return torch.distributed if this process has joined a group, else None. Without the import there is no group."""
+    """Return torch.distributed if this process has joined a group, else None.
+
+    Without the import there is no group.
+    """
     dist = sys.modules.get("torch.distributed")
-    return dist if dist and dist.is_available() and dist.is_initialized() and not _alone.get() else None
+    return (
+        dist
+        if dist and dist.is_available() and dist.is_initialized() and not _alone.get()
+        else None
+    )
 
 
 def is_distributed():
@@ -209,12 +249,19 @@ def cores():
 
 
 def environment_number(name: str, default: int | None = None) -> int:
-    """Return a whole number from the environment. Raises InputError if it is no number, or missing without a default."""
+    """Return a whole number from the environment.
+
+    Raises InputError if it is no number, or missing without a default.
+    """
     text = os.environ.get(name) or default
     if text is None:
-        raise InputError(f"{name} is missing in the environment: start several processes by torchrun or srun, or unset WORLD_SIZE")
+        raise InputError(
+            f"{name} is missing in the environment: start several processes by torchrun or srun, or unset WORLD_SIZE"
+        )
     if not str(text).isdecimal():
-        raise InputError(f"{name}={text} in the environment is not a whole number: unset it, or start by torchrun or srun")
+        raise InputError(
+            f"{name}={text} in the environment is not a whole number: unset it, or start by torchrun or srun"
+        )
     return int(text)
 
 
@@ -224,14 +271,19 @@ def local_rank():
 
 
 def seed_of(*coordinates):
-    """Return a well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration, rank)."""
+    """Return a well-mixed 63-bit seed for whole-number coordinates such as (seed, epoch, iteration,
+    rank).
+    """
     import numpy as np
 
     return int(np.random.SeedSequence(coordinates).generate_state(1, np.uint64)[0] >> 1)
 
 
 def seed_everything(*coordinates):
-    """Seed Python, NumPy and torch (all devices). Every training step does so: resuming needs no generator state."""
+    """Seed Python, NumPy and torch (all devices).
+
+    Every training step does so: resuming needs no generator state.
+    """
     import numpy as np
     import torch
 
@@ -242,27 +294,37 @@ def seed_everything(*coordinates):
 
 
 def make_deterministic():
-    """Make every operation give the same result each time (key deterministic), also where a GPU has a faster one."""
+    """Make every operation give the same result each time (key deterministic), also where a GPU has
+    a faster one.
+    """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help against bugs, of which every allocation pays the cost
+    # a help against bugs, of which every allocation pays the cost
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
 def printable(path):
-    """Return a path for the screen or a list: unchanged, or quoted with escapes if it has unprintable characters."""
+    """Return a path for the screen or a list: unchanged, or quoted with escapes if it has
+    unprintable characters.
+    """
     return path if path.isprintable() else ascii(path)
 
 
 def open_regular(path):
-    """Open a regular file to read its bytes. Raises OSError for another kind: a FIFO would block, a device would never end."""
-    file = open(os.fspath(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    """Open a regular file to read its bytes.
+
+    Raises OSError for another kind: a FIFO would block, a device would never end.
+    """
+    file = open(
+        os.fspath(path), "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+    )
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -280,7 +342,8 @@ TEMPORARY = ".tmp"  # how the names of files end that are not complete; they beg
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside path and rename it to path after the block, so that no incomplete file appears.
+    """Open a temporary file beside path and rename it to path after the block, so that no
+    incomplete file appears.
 
     Raises OSError, also if `path` exists but is not a regular file.
     """
@@ -297,7 +360,8 @@ def atomic_write(path, mode="wb"):
     except BaseException:
         name.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # the new name should also survive a power failure, if the file system can sync folders
+    # the new name should also survive a power failure, if the file system can sync folders
+    with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -320,12 +384,18 @@ def hash_file(path):
 
 
 def hash_record(path):
-    """Return where the SHA-256 of a file is recorded: PATH.sha256, which `sha256sum --check` reads."""
+    """Return where the SHA-256 of a file is recorded:
+
+    PATH.sha256, which `sha256sum --check` reads.
+    """
     return Path(f"{path}.sha256")
 
 
 def recorded_hash(path):
-    """Return the recorded SHA-256 of a file in hexadecimal, None without a record. Raises InputError."""
+    """Return the recorded SHA-256 of a file in hexadecimal, None without a record.
+
+    Raises InputError.
+    """
     record = hash_record(path)
     try:
         found = re.search(r"^\\?([0-9a-fA-F]{64})\b", read_regular(record).decode(), re.MULTILINE)
@@ -338,11 +408,15 @@ def recorded_hash(path):
     return found[1].lower()
 
 
-_verified = {}  # path -> recorded hash, size and time of change of a file that this process has read whole
+# path -> recorded hash, size and time of change of a file that this process has read whole
+_verified = {}
 
 
 def verify_hash(path):
-    """Return whether a file has a recorded SHA-256. It is read for it once per process. Raises InputError if it has another."""
+    """Return whether a file has a recorded SHA-256.
+
+    It is read for it once per process. Raises InputError if it has another.
+    """
     expected = recorded_hash(path)
     if expected is None:
         return False
@@ -362,11 +436,13 @@ def verify_hash(path):
 
 
 def make_output_dir(path, writes=True, patience=10, flag="--output_dir"):
-    """Create an output folder and check that it can be written to, before anything expensive. Raises InputError.
+    """Create an output folder and check that it can be written to, before anything expensive.
+    Raises InputError.
 
-    writes: a run will write its checkpoints there. Then no other run may until this process ends, and what a killed one has
-    left half written is removed. Called on all processes; one of them holds the folder. patience: seconds that the run before
-    may take to die. flag: what names the folder, for messages.
+    writes: a run will write its checkpoints there. Then no other run may until this process ends,
+    and what a killed one has left half written is removed. Called on all processes; one of them
+    holds the folder. patience: seconds that the run before may take to die. flag: what names the
+    folder, for messages.
     """
     path = Path(path)
     try:
@@ -374,7 +450,9 @@ def make_output_dir(path, writes=True, patience=10, flag="--output_dir"):
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise InputError(f"{flag} {path}: cannot write there ({error.strerror}), name another folder") from None
+        raise InputError(
+            f"{flag} {path}: cannot write there ({error.strerror}), name another folder"
+        ) from None
     if writes and is_main():
         _hold(path, patience, flag)
         for leftover in path.glob(f".*{TEMPORARY}"):
@@ -389,17 +467,21 @@ def _hold(folder, patience, flag):
     from filelock import FileLock, Timeout
 
     # filelock takes it from forked processes: data workers that outlive this one do not keep it
-    lock = _held.setdefault(str(folder.resolve()), FileLock(folder / ".lock", fallback_to_soft=False))
+    lock = _held.setdefault(
+        str(folder.resolve()), FileLock(folder / ".lock", fallback_to_soft=False)
+    )
     try:
         if not lock.is_locked:
             lock.acquire(timeout=patience)
     except Timeout:
-        raise InputError(f"{flag} {folder}: another run is writing there, name another folder or end it") from None
+        raise InputError(
+            f"{flag} {folder}: another run is writing there, name another folder or end it"
+        ) from None
     except OSError:  # a file system without locks
         pass
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what data sets give and models take
 
 

@@ -1,4 +1,6 @@
-"""What the benchmarks of models share: the device, full-size configurations, random texts, and seconds of a computation."""
+"""What the benchmarks of models share: the device, full-size configurations, random texts, and
+seconds of a computation.
+"""
 
 import os
 import statistics
@@ -15,15 +17,23 @@ from configs.schema import load_config
 from utils import Text
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POLICY = os.environ.get("OMP_WAIT_POLICY", "default")  # how OpenMP threads wait; scripts use passive
-NAME = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads ({POLICY} waits)"
+# how OpenMP threads wait; scripts use passive
+POLICY = os.environ.get("OMP_WAIT_POLICY", "default")
+NAME = (
+    torch.cuda.get_device_name()
+    if DEVICE.type == "cuda"
+    else f"CPU, {torch.get_num_threads()} threads ({POLICY} waits)"
+)
 MACHINE = f"{NAME}, torch {torch.__version__}"
 CLS = 101
 
 
 def full_size_config(name, *overrides):
     """Return the configuration of configs/NAME.yaml with overrides, wherever the benchmark runs."""
-    return load_config(ROOT / f"configs/{name}.yaml", [f"bert_config={ROOT / 'configs/config_bert.json'}", *overrides])
+    return load_config(
+        ROOT / f"configs/{name}.yaml",
+        [f"bert_config={ROOT / 'configs/config_bert.json'}", *overrides],
+    )
 
 
 def random_text(lengths, padded, generator):
@@ -53,7 +63,9 @@ def seconds(function, repeats):
 
 
 def seconds_in_a_row(function, repeats):
-    """Return the seconds of a call: on a GPU the mean between two events, so that launches run ahead, else the median."""
+    """Return the seconds of a call: on a GPU the mean between two events, so that launches run
+    ahead, else the median.
+    """
     if DEVICE.type != "cuda":
         return statistics.median(seconds(function, repeats))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

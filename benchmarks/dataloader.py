@@ -1,14 +1,17 @@
-"""Images/s of the pre-training transform on one core, and of the loader on image files and on shards.
+"""Images/s of the pre-training transform on one core, and of the loader on image files and on
+shards.
 
-    python benchmarks/dataloader.py                   # decode, pre-training transform, normalization
-    python benchmarks/dataloader.py --workers 0 1 2   # also the loader with these numbers of data workers
+    python benchmarks/dataloader.py                   # decode, pre-training transform,
+    normalization python benchmarks/dataloader.py --workers 0 1 2   # also the loader with these
+    numbers of data workers
 
-The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The second reads the same pairs as
-a JSON list with image files in folders of 1,000, and as shards made of them: a row is whole epochs of Pretrain.py's batches,
-from the start of the workers on, but without normalization, which is the GPU's. What is compared takes turns. CPU times, which
-on a shared machine are steadier than the clock, are of all processes together. With a cold page cache the kernel gave up the
-pages of the files before every epoch (posix_fadvise), not the directories, nor what the disk, or the host of a virtual one,
-caches.
+The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The
+second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards made
+of them: a row is whole epochs of Pretrain.py's batches, from the start of the workers on, but
+without normalization, which is the GPU's. What is compared takes turns. CPU times, which on a
+shared machine are steadier than the clock, are of all processes together. With a cold page cache
+the kernel gave up the pages of the files before every epoch (posix_fadvise), not the directories,
+nor what the disk, or the host of a virtual one, caches.
 """
 
 import argparse
@@ -33,7 +36,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.schema import with_defaults
-from dataset import build_dataset, transforms as fast
+from dataset import build_dataset
+from dataset import transforms as fast
 from dataset.batches import TrainBatches
 from dataset.images import load_image
 from dataset.to_shards import convert
@@ -70,7 +74,9 @@ def pillow_operation(name, direction, size):
         "ShearY": pillow_affine(((1, 0, 0), (s, 1, 0))),
         "TranslateX": pillow_affine(((1, 0, t), (0, 1, 0))),
         "TranslateY": pillow_affine(((1, 0, 0), (0, 1, t))),
-        "Rotate": pillow_affine(((cos, sin, r - r * cos - r * sin), (-sin, cos, r + r * sin - r * cos))),
+        "Rotate": pillow_affine(
+            ((cos, sin, r - r * cos - r * sin), (-sin, cos, r + r * sin - r * cos))
+        ),
     }
     return operations[name]
 
@@ -87,7 +93,9 @@ def obvious_stages(image_res, min_scale):
             image = pillow_operation(name, direction, image_res)(image)
         return image
 
-    crop = tv.RandomResizedCrop(image_res, scale=(min_scale, 1.0), interpolation=tv.InterpolationMode.BICUBIC)
+    crop = tv.RandomResizedCrop(
+        image_res, scale=(min_scale, 1.0), interpolation=tv.InterpolationMode.BICUBIC
+    )
     normalize = tv.Compose([tv.ToTensor(), tv.Normalize(fast.MEAN, fast.STD)])
     return decode, tv.Compose([crop, tv.RandomHorizontalFlip()]), randaugment, normalize
 
@@ -102,11 +110,14 @@ def fast_stages(image_res, min_scale):
 
 
 def photo(generator):
-    """A picture with a photo's statistics: smooth fields over many scales, hard edges, fine texture."""
+    """A picture with a photo's statistics: smooth fields over many scales, hard edges, fine
+    texture.
+    """
     image = torch.zeros(1, 3, HEIGHT, WIDTH)
     for cells, contrast in ((4, 1.0), (8, 0.7), (16, 0.5), (32, 0.3), (64, 0.2), (128, 0.13)):
         field = torch.randn(1, 3, cells * 3 // 4, cells, generator=generator)
-        field = 0.3 * field + field.mean(1, keepdim=True)  # mostly gray: the channels of photos go together
+        # mostly gray: the channels of photos go together
+        field = 0.3 * field + field.mean(1, keepdim=True)
         image += contrast * F.interpolate(field, size=(HEIGHT, WIDTH), mode="bicubic")
     y, x = torch.meshgrid(torch.linspace(0, 3, HEIGHT), torch.linspace(0, 4, WIDTH), indexing="ij")
     for _ in range(12):
@@ -120,8 +131,13 @@ def photo(generator):
 
 
 def measure_transform(paths, rounds):
-    """CPU milliseconds per image of each of STAGES, a row for each path: medians of rounds in turn, with equal draws."""
-    chains, timings = [stages(IMAGE_RES, MIN_SCALE) for stages in (obvious_stages, fast_stages)], [[], []]
+    """CPU milliseconds per image of each of STAGES, a row for each path: medians of rounds in turn,
+    with equal draws.
+    """
+    chains, timings = (
+        [stages(IMAGE_RES, MIN_SCALE) for stages in (obvious_stages, fast_stages)],
+        [[], []],
+    )
     for seed in range(rounds + 1):
         for stages, rows in zip(chains, timings):
             rows.append([0.0] * len(STAGES))
@@ -131,29 +147,38 @@ def measure_transform(paths, rounds):
                     start = time.process_time()
                     value = stage(value)
                     rows[-1][number] += (time.process_time() - start) / len(paths) * 1e3
-    return [list(map(statistics.median, zip(*rows[1:]))) for rows in timings]  # the first round warmed up
+    # the first round warmed up
+    return [list(map(statistics.median, zip(*rows[1:]))) for rows in timings]
 
 
 def print_transform(paths, rounds):
     size = statistics.mean(path.stat().st_size for path in paths) / 1000
-    print(f"{len(paths)} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {IMAGE_RES} px, min_scale {MIN_SCALE}, one "
-          f"core, median of {rounds} rounds\n")
+    print(
+        f"{len(paths)} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {IMAGE_RES} px, min_scale {MIN_SCALE}, one "
+        f"core, median of {rounds} rounds\n"
+    )
     rows = measure_transform(paths, rounds)
     print(f"{'milliseconds per image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
     for stage, obvious, ours in zip([*STAGES, "total"], *([*row, sum(row)] for row in rows)):
         print(f"{stage:<24}{obvious:>10.3f}{ours:>11.3f}{obvious / ours:>8.2f}")
-    print(f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}")
+    print(
+        f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}"
+    )
 
 
 def write_pairs(folder, photos):
-    """PAIRS pairs, their images the photos in turn -> ({"files": train_file, "shards": train_file}, captions)."""
+    """PAIRS pairs, their images the photos in turn -> ({"files": train_file, "shards": train_file},
+    captions).
+    """
     draw, pairs = random.Random(0), []
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
     for i, photo in zip(range(PAIRS), itertools.cycle([path.read_bytes() for path in photos])):
         image = folder / f"images/{i // FOLDER:05d}/{i:09d}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(photo)
-        pairs.append({"image": str(image), "caption": " ".join(draw.choices(words, k=draw.randint(4, 16)))})
+        pairs.append(
+            {"image": str(image), "caption": " ".join(draw.choices(words, k=draw.randint(4, 16)))}
+        )
     (folder / "train.json").write_text(json.dumps(pairs))
     with contextlib.redirect_stdout(io.StringIO()):
         convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
@@ -176,7 +201,8 @@ def make_cold(paths):
 def can_be_cold(path):
     """Whether the page cache gives a file up: a file system in memory does not."""
     make_cold([path])
-    with open(path, "rb") as file, contextlib.suppress(BlockingIOError):  # there is a disk to wait for
+    # there is a disk to wait for
+    with open(path, "rb") as file, contextlib.suppress(BlockingIOError):
         os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
         return False
     return True
@@ -198,27 +224,53 @@ def print_loaders(folder, photos, workers):
     if not can_be_cold(images["shards"][0]):
         print(f"\nno cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
         del caches["cold"]
-    for turn, cache, number, source in itertools.product(range(LOADER_ROUNDS), caches, workers, train_files):
+    for turn, cache, number, source in itertools.product(
+        range(LOADER_ROUNDS), caches, workers, train_files
+    ):
         caches[cache](images[source])
-        config = with_defaults({"train_file": train_files[source], "image_res": IMAGE_RES, "min_scale": MIN_SCALE,
-                                "batch_size": BATCH_SIZE, "num_workers": number})  # fmt: skip
-        batches = TrainBatches(build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn)
+        config = with_defaults(
+            {
+                "train_file": train_files[source],
+                "image_res": IMAGE_RES,
+                "min_scale": MIN_SCALE,
+                "batch_size": BATCH_SIZE,
+                "num_workers": number,
+            }
+        )
+        batches = TrainBatches(
+            build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn
+        )
         start, cpu = time.perf_counter(), cpu_seconds()
         count = sum(len(batch.files) for batch in batches)
         seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
         timings.setdefault((cache, number), {}).setdefault(source, []).append(seconds)
-    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds")
-    print(f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"
-          f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}")  # fmt: skip
+    print(
+        f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds"
+    )
+    print(
+        f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"
+        f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}"
+    )
     for (cache, number), rows in timings.items():
-        (files, files_cpu), (shards, shards_cpu) = (map(statistics.median, zip(*rows[source])) for source in train_files)
-        print(f"{cache:<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"
-              f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}")  # fmt: skip
+        (files, files_cpu), (shards, shards_cpu) = (
+            map(statistics.median, zip(*rows[source])) for source in train_files
+        )
+        print(
+            f"{cache:<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"
+            f"{files_cpu * 1e3:>22.3f}{shards_cpu * 1e3:>8.3f}{files_cpu / shards_cpu:>7.2f}"
+        )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, nargs="+", help="also measure the loader with these numbers of data workers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="+",
+        help="also measure the loader with these numbers of data workers",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="of the transform")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as data workers do

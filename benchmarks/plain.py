@@ -1,7 +1,8 @@
 """The pre-training step written out plainly: what the fast path must equal, and is timed against.
 
-Separate passes for matched pairs, negatives and masked texts; every image's keys and values computed anew for each text
-row; the vocabulary head at every position; attention as two matrix products and a softmax.
+Separate passes for matched pairs, negatives and masked texts; every image's keys and values
+computed anew for each text row; the vocabulary head at every position; attention as two matrix
+products and a softmax.
 """
 
 import torch
@@ -21,12 +22,18 @@ def unfuse(model):
 
 
 def attention(block, hidden, source, mask=None):
-    """hidden [R, L, C] attends to source [R, N, C'], mask [R, N] or [R, L, N]: an Attention block with explicit softmax."""
+    """hidden [R, L, C] attends to source [R, N, C'], mask [R, N] or [R, L, N]: an Attention block
+    with explicit softmax.
+    """
     projections = block.self
     dim = projections.query.out_features // projections.num_heads
     query, keys, values = (
         linear(x).unflatten(-1, (projections.num_heads, dim)).transpose(1, 2)
-        for linear, x in ((projections.query, hidden), (projections.key, source), (projections.value, source))
+        for linear, x in (
+            (projections.query, hidden),
+            (projections.key, source),
+            (projections.value, source),
+        )
     )
     scores = query @ keys.transpose(2, 3) / dim**0.5
     if mask is not None:
@@ -84,17 +91,23 @@ def pretrain_losses(model, image, text, alpha, masked):
     negative_image, _ = sample_negatives(sim_t2i[:, :batch], itself)
     matched = fuse(model.bert, text_embeds, mask, image_embeds)
     unmatched = fuse(
-        model.bert, torch.cat([text_embeds, text_embeds[negative_text]]), torch.cat([mask, mask[negative_text]]),
+        model.bert,
+        torch.cat([text_embeds, text_embeds[negative_text]]),
+        torch.cat([mask, mask[negative_text]]),
         torch.cat([image_embeds[negative_image], image_embeds]),
-    )  # fmt: skip
+    )
     itm_logits = model.itm_head(torch.cat([matched[:, 0], unmatched[:, 0]]))
     itm_labels = torch.cat([torch.ones(batch), torch.zeros(2 * batch)]).long().to(image.device)
 
     input_ids, labels = masked
     with torch.no_grad():
-        fused_m = fuse(model.bert_m, encode_text(model.bert_m, input_ids, mask), mask, image_embeds_m)
+        fused_m = fuse(
+            model.bert_m, encode_text(model.bert_m, input_ids, mask), mask, image_embeds_m
+        )
         soft = model.text_encoder_m.cls.predictions(fused_m).softmax(dim=-1)
-    logits = model.mlm_logits(fuse(model.bert, encode_text(model.bert, input_ids, mask), mask, image_embeds))
+    logits = model.mlm_logits(
+        fuse(model.bert, encode_text(model.bert, input_ids, mask), mask, image_embeds)
+    )
     hard = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     distilled = -(logits.log_softmax(dim=-1) * soft).sum(dim=-1)[labels != -100].mean()
     return {
@@ -105,10 +118,14 @@ def pretrain_losses(model, image, text, alpha, masked):
 
 
 @torch.no_grad()
-def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_mask, k, queries=None):
-    """Re-ranking query by query, first images, then texts: every pair anew, texts padded, all positions computed.
+def rerank(
+    model, image_embeds, image_feat, text_embeds, text_feat, attention_mask, k, queries=None
+):
+    """Re-ranking query by query, first images, then texts: every pair anew, texts padded, all
+    positions computed.
 
-    Arguments and result of ALBEF.rerank; queries: only the first ones of each direction, for timing.
+    Arguments and result of ALBEF.rerank; queries: only the first ones of each direction, for
+    timing.
     """
 
     def score(text, image):  # as many indices of each
@@ -128,7 +145,9 @@ def rerank(model, image_embeds, image_feat, text_embeds, text_feat, attention_ma
 
 @torch.no_grad()
 def rank_answers(model, image, question, answer_list, k):
-    """VQA.rank_answers as the released code does it: every candidate whole, with its own copy of the question's states."""
+    """VQA.rank_answers as the released code does it: every candidate whole, with its own copy of
+    the question's states.
+    """
     mask, decoder = question.attention_mask, model.text_decoder
     embeds = encode_text(model.bert, question.input_ids, mask)
     states = fuse(model.bert, embeds, mask, model.visual_encoder.forward_features(image))
@@ -143,12 +162,23 @@ def rank_answers(model, image, question, answer_list, k):
         return decoder.cls.predictions(hidden)
 
     ids = answer_list.input_ids
-    first = logits(ids[:1, :1].repeat(len(image), 1), states, mask)[:, 0].softmax(dim=1)[:, ids[:, 1]]
+    first = logits(ids[:1, :1].repeat(len(image), 1), states, mask)[:, 0].softmax(dim=1)[
+        :, ids[:, 1]
+    ]
     first, candidates = first.topk(min(k, len(ids)), dim=1)
     scores = []
     for number, chosen in enumerate(candidates):
-        copies = [x[number : number + 1].repeat(len(chosen), 1, *[1] * (x.ndim - 2)) for x in (states, mask)]
-        log_probs = logits(ids[chosen, :-1], *copies).log_softmax(dim=-1).gather(2, ids[chosen, 1:, None])[..., 0]
-        scores.append(first[number].log() + (log_probs * answer_list.attention_mask[chosen, 1:]).sum(dim=1))
+        copies = [
+            x[number : number + 1].repeat(len(chosen), 1, *[1] * (x.ndim - 2))
+            for x in (states, mask)
+        ]
+        log_probs = (
+            logits(ids[chosen, :-1], *copies)
+            .log_softmax(dim=-1)
+            .gather(2, ids[chosen, 1:, None])[..., 0]
+        )
+        scores.append(
+            first[number].log() + (log_probs * answer_list.attention_mask[chosen, 1:]).sum(dim=1)
+        )
     probs, order = torch.stack(scores).softmax(dim=1).sort(dim=1, descending=True, stable=True)
     return candidates.gather(1, order), probs

@@ -1,8 +1,10 @@
-"""Time, memory and efficiency of one pre-training step of the full-size model, fast path against plain path.
+"""Time, memory and efficiency of one pre-training step of the full-size model, fast path against
+plain path.
 
-ViT-B/16 at 256 px, BERT-base with a vocabulary of 30,522, queue 65,536, texts of 12 to 25 tokens; a step is everything the
-training loop does: masking, momentum, losses, gradients, AdamW. The plain path is benchmarks/plain.py. Every row runs in a
-process of its own, so that peak memory is its own, and measures the machine's matrix-product peak before and after.
+ViT-B/16 at 256 px, BERT-base with a vocabulary of 30,522, queue 65,536, texts of 12 to 25 tokens; a
+step is everything the training loop does: masking, momentum, losses, gradients, AdamW. The plain
+path is benchmarks/plain.py. Every row runs in a process of its own, so that peak memory is its own,
+and measures the machine's matrix-product peak before and after.
 
     python benchmarks/pretrain_step.py [--batch_size 8] [--steps 3]
 """
@@ -13,9 +15,9 @@ import resource
 import subprocess
 import sys
 
-from bench import DEVICE, MACHINE, full_size_config, random_text, seconds, seconds_in_a_row
-
 import torch
+from bench import DEVICE, MACHINE, full_size_config, random_text, seconds, seconds_in_a_row
+from plain import pretrain_losses, unfuse
 from torch.utils.flop_counter import FlopCounterMode
 
 import Pretrain
@@ -23,7 +25,6 @@ from dataset.caption import CaptionBatch
 from engine import Run, compile_layers, iterate
 from models import build_model
 from optim import create_optimizer
-from plain import pretrain_losses, unfuse
 from utils import Text
 
 GPU = DEVICE.type == "cuda"
@@ -38,25 +39,35 @@ def matmul_peak(dtype):
 
 
 def make_batch(batch_size, image_res):
-    """Return a batch of random images and texts of 12 to 25 tokens, in pinned memory for a GPU, as the loader gives them."""
+    """Return a batch of random images and texts of 12 to 25 tokens, in pinned memory for a GPU, as
+    the loader gives them.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(12, 26, (batch_size,), generator=generator)
     lengths[0] = 25
     text = random_text(lengths, 25, generator)
-    image = torch.randint(256, (batch_size, 3, image_res, image_res), generator=generator, dtype=torch.uint8)
+    image = torch.randint(
+        256, (batch_size, 3, image_res, image_res), generator=generator, dtype=torch.uint8
+    )
     tensors = [image, *text, torch.full((batch_size,), -1)]
-    image, input_ids, attention_mask, index = [tensor.pin_memory() if GPU else tensor for tensor in tensors]
+    image, input_ids, attention_mask, index = [
+        tensor.pin_memory() if GPU else tensor for tensor in tensors
+    ]
     return CaptionBatch(image, Text(input_ids, attention_mask), index, [], [])
 
 
 def plain_step(model, batch, alpha, update_momentum):
-    return pretrain_losses(model, batch.image, batch.text, alpha, (batch.masked.input_ids, batch.masked.labels))
+    return pretrain_losses(
+        model, batch.image, batch.text, alpha, (batch.masked.input_ids, batch.masked.labels)
+    )
 
 
 def measure(path, precision, mode, batch_size, steps):
     """Build the model, take steps and return what they cost."""
     compiled = mode == "compiled"
-    config = full_size_config("Pretrain", f"batch_size={batch_size}", f"precision={precision}", f"compile={compiled}")
+    config = full_size_config(
+        "Pretrain", f"batch_size={batch_size}", f"precision={precision}", f"compile={compiled}"
+    )
     torch.manual_seed(0)
     model = build_model("pretrain", config).to(DEVICE).train()
     optimizer = create_optimizer(config["optimizer"], model)
@@ -64,12 +75,24 @@ def measure(path, precision, mode, batch_size, steps):
     step = Pretrain.step if path == "fast" else plain_step
     if path == "plain":
         unfuse(model)
-    run = Run(model, model, optimizer, step, config, config["scheduler"], DEVICE, seed=0, output_dir=None, iterations=1)
+    run = Run(
+        model,
+        model,
+        optimizer,
+        step,
+        config,
+        config["scheduler"],
+        DEVICE,
+        seed=0,
+        output_dir=None,
+        iterations=1,
+    )
 
     def train_step(number):
         return iterate(run, iter([batch]), 0, number, 0.4)
 
-    with FlopCounterMode(display=False) as counter:  # before compiling: the counter sees single operations
+    # before compiling: the counter sees single operations
+    with FlopCounterMode(display=False) as counter:
         train_step(0)
     flops = counter.get_total_flops()
     if compiled:
@@ -77,7 +100,8 @@ def measure(path, precision, mode, batch_size, steps):
     for number in range(WARM_UP):  # compilation, and on a CPU the first touch of fresh memory
         train_step(number)
     if GPU:
-        torch.cuda.set_sync_debug_mode("warn" if path == "fast" else "default")  # the fast step waits for nothing
+        # the fast step waits for nothing
+        torch.cuda.set_sync_debug_mode("warn" if path == "fast" else "default")
         train_step(0)
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.reset_peak_memory_stats()
@@ -85,22 +109,31 @@ def measure(path, precision, mode, batch_size, steps):
     before = matmul_peak(dtype)
     time = seconds_in_a_row(lambda: train_step(1), steps)
     peak = max(before, matmul_peak(dtype))
-    memory = torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if GPU
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {"seconds": time, "flops": flops, "peak": peak, "memory": memory}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch_size", type=int, default=64 if GPU else 8)
     parser.add_argument("--steps", type=int, default=20 if GPU else 3)
-    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)  # what the processes of the rows are started with
+    # what the processes of the rows are started with
+    parser.add_argument("--row", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(*args.row, args.batch_size, args.steps)))
         return
     print(f"pre-training step, batch {args.batch_size}, {MACHINE}; {args.steps} steps")
-    print(f"{'path':16}{'precision':>10}{'s/step':>9}{'samples/s':>11}{'GB':>7}{'TFLOP':>8}{'peak TFLOP/s':>14}{'of peak':>9}"
-          f"{'vs plain':>10}{'vs plain fp32':>15}")  # fmt: skip
+    print(
+        f"{'path':16}{'precision':>10}{'s/step':>9}{'samples/s':>11}{'GB':>7}{'TFLOP':>8}{'peak TFLOP/s':>14}{'of peak':>9}"
+        f"{'vs plain':>10}{'vs plain fp32':>15}"
+    )
     plain_seconds = {}
     for precision in ("fp32", "bf16"):
         for path, mode in [("plain", "eager"), ("fast", "eager")] + [("fast", "compiled")] * GPU:
@@ -110,10 +143,12 @@ def main():
             row = json.loads(done.stdout.splitlines()[-1])
             time = row["seconds"]
             base = plain_seconds.setdefault(precision, time)  # the plain row comes first
-            print(f"{path + ' ' + mode:16}{precision:>10}{time:9.3f}{args.batch_size / time:11.2f}"
-                  f"{row['memory'] / 1e9:7.1f}{row['flops'] / 1e12:8.2f}{row['peak'] / 1e12:14.3f}"
-                  f"{row['flops'] / time / row['peak']:9.1%}{time / base:10.2f}{time / plain_seconds['fp32']:15.2f}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{path + ' ' + mode:16}{precision:>10}{time:9.3f}{args.batch_size / time:11.2f}"
+                f"{row['memory'] / 1e9:7.1f}{row['flops'] / 1e12:8.2f}{row['peak'] / 1e12:14.3f}"
+                f"{row['flops'] / time / row['peak']:9.1%}{time / base:10.2f}{time / plain_seconds['fp32']:15.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

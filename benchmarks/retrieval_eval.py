@@ -1,31 +1,35 @@
-"""Scores per second of re-ranking with the full-size model at 384 px, fast path (Alignment.rerank) against plain path.
+"""Scores per second of re-ranking with the full-size model at 384 px, fast path (Alignment.rerank)
+against plain path.
 
-A score is one (query, candidate) pair of one direction. The plain path (benchmarks/plain.py) takes query by query, computes
-each image's keys and values anew for every candidate and pads every text to 30 tokens, as the released evaluation does; it is
-timed on part of the queries. Texts have 7 to 17 tokens, 12 on average. Both paths run in one process, one after the other.
+A score is one (query, candidate) pair of one direction. The plain path (benchmarks/plain.py) takes
+query by query, computes each image's keys and values anew for every candidate and pads every text
+to 30 tokens, as the released evaluation does; it is timed on part of the queries. Texts have 7 to
+17 tokens, 12 on average. Both paths run in one process, one after the other.
 
     python benchmarks/retrieval_eval.py [--images 8] [--texts 480] [--k 128]
 """
 
 import argparse
 
+import plain
+import torch
 from bench import DEVICE, MACHINE, full_size_config, random_text, seconds
 
-import torch
-
-import plain
 from dataset.text import MAX_TOKENS
 from models import build_model
 from models.alignment import NO_CANDIDATE
 
-DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}  # images, texts, k of the paper
+# images, texts, k of the paper
+DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}
 PLAIN_QUERIES = 2  # of each direction, that the plain path is timed on
 
 
 def encoded(model, images, texts):
     """Return the embeddings and features of random images and texts, as rerank takes them."""
     generator, size = torch.Generator().manual_seed(0), model.config["image_res"]
-    text = random_text(torch.randint(7, 18, (texts,), generator=generator), MAX_TOKENS, generator).to(DEVICE)
+    text = random_text(
+        torch.randint(7, 18, (texts,), generator=generator), MAX_TOKENS, generator
+    ).to(DEVICE)
     image = torch.randn(images, 3, size, size, generator=generator).to(DEVICE)
     return *model.encode_image(image), *model.encode_text(text), text.attention_mask
 
@@ -37,7 +41,9 @@ def duration(time):
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--texts", type=int, default=480)
     parser.add_argument("--k", type=int, default=128)
@@ -50,9 +56,13 @@ def main():
         "plain": lambda queries: plain.rerank(model, *inputs, args.k, queries or PLAIN_QUERIES),
         "fast": lambda queries: model.rerank(*(x[:queries] for x in inputs), args.k),
     }
-    print(f"re-ranking {args.images} images x {args.texts} texts at {config['image_res']} px, k {args.k}, {MACHINE}")
-    print(f"{'path':8}{'precision':>10}{'scores':>9}{'seconds':>9}{'scores/s':>10}{'vs plain':>10}{'vs plain fp32':>15}"
-          + "".join(f"{name:>14}" for name in DATA_SETS))  # fmt: skip
+    print(
+        f"re-ranking {args.images} images x {args.texts} texts at {config['image_res']} px, k {args.k}, {MACHINE}"
+    )
+    print(
+        f"{'path':8}{'precision':>10}{'scores':>9}{'seconds':>9}{'scores/s':>10}{'vs plain':>10}{'vs plain fp32':>15}"
+        + "".join(f"{name:>14}" for name in DATA_SETS)
+    )
     rates = {}
     for precision in ("fp32", "bf16"):
         for path, rerank in paths.items():
@@ -63,13 +73,22 @@ def main():
             i2t, t2i = (direction != NO_CANDIDATE for direction in scores)
             count = int(i2t.sum() + t2i.sum())
             rates[path, precision] = rate = count / elapsed
-            # each pair is scored once: both directions' candidates without those they share, which only real data can tell
+            # each pair is scored once: both directions' candidates without those they share, which
+            # only real data can tell
             pairs = int((i2t | t2i.T).sum()) if path == "fast" else count
-            all_pairs = [images * min(k, texts) + texts * min(k, images) for images, texts, k in DATA_SETS.values()]
-            print(f"{path:8}{precision:>10}{count:9}{elapsed:9.1f}{rate:10.1f}{rate / rates['plain', precision]:10.1f}"
-                  f"{rate / rates['plain', 'fp32']:15.1f}" + "".join(f"{duration(n * elapsed / pairs):>14}" for n in all_pairs),
-                  flush=True)  # fmt: skip
-    print("the last columns extrapolate to all pairs of both directions; candidates that the two share cost the fast path less")
+            all_pairs = [
+                images * min(k, texts) + texts * min(k, images)
+                for images, texts, k in DATA_SETS.values()
+            ]
+            print(
+                f"{path:8}{precision:>10}{count:9}{elapsed:9.1f}{rate:10.1f}{rate / rates['plain', precision]:10.1f}"
+                f"{rate / rates['plain', 'fp32']:15.1f}"
+                + "".join(f"{duration(n * elapsed / pairs):>14}" for n in all_pairs),
+                flush=True,
+            )
+    print(
+        "the last columns extrapolate to all pairs of both directions; candidates that the two share cost the fast path less"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Milliseconds for which a save keeps the training loop waiting, written by the loop itself and by a thread from a copy.
+"""Milliseconds for which a save keeps the training loop waiting, written by the loop itself and by
+a thread from a copy.
 
-The states are those of a run of configs/shapes/Pretrain.yaml (`make quickstart`) and of configs/Pretrain.yaml: weights,
-momentum weights, queues and Adam's moments. The full one needs 8 GB of memory and 11 GB of disk.
+The states are those of a run of configs/shapes/Pretrain.yaml (`make quickstart`) and of
+configs/Pretrain.yaml: weights, momentum weights, queues and Adam's moments. The full one needs 8 GB
+of memory and 11 GB of disk.
 
     python benchmarks/saving.py [--saves 3] [--folder DIR]
 """
@@ -12,9 +14,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from bench import DEVICE, MACHINE, ROOT, full_size_config, seconds
-
 import torch
+from bench import DEVICE, MACHINE, ROOT, full_size_config, seconds
 
 from configs.schema import load_config
 from engine.saving import LAST, Position, Saver
@@ -54,20 +55,34 @@ def measure(name, config, folder, saves):
             saver.finish()
             blocked += seconds(lambda: save(saver), 1)
     before, after = statistics.median(waited), statistics.median(blocked)
-    print(f"{name:12}{path.stat().st_size / 1e9:7.2f}{1e3 * before:12.0f}{1e3 * first:14.0f}{1e3 * after:12.0f}"
-          f"{before / after:9.1f}", flush=True)  # fmt: skip
+    print(
+        f"{name:12}{path.stat().st_size / 1e9:7.2f}{1e3 * before:12.0f}{1e3 * first:14.0f}{1e3 * after:12.0f}"
+        f"{before / after:9.1f}",
+        flush=True,
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--saves", type=int, default=3)
-    parser.add_argument("--folder", help="on the disk to measure; the system's temporary folder by default")
+    parser.add_argument(
+        "--folder", help="on the disk to measure; the system's temporary folder by default"
+    )
     args = parser.parse_args()
     print(f"milliseconds that a save blocks the loop, {MACHINE}; median of {args.saves}")
-    print(f"{'model':12}{'GB':>7}{'loop writes':>12}{'copy, first':>14}{'copy, later':>12}{'ratio':>9}")
+    print(
+        f"{'model':12}{'GB':>7}{'loop writes':>12}{'copy, first':>14}{'copy, later':>12}{'ratio':>9}"
+    )
     bert = f"bert_config={ROOT / 'configs/shapes/config_bert.json'}"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        measure("quickstart", load_config(ROOT / "configs/shapes/Pretrain.yaml", [bert]), folder, args.saves)
+        measure(
+            "quickstart",
+            load_config(ROOT / "configs/shapes/Pretrain.yaml", [bert]),
+            folder,
+            args.saves,
+        )
         measure("full", full_size_config("Pretrain"), folder, args.saves)
 
 

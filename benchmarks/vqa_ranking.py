@@ -1,20 +1,20 @@
-"""Seconds per question of ranking VQA answers with the full-size model, fast path (VQA.rank_answers) against plain path.
+"""Seconds per question of ranking VQA answers with the full-size model, fast path
+(VQA.rank_answers) against plain path.
 
-The plain path (benchmarks/plain.py) decodes every candidate whole, padded to the longest answer of the list, with its own copy
-of the question's states, as the released code does. Both encode the questions with their images first, which is timed apart.
-The answers are random and as long as those of VQA's list are, 1 to 4 word pieces. Both paths run in one process, one after the
-other.
+The plain path (benchmarks/plain.py) decodes every candidate whole, padded to the longest answer of
+the list, with its own copy of the question's states, as the released code does. Both encode the
+questions with their images first, which is timed apart. The answers are random and as long as those
+of VQA's list are, 1 to 4 word pieces. Both paths run in one process, one after the other.
 
     python benchmarks/vqa_ranking.py [--questions 4] [--answers 3128] [--k 128]
 """
 
 import argparse
 
+import plain
+import torch
 from bench import DEVICE, MACHINE, full_size_config, random_text, seconds
 
-import torch
-
-import plain
 from models import build_model
 
 SEP = 102
@@ -26,14 +26,18 @@ def random_answers(count, generator):
     """Return the Text of `count` answers [CLS] pieces [SEP]; a third begins as another one does."""
     lengths = torch.multinomial(SHARES, count, replacement=True, generator=generator) + 3
     answers = random_text(lengths, ANSWER_TOKENS, generator)
-    answers.input_ids[:, 1] = torch.randint(1000, 1000 + 2 * count // 3, (count,), generator=generator)
+    answers.input_ids[:, 1] = torch.randint(
+        1000, 1000 + 2 * count // 3, (count,), generator=generator
+    )
     answers.input_ids[torch.arange(count), lengths - 1] = SEP
     return answers
 
 
 @torch.no_grad()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--answers", type=int, default=3128)
     parser.add_argument("--k", type=int, default=128)
@@ -43,14 +47,20 @@ def main():
     model = build_model("vqa", config).to(DEVICE).eval()
     generator = torch.Generator().manual_seed(0)
     answers = random_answers(args.answers, generator).to(DEVICE)
-    image = torch.randn(args.questions, 3, config["image_res"], config["image_res"], generator=generator).to(DEVICE)
-    question = random_text(torch.full((args.questions,), QUESTION_TOKENS), QUESTION_TOKENS, generator).to(DEVICE)
+    image = torch.randn(
+        args.questions, 3, config["image_res"], config["image_res"], generator=generator
+    ).to(DEVICE)
+    question = random_text(
+        torch.full((args.questions,), QUESTION_TOKENS), QUESTION_TOKENS, generator
+    ).to(DEVICE)
     paths = {
         "image and question": lambda: model.encode_question(image, question),
         "ranking, plain": lambda: plain.rank_answers(model, image, question, answers, args.k),
         "ranking, fast": lambda: model.rank_answers(image, question, answers, args.k),
     }
-    print(f"ranking {args.k} of {args.answers} answers for {args.questions} questions, {config['image_res']} px, {MACHINE}")
+    print(
+        f"ranking {args.k} of {args.answers} answers for {args.questions} questions, {config['image_res']} px, {MACHINE}"
+    )
     print(f"{'path':22}{'precision':>10}{'s/question':>12}{'vs plain':>10}{'vs plain fp32':>15}")
     plain_fp32 = None
     for precision in ("fp32", "bf16"):
@@ -65,7 +75,10 @@ def main():
         plain_fp32 = plain_fp32 or base
         for path, time in times.items():
             ranking = time - encoding
-            print(f"{path:22}{precision:>10}{ranking:12.3f}{base / ranking:10.1f}{plain_fp32 / ranking:15.1f}", flush=True)
+            print(
+                f"{path:22}{precision:>10}{ranking:12.3f}{base / ranking:10.1f}{plain_fp32 / ranking:15.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Every configuration key: its default, its values and the tasks that read it; loading, overriding, saving YAML files.
+"""Every configuration key: its default, its values and the tasks that read it; loading, overriding,
+saving YAML files.
 
-A new key is a line in KEYS; config["key"], or config["section"]["key"], then has its value in every task.
+A new key is a line in KEYS; config["key"], or config["section"]["key"], then has its value in every
+task.
 """
 
 import copy
@@ -10,14 +12,15 @@ import os
 import re
 import reprlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
 from utils import InputError, atomic_write, read_regular
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what a key may hold
 
 
@@ -28,7 +31,17 @@ class Kind(NamedTuple):
     fits: Callable[[Any], bool]
 
 
-TASKS = ("pretrain", "nlvr_pretrain", "retrieval", "vqa", "ve", "nlvr", "grounding", "relevance", "attributes")
+TASKS = (
+    "pretrain",
+    "nlvr_pretrain",
+    "retrieval",
+    "vqa",
+    "ve",
+    "nlvr",
+    "grounding",
+    "relevance",
+    "attributes",
+)
 
 
 def all_but(*names):
@@ -44,10 +57,11 @@ VALIDATED = ("retrieval", "vqa", "ve", "nlvr", "relevance")  # on val_file
 
 
 class Key(NamedTuple):
-    """A key's default, kind and readers. The default None means that the key may be missing; a task may still require it.
+    """A key's default, kind and readers. The default None means that the key may be missing; a task
+    may still require it.
 
-    tasks: the tasks that the key has an effect on, empty for keys that only released files have; training: the key has no
-    effect in an evaluation.
+    tasks: the tasks that the key has an effect on, empty for keys that only released files have;
+    training: the key has no effect in an evaluation.
     """
 
     default: Any
@@ -62,15 +76,22 @@ def trains(default, kind, tasks=TRAINED):
 
 
 def number(low=0, high=None):
-    """Return the kind of a finite number. YAML reads "1e-4" in quotes and 1,000 as text, which does not fit."""
+    """Return the kind of a finite number.
+
+    YAML reads "1e-4" in quotes and 1,000 as text, which does not fit.
+    """
     wanted = f"a number from {low}" if high is None else f"a number from {low} to {high}"
     high = sys.float_info.max if high is None else high
     return Kind(wanted, lambda value: type(value) in (int, float) and low <= value <= high)
 
 
 def whole(low, high=None):
-    """Return the kind of a whole number from `low` to `high`, by default to the largest machine word."""
-    wanted = f"a whole number from {low}" if high is None else f"a whole number from {low} to {high:,}"
+    """Return the kind of a whole number from `low` to `high`, by default to the largest machine
+    word.
+    """
+    wanted = (
+        f"a whole number from {low}" if high is None else f"a whole number from {low} to {high:,}"
+    )
     high = sys.maxsize if high is None else high
     return Kind(wanted, lambda value: type(value) is int and low <= value <= high)
 
@@ -82,37 +103,58 @@ def one_of(*choices):
 
 def list_of(kind, wanted):
     """Return the kind of a list with at least one value, all of a kind."""
-    return Kind(wanted, lambda value: isinstance(value, list) and value != [] and all(map(kind.fits, value)))
+    return Kind(
+        wanted, lambda value: isinstance(value, list) and value != [] and all(map(kind.fits, value))
+    )
 
 
 def either(*kinds):
     """Return the kind of a value that fits one of `kinds`."""
-    return Kind(" or ".join(kind.wanted for kind in kinds), lambda value: any(kind.fits(value) for kind in kinds))
+    return Kind(
+        " or ".join(kind.wanted for kind in kinds),
+        lambda value: any(kind.fits(value) for kind in kinds),
+    )
 
 
 def save_interval(value):
-    """Return the key save_every as (minutes, iterations), one of them 0, both for never; None if it is neither."""
+    """Return the key save_every as (minutes, iterations), one of them 0, both for never; None if it
+    is neither.
+    """
     if type(value) is int:
         return (0, value) if value >= 0 else None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) minutes?|(\d+) iterations?", value) if isinstance(value, str) else None
+    found = (
+        re.fullmatch(r"(\d+(?:\.\d+)?) minutes?|(\d+) iterations?", value)
+        if isinstance(value, str)
+        else None
+    )
     return found and (float(found[1] or 0), int(found[2] or 0))
 
 
-INTERVAL = Kind("minutes or iterations, as in 15 minutes or 1000 iterations", lambda value: save_interval(value) is not None)
+INTERVAL = Kind(
+    "minutes or iterations, as in 15 minutes or 1000 iterations",
+    lambda value: save_interval(value) is not None,
+)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 PATH = Kind("a path", lambda value: TEXT.fits(value) and value != "")
 PATHS = either(PATH, list_of(PATH, "a list of paths"))
 MAPPING = Kind("a mapping of keys to values", lambda value: isinstance(value, dict))
-BETAS = Kind("two numbers from 0 to below 1", lambda value: isinstance(value, list) and len(value) == 2 and all(
-    number(0, 1).fits(beta) and beta < 1 for beta in value))  # fmt: skip
-REFER = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p"}  # data sets of REFER, their refs
+BETAS = Kind(
+    "two numbers from 0 to below 1",
+    lambda value: (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(number(0, 1).fits(beta) and beta < 1 for beta in value)
+    ),
+)
+# data sets of REFER, their refs
+REFER = {"refcoco": "refs(unc).p", "refcoco+": "refs(unc).p", "refcocog": "refs(umd).p"}
 OBJECTIVES = list_of(one_of("itc", "mlm", "itm"), "a list of itc, mlm, itm")
 # far above any model: larger values would fill the memory before a message appears
 COUNT, WIDTH, PIXELS = whole(1, 1000), whole(1, 100_000), whole(1, 10_000)
 ROWS = whole(1, 100_000_000)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the keys
 
 TEMP_RANGE = 0.001, 0.5  # limits of the learned temperature
@@ -144,7 +186,9 @@ KEYS = {
     "vision_depth": Key(12, COUNT),
     "vision_heads": Key(12, COUNT),
     "patch_size": Key(16, PIXELS),
-    "embed_dim": Key(256, WIDTH, ("pretrain", "nlvr_pretrain", "retrieval", "grounding", "attributes")),
+    "embed_dim": Key(
+        256, WIDTH, ("pretrain", "nlvr_pretrain", "retrieval", "grounding", "attributes")
+    ),
     "text_encoder": Key("bert-base-uncased", TEXT),
     "vision_encoder": trains("deit_base_patch16_224.fb_in1k", TEXT, ("pretrain",)),
     "tokenizer": Key(None, TEXT),
@@ -164,7 +208,9 @@ KEYS = {
     "num_beams": Key(3, COUNT, ("vqa",)),
     # of a generated answer; default: the longest answer of train_file, else 10
     "max_answer_tokens": Key(None, whole(1), ("vqa",)),
-    "share": Key("cross_attention", one_of("cross_attention", "all", "none"), ("nlvr", "nlvr_pretrain")),
+    "share": Key(
+        "cross_attention", one_of("cross_attention", "all", "none"), ("nlvr", "nlvr_pretrain")
+    ),
     "eval_ema": Key(None, FLAG, ()),  # in released files, without effect
     # training
     "batch_size": trains(None, whole(1)),
@@ -189,13 +235,15 @@ KEYS = {
     "scheduler.sched": trains("cosine", one_of("cosine")),
     "scheduler.epochs": trains(30, whole(1)),
     "scheduler.min_lr": trains(1e-5, number()),
-    "scheduler.decay_rate": Key(1.0, number(), ()),  # in released files, without effect, like cooldown_epochs
+    # in released files, without effect, like cooldown_epochs
+    "scheduler.decay_rate": Key(1.0, number(), ()),
     "scheduler.warmup_lr": trains(1e-5, number()),
     "scheduler.warmup_epochs": trains(10, whole(0)),
     "scheduler.cooldown_epochs": Key(0, whole(0), ()),
     "scheduler.warmup_iters": trains(None, whole(0)),
 }
-# Hugging Face's keys of bert_config, with its defaults, and two of ALBEF. Those without a default are required.
+# Hugging Face's keys of bert_config, with its defaults, and two of ALBEF. Those without a default
+# are required.
 BERT_KEYS = {
     "vocab_size": Key(None, either(ROWS, one_of("auto"))),  # auto: the tokenizer's size
     "hidden_size": Key(None, WIDTH),
@@ -214,18 +262,41 @@ BERT_KEYS = {
     "hidden_act": Key("gelu", one_of("gelu")),
 }
 # keys of Hugging Face without effect here; a mapping may have no other unknown keys, a file may
-BERT_OTHERS = ("architectures", "model_type", "transformers_version", "torch_dtype", "position_embedding_type", "use_cache",
-               "gradient_checkpointing", "classifier_dropout", "add_cross_attention")  # fmt: skip
+BERT_OTHERS = (
+    "architectures",
+    "model_type",
+    "transformers_version",
+    "torch_dtype",
+    "position_embedding_type",
+    "use_cache",
+    "gradient_checkpointing",
+    "classifier_dropout",
+    "add_cross_attention",
+)
 OTHER_NAMES = {  # names in released files, which have the learning rate twice
-    "schedular": "scheduler", "batch_size_train": "batch_size", "scheduler.lr": "optimizer.lr",
-}  # fmt: skip
+    "schedular": "scheduler",
+    "batch_size_train": "batch_size",
+    "scheduler.lr": "optimizer.lr",
+}
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 ANNOTATION_KEYS = [name for name, key in KEYS.items() if key.kind is PATHS]
 # keys whose values name files, folders or hub repositories
-FILE_KEYS = [*ANNOTATION_KEYS, "image_root", "vqa_root", "vg_root", "answer_list", "refcoco_data", "det_file", "coco_file",
-             "bert_config", "text_encoder", "vision_encoder", "tokenizer"]  # fmt: skip
+FILE_KEYS = [
+    *ANNOTATION_KEYS,
+    "image_root",
+    "vqa_root",
+    "vg_root",
+    "answer_list",
+    "refcoco_data",
+    "det_file",
+    "coco_file",
+    "bert_config",
+    "text_encoder",
+    "vision_encoder",
+    "tokenizer",
+]
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # checks
 
 _REPR = reprlib.Repr()
@@ -258,16 +329,21 @@ def _check_multiple(config, key, divisor, where):
     value, part = config[key], config[divisor]
     if value is not None and value % part:
         multiple = max(1, round(value / part)) * part
-        raise InputError(f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple}, or another "
-                         f"{divisor}")  # fmt: skip
+        raise InputError(
+            f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to {multiple}, or another "
+            f"{divisor}"
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configurations
 
 
 def _items(config, where):
-    """Yield the keys and values of a configuration, section.key for those of a section. Raises InputError."""
+    """Yield the keys and values of a configuration, section.key for those of a section.
+
+    Raises InputError.
+    """
     for key, value in config.items():
         if OTHER_NAMES.get(key, key) not in SECTIONS:
             yield str(key), value
@@ -278,9 +354,11 @@ def _items(config, where):
 
 
 def _flatten(config, where):
-    """Return the values of a configuration by our name of the key, section.key for those of a section.
+    """Return the values of a configuration by our name of the key, section.key for those of a
+    section.
 
-    Raises InputError where a section is not a mapping, and where two names of a key have two values.
+    Raises InputError where a section is not a mapping, and where two names of a key have two
+    values.
     """
     flat, names = {}, {}
     for name, value in _items(config, where):
@@ -288,8 +366,10 @@ def _flatten(config, where):
         key = f"{OTHER_NAMES.get(section, section)}{dot}{last}"
         key = OTHER_NAMES.get(key, key)
         if None not in (value, flat.get(key)) and value != flat[key]:
-            raise InputError(f"{where}: {names[key]} is {_REPR.repr(flat[key])} and {name} is {_REPR.repr(value)}: they are "
-                             "one key, keep one of them")  # fmt: skip
+            raise InputError(
+                f"{where}: {names[key]} is {_REPR.repr(flat[key])} and {name} is {_REPR.repr(value)}: they are "
+                "one key, keep one of them"
+            )
         if flat.get(key) is None:
             flat[key], names[key] = value, name
     return flat
@@ -298,39 +378,50 @@ def _flatten(config, where):
 def with_defaults(config, where="config"):
     """Return a checked copy of a task's configuration with every default filled in.
 
-    OTHER_NAMES of keys are accepted; the result has the one learning rate as optimizer.lr and as scheduler.lr. Raises
-    InputError, with `where` for the file, for an unknown key, naming the nearest one, and for a value that a key may not have.
+    OTHER_NAMES of keys are accepted; the result has the one learning rate as optimizer.lr and as
+    scheduler.lr. Raises InputError, with `where` for the file, for an unknown key, naming the
+    nearest one, and for a value that a key may not have.
     """
     return override(config, (), where)
 
 
 def parse_override(text):
-    """Parse a key=value override. Return its name in messages and its values by key. Raises InputError."""
+    """Parse a key=value override.
+
+    Return its name in messages and its values by key. Raises InputError.
+    """
     shown = f"--set {' '.join(text.split())}"
     path, separator, value = text.partition("=")
     if not separator:
         raise InputError(f"{shown}: write it as key=value")
     value = parse_yaml(value, shown)
     section, _, name = path.rpartition(".")
-    return shown, {"bert_config": {name: value}} if section == "bert_config" else _flatten({path: value}, shown)
+    return shown, {"bert_config": {name: value}} if section == "bert_config" else _flatten(
+        {path: value}, shown
+    )
 
 
 def override(config, overrides, where):
     """Return config with key=value overrides, checked and completed as by with_defaults.
 
-    Dots reach into optimizer, scheduler and bert_config; of the latter a file is read. Raises InputError.
+    Dots reach into optimizer, scheduler and bert_config; of the latter a file is read. Raises
+    InputError.
     """
     flat = _flatten(config, where)
     for text in overrides:
         shown, changed = parse_override(text)
         if isinstance(changed.get("bert_config"), dict) and text.startswith("bert_config."):
             _check_known(changed["bert_config"], BERT_KEYS, shown)
-            changed["bert_config"] = _read_bert_file(flat.get("bert_config") or {}) | changed["bert_config"]
+            changed["bert_config"] = (
+                _read_bert_file(flat.get("bert_config") or {}) | changed["bert_config"]
+            )
         _check_values(changed, KEYS, shown)
         flat |= changed
     _check_values(flat, KEYS, where)
     complete = {}
-    for key, value in copy.deepcopy({name: key.default for name, key in KEYS.items()} | flat).items():
+    for key, value in copy.deepcopy(
+        {name: key.default for name, key in KEYS.items()} | flat
+    ).items():
         section, _, name = key.rpartition(".")
         (complete.setdefault(section, {}) if section else complete)[name] = value
     complete["scheduler"]["lr"] = complete["optimizer"]["lr"]
@@ -362,23 +453,38 @@ def load_config(path, overrides=()):
 
 
 def beside(path, name):
-    """Return the path of the file `name` beside the configuration at `path` if it exists there, else the name."""
+    """Return the path of the file `name` beside the configuration at `path` if it exists there,
+    else the name.
+    """
     bare = isinstance(name, str) and name and Path(name).name == name
-    return str(Path(path).with_name(name)) if bare and Path(path).with_name(name).is_file() else name
+    return (
+        str(Path(path).with_name(name)) if bare and Path(path).with_name(name).is_file() else name
+    )
 
 
 def _check_folder(where, path):
-    """Raise InputError for a relative path that is found in the repository's folder, but not in the one the script runs in."""
+    """Raise InputError for a relative path that is found in the repository's folder, but not in the
+    one the script runs in.
+    """
     folder = Path(__file__).resolve().parents[1]
-    if isinstance(path, str) and path and not os.path.exists(path) and os.path.exists(folder / path):
-        raise InputError(f"{where} {path} is not in the working directory {Path.cwd()}, where relative paths start, but in "
-                         f"{folder}: run the script there, or write whole paths")
+    if (
+        isinstance(path, str)
+        and path
+        and not os.path.exists(path)
+        and os.path.exists(folder / path)
+    ):
+        raise InputError(
+            f"{where} {path} is not in the working directory {Path.cwd()}, where relative paths start, but in "
+            f"{folder}: run the script there, or write whole paths"
+        )
 
 
 def _read_bert_file(value):
-    """Return the keys of bert_config that a model reads, of a mapping or of the JSON file at a path. Raises InputError.
+    """Return the keys of bert_config that a model reads, of a mapping or of the JSON file at a
+    path. Raises InputError.
 
-    A mapping may have no other keys except BERT_OTHERS. A file may have any other key that does not look like a misspelling.
+    A mapping may have no other keys except BERT_OTHERS. A file may have any other key that does not
+    look like a misspelling.
     """
     if MAPPING.fits(value):
         _check_known([key for key in value if key not in BERT_OTHERS], BERT_KEYS, "bert_config")
@@ -397,7 +503,10 @@ def _read_bert_file(value):
 
 
 def read_bert_config(value):
-    """The key bert_config, a mapping or the path of a JSON file -> dict, checked, with defaults. Raises InputError."""
+    """The key bert_config, a mapping or the path of a JSON file -> dict, checked, with defaults.
+
+    Raises InputError.
+    """
     bert = {name: key.default for name, key in BERT_KEYS.items()} | _read_bert_file(value)
     where = "bert_config" if MAPPING.fits(value) else f"bert_config {value}"
     missing = [key for key in BERT_KEYS if bert[key] is None]
@@ -406,8 +515,10 @@ def read_bert_config(value):
     _check_values(bert, BERT_KEYS, where)
     _check_multiple(bert, "hidden_size", "num_attention_heads", where)
     if bert["fusion_layer"] >= bert["num_hidden_layers"]:
-        raise InputError(f"{where}: fusion_layer is {bert['fusion_layer']}, it must be below num_hidden_layers "
-                         f"{bert['num_hidden_layers']}: the layers from there on fuse text and image")
+        raise InputError(
+            f"{where}: fusion_layer is {bert['fusion_layer']}, it must be below num_hidden_layers "
+            f"{bert['num_hidden_layers']}: the layers from there on fuse text and image"
+        )
     return bert
 
 
@@ -415,18 +526,28 @@ def require(config, *keys):
     """Raise InputError for a key that the task needs and the configuration lacks."""
     for key in keys:
         if config[key] is None:
-            raise InputError(f"the configuration lacks the key {key}: add it to the file or pass --set {key}=...")
+            raise InputError(
+                f"the configuration lacks the key {key}: add it to the file or pass --set {key}=..."
+            )
 
 
 def parse_yaml(content, where):
-    """Return the value that YAML text holds. Raises InputError, with where for the file, if it holds none."""
+    """Return the value that YAML text holds.
+
+    Raises InputError, with where for the file, if it holds none.
+    """
     try:
         return YAML(typ="safe").load(content)
-    except Exception as error:  # dates and characters that do not exist raise other errors than YAMLError
+    # dates and characters that do not exist raise other errors than YAMLError
+    except Exception as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = ", ".join(filter(None, (getattr(error, "context", None), getattr(error, "problem", None))))
-        raise InputError(f"{where}{line}: not valid YAML: {' '.join((problem or str(error)).split())}") from None
+        problem = ", ".join(
+            filter(None, (getattr(error, "context", None), getattr(error, "problem", None)))
+        )
+        raise InputError(
+            f"{where}{line}: not valid YAML: {' '.join((problem or str(error)).split())}"
+        ) from None
 
 
 def save_config(config, output_dir):

@@ -1,12 +1,15 @@
-"""Annotation files: a streaming reader of JSON lists, and their entries in arrays that processes share.
+"""Annotation files: a streaming reader of JSON lists, and their entries in arrays that processes
+share.
 
-A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every rank. Here each entry,
-reduced to the fields of its form, is a line of JSON in the file NAME.jsonl. The array NAME.index holds the position and checksum
-of each line. Both files are mapped into memory, and all processes of a machine share the pages. They are made once and kept in a
-cache folder. Each line is compared with its checksum when it is read; to compare whole files would take seconds at every start.
+A list of 14 million pairs as Python objects takes several gigabytes, in every data worker of every
+rank. Here each entry, reduced to the fields of its form, is a line of JSON in the file NAME.jsonl.
+The array NAME.index holds the position and checksum of each line. Both files are mapped into
+memory, and all processes of a machine share the pages. They are made once and kept in a cache
+folder. Each line is compared with its checksum when it is read; to compare whole files would take
+seconds at every start.
 
-Python's json reads the lists in pieces. msgspec checks the entries, but it needs a whole list in memory, and it refuses NaN and
-halves of surrogate pairs, which Python writes.
+Python's json reads the lists in pieces. msgspec checks the entries, but it needs a whole list in
+memory, and it refuses NaN and halves of surrogate pairs, which Python writes.
 """
 
 import codecs
@@ -29,12 +32,20 @@ import numpy as np
 from dataset.cache import load_cached, locate, unreadable
 from dataset.official import advice
 from dataset.text import MAX_WORDS, is_blank, pre_caption
-from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular, read_regular
+from utils import (
+    InputError,
+    TrainingStopped,
+    atomic_write,
+    hash_contents,
+    open_regular,
+    read_regular,
+)
 
 _CHUNK = 1 << 22  # characters of an annotation file in memory at a time
 _BATCH = 1 << 12  # entries that are checked and written at a time
 _CUT_SHORT = "seems cut short: copy it again"
-_LONGEST_TOKEN = 16  # characters, more than in any token or escape sequence that the end of a chunk can cut
+# characters, more than in any token or escape sequence that the end of a chunk can cut
+_LONGEST_TOKEN = 16
 
 _DECODER = json.JSONDecoder()
 _ENCODER = msgspec.json.Encoder()
@@ -49,7 +60,8 @@ Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
 class Entry(msgspec.Struct):
     """The form of a list's entries: its fields and their types.
 
-    A subclass has `texts`, all texts of an entry, and `wanted`, the form in the words of messages. No text may be blank.
+    A subclass has `texts`, all texts of an entry, and `wanted`, the form in the words of messages.
+    No text may be blank.
     """
 
     wanted: ClassVar[str]
@@ -74,10 +86,14 @@ class Entry(msgspec.Struct):
         """Raise InputError, without the place, if a text is blank. Subclasses may check more."""
         for text in self.texts:
             if is_blank(self.clean(text)):
-                raise InputError(f"its text {reprlib.repr(text)} is empty after clean-up", "empty text")
+                raise InputError(
+                    f"its text {reprlib.repr(text)} is empty after clean-up", "empty text"
+                )
 
     def check_with(self, first: "Entry") -> None:
-        """Raise InputError, without the place, if this entry and the first one cannot be in the same list."""
+        """Raise InputError, without the place, if this entry and the first one cannot be in the
+        same list.
+        """
 
 
 def check_entry(entry, form, path, number, first=None):
@@ -95,12 +111,24 @@ def check_entry(entry, form, path, number, first=None):
         problem = _without_ticks(error).replace("'$.", "'")
         kind, field = "no object", re.search(r"'(\w+)((?:\[\d+\])?)'$", problem)
         if field and isinstance(entry, dict):
-            missing, null = problem.startswith("Object missing"), "got 'null'" in problem and not field[2]
-            kind = f"no '{field[1]}'" if missing else f"'{field[1]}' is null" if null else f"wrong '{field[1]}'"
+            missing, null = (
+                problem.startswith("Object missing"),
+                "got 'null'" in problem and not field[2],
+            )
+            kind = (
+                f"no '{field[1]}'"
+                if missing
+                else f"'{field[1]}' is null"
+                if null
+                else f"wrong '{field[1]}'"
+            )
     except InputError as error:
         problem, kind = str(error), error.kind
     shown = reprlib.repr(entry)
-    raise InputError(f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry", kind)
+    raise InputError(
+        f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry",
+        kind,
+    )
 
 
 def where(path, number):
@@ -111,16 +139,21 @@ def where(path, number):
 class Entries:
     """The entries of one or several JSON lists, joined in order, as objects of `form`, an Entry.
 
-    The first use of a list checks all its entries and writes them to the cache. They are written again if the file changes or
-    the cache is damaged. A pickle holds only names. Raises InputError as `read_json_list` and `check_entry` do.
+    The first use of a list checks all its entries and writes them to the cache. They are written
+    again if the file changes or the cache is damaged. A pickle holds only names. Raises InputError
+    as `read_json_list` and `check_entry` do.
     """
 
     def __init__(self, files, form, names=None):
         if not files:
-            raise InputError("train_file: no annotation file is given; name at least one in the config")
+            raise InputError(
+                "train_file: no annotation file is given; name at least one in the config"
+            )
         self.files, self.form = [os.fspath(file) for file in files], form
         if names:
-            self._stores = [_open(name) or self._repair(file, name) for file, name in enumerate(names)]
+            self._stores = [
+                _open(name) or self._repair(file, name) for file, name in enumerate(names)
+            ]
         else:
             self._stores = _load(self.files, form)
         self._ends = list(itertools.accumulate(len(store.index) - 1 for store in self._stores))
@@ -140,18 +173,25 @@ class Entries:
         return self.form(*json.loads(line))
 
     def _repair(self, file, name):
-        """Open a list's damaged store: compare all lines, and build the store again if one differs. Raises TrainingStopped."""
+        """Open a list's damaged store: compare all lines, and build the store again if one differs.
+
+        Raises TrainingStopped.
+        """
         try:
             (store,) = _load(self.files[file : file + 1], self.form, whole=True)
         except InputError as error:  # training would take an InputError for that of one entry
             raise TrainingStopped(str(error)) from None
         if store.name != name:
-            raise TrainingStopped(f"{self.files[file]}: has changed since the run started: put it back as it was, and continue "
-                                  "with --resume")
+            raise TrainingStopped(
+                f"{self.files[file]}: has changed since the run started: put it back as it was, and continue "
+                "with --resume"
+            )
         return store
 
     def digest(self) -> str:
-        """Return a digest of all entries, 16 hexadecimal digits, computed from the checksums of their lines."""
+        """Return a digest of all entries, 16 hexadecimal digits, computed from the checksums of
+        their lines.
+        """
         return hash_contents(np.ascontiguousarray(store.index) for store in self._stores)
 
     def where(self, i):
@@ -175,9 +215,15 @@ class _Store(NamedTuple):
 
 
 def _load(files, form, whole=False):
-    """Return the _Store of each file, built if it is missing; with `whole` also if one of its lines is damaged."""
+    """Return the _Store of each file, built if it is missing; with `whole` also if one of its lines
+    is damaged.
+    """
     # the code of `form` and of the clean-up decides which entries are accepted
-    version = [[(field.name, str(field.type)) for field in msgspec.structs.fields(form)], _source(form), _source(pre_caption)]
+    version = [
+        [(field.name, str(field.type)) for field in msgspec.structs.fields(form)],
+        _source(form),
+        _source(pre_caption),
+    ]
     build, load = functools.partial(_build, form=form), functools.partial(_open, whole=whole)
     return load_cached(files, form.__name__, build, load, version)
 
@@ -198,7 +244,9 @@ def _open(name, whole=False):
     except (OSError, ValueError):
         return None
     store = _Store(name, lines, index)
-    if index["start"][-1] != len(lines) or (whole and None in map(store.read, range(len(index) - 1))):
+    if index["start"][-1] != len(lines) or (
+        whole and None in map(store.read, range(len(index) - 1))
+    ):
         return None
     return store
 
@@ -209,7 +257,8 @@ def _index_type(size):
 
 
 def _checksum(line):
-    return zlib.crc32(line, 1)  # from 1: an index of zeros, from a lost block, must not match an empty line
+    # from 1: an index of zeros, from a lost block, must not match an empty line
+    return zlib.crc32(line, 1)
 
 
 def _build(job, form):
@@ -222,7 +271,9 @@ def _build(job, form):
             if not batch:
                 break
             first = first or check_entry(batch[0], form, path, number)
-            for line in _json_lines(_checked(batch, form, path, number, first)).splitlines(keepends=True):
+            for line in _json_lines(_checked(batch, form, path, number, first)).splitlines(
+                keepends=True
+            ):
                 file.write(line)
                 starts.append(end)
                 checksums.append(_checksum(line))
@@ -234,7 +285,9 @@ def _build(job, form):
 
 
 def _checked(batch, form, path, number, first):
-    """Convert the entries of a batch to `form`. number: of its first entry; first: the list's first entry."""
+    """Convert the entries of a batch to `form`. number: of its first entry; first: the list's first
+    entry.
+    """
     try:
         checked = msgspec.convert(batch, list[form])
         for entry in checked:
@@ -242,7 +295,8 @@ def _checked(batch, form, path, number, first):
             entry.check_with(first)
         return checked
     except (msgspec.ValidationError, InputError):
-        return [check_entry(entry, form, path, number + i, first) for i, entry in enumerate(batch)]  # names the entry
+        # names the entry
+        return [check_entry(entry, form, path, number + i, first) for i, entry in enumerate(batch)]
 
 
 def _json_lines(entries):
@@ -250,13 +304,17 @@ def _json_lines(entries):
     values = list(map(msgspec.structs.astuple, entries))
     try:
         return _ENCODER.encode_lines(values)
-    except (UnicodeEncodeError, OverflowError):  # halves of surrogate pairs, integers of more than 64 bits
+    # halves of surrogate pairs, integers of more than 64 bits
+    except (UnicodeEncodeError, OverflowError):
         return "".join(json.dumps(value) + "\n" for value in values).encode()
 
 
 def digest(value):
     """64 bits that stand for a value."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(repr(value).encode(errors="surrogatepass"), digest_size=8).digest(),
+        "little",
+    )
 
 
 def read_json(path, form, remedy):
@@ -271,7 +329,10 @@ def read_json(path, form, remedy):
 
 
 def as_form(value, form, where, remedy):
-    """A value of a file as an object of `form`, a type that msgspec knows. Raises InputError, which begins with `where`."""
+    """A value of a file as an object of `form`, a type that msgspec knows.
+
+    Raises InputError, which begins with `where`.
+    """
     try:
         return msgspec.convert(value, form)
     except msgspec.ValidationError as error:
@@ -279,11 +340,16 @@ def as_form(value, form, where, remedy):
 
 
 def by_id(values, path, what):
-    """Return {id: value}. Raises InputError if two different values have one id; `what` names a value in the message."""
+    """Return {id: value}.
+
+    Raises InputError if two different values have one id; `what` names a value in the message.
+    """
     found = {}
     for value in values:
         if found.setdefault(value.id, value) != value:
-            raise InputError(f"{path}: {what} {value.id} occurs twice, with different content: correct one of them")
+            raise InputError(
+                f"{path}: {what} {value.id} occurs twice, with different content: correct one of them"
+            )
     return found
 
 
@@ -293,12 +359,15 @@ def _without_ticks(error):
 
 
 def read_json_list(path):
-    """Yield (number, value) for the values of a JSON list, counted from 0, without holding the file in memory.
+    """Yield (number, value) for the values of a JSON list, counted from 0, without holding the file
+    in memory.
 
     Raises InputError if the file cannot be read, is not valid JSON, not a list or empty.
     """
     if os.fspath(path).endswith(".tar"):
-        raise InputError(f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment reads shards")
+        raise InputError(
+            f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment reads shards"
+        )
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             yield from enumerate(_decode_list(file, path))
@@ -328,14 +397,17 @@ def _decode_list(file, path):
             complete = end < len(text) or at_end
         except json.JSONDecodeError as error:
             problem, end = error.msg, error.pos
-            # A chunk may end inside the entry: then the error is at its end, or a string has no end yet.
+            # A chunk may end inside the entry: then the error is at its end, or a string has no end
+            # yet.
             cut = end > len(text) - _LONGEST_TOKEN or problem.startswith("Unterminated string")
             complete = at_end or not cut
-        except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        # nested too deeply, or a number of thousands of digits
+        except (RecursionError, ValueError) as error:
             problem, end, complete = str(error), pos, True
         if not complete:
             line, column = _advance(text, pos, line, column)
-            more = file.read(max(_CHUNK, len(text) - pos))  # doubling, so that a long entry takes linear time
+            # doubling, so that a long entry takes linear time
+            more = file.read(max(_CHUNK, len(text) - pos))
             text, pos, at_end = text[pos:] + more, 0, not more
             continue
         if problem is None:
@@ -349,7 +421,9 @@ def _decode_list(file, path):
         line, column = _advance(text, end, line, column)
         cut_short = at_end and not text.rstrip(_SPACE).endswith("]")
         remedy = f"the file {_CUT_SHORT}" if cut_short else "correct it there"
-        raise InputError(f"{path}: invalid JSON at line {line} column {column} ({problem}); {remedy}")
+        raise InputError(
+            f"{path}: invalid JSON at line {line} column {column} ({problem}); {remedy}"
+        )
 
 
 def _opening(text, path):
@@ -359,11 +433,19 @@ def _opening(text, path):
         return opening.end()
     start = text.lstrip(_SPACE)[:1]
     if start == "{":
-        raise InputError(f"{path}: " + (advice(path) or "holds a JSON object, not a list of entries; if it is JSON lines (an "
-                                        f"object a line), convert it: jq -s . {path} > list.json"))  # fmt: skip
+        raise InputError(
+            f"{path}: "
+            + (
+                advice(path)
+                or "holds a JSON object, not a list of entries; if it is JSON lines (an "
+                f"object a line), convert it: jq -s . {path} > list.json"
+            )
+        )
     found = "is an empty list" if opening else "is not a JSON list" if start else "is empty"
-    raise InputError(f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]. '
-                     "python -m dataset.to_json converts tables, folders and official files")
+    raise InputError(
+        f'{path}: {found}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...]. '
+        "python -m dataset.to_json converts tables, folders and official files"
+    )
 
 
 def _advance(text, pos, line, column):

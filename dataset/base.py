@@ -1,4 +1,6 @@
-"""What every data set has: draws that can be repeated, a way with unusable samples, a check that its images exist."""
+"""What every data set has: draws that can be repeated, a way with unusable samples, a check that
+its images exist.
+"""
 
 import os
 
@@ -16,13 +18,14 @@ MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
 class EntryDataset(Dataset):
     """Samples by index, to train on if there is a seed, else to test on.
 
-    In training a sample depends on (seed, epoch, index) alone, not on the worker or on earlier samples. An unusable sample is
-    replaced by another one, because web data is noisy (Section 3.4). In testing it is an InputError, because every sample
-    counts.
+    In training a sample depends on (seed, epoch, index) alone, not on the worker or on earlier
+    samples. An unusable sample is replaced by another one, because web data is noisy (Section 3.4).
+    In testing it is an InputError, because every sample counts.
 
-    entries: dataset.annotations.Entries; indices: the entries that are samples (default: all); roots: image folders by
-    configuration key; limits: of the texts. A subclass has read(index), which raises ImageError or InputError for an unusable
-    sample. In training it returns a NamedTuple with a list `skipped`.
+    entries: dataset.annotations.Entries; indices: the entries that are samples (default: all);
+    roots: image folders by configuration key; limits: of the texts. A subclass has read(index),
+    which raises ImageError or InputError for an unusable sample. In training it returns a
+    NamedTuple with a list `skipped`.
     """
 
     def __init__(self, entries, roots, transform, seed=None, indices=None, limits=Limits()):
@@ -48,8 +51,11 @@ class EntryDataset(Dataset):
     def clean(self, index, text):
         """Clean up and cut a text of a sample's entry. Raises InputError if it is empty then."""
         cleaned = self.entries.form.clean(text, self.limits.words)
-        if is_blank(cleaned):  # only if max_words is small: the entry was checked with the limit of its form
-            raise InputError(f"{self.where(index)}: its text is empty after clean-up and max_words {self.limits.words}")
+        # only if max_words is small: the entry was checked with the limit of its form
+        if is_blank(cleaned):
+            raise InputError(
+                f"{self.where(index)}: its text is empty after clean-up and max_words {self.limits.words}"
+            )
         return cleaned
 
     def where(self, index):
@@ -61,7 +67,9 @@ class EntryDataset(Dataset):
             try:
                 return self.read(index)
             except ImageError as error:
-                raise InputError(f"cannot read a test image: {error}; every image of the test file counts") from None
+                raise InputError(
+                    f"cannot read a test image: {error}; every image of the test file counts"
+                ) from None
         # torch.manual_seed would format a stack trace for every kind of device not in use
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
         skipped = []
@@ -76,18 +84,25 @@ class EntryDataset(Dataset):
 
 def evenly(length, wanted):
     """Indices below `length`: `wanted` of them, evenly spaced, or all (None)."""
-    return range(length) if wanted is None or wanted >= length else np.linspace(0, length - 1, wanted).astype(int).tolist()
+    return (
+        range(length)
+        if wanted is None or wanted >= length
+        else np.linspace(0, length - 1, wanted).astype(int).tolist()
+    )
 
 
 def check_images(dataset, sample=1000):
-    """Raise InputError unless the image folders and the images of `sample` evenly spaced samples exist (None: of all).
+    """Raise InputError unless the image folders and the images of `sample` evenly spaced samples
+    exist (None: of all).
 
     A root may be None or empty if the annotation files hold absolute paths; those win over it.
     """
     for key, root in dataset.roots.items():
         if root and not os.path.isdir(root):
-            raise InputError(f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
-                             "annotation files start from")
+            raise InputError(
+                f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
+                "annotation files start from"
+            )
     # many samples may share an image, which is looked up once: its first sample remains
     checked = {path: i for i in reversed(evenly(len(dataset), sample)) for path in dataset.files(i)}
     missing = [(i, path) for path, i in checked.items() if not os.path.isfile(path)]
@@ -96,5 +111,7 @@ def check_images(dataset, sample=1000):
         share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
         problem, remedy = no_file(path).split(": ")
-        raise InputError(f"{dataset.where(i)}: image {path} {problem} ({share}); {remedy}, correct {roots}, or remove such "
-                         "entries from the annotation file")
+        raise InputError(
+            f"{dataset.where(i)}: image {path} {problem} ({share}); {remedy}, correct {roots}, or remove such "
+            "entries from the annotation file"
+        )

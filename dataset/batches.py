@@ -1,4 +1,6 @@
-"""Which samples make up the batches of an epoch, on any number of processes and from any point of it on."""
+"""Which samples make up the batches of an epoch, on any number of processes and from any point of
+it on.
+"""
 
 import functools
 import sys
@@ -16,15 +18,19 @@ def check_length(length, batch_size, world_size):
     """Raise InputError for a training set of less than one batch."""
     if length < batch_size * world_size:
         processes = f" on each of {world_size} processes" if world_size > 1 else ""
-        raise InputError(f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
-                         "lower batch_size")
+        raise InputError(
+            f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
+            "lower batch_size"
+        )
 
 
 class EpochBatches(Sampler):
-    """Batches of indices of one process: every epoch in a new order, the same for all processes, divided among them.
+    """Batches of indices of one process: every epoch in a new order, the same for all processes,
+    divided among them.
 
-    Together the processes' batches number b hold what a single process with the sum of their batch sizes has as its
-    batch b. The last, incomplete batch is dropped. order(length, generator=...) draws an epoch's order, a tensor of indices.
+    Together the processes' batches number b hold what a single process with the sum of their batch
+    sizes has as its batch b. The last, incomplete batch is dropped. order(length, generator=...)
+    draws an epoch's order, a tensor of indices.
     """
 
     def __init__(self, length, batch_size, seed, rank=0, world_size=1, order=torch.randperm):
@@ -54,7 +60,9 @@ class EpochBatches(Sampler):
 
 
 def workers(config):
-    """Data workers of each process: num_workers, else the cores of this machine divided by its processes, 8 at most."""
+    """Data workers of each process: num_workers, else the cores of this machine divided by its
+    processes, 8 at most.
+    """
     if config["num_workers"] is not None:
         return config["num_workers"]
     return min(8, max(1, cores() // max(1, environment_number("LOCAL_WORLD_SIZE", 1))))
@@ -63,14 +71,17 @@ def workers(config):
 class TrainBatches:
     """The batches of a training set for this process, from any point of any epoch on.
 
-    dataset: what build_dataset gives for training; it may have an order of its own (EpochBatches). A data worker that dies is
-    replaced, and what it had begun is done again: no sample is lost or repeated.
+    dataset: what build_dataset gives for training; it may have an order of its own (EpochBatches).
+    A data worker that dies is replaced, and what it had begun is done again: no sample is lost or
+    repeated.
     """
 
     def __init__(self, dataset, tokenizer, config, device, seed):
         self.dataset = dataset
         order = getattr(dataset, "order", torch.randperm)
-        self.sampler = EpochBatches(len(dataset), config["batch_size"], seed, rank(), world_size(), order)
+        self.sampler = EpochBatches(
+            len(dataset), config["batch_size"], seed, rank(), world_size(), order
+        )
         collate = functools.partial(dataset.collate, tokenizer=tokenizer)
         self.loader = Loader(dataset, collate, workers(config), device, batch_sampler=self.sampler)
 

@@ -22,37 +22,58 @@ _INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TE
 
 
 def load_cached(paths, kind, build, load, version=None, processes=None):
-    """Return load(name) for each path; the name is a path in the cache folder that changes with the file.
+    """Return load(name) for each path; the name is a path in the cache folder that changes with the
+    file.
 
-    If load returns None, build((path, name)) writes the cached file. Builds run in `processes` processes (default: the cores, 8
-    at most). If several runs start together, one builds for all. It also removes the cached files of earlier versions of these
-    paths. kind: prefix of the names; version: a JSON value on which the content depends. Raises InputError if a file is missing
-    or the cache cannot be written, and every exception of build.
+    If load returns None, build((path, name)) writes the cached file. Builds run in `processes`
+    processes (default: the cores, 8 at most). If several runs start together, one builds for all.
+    It also removes the cached files of earlier versions of these paths. kind: prefix of the names;
+    version: a JSON value on which the content depends. Raises InputError if a file is missing or
+    the cache cannot be written, and every exception of build.
     """
     folder = cache_folder()
     names = [os.path.join(folder, _name(path, kind, version)) for path in paths]
     loaded = [load(name) for name in names]
     if any(found is None for found in loaded):
         with _locked(folder) as locked:
-            jobs = [job for job in zip(paths, names) if load(job[1]) is None]  # another process may have built it meanwhile
+            # another process may have built it meanwhile
+            jobs = [job for job in zip(paths, names) if load(job[1]) is None]
             _remove_old(folder, [name for _, name in jobs], locked)
             with in_processes(process_count(len(jobs), processes)) as run:
                 try:
-                    for _ in tqdm(run(build, jobs), desc="reading the data", total=len(jobs), unit="file", file=sys.stdout,
-                                  disable=len(jobs) == 1, delay=1, mininterval=1, leave=False, dynamic_ncols=True):  # fmt: skip
+                    for _ in tqdm(
+                        run(build, jobs),
+                        desc="reading the data",
+                        total=len(jobs),
+                        unit="file",
+                        file=sys.stdout,
+                        disable=len(jobs) == 1,
+                        delay=1,
+                        mininterval=1,
+                        leave=False,
+                        dynamic_ncols=True,
+                    ):
                         pass
                 except OSError as error:
-                    raise InputError(f"{folder}: cannot write the cache ({error.strerror}); free some space, or set the "
-                                     "environment variable ALBEF_CACHE to another folder") from None
-            loaded = [load(name) for name in names]  # inside the lock, so that no process removes the files
+                    raise InputError(
+                        f"{folder}: cannot write the cache ({error.strerror}); free some space, or set the "
+                        "environment variable ALBEF_CACHE to another folder"
+                    ) from None
+            # inside the lock, so that no process removes the files
+            loaded = [load(name) for name in names]
         if any(found is None for found in loaded):
-            raise InputError(f"{folder}: the cache does not hold what was written to it; set the environment variable "
-                             "ALBEF_CACHE to a folder on another disk")
+            raise InputError(
+                f"{folder}: the cache does not hold what was written to it; set the environment variable "
+                "ALBEF_CACHE to a folder on another disk"
+            )
     return loaded
 
 
 def locate(index, ends):
-    """Return (file, index in it) of an index in joined files. ends: cumulative lengths. Raises IndexError."""
+    """Return (file, index in it) of an index in joined files. ends: cumulative lengths.
+
+    Raises IndexError.
+    """
     if not 0 <= index < ends[-1]:
         raise IndexError(f"index {index} of {ends[-1]}")
     file = bisect.bisect(ends, index)
@@ -60,12 +81,15 @@ def locate(index, ends):
 
 
 def cache_folder():
-    """Return ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the temporary folder.
+    """Return ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the
+    temporary folder.
 
-    Raises InputError if none of them can be written, and for a folder that another user may have made or filled.
+    Raises InputError if none of them can be written, and for a folder that another user may have
+    made or filled.
     """
     wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef")
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef"
+    )
     temporary = os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}")
     for folder in wanted, temporary:
         with contextlib.suppress(OSError):
@@ -73,14 +97,17 @@ def cache_folder():
             _check_owner(folder, private=folder == temporary)
             if os.access(folder, os.W_OK | os.X_OK):
                 return folder
-    raise InputError(f"ALBEF_CACHE: cannot write to the cache folder {wanted}; set the environment variable "
-                     f"ALBEF_CACHE to a folder on a local disk")
+    raise InputError(
+        f"ALBEF_CACHE: cannot write to the cache folder {wanted}; set the environment variable "
+        f"ALBEF_CACHE to a folder on a local disk"
+    )
 
 
 def _check_owner(folder, private):
     """Raise InputError if another user may have made a cache folder or written to it.
 
-    private: only its owner may access it, and it is no link. Otherwise a group may share it, but not everyone.
+    private: only its owner may access it, and it is no link. Otherwise a group may share it, but
+    not everyone.
     """
     for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
         shared = False  # whether everyone may write to a parent folder
@@ -88,7 +115,9 @@ def _check_owner(folder, private):
             status = path.lstat()
             if shared and status.st_uid not in (0, os.getuid()):
                 _refuse(path, "belongs to another user")
-            shared = shared or (stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_IWOTH))
+            shared = shared or (
+                stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_IWOTH)
+            )
     if status.st_mode & (0o077 if private else stat.S_IWOTH):
         _refuse(folder, f"has mode {stat.S_IMODE(status.st_mode):04o}, so others have access to it")
     if private and os.path.islink(folder):
@@ -98,12 +127,16 @@ def _check_owner(folder, private):
 
 
 def _refuse(path, problem):
-    raise InputError(f"{path}: {problem}, but annotations and compiled code are read from this cache folder: remove it, or set "
-                     "the environment variable ALBEF_CACHE to a folder of your own")
+    raise InputError(
+        f"{path}: {problem}, but annotations and compiled code are read from this cache folder: remove it, or set "
+        "the environment variable ALBEF_CACHE to a folder of your own"
+    )
 
 
 def _name(path, kind, version):
-    """Return the name of a file in the cache: kind, hash of its path, hash of its version, size and date."""
+    """Return the name of a file in the cache: kind, hash of its path, hash of its version, size and
+    date.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
@@ -117,7 +150,8 @@ def _hash(value):
 
 
 def _remove_old(folder, names, locked):
-    """Remove cached files of earlier versions of the same files, and incomplete files of killed processes.
+    """Remove cached files of earlier versions of the same files, and incomplete files of killed
+    processes.
 
     names: cached files that are built next; locked: no other process of this machine is building.
     """
@@ -126,21 +160,27 @@ def _remove_old(folder, names, locked):
     for entry in os.listdir(folder):
         of_file = entry.rpartition("-")[0] in files and entry.partition(".")[0] not in names
         if of_file or (locked and _INCOMPLETE.fullmatch(entry)):
-            with contextlib.suppress(OSError):  # of another user, or removed by a process that cannot lock
+            # of another user, or removed by a process that cannot lock
+            with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, entry))
 
 
 def unreadable(path, error):
     """Return the InputError for an OSError of a data file."""
-    return InputError(f"{path}: cannot read this file ({error.strerror}); correct its path in the config (relative paths start "
-                      "at the folder you run in)")
+    return InputError(
+        f"{path}: cannot read this file ({error.strerror}); correct its path in the config (relative paths start "
+        "at the folder you run in)"
+    )
 
 
 @contextlib.contextmanager
 def _locked(folder):
-    """Lock the cache folder against the machine's other processes; yield whether the file system can lock."""
+    """Lock the cache folder against the machine's other processes; yield whether the file system
+    can lock.
+    """
     lock = FileLock(os.path.join(folder, ".lock"), fallback_to_soft=False)
-    with contextlib.suppress(OSError):  # some network file systems cannot lock; then each process builds all files
+    # some network file systems cannot lock; then each process builds all files
+    with contextlib.suppress(OSError):
         lock.acquire()
     try:
         yield lock.is_locked

@@ -44,8 +44,10 @@ class Pair(Captioned):
 class RetrievalPair(Entry):
     """An image with one or several captions to train retrieval on; each epoch draws one caption."""
 
-    wanted = ('retrieval trains on entries {"image": path, "caption": text or list of texts}, of which all or none have '
-              '"image_id": text or number')
+    wanted = (
+        'retrieval trains on entries {"image": path, "caption": text or list of texts}, of which all or none have '
+        '"image_id": text or number'
+    )
     image: str
     caption: str | Texts
     image_id: str | int | None = None
@@ -54,7 +56,10 @@ class RetrievalPair(Entry):
 
     @property
     def group(self):
-        """Return the key that all captions of one image share: `image_id`, or the path if the list has no ids."""
+        """Return the key that all captions of one image share:
+
+        `image_id`, or the path if the list has no ids.
+        """
         return os.path.normpath(self.image) if self.image_id is None else self.image_id
 
     def check_with(self, first):
@@ -98,7 +103,10 @@ class CaptionBatch(NamedTuple):
 
 
 def draw_caption(captions, where, max_words=None):
-    """Return one of an entry's captions at random, cleaned up and cut. Raises InputError if it is empty then."""
+    """Return one of an entry's captions at random, cleaned up and cut.
+
+    Raises InputError if it is empty then.
+    """
     caption = Pair.clean(without_halves(captions[int(torch.randint(len(captions), ()))]), max_words)
     if is_blank(caption):
         raise InputError(f"{where}: a caption is empty after clean-up")
@@ -108,7 +116,8 @@ def draw_caption(captions, where, max_words=None):
 class CaptionDataset(EntryDataset):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to the limits.
 
-    entries: Entries of pairs. A pair is unusable if its image cannot be read or its caption is empty after clean-up.
+    entries: Entries of pairs. A pair is unusable if its image cannot be read or its caption is
+    empty after clean-up.
     """
 
     def __init__(self, entries, image_root, transform, seed, limits):
@@ -124,11 +133,14 @@ class CaptionDataset(EntryDataset):
         """Samples -> CaptionBatch; captions are padded to the longest of the batch."""
         images, captions, image_ids, files, skipped = zip(*samples)
         text = tokenize(captions, tokenizer, self.limits.tokens)
-        return CaptionBatch(torch.stack(images), text, torch.tensor(image_ids), list(files), sum(skipped, []))
+        return CaptionBatch(
+            torch.stack(images), text, torch.tensor(image_ids), list(files), sum(skipped, [])
+        )
 
 
 class ShardedCaptions(CaptionDataset):
-    """The pairs of entries, which may be empty, and after them the samples of shards (dataset.shards.Shards).
+    """The pairs of entries, which may be empty, and after them the samples of shards
+    (dataset.shards.Shards).
 
     shuffle_buffer: samples that are mixed with one another.
     """
@@ -144,15 +156,22 @@ class ShardedCaptions(CaptionDataset):
         return (self.entries.digest() if self.listed else "") + self.shards.digest()
 
     def order(self, length, generator):
-        """An epoch's order: shards one after another, mixed within windows of shuffle_buffer samples.
+        """An epoch's order: shards one after another, mixed within windows of shuffle_buffer
+        samples.
 
-        Samples that are read at about the same time so lie near each other. The entries of lists take part in units.
+        Samples that are read at about the same time so lie near each other. The entries of lists
+        take part in units.
         """
-        lists, samples = torch.randperm(self.listed, generator=generator), torch.arange(self.listed, length)
+        lists, samples = (
+            torch.randperm(self.listed, generator=generator),
+            torch.arange(self.listed, length),
+        )
         units = [*lists.split(UNIT), *samples.split(self.shards.counts)]
         units = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
         windows = torch.cat(units).split(self.shuffle_buffer)
-        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+        return torch.cat(
+            [window[torch.randperm(len(window), generator=generator)] for window in windows]
+        )
 
     def __getitems__(self, indices):
         self.shards.prefetch(index - self.listed for index in indices if index >= self.listed)
@@ -166,4 +185,9 @@ class ShardedCaptions(CaptionDataset):
         where = f"{place.path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
         caption = draw_caption(captions, where, self.limits.words)
-        return CaptionSample(self.transform(decode_image(image, where)), caption, -1, f"{place.path}/{sample['__key__']}")
+        return CaptionSample(
+            self.transform(decode_image(image, where)),
+            caption,
+            -1,
+            f"{place.path}/{sample['__key__']}",
+        )

@@ -1,4 +1,6 @@
-"""Sentences about one image or two with a label: what the data of VE, NLVR2 and relevance have in common."""
+"""Sentences about one image or two with a label: what the data of VE, NLVR2 and relevance have in
+common.
+"""
 
 from typing import NamedTuple
 
@@ -31,14 +33,18 @@ class ClassificationDataset(EntryDataset):
     """Sentences with their images and their class. form: an Entry with `sentence` and `target`."""
 
     def __init__(self, files, form, image_root, transform, seed=None, limits=Limits()):
-        super().__init__(Entries(files, form), {"image_root": image_root}, transform, seed, limits=limits)
+        super().__init__(
+            Entries(files, form), {"image_root": image_root}, transform, seed, limits=limits
+        )
 
     def require_classes(self, count, key):
         """Raise InputError unless `count` classes occur; key: the configuration key of the files."""
         found = set()
         if not any(found.add(entry.target) or len(found) == count for entry in self.entries):
             (label,) = found
-            raise InputError(f"{key} {self.entries.files[0]}: all labels are {label}, the ROC AUC needs both: add the other")
+            raise InputError(
+                f"{key} {self.entries.files[0]}: all labels are {label}, the ROC AUC needs both: add the other"
+            )
 
     def read(self, index):
         entry, files = self.entry(index), self.files(index)
@@ -50,5 +56,9 @@ class ClassificationDataset(EntryDataset):
         images, sentences, targets, files, skipped = zip(*samples)
         text = tokenize(sentences, tokenizer, self.limits.tokens)
         return ClassificationBatch(
-            torch.stack(images, dim=1).unbind(), text, torch.tensor(targets), sum(files, []), sum(skipped, [])
+            torch.stack(images, dim=1).unbind(),
+            text,
+            torch.tensor(targets),
+            sum(files, []),
+            sum(skipped, []),
         )

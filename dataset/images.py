@@ -11,17 +11,22 @@ from PIL import Image, UnidentifiedImageError
 
 from utils import read_regular
 
-# only these plug-ins of Pillow may read files from the web; the plug-in of EPS, for example, would start Ghostscript
+# only these plug-ins of Pillow may read files from the web; the plug-in of EPS, for example, would
+# start Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}  # with a dot
-# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file can keep a decoder busy
-# for minutes. To count scans beforehand costs about 1% of decoding an ordinary image, and is a time limit that works in every
-# thread and process; a signal would not interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
+# with a dot
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file
+# can keep a decoder busy for minutes. To count scans beforehand costs about 1% of decoding an
+# ordinary image, and is a time limit that works in every thread and process; a signal would not
+# interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
 MAX_SCANS = 100
 
 
 class ImageError(OSError):
-    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full, by default kind: detail."""
+    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full, by
+    default kind: detail.
+    """
 
     def __init__(self, name, kind, detail="", problem=""):
         self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
@@ -29,7 +34,10 @@ class ImageError(OSError):
 
 
 def load_image(path):
-    """Decode an image file as `decode_image` does. Raises ImageError also for a file that is missing or unreadable."""
+    """Decode an image file as `decode_image` does.
+
+    Raises ImageError also for a file that is missing or unreadable.
+    """
     return decode_image(read_image(path), path)
 
 
@@ -56,16 +64,23 @@ def no_file(path):
         return "is a URL: download the image and name its file"
     if os.path.isdir(path):
         return "is a folder: name an image file in it"
-    return "is not a regular file: name one" if os.path.exists(path) else "does not exist: check its path"
+    return (
+        "is not a regular file: name one"
+        if os.path.exists(path)
+        else "does not exist: check its path"
+    )
 
 
 def decode_image(data, name):
-    """Decode the bytes of an image of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last in memory.
+    """Decode the bytes of an image of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last
+    in memory.
 
-    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF does not turn them, transparency shows the color beneath,
-    and an animation gives its first frame. Gray of 16 bits is scaled to 8 bits, while Pillow would clip it. Raises ImageError with
-    name in the message if an image is empty, corrupt, truncated, of none of FORMATS or of 32-bit values with unknown white. An
-    image with more than Image.MAX_IMAGE_PIXELS pixels or MAX_SCANS scans is refused before it is decoded.
+    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF does not turn them,
+    transparency shows the color beneath, and an animation gives its first frame. Gray of 16 bits is
+    scaled to 8 bits, while Pillow would clip it. Raises ImageError with name in the message if an
+    image is empty, corrupt, truncated, of none of FORMATS or of 32-bit values with unknown white.
+    An image with more than Image.MAX_IMAGE_PIXELS pixels or MAX_SCANS scans is refused before it is
+    decoded.
     """
     if not data:
         raise ImageError(name, "empty file")
@@ -81,12 +96,15 @@ def decode_image(data, name):
         raise ImageError(name, "not an image", f"it is none of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, "too large", str(error)) from None
-    except Exception as error:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
+    # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
+    except Exception as error:
         raise ImageError(name, "broken image", str(error)) from error
 
 
 def _decode_jpeg(data, name):
-    """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for one."""
+    """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for
+    one.
+    """
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
@@ -105,19 +123,28 @@ def _decode_with_pillow(data, name):
 
 
 def decode_pillow(image, name):
-    """A picture of Pillow -> uint8 [3, H, W], as decode_image has its pixels. Raises ImageError, and what Pillow raises."""
+    """A picture of Pillow -> uint8 [3, H, W], as decode_image has its pixels.
+
+    Raises ImageError, and what Pillow raises.
+    """
     _check_size(*image.size, name)
     image = image.copy()
-    image.info.pop("transparency", None)  # without effect on the pixels of an RGB image, but Pillow warns of it
+    # without effect on the pixels of an RGB image, but Pillow warns of it
+    image.info.pop("transparency", None)
     return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
 def _check_scans(data, name):
     values = np.frombuffer(data, np.uint8)
-    # the marker and the first byte of its length; what other data may hold of them by chance is far below the limit
+    # the marker and the first byte of its length; what other data may hold of them by chance is far
+    # below the limit
     scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
     if scans > MAX_SCANS:
-        raise ImageError(name, "too slow to decode", f"{scans} scans, the limit is {MAX_SCANS}; save the image again")
+        raise ImageError(
+            name,
+            "too slow to decode",
+            f"{scans} scans, the limit is {MAX_SCANS}; save the image again",
+        )
 
 
 def _check_size(width, height, name):
@@ -125,20 +152,34 @@ def _check_size(width, height, name):
         raise ImageError(name, "no pixels", f"{width} x {height}")
     limit = Image.MAX_IMAGE_PIXELS
     if limit and width * height > limit:
-        raise ImageError(name, "too large", f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)")
+        raise ImageError(
+            name,
+            "too large",
+            f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)",
+        )
 
 
 def _to_8_bits(image, name):
-    """A gray image of more than 8 bits as one of 8, others as they are. 16-bit colors Pillow has scaled the same way."""
+    """A gray image of more than 8 bits as one of 8, others as they are. 16-bit colors Pillow has
+    scaled the same way.
+    """
     if image.mode == "F":
-        raise ImageError(name, "unknown range of gray", "32-bit float does not say which value is white; save the image with "
-                         "8 bits")
+        raise ImageError(
+            name,
+            "unknown range of gray",
+            "32-bit float does not say which value is white; save the image with 8 bits",
+        )
     if image.mode.startswith("I"):
         values = np.asarray(image)
         low, high = values.min(), values.max()
         if image.mode == "I" and (low < 0 or high > 65535):
-            raise ImageError(name, "unknown range of gray", f"32-bit values of {low} to {high}; save the image with 8 bits")
-        if image.mode != "I" or high > 255:  # mode I holds 16 bits (PGM), but 8-bit values (TIFF) as well
+            raise ImageError(
+                name,
+                "unknown range of gray",
+                f"32-bit values of {low} to {high}; save the image with 8 bits",
+            )
+        # mode I holds 16 bits (PGM), but 8-bit values (TIFF) as well
+        if image.mode != "I" or high > 255:
             return Image.fromarray((values >> 8).astype(np.uint8))
     return image
 

@@ -1,6 +1,8 @@
-"""Annotation files as their publishers offer them, recognized by their form and converted to the lists that scripts read.
+"""Annotation files as their publishers offer them, recognized by their form and converted to the
+lists that scripts read.
 
-Known are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the line files of NLVR2 and SNLI-VE.
+Known are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the line
+files of NLVR2 and SNLI-VE.
 """
 
 import codecs
@@ -122,7 +124,9 @@ _LABELS = ("entailment", "neutral", "contradiction")
 
 
 def recognize(data: bytes) -> type[Official] | None:
-    """Return the class of an official file by its keys and the first value of each list, None for other files."""
+    """Return the class of an official file by its keys and the first value of each list, None for
+    other files.
+    """
     data = data.removeprefix(codecs.BOM_UTF8)
     for text in (data, data[: data.find(b"\n") + 1]):
         try:
@@ -150,11 +154,17 @@ def _fits(head, form):
 
 
 def advice(path: str | os.PathLike) -> str:
-    """Return the title of an official file with the command that converts it, "" for other files. Raises OSError."""
+    """Return the title of an official file with the command that converts it, "" for other files.
+
+    Raises OSError.
+    """
     form = recognize(Path(path).read_bytes())
     if form is None:
         return ""
-    names = {VqaQuestions: f"{path} ANNOTATIONS.json", VqaAnnotations: f"QUESTIONS.json {path}"}.get(form, path)
+    names = {
+        VqaQuestions: f"{path} ANNOTATIONS.json",
+        VqaAnnotations: f"QUESTIONS.json {path}",
+    }.get(form, path)
     return f"holds {form.title}; convert it: python -m dataset.to_json {names} --image_root DIR --output DIR"
 
 
@@ -168,11 +178,17 @@ class ImageFinder:
         self.image_root, self.found, self.missing = image_root, {}, {}
 
     def __call__(self, path: str, suffix: str = "") -> str:
-        """Return the longest trailing part of a path that is a file with this suffix, else the path."""
+        """Return the longest trailing part of a path that is a file with this suffix, else the
+        path.
+        """
         if path not in self.found:
             parts = path.split("/")
             names = ["/".join(parts[i:]) for i in range(len(parts))]
-            there = (name for name in names if os.path.isfile(os.path.join(self.image_root, name + suffix)))
+            there = (
+                name
+                for name in names
+                if os.path.isfile(os.path.join(self.image_root, name + suffix))
+            )
             self.found[path] = next(there, path)
             if not os.path.isfile(os.path.join(self.image_root, self.found[path] + suffix)):
                 self.missing[path + suffix] = None
@@ -200,12 +216,18 @@ def convert(
     contents = {}
     for path, data in files.items():
         data, form = data.removeprefix(codecs.BOM_UTF8), forms[path]
-        contents[path] = _read_lines(path, data, form, problems) if form.lines else _read_whole(path, data, form)
+        contents[path] = (
+            _read_lines(path, data, form, problems) if form.lines else _read_whole(path, data, form)
+        )
     if kinds <= {VqaQuestions, VqaAnnotations}:
         _convert_vqa(contents, find, lists, problems)
     elif len(kinds) == 1:
-        steps = {CocoCaptions: _convert_coco, KarpathySplit: _convert_karpathy, Nlvr2Line: _convert_nlvr2,
-                 SnliVeLine: _convert_snli_ve}  # fmt: skip
+        steps = {
+            CocoCaptions: _convert_coco,
+            KarpathySplit: _convert_karpathy,
+            Nlvr2Line: _convert_nlvr2,
+            SnliVeLine: _convert_snli_ve,
+        }
         for path, content in contents.items():
             steps[forms[path]](path, content, find, lists, problems)
     else:
@@ -220,7 +242,9 @@ def _read_whole(path, data, form):
     try:
         return msgspec.json.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: holds {form.title}, but not throughout ({error}): download it again") from None
+        raise InputError(
+            f"{path}: holds {form.title}, but not throughout ({error}): download it again"
+        ) from None
 
 
 def _read_lines(path, data, form, problems):
@@ -239,7 +263,9 @@ def _usable(captions, where, problems):
     """Return the captions that are not blank."""
     usable = [caption for caption in captions if not is_blank(pre_caption(caption, MAX_WORDS))]
     if len(usable) < max(1, len(captions)):
-        problems.append(f"{where}: {len(usable)} of {len(captions)} captions can be used, the others are empty")
+        problems.append(
+            f"{where}: {len(usable)} of {len(captions)} captions can be used, the others are empty"
+        )
     return usable
 
 
@@ -249,12 +275,16 @@ def _convert_coco(path, content, find, lists, problems):
         if annotation.image_id in captions:
             captions[annotation.image_id][1].append(annotation.caption)
         else:
-            problems.append(f"{path} annotation {number} (counting from 0): no image has the id {annotation.image_id}")
+            problems.append(
+                f"{path} annotation {number} (counting from 0): no image has the id {annotation.image_id}"
+            )
     for image_id, (name, texts) in captions.items():
         folder = _FOLDER.search(f"{name} {os.path.basename(path)}")
         if usable := _usable(texts, f"{path} image {image_id}", problems):
             split = folder[1] if folder else "train"
-            lists[split].append(CaptionedFile(find(f"{folder[0]}/{name}" if folder else name), usable, image_id))
+            lists[split].append(
+                CaptionedFile(find(f"{folder[0]}/{name}" if folder else name), usable, image_id)
+            )
 
 
 def _convert_karpathy(path, content, find, lists, problems):
@@ -269,31 +299,55 @@ def _convert_karpathy(path, content, find, lists, problems):
 
 
 def _convert_vqa(contents, find, lists, problems):
-    """Join questions with the annotations of their subtype. Questions without annotations go into the test list."""
+    """Join questions with the annotations of their subtype.
+
+    Questions without annotations go into the test list.
+    """
     answers = defaultdict(dict)  # by subtype and question_id
     for content in contents.values():
         if isinstance(content, VqaAnnotations):
-            answers[content.data_subtype].update({found.question_id: found for found in content.annotations})
-    asked = {content.data_subtype for content in contents.values() if isinstance(content, VqaQuestions)}
+            answers[content.data_subtype].update(
+                {found.question_id: found for found in content.annotations}
+            )
+    asked = {
+        content.data_subtype for content in contents.values() if isinstance(content, VqaQuestions)
+    }
     for path, content in contents.items():
         subtype = content.data_subtype
         if isinstance(content, VqaAnnotations):
             if subtype not in asked:
-                raise InputError(f"{path}: holds the annotations of {subtype} without the questions: name their file, too")
+                raise InputError(
+                    f"{path}: holds the annotations of {subtype} without the questions: name their file, too"
+                )
             continue
         folder = subtype.replace("-dev", "")
         split = next((split for split in ("train", "val") if subtype.startswith(split)), "test")
         for question in content.questions:
-            entry = {"image": f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg", "question": question.question,
-                     "question_id": question.question_id, "dataset": "vqa"}  # fmt: skip
+            entry = {
+                "image": f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg",
+                "question": question.question,
+                "question_id": question.question_id,
+                "dataset": "vqa",
+            }
             if subtype in answers:
                 found = answers[subtype].get(question.question_id)
                 if found is None or found.image_id != question.image_id:
-                    other = "there is no annotation" if found is None else f"its annotation is of image {found.image_id}"
-                    problems.append(f"{path} question {question.question_id} of image {question.image_id}: {other}")
+                    other = (
+                        "there is no annotation"
+                        if found is None
+                        else f"its annotation is of image {found.image_id}"
+                    )
+                    problems.append(
+                        f"{path} question {question.question_id} of image {question.image_id}: {other}"
+                    )
                     continue
-                entry |= {"answer": [one.answer for one in found.answers], "answer_type": found.answer_type}
-            lists[split if subtype in answers else "test"].append(entry | {"image": find(entry["image"])})
+                entry |= {
+                    "answer": [one.answer for one in found.answers],
+                    "answer_type": found.answer_type,
+                }
+            lists[split if subtype in answers else "test"].append(
+                entry | {"image": find(entry["image"])}
+            )
 
 
 def _convert_nlvr2(path, rows, find, lists, problems):

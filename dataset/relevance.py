@@ -46,4 +46,6 @@ class Ad(Entry):
     def check(self):
         for field, text in (("query", self.query), ("text", self.text)):
             if is_blank(pre_caption(text, MAX_AD_WORDS)):
-                raise InputError(f"its {field} {reprlib.repr(text)} is empty after clean-up", "empty text")
+                raise InputError(
+                    f"its {field} {reprlib.repr(text)} is empty after clean-up", "empty text"
+                )

@@ -1,8 +1,10 @@
-"""WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they lie.
+"""WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they
+lie.
 
-A sample is a run of members with one name up to the first dot after the folders: 000000012.jpg, 000000012.txt and
-000000012.json. If no member of a shard is an image by the first dot, as with names like 22.04.jpg, names are cut at the last dot.
-A scan of the headers finds the start of each sample. A sample is then read by its index, in one piece.
+A sample is a run of members with one name up to the first dot after the folders: 000000012.jpg,
+000000012.txt and 000000012.json. If no member of a shard is an image by the first dot, as with
+names like 22.04.jpg, names are cut at the last dot. A scan of the headers finds the start of each
+sample. A sample is then read by its index, in one piece.
 """
 
 import contextlib
@@ -28,24 +30,29 @@ from utils import InputError, TrainingStopped, atomic_write, hash_contents, open
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
 SHOWN = 5  # suffixes in a message
-MAX_OPEN = 128  # shards that a process keeps open: on a network file system it is opening that takes long
+# shards that a process keeps open: on a network file system it is opening that takes long
+MAX_OPEN = 128
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
-_META = re.compile(r"__([^/]*__/|[^/.]*__\.)")  # files that are in no sample, such as __meta__.json or __index__/0.txt
+# files that are in no sample, such as __meta__.json or __index__/0.txt
+_META = re.compile(r"__([^/]*__/|[^/.]*__\.)")
 _HEADER = 2  # numbers before the positions in the cached result of a scan
 
 
 def expand(entries):
     """The names in train_file -> (JSON lists, shards), lists of paths in the order of the names.
 
-    A name that ends in .tar is a shard, or a pattern of shards: {00000..01242} and {a,b} stand for each of these, * and ? for
-    what there is. Raises InputError for shards that do not exist or come twice, and for URLs.
+    A name that ends in .tar is a shard, or a pattern of shards: {00000..01242} and {a,b} stand for
+    each of these, * and ? for what there is. Raises InputError for shards that do not exist or come
+    twice, and for URLs.
     """
     json_files, shards = [], []
     for entry in map(os.fspath, entries):
         if _URL.match(entry):
-            raise InputError(f"train_file: {entry} is not a file of this machine: mount the storage it is on, or download it, "
-                             "and name the local path")
+            raise InputError(
+                f"train_file: {entry} is not a file of this machine: mount the storage it is on, or download it, "
+                "and name the local path"
+            )
         if entry.endswith(".tar"):
             shards += _expand_pattern(entry)
         else:
@@ -55,7 +62,9 @@ def expand(entries):
         real = os.path.realpath(path)
         if real in seen:
             same = "" if seen[real] == path else f" (as {seen[real]})"
-            raise InputError(f"train_file: shard {path} is named twice{same}; name it once, or an epoch has its samples twice")
+            raise InputError(
+                f"train_file: shard {path} is named twice{same}; name it once, or an epoch has its samples twice"
+            )
         seen[real] = path
     return json_files, shards
 
@@ -64,15 +73,23 @@ def _expand_pattern(pattern):
     try:
         names = list(braceexpand(pattern, escape=False))
     except ValueError:
-        raise InputError(f"train_file: {pattern} has a brace without its other one; write shards as "
-                         "{00000..01242}.tar") from None
+        raise InputError(
+            f"train_file: {pattern} has a brace without its other one; write shards as "
+            "{00000..01242}.tar"
+        ) from None
     # a wildcard that matches nothing stays as it is, and so is missing
-    paths = [path for name in names for path in (sorted(glob.glob(name)) if re.search(r"[*?]", name) else []) or [name]]
+    paths = [
+        path
+        for name in names
+        for path in (sorted(glob.glob(name)) if re.search(r"[*?]", name) else []) or [name]
+    ]
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
-        raise InputError(f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)} that {pattern} "
-                         "stands for are missing): copy them there, or correct train_file (relative paths start at the folder "
-                         "you run in)")
+        raise InputError(
+            f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)} that {pattern} "
+            "stands for are missing): copy them there, or correct train_file (relative paths start at the folder "
+            "you run in)"
+        )
     return paths
 
 
@@ -88,21 +105,27 @@ class Place(NamedTuple):
 class Shards:
     """The samples of shards by index, one shard after another, as `read_sample` gives them.
 
-    counts: samples of each shard; others: files of each shard that are in no sample, because their names have no suffix. Shards
-    that are new or have changed (size or date) are scanned in `processes` processes (default: the cores, 8 at most). Positions
-    are kept in the cache folder. Raises InputError if a file is not a complete tar file, has sparse members or has names that
+    counts: samples of each shard; others: files of each shard that are in no sample, because their
+    names have no suffix. Shards that are new or have changed (size or date) are scanned in
+    `processes` processes (default: the cores, 8 at most). Positions are kept in the cache folder.
+    Raises InputError if a file is not a complete tar file, has sparse members or has names that
     cannot be cut into samples, and if no shard has a sample.
     """
 
     def __init__(self, paths, processes=None):
-        self.paths, self._kept = paths, load_cached(paths, "shard", _scan, _load, processes=processes)
+        self.paths, self._kept = (
+            paths,
+            load_cached(paths, "shard", _scan, _load, processes=processes),
+        )
         self.counts = [len(kept) - _HEADER - 1 for kept in self._kept]
         self.others = [int(kept[1]) for kept in self._kept]
         self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
             others = ", nor do the other shards" if paths[1:] else ""
-            raise InputError(f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
-                             "000000012.txt")
+            raise InputError(
+                f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
+                "000000012.txt"
+            )
 
     def __len__(self):
         return self._ends[-1]
@@ -125,14 +148,17 @@ class Shards:
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
             for path, start, end, _ in map(self.place, indices):
                 with _errors_of(path, TrainingStopped):
-                    os.posix_fadvise(_open(path).fileno(), start, end - start, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(
+                        _open(path).fileno(), start, end - start, os.POSIX_FADV_WILLNEED
+                    )
 
 
 def read_sample(place):
     """Return the sample at a Place: {"__key__": str, suffix: bytes, ...}.
 
-    Suffixes are in lower case. If a sample has one twice, the first counts. A member that is neither image nor caption is b"".
-    Raises TrainingStopped if the shard cannot be read or has changed.
+    Suffixes are in lower case. If a sample has one twice, the first counts. A member that is
+    neither image nor caption is b"". Raises TrainingStopped if the shard cannot be read or has
+    changed.
     """
     path, start, end, last_dot = place
     sample = {}
@@ -153,20 +179,26 @@ def read_sample(place):
             else:
                 if sample and len(data) == end - start:
                     return sample
-    raise TrainingStopped(f"{path}: has changed since the run started: put it back as it was, and continue with --resume")
+    raise TrainingStopped(
+        f"{path}: has changed since the run started: put it back as it was, and continue with --resume"
+    )
 
 
 def image_and_captions(sample, where):
     """Return (bytes of the image, list of captions) of a sample. where: its name in messages.
 
-    Captions are the text of .txt, else "caption" in .json, a string or a list of strings. Raises InputError if there is no image
-    or no caption.
+    Captions are the text of .txt, else "caption" in .json, a string or a list of strings. Raises
+    InputError if there is no image or no caption.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
         suffixes = [f".{name}" for name in sample if name != "__key__"]
-        held = ", ".join(suffixes[:SHOWN]) + f" and {len(suffixes) - SHOWN} others" * (len(suffixes) > SHOWN)
-        raise InputError(f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}", "no image")
+        held = ", ".join(suffixes[:SHOWN]) + f" and {len(suffixes) - SHOWN} others" * (
+            len(suffixes) > SHOWN
+        )
+        raise InputError(
+            f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}", "no image"
+        )
     if "txt" in sample:
         return sample[suffix], [sample["txt"].decode("utf-8", "replace")]
     if "json" not in sample:
@@ -177,9 +209,13 @@ def image_and_captions(sample, where):
         raise InputError(f"{where}: its .json is not valid: {error}", "wrong 'json'") from None
     caption = entry.get("caption") if isinstance(entry, dict) else None
     captions = [caption] if isinstance(caption, str) else caption
-    if not (isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions)):
-        raise InputError(f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of strings",
-                         "wrong 'caption'")
+    if not (
+        isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions)
+    ):
+        raise InputError(
+            f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of strings",
+            "wrong 'caption'",
+        )
     return sample[suffix], captions
 
 
@@ -199,16 +235,18 @@ def _checksum(data):
 def _scan(job):
     """Find the samples of a shard. job: (path, name in the cache folder).
 
-    Writes whether names are cut at the last dot, the number of files in no sample, the start of each sample and the end of the
-    last one.
+    Writes whether names are cut at the last dot, the number of files in no sample, the start of
+    each sample and the end of the last one.
     """
     path, name = job
     files, others = [], 0  # (name, position) of each member of a sample
     with _errors_of(path, InputError), open_regular(path) as file, _archive(file) as archive:
         for member in _members(archive):
             if member.issparse():
-                raise InputError(f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards do not take: "
-                                 "make this shard again, with tar without --sparse")
+                raise InputError(
+                    f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards do not take: "
+                    "make this shard again, with tar without --sparse"
+                )
             if member.isreg() and _cut(member.name):
                 files.append((member.name, member.offset))
             elif not member.isdir() and not _META.match(member.name):
@@ -226,7 +264,8 @@ def _scan(job):
 
 
 def _cut_at_last_dot(path, names):
-    """Return whether names must be cut at the last dot, i.e. only that cut gives images with captions.
+    """Return whether names must be cut at the last dot, i.e. only that cut gives images with
+    captions.
 
     Raises InputError if some files are images by the first dot and others by the last one.
     """
@@ -238,13 +277,17 @@ def _cut_at_last_dot(path, names):
         else:
             lost = lost or _image_by_last_dot(run)
     if lost and image:
-        raise InputError(f"{path}: names are cut into key and suffix at their first dot, by which member {reprlib.repr(lost)} is "
-                         "no image, though others are: rename the members so that a dot stands before the suffix only")
+        raise InputError(
+            f"{path}: names are cut into key and suffix at their first dot, by which member {reprlib.repr(lost)} is "
+            "no image, though others are: rename the members so that a dot stands before the suffix only"
+        )
     return lost is not None
 
 
 def _image_by_last_dot(names):
-    """Return the first name that is an image with a caption if names are cut at the last dot, else None."""
+    """Return the first name that is an image with a caption if names are cut at the last dot, else
+    None.
+    """
     for _, run in itertools.groupby(names, key=lambda name: _cut(name, last_dot=True)[0]):
         by_suffix = {_cut(name, last_dot=True)[1]: name for name in run}
         images = [by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
@@ -268,9 +311,13 @@ def _errors_of(path, kind):
     try:
         yield
     except (tarfile.TarError, OverflowError) as error:
-        raise kind(f"{path}: not a complete tar file ({error}): copy or download this shard again") from None
+        raise kind(
+            f"{path}: not a complete tar file ({error}): copy or download this shard again"
+        ) from None
     except OSError as error:
-        raise kind(f"{path}: cannot read this shard ({error.strerror}): check its storage and permissions") from None
+        raise kind(
+            f"{path}: cannot read this shard ({error.strerror}): check its storage and permissions"
+        ) from None
 
 
 def _members(archive):
@@ -278,7 +325,8 @@ def _members(archive):
     while True:
         try:
             member = archive.next()
-        except (ValueError, MemoryError) as error:  # a wrong map of a sparse member, or an impossible size
+        # a wrong map of a sparse member, or an impossible size
+        except (ValueError, MemoryError) as error:
             raise tarfile.ReadError(f"a wrong header, {error}") from None
         if member is None:
             return
@@ -287,7 +335,10 @@ def _members(archive):
 
 
 def _cut(name, last_dot=False):
-    """Cut a member's name at a dot after the folders. Return (key, suffix), None if it is in no sample."""
+    """Cut a member's name at a dot after the folders.
+
+    Return (key, suffix), None if it is in no sample.
+    """
     folders, slash, base = name.rpartition("/")
     key, dot, suffix = base.rpartition(".") if last_dot else base.partition(".")
     if not dot or base.startswith(".") or _META.match(name):

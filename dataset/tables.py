@@ -1,4 +1,6 @@
-"""Captions as people have them: tables (CSV, TSV, JSON lines, JSON lists) and folders of images with text files."""
+"""Captions as people have them: tables (CSV, TSV, JSON lines, JSON lists) and folders of images
+with text files.
+"""
 
 import codecs
 import csv
@@ -16,14 +18,41 @@ from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
 from utils import InputError, read_regular
 
 # usual names of columns, the likeliest first; upper case, blanks and hyphens do not matter
-PATHS = ("path", "image", "file", "filename", "file_name", "filepath", "file_path", "image_path", "image_name", "image_file",
-         "img", "img_path", "photo", "picture")
-TEXTS = ("caption", "captions", "text", "description", "sentence", "alt_text", "alt", "comment", "title")
+PATHS = (
+    "path",
+    "image",
+    "file",
+    "filename",
+    "file_name",
+    "filepath",
+    "file_path",
+    "image_path",
+    "image_name",
+    "image_file",
+    "img",
+    "img_path",
+    "photo",
+    "picture",
+)
+TEXTS = (
+    "caption",
+    "captions",
+    "text",
+    "description",
+    "sentence",
+    "alt_text",
+    "alt",
+    "comment",
+    "title",
+)
 DELIMITERS = ",\t;|"
 
 
 def decode(path: str, data: bytes, encoding: str | None = None) -> str:
-    """Decode a table, by default from UTF-8, or from UTF-16 if it begins with its mark. Raises InputError."""
+    """Decode a table, by default from UTF-8, or from UTF-16 if it begins with its mark.
+
+    Raises InputError.
+    """
     try:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode(encoding or ("utf-16" if utf16 else "utf-8-sig"))
@@ -31,8 +60,10 @@ def decode(path: str, data: bytes, encoding: str | None = None) -> str:
         raise InputError(f"--encoding: {error}") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
-                         "as --encoding cp1252") from None
+        raise InputError(
+            f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
+            "as --encoding cp1252"
+        ) from None
 
 
 def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
@@ -45,11 +76,15 @@ def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {line}", ValueError(f"not valid JSON ({error})")
 
 
-def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, {column: value}) for the rows of a CSV or TSV table, a ValueError for a row with other columns.
+def read_csv(
+    text: str, is_row: Callable[[dict], bool], notes: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """Yield (place, {column: value}) for the rows of a CSV or TSV table, a ValueError for a row
+    with other columns.
 
-    A quoted value may hold delimiters and line breaks (RFC 4180). The double quotes of a row are letters if characters follow a
-    closing quote, or if a quote is still open before a line that is a row by itself.
+    A quoted value may hold delimiters and line breaks (RFC 4180). The double quotes of a row are
+    letters if characters follow a closing quote, or if a quote is still open before a line that is
+    a row by itself.
 
     Args:
         is_row: Function that returns whether {column: value} of a line is a row by itself.
@@ -74,7 +109,9 @@ def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Ite
     while at < len(lines):
         read, problem = [], ""
         try:
-            cells = next(csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True))
+            cells = next(
+                csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True)
+            )
         except csv.Error as error:
             cells, problem, read = None, f" ({error})", [at]
         place, width = f"line {at + 1}", len(names or ())
@@ -91,8 +128,13 @@ def read_csv(text: str, is_row: Callable[[dict], bool], notes: list[str]) -> Ite
         if names is None:
             names = [cell.strip() for cell in cells]
         elif wrong:
-            yield place, ValueError(f"{count} columns, but line 1 has {width}{problem}; a text that holds {delimiter!r} must "
-                                    "stand in double quotes, and a double quote in it be doubled")
+            yield (
+                place,
+                ValueError(
+                    f"{count} columns, but line 1 has {width}{problem}; a text that holds {delimiter!r} must "
+                    "stand in double quotes, and a double quote in it be doubled"
+                ),
+            )
         elif any(cells):  # spreadsheets end in rows of empty cells
             yield place, dict(zip(names, cells))
 
@@ -102,24 +144,40 @@ def _split_plainly(line, delimiter):
     return [cell.strip(" ") for cell in line.rstrip("\r\n").split(delimiter)]
 
 
-def find_columns(names, path_column: str | None, text_column: str | None, path: str) -> tuple[str, str]:
-    """Return the columns of paths and captions: as named, else the first known. Raises InputError if there are none."""
-    known_as = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in names} | {name: name for name in names}
+def find_columns(
+    names, path_column: str | None, text_column: str | None, path: str
+) -> tuple[str, str]:
+    """Return the columns of paths and captions: as named, else the first known.
+
+    Raises InputError if there are none.
+    """
+    known_as = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in names} | {
+        name: name for name in names
+    }
     columns = []
     for wanted, known, flag in (path_column, PATHS, "--path"), (text_column, TEXTS, "--text"):
-        found = next((known_as[name] for name in ([wanted] if wanted else known) if name in known_as), None)
+        found = next(
+            (known_as[name] for name in ([wanted] if wanted else known) if name in known_as), None
+        )
         if found is None:
-            raise InputError(f"{path}: none of the columns {', '.join(map(repr, names))} is called "
-                             f"{wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or TSV file "
-                             "names the columns)")
+            raise InputError(
+                f"{path}: none of the columns {', '.join(map(repr, names))} is called "
+                f"{wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or TSV file "
+                "names the columns)"
+            )
         columns.append(found)
     return tuple(columns)
 
 
 def read_table(
-    path: str, data: bytes, image_root: str, *, encoding: str | None = None, path_column: str | None = None,
+    path: str,
+    data: bytes,
+    image_root: str,
+    *,
+    encoding: str | None = None,
+    path_column: str | None = None,
     text_column: str | None = None,
-) -> tuple[dict[str, list[str]], list[str], str]:  # fmt: skip
+) -> tuple[dict[str, list[str]], list[str], str]:
     """Read a table.
 
     Returns:
@@ -138,12 +196,22 @@ def read_table(
 
     def is_row(row):
         image = row[columns_of(row)[0]].strip()
-        return os.path.splitext(image)[1].lower() in SUFFIXES or image != "" and _find(image, image_root) is not None
+        return (
+            os.path.splitext(image)[1].lower() in SUFFIXES
+            or image != ""
+            and _find(image, image_root) is not None
+        )
 
     if text.lstrip().startswith("["):
-        rows = ((f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path))
+        rows = (
+            (f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path)
+        )
     else:
-        rows = read_json_lines(text) if text.lstrip().startswith("{") else read_csv(text, is_row, notes)
+        rows = (
+            read_json_lines(text)
+            if text.lstrip().startswith("{")
+            else read_csv(text, is_row, notes)
+        )
     for place, row in rows:
         try:
             if isinstance(row, ValueError):
@@ -157,16 +225,26 @@ def read_table(
             problems.append(f"{path} {place}: {error}")
         else:
             captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
-    found = "images from column {!r}, captions from column {!r}".format(*columns) if columns else "no rows"
+    found = (
+        "images from column {!r}, captions from column {!r}".format(*columns)
+        if columns
+        else "no rows"
+    )
     if notes:
-        found += f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
+        found += (
+            f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
+        )
     return {image: list(texts) for image, texts in captions.items()}, problems, found
 
 
 def _find(image, image_root):
-    """Return the spelling of a path that is a file, None if there is none; Windows writes folders with backslashes."""
+    """Return the spelling of a path that is a file, None if there is none; Windows writes folders
+    with backslashes.
+    """
     spellings = image, image.replace("\\", "/")
-    return next((name for name in spellings if os.path.isfile(os.path.join(image_root, name))), None)
+    return next(
+        (name for name in spellings if os.path.isfile(os.path.join(image_root, name))), None
+    )
 
 
 def _pair(row, columns, image_root):
@@ -176,7 +254,9 @@ def _pair(row, columns, image_root):
         raise ValueError(f"{columns[0]!r} is empty or not text")
     found = _find(image.strip(), image_root)
     if found is None:
-        raise ValueError(f"image {os.path.join(image_root, image.strip())} does not exist; paths start from --image_root")
+        raise ValueError(
+            f"image {os.path.join(image_root, image.strip())} does not exist; paths start from --image_root"
+        )
     texts = _clean(texts if isinstance(texts, list) else [texts])
     if not texts:
         raise ValueError(f"{columns[1]!r} is empty or not text")
@@ -185,16 +265,19 @@ def _pair(row, columns, image_root):
 
 def _clean(texts):
     """Return texts on one line each, [] if one of them is blank or no text."""
-    if not all(isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts):
+    if not all(
+        isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts
+    ):
         return []
     return [" ".join(without_halves(text).split()) for text in texts]
 
 
 def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], list[str], str]:
-    """Read the images of a folder and its subfolders with the captions in .txt or .json files of the same names.
+    """Read the images of a folder and its subfolders with the captions in .txt or .json files of
+    the same names.
 
-    As in shards, captions are the .txt file, else "caption" in the .json file. Returns the same as `read_table`; paths start
-    from `image_root`.
+    As in shards, captions are the .txt file, else "caption" in the .json file. Returns the same as
+    `read_table`; paths start from `image_root`.
     """
     captions, problems = {}, []
     for parent, folders, names in os.walk(folder):
@@ -208,7 +291,9 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
             if suffix.lower() not in SUFFIXES:
                 if not there.isdisjoint(f"{stem}.{kind}" for kind in CAPTION_SUFFIXES):
                     stems.add(stem)
-                    problems.append(f"{path}: has a caption, but its suffix is not that of {', '.join(FORMATS)}: convert it")
+                    problems.append(
+                        f"{path}: has a caption, but its suffix is not that of {', '.join(FORMATS)}: convert it"
+                    )
                 continue
             stems.add(stem)
             try:
@@ -224,6 +309,8 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
                 problems.append(f"{path}: its caption cannot be read ({error.strerror})")
             except InputError as error:
                 problems.append(str(error))
-        texts_alone = (name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems)
+        texts_alone = (
+            name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems
+        )
         problems += [f"{os.path.join(parent, name)}: no image of this name" for name in texts_alone]
     return captions, problems, "captions from .txt and .json files of the images' names"

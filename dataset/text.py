@@ -1,4 +1,6 @@
-"""Clean-up of captions and questions, as the released checkpoints were trained, and tokenization of a batch."""
+"""Clean-up of captions and questions, as the released checkpoints were trained, and tokenization of
+a batch.
+"""
 
 import re
 import unicodedata
@@ -10,27 +12,31 @@ from utils import Text
 
 MAX_WORDS = 30  # of a caption, a sentence, or a question in training
 MAX_QUESTION_WORDS = 50  # of a question in testing
-SHORT_TOKENS = 25  # ids of a text in pre-training and text assignment, and of a VQA question in training
+# ids of a text in pre-training and text assignment, and of a VQA question in training
+SHORT_TOKENS = 25
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 
-
 class Limits(NamedTuple):
-    """The longest text that a model reads: the keys max_words and max_tokens, or the default of the task and split."""
+    """The longest text that a model reads: the keys max_words and max_tokens, or the default of the
+    task and split.
+    """
 
     words: int | None = None  # None: the limit of the form of the entries
     tokens: int | None = None  # None: the model's limit
 
 
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
-# categories of characters that make no word: control, zero-width, private, halves of surrogate pairs, combining marks, white space;
-# uncased BERT drops all of them, and a vocabulary with accents has marks only together with their letter
+# categories of characters that make no word: control, zero-width, private, halves of surrogate
+# pairs, combining marks, white space; uncased BERT drops all of them, and a vocabulary with accents
+# has marks only together with their letter
 _DROPPED = {"Cc", "Cf", "Co", "Cs", "Mn", "Zl", "Zp", "Zs"}
 _BLANKS = re.compile(r"\s{2,}")
 
 
 def pre_caption(caption, max_words):
-    """Lower-case a caption, drop its punctuation, collapse its white space and keep the first `max_words` words.
+    """Lower-case a caption, drop its punctuation, collapse its white space and keep the first
+    `max_words` words.
 
     A single tab or line break inside the caption stays; only runs of white space become one blank.
     """
@@ -42,7 +48,8 @@ def pre_caption(caption, max_words):
 def pre_question(question, max_words):
     """Lower-case a question, drop its punctuation and keep the first `max_words` words.
 
-    Unlike in captions, leading and repeated blanks stay, and so does <person>. Each such blank counts as a word.
+    Unlike in captions, leading and repeated blanks stay, and so does <person>. Each such blank
+    counts as a word.
     """
     return _first_words(question.lower().translate(_CLEAN).rstrip(" "), max_words)
 
@@ -53,21 +60,31 @@ def _first_words(text, max_words):
 
 def is_blank(text):
     """Return whether a cleaned-up text is empty or has only characters that make no word."""
-    return all(unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text)
+    return all(
+        unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text
+    )
 
 
 def without_halves(text):
-    """Remove halves of surrogate pairs from a text: JSON can hold them, but a tokenizer refuses them."""
+    """Remove halves of surrogate pairs from a text:
+
+    JSON can hold them, but a tokenizer refuses them.
+    """
     return text.encode("utf-8", "ignore").decode()
 
 
 def tokenize(texts, tokenizer, max_tokens=None):
-    """Tokenize texts -> Text [B, L], padded to the longest, with at most max_tokens ids or the model's limit.
+    """Tokenize texts -> Text [B, L], padded to the longest, with at most max_tokens ids or the
+    model's limit.
 
-    Threads may share the tokenizer, because its truncation and padding, which change its settings, are not used.
+    Threads may share the tokenizer, because its truncation and padding, which change its settings,
+    are not used.
     """
     limit = min(max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
-    rows = [row[:limit] for row in tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"]]
+    rows = [
+        row[:limit]
+        for row in tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"]
+    ]
     lengths = torch.tensor(list(map(len, rows)))
     length = int(lengths.max())
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])

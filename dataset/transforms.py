@@ -1,9 +1,9 @@
 """Image transforms on uint8 tensors, tuned for one CPU core.
 
-The pixels equal the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py has both). Only the edge of
-sheared and turned images differs: it blends into the gray around, as in the released code.
-Images stay uint8 until `normalize`, which the training step calls on the device: a quarter of the bytes.
-All randomness comes from torch's default CPU generator.
+The pixels equal the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py
+has both). Only the edge of sheared and turned images differs: it blends into the gray around, as in
+the released code. Images stay uint8 until `normalize`, which the training step calls on the device:
+a quarter of the bytes. All randomness comes from torch's default CPU generator.
 """
 
 import math
@@ -29,14 +29,18 @@ def train_transform(image_res, min_scale, hflip=True, augment=True):
 
     The transform maps uint8 [3, H, W] to uint8 [3, image_res, image_res].
 
-    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in fine-tuning; None resizes
-    the whole image instead, as grounding does.
+    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in
+    fine-tuning; None resizes the whole image instead, as grounding does.
     """
     return partial(_train, image_res=image_res, min_scale=min_scale, hflip=hflip, augment=augment)
 
 
 def _train(image, image_res, min_scale, hflip, augment):
-    image = _resize_as_pillow(image, image_res) if min_scale is None else random_resized_crop(image, image_res, min_scale)
+    image = (
+        _resize_as_pillow(image, image_res)
+        if min_scale is None
+        else random_resized_crop(image, image_res, min_scale)
+    )
     if hflip:
         image = random_hflip(image)
     return randaugment(image) if augment else image.contiguous()
@@ -65,13 +69,16 @@ def _scale_and_offset(device):
 
 
 def random_resized_crop(image, size, min_scale):
-    """Crop a share of min_scale to 1 of the area, aspect ratio 3/4 to 4/3, and resize it, antialiased bicubic.
+    """Crop a share of min_scale to 1 of the area, aspect ratio 3/4 to 4/3, and resize it,
+    antialiased bicubic.
 
-    uint8 [3, H, W] -> uint8 [3, size, size], within 2 gray levels of Pillow: torch rounds the weights to 16 bits.
+    uint8 [3, H, W] -> uint8 [3, size, size], within 2 gray levels of Pillow: torch rounds the
+    weights to 16 bits.
     """
     top, left, height, width = RandomResizedCrop.get_params(image, (min_scale, 1.0), ASPECT_RATIO)
     crop = image[None, :, top : top + height, left : left + width]
-    crop = crop.contiguous(memory_format=torch.channels_last)  # uint8 has a fast kernel for this layout
+    # uint8 has a fast kernel for this layout
+    crop = crop.contiguous(memory_format=torch.channels_last)
     return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
@@ -88,14 +95,20 @@ def randaugment(image):
 
 
 def draw_operations():
-    """Draw operations with replacement, keep each with probability 0.5 -> [(name, direction 1 or -1), ...]."""
-    names = [list(OPERATIONS)[i] for i in torch.randint(len(OPERATIONS), (NUM_OPERATIONS,)).tolist()]
+    """Draw operations with replacement, keep each with probability 0.5 -> [(name, direction 1 or
+    -1), ...].
+    """
+    names = [
+        list(OPERATIONS)[i] for i in torch.randint(len(OPERATIONS), (NUM_OPERATIONS,)).tolist()
+    ]
     draws = (torch.rand(NUM_OPERATIONS, 2) < 0.5).tolist()
     return [(name, 1 if forward else -1) for name, (keep, forward) in zip(names, draws) if keep]
 
 
 def autocontrast(image):
-    """Stretch each channel of a uint8 [3, H, W] image to 0..255; a channel of one value stays as it is."""
+    """Stretch each channel of a uint8 [3, H, W] image to 0..255; a channel of one value stays as it
+    is.
+    """
     low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
     constant = low == high
     scale = torch.where(constant, 1, 255 / (high - low))
@@ -111,7 +124,9 @@ def equalize(image):
     table = (step // 2 + histogram.cumsum(1) - histogram) // step.clamp(min=1)
     table = torch.where(step > 0, table.clamp_(max=255), torch.arange(256)).byte().numpy()
     # bytes.translate is the fastest table look-up there is for bytes
-    channels = [channel.tobytes().translate(row.tobytes()) for channel, row in zip(image.numpy(), table)]
+    channels = [
+        channel.tobytes().translate(row.tobytes()) for channel, row in zip(image.numpy(), table)
+    ]
     return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view_as(image)
 
 
@@ -121,7 +136,9 @@ def brightness(image, factor):
 
 
 def sharpness(image, factor):
-    """Extrapolate a uint8 [3, H, W] image from its 3x3 smoothing (center weight 5 of 13); borders are kept."""
+    """Extrapolate a uint8 [3, H, W] image from its 3x3 smoothing (center weight 5 of 13); borders
+    are kept.
+    """
     wide = image.to(torch.int16)
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
     box = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
@@ -138,19 +155,27 @@ def translate(image, x, y):
 
 
 def shear(image, x, y):
-    """out(i, j) = image(i + x j, j + y i) for a square uint8 image: about the origin, as in the released code."""
+    """out(i, j) = image(i + x j, j + y i) for a square uint8 image: about the origin, as in the
+    released code.
+    """
     return _affine(image, ((1, x, 0), (y, 1, 0)))
 
 
 def rotate(image, degrees):
     """Turn a square uint8 [3, R, R] image about the pixel (R / 2, R / 2)."""
-    cos, sin, center = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), image.shape[-1] / 2
+    cos, sin, center = (
+        math.cos(math.radians(degrees)),
+        math.sin(math.radians(degrees)),
+        image.shape[-1] / 2,
+    )
     shift_x, shift_y = center - cos * center - sin * center, center + sin * center - cos * center
     return _affine(image, ((cos, sin, shift_x), (-sin, cos, shift_y)))
 
 
 def _affine(image, matrix):
-    """out(x, y) = image(matrix @ (x, y, 1)), in pixel indices, bilinear, gray outside; square uint8 images."""
+    """out(x, y) = image(matrix @ (x, y, 1)), in pixel indices, bilinear, gray outside; square uint8
+    images.
+    """
     grid = _sampling_grid(image.shape[-1], matrix)
     values = F.grid_sample(image.float().sub_(FILL)[None], grid, align_corners=False)[0]
     return _to_uint8(values.add_(FILL + 0.5))
@@ -161,7 +186,9 @@ def _sampling_grid(size, matrix):
     """Cached: RandAugment has 6 such matrices."""
     pixels = torch.arange(size, dtype=torch.float64)
     y, x = torch.meshgrid(pixels, pixels, indexing="ij")
-    source = torch.stack([x, y, torch.ones_like(x)], -1) @ torch.tensor(matrix, dtype=torch.float64).T
+    source = (
+        torch.stack([x, y, torch.ones_like(x)], -1) @ torch.tensor(matrix, dtype=torch.float64).T
+    )
     return ((2 * source + 1) / size - 1).float()[None]
 
 

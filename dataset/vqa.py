@@ -14,7 +14,8 @@ from dataset.images import load_image
 from dataset.text import MAX_QUESTION_WORDS, Limits, pre_question, tokenize, without_halves
 from utils import InputError, Text
 
-ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}  # key of the image folder for each value of an entry's `dataset`
+# key of the image folder for each value of an entry's `dataset`
+ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}
 VG_WEIGHT = 0.5  # of an answer of Visual Genome, which has one annotator
 _Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=1)]
 
@@ -22,8 +23,10 @@ _Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=
 class TrainingQuestion(Entry):
     """A question to train on, with the answers of the annotators, or the only one in Visual Genome."""
 
-    wanted = ('VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and "answer": list of texts, or '
-              '"dataset": "vg" and "answer": text')
+    wanted = (
+        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and "answer": list of texts, or '
+        '"dataset": "vg" and "answer": text'
+    )
     image: str
     question: str
     dataset: Literal[*ROOTS]
@@ -50,8 +53,10 @@ class TrainingQuestion(Entry):
 class Question(Entry):
     """A question to test on, perhaps with the answers of the annotators."""
 
-    wanted = ('a VQA test needs entries {"image": path, "question": text, "question_id": text or number} with, or without, '
-              '"dataset": "vqa" or "vg" and, of vqa, "answer": list of texts')
+    wanted = (
+        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number} with, or without, '
+        '"dataset": "vqa" or "vg" and, of vqa, "answer": list of texts'
+    )
     image: str
     question: str
     question_id: str | int
@@ -69,10 +74,15 @@ class Question(Entry):
     def check(self):
         super().check()
         if self.dataset == "vg" and self.answer is not None:
-            raise InputError("an answer of Visual Genome has one annotator and cannot be scored; leave such entries, or their "
-                             "answers, out", "wrong 'answer'")
+            raise InputError(
+                "an answer of Visual Genome has one annotator and cannot be scored; leave such entries, or their "
+                "answers, out",
+                "wrong 'answer'",
+            )
         if isinstance(self.answer, str):
-            raise InputError(f"'answer' is {reprlib.repr(self.answer)}, not a list", "wrong 'answer'")
+            raise InputError(
+                f"'answer' is {reprlib.repr(self.answer)}, not a list", "wrong 'answer'"
+            )
 
 
 class VQASample(NamedTuple):
@@ -95,26 +105,36 @@ class VQABatch(NamedTuple):
 
 
 def load_answer_list(path):
-    """The candidates of ranking, a JSON list of strings. Raises InputError if it is empty or has an answer twice."""
+    """The candidates of ranking, a JSON list of strings.
+
+    Raises InputError if it is empty or has an answer twice.
+    """
     answers = read_json(path, _Answers, "answer_list must name a JSON list of answers")
     repeated, count = Counter(answers).most_common(1)[0]
     if count > 1:
-        raise InputError(f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; every answer may be there once")
+        raise InputError(
+            f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; every answer may be there once"
+        )
     return answers
 
 
 def reachable_answers(config):
-    """Return the answers of the key answer_list, [] where there is no such file. Raises InputError."""
+    """Return the answers of the key answer_list, [] where there is no such file.
+
+    Raises InputError.
+    """
     path = config["answer_list"]
     return load_answer_list(path) if path and Path(path).is_file() else []
 
 
 class VQADataset(EntryDataset):
-    """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa) or string (vg)}.
+    """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa)
+    or string (vg)}.
 
-    To test on, the answers may be missing, and so may `dataset`, which then is vqa; each question is an item
-    (image uint8 [3, R, R], question). roots: vqa_root and vg_root; eos ends every answer; answer_list: the candidates of
-    ranking, if there are. Raises InputError for an entry without what the task needs.
+    To test on, the answers may be missing, and so may `dataset`, which then is vqa; each question
+    is an item (image uint8 [3, R, R], question). roots: vqa_root and vg_root; eos ends every
+    answer; answer_list: the candidates of ranking, if there are. Raises InputError for an entry
+    without what the task needs.
     """
 
     def __init__(self, files, roots, transform, eos, seed=None, answer_list=None, limits=Limits()):
@@ -124,22 +144,30 @@ class VQADataset(EntryDataset):
         self.eos, self.answer_list = eos, answer_list
         for key, root in self.roots.items():
             if root is None:
-                raise InputError(f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to")
+                raise InputError(
+                    f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to"
+                )
         if seed is None:
             self._check_questions()
 
     def _check_questions(self):
-        """Raise InputError for questions with one id, and where some of them have answers and others not."""
+        """Raise InputError for questions with one id, and where some of them have answers and
+        others not.
+        """
         ids, unanswered = set(), []
         for i, entry in enumerate(self.entries):
             if entry.question_id in ids:
-                raise InputError(f"{self.where(i)}: another entry has the question_id {entry.question_id!r} too")
+                raise InputError(
+                    f"{self.where(i)}: another entry has the question_id {entry.question_id!r} too"
+                )
             ids.add(entry.question_id)
             if entry.answer is None:
                 unanswered.append(i)
         if 0 < len(unanswered) < len(self):
-            raise InputError(f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them answers, or "
-                             "none")
+            raise InputError(
+                f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them answers, or "
+                "none"
+            )
 
     def read(self, index):
         entry, (file,) = self.entry(index), self.files(index)
@@ -149,16 +177,25 @@ class VQADataset(EntryDataset):
         if entry.dataset == "vg":
             shares = {entry.answer: VG_WEIGHT}
         else:
-            shares = {answer: count / len(entry.answer) for answer, count in Counter(entry.answer).items()}
-        return VQASample(image, question, [answer + self.eos for answer in shares], list(shares.values()), file)
+            shares = {
+                answer: count / len(entry.answer) for answer, count in Counter(entry.answer).items()
+            }
+        return VQASample(
+            image, question, [answer + self.eos for answer in shares], list(shares.values()), file
+        )
 
     def collate(self, samples, tokenizer):
         """Samples -> VQABatch; texts are padded to the longest of the batch."""
         images, questions, answers, weights, files, skipped = zip(*samples)
         return VQABatch(
-            torch.stack(images), tokenize(questions, tokenizer, self.limits.tokens), tokenize(sum(answers, []), tokenizer),
-            torch.tensor(list(map(len, answers))), torch.tensor(sum(weights, [])), list(files), sum(skipped, []),
-        )  # fmt: skip
+            torch.stack(images),
+            tokenize(questions, tokenizer, self.limits.tokens),
+            tokenize(sum(answers, []), tokenizer),
+            torch.tensor(list(map(len, answers))),
+            torch.tensor(sum(weights, [])),
+            list(files),
+            sum(skipped, []),
+        )
 
     def collate_questions(self, samples, tokenizer):
         """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
@@ -166,13 +203,24 @@ class VQADataset(EntryDataset):
         return torch.stack(images), tokenize(questions, tokenizer, self.limits.tokens)
 
     def longest_answer(self, tokenizer):
-        """Return the number of word pieces of the longest answer to train on, eos included and [CLS] not."""
-        answers = {text for entry in self.entries for text in ([entry.answer] if entry.dataset == "vg" else entry.answer)}
-        ids = tokenizer([without_halves(answer + self.eos) for answer in answers], truncation=True)["input_ids"]
+        """Return the number of word pieces of the longest answer to train on, eos included and
+        [CLS] not.
+        """
+        answers = {
+            text
+            for entry in self.entries
+            for text in ([entry.answer] if entry.dataset == "vg" else entry.answer)
+        }
+        ids = tokenizer([without_halves(answer + self.eos) for answer in answers], truncation=True)[
+            "input_ids"
+        ]
         return max(map(len, ids)) - 1
 
     def annotations(self):
         """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""
         known = ("question_id", "answer", "answer_type")
-        entries = [{key: value for key in known if (value := getattr(entry, key)) is not None} for entry in self.entries]
+        entries = [
+            {key: value for key in known if (value := getattr(entry, key)) is not None}
+            for entry in self.entries
+        ]
         return entries if "answer" in entries[0] else []

@@ -26,19 +26,24 @@ MAX_PROCESSES = 8  # more would wait for the disk
 
 
 def begin_worker(_=None):
-    """What a process that works for a run does first: it leaves signals to the run, and ends when the run does.
+    """What a process that works for a run does first: it leaves signals to the run, and ends when
+    the run does.
 
-    Ctrl-C, torchrun and Slurm signal the whole group, and a run that saves before it leaves may need another batch for that.
+    Ctrl-C, torchrun and Slurm signal the whole group, and a run that saves before it leaves may
+    need another batch for that.
     """
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    # where the run leaves while a tensor is handed over to it, multiprocessing's thread for that would show a stack trace
+    # where the run leaves while a tensor is handed over to it, multiprocessing's thread for that
+    # would show a stack trace
     sys.excepthook = lambda *_: None
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-    """End this process with the run, also when that is killed: otherwise it would wait for its next task forever."""
+    """End this process with the run, also when that is killed: otherwise it would wait for its next
+    task forever.
+    """
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -56,40 +61,52 @@ def _end_workers():
 
 @contextlib.contextmanager
 def _starting_workers():
-    """Set flags of torch and tokenizers for the data workers that start in the block, and note these workers.
+    """Set flags of torch and tokenizers for the data workers that start in the block, and note
+    these workers.
 
-    torch's SIGCHLD handler raises an error in the middle of any computation when a worker dies, even while other workers start.
-    Without the handler the error comes with the next batch.
+    torch's SIGCHLD handler raises an error in the middle of any computation when a worker dies,
+    even while other workers start. Without the handler the error comes with the next batch.
     """
     with _starting:
         handled, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True
         parallel = os.environ.get("TOKENIZERS_PARALLELISM")
-        os.environ["TOKENIZERS_PARALLELISM"] = parallel or "false"  # or the library warns at the fork
+        # or the library warns at the fork
+        os.environ["TOKENIZERS_PARALLELISM"] = parallel or "false"
         before = multiprocessing.active_children()
         try:
             yield
         finally:
-            _data_workers.update(process for process in multiprocessing.active_children() if process not in before)
+            _data_workers.update(
+                process for process in multiprocessing.active_children() if process not in before
+            )
             if parallel is None:
                 del os.environ["TOKENIZERS_PARALLELISM"]
             signal_handling._SIGCHLD_handler_set = handled
 
 
 class WorkerDied(TrainingStopped):
-    """A data worker is gone, or the thread that pins what it has read; not an error that it has met."""
+    """A data worker is gone, or the thread that pins what it has read; not an error that it has
+    met.
+    """
 
 
 class Loader(DataLoader):
     """Batches of a data set, read by data workers whose errors reach the run as they are.
 
-    collate: samples -> batch. count: data workers, 0 to read in this process. batching: as DataLoader takes it. Iterating
-    raises WorkerDied, and what the data set raises.
+    collate: samples -> batch. count: data workers, 0 to read in this process. batching: as
+    DataLoader takes it. Iterating raises WorkerDied, and what the data set raises.
     """
 
     def __init__(self, dataset, collate, count, device, **batching):
         collate = functools.partial(_read, dataset=dataset, collate=collate or default_collate)
-        super().__init__(range(len(dataset)), collate_fn=collate, num_workers=count, pin_memory=device.type == "cuda",
-                         worker_init_fn=begin_worker, **batching)  # fmt: skip
+        super().__init__(
+            range(len(dataset)),
+            collate_fn=collate,
+            num_workers=count,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=begin_worker,
+            **batching,
+        )
 
     def __iter__(self):
         try:
@@ -101,13 +118,15 @@ class Loader(DataLoader):
                 yield batch
             else:
                 return
-        except (RuntimeError, EOFError, ConnectionError) as error:  # the latter two if it dies while it sends a batch
+        # the latter two if it dies while it sends a batch
+        except (RuntimeError, EOFError, ConnectionError) as error:
             of_torch = re.search(r"DataLoader worker \(pid|Pin memory thread exited", str(error))
             if not self.num_workers or (isinstance(error, RuntimeError) and not of_torch):
                 raise
-            raise WorkerDied(f"a data worker died ({str(error) or type(error).__name__}); if memory ran out, lower num_workers "
-                             "or the batch size; if shared memory did (/dev/shm), start the container with a larger --shm-size"
-                             ) from None
+            raise WorkerDied(
+                f"a data worker died ({str(error) or type(error).__name__}); if memory ran out, lower num_workers "
+                "or the batch size; if shared memory did (/dev/shm), start the container with a larger --shm-size"
+            ) from None
         if isinstance(batch.error, ExceptionWrapper):
             batch.error.reraise()
         raise batch.error
@@ -120,7 +139,9 @@ class _Failure(NamedTuple):
 
 
 def _read(indices, dataset, collate):
-    """Return a batch, or the _Failure of the data set, so that it is not taken for the death of a data worker."""
+    """Return a batch, or the _Failure of the data set, so that it is not taken for the death of a
+    data worker.
+    """
     several = getattr(dataset, "__getitems__", None)
     try:
         return collate(several(indices) if several else [dataset[index] for index in indices])
@@ -133,17 +154,21 @@ def _read(indices, dataset, collate):
 
 
 def process_count(tasks, wanted=None):
-    """The processes for so many tasks on files: `wanted`, by default the cores, 8 at most; 0, this one, instead of one."""
+    """The processes for so many tasks on files:
+
+    `wanted`, by default the cores, 8 at most; 0, this one, instead of one.
+    """
     count = min(wanted or min(MAX_PROCESSES, cores()), tasks)
     return count if count > 1 else 0
 
 
 @contextlib.contextmanager
 def in_processes(count, begin=begin_worker):
-    """Give jobs(function, items), which yields function(item) of the items in order, computed by `count` processes.
+    """Give jobs(function, items), which yields function(item) of the items in order, computed by
+    `count` processes.
 
-    Few items are taken ahead of the results. count: 0 to compute them in this process. begin: what a process does first,
-    begin_worker among it. Raises TrainingStopped if a process dies.
+    Few items are taken ahead of the results. count: 0 to compute them in this process. begin: what
+    a process does first, begin_worker among it. Raises TrainingStopped if a process dies.
     """
     if not count:
         yield map
@@ -161,8 +186,10 @@ def in_processes(count, begin=begin_worker):
                 done = result.result()
             except BrokenProcessPool:
                 first = item[0] if isinstance(item, (list, tuple)) else item
-                raise TrainingStopped(f"a process died while it worked on {first} or what follows: if memory ran out, lower "
-                                      "--processes; else remove that file") from None
+                raise TrainingStopped(
+                    f"a process died while it worked on {first} or what follows: if memory ran out, lower "
+                    "--processes; else remove that file"
+                ) from None
             yield done
 
     others = multiprocessing.active_children()

@@ -1,4 +1,6 @@
-"""What the tabs of the page show: functions from a model, images and a text to HTML, which page.css arranges."""
+"""What the tabs of the page show: functions from a model, images and a text to HTML, which page.css
+arranges.
+"""
 
 import itertools
 from html import escape
@@ -19,9 +21,15 @@ _names = itertools.count()  # of groups of radio buttons, one for each heat map
 def show_match(model, image, text):
     """Return the probability of a match, the similarity, and the heat maps of the match."""
     probability, similarity = model.match(image, text), model.similarity(image, text)
-    said = ("ITM: the probability that the image and the text belong together.",
-            f"ITC: the similarity of their features is {similarity:.2f}, on a scale from −1 to 1.")  # fmt: skip
-    return show_bars([("match", probability)]) + show_lines(*said) + show_heat(model.heat_map(image, text))
+    said = (
+        "ITM: the probability that the image and the text belong together.",
+        f"ITC: the similarity of their features is {similarity:.2f}, on a scale from −1 to 1.",
+    )
+    return (
+        show_bars([("match", probability)])
+        + show_lines(*said)
+        + show_heat(model.heat_map(image, text))
+    )
 
 
 def show_answers(model, image, question):
@@ -31,34 +39,54 @@ def show_answers(model, image, question):
     said = "Generated, as no list of answers is within reach; the probability is that of its words."
     if answers:
         said = f"Probabilities among the {len(found)} likeliest of {len(answers)} answers."
-    return show_bars(found[:SHOWN]) + show_lines(said) + show_heat(model.heat_map(image, question, answers))
+    return (
+        show_bars(found[:SHOWN])
+        + show_lines(said)
+        + show_heat(model.heat_map(image, question, answers))
+    )
 
 
 def show_entailment(model, image, text):
-    """Return the probabilities that the text follows, does not, or contradicts, and the heat maps of the likeliest."""
+    """Return the probabilities that the text follows, does not, or contradicts, and the heat maps
+    of the likeliest.
+    """
     found = sorted(model.entails(image, text).items(), key=lambda row: -row[1])
     said = "Does the statement follow from the image (entailment), contradict it, or neither (neutral)?"
     return show_bars(found) + show_lines(said) + show_heat(model.heat_map(image, text))
 
 
 def show_truth(model, first, second, text):
-    """Return the probability that the text is true of two images, and the heat maps of True or False on both."""
+    """Return the probability that the text is true of two images, and the heat maps of True or
+    False on both.
+    """
     images = [first, second]
     true = model.true_of(images, text)
     said = "Is the statement true of the two images together?"
-    return show_bars([("True", true), ("False", 1 - true)]) + show_lines(said) + show_heat(model.heat_map(images, text))
+    return (
+        show_bars([("True", true), ("False", 1 - true)])
+        + show_lines(said)
+        + show_heat(model.heat_map(images, text))
+    )
 
 
 def show_pseudo_targets(model, image, text):
     """Return what the momentum model expects in place of each word of the text: Figure 2."""
     words = model.fill_in(image, text)
-    cards = "".join(f"<div class='card'><h4>{show_word(word)}</h4>{show_bars(candidates)}</div>" for word, candidates in words)
-    said = ("The momentum model's five likeliest words in place of each word, which is masked: in training they are its soft "
-            "targets. ✓ marks the word itself.")  # fmt: skip
-    return show_lines(said, *unknown_words(word for word, _ in words)) + f"<div class='cards'>{cards}</div>"
+    cards = "".join(
+        f"<div class='card'><h4>{show_word(word)}</h4>{show_bars(candidates)}</div>"
+        for word, candidates in words
+    )
+    said = (
+        "The momentum model's five likeliest words in place of each word, which is masked: in training they are its soft "
+        "targets. ✓ marks the word itself."
+    )
+    return (
+        show_lines(said, *unknown_words(word for word, _ in words))
+        + f"<div class='cards'>{cards}</div>"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # parts
 
 
@@ -77,8 +105,10 @@ def show_bars(rows):
     bars = []
     for text, probability, *hit in rows:
         mark = " ✓" if any(hit) else ""
-        bars.append(f"<div class='bar' style='--share: {probability:.2%}'><span>{escape(text or '(empty)')}{mark}</span>"
-                    f"<b>{probability:.1%}</b></div>")  # fmt: skip
+        bars.append(
+            f"<div class='bar' style='--share: {probability:.2%}'><span>{escape(text or '(empty)')}{mark}</span>"
+            f"<b>{probability:.1%}</b></div>"
+        )
     return f"<div class='bars'>{''.join(bars)}</div>"
 
 
@@ -90,13 +120,19 @@ def show_word(word):
 
 def show_heat(heat):
     """Return the words of a HeatMap as radio buttons; the pictures of the chosen word are visible."""
-    aspect = sum(image.shape[1] / image.shape[0] for image in heat.pictures)  # of the pictures side by side
+    # of the pictures side by side
+    aspect = sum(image.shape[1] / image.shape[0] for image in heat.pictures)
     height, name, words = min(HEIGHT, round(WIDTH / aspect)), next(_names), []
     for label, pictures in paint_heat_maps(heat.pictures, heat.panels, height):
-        sources = [image_source(Image.fromarray(picture)) for picture in pictures]  # from uint8 [H, W, 3]
-        shown = "".join(f"<img src='{source}' alt='heat map of {escape(label, True)}'>" for source in sources)
+        # from uint8 [H, W, 3]
+        sources = [image_source(Image.fromarray(picture)) for picture in pictures]
+        shown = "".join(
+            f"<img src='{source}' alt='heat map of {escape(label, True)}'>" for source in sources
+        )
         checked = "" if words else " checked"
-        words.append(f"<label><input type='radio' name='heat{name}'{checked}>{show_word(label)}<span>{shown}</span></label>")
+        words.append(
+            f"<label><input type='radio' name='heat{name}'{checked}>{show_word(label)}<span>{shown}</span></label>"
+        )
     colors = ", ".join(to_hex(color, keep_alpha=True) for color in HEAT(range(0, 256, 51)))
     scale = f"<p class='said scale'>none <i style='background: linear-gradient(to right, {colors})'></i> most</p>"
     said = f"Where “{heat.verdict}” comes from, by Grad-CAM. Point at a word, or click it, to see its share."

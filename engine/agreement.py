@@ -12,7 +12,8 @@ OF_A_NODE = {*FILE_KEYS, "num_workers"}
 
 
 def check_agreement(config: dict, seed: int, tokenizer, data_sets: dict) -> None:
-    """Compare configuration, seed, tokenizer, code and data with those of the other ranks; every rank must call it.
+    """Compare configuration, seed, tokenizer, code and data with those of the other ranks; every
+    rank must call it.
 
     Args:
         config: The complete configuration. Paths may differ.
@@ -27,15 +28,21 @@ def check_agreement(config: dict, seed: int, tokenizer, data_sets: dict) -> None
         return
     own = {f"the key {key}": value for key, value in config.items() if key not in OF_A_NODE}
     own["--seed"] = seed
-    own |= {key: f"{len(data_set)} samples ({data_set.digest()})" for key, data_set in data_sets.items()}
+    own |= {
+        key: f"{len(data_set)} samples ({data_set.digest()})" for key, data_set in data_sets.items()
+    }
     own["the tokenizer"] = hash_contents([tokenizer.backend_tokenizer.to_str().encode()])
-    own["the code"] = f"{hash_contents(map(Path.read_bytes, _sources()))} with torch {torch.__version__}"
+    own["the code"] = (
+        f"{hash_contents(map(Path.read_bytes, _sources()))} with torch {torch.__version__}"
+    )
     first, *others = gather_lists([own])
     for rank, other in enumerate(others, 1):
         for name in first | other:
             if first.get(name) != other.get(name):
-                raise InputError(f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: "
-                                 "give all ranks the same files and flags")  # fmt: skip
+                raise InputError(
+                    f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {rank}: "
+                    "give all ranks the same files and flags"
+                )
 
 
 def _sources():

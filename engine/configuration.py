@@ -10,14 +10,29 @@ from models.checkpoint import existing_file, is_repository, named_tensors, read_
 from utils import InputError
 
 # what the weights of a checkpoint were made for, whatever the data
-MODEL_KEYS = ("bert_config", "text_encoder", "tokenizer", "image_res", "patch_size", "vision_width", "vision_depth",
-              "vision_heads", "embed_dim", "max_answer_tokens")  # fmt: skip
+MODEL_KEYS = (
+    "bert_config",
+    "text_encoder",
+    "tokenizer",
+    "image_res",
+    "patch_size",
+    "vision_width",
+    "vision_depth",
+    "vision_heads",
+    "embed_dim",
+    "max_answer_tokens",
+)
 
 DEFAULTS = {  # task: the configuration where a checkpoint to load has none
-    "pretrain": "configs/Pretrain.yaml", "retrieval": "configs/Retrieval_flickr.yaml", "grounding": "configs/Grounding.yaml",
-    "vqa": "configs/VQA.yaml", "ve": "configs/VE.yaml", "nlvr": "configs/NLVR.yaml",
-    "nlvr_pretrain": "configs/NLVR_pretrain.yaml", "relevance": "configs/Relevance.yaml",
-}  # fmt: skip
+    "pretrain": "configs/Pretrain.yaml",
+    "retrieval": "configs/Retrieval_flickr.yaml",
+    "grounding": "configs/Grounding.yaml",
+    "vqa": "configs/VQA.yaml",
+    "ve": "configs/VE.yaml",
+    "nlvr": "configs/NLVR.yaml",
+    "nlvr_pretrain": "configs/NLVR_pretrain.yaml",
+    "relevance": "configs/Relevance.yaml",
+}
 
 
 class Choice(NamedTuple):
@@ -29,7 +44,9 @@ class Choice(NamedTuple):
 
 
 def task_in(content, task, path):
-    """The task that the content of a checkpoint file says it is of; `task` where the weights, grounding's, fit it as well."""
+    """The task that the content of a checkpoint file says it is of; `task` where the weights,
+    grounding's, fit it as well.
+    """
     resume = content.get("resume")
     if isinstance(resume, dict) and resume.get("task"):
         return resume["task"]
@@ -38,45 +55,69 @@ def task_in(content, task, path):
 
 
 def choose_config(task, args, checkpoint, default=None):
-    """Return the configuration of --config, else of the checkpoint, else of the file `default`, with the overrides of --set.
+    """Return the configuration of --config, else of the checkpoint, else of the file `default`,
+    with the overrides of --set.
 
-    checkpoint: "" or a path that is not a file means none. If there is a default, the checkpoint's configuration is used only if
-    it is of the task and from this code. The released code (it writes schedular) saves the paths of its machine and never reads
-    them. An evaluation of other checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
-    max_answer_tokens from the checkpoint unless it is set. Raises InputError if there is no configuration.
+    checkpoint: "" or a path that is not a file means none. If there is a default, the checkpoint's
+    configuration is used only if it is of the task and from this code. The released code (it writes
+    schedular) saves the paths of its machine and never reads them. An evaluation of other
+    checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
+    max_answer_tokens from the checkpoint unless it is set. Raises InputError if there is no
+    configuration.
     """
     if args.config:
         config = load_config(args.config, args.set)
-        if task == "vqa" and config["max_answer_tokens"] is None and getattr(args, "evaluate", True):
+        if (
+            task == "vqa"
+            and config["max_answer_tokens"] is None
+            and getattr(args, "evaluate", True)
+        ):
             length = _saved_config(checkpoint)[1].get("max_answer_tokens")
-            config = override(config, [f"max_answer_tokens={length}"] if length else [], args.config)
+            config = override(
+                config, [f"max_answer_tokens={length}"] if length else [], args.config
+            )
         return Choice(config, args.config, args.config)
     content, saved = _saved_config(checkpoint)
     if saved and content.get("tokenizer_json"):
         saved = {**saved, "tokenizer": str(existing_file(checkpoint))}
-    if saved and (default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)):
+    if saved and (
+        default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)
+    ):
         config = override(saved, args.set, f"configuration of {checkpoint}")
         return Choice(config, checkpoint, f"that of {checkpoint} (another: --config FILE)")
     if default is None:
-        raise InputError(f"checkpoint {checkpoint} holds no configuration: name the YAML file of its training by --config")
+        raise InputError(
+            f"checkpoint {checkpoint} holds no configuration: name the YAML file of its training by --config"
+        )
     if saved and args.evaluate:
         model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
-        config = override({**load_config(default), **model}, args.set, f"configuration of {checkpoint}")
-        return Choice(config, default, f"{default}, with the model and tokenizer of {checkpoint} (another: --config FILE)")
+        config = override(
+            {**load_config(default), **model}, args.set, f"configuration of {checkpoint}"
+        )
+        return Choice(
+            config,
+            default,
+            f"{default}, with the model and tokenizer of {checkpoint} (another: --config FILE)",
+        )
     return Choice(load_config(default, args.set), default, f"{default} (another: --config FILE)")
 
 
 def _saved_config(checkpoint):
     """Return the content of a checkpoint and its configuration, each {} if it is missing."""
-    content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() or is_repository(checkpoint) else {}
+    content = (
+        read_checkpoint(checkpoint)
+        if Path(checkpoint).is_file() or is_repository(checkpoint)
+        else {}
+    )
     return content, content.get("config") if isinstance(content.get("config"), dict) else {}
 
 
 def default_output_dir(task, source, evaluate):
-    """Return the folder of a task's results if --output_dir is missing: output/ and the name of the configuration.
+    """Return the folder of a task's results if --output_dir is missing: output/ and the name of the
+    configuration.
 
-    source: the YAML file, named by its path after configs, or the checkpoint of the configuration. A file of a run has the name
-    of its folder, and evaluations with it are written there.
+    source: the YAML file, named by its path after configs, or the checkpoint of the configuration.
+    A file of a run has the name of its folder, and evaluations with it are written there.
     """
     path = Path(source)
     of_run = path.name == "config.yaml" or is_run_file(path)

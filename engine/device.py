@@ -1,4 +1,6 @@
-"""What a device computes with: precision, attention kernels, compiled layers; and how fast it could."""
+"""What a device computes with: precision, attention kernels, compiled layers; and how fast it
+could.
+"""
 
 import os
 import re
@@ -10,13 +12,27 @@ from dataset.cache import cache_folder
 from models.bert import Layer
 from utils import InputError, is_main, make_deterministic
 
-# dense bf16 matrix-product peak in FLOP/s by the words that a device's name begins with, after NVIDIA
+# dense bf16 matrix-product peak in FLOP/s by the words that a device's name begins with, after
+# NVIDIA
 PEAK_BF16 = {
-    "A10": 125e12, "A10G": 70e12, "A30": 165e12, "A40": 150e12, "A100": 312e12, "L4": 121e12, "L40": 181e12, "L40S": 362e12,
-    "H100 80GB HBM3": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H200": 989e12, "H200 NVL": 835e12, "GH200": 989e12,
+    "A10": 125e12,
+    "A10G": 70e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "A100": 312e12,
+    "L4": 121e12,
+    "L40": 181e12,
+    "L40S": 362e12,
+    "H100 80GB HBM3": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H200": 989e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
     "B200": 2250e12,
-}  # fmt: skip
-# graphs of a function, which all layers share; beyond them it computes as it is. timm's optimizers set it to a million
+}
+# graphs of a function, which all layers share; beyond them it computes as it is. timm's optimizers
+# set it to a million
 MAX_GRAPHS = 64
 
 
@@ -26,15 +42,21 @@ def has_bf16(device):
 
 
 def autocast(config, device):
-    """Return the context of the forward pass: bf16 autocast if the configuration and the device have it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16" and has_bf16(device))
+    """Return the context of the forward pass: bf16 autocast if the configuration and the device
+    have it.
+    """
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=config["precision"] == "bf16" and has_bf16(device)
+    )
 
 
 def use_device(config, device):
-    """Set how the device computes according to the keys precision and deterministic, before training or evaluation.
+    """Set how the device computes according to the keys precision and deterministic, before
+    training or evaluation.
 
-    float32 matrix products on a GPU run on tensor cores in TF32, as in the released code's torch, or in full float32 with
-    deterministic. Fused attention does not use cuDNN, which would prepare a plan for every new length of the texts.
+    float32 matrix products on a GPU run on tensor cores in TF32, as in the released code's torch,
+    or in full float32 with deterministic. Fused attention does not use cuDNN, which would prepare a
+    plan for every new length of the texts.
     """
     if config["deterministic"] or device.type == "cpu":  # on a CPU it takes no time
         make_deterministic()
@@ -46,10 +68,13 @@ def use_device(config, device):
 def compiles(config, device):
     """Return whether to compile the layers. `auto` compiles on a GPU unless `deterministic` is set.
 
-    If torch.compile does not work, `auto` prints a note and does not compile. Raises InputError if the key compile is true then.
+    If torch.compile does not work, `auto` prints a note and does not compile. Raises InputError if
+    the key compile is true then.
     """
     automatic = config["compile"] == "auto"
-    if not (device.type == "cuda" and not config["deterministic"] if automatic else config["compile"]):
+    if not (
+        device.type == "cuda" and not config["deterministic"] if automatic else config["compile"]
+    ):
         return False
     # the default of torch is the temporary folder, which a restart of the machine may empty
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(cache_folder(), "torchinductor"))
@@ -63,19 +88,22 @@ def compiles(config, device):
         if is_main():
             print(f"note: {problem}; training without it")
         return False
-    torch._dynamo.config.suppress_errors = automatic  # a layer that the compiler cannot take computes as it is
+    # a layer that the compiler cannot take computes as it is
+    torch._dynamo.config.suppress_errors = automatic
     return True
 
 
 def compile_layers(model, **options):
-    """Compile every transformer layer in place; names in the state dict stay as they are. options: of torch.compile.
+    """Compile every transformer layer in place; names in the state dict stay as they are. options:
+    of torch.compile.
 
-    A layer over texts is compiled once for all lengths and batch sizes. Data parallelism does not split a layer into graphs
-    of its own, which are of use for whole models.
+    A layer over texts is compiled once for all lengths and batch sizes. Data parallelism does not
+    split a layer into graphs of its own, which are of use for whole models.
     """
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = MAX_GRAPHS
-    torch.fx.experimental._config.use_duck_shape = False  # a text as long as there are heads would be compiled for that length
+    # a text as long as there are heads would be compiled for that length
+    torch.fx.experimental._config.use_duck_shape = False
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(**options)
@@ -84,9 +112,15 @@ def compile_layers(model, **options):
 
 
 def device_peak(device, config):
-    """Return the bf16 matrix-product peak of the device in FLOP/s, None in fp32 or if it is unknown."""
+    """Return the bf16 matrix-product peak of the device in FLOP/s, None in fp32 or if it is
+    unknown.
+    """
     if device.type != "cuda" or config["precision"] != "bf16":
         return None
     words = re.split("[ -]", torch.cuda.get_device_name(device).removeprefix("NVIDIA "))
-    fitting = [name for name in PEAK_BF16 if words[: len(name.split())] == name.split() and "MIG" not in words]
+    fitting = [
+        name
+        for name in PEAK_BF16
+        if words[: len(name.split())] == name.split() and "MIG" not in words
+    ]
     return PEAK_BF16[max(fitting, key=len)] if fitting else None

@@ -1,4 +1,6 @@
-"""Joining the process group that torchrun or Slurm has started, if one has, and leaving it together."""
+"""Joining the process group that torchrun or Slurm has started, if one has, and leaving it
+together.
+"""
 
 import datetime
 import os
@@ -66,28 +68,40 @@ def init_process_group(device: str | None, timeout: float = TIMEOUT) -> torch.de
 
 
 def _own_gpu(device, several):
-    """Return the GPU of this process, by its local rank if there are several processes. Raises InputError."""
+    """Return the GPU of this process, by its local rank if there are several processes.
+
+    Raises InputError.
+    """
     count, number = torch.cuda.device_count(), local_rank()
     if not several:
         if (device.index or 0) >= count:
-            raise InputError(f"--device {device}: torch finds {count} GPUs here, the last one is cuda:{count - 1}")
+            raise InputError(
+                f"--device {device}: torch finds {count} GPUs here, the last one is cuda:{count - 1}"
+            )
         return device
     if count == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         number = 0  # srun may show each task only its own GPU; torchrun shows all
     if number >= count:
-        raise InputError(f"process {number} of this machine has no GPU, torch finds {count} here: start as many processes as "
-                         f"GPUs (torchrun --nproc_per_node={count}), or use --device cpu")
+        raise InputError(
+            f"process {number} of this machine has no GPU, torch finds {count} here: start as many processes as "
+            f"GPUs (torchrun --nproc_per_node={count}), or use --device cpu"
+        )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 
 
 def _join(device, world_size, timeout):
-    """Join the group: gloo on the CPU and NCCL on GPUs. With device_id NCCL connects here, so its errors appear here."""
+    """Join the group: gloo on the CPU and NCCL on GPUs.
+
+    With device_id NCCL connects here, so its errors appear here.
+    """
     meeting, patience = _Meeting(world_size, timeout), datetime.timedelta(seconds=timeout)
     try:
         store = meeting.store()
-        prefix = meeting.wait_for_others(store) if meeting.rank == 0 else meeting.wait_for_first(store)
+        prefix = (
+            meeting.wait_for_others(store) if meeting.rank == 0 else meeting.wait_for_first(store)
+        )
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise meeting.failed(str(error).splitlines()[0]) from None
     backend = {"backend": "gloo"}
@@ -110,9 +124,13 @@ class _Meeting:
         self.rank = environment_number("RANK")
         self.host, self.port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT")
         if not self.host:
-            raise InputError(f"WORLD_SIZE is {world_size} but MASTER_ADDR is missing: start by torchrun, or unset WORLD_SIZE")
+            raise InputError(
+                f"WORLD_SIZE is {world_size} but MASTER_ADDR is missing: start by torchrun, or unset WORLD_SIZE"
+            )
         if self.port > 65535:
-            raise InputError(f"MASTER_PORT={self.port} in the environment is not a port, which is at most 65535: start by torchrun")
+            raise InputError(
+                f"MASTER_PORT={self.port} in the environment is not a port, which is at most 65535: start by torchrun"
+            )
         self.begun, self.announced = time.monotonic(), False
 
     def failed(self, reason):
@@ -145,14 +163,21 @@ class _Meeting:
                 self.pause("rank 0")
         patience = datetime.timedelta(seconds=self.timeout)
         return dist.TCPStore(
-            self.host, self.port, self.world_size, serves, patience, wait_for_workers=False, multi_tenant=True
+            self.host,
+            self.port,
+            self.world_size,
+            serves,
+            patience,
+            wait_for_workers=False,
+            multi_tenant=True,
         )
 
     def wait_for_others(self, store):
         """Send the other ranks a key prefix for this start of the run. Return the prefix.
 
-        torchrun may restart the processes with the same store, which still has the addresses of dead processes. A process that
-        reads such an address waits for ever. So each rank draws a random number, and rank 0 stores the prefix under that number.
+        torchrun may restart the processes with the same store, which still has the addresses of
+        dead processes. A process that reads such an address waits for ever. So each rank draws a
+        random number, and rank 0 stores the prefix under that number.
         """
         prefix, missing = uuid.uuid4().hex, set(range(1, self.world_size))
         while missing:
@@ -162,7 +187,9 @@ class _Meeting:
                 elif store.check([f"albef/hello/{other}"]):
                     store.set(f"albef/answer/{store.get(f'albef/hello/{other}').decode()}", prefix)
             if missing:
-                self.pause(f"rank {', '.join(map(str, sorted(missing)[:8]))}{', ...' * (len(missing) > 8)}")
+                self.pause(
+                    f"rank {', '.join(map(str, sorted(missing)[:8]))}{', ...' * (len(missing) > 8)}"
+                )
         return prefix
 
     def wait_for_first(self, store):
@@ -181,19 +208,28 @@ def _slurm_to_environment():
     # a batch script is not a step
     if "RANK" in os.environ or environment_number("SLURM_STEP_NUM_TASKS", 1) == 1:
         return
-    for name, of_slurm in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"), ("LOCAL_RANK", "SLURM_LOCALID")):
+    for name, of_slurm in (
+        ("RANK", "SLURM_PROCID"),
+        ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"),
+        ("LOCAL_RANK", "SLURM_LOCALID"),
+    ):
         os.environ[name] = str(environment_number(of_slurm))
     # a port for each job, as in scripts/slurm_pretrain.sh
     os.environ.setdefault("MASTER_PORT", str(10000 + environment_number("SLURM_JOB_ID") % 20000))
-    # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most containers
-    first = re.sub(r"\[([^],-]*)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "")).partition(",")[0]
+    # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most
+    # containers
+    first = re.sub(
+        r"\[([^],-]*)[^]]*\]", r"\1", os.environ.get("SLURM_STEP_NODELIST", "")
+    ).partition(",")[0]
     os.environ.setdefault("MASTER_ADDR", first)
 
 
 class StopSignal:
-    """Context that records SIGTERM and Ctrl-C, so that all processes save and exit together. A second signal ends at once.
+    """Context that records SIGTERM and Ctrl-C, so that all processes save and exit together. A
+    second signal ends at once.
 
-    Every process must call `agree` after each iteration, and `leave_together` at the same places, because they wait for the others.
+    Every process must call `agree` after each iteration, and `leave_together` at the same places,
+    because they wait for the others.
     """
 
     def __enter__(self):
@@ -206,18 +242,20 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _note(self, signum, _):
-        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have received, and timeout(1)
-        # signals its command and then its group
+        # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have
+        # received, and timeout(1) signals its command and then its group
         launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
         if self.signum and time.monotonic() - self._noted >= (1 if launched else 0.2):
             end_at_once(signum, None)
         self.signum, self._noted = signum, time.monotonic()
 
     def agree(self, *own):
-        """Return the signal to stop for (0: none) and the maximum over all processes of each of `own` numbers.
+        """Return the signal to stop for (0: none) and the maximum over all processes of each of
+        `own` numbers.
 
-        The result is the same on all processes, and every process must call it. It is a reduction on the CPU that runs during the
-        next iteration, so that no process waits for it. The result of iteration i is read after iteration i + 1.
+        The result is the same on all processes, and every process must call it. It is a reduction
+        on the CPU that runs during the next iteration, so that no process waits for it. The result
+        of iteration i is read after iteration i + 1.
         """
         if not is_distributed():
             return [self.signum, *own]
@@ -231,9 +269,11 @@ class StopSignal:
         return answer
 
     def leave_together(self, message, finish):
-        """Raise Interrupted if a process has received a signal, after finish(), which waits for the save.
+        """Raise Interrupted if a process has received a signal, after finish(), which waits for the
+        save.
 
-        Every process must call it. Rank 0 prints the message first, because the launcher ends all processes once one has exited.
+        Every process must call it. Rank 0 prints the message first, because the launcher ends all
+        processes once one has exited.
         """
         if signum := max(gather_lists([self.signum])):
             finish()

@@ -1,4 +1,6 @@
-"""Checkpoints of a run: written whole or not at all, rotated, found again after any failure, resumed from."""
+"""Checkpoints of a run: written whole or not at all, rotated, found again after any failure,
+resumed from.
+"""
 
 import contextlib
 import copy
@@ -23,10 +25,19 @@ from configs.schema import save_config, save_interval
 from models.checkpoint import check_vocabulary, load_weights, named_tensors, read_checkpoint
 from models.tokenizer import VOCABULARY
 from utils import (
-    TEMPORARY, InputError, Interrupted, TrainingStopped, atomic_write, environment_number, gather_lists, is_main, world_size,
-)  # fmt: skip
+    TEMPORARY,
+    InputError,
+    Interrupted,
+    TrainingStopped,
+    atomic_write,
+    environment_number,
+    gather_lists,
+    is_main,
+    world_size,
+)
 
-# a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is the SHA-256 in hexadecimal
+# a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is
+# the SHA-256 in hexadecimal
 DIGEST_SIZE = 64
 END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
@@ -34,7 +45,9 @@ LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkp
 
 @dataclass
 class Position:
-    """Where a run stands, the same on all processes: the next iteration to do, and what the epoch has recorded so far."""
+    """Where a run stands, the same on all processes: the next iteration to do, and what the epoch
+    has recorded so far.
+    """
 
     epoch: int = 0
     iteration: int = 0
@@ -44,7 +57,8 @@ class Position:
     skipped_steps: int = 0  # of the epoch
     skipped_steps_before: int = 0  # of earlier epochs
     skipped: list = field(default_factory=list)  # why entries could not be used, of the epoch
-    best: dict = field(default_factory=dict)  # score and epoch of the best validation so far, if there is validation
+    # score and epoch of the best validation so far, if there is validation
+    best: dict = field(default_factory=dict)
 
     def following(self):
         """Return the position at the beginning of the next epoch."""
@@ -52,7 +66,7 @@ class Position:
         return Position(self.epoch + 1, skipped_steps_before=skipped_steps, best=self.best)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # writing
 
 
@@ -67,12 +81,15 @@ def writing(path, kept="", failures=OSError):
     except failures as error:
         # torch.save says that a position is not the expected one, and the operating system why
         reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
-        reason = reason or (f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error)
+        reason = reason or (
+            f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error
+        )
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
 
 
 def save_settings(model, config, folder):
-    """Write config.yaml and its vocabulary tokenizer.json, which a model of this run needs beside its weights.
+    """Write config.yaml and its vocabulary tokenizer.json, which a model of this run needs beside
+    its weights.
 
     Raises TrainingStopped.
     """
@@ -85,21 +102,26 @@ def save_settings(model, config, folder):
 
 
 def _writing_checkpoint(path):
-    return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))  # torch.save raises either
+    # torch.save raises either
+    return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))
 
 
 class Saver:
-    """Saves a run while it trains on: what changes is copied to host memory, and a thread of the main process writes the copy.
+    """Saves a run while it trains on: what changes is copied to host memory, and a thread of the
+    main process writes the copy.
 
-    At most one write is under way: a save that comes while one is being written waits for it, and so does leaving the context:
-    a run that ends in any way leaves no write undone. Every process must call save and finish, at the same places.
-    save_every: as the configuration has it.
+    At most one write is under way: a save that comes while one is being written waits for it, and
+    so does leaving the context: a run that ends in any way leaves no write undone. Every process
+    must call save and finish, at the same places. save_every: as the configuration has it.
     """
 
     def __init__(self, save_every):
         self.minutes, self.iterations = save_interval(save_every)
-        self.every = f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
-        self.thread, self.write = ThreadPoolExecutor(1, "save"), None  # the latest write, until it is known how it ended
+        self.every = (
+            f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
+        )
+        # the latest write, until it is known how it ended
+        self.thread, self.write = ThreadPoolExecutor(1, "save"), None
         self.buffers = {}
 
     def __enter__(self):
@@ -113,14 +135,28 @@ class Saver:
                 raise TrainingStopped(failure) from None
             print(f"note: {failure}", file=sys.stderr, flush=True)
 
-    def save(self, path, model, optimizer, config, position, seed, lr, entries=None, keep=None, otherwise=""):
+    def save(
+        self,
+        path,
+        model,
+        optimizer,
+        config,
+        position,
+        seed,
+        lr,
+        entries=None,
+        keep=None,
+        otherwise="",
+    ):
         """Take a snapshot of the state and write it in a background thread.
 
-        The file has the released keys (model, optimizer, lr_scheduler, config, epoch) and our keys for exact resuming. When it is
-        complete and on the disk, it is renamed to path and then LAST, and rotate follows. entries: of the training set. epoch:
-        the last epoch that has begun. Random states need no key, because every iteration is seeded (utils.seed_everything). If
-        the file cannot be written, existing files stay, and the next save or finish raises TrainingStopped. With `otherwise` a
-        note with this text is printed instead. Raises TrainingStopped for the previous write, on all processes.
+        The file has the released keys (model, optimizer, lr_scheduler, config, epoch) and our keys
+        for exact resuming. When it is complete and on the disk, it is renamed to path and then
+        LAST, and rotate follows. entries: of the training set. epoch: the last epoch that has
+        begun. Random states need no key, because every iteration is seeded (utils.seed_everything).
+        If the file cannot be written, existing files stay, and the next save or finish raises
+        TrainingStopped. With `otherwise` a note with this text is printed instead. Raises
+        TrainingStopped for the previous write, on all processes.
         """
         self.finish()
         if not is_main():
@@ -144,14 +180,20 @@ class Saver:
         self.write = self.thread.submit(_write, path, state, copied, keep, otherwise)
 
     def wait(self):
-        """Wait for the write that this process has under way. Return why it failed, "" if it did not."""
+        """Wait for the write that this process has under way.
+
+        Return why it failed, "" if it did not.
+        """
         error = self.write and self.write.exception()
         if error and not isinstance(error, TrainingStopped):
             raise error
         return str(error or "")
 
     def finish(self):
-        """Wait for the write that is under way; every process must call it. Raises TrainingStopped on all if it failed."""
+        """Wait for the write that is under way; every process must call it.
+
+        Raises TrainingStopped on all if it failed.
+        """
         failures = gather_lists([self.wait()])
         self.write = None
         if any(failures):
@@ -162,7 +204,10 @@ class Saver:
         return self.write is not None and self.write.done() and self.write.exception() is not None
 
     def late(self):
-        """Whether save_every minutes have passed since the last save, by the main process's clock. It is said once."""
+        """Whether save_every minutes have passed since the last save, by the main process's clock.
+
+        It is said once.
+        """
         late = is_main() and self.minutes > 0 and monotonic() - self.begun >= 60 * self.minutes
         if late:
             self.begun = monotonic()
@@ -170,30 +215,43 @@ class Saver:
 
 
 def copy_to_host(value, buffers, copies, path=()):
-    """Copy the tensors of a state of dicts and lists into host memory, pinned for GPU tensors. Return the copied state.
+    """Copy the tensors of a state of dicts and lists into host memory, pinned for GPU tensors.
+    Return the copied state.
 
-    buffers: by path in the state; missing ones are created, and later copies reuse them. copies: {}, filled with the copy of each
-    distinct tensor. The call does not wait for a GPU: the copies are complete once its stream has run all work queued so far.
+    buffers: by path in the state; missing ones are created, and later copies reuse them. copies:
+    {}, filled with the copy of each distinct tensor. The call does not wait for a GPU: the copies
+    are complete once its stream has run all work queued so far.
     """
     if isinstance(value, torch.Tensor):
         shown = value.data_ptr(), value.dtype, value.shape, value.stride()
         if shown not in copies:  # tied weights are also one tensor in the file
             buffer = buffers.get(path)
             if buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):
-                buffers[path] = buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                buffers[path] = buffer = torch.empty_like(
+                    value, device="cpu", pin_memory=value.is_cuda
+                )
             copies[shown] = buffer.copy_(value, non_blocking=True)
         return copies[shown]
     if isinstance(value, dict):
         copied = copy.copy(value)  # with what a state dict has beside its items
-        copied.update({key: copy_to_host(inner, buffers, copies, (*path, key)) for key, inner in value.items()})
+        copied.update(
+            {
+                key: copy_to_host(inner, buffers, copies, (*path, key))
+                for key, inner in value.items()
+            }
+        )
         return copied
     if isinstance(value, (list, tuple)):
-        return type(value)(copy_to_host(inner, buffers, copies, (*path, i)) for i, inner in enumerate(value))
+        return type(value)(
+            copy_to_host(inner, buffers, copies, (*path, i)) for i, inner in enumerate(value)
+        )
     return value
 
 
 def _write(path, state, copied, keep, otherwise):
-    """Write a checkpoint, atomically, and do what must follow in this order; copied: the event to wait for. See Saver.save."""
+    """Write a checkpoint, atomically, and do what must follow in this order; copied: the event to
+    wait for. See Saver.save.
+    """
     if copied:
         copied.synchronize()
     try:
@@ -222,7 +280,9 @@ def add_digest(file: BinaryIO) -> None:
 
 
 def _keep_previous(folder):
-    """The last checkpoint gets a second name, under which it stays when a newer one takes the first."""
+    """The last checkpoint gets a second name, under which it stays when a newer one takes the
+    first.
+    """
     if (folder / LAST).exists():
         try:
             _link(folder / LAST, folder / PREVIOUS)
@@ -231,16 +291,21 @@ def _keep_previous(folder):
 
 
 def _link(source, target):
-    """Make target another name of source, atomically. Raises OSError where the file system has no links."""
+    """Make target another name of source, atomically.
+
+    Raises OSError where the file system has no links.
+    """
     temporary = target.with_name(f".{target.name}.link{TEMPORARY}")
     temporary.unlink(missing_ok=True)
     os.link(source, temporary)
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # rename(2) leaves it where both are names of one file already
+    # rename(2) leaves it where both are names of one file already
+    temporary.unlink(missing_ok=True)
 
 
 def make_last(path):
-    """Make checkpoint_last.pth the same file as path, without writing it again where the file system allows.
+    """Make checkpoint_last.pth the same file as path, without writing it again where the file
+    system allows.
 
     Raises TrainingStopped if it cannot be written.
     """
@@ -254,7 +319,10 @@ def make_last(path):
 
 
 def rotate(folder, epoch, keep):
-    """Remove the checkpoint_%02d.pth of all but the last `keep` epochs up to `epoch`. The best and the last have own names."""
+    """Remove the checkpoint_%02d.pth of all but the last `keep` epochs up to `epoch`.
+
+    The best and the last have own names.
+    """
     for path in Path(folder).glob("checkpoint_*.pth"):
         number = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
         if number and int(number[1]) <= epoch - keep:
@@ -262,18 +330,20 @@ def rotate(folder, epoch, keep):
                 path.unlink(missing_ok=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # finding
 
 
 def find_resume_file(output_dir, checkpoint, wanted):
     """Return the file that a run continues from, None for a new one; every process must call it.
 
-    wanted: --resume was given; a restart by torchrun or Slurm means it too. It is the checkpoint of output_dir that is furthest
-    in the run and undamaged. With checkpoint, --resume begins there, but a restart goes on with what the run itself has saved
-    since. Raises InputError, on all processes, where a run would overwrite the checkpoints of another.
+    wanted: --resume was given; a restart by torchrun or Slurm means it too. It is the checkpoint of
+    output_dir that is furthest in the run and undamaged. With checkpoint, --resume begins there,
+    but a restart goes on with what the run itself has saved since. Raises InputError, on all
+    processes, where a run would overwrite the checkpoints of another.
     """
-    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")  # torchrun's only on the node that caused the restart
+    # torchrun's only on the node that caused the restart
+    counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     restart = any(gather_lists([any(environment_number(name, 0) for name in counts)]))
     found = None
     if is_main():
@@ -292,9 +362,13 @@ def _find_resume_file(output_dir, checkpoint, wanted, restart):
         if found := newest_checkpoint(output_dir):
             return found
     elif any(_saves_of(output_dir)):
-        remedy = "leave out --checkpoint to continue it" if wanted else "add --resume to continue it"
-        raise InputError(f"--output_dir {output_dir} holds a run already ({run_files(output_dir)[0].name}): {remedy}, name "
-                         "another folder, or remove it")
+        remedy = (
+            "leave out --checkpoint to continue it" if wanted else "add --resume to continue it"
+        )
+        raise InputError(
+            f"--output_dir {output_dir} holds a run already ({run_files(output_dir)[0].name}): {remedy}, name "
+            "another folder, or remove it"
+        )
     if wanted and checkpoint:
         return Path(checkpoint)
     if wanted or restart:
@@ -314,9 +388,11 @@ def run_files(folder):
 
 
 def _saves_of(folder):
-    """Return a folder's checkpoints as (epoch, seen samples of it, whether it is LAST, path), and the problems of damaged ones.
+    """Return a folder's checkpoints as (epoch, seen samples of it, whether it is LAST, path), and
+    the problems of damaged ones.
 
-    Raises InputError for a checkpoint without the state of a run, because a run in this folder would replace it.
+    Raises InputError for a checkpoint without the state of a run, because a run in this folder
+    would replace it.
     """
     saves, damaged = [], []
     for path in run_files(folder):
@@ -329,19 +405,22 @@ def _saves_of(folder):
             if reason := _damage(path):
                 damaged.append(f"checkpoint {path} is damaged: {reason}")
                 continue
-            raise InputError(f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
-                             "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
-                             f"{path} --output_dir OTHER")
+            raise InputError(
+                f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
+                "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
+                f"{path} --output_dir OTHER"
+            )
         # by samples, because the size of an iteration may have changed
         saves.append((resume["epoch"], resume["seen"], path.name == LAST, path))
     return saves, damaged
 
 
 def newest_checkpoint(folder):
-    """Return the undamaged checkpoint of a run's folder with the most progress, according to its content, not its date.
+    """Return the undamaged checkpoint of a run's folder with the most progress, according to its
+    content, not its date.
 
-    Returns None if there is no checkpoint. A note names each damaged one. Raises InputError if all are damaged, or if one has no
-    state of a run.
+    Returns None if there is no checkpoint. A note names each damaged one. Raises InputError if all
+    are damaged, or if one has no state of a run.
     """
     saves, damaged = _saves_of(folder)
     for *_, path in sorted(saves, reverse=True):
@@ -352,14 +431,21 @@ def newest_checkpoint(folder):
             print(f"note: {message}; going on from {path}", flush=True)
         return path
     if damaged:
-        raise InputError(f"--resume: {damaged[0]}; there is no other checkpoint to go on from: remove it to start anew")
+        raise InputError(
+            f"--resume: {damaged[0]}; there is no other checkpoint to go on from: remove it to start anew"
+        )
     return None
 
 
 def _damage(path):
-    """Return the damage of a .pth file according to its digest, else its checksums; "" if there is none."""
+    """Return the damage of a .pth file according to its digest, else its checksums; "" if there is
+    none.
+    """
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
             if end.startswith(END_OF_ZIP) and end.endswith(COMMENT_LENGTH):
                 with memoryview(content) as view:
@@ -372,65 +458,88 @@ def _damage(path):
     return f"the checksum of {record} does not agree" if record else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # resuming
 
 
 def resume(path, model, optimizer, config, seed, entries=None):
-    """Restore model and optimizer of a saved run. Return its Position. Raises InputError if the file does not fit.
+    """Restore model and optimizer of a saved run. Return its Position. Raises InputError if the
+    file does not fit.
 
     entries: number of entries of the training set, which must not change within an epoch.
     """
     state = read_checkpoint(path)
-    lacking = [key for key in ("optimizer", "resume", "config") if not isinstance(state.get(key), dict)]
+    lacking = [
+        key for key in ("optimizer", "resume", "config") if not isinstance(state.get(key), dict)
+    ]
     if lacking:
-        raise InputError(f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
-                         "its weights")
+        raise InputError(
+            f"--resume: {path} has no {lacking[0]}, so it cannot be continued; --checkpoint alone starts from "
+            "its weights"
+        )
     saved, saved_config = state["resume"], state["config"]
     if saved_config["optimizer"]["opt"].lower() != config["optimizer"]["opt"].lower():
         raise _other_optimizer(path)
     check_vocabulary(model, state, path)
     load_weights(model, named_tensors(state, path), path)
     load_optimizer(optimizer, state["optimizer"], path)
-    position = Position(**{key.name: saved[key.name] for key in fields(Position) if key.name in saved})
+    position = Position(
+        **{key.name: saved[key.name] for key in fields(Position) if key.name in saved}
+    )
     if saved["seed"] != seed:
-        raise InputError(f"--resume: {path} is of a run with --seed {saved['seed']}, not {seed}: give that seed, or name "
-                         "another --output_dir")
+        raise InputError(
+            f"--resume: {path} is of a run with --seed {saved['seed']}, not {seed}: give that seed, or name "
+            "another --output_dir"
+        )
     if position.seen:
         _check_same_epoch(path, saved, saved_config, config, entries)
     if is_main():
         if saved["world_size"] != world_size():
-            print(f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
-                  "of the epoch is still seen once, in another order")
+            print(
+                f"note: the run was saved by {saved['world_size']} processes and goes on with {world_size()}: every sample "
+                "of the epoch is still seen once, in another order"
+            )
         # the vocabulary was compared above
-        if changed := [key for key in config if key != "tokenizer" and saved_config.get(key) != config[key]]:
+        if changed := [
+            key for key in config if key != "tokenizer" and saved_config.get(key) != config[key]
+        ]:
             print(f"note: the configuration differs from the saved run's in {', '.join(changed)}")
     return position
 
 
 def _check_same_epoch(path, saved, saved_config, config, entries):
-    """Raise InputError if the rest of the epoch cannot be located, because the data or its order changed."""
+    """Raise InputError if the rest of the epoch cannot be located, because the data or its order
+    changed.
+    """
     kept = [("the number of entries of train_file", entries, saved["entries"])]
     if any(name.endswith(".tar") for name in config["train_file"] or []):
-        kept.append(("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer")))
+        kept.append(
+            ("shuffle_buffer", config["shuffle_buffer"], saved_config.get("shuffle_buffer"))
+        )
     for what, now, then in kept:
         if now != then:
-            raise InputError(f"--resume: {path} was saved within an epoch, in which {what} was {then} and must not change to "
-                             f"{now}: change it when the epoch is over")
+            raise InputError(
+                f"--resume: {path} was saved within an epoch, in which {what} was {then} and must not change to "
+                f"{now}: change it when the epoch is over"
+            )
 
 
 def _other_optimizer(path):
-    return InputError(f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
-                      "objectives, distill and the model as they were, or start from its weights with --checkpoint alone")
+    return InputError(
+        f"--resume: {path} holds the state of another optimizer, or of other parameters: leave optimizer, "
+        "objectives, distill and the model as they were, or start from its weights with --checkpoint alone"
+    )
 
 
 def load_optimizer(optimizer, state, path):
     """Load the state of an optimizer.
 
-    Options such as weight_decay are not loaded. path: of the checkpoint, for the InputError if its state does not fit.
+    Options such as weight_decay are not loaded. path: of the checkpoint, for the InputError if its
+    state does not fit.
     """
     for group, own in zip(state["param_groups"], optimizer.param_groups):
-        group |= {name: value for name, value in own.items() if name != "params"}  # an older torch may have had fewer
+        # an older torch may have had fewer
+        group |= {name: value for name, value in own.items() if name != "params"}
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, IndexError):

@@ -1,4 +1,6 @@
-"""Evaluation of every task: each `evaluate` returns metrics by name and, given a Report, prints and writes what it found."""
+"""Evaluation of every task: each `evaluate` returns metrics by name and, given a Report, prints and
+writes what it found.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +10,9 @@ from utils import TrainingStopped, atomic_write
 
 
 class Report(NamedTuple):
-    """What an evaluation says of itself, on the main process alone; the others, and validation, have None."""
+    """What an evaluation says of itself, on the main process alone; the others, and validation,
+    have None.
+    """
 
     title: str  # which weights and split, in every line
     split: str
@@ -23,5 +27,7 @@ class Report(NamedTuple):
             with atomic_write(path, "w") as file:
                 json.dump(content, file)
         except OSError as error:
-            raise TrainingStopped(f"cannot write {path}: {error.strerror}; make room, and evaluate again") from None
+            raise TrainingStopped(
+                f"cannot write {path}: {error.strerror}; make room, and evaluate again"
+            ) from None
         return path

@@ -14,12 +14,19 @@ NAMES = {"ve": "visual entailment", "nlvr": "NLVR2"}
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(*batch.image, batch.text, targets=batch.targets, alpha=alpha, update_momentum=update_momentum)
+    return model(
+        *batch.image,
+        batch.text,
+        targets=batch.targets,
+        alpha=alpha,
+        update_momentum=update_momentum,
+    )
 
 
 @torch.no_grad()
 def classify(model, dataset, tokenizer, config, device):
-    """Return the logits [N, classes], float32, and targets [N] of a ClassificationDataset, arrays on all processes.
+    """Return the logits [N, classes], float32, and targets [N] of a ClassificationDataset, arrays
+    on all processes.
 
     Raises NotFinite.
     """
@@ -40,5 +47,7 @@ def evaluate(model, dataset, tokenizer, config, device, report=None):
     accuracy = 100 * float(np.mean(logits.argmax(axis=1) == targets))
     if report:
         chance = 100 / model.classes
-        print(f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(targets)} sentences (chance {chance:.1f}%)")
+        print(
+            f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(targets)} sentences (chance {chance:.1f}%)"
+        )
     return {"acc": accuracy}

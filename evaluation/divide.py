@@ -1,4 +1,6 @@
-"""Evaluation over a data set, divided among the processes without a sample twice, whatever the task."""
+"""Evaluation over a data set, divided among the processes without a sample twice, whatever the
+task.
+"""
 
 from torch.utils.data import Subset
 from tqdm import tqdm
@@ -8,13 +10,23 @@ from utils import gather_lists, is_main, rank, world_size
 
 
 def progress_bar(iterable, what):
-    """Iterate with a bar on the main process's terminal, shown after one second and removed at the end."""
-    return tqdm(iterable, desc=what, leave=False, disable=None if is_main() else True, dynamic_ncols=True, mininterval=1,
-                delay=1)
+    """Iterate with a bar on the main process's terminal, shown after one second and removed at the
+    end.
+    """
+    return tqdm(
+        iterable,
+        desc=what,
+        leave=False,
+        disable=None if is_main() else True,
+        dynamic_ncols=True,
+        mininterval=1,
+        delay=1,
+    )
 
 
 def divide(dataset, config, device, what, collate=None):
-    """Yield (indices of the samples, batch on the device) of this process's samples, every world_size-th of the data set.
+    """Yield (indices of the samples, batch on the device) of this process's samples, every
+    world_size-th of the data set.
 
     what: said before the progress bar; collate: as a loader takes it.
     """
@@ -26,6 +38,8 @@ def divide(dataset, config, device, what, collate=None):
 
 
 def gather(results):
-    """Return the results of all processes, {index of a sample: result} each, in the order of the samples, on every process."""
+    """Return the results of all processes, {index of a sample: result} each, in the order of the
+    samples, on every process.
+    """
     results = dict(gather_lists(results.items()))
     return [results[index] for index in sorted(results)]

@@ -1,4 +1,6 @@
-"""Answers to questions about images: the likeliest of a list, or without one what beam search finds."""
+"""Answers to questions about images: the likeliest of a list, or without one what beam search
+finds.
+"""
 
 from dataset.text import tokenize
 
@@ -10,14 +12,18 @@ def tokenize_answers(answers, model, tokenizer):
 
 
 def answer_questions(model, image, question, answers, tokens, tokenizer):
-    """Return the answers to each question of a batch with their probabilities, [(text, p), ...], the best first.
+    """Return the answers to each question of a batch with their probabilities, [(text, p), ...],
+    the best first.
 
-    image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answers: the candidates; tokens: from tokenize_answers.
-    The best k_test candidates are ranked, and p is their softmax. Without candidates one answer is generated with num_beams, and p
-    is the probability of all its tokens.
+    image [B, 3, H, W]; question with input_ids and attention_mask [B, L]; answers: the candidates;
+    tokens: from tokenize_answers. The best k_test candidates are ranked, and p is their softmax.
+    Without candidates one answer is generated with num_beams, and p is the probability of all its
+    tokens.
     """
     if answers:
         best, probs = model.rank_answers(image, question, tokens, model.config["k_test"])
-        return [[(answers[i], p) for i, p in zip(*row)] for row in zip(best.tolist(), probs.tolist())]
+        return [
+            [(answers[i], p) for i, p in zip(*row)] for row in zip(best.tolist(), probs.tolist())
+        ]
     found, log_probs = model.generate(image, question, model.config["num_beams"])
     return [[(tokenizer.decode(ids), p)] for ids, p in zip(found, log_probs.exp().tolist())]

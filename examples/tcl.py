@@ -1,4 +1,5 @@
-"""Triple contrastive learning (TCL; Yang et al., CVPR 2022) on ALBEF: contrasts within each modality beside those across.
+"""Triple contrastive learning (TCL; Yang et al., CVPR 2022) on ALBEF: contrasts within each
+modality beside those across.
 
 python -m examples.tcl takes the flags of Pretrain.py; docs/extend.md explains each line.
 """
@@ -22,22 +23,32 @@ from Pretrain import initialize, step
 
 
 class TCL(Pretrain):
-    """Pre-training whose contrastive loss is TCL's: the mean of image-text, text-image, image-image and text-text."""
+    """Pre-training whose contrastive loss is TCL's: the mean of image-text, text-image, image-image
+    and text-text.
+    """
 
     def __init__(self, config, tokenizer=None):
         super().__init__(config, tokenizer)
         self.second_view = RandomResizedCrop(config["image_res"], scale=(0.5, 1.0))
-        self.register_buffer("intra", torch.zeros(()), persistent=False)  # the intra-modal loss of the last step
+        # the intra-modal loss of the last step
+        self.register_buffer("intra", torch.zeros(()), persistent=False)
 
     def momentum_forward(self, image, *others):
-        """Show the momentum model another view of each image [B, 3, H, W]; a text's other view is its other dropout."""
-        return super().momentum_forward(torch.stack([self.second_view(one) for one in image]), *others)
+        """Show the momentum model another view of each image [B, 3, H, W]; a text's other view is
+        its other dropout.
+        """
+        return super().momentum_forward(
+            torch.stack([self.second_view(one) for one in image]), *others
+        )
 
     def contrastive(self, image_feat, text_feat, features_m, targets, alpha):
-        cross, onehot, contrast = super().contrastive(image_feat, text_feat, features_m, targets, alpha)
+        cross, onehot, contrast = super().contrastive(
+            image_feat, text_feat, features_m, targets, alpha
+        )
         image_feat_m, text_feat_m = features_m
         queues = self.text_queue.clone(), self.image_queue.clone()
-        # with the momentum features of the two modalities exchanged, the rows are image to image and text to text
+        # with the momentum features of the two modalities exchanged, the rows are image to image
+        # and text to text
         within = similarities(image_feat, text_feat, text_feat_m, image_feat_m, *queues, self.temp)
         intra, _ = itc_loss(within, targets)
         self.intra.copy_(intra.detach())

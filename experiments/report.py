@@ -1,4 +1,5 @@
-"""Reports on the runs of an experiment file, complete or not: a table of tasks, or the page that the file names.
+"""Reports on the runs of an experiment file, complete or not: a table of tasks, or the page that
+the file names.
 
   python -m experiments.report experiments/shapes.yaml
   python -m experiments.report experiments/paper.yaml
@@ -26,15 +27,22 @@ from engine.curves import read_curves
 from evaluation.attributes import chance_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from experiments.run import (
-    effective_config, expand, is_complete, minutes, read_experiments, read_record, rows_of, with_needs,
-)  # fmt: skip
+    effective_config,
+    expand,
+    is_complete,
+    minutes,
+    read_experiments,
+    read_record,
+    rows_of,
+    with_needs,
+)
 from utils import InputError, atomic_write, run_script
 from visualize.draw import draw_lines
 
 PICTURE_WIDTH = 1100  # pixels of the pictures beside the page
 NO_DIFFERENCE = 0.1  # percent; if the paper's numbers differ by less, the paper has no trend
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers
 
 
@@ -44,7 +52,9 @@ def read_log(row):
 
 
 def value(row, metric):
-    """Return a metric of a complete run, of the epoch that was tested or of the last one that has it; else None."""
+    """Return a metric of a complete run, of the epoch that was tested or of the last one that has
+    it; else None.
+    """
     found = [entry for entry in read_log(row) if metric in entry] if is_complete(row) else []
     tested = [entry for entry in found if any(name.startswith("test") for name in entry)]
     return (tested or found)[-1][metric] if found else None
@@ -52,11 +62,15 @@ def value(row, metric):
 
 def runs_of(name, rows):
     """Return the Rows of a row of the file, one for each of its seeds."""
-    return [row for row in rows.values() if row.name == name or row.name.rpartition("/seed")[0] == name]
+    return [
+        row for row in rows.values() if row.name == name or row.name.rpartition("/seed")[0] == name
+    ]
 
 
 def values(name, metric, rows):
-    """Return a metric of all complete runs of a row by seed; the seed is None if the row has no seeds."""
+    """Return a metric of all complete runs of a row by seed; the seed is None if the row has no
+    seeds.
+    """
     found = {row.seed: value(row, metric) for row in runs_of(name, rows)}
     return {seed: number for seed, number in found.items() if number is not None}
 
@@ -69,14 +83,18 @@ def shown(numbers):
     return f"{statistics.fmean(numbers.values()):.1f}{deviation}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# chance: a random ranking, class or box, for VQA the best answer of the list given to every question
+# --------------------------------------------------------------------------------------------------
+# chance: a random ranking, class or box, for VQA the best answer of the list given to every
+# question
 
 
 def _chance_retrieval(config, split):
     test_set = build_dataset(f"retrieval_{split}", config)
     recalls = chance_recall(len(test_set.images), len(test_set.texts), test_set.img2txt)
-    means = {f"{side}_r_mean": statistics.fmean(recalls[f"{side}_r{k}"] for k in (1, 5, 10)) for side in ("txt", "img")}
+    means = {
+        f"{side}_r_mean": statistics.fmean(recalls[f"{side}_r{k}"] for k in (1, 5, 10))
+        for side in ("txt", "img")
+    }
     return recalls | means
 
 
@@ -85,8 +103,10 @@ def _chance_vqa(config, split):
     annotations = questions.annotations()
     if not (questions.answer_list and annotations):
         return {}
-    predictions = [[{"question_id": entry["question_id"], "answer": answer} for entry in annotations]
-                   for answer in questions.answer_list]  # fmt: skip
+    predictions = [
+        [{"question_id": entry["question_id"], "answer": answer} for entry in annotations]
+        for answer in questions.answer_list
+    ]
     return {"acc": max(vqa_accuracy(constant, annotations)["overall"] for constant in predictions)}
 
 
@@ -102,12 +122,20 @@ def _chance_attributes(config, split):
     return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
 
 
-CHANCE = {  # by script: function (configuration, val or test) -> percent by metric, named without its prefix in log.txt
-    "Pretrain.py": _chance_retrieval, "Retrieval.py": _chance_retrieval, "VQA.py": _chance_vqa,
-    "VE.py": lambda config, split: {"acc": 100 / 3}, "NLVR.py": lambda config, split: {"acc": 100 / 2},
-    "Grounding.py": _chance_grounding, "Attributes.py": _chance_attributes,
-    "Relevance.py": lambda config, split: dict.fromkeys(("auc", "auc_other_image", "auc_other_words"), 50),
-}  # fmt: skip
+# by script: function (configuration, val or test) -> percent by metric, named without its prefix in
+# log.txt
+CHANCE = {
+    "Pretrain.py": _chance_retrieval,
+    "Retrieval.py": _chance_retrieval,
+    "VQA.py": _chance_vqa,
+    "VE.py": lambda config, split: {"acc": 100 / 3},
+    "NLVR.py": lambda config, split: {"acc": 100 / 2},
+    "Grounding.py": _chance_grounding,
+    "Attributes.py": _chance_attributes,
+    "Relevance.py": lambda config, split: dict.fromkeys(
+        ("auc", "auc_other_image", "auc_other_words"), 50
+    ),
+}
 
 
 @functools.cache
@@ -126,38 +154,50 @@ def chance(row, metric, rows):
     return next((number for name, number in chances.items() if metric.endswith(name)), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a table of tasks
 
 
 def print_tasks(content, output):
-    """Print a line for each metric of the rows that have some: chance, from random weights, pre-trained, minutes.
+    """Print a line for each metric of the rows that have some: chance, from random weights,
+    pre-trained, minutes.
 
-    A row's minutes have those of text assignment and the like, rows without metrics that it starts from.
+    A row's minutes have those of text assignment and the like, rows without metrics that it starts
+    from.
     """
     rows, scratch = expand(content, output), expand(content, f"{output}-scratch", scratch=True)
     tasks = {name: row for name, row in rows.items() if "metrics" in row.keys}
-    spent = {name: minutes(row) + sum(minutes(rows[other]) for other in row.needs if other not in {"data", *tasks})
-             for name, row in tasks.items()}  # fmt: skip
-    print(f"{'task':11}{'metric':20}{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}")
+    spent = {
+        name: minutes(row)
+        + sum(minutes(rows[other]) for other in row.needs if other not in {"data", *tasks})
+        for name, row in tasks.items()
+    }
+    print(
+        f"{'task':11}{'metric':20}{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}"
+    )
     for name, row in tasks.items():
         for number, (label, metric) in enumerate(row.keys["metrics"].items()):
             untrained, trained = (shown(values(name, metric, some)) for some in (scratch, rows))
             guess, time = chance(row, metric, rows), f"{spent[name]:.1f}" if number == 0 else ""
             guessed = "–" if guess is None else f"{guess:.1f}"
-            print(f"{'' if number else name:11}{label:20}{guessed:>8}{untrained:>14}{trained:>13}{time:>9}")
-    fine_tuning = sum(spent[name] for name, row in tasks.items() if row.keys["script"] != "Pretrain.py")
+            print(
+                f"{'' if number else name:11}{label:20}{guessed:>8}{untrained:>14}{trained:>13}{time:>9}"
+            )
+    fine_tuning = sum(
+        spent[name] for name, row in tasks.items() if row.keys["script"] != "Pretrain.py"
+    )
     print(f"minutes of the fine-tuning runs together: {fine_tuning:.1f}, one core each")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # a page
 
 
 def difference_interval(before: dict, after: dict) -> tuple[float, float]:
     """Return the 95% t interval of the mean difference of numbers by seed, two or more each.
 
-    If the seeds are the same, the differences are taken seed by seed; otherwise the interval is Welch's.
+    If the seeds are the same, the differences are taken seed by seed; otherwise the interval is
+    Welch's.
     """
     if before.keys() == after.keys():
         test = stats.ttest_rel([after[seed] for seed in before], list(before.values()))
@@ -167,9 +207,11 @@ def difference_interval(before: dict, after: dict) -> tuple[float, float]:
 
 
 def compare(before: dict, after: dict, paper: float | None) -> str:
-    """Return the difference of numbers by seed, its 95% interval, the paper's difference and the verdict on the trend.
+    """Return the difference of numbers by seed, its 95% interval, the paper's difference and the
+    verdict on the trend.
 
-    paper: the paper's difference; None if it has no numbers and claims a rise. Single runs have neither interval nor verdict.
+    paper: the paper's difference; None if it has no numbers and claims a rise. Single runs have
+    neither interval nor verdict.
     """
     if not before or not after:
         return "not run yet"
@@ -204,7 +246,10 @@ def trend_lines(table, rows):
     """Yield a line for each trend of a table."""
     columns, lines = {column["label"]: column for column in table["columns"]}, table["rows"]
     for label, trend in table.get("trends", {}).items():
-        first, last = lines[trend.get("from", trend.get("row"))], lines[trend.get("to", trend.get("row"))]
+        first, last = (
+            lines[trend.get("from", trend.get("row"))],
+            lines[trend.get("to", trend.get("row"))],
+        )
         parts, missing = [], 0
         for one, other in trend.get("pairs", {label: label for label in columns}).items():
             if not (_runs(columns[one], first, rows) and _runs(columns[other], last, rows)):
@@ -231,9 +276,17 @@ def number_table(table, rows):
     columns, lines = table["columns"], []
     for label, line in table["rows"].items():
         paper = line.get("paper", {})
-        lines.append([label] + [shown(_cell(column, line, rows)) + (f" [{paper[column['label']]:.2f}]"
-                      if column["label"] in paper else "") for column in columns])  # fmt: skip
-    lines.append(["chance", *(_column_chance(column, table["rows"].values(), rows) for column in columns)])
+        lines.append(
+            [label]
+            + [
+                shown(_cell(column, line, rows))
+                + (f" [{paper[column['label']]:.2f}]" if column["label"] in paper else "")
+                for column in columns
+            ]
+        )
+    lines.append(
+        ["chance", *(_column_chance(column, table["rows"].values(), rows) for column in columns)]
+    )
     yield from markdown(["", *(column["label"] for column in columns)], lines)
     yield ""
     yield from trend_lines(table, rows)
@@ -241,18 +294,30 @@ def number_table(table, rows):
 
 def _column_chance(column, lines, rows):
     """Return the chance of a column's runs, its range if the runs differ, "–" if it is unknown."""
-    found = [chance(run, column["metric"].format_map(line), rows) for line in lines for run in _runs(column, line, rows)]
+    found = [
+        chance(run, column["metric"].format_map(line), rows)
+        for line in lines
+        for run in _runs(column, line, rows)
+    ]
     known = sorted(guess for guess in found if guess is not None)
     return " to ".join(dict.fromkeys(f"{guess:.1f}" for guess in known[:1] + known[-1:])) or "–"
 
 
 def history_table(table, rows, folder):
     """Yield a metric of training by epoch, and draw its curve."""
-    histories = {label: [entry[table["history"]] for entry in read_log(runs_of(name, rows)[0]) if table["history"] in entry]
-                 for label, name in table["rows"].items()}  # fmt: skip
+    histories = {
+        label: [
+            entry[table["history"]]
+            for entry in read_log(runs_of(name, rows)[0])
+            if table["history"] in entry
+        ]
+        for label, name in table["rows"].items()
+    }
     epochs = range(max(map(len, histories.values())))
-    lines = [[label, *(f"{numbers[epoch]:.2f}" if epoch < len(numbers) else "–" for epoch in epochs)]
-             for label, numbers in histories.items()]  # fmt: skip
+    lines = [
+        [label, *(f"{numbers[epoch]:.2f}" if epoch < len(numbers) else "–" for epoch in epochs)]
+        for label, numbers in histories.items()
+    ]
     yield from markdown(["epoch", *map(str, epochs)], lines)
     picture, curves = table["picture"], {}
     for label, name in table["rows"].items():
@@ -294,8 +359,12 @@ def section(name, table, content, rows, folder):
         yield from number_table(table, rows)
     runs = with_needs(rows, rows_of(content, name, rows)).values()
     missing = [row.name for row in runs if not is_complete(row)]
-    yield from ["", f"{len(runs)} runs, those that other tables share included, {sum(map(minutes, runs)):.0f} minutes."
-                + f" Not complete yet: {', '.join(missing)}." * bool(missing), ""]  # fmt: skip
+    yield from [
+        "",
+        f"{len(runs)} runs, those that other tables share included, {sum(map(minutes, runs)):.0f} minutes."
+        + f" Not complete yet: {', '.join(missing)}." * bool(missing),
+        "",
+    ]
 
 
 def run_table(rows):
@@ -308,15 +377,23 @@ def run_table(rows):
 
 
 def write_page(content, output, path):
-    """Write the page of an experiment file to `path`, its pictures to the folder of the same name beside it."""
+    """Write the page of an experiment file to `path`, its pictures to the folder of the same name
+    beside it.
+    """
     rows = expand(content, output)
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     complete = [row for row in rows.values() if is_complete(row)]
     machines = sorted({read_record(row)["machine"] for row in complete})
-    lines = [f"# {content['title']}", "", content["about"], "",
-             f"{len(complete)} of {len(rows)} runs are complete, {sum(map(minutes, complete)):.0f} minutes together, each on "
-             f"{' or '.join(machines) or 'no machine yet'}.", ""]  # fmt: skip
+    lines = [
+        f"# {content['title']}",
+        "",
+        content["about"],
+        "",
+        f"{len(complete)} of {len(rows)} runs are complete, {sum(map(minutes, complete)):.0f} minutes together, each on "
+        f"{' or '.join(machines) or 'no machine yet'}.",
+        "",
+    ]
     for name, table in content["tables"].items():
         lines += section(name, table, content, rows, folder)
     lines += ["## Runs", "", *run_table(rows)]
@@ -326,7 +403,9 @@ def write_page(content, output, path):
 
 
 def report(content, output):
-    """Print the table of an experiment file's tasks, or write its page, from the rows that have been run."""
+    """Print the table of an experiment file's tasks, or write its page, from the rows that have
+    been run.
+    """
     if "page" in content:
         write_page(content, output, Path(content["page"]))
     else:
@@ -336,7 +415,12 @@ def report(content, output):
 def main():
     flags = Flags(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/paper.yaml")
-    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
+    flags.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: the folder that the file names)",
+    )
     args = flags.parse_args()
     content = read_experiments(args.file)
     report(content, args.output or Path(content["output"]))

@@ -3,8 +3,9 @@
   python -m experiments.run experiments/shapes.yaml
   python -m experiments.run experiments/paper.yaml --table table1 --dry-run
 
-A row is one command, its result a folder under the file's `output`. Rows wait for those that they start from. A complete row is
-not started again, an interrupted one continues, a failed one is reported with the end of its log while the others go on.
+A row is one command, its result a folder under the file's `output`. Rows wait for those that they
+start from. A complete row is not started again, an interrupted one continues, a failed one is
+reported with the end of its log while the others go on.
 
 The keys of a row (all but script are optional):
   script   a script of the repository, or a module such as dataset.shapes
@@ -35,20 +36,41 @@ import msgspec
 
 from configs.flags import Flags, at_least
 from configs.schema import load_config, override, parse_yaml, with_defaults
-from utils import InputError, Interrupted, atomic_write, cores, make_output_dir, read_regular, run_script
+from utils import (
+    InputError,
+    Interrupted,
+    atomic_write,
+    cores,
+    make_output_dir,
+    read_regular,
+    run_script,
+)
 
-RECORD = "experiment.json"  # in a row's folder: its settings, seconds and machine, and whether it is complete
+# in a row's folder: its settings, seconds and machine, and whether it is complete
+RECORD = "experiment.json"
 TAIL = 6  # lines of a log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 SOME = msgspec.Meta(min_length=1)
 # what a row may hold: see the head of this file; metrics: of experiments/report.py
-Keys = TypedDict("Keys", {
-    "script": Required[str], "config": str, "set": dict[str, object], "from": str, "needs": list[str], "flags": str,
-    "seeds": Annotated[list[int], SOME], "each": Annotated[list[str | int | float], SOME], "creates": str, "minutes": float,
-    "metrics": object,
-}, total=False)  # fmt: skip
+Keys = TypedDict(
+    "Keys",
+    {
+        "script": Required[str],
+        "config": str,
+        "set": dict[str, object],
+        "from": str,
+        "needs": list[str],
+        "flags": str,
+        "seeds": Annotated[list[int], SOME],
+        "each": Annotated[list[str | int | float], SOME],
+        "creates": str,
+        "minutes": float,
+        "metrics": object,
+    },
+    total=False,
+)
 
 
 class Content(TypedDict):
@@ -73,7 +95,7 @@ class Row(NamedTuple):
         return self.folder.with_name(f"{self.folder.name}.log")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # rows
 
 
@@ -90,7 +112,9 @@ def read_experiments(path):
             where = f"{path}: row {name}"
             msgspec.convert(keys, Keys)
             if unknown := keys.keys() - Keys.__annotations__:
-                raise InputError(f"{where} has the unknown key {unknown.pop()}, there are {', '.join(Keys.__annotations__)}")
+                raise InputError(
+                    f"{where} has the unknown key {unknown.pop()}, there are {', '.join(Keys.__annotations__)}"
+                )
     except msgspec.ValidationError as error:
         said = str(error).replace("`", "'")  # names stand as in Python's messages
         raise InputError(f"{where}: {said}; experiments/shapes.yaml is an example") from None
@@ -100,7 +124,8 @@ def read_experiments(path):
 def expand(content, output, scratch=False):
     """Return the rows of an experiment file by name, first seeds first. Raises InputError.
 
-    output: the folder of all results. scratch: what is trained from a pre-training row starts from random weights instead.
+    output: the folder of all results. scratch: what is trained from a pre-training row starts from
+    random weights instead.
     """
     given = {}
     for name, keys in content["rows"].items():
@@ -108,9 +133,15 @@ def expand(content, output, scratch=False):
             given |= json.loads(json.dumps({name: keys}).replace("{each}", str(each)))
     if scratch:
         pretraining = {name for name, keys in given.items() if keys["script"] == "Pretrain.py"}
-        given = {name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys for name, keys in given.items()
-                 if name not in pretraining and "--evaluate" not in keys.get("flags", "")}  # fmt: skip
-    first = {name: f"{name}/seed{keys['seeds'][0]}" if "seeds" in keys else name for name, keys in given.items()}
+        given = {
+            name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys
+            for name, keys in given.items()
+            if name not in pretraining and "--evaluate" not in keys.get("flags", "")
+        }
+    first = {
+        name: f"{name}/seed{keys['seeds'][0]}" if "seeds" in keys else name
+        for name, keys in given.items()
+    }
     rows = {}
     for number in range(max(len(keys.get("seeds", [""])) for keys in given.values())):
         for name, keys in given.items():
@@ -121,13 +152,17 @@ def expand(content, output, scratch=False):
     try:
         TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
     except CycleError as error:
-        raise InputError(f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct what one of them starts "
-                         "from or needs") from None  # fmt: skip
+        raise InputError(
+            f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct what one of them starts "
+            "from or needs"
+        ) from None
     return rows
 
 
 def _make_row(name, keys, seed, given, first, output):
-    """Return the Row of a row's keys. given: the keys of all rows; first: the run that stands for each. Raises InputError."""
+    """Return the Row of a row's keys. given: the keys of all rows; first: the run that stands for
+    each. Raises InputError.
+    """
 
     def run_of(other):
         if other not in given:
@@ -149,7 +184,11 @@ def _make_row(name, keys, seed, given, first, output):
     if source == "random":
         command += ["--checkpoint", source]
     elif source:
-        other, _, file = source.rpartition("/") if source.endswith(".pth") else (source, "", "checkpoint_last.pth")
+        other, _, file = (
+            source.rpartition("/")
+            if source.endswith(".pth")
+            else (source, "", "checkpoint_last.pth")
+        )
         needs.append(run_of(other))
         command += ["--checkpoint", str(output / run_of(other) / file)]
     if seed is not None:
@@ -169,7 +208,10 @@ def _yaml(value):
 
 
 def with_needs(rows, names):
-    """Return the rows of these names and all that they start from, in the order of `rows`. Raises InputError."""
+    """Return the rows of these names and all that they start from, in the order of `rows`.
+
+    Raises InputError.
+    """
     wanted, todo = set(), list(names)
     while todo:
         name = todo.pop()
@@ -184,7 +226,9 @@ def with_needs(rows, names):
 def rows_of(content, table, rows):
     """Return the names of the rows that a table of an experiment file shows. Raises InputError."""
     if table not in content.get("tables", {}):
-        raise InputError(f"--table {table}: there is no such table, there are {', '.join(content.get('tables', {}))}")
+        raise InputError(
+            f"--table {table}: there is no such table, there are {', '.join(content.get('tables', {}))}"
+        )
     lines = content["tables"][table].get("rows", {}).values()
     columns = content["tables"][table].get("columns", [])
     names = {column["row"].format_map(line) for column in columns for line in lines}
@@ -193,7 +237,7 @@ def rows_of(content, table, rows):
     return [name for name in rows if name in names or name.rpartition("/seed")[0] in names]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # records
 
 
@@ -207,20 +251,23 @@ def overrides(row: Row) -> list[str]:
 def effective_config(row: Row, rows: dict) -> dict:
     """Return the configuration of a row's command, {} if it is the default of its script.
 
-    If a row has no configuration and starts from a run of the same script, it has the configuration of that run. Raises
-    InputError.
+    If a row has no configuration and starts from a run of the same script, it has the configuration
+    of that run. Raises InputError.
     """
     if "config" in row.keys:
         return load_config(row.keys["config"], overrides(row))
     if row.keys.get("from", "random") != "random":
         source = rows[row.needs[-1]]
-        config = effective_config(source, rows) if source.keys["script"] == row.keys["script"] else {}
+        config = (
+            effective_config(source, rows) if source.keys["script"] == row.keys["script"] else {}
+        )
         return override(config, overrides(row), f"row {row.name}") if config else {}
     return {}
 
 
 def settings(row, rows):
-    """Return what a row's result depends on: its command, its whole configuration, and the same of what it starts from.
+    """Return what a row's result depends on: its command, its whole configuration, and the same of
+    what it starts from.
 
     Raises InputError where the configuration is not valid.
     """
@@ -239,7 +286,9 @@ def read_record(row):
     try:
         return json.loads(path.read_bytes()) if path.exists() else {}
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}): remove {row.folder} to run the row anew") from None
+        raise InputError(
+            f"{path}: not valid JSON ({error}): remove {row.folder} to run the row anew"
+        ) from None
 
 
 def write_record(row, record):
@@ -257,12 +306,19 @@ def changes(now, then):
     """Yield what differs between the settings of a row and those that it was started with."""
     if now["command"] != then["command"]:
         yield f"its command was: {shlex.join(then['command'])}"
-    before = with_defaults(then["config"]) if then["config"] else {}  # a key that has come since then has its default
-    yield from (f"{key} was {before.get(key)}" for key, value in now["config"].items() if before.get(key) != value)
+    # a key that has come since then has its default
+    before = with_defaults(then["config"]) if then["config"] else {}
+    yield from (
+        f"{key} was {before.get(key)}"
+        for key, value in now["config"].items()
+        if before.get(key) != value
+    )
     if now["needs"].keys() != then["needs"].keys():
         yield f"it started from {', '.join(then['needs'])}"
     for name in now["needs"].keys() & then["needs"].keys():
-        yield from (f"of {name}, {change}" for change in changes(now["needs"][name], then["needs"][name]))
+        yield from (
+            f"of {name}, {change}" for change in changes(now["needs"][name], then["needs"][name])
+        )
 
 
 def check_unchanged(rows):
@@ -270,8 +326,10 @@ def check_unchanged(rows):
     for row in rows.values():
         now, record = settings(row, rows), read_record(row)
         if record and (change := next(changes(now, record["settings"]), None)):
-            raise InputError(f"row {row.name} has changed since it was run, {change}: remove {row.folder} (and what started "
-                             "from it) to run it anew, or give the changed row another name")
+            raise InputError(
+                f"row {row.name} has changed since it was run, {change}: remove {row.folder} (and what started "
+                "from it) to run it anew, or give the changed row another name"
+            )
 
 
 def minutes(row):
@@ -279,7 +337,7 @@ def minutes(row):
     return read_record(row).get("seconds", 0) / 60
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # running
 
 
@@ -298,9 +356,15 @@ def places(jobs=None):
     gpus = torch.cuda.device_count()
     if gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return [Place(torch.cuda.get_device_name(i), {"CUDA_VISIBLE_DEVICES": visible[i]}, None) for i in range(gpus)][:jobs]
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * cores()
-    one = {"OMP_NUM_THREADS": "1"}  # two runs on a core each make more of two cores than one run after the other on both
+        return [
+            Place(torch.cuda.get_device_name(i), {"CUDA_VISIBLE_DEVICES": visible[i]}, None)
+            for i in range(gpus)
+        ][:jobs]
+    usable = (
+        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * cores()
+    )
+    # two runs on a core each make more of two cores than one run after the other on both
+    one = {"OMP_NUM_THREADS": "1"}
     return [Place(f"one core of {_processor()}", one, core) for core in usable][:jobs]
 
 
@@ -308,7 +372,9 @@ def _processor():
     """Return the name of the processor."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     return "an unnamed processor"
 
 
@@ -325,14 +391,26 @@ def start(row, rows, place):
     record = {"seconds": 0, **read_record(row)}
     if "began" in record:  # the driver was killed; the log tells until when the run went on
         record["seconds"] += max(0, row.log.stat().st_mtime - record["began"])
-    record |= {"settings": settings(row, rows), "machine": place.name, "complete": False, "began": time.time()}
+    record |= {
+        "settings": settings(row, rows),
+        "machine": place.name,
+        "complete": False,
+        "began": time.time(),
+    }
     write_record(row, record)
     print(f"{row.name}: running, see {row.log}", flush=True)
     with open(row.log, "a") as log:
-        # a session of its own: Ctrl-C is for the driver, which tells the runs once; a second signal keeps them from saving
-        return subprocess.Popen([sys.executable, *row.command], stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                env={**os.environ, **place.env}, start_new_session=True,
-                                preexec_fn=lambda: _begin(place))  # fmt: skip
+        # a session of its own: Ctrl-C is for the driver, which tells the runs once; a second signal
+        # keeps them from saving
+        return subprocess.Popen(
+            [sys.executable, *row.command],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **place.env},
+            start_new_session=True,
+            preexec_fn=lambda: _begin(place),
+        )
 
 
 def finish(row, status):
@@ -341,13 +419,16 @@ def finish(row, status):
     record["seconds"] += time.time() - record.pop("began")
     record["complete"] = status == 0
     write_record(row, record)
-    print(f"{row.name}: {'complete' if status == 0 else f'ended with status {status}'}, {minutes(row):.1f} minutes")
+    print(
+        f"{row.name}: {'complete' if status == 0 else f'ended with status {status}'}, {minutes(row):.1f} minutes"
+    )
     for line in row.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-TAIL:]:
         print(f"    {line}", flush=True)
 
 
 def run(rows, free):
-    """Run all rows that are not complete on the Places `free`, in their order as far as they need not wait.
+    """Run all rows that are not complete on the Places `free`, in their order as far as they need
+    not wait.
 
     Return the names of those that failed, and of those that were left out because of them.
     """
@@ -376,7 +457,9 @@ def run(rows, free):
             process.terminate()
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
-        raise Interrupted(error.signum, "what was running has saved its state, the same command goes on") from None
+        raise Interrupted(
+            error.signum, "what was running has saved its state, the same command goes on"
+        ) from None
     return failed, waiting
 
 
@@ -385,20 +468,40 @@ def show(rows, jobs):
     total = 0
     for name, row in rows.items():
         known = row.keys.get("minutes")
-        state = f"complete, {minutes(row):.1f} min" if is_complete(row) else f"{known} min" if known else "minutes not known"
+        state = (
+            f"complete, {minutes(row):.1f} min"
+            if is_complete(row)
+            else f"{known} min"
+            if known
+            else "minutes not known"
+        )
         total += 0 if is_complete(row) else max(0, (known or 0) - minutes(row))
         print(f"{name} ({state}): python {shlex.join(row.command)}")
-    print(f"about {total:.0f} minutes on one core are left, {total / jobs:.0f} with {jobs} runs side by side")
+    print(
+        f"about {total:.0f} minutes on one core are left, {total / jobs:.0f} with {jobs} runs side by side"
+    )
 
 
 def main():
     flags = Flags(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/shapes.yaml")
     flags.add_argument("--table", help="only the rows of this table of the file")
-    flags.add_argument("--scratch", action="store_true", help="from random weights, without the pre-training rows; to "
-                       "OUTPUT-scratch")  # fmt: skip
-    flags.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (default: the folder that the file names)")
-    flags.add_argument("--jobs", type=at_least(1), help="runs side by side (default: one for each GPU, else for each core)")
+    flags.add_argument(
+        "--scratch",
+        action="store_true",
+        help="from random weights, without the pre-training rows; to OUTPUT-scratch",
+    )
+    flags.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: the folder that the file names)",
+    )
+    flags.add_argument(
+        "--jobs",
+        type=at_least(1),
+        help="runs side by side (default: one for each GPU, else for each core)",
+    )
     flags.add_argument("--dry-run", action="store_true", help="only show the runs")
     args = flags.parse_args()
     content = read_experiments(args.file)
@@ -420,7 +523,10 @@ def main():
 
         report(content, output)
     if failed:
-        sys.exit(f"error: failed: {', '.join(failed)}" + (f"; not run because of them: {', '.join(left)}" if left else ""))
+        sys.exit(
+            f"error: failed: {', '.join(failed)}"
+            + (f"; not run because of them: {', '.join(left)}" if left else "")
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every ALBEF model shares (Section 3.1): image, text and multimodal encoders, and their momentum copies."""
+"""What every ALBEF model shares (Section 3.1): image, text and multimodal encoders, and their
+momentum copies.
+"""
 
 import copy
 from typing import NamedTuple
@@ -21,17 +23,24 @@ class SpecialIds(NamedTuple):
 
 
 def check_objectives(key: str, named: bool | list[str], known: list[str]) -> None:
-    """Raise InputError for objectives that a task does not have. key: the configuration key that names them."""
+    """Raise InputError for objectives that a task does not have. key: the configuration key that
+    names them.
+    """
     others = [name for name in named if name not in known] if isinstance(named, list) else []
     if others:
-        remedy = f"in this task it may name {', '.join(known)}" if known else "this task has one loss, set true or false"
+        remedy = (
+            f"in this task it may name {', '.join(known)}"
+            if known
+            else "this task has one loss, set true or false"
+        )
         raise InputError(f"{key} names {', '.join(others)}: {remedy}")
 
 
 class ALBEF(nn.Module):
     """Image encoder, text encoder and multimodal encoder.
 
-    config: the task's YAML as a dict; bert: the class of text_encoder, a BertModel or a module that holds one as .bert.
+    config: the task's YAML as a dict; bert: the class of text_encoder, a BertModel or a module that
+    holds one as .bert.
     """
 
     def __init__(self, config, bert, tokenizer=None):
@@ -39,7 +48,9 @@ class ALBEF(nn.Module):
         self.config = config
         self.bert_config = read_bert_config(config["bert_config"])
         if self.bert_config["vocab_size"] == "auto":
-            raise InputError("bert_config: vocab_size is auto: let models.tokenizer.tokenizer_of(config) set it")
+            raise InputError(
+                "bert_config: vocab_size is auto: let models.tokenizer.tokenizer_of(config) set it"
+            )
         vision_width = config["vision_width"]
         if self.bert_config["encoder_width"] != vision_width:
             raise InputError(
@@ -49,7 +60,9 @@ class ALBEF(nn.Module):
         self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:
             self.vocabulary = tokenizer.backend_tokenizer.to_str()  # goes into checkpoints
-            self.special_ids = SpecialIds(tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id)
+            self.special_ids = SpecialIds(
+                tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
+            )
         self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)
         if config.get("gradient_checkpointing"):
@@ -73,15 +86,23 @@ class ALBEF(nn.Module):
         copy_to_momentum_(self)
 
     def fuse(self, text_embeds, attention_mask, image_embeds):
-        """Multimodal encoder: text_embeds [B, L, C], attention_mask [B, L], image_embeds [B, 1+N, C] -> [B, L, C]."""
-        return self.bert.fuse(text_embeds, attention_mask, self.bert.image_keys_values(image_embeds))
+        """Multimodal encoder: text_embeds [B, L, C], attention_mask [B, L], image_embeds [B, 1+N,
+        C] -> [B, L, C].
+        """
+        return self.bert.fuse(
+            text_embeds, attention_mask, self.bert.image_keys_values(image_embeds)
+        )
 
     def idle_parameters(self):
-        """Return parameters that no loss reaches; training leaves them out, so that data parallelism does not wait for them."""
+        """Return parameters that no loss reaches; training leaves them out, so that data
+        parallelism does not wait for them.
+        """
         return []
 
     def prepare(self, batch):
-        """A batch of the data set with what a step draws on the host: there the number of masked tokens asks no device."""
+        """A batch of the data set with what a step draws on the host: there the number of masked
+        tokens asks no device.
+        """
         return batch
 
     def extra_metrics(self):

@@ -1,8 +1,9 @@
-"""Weights in and out: weight files, the conversion of released, foreign and older ones, and a report on every tensor.
+"""Weights in and out: weight files, the conversion of released, foreign and older ones, and a
+report on every tensor.
 
-Most failed reproductions come from weights that silently did not load. So an unexpectedly missing tensor, an unused tensor and an
-impossible value (NaN, infinity) are errors. A refused file leaves the model unchanged, unless its values are wrong.
-engine/saving.py saves and resumes runs.
+Most failed reproductions come from weights that silently did not load. So an unexpectedly missing
+tensor, an unused tensor and an impossible value (NaN, infinity) are errors. A refused file leaves
+the model unchanged, unless its values are wrong. engine/saving.py saves and resumes runs.
 """
 
 import json
@@ -24,7 +25,8 @@ from models.momentum import copy_to_momentum_
 from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
 from utils import InputError, verify_hash
 
-QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")  # of use together only; the last is of fine-tuning alone
+# of use together only; the last is of fine-tuning alone
+QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 PROJECTIONS = ("vision_proj", "text_proj")  # to the contrastive space
 HEADS = ("cls_head", "ta_head")  # that pre-training does not have
 SUFFIXES = (".pth", ".bin", ".safetensors")
@@ -34,24 +36,36 @@ REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
 METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in JSON
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
 def best_file(folder):
-    """Return the weight file of a folder to use, the best checkpoint of a run before its last; None if it has none."""
+    """Return the weight file of a folder to use, the best checkpoint of a run before its last; None
+    if it has none.
+    """
     files = [file for file in Path(folder).iterdir() if file.suffix in SUFFIXES]
-    return max(files, default=None, key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file))
+    return max(
+        files,
+        default=None,
+        key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file),
+    )
 
 
 def is_repository(path):
-    """Return whether a name is no existing path and has the form USER/NAME or USER/NAME@REVISION of a hub repository."""
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path)) and Path(path).suffix not in SUFFIXES
+    """Return whether a name is no existing path and has the form USER/NAME or USER/NAME@REVISION of
+    a hub repository.
+    """
+    named = (
+        re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(path))
+        and Path(path).suffix not in SUFFIXES
+    )
     return bool(named) and not Path(path).exists()
 
 
 def existing_file(path):
-    """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or USER/NAME@REVISION.
+    """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or
+    USER/NAME@REVISION.
 
     Raises InputError with the remedy if it is a folder or an address, or does not exist.
     """
@@ -61,7 +75,9 @@ def existing_file(path):
     if path.is_dir():
         best = best_file(path)
         if best is None:
-            raise InputError(f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check the path")
+            raise InputError(
+                f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check the path"
+            )
         raise InputError(f"checkpoint {path} is a folder: name the file, perhaps {best}")
     if is_repository(path):
         return fetch(str(path), REPOSITORY, "checkpoint")[0]
@@ -71,11 +87,13 @@ def existing_file(path):
 
 
 def read_checkpoint(path):
-    """Return the content of a .pth, .bin or .safetensors file as a dict. Raises InputError if it cannot be read.
+    """Return the content of a .pth, .bin or .safetensors file as a dict. Raises InputError if it
+    cannot be read.
 
-    A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with weights_only, so code in them never
-    runs. Tensors lie in a mapping of the file. They are read on use, and the system can reclaim their memory, unless the file
-    is older than torch 1.6. A .safetensors file gives {"model": tensors by name}, and config, epoch and tokenizer_json if its
+    A SHA-256 that Download.py recorded beside the file is verified. Pickles are read with
+    weights_only, so code in them never runs. Tensors lie in a mapping of the file. They are read on
+    use, and the system can reclaim their memory, unless the file is older than torch 1.6. A
+    .safetensors file gives {"model": tensors by name}, and config, epoch and tokenizer_json if its
     metadata has them, like a .pth file of a run; see write_weights.
     """
     published, path = is_repository(path), existing_file(path)
@@ -93,23 +111,40 @@ def read_checkpoint(path):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except InputError:
         raise
-    except (RuntimeError, SafetensorError, EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (
+        RuntimeError,
+        SafetensorError,
+        EOFError,
+        OSError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
         raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
     except Exception:  # pickle.UnpicklingError and other errors of broken pickles
-        raise InputError(f"checkpoint {path} is not a checkpoint, or holds more than tensors, numbers and text; no code in it "
-                         "was run") from None  # fmt: skip
+        raise InputError(
+            f"checkpoint {path} is not a checkpoint, or holds more than tensors, numbers and text; no code in it "
+            "was run"
+        ) from None
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return content
 
 
 def _refuse_compressed(path):
-    """Raise InputError for compressed records: torch.save makes none, and a small file could fill the memory."""
+    """Raise InputError for compressed records: torch.save makes none, and a small file could fill
+    the memory.
+    """
     with zipfile.ZipFile(path) as file:
-        if compressed := [record.filename for record in file.infolist() if record.compress_type != zipfile.ZIP_STORED]:
-            raise InputError(f"checkpoint {path} has compressed records ({compressed[0]}), which torch.save does not write: save "
-                             "it again with torch.save")
+        if compressed := [
+            record.filename
+            for record in file.infolist()
+            if record.compress_type != zipfile.ZIP_STORED
+        ]:
+            raise InputError(
+                f"checkpoint {path} has compressed records ({compressed[0]}), which torch.save does not write: save "
+                "it again with torch.save"
+            )
 
 
 def _read_safetensors(path):
@@ -120,9 +155,11 @@ def _read_safetensors(path):
 
 
 def config_beside(path):
-    """Return config and tokenizer_json from the files beside the weights of an exported folder, {} if they are missing.
+    """Return config and tokenizer_json from the files beside the weights of an exported folder, {}
+    if they are missing.
 
-    Such a folder may come from anybody, so its configuration may name only files beside it. Raises InputError.
+    Such a folder may come from anybody, so its configuration may name only files beside it. Raises
+    InputError.
     """
     file = Path(path).with_name("config.json")
     try:
@@ -135,9 +172,15 @@ def config_beside(path):
         name = config.get(key)
         if not name or (key == "bert_config" and isinstance(name, dict)):
             continue
-        if not isinstance(name, str) or Path(name).name != name or not file.with_name(name).is_file():
-            raise InputError(f"{file}: {key} is {reprlib.repr(name)}, which is not a file beside it: remove the key, and name the "
-                             "file by --set")  # fmt: skip
+        if (
+            not isinstance(name, str)
+            or Path(name).name != name
+            or not file.with_name(name).is_file()
+        ):
+            raise InputError(
+                f"{file}: {key} is {reprlib.repr(name)}, which is not a file beside it: remove the key, and name the "
+                "file by --set"
+            )
         config[key] = str(file.with_name(name))
     vocabulary = file.with_name(VOCABULARY)
     if config.get("tokenizer") != str(vocabulary):
@@ -146,11 +189,17 @@ def config_beside(path):
 
 
 def named_tensors(content, path):
-    """Return the tensors of a checkpoint by name; unwraps {"model": ...} and the like. path: for the message of InputError."""
+    """Return the tensors of a checkpoint by name; unwraps {"model": ...} and the like. path: for
+    the message of InputError.
+    """
     for wrapper in ("model", "state_dict"):
         content = content[wrapper] if isinstance(content.get(wrapper), dict) else content
     prefix = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
-    tensors = {prefix.sub("", str(name)): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        prefix.sub("", str(name)): value
+        for name, value in content.items()
+        if isinstance(value, torch.Tensor)
+    }
     if not tensors:
         raise InputError(f"checkpoint {path} holds no named tensors")
     return tensors
@@ -175,8 +224,9 @@ def checkpoint_epoch(path):
 def write_weights(file, suffix, tensors, more):
     """Write tensors by name to an open file: as a .safetensors file, or else as a .pth file.
 
-    more: any of METADATA, written as JSON metadata of a .safetensors file. A .safetensors file has tied tensors, which share
-    memory, under each of their names. Raises TypeError if JSON cannot hold the config.
+    more: any of METADATA, written as JSON metadata of a .safetensors file. A .safetensors file has
+    tied tensors, which share memory, under each of their names. Raises TypeError if JSON cannot
+    hold the config.
     """
     if suffix != ".safetensors":
         torch.save({"model": tensors, **more}, file)
@@ -190,23 +240,32 @@ def write_weights(file, suffix, tensors, more):
     file.write(save(untied, metadata))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # match names, check the plan, copy
 
 
 def interpolate_pos_embed(pos_embed, tokens):
-    """Position embeddings [1, 1+N, C] -> [1, tokens, C]: the square grid bicubically, the [CLS] position unchanged."""
+    """Position embeddings [1, 1+N, C] -> [1, tokens, C]: the square grid bicubically, the [CLS]
+    position unchanged.
+    """
     old, new = round((pos_embed.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
     grid = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
+    return torch.cat(
+        [pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1
+    )
 
 
 def _is_resizable(name, value, target):
-    """Whether value is a position embedding of a square grid that can be interpolated to target's shape."""
+    """Whether value is a position embedding of a square grid that can be interpolated to target's
+    shape.
+    """
     if not name.endswith("pos_embed") or value.ndim != 3 or value.shape[::2] != target.shape[::2]:
         return False
-    return all(round((tensor.shape[1] - 1) ** 0.5) ** 2 == tensor.shape[1] - 1 for tensor in (value, target))
+    return all(
+        round((tensor.shape[1] - 1) ** 0.5) ** 2 == tensor.shape[1] - 1
+        for tensor in (value, target)
+    )
 
 
 def _misfit(name, value, target):
@@ -214,7 +273,9 @@ def _misfit(name, value, target):
     if value.shape != target.shape and not _is_resizable(name, value, target):
         return f"has shape {list(value.shape)} and the model's {name} {list(target.shape)}"
     if value.is_floating_point() != target.is_floating_point() or value.layout != target.layout:
-        return f"is {value.layout} {value.dtype} and the model's {name} {target.layout} {target.dtype}"
+        return (
+            f"is {value.layout} {value.dtype} and the model's {name} {target.layout} {target.dtype}"
+        )
     return ""
 
 
@@ -224,15 +285,22 @@ def _module(name):
 
 
 def _match(targets, weights, names, may_be_new, allow_missing):
-    """Plan what becomes of each tensor of the model, as Records; the outcome of one that the file should have is "missing".
+    """Plan what becomes of each tensor of the model, as Records; the outcome of one that the file
+    should have is "missing".
 
-    A momentum module that the file lacks is copied from the base; one that it has must be complete, unless allow_missing.
-    Queues of another size, and all with them, stay as they are.
+    A momentum module that the file lacks is copied from the base; one that it has must be complete,
+    unless allow_missing. Queues of another size, and all with them, stay as they are.
     """
-    made_anew = {name for name in targets if name.endswith("position_ids") or name in QUEUES}  # a file may lack them
-    in_file = {name.split(".")[0] for name in targets if names[name] in weights and name not in made_anew}
-    keep_queues = all(names[queue] in weights and weights[names[queue]].shape == targets[queue].shape
-                      for queue in QUEUES[:3] if queue in targets)  # fmt: skip
+    # a file may lack them
+    made_anew = {name for name in targets if name.endswith("position_ids") or name in QUEUES}
+    in_file = {
+        name.split(".")[0] for name in targets if names[name] in weights and name not in made_anew
+    }
+    keep_queues = all(
+        names[queue] in weights and weights[names[queue]].shape == targets[queue].shape
+        for queue in QUEUES[:3]
+        if queue in targets
+    )
     records = []
     for name, target in targets.items():
         old, value = names[name], weights.get(names[name])
@@ -246,15 +314,24 @@ def _match(targets, weights, names, may_be_new, allow_missing):
         elif base in weights and (allow_missing or module not in in_file):
             records.append(Record(name, base, "copied"))
         else:
-            records.append(Record(name, "", "new" if may_be_new(name) or name in made_anew else "missing"))
+            records.append(
+                Record(name, "", "new" if may_be_new(name) or name in made_anew else "missing")
+            )
     used = {record.in_file for record in records}
     return records + [Record("", name, "ignored") for name in weights if name not in used]
 
 
 def _check(records, targets, weights, source, must_fit, allow_missing):
-    """Raise InputError for a plan that leaves something out silently. Arguments as in load_weights."""
+    """Raise InputError for a plan that leaves something out silently.
+
+    Arguments as in load_weights.
+    """
     loaded = [record for record in records if record.outcome == "loaded"]
-    misfits = {r.in_file: why for r in loaded if (why := _misfit(r.name, weights[r.in_file], targets[r.name]))}
+    misfits = {
+        r.in_file: why
+        for r in loaded
+        if (why := _misfit(r.name, weights[r.in_file], targets[r.name]))
+    }
     if misfits:
         hint = "the file is of another configuration (image_res, patch_size, vision_width, embed_dim, bert_config) or task"
         if all(_module(name) in HEADS for name in misfits):
@@ -264,25 +341,39 @@ def _check(records, targets, weights, source, must_fit, allow_missing):
     if allow_missing:
         return
     missing = [record.name for record in records if record.outcome == "missing"]
-    unplaced = [record.in_file for record in records if record.outcome == "ignored" and must_fit(record.in_file)]
+    unplaced = [
+        record.in_file
+        for record in records
+        if record.outcome == "ignored" and must_fit(record.in_file)
+    ]
     names = listed(shorten(unplaced, weights))
     if missing:
         problem = f"lacks {len(missing)} tensors of the model: {listed(shorten(missing, targets))}"
-        question, effect = f"it has {names} instead; " * bool(unplaced) + "is it the right file?", "leaves them as initialized"
+        question, effect = (
+            f"it has {names} instead; " * bool(unplaced) + "is it the right file?",
+            "leaves them as initialized",
+        )
     elif unplaced:
         problem = f"has {len(unplaced)} tensors that the model has no place for: {names}"
         question = "is it of a deeper model, of another kind or fusion_layer, or of a task with two images?"
         effect = "leaves them out"
     else:
         return
-    raise InputError(f"{source} {problem}; {question}" + ("" if allow_missing is None else f" --allow_missing {effect}"))
+    raise InputError(
+        f"{source} {problem}; {question}"
+        + ("" if allow_missing is None else f" --allow_missing {effect}")
+    )
 
 
 def _copy(records, targets, weights, source):
-    """Copy tensors into the model. Raises InputError for values that no training gives, and where tied ones differ."""
+    """Copy tensors into the model.
+
+    Raises InputError for values that no training gives, and where tied ones differ.
+    """
     filled, untied, broken = {}, [], []
     for name, in_file, outcome, *_ in records:
-        if outcome not in ("loaded", "copied") or targets[name].is_meta:  # of which there is nothing to copy to
+        # of which there is nothing to copy to
+        if outcome not in ("loaded", "copied") or targets[name].is_meta:
             continue
         target, value = targets[name], weights[in_file]
         if value.shape != target.shape:
@@ -298,11 +389,15 @@ def _copy(records, targets, weights, source):
             if target.is_floating_point() and not target.isfinite().all():
                 broken.append(in_file)
     if broken:
-        raise InputError(f"{source}: {len(broken)} tensors hold NaN, infinity or nothing: {listed(condense(broken))}; take "
-                         "another one")  # fmt: skip
+        raise InputError(
+            f"{source}: {len(broken)} tensors hold NaN, infinity or nothing: {listed(condense(broken))}; take "
+            "another one"
+        )
     if untied:
-        raise InputError(f"{source}: {untied[0]} differ but are one parameter of the model ({len(untied)} such pairs): is it "
-                         "of a model with another `share`?")  # fmt: skip
+        raise InputError(
+            f"{source}: {untied[0]} differ but are one parameter of the model ({len(untied)} such pairs): is it "
+            "of a model with another `share`?"
+        )
 
 
 def no_name(_):
@@ -310,15 +405,18 @@ def no_name(_):
 
 
 @torch.no_grad()
-def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fit=no_name, allow_missing=None):
+def load_weights(
+    model, weights, source, names=None, may_be_new=no_name, must_fit=no_name, allow_missing=None
+):
     """Copy weights of a file into the model and return a LoadReport on each tensor.
 
-    weights: tensors by name in the file; source: the file, for messages; names: name in the model -> name in the file, for each
-    tensor of the model to load (default: all, with equal names); may_be_new(name in the model): whether a tensor may be missing
-    from the file; must_fit(name in the file): whether the model must have the tensor; allow_missing: accept missing and unused
-    tensors, None if the user has no such flag. Momentum modules and queues: see _match. Raises InputError for a tensor of another
-    shape or kind, for NaN or infinity, for different tensors that are tied in the model, and for unexpectedly missing or unused
-    tensors.
+    weights: tensors by name in the file; source: the file, for messages; names: name in the model
+    -> name in the file, for each tensor of the model to load (default: all, with equal names);
+    may_be_new(name in the model): whether a tensor may be missing from the file; must_fit(name in
+    the file): whether the model must have the tensor; allow_missing: accept missing and unused
+    tensors, None if the user has no such flag. Momentum modules and queues: see _match. Raises
+    InputError for a tensor of another shape or kind, for NaN or infinity, for different tensors
+    that are tied in the model, and for unexpectedly missing or unused tensors.
     """
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}
@@ -326,28 +424,38 @@ def load_weights(model, weights, source, names=None, may_be_new=no_name, must_fi
     records = _match(targets, weights, names, may_be_new, allow_missing)
     _check(records, targets, weights, source, must_fit, allow_missing)
     _copy(records, targets, weights, source)
-    return LoadReport(str(source), [r._replace(outcome="new") if r.outcome == "missing" else r for r in records])
+    return LoadReport(
+        str(source), [r._replace(outcome="new") if r.outcome == "missing" else r for r in records]
+    )
 
 
 def load_checkpoint(model, path, allow_missing=False, complete=False):
-    """Load the weights of a checkpoint file of any task into a model of any task, converting what needs it (task_names).
+    """Load the weights of a checkpoint file of any task into a model of any task, converting what
+    needs it (task_names).
 
-    Position embeddings are interpolated to the model's image_res and momentum weights that the file lacks are copied from
-    the base. The head of a task (HEADS) may be new if the file is of another task, and VQA's decoder may come from the
-    multimodal encoder; not if the file has to be complete, for evaluation. Returns a LoadReport; raises InputError as
-    read_weights and load_weights do, also for weights of the model's encoders that it has no place for.
+    Position embeddings are interpolated to the model's image_res and momentum weights that the file
+    lacks are copied from the base. The head of a task (HEADS) may be new if the file is of another
+    task, and VQA's decoder may come from the multimodal encoder; not if the file has to be
+    complete, for evaluation. Returns a LoadReport; raises InputError as read_weights and
+    load_weights do, also for weights of the model's encoders that it has no place for.
     """
     content = read_checkpoint(path)
     check_vocabulary(model, content, path)
     weights = named_tensors(content, path)
-    modules, in_file = ({name.split(".")[0] for name in names} for names in (model.state_dict(), weights))
+    modules, in_file = (
+        {name.split(".")[0] for name in names} for names in (model.state_dict(), weights)
+    )
     new_heads = modules & set(HEADS) - in_file
     lacking = new_heads | (modules & {"text_decoder"} - in_file)
     if complete and lacking:
-        raise InputError(f"{path} has no {lacking.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it")
+        raise InputError(
+            f"{path} has no {lacking.pop()}, which this task evaluates with: name a checkpoint fine-tuned for it"
+        )
     if complete and (unprojected := modules & set(PROJECTIONS) - in_file):
-        raise InputError(f"{path} has no {unprojected.pop()}, the contrastive projection that this task evaluates with: name a "
-                         "checkpoint of pre-training, retrieval or grounding")  # fmt: skip
+        raise InputError(
+            f"{path} has no {unprojected.pop()}, the contrastive projection that this task evaluates with: name a "
+            "checkpoint of pre-training, retrieval or grounding"
+        )
     names = task_names(model, weights)
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
 
@@ -362,15 +470,20 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
 
 
 def check_vocabulary(model, content, path):
-    """Raise InputError if a checkpoint and the model have different vocabularies; either may lack one."""
+    """Raise InputError if a checkpoint and the model have different vocabularies; either may lack
+    one.
+    """
     saved = content.get("tokenizer_json")
     if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
-        raise InputError(f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "
-                         f"checkpoint's own: --set tokenizer={existing_file(path)}")  # fmt: skip
+        raise InputError(
+            f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "
+            f"checkpoint's own: --set tokenizer={existing_file(path)}"
+        )
 
 
 def task_names(model, weights):
-    """Return name in the model -> name in a file of another task that its weights are to come from, "" for none.
+    """Return name in the model -> name in a file of another task that its weights are to come from,
+    "" for none.
 
     - from pre-training, where text_encoder holds the bare BERT as bert: the prefix bert. is dropped
     - to VQA: the answer decoder's layers are the multimodal encoder's, its embeddings the text encoder's, its head the MLM
@@ -389,9 +502,13 @@ def task_names(model, weights):
         if to_pairs and name.split(".")[0].endswith("_m"):
             return ""
         if to_decoder and name.startswith("text_decoder"):
-            name = renumber(name, lambda layer: fusion + layer).replace("text_decoder", "text_encoder", 1)
+            name = renumber(name, lambda layer: fusion + layer).replace(
+                "text_decoder", "text_encoder", 1
+            )
         if to_pairs:
-            name = renumber(name, lambda block: block if block < fusion else fusion + (block - fusion) // 2)
+            name = renumber(
+                name, lambda block: block if block < fusion else fusion + (block - fusion) // 2
+            )
         with_bert = re.sub(r"^(text_encoder(_m)?\.)(bert\.)?", r"\1bert.", name)
         without = re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name)
         return next((known for known in (name, with_bert, without) if known in weights), name)
@@ -399,32 +516,48 @@ def task_names(model, weights):
     return {name: source(name) for name in model.state_dict()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # initialization of pre-training
 
 
 def bert_names(model, weights):
-    """Return name in the pre-training model -> name in a file of Hugging Face's BERT, with or without its prefix bert.
+    """Return name in the pre-training model -> name in a file of Hugging Face's BERT, with or
+    without its prefix bert.
 
-    Files from before 2019 call the weight and bias of LayerNorm gamma and beta; files may lack the names of tied weights.
+    Files from before 2019 call the weight and bias of LayerNorm gamma and beta; files may lack the
+    names of tied weights.
     """
     known = {}
     for old in weights:
-        name = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        known["text_encoder." + ("bert." if name.startswith(("embeddings.", "encoder.")) else "") + name] = old
+        name = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+            "LayerNorm.beta", "LayerNorm.bias"
+        )
+        known[
+            "text_encoder."
+            + ("bert." if name.startswith(("embeddings.", "encoder.")) else "")
+            + name
+        ] = old
     head = "text_encoder.cls.predictions."
-    twins = {"decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight", "decoder.bias": f"{head}bias"}
+    twins = {
+        "decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight",
+        "decoder.bias": f"{head}bias",
+    }
     for name, twin in twins.items():
         if twin in known:
             known.setdefault(head + name, known[twin])
-    return {name: known.get(name, name) for name in model.state_dict() if name.startswith("text_encoder.")}
+    return {
+        name: known.get(name, name)
+        for name in model.state_dict()
+        if name.startswith("text_encoder.")
+    }
 
 
 def load_text_encoder(model, source):
     """Initialize a pre-training model's text and multimodal encoders with BERT (Section 3.1).
 
-    source: a folder, a .bin or .safetensors file, or a hub name. Layers below fusion_layer become the text encoder, the
-    rest the multimodal encoder; cross-attention is new, and so is the MLM head where the file has none.
+    source: a folder, a .bin or .safetensors file, or a hub name. Layers below fusion_layer become
+    the text encoder, the rest the multimodal encoder; cross-attention is new, and so is the MLM
+    head where the file has none.
     """
     path = find_file(source, WEIGHT_FILES, "text_encoder")
     weights = read_weights(path)
@@ -439,7 +572,8 @@ def load_text_encoder(model, source):
 
 
 def load_vision_encoder(model, source):
-    """Initialize a model's image encoder with a DeiT or timm ViT (Section 3.1), position embeddings resized.
+    """Initialize a model's image encoder with a DeiT or timm ViT (Section 3.1), position embeddings
+    resized.
 
     source: a local file, a folder, or a name of timm (or any timm hub repository).
     """
@@ -451,10 +585,18 @@ def load_vision_encoder(model, source):
     path = find_file(source, WEIGHT_FILES, "vision_encoder")
     weights = read_weights(path)
     if "dist_token" in weights:
-        raise InputError(f"vision_encoder: {path} is a distilled DeiT with a second class token; use the plain DeiT")
-    names = {name: name.removeprefix("visual_encoder.") for name in model.state_dict() if name.startswith("visual_encoder.")}
+        raise InputError(
+            f"vision_encoder: {path} is a distilled DeiT with a second class token; use the plain DeiT"
+        )
+    names = {
+        name: name.removeprefix("visual_encoder.")
+        for name in model.state_dict()
+        if name.startswith("visual_encoder.")
+    }
 
-    def must_fit(name):  # other kinds of ViT have more than the classifier at the end: norm_pre, register tokens, layer scale
+    # other kinds of ViT have more than the classifier at the end: norm_pre, register tokens, layer
+    # scale
+    def must_fit(name):
         return not name.startswith(("head", "fc_norm.", "pre_logits."))
 
     report = load_weights(model, weights, path, names, must_fit=must_fit)

@@ -1,4 +1,7 @@
-"""Classification from the [CLS] position of the multimodal encoder under momentum distillation: VE, NLVR2, relevance."""
+"""Classification from the [CLS] position of the multimodal encoder under momentum distillation:
+
+VE, NLVR2, relevance.
+"""
 
 import torch
 from torch import nn
@@ -10,10 +13,11 @@ from models.momentum import update_momentum_
 
 
 class Classifier(ALBEF):
-    """An ALBEF with a head over `classes` classes and, if the configuration distills, momentum copies of it all.
+    """An ALBEF with a head over `classes` classes and, if the configuration distills, momentum
+    copies of it all.
 
-    A subclass says in `keys_values` how its images meet the multimodal encoder, and may have another head than one of two
-    layers: the name of the module, and build_head(width, classes).
+    A subclass says in `keys_values` how its images meet the multimodal encoder, and may have
+    another head than one of two layers: the name of the module, and build_head(width, classes).
     """
 
     head = "cls_head"
@@ -31,11 +35,15 @@ class Classifier(ALBEF):
         return nn.Sequential(Head(width, width), nn.ReLU(), Head(width, classes))
 
     def keys_values(self, bert, image_embeds):
-        """The images' keys and values for each multimodal layer of bert, from the embeddings of all images."""
+        """The images' keys and values for each multimodal layer of bert, from the embeddings of all
+        images.
+        """
         return bert.image_keys_values(image_embeds)
 
     def classify(self, image, text):
-        """image: all images of a batch; text with input_ids and attention_mask [B, L] -> logits [B, classes]."""
+        """image: all images of a batch; text with input_ids and attention_mask [B, L] -> logits [B,
+        classes].
+        """
         return self._classify(self.visual_encoder, self.bert, getattr(self, self.head), image, text)
 
     def _classify(self, visual_encoder, bert, head, image, text):
@@ -44,11 +52,15 @@ class Classifier(ALBEF):
         return head(bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0])
 
     def distilled_loss(self, image, text, targets, alpha, update_momentum):
-        """Cross-entropy with the targets [B] mixed with the momentum model's classes by alpha (Section 3.3), a scalar."""
+        """Cross-entropy with the targets [B] mixed with the momentum model's classes by alpha
+        (Section 3.3), a scalar.
+        """
         logits, logits_m = self.classify(image, text), None
         if self.config["distill"]:
             with torch.no_grad():
                 if update_momentum:
                     update_momentum_(self, self.config["momentum"])
-                logits_m = self._classify(self.visual_encoder_m, self.bert_m, getattr(self, f"{self.head}_m"), image, text)
+                logits_m = self._classify(
+                    self.visual_encoder_m, self.bert_m, getattr(self, f"{self.head}_m"), image, text
+                )
         return distilled_cross_entropy(logits, targets, logits_m, alpha)[0].mean()

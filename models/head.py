@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 
 class Head(nn.Linear):
-    """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [..., C_out].
+    """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [...,
+    C_out].
 
-    Its outputs rank candidates. Rounded to bf16, which has 8 significant bits, the scores of different inputs would tie.
+    Its outputs rank candidates. Rounded to bf16, which has 8 significant bits, the scores of
+    different inputs would tie.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""The momentum model (Section 3.3): an exponential moving average of every module X that has a sibling X_m."""
+"""The momentum model (Section 3.3): an exponential moving average of every module X that has a
+sibling X_m.
+"""
 
 import torch
 
@@ -15,7 +17,9 @@ def _pairs(model):
 
 @torch.no_grad()
 def copy_to_momentum_(model):
-    """Start the momentum model as a copy of the base model and take it out of the optimizer's reach."""
+    """Start the momentum model as a copy of the base model and take it out of the optimizer's
+    reach.
+    """
     for param, param_m in zip(*_pairs(model)):
         param_m.copy_(param)
         param_m.requires_grad_(False)

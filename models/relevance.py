@@ -6,7 +6,8 @@ from models.head import Head
 
 
 class Relevance(Classifier):
-    """Two-way classification of an ad's image and "query [SEP] words of the ad": irrelevant 0, relevant 1.
+    """Two-way classification of an ad's image and "query [SEP] words of the ad": irrelevant 0,
+    relevant 1.
 
     The classifier is the ITM head, which pre-training has taught whether an image and a text match.
     """
@@ -21,5 +22,7 @@ class Relevance(Classifier):
         return self.classify(image, text)
 
     def forward(self, image, text, targets, alpha=0.4, update_momentum=True):
-        """The loss of a step: image [B, 3, H, W], text [B, L], targets [B] classes, alpha the weight of distillation."""
+        """The loss of a step: image [B, 3, H, W], text [B, L], targets [B] classes, alpha the
+        weight of distillation.
+        """
         return {"loss": self.distilled_loss(image, text, targets, alpha, update_momentum)}

@@ -1,4 +1,6 @@
-"""Image-text retrieval (Section 5): contrastive learning and matching, where several texts belong to one image."""
+"""Image-text retrieval (Section 5): contrastive learning and matching, where several texts belong
+to one image.
+"""
 
 import torch
 
@@ -8,7 +10,9 @@ from models.losses import itm_loss
 
 
 class Retrieval(Alignment):
-    """The model of retrieval fine-tuning; a pair is positive wherever the image ids are equal, also in the queue."""
+    """The model of retrieval fine-tuning; a pair is positive wherever the image ids are equal, also
+    in the queue.
+    """
 
     def __init__(self, config, tokenizer=None):
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
@@ -20,8 +24,9 @@ class Retrieval(Alignment):
     def forward(self, image, text, idx, alpha=0.4, update_momentum=True):
         """One step's losses, any of loss_ita, loss_itm as the configuration has them on.
 
-        image [B, 3, H, W]; text with input_ids and attention_mask [B, L]; idx [B]: image ids, none negative; alpha: the
-        weight of distillation; update_momentum is False in all but one of the batches that share an optimizer step.
+        image [B, 3, H, W]; text with input_ids and attention_mask [B, L]; idx [B]: image ids, none
+        negative; alpha: the weight of distillation; update_momentum is False in all but one of the
+        batches that share an optimizer step.
         """
         self.begin_step(update_momentum)
         positives = idx[:, None] == idx  # [B, B]
@@ -31,13 +36,21 @@ class Retrieval(Alignment):
         losses, contrast = {}, None
         if "itc" in self.objectives:
             with torch.no_grad():
-                features_m = self.encode_image(image, momentum=True)[1], self.encode_text(text, momentum=True)[1]
-                matches = torch.cat([positives, idx[:, None] == self.idx_queue], dim=1).float()  # [B, B + Q]
+                features_m = (
+                    self.encode_image(image, momentum=True)[1],
+                    self.encode_text(text, momentum=True)[1],
+                )
+                # [B, B + Q]
+                matches = torch.cat([positives, idx[:, None] == self.idx_queue], dim=1).float()
                 targets = matches / matches.sum(dim=1, keepdim=True)
-            losses["loss_ita"], _, contrast = self.contrastive(image_feat, text_feat, features_m, targets, alpha)
+            losses["loss_ita"], _, contrast = self.contrastive(
+                image_feat, text_feat, features_m, targets, alpha
+            )
             self.enqueue(features_m, idx_queue=idx[:, None])
         if "itm" in self.objectives:
             keys_values = self.bert.image_keys_values(image_embeds)
-            cls, _, valid = self.match(text_embeds, text.attention_mask, keys_values, contrast, positives)
+            cls, _, valid = self.match(
+                text_embeds, text.attention_mask, keys_values, contrast, positives
+            )
             losses["loss_itm"] = itm_loss(self.itm_head(cls), valid)
         return losses

@@ -7,10 +7,11 @@ from torch import nn
 def build_vit(config, initializer_range=0.02):
     """Build a ViT from the keys image_res, patch_size, vision_width, vision_depth, vision_heads.
 
-    The model maps images [B, 3, image_res, image_res] to image_embeds [B, 1+N, vision_width], [CLS] first, by
-    `forward_features`. initializer_range: standard deviation of the linear layers' random weights, half the standard deviation of
-    patch and position embeddings. 0.02 suits a width of 768. A small model from random weights learns much faster with about
-    1 / sqrt(width), and hardly at all if its patch embedding starts small.
+    The model maps images [B, 3, image_res, image_res] to image_embeds [B, 1+N, vision_width], [CLS]
+    first, by `forward_features`. initializer_range: standard deviation of the linear layers' random
+    weights, half the standard deviation of patch and position embeddings. 0.02 suits a width of
+    768. A small model from random weights learns much faster with about 1 / sqrt(width), and hardly
+    at all if its patch embedding starts small.
     """
     vit = VisionTransformer(
         img_size=config["image_res"],

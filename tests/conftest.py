@@ -13,13 +13,17 @@ from ruamel.yaml import YAML
 
 
 def assert_close(name, ours, theirs, relative, absolute):
-    """Asserts the agreement that tests/golden expects: relative to the largest value of theirs, plus an absolute part."""
+    """Asserts the agreement that tests/golden expects: relative to the largest value of theirs,
+    plus an absolute part.
+    """
     gap = (ours - theirs).abs().max().item()
     assert gap <= relative * theirs.abs().max().item() + absolute, f"{name}: off by {gap}"
 
 
 def assert_released_step(model, losses, data):
-    """Asserts the losses, the gradients of their sum and, if there, the state after the step of a file of tests/golden."""
+    """Asserts the losses, the gradients of their sum and, if there, the state after the step of a
+    file of tests/golden.
+    """
     for name, loss in losses.items():
         assert_close(name, loss.detach(), torch.tensor(data[name]), 1e-4, 1e-5)
     sum(losses.values()).backward()
@@ -72,17 +76,27 @@ def golden():
 
 @pytest.fixture(scope="session")
 def released(golden):
-    """Builds the small released model of a task with some keys changed; returns (golden values, model, text)."""
+    """Builds the small released model of a task with some keys changed; returns (golden values,
+    model, text).
+    """
     from models import build_model
     from utils import Text
 
     def build(task, **keys):
         data, bert = golden(f"{task}.pt"), "bert_nlvr" if "nlvr" in task else "bert"
-        model = build_model(task, {**data["config"], "bert_config": f"tests/golden/{bert}.json", **keys})
+        model = build_model(
+            task, {**data["config"], "bert_config": f"tests/golden/{bert}.json", **keys}
+        )
         missing, unexpected = model.load_state_dict(data["state_dict"], strict=False)
-        assert not missing and all("_m." in name and keys.get("distill") is False for name in unexpected)
+        assert not missing and all(
+            "_m." in name and keys.get("distill") is False for name in unexpected
+        )
         prefix = "question_" * (task == "vqa")
-        return data, model.train(), Text(data[f"{prefix}input_ids"], data[f"{prefix}attention_mask"])
+        return (
+            data,
+            model.train(),
+            Text(data[f"{prefix}input_ids"], data[f"{prefix}attention_mask"]),
+        )
 
     return build
 
@@ -118,18 +132,43 @@ def tiny(shapes):
 
     vocab = (shapes / "vocab.txt").read_text().splitlines()
     bert = {
-        "attention_probs_dropout_prob": 0.1, "hidden_dropout_prob": 0.1, "hidden_size": 16, "initializer_range": 0.02,
-        "intermediate_size": 32, "layer_norm_eps": 1e-12, "max_position_embeddings": 40, "num_attention_heads": 2,
-        "num_hidden_layers": 4, "pad_token_id": 0, "type_vocab_size": 2, "vocab_size": len(vocab), "fusion_layer": 2,
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 16,
+        "initializer_range": 0.02,
+        "intermediate_size": 32,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 40,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 4,
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "vocab_size": len(vocab),
+        "fusion_layer": 2,
         "encoder_width": 16,
-    }  # fmt: skip
-    return with_defaults({
-        "train_file": str(shapes / "pretrain.json"), "test_file": str(shapes / "test.json"), "image_root": str(shapes),
-        "bert_config": bert, "tokenizer": str(shapes / "vocab.txt"), "text_encoder": "random", "vision_encoder": "random",
-        "image_res": 32, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "vision_heads": 2, "embed_dim": 8,
-        "queue_size": 20, "batch_size": 8, "num_workers": 0, "k_test": 4,
-        "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
-    })  # fmt: skip
+    }
+    return with_defaults(
+        {
+            "train_file": str(shapes / "pretrain.json"),
+            "test_file": str(shapes / "test.json"),
+            "image_root": str(shapes),
+            "bert_config": bert,
+            "tokenizer": str(shapes / "vocab.txt"),
+            "text_encoder": "random",
+            "vision_encoder": "random",
+            "image_res": 32,
+            "patch_size": 16,
+            "vision_width": 16,
+            "vision_depth": 2,
+            "vision_heads": 2,
+            "embed_dim": 8,
+            "queue_size": 20,
+            "batch_size": 8,
+            "num_workers": 0,
+            "k_test": 4,
+            "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
+        }
+    )
 
 
 @pytest.fixture
@@ -162,14 +201,25 @@ def pretrained(tiny_config, tmp_path):
 
 @pytest.fixture
 def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
-    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status, stderr)."""
+    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status,
+    stderr).
+    """
     import Pretrain
 
     def call(*flags, **keys):
         (tmp_path / "bert.json").write_text(json.dumps(tiny_config["bert_config"]))
         config = {**tiny_config, "bert_config": str(tmp_path / "bert.json"), **keys}
         YAML(typ="safe").dump(config, tmp_path / "config.yaml")
-        argv = ["Pretrain.py", "--config", tmp_path / "config.yaml", "--output_dir", tmp_path / "out", "--device", "cpu", *flags]
+        argv = [
+            "Pretrain.py",
+            "--config",
+            tmp_path / "config.yaml",
+            "--output_dir",
+            tmp_path / "out",
+            "--device",
+            "cpu",
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         return exit_status(Pretrain.main), capsys.readouterr().err
 

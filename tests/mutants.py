@@ -1,9 +1,11 @@
-"""Puts one-line mistakes into the core, one at a time, and runs the tests of their module: `make mutants`.
+"""Puts one-line mistakes into the core, one at a time, and runs the tests of their module: `make
+mutants`.
 
     python tests/mutants.py [FILE ...] [--list]
 
-A mistake that the tests notice is killed, others survive. The table below is the list of mistakes; an equivalent one changes
-nothing that can be observed, and says why. FILE: only the mistakes in these files.
+A mistake that the tests notice is killed, others survive. The table below is the list of mistakes;
+an equivalent one changes nothing that can be observed, and says why. FILE: only the mistakes in
+these files.
 """
 
 import argparse
@@ -70,84 +72,207 @@ TESTS = {
     "dataset/caption.py": "data loop",
     "dataset/refer.py": "metrics refer",
     "dataset/base.py": "data data_faults",
-}  # fmt: skip
+}
 
 MUTANTS = [
     # the objectives
-    Mutant("models/losses.py", "return (1 - alpha) * hard + alpha * soft, hard", "return alpha * hard + (1 - alpha) * soft, hard"),
-    Mutant("models/losses.py", "return (1 - alpha) * hard + alpha * soft, hard", "return (1 - alpha) * hard + alpha * soft, soft"),
+    Mutant(
+        "models/losses.py",
+        "return (1 - alpha) * hard + alpha * soft, hard",
+        "return alpha * hard + (1 - alpha) * soft, hard",
+    ),
+    Mutant(
+        "models/losses.py",
+        "return (1 - alpha) * hard + alpha * soft, hard",
+        "return (1 - alpha) * hard + alpha * soft, soft",
+    ),
     Mutant("models/losses.py", "return (i2t.mean() + t2i.mean()) / 2,", "return i2t.mean(),"),
     Mutant("models/losses.py", "draw < probability", "draw < 0.15"),
     Mutant("models/losses.py", " & (input_ids != special_ids.cls)", ""),
     Mutant("models/losses.py", "(input_ids != special_ids.pad) & ", ""),
-    Mutant("models/losses.py", "chosen & (kind < 0.8)", "chosen & (kind < 0.9)",
-           "what of it is from 0.8 on becomes a random token in the next line"),
+    Mutant(
+        "models/losses.py",
+        "chosen & (kind < 0.8)",
+        "chosen & (kind < 0.9)",
+        "what of it is from 0.8 on becomes a random token in the next line",
+    ),
     Mutant("models/losses.py", "(kind >= 0.8) & (kind < 0.9)", "(kind >= 0.8) & (kind < 1)"),
-    Mutant("models/losses.py", "-torch.empty_like(log_weights).exponential_().log()", "torch.zeros_like(log_weights)"),
+    Mutant(
+        "models/losses.py",
+        "-torch.empty_like(log_weights).exponential_().log()",
+        "torch.zeros_like(log_weights)",
+    ),
     Mutant("models/losses.py", ".masked_fill(positives, -torch.inf)", ""),
     Mutant("models/losses.py", "weight.sum().clamp(min=1)", "len(weight)"),
-    Mutant("models/losses.py", "weight = valid.repeat(3).float()", "weight = torch.ones_like(loss)"),
+    Mutant(
+        "models/losses.py", "weight = valid.repeat(3).float()", "weight = torch.ones_like(loss)"
+    ),
     Mutant("models/losses.py", "return loss.sum() / max(1, labels.shape[0])", "return loss.mean()"),
-    Mutant("models/losses.py", "torch.cat([valid.new_ones(batch), valid.new_zeros(2 * batch)])",
-           "torch.cat([valid.new_zeros(batch), valid.new_ones(2 * batch)])"),
+    Mutant(
+        "models/losses.py",
+        "torch.cat([valid.new_ones(batch), valid.new_zeros(2 * batch)])",
+        "torch.cat([valid.new_zeros(batch), valid.new_ones(2 * batch)])",
+    ),
     # contrastive learning and matching
-    Mutant("models/alignment.py", "self.hard_negatives = config[\"hard_negatives\"] and", "self.hard_negatives ="),
-    Mutant("models/alignment.py", "config[\"distill\"] if isinstance(config[\"distill\"], list) else distillable * config[\"distill\"]", "distillable"),
-    Mutant("models/alignment.py", "if \"itc\" in self.distilled:", "if self.distilled:"),
+    Mutant(
+        "models/alignment.py",
+        'self.hard_negatives = config["hard_negatives"] and',
+        "self.hard_negatives =",
+    ),
+    Mutant(
+        "models/alignment.py",
+        'else distillable * config["distill"]',
+        "else distillable",
+    ),
+    Mutant("models/alignment.py", 'if "itc" in self.distilled:', "if self.distilled:"),
     Mutant("models/alignment.py", "self.temp.clamp_(*TEMP_RANGE)", "pass"),
     Mutant("models/alignment.py", "        if update_momentum:\n", "        if True:\n"),
-    Mutant("models/alignment.py", "config[\"queue_size\"]))", "65536))"),
-    Mutant("models/alignment.py", "self.image_queue.clone(), self.text_queue.clone()", "self.text_queue.clone(), self.image_queue.clone()"),
-    Mutant("models/alignment.py", "negative_image, _ = sample_negatives(t2i, positives)", "negative_image, _ = sample_negatives(i2t, positives)"),
-    Mutant("models/alignment.py", "masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])",
-           "masks = torch.cat([attention_mask, attention_mask, attention_mask])"),
-    Mutant("models/alignment.py", "return math.log(candidates) - itc_onehot.detach()", "return itc_onehot.detach()"),
-    Mutant("models/alignment.py", "top = sim.topk(min(k, sim.shape[1]), dim=1)", "top = sim.topk(sim.shape[1], dim=1)"),
+    Mutant("models/alignment.py", 'config["queue_size"]))', "65536))"),
+    Mutant(
+        "models/alignment.py",
+        "self.image_queue.clone(), self.text_queue.clone()",
+        "self.text_queue.clone(), self.image_queue.clone()",
+    ),
+    Mutant(
+        "models/alignment.py",
+        "negative_image, _ = sample_negatives(t2i, positives)",
+        "negative_image, _ = sample_negatives(i2t, positives)",
+    ),
+    Mutant(
+        "models/alignment.py",
+        "masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])",
+        "masks = torch.cat([attention_mask, attention_mask, attention_mask])",
+    ),
+    Mutant(
+        "models/alignment.py",
+        "return math.log(candidates) - itc_onehot.detach()",
+        "return itc_onehot.detach()",
+    ),
+    Mutant(
+        "models/alignment.py",
+        "top = sim.topk(min(k, sim.shape[1]), dim=1)",
+        "top = sim.topk(sim.shape[1], dim=1)",
+    ),
     Mutant("models/alignment.py", "t2i = top_candidates(sim.T, k).T", "t2i = i2t"),
-    Mutant("models/alignment.py", "scores = torch.zeros(pairs.shape", "scores = torch.full(pairs.shape, NO_CANDIDATE"),
-    Mutant("models/pretrain.py", "self.config[\"mlm_probability\"]", "0.15"),
-    Mutant("models/pretrain.py", "targets = torch.arange(batch, device=image.device)", "targets = torch.zeros(batch, dtype=torch.long)"),
-    Mutant("models/pretrain.py", "\"mlm\" in self.objectives and \"mlm\" in self.distilled", "\"mlm\" in self.objectives"),
+    Mutant(
+        "models/alignment.py",
+        "scores = torch.zeros(pairs.shape",
+        "scores = torch.full(pairs.shape, NO_CANDIDATE",
+    ),
+    Mutant("models/pretrain.py", 'self.config["mlm_probability"]', "0.15"),
+    Mutant(
+        "models/pretrain.py",
+        "targets = torch.arange(batch, device=image.device)",
+        "targets = torch.zeros(batch, dtype=torch.long)",
+    ),
+    Mutant(
+        "models/pretrain.py",
+        '"mlm" in self.objectives and "mlm" in self.distilled',
+        '"mlm" in self.objectives',
+    ),
     Mutant("models/pretrain.py", "            self.enqueue(features_m)\n", ""),
-    Mutant("models/pretrain.py", "mutual_information_bound(onehot, contrast.i2t.shape[1])", "mutual_information_bound(onehot, batch)"),
-    Mutant("models/retrieval.py", "positives = idx[:, None] == idx", "positives = torch.eye(len(idx), dtype=torch.bool)"),
-    Mutant("models/retrieval.py", "targets = matches / matches.sum(dim=1, keepdim=True)", "targets = matches"),
+    Mutant(
+        "models/pretrain.py",
+        "mutual_information_bound(onehot, contrast.i2t.shape[1])",
+        "mutual_information_bound(onehot, batch)",
+    ),
+    Mutant(
+        "models/retrieval.py",
+        "positives = idx[:, None] == idx",
+        "positives = torch.eye(len(idx), dtype=torch.bool)",
+    ),
+    Mutant(
+        "models/retrieval.py",
+        "targets = matches / matches.sum(dim=1, keepdim=True)",
+        "targets = matches",
+    ),
     Mutant("models/retrieval.py", "idx_queue=idx[:, None]", "idx_queue=0 * idx[:, None]"),
     Mutant("models/momentum.py", "base, 1 - momentum)", "base, momentum)"),
     Mutant("models/momentum.py", "param_m.requires_grad_(False)", "pass"),
-    Mutant("models/queue.py", "ptr.copy_((ptr + count) % size)", "ptr.copy_((ptr + count).clamp(max=size - 1))"),
+    Mutant(
+        "models/queue.py",
+        "ptr.copy_((ptr + count) % size)",
+        "ptr.copy_((ptr + count).clamp(max=size - 1))",
+    ),
     Mutant("models/queue.py", ".isfinite().all(dim=1)", ".isnan().all(dim=1).logical_not()"),
     # networks
-    Mutant("models/head.py", "enabled=False", "enabled=torch.is_autocast_enabled(hidden.device.type)"),
-    Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n        self.register_buffer",
-           "self.dropout = nn.Dropout(0)\n        self.register_buffer"),
-    Mutant("models/bert.py", "self.dropout = nn.Dropout(config[\"hidden_dropout_prob\"])\n\n", "self.dropout = nn.Dropout(0)\n\n"),
-    Mutant("models/bert.py", "dropout = self.dropout_prob if self.training else 0.0", "dropout = 0.0"),
+    Mutant(
+        "models/head.py", "enabled=False", "enabled=torch.is_autocast_enabled(hidden.device.type)"
+    ),
+    Mutant(
+        "models/bert.py",
+        'self.dropout = nn.Dropout(config["hidden_dropout_prob"])\n        self.register_buffer',
+        "self.dropout = nn.Dropout(0)\n        self.register_buffer",
+    ),
+    Mutant(
+        "models/bert.py",
+        'self.dropout = nn.Dropout(config["hidden_dropout_prob"])\n\n',
+        "self.dropout = nn.Dropout(0)\n\n",
+    ),
+    Mutant(
+        "models/bert.py", "dropout = self.dropout_prob if self.training else 0.0", "dropout = 0.0"
+    ),
     Mutant("models/bert.py", "if self.training else 0.0", ""),
-    Mutant("models/bert.py", "self.LayerNorm(self.dropout(self.dense(hidden)) + residual)", "self.LayerNorm(self.dropout(self.dense(hidden) + residual))"),
-    Mutant("models/bert.py", "self.dropout(self.LayerNorm(embeds))", "self.LayerNorm(self.dropout(embeds))"),
-    Mutant("models/bert.py", "F.gelu(self.dense(hidden))\n\n\nclass Layer", "F.gelu(self.dense(hidden), approximate=\"tanh\")\n\n\nclass Layer"),
-    Mutant("models/bert.py", "cross_attention=i >= config[\"fusion_layer\"]", "cross_attention=True"),
+    Mutant(
+        "models/bert.py",
+        "self.LayerNorm(self.dropout(self.dense(hidden)) + residual)",
+        "self.LayerNorm(self.dropout(self.dense(hidden) + residual))",
+    ),
+    Mutant(
+        "models/bert.py",
+        "self.dropout(self.LayerNorm(embeds))",
+        "self.LayerNorm(self.dropout(embeds))",
+    ),
+    Mutant(
+        "models/bert.py",
+        "F.gelu(self.dense(hidden))\n\n\nclass Layer",
+        'F.gelu(self.dense(hidden), approximate="tanh")\n\n\nclass Layer',
+    ),
+    Mutant("models/bert.py", 'cross_attention=i >= config["fusion_layer"]', "cross_attention=True"),
     Mutant("models/bert.py", "[start : start + input_ids.shape[1]]", "[: input_ids.shape[1]]"),
-    Mutant("models/bert.py", "if self.gradient_checkpointing and self.training and torch.is_grad_enabled():", "if False:"),
+    Mutant(
+        "models/bert.py",
+        "if self.gradient_checkpointing and self.training and torch.is_grad_enabled():",
+        "if False:",
+    ),
     Mutant("models/bert.py", "nn.init.normal_(module.weight, std=std)", "pass"),
-    Mutant("models/vit.py", "depth=config[\"vision_depth\"]", "depth=2"),
+    Mutant("models/vit.py", 'depth=config["vision_depth"]', "depth=2"),
     Mutant("models/vit.py", "nn.init.trunc_normal_(weight, std=2 * initializer_range)", "pass"),
     Mutant("models/decoder.py", ".tril(before)", ".tril()"),
     Mutant("models/decoder.py", ".tril(before)", ""),
-    Mutant("models/vqa.py", "at_least = (lengths[:, None] >= widths)", "at_least = (lengths[:, None] > widths)"),
+    Mutant(
+        "models/vqa.py",
+        "at_least = (lengths[:, None] >= widths)",
+        "at_least = (lengths[:, None] > widths)",
+    ),
     Mutant("models/vqa.py", "< flat_lengths[part, None]", "<= flat_lengths[part, None]"),
     Mutant("models/vqa.py", "[part, 1:width]", "[part, :width]"),
-    Mutant("models/vqa.py", "(weights * per_answer).sum() / len(image)", "per_answer.sum() / len(image)"),
-    Mutant("models/vqa.py", "(weights * per_answer).sum() / len(image)", "(weights * per_answer).mean()"),
+    Mutant(
+        "models/vqa.py",
+        "(weights * per_answer).sum() / len(image)",
+        "per_answer.sum() / len(image)",
+    ),
+    Mutant(
+        "models/vqa.py",
+        "(weights * per_answer).sum() / len(image)",
+        "(weights * per_answer).mean()",
+    ),
     Mutant("models/vqa.py", "scores = 2 * first.log()", "scores = first.log()"),
     Mutant("models/vqa.py", "                if update_momentum:\n", "                if True:\n"),
-    Mutant("models/vqa.py", "labels = answer.input_ids[:, 1:].masked_fill(~is_token, -100)", "labels = answer.input_ids[:, 1:]",
-           "the losses of padding are multiplied by 0 in the next line but one"),
+    Mutant(
+        "models/vqa.py",
+        "labels = answer.input_ids[:, 1:].masked_fill(~is_token, -100)",
+        "labels = answer.input_ids[:, 1:]",
+        "the losses of padding are multiplied by 0 in the next line but one",
+    ),
     Mutant("models/vqa.py", "log_probs[..., ids.eos].masked_fill_(ended, 0.0)", "pass"),
-    Mutant("models/classification.py", "                if update_momentum:\n", "                if True:\n"),
+    Mutant(
+        "models/classification.py",
+        "                if update_momentum:\n",
+        "                if True:\n",
+    ),
     Mutant("models/classification.py", "logits_m, alpha)[0].mean()", "logits_m, alpha)[1].mean()"),
-    Mutant("models/nlvr.py", "if share == \"all\":", "if share == \"none\":"),
+    Mutant("models/nlvr.py", 'if share == "all":', 'if share == "none":'),
     Mutant("models/nlvr.py", "fill_diagonal_(0)", "contiguous()"),
     Mutant("models/nlvr.py", "torch.randint(3 if batch > 2 else 2,", "torch.randint(2,"),
     Mutant("models/nlvr.py", "loss if len(image) > 1 else 0 * loss", "loss"),
@@ -156,110 +281,212 @@ MUTANTS = [
     Mutant("models/gradcam.py", "/ model.temp, maps)", ", maps)"),
     # weights in and out
     Mutant("models/checkpoint.py", "mmap=is_zip", "mmap=False"),
-    Mutant("models/checkpoint.py", "                _refuse_compressed(path)\n", "                pass\n"),
+    Mutant(
+        "models/checkpoint.py",
+        "                _refuse_compressed(path)\n",
+        "                pass\n",
+    ),
     Mutant("models/checkpoint.py", "weights_only=True, mmap", "weights_only=False, mmap"),
     Mutant("models/checkpoint.py", "    verify_hash(path)\n", ""),
-    Mutant("models/checkpoint.py", "mode=\"bicubic\"", "mode=\"bilinear\""),
+    Mutant("models/checkpoint.py", 'mode="bicubic"', 'mode="bilinear"'),
     Mutant("models/checkpoint.py", " and name in QUEUES and not keep_queues:", " and False:"),
     Mutant("models/checkpoint.py", "allow_missing or module not in in_file", "True"),
     Mutant("models/checkpoint.py", "may_be_new(name) or name in made_anew", "may_be_new(name)"),
     Mutant("models/checkpoint.py", "    elif unplaced:\n", "    elif False:\n"),
     Mutant("models/checkpoint.py", "elif twin != in_file:", "elif False:"),
-    Mutant("models/checkpoint.py", "if target.is_floating_point() and not target.isfinite().all():", "if False:"),
+    Mutant(
+        "models/checkpoint.py",
+        "if target.is_floating_point() and not target.isfinite().all():",
+        "if False:",
+    ),
     Mutant("models/checkpoint.py", "if complete and lacking", "if False and lacking"),
-    Mutant("models/checkpoint.py", "if to_pairs and name.split(\".\")[0].endswith(\"_m\"):", "if False:"),
+    Mutant(
+        "models/checkpoint.py", 'if to_pairs and name.split(".")[0].endswith("_m"):', "if False:"
+    ),
     Mutant("models/checkpoint.py", "lambda layer: fusion + layer)", "lambda layer: layer)"),
-    Mutant("models/checkpoint.py", "fusion + (block - fusion) // 2)", "block // 2)"),
-    Mutant("models/checkpoint.py", "for known in (name, with_bert, without)", "for known in (name, with_bert)"),
+    Mutant("models/checkpoint.py", "fusion + (block - fusion) // 2", "block // 2"),
+    Mutant(
+        "models/checkpoint.py",
+        "for known in (name, with_bert, without)",
+        "for known in (name, with_bert)",
+    ),
     Mutant("models/checkpoint.py", "known.setdefault(head + name, known[twin])", "pass"),
     Mutant("models/checkpoint.py", " and not has_head", ""),
     Mutant("models/load_report.py", "if beginning not in mixed", "if True"),
     Mutant("models/load_report.py", "r.in_file != r.name", "True"),
     # optimizer and schedule
-    Mutant("optim/__init__.py", "param.ndim == 1 or name.endswith(\".bias\")", "name.endswith(\".bias\")"),
-    Mutant("optim/__init__.py", "if name == \"temp\" and temp_lr_scale != 1:", "if False:"),
+    Mutant(
+        "optim/__init__.py", 'param.ndim == 1 or name.endswith(".bias")', 'name.endswith(".bias")'
+    ),
+    Mutant("optim/__init__.py", 'if name == "temp" and temp_lr_scale != 1:', "if False:"),
     Mutant("optim/__init__.py", "optimizer.found_inf = (~norm.isfinite()).float()", "pass"),
     Mutant("optim/__init__.py", "    elif norm.isfinite():\n", "    else:\n"),
-    Mutant("scheduler/__init__.py", "epoch / scheduler[\"epochs\"]", "(epoch + 1) / scheduler[\"epochs\"]"),
-    Mutant("scheduler/__init__.py", "max(0, iteration - 1) // WARMUP_STEP", "iteration // WARMUP_STEP"),
-    Mutant("scheduler/__init__.py", "epoch * iterations + iteration, scheduler[\"warmup_iters\"]", "iteration, scheduler[\"warmup_iters\"]"),
-    Mutant("scheduler/__init__.py", "config[\"alpha\"] * min(1.0, iteration / iterations)", "config[\"alpha\"]"),
-    Mutant("scheduler/__init__.py", "if config[\"warm_up\"] and epoch == 0:", "if epoch == 0:"),
-    Mutant("scheduler/__init__.py", "math.sqrt(batch / reference_batch)", "batch / reference_batch"),
+    Mutant(
+        "scheduler/__init__.py", 'epoch / scheduler["epochs"]', '(epoch + 1) / scheduler["epochs"]'
+    ),
+    Mutant(
+        "scheduler/__init__.py", "max(0, iteration - 1) // WARMUP_STEP", "iteration // WARMUP_STEP"
+    ),
+    Mutant(
+        "scheduler/__init__.py",
+        "            epoch * iterations + iteration,\n",
+        "            iteration,\n",
+    ),
+    Mutant(
+        "scheduler/__init__.py",
+        'config["alpha"] * min(1.0, iteration / iterations)',
+        'config["alpha"]',
+    ),
+    Mutant("scheduler/__init__.py", 'if config["warm_up"] and epoch == 0:', "if epoch == 0:"),
+    Mutant(
+        "scheduler/__init__.py", "math.sqrt(batch / reference_batch)", "batch / reference_batch"
+    ),
     # the loop
-    Mutant("engine/loop.py", "(sum(losses.values()) / accumulate).backward()", "sum(losses.values()).backward()"),
+    Mutant(
+        "engine/loop.py",
+        "(sum(losses.values()) / accumulate).backward()",
+        "sum(losses.values()).backward()",
+    ),
     Mutant("engine/loop.py", "value.detach() / accumulate", "value.detach()"),
     Mutant("engine/loop.py", "    if clip_grad:\n", "    if False:\n"),
     Mutant("engine/loop.py", "alpha, micro == 0)", "alpha, True)"),
-    Mutant("engine/loop.py", "distillation_weight(config, epoch, iteration, iterations)", "config[\"alpha\"]"),
-    Mutant("engine/loop.py", "lr = learning_rate(run.scheduler, epoch, iteration, iterations)\n        alpha",
-           "lr = learning_rate(run.scheduler, epoch + 1, iteration, iterations)\n        alpha"),
-    Mutant("engine/loop.py", "lr * group.get(\"lr_scale\", 1)", "lr"),
-    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, iteration, micro)"),
-    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, iteration, 0, rank())"),
-    Mutant("engine/loop.py", "seed_everything(run.seed, epoch, iteration, micro, rank())", "seed_everything(run.seed, epoch, micro, rank())"),
+    Mutant(
+        "engine/loop.py",
+        "distillation_weight(config, epoch, iteration, iterations)",
+        'config["alpha"]',
+    ),
+    Mutant(
+        "engine/loop.py",
+        "lr = learning_rate(run.scheduler, epoch, iteration, iterations)\n        alpha",
+        "lr = learning_rate(run.scheduler, epoch + 1, iteration, iterations)\n        alpha",
+    ),
+    Mutant("engine/loop.py", 'lr * group.get("lr_scale", 1)', "lr"),
+    Mutant(
+        "engine/loop.py",
+        "seed_everything(run.seed, epoch, iteration, micro, rank())",
+        "seed_everything(run.seed, epoch, iteration, micro)",
+    ),
+    Mutant(
+        "engine/loop.py",
+        "seed_everything(run.seed, epoch, iteration, micro, rank())",
+        "seed_everything(run.seed, epoch, iteration, 0, rank())",
+    ),
+    Mutant(
+        "engine/loop.py",
+        "seed_everything(run.seed, epoch, iteration, micro, rank())",
+        "seed_everything(run.seed, epoch, micro, rank())",
+    ),
     Mutant("engine/loop.py", "last = micro == accumulate - 1", "last = False"),
-    Mutant("engine/loop.py", "    run.optimizer.zero_grad(set_to_none=True)\n    return {", "    return {"),
+    Mutant(
+        "engine/loop.py",
+        "    run.optimizer.zero_grad(set_to_none=True)\n    return {",
+        "    return {",
+    ),
     Mutant("engine/loop.py", "        buffer.copy_(value)\n", "        pass\n"),
     Mutant("engine/loop.py", "            model.train()\n", ""),
-    Mutant("engine/device.py", "\"highest\" if config[\"deterministic\"] else \"high\"", "\"high\""),
+    Mutant("engine/device.py", '"highest" if config["deterministic"] else "high"', '"high"'),
     Mutant("engine/device.py", "optimize_ddp = False", "optimize_ddp = True"),
     Mutant("engine/device.py", "use_duck_shape = False", "use_duck_shape = True"),
     Mutant("engine/device.py", "module.compile(dynamic=True, ", "module.compile("),
-    Mutant("engine/device.py", "and not config[\"deterministic\"] if automatic", "if automatic"),
+    Mutant("engine/device.py", 'and not config["deterministic"] if automatic', "if automatic"),
     Mutant("engine/device.py", "suppress_errors = automatic", "suppress_errors = False"),
     Mutant("models/bert.py", "length + -length % 64", "length + -length % 8"),
     Mutant("engine/device.py", "enable_cudnn_sdp(False)", "enable_cudnn_sdp(True)"),
-    Mutant("engine/device.py", "enabled=config[\"precision\"] == \"bf16\" and", "enabled=False and"),
+    Mutant("engine/device.py", 'enabled=config["precision"] == "bf16" and', "enabled=False and"),
     Mutant("engine/loop.py", "        param.requires_grad_(False)\n", "        pass\n"),
-    Mutant("engine/loop.py", "scaled(schedule, ", "(lambda schedule, *_: schedule)(schedule, "),
-    Mutant("engine/loop.py", "metrics[name] > position.best.get(\"score\", float(\"-inf\"))", "metrics[name] >= position.best.get(\"score\", float(\"-inf\"))"),
-    Mutant("engine/loop.py", "metrics[name] > position.best.get(\"score\", float(\"-inf\"))", "True"),
+    Mutant("engine/loop.py", "scheduler = scaled(", "scheduler = (lambda schedule, *_: schedule)("),
+    Mutant(
+        "engine/loop.py",
+        'metrics[name] > position.best.get("score", float("-inf"))',
+        'metrics[name] >= position.best.get("score", float("-inf"))',
+    ),
+    Mutant("engine/loop.py", 'metrics[name] > position.best.get("score", float("-inf"))', "True"),
     Mutant("engine/recorder.py", "            mean /= world_size()\n", ""),
     Mutant("engine/recorder.py", "total / max(1, position.counted)", "total"),
-    Mutant("engine/saving.py", "    return position\n", "    position.best = {}\n    return position\n"),
+    Mutant(
+        "engine/saving.py", "    return position\n", "    position.best = {}\n    return position\n"
+    ),
     Mutant("engine/saving.py", "best=self.best)", "best={})"),
-    Mutant("engine/saving.py", "self.skipped_steps_before + self.skipped_steps", "self.skipped_steps_before"),
-    Mutant("engine/saving.py", "        group |= {name: value for name, value in own.items() if name != \"params\"}", "        pass"),
+    Mutant(
+        "engine/saving.py",
+        "self.skipped_steps_before + self.skipped_steps",
+        "self.skipped_steps_before",
+    ),
+    Mutant(
+        "engine/saving.py",
+        '        group |= {name: value for name, value in own.items() if name != "params"}',
+        "        pass",
+    ),
     Mutant("engine/saving.py", "int(number[1]) <= epoch - keep", "int(number[1]) < epoch - keep"),
     Mutant("engine/saving.py", "sorted(saves, reverse=True)", "sorted(saves)"),
     Mutant("engine/saving.py", "= buffer.copy_(value, non_blocking=True)", "= value"),
-    Mutant("engine/loop.py", "signum, late, failed = stop.agree(saver.late(), saver.failed())",
-           "(signum, failed), late = stop.agree(saver.failed()), saver.late()"),
-    Mutant("engine/saving.py", "        self.thread.shutdown()\n        if failure := self.wait():", "        if failure := \"\":"),
+    Mutant(
+        "engine/loop.py",
+        "signum, late, failed = stop.agree(saver.late(), saver.failed())",
+        "(signum, failed), late = stop.agree(saver.failed()), saver.late()",
+    ),
+    Mutant(
+        "engine/saving.py",
+        "        self.thread.shutdown()\n        if failure := self.wait():",
+        '        if failure := "":',
+    ),
     Mutant("engine/loop.py", "        if failed:\n            saver.finish()\n", ""),
-    Mutant("engine/saving.py", "        if not isinstance(resume, dict) or not {\"epoch\", \"seen\"} <= resume.keys():\n", "        if False:\n"),
-    Mutant("engine/saving.py", "    if saved[\"seed\"] != seed:\n", "    if False:\n"),
-    Mutant("engine/saving.py", "\"\" if digest == content[-DIGEST_SIZE:] else", "\"\" if True else"),
+    Mutant(
+        "engine/saving.py",
+        '        if not isinstance(resume, dict) or not {"epoch", "seen"} <= resume.keys():\n',
+        "        if False:\n",
+    ),
+    Mutant("engine/saving.py", '    if saved["seed"] != seed:\n', "    if False:\n"),
+    Mutant("engine/saving.py", '"" if digest == content[-DIGEST_SIZE:] else', '"" if True else'),
     Mutant("engine/task.py", "        load_checkpoint(setup.model, file)\n", ""),
     Mutant("engine/task.py", "    if found != task:\n", "    if False:\n"),
-    Mutant("engine/task.py", "        output_dir /= \"evaluation\"\n", "        output_dir = output_dir\n"),
+    Mutant(
+        "engine/task.py",
+        '        output_dir /= "evaluation"\n',
+        "        output_dir = output_dir\n",
+    ),
     Mutant("engine/task.py", " and args.split in (None, split)", ""),
-    Mutant("engine/configuration.py", "\"schedular\" not in saved and ", ""),
+    Mutant("engine/configuration.py", '"schedular" not in saved and ', ""),
     Mutant("engine/configuration.py", "task_in(content, task, checkpoint) == task", "True"),
     Mutant("engine/configuration.py", "{**load_config(default), **model}", "load_config(default)"),
     # evaluation
-    Mutant("evaluation/divide.py", "[results[index] for index in sorted(results)]", "[results[index] for index in results]"),
-    Mutant("evaluation/divide.py", "mine = range(rank(), len(dataset), world_size())", "mine = range(rank(), len(dataset) - len(dataset) % world_size(), world_size())"),
-    Mutant("evaluation/retrieval.py", "text_feat[part] = feat", "text_feat[start : start + 256] = feat"),
-    Mutant("evaluation/retrieval.py", "text_embeds[part, :length] = embeds", "text_embeds[start : start + 256, :length] = embeds"),
+    Mutant(
+        "evaluation/divide.py",
+        "[results[index] for index in sorted(results)]",
+        "[results[index] for index in results]",
+    ),
+    Mutant(
+        "evaluation/divide.py",
+        "mine = range(rank(), len(dataset), world_size())",
+        "mine = range(rank(), len(dataset) - len(dataset) % world_size(), world_size())",
+    ),
+    Mutant(
+        "evaluation/retrieval.py", "text_feat[part] = feat", "text_feat[start : start + 256] = feat"
+    ),
+    Mutant(
+        "evaluation/retrieval.py",
+        "text_embeds[part, :length] = embeds",
+        "text_embeds[start : start + 256, :length] = embeds",
+    ),
     Mutant("evaluation/retrieval.py", "image_feat[indices] = ", "image_feat[: len(indices)] = "),
     Mutant("evaluation/retrieval.py", "    model.eval()\n", ""),
     Mutant("evaluation/metrics.py", "int((others == best).sum())", "0"),
-    Mutant("evaluation/metrics.py", "best, others = row[own].max()", "best, others = row[own].min()"),
+    Mutant(
+        "evaluation/metrics.py", "best, others = row[own].max()", "best, others = row[own].min()"
+    ),
     Mutant("evaluation/metrics.py", "(sum(equal) - left_out) / 3", "sum(equal) / 3"),
     Mutant("dataset/refer.py", "if width <= 1 or height <= 1:", "if width <= 0 or height <= 0:"),
     Mutant("evaluation/metrics.py", "/ (w * h) ** alpha", ""),
-    Mutant("evaluation/metrics.py", "mode=\"bicubic\"", "mode=\"nearest\""),
+    Mutant("evaluation/metrics.py", 'mode="bicubic"', 'mode="nearest"'),
     Mutant("evaluation/attributes.py", ".clamp(min=0)", ""),
     Mutant("evaluation/attributes.py", "known = label >= 0", "known = label >= -1"),
-    Mutant("evaluation/attributes.py", "attribute.type.replace(\" tone\", \"\")", "attribute.type"),
+    Mutant("evaluation/attributes.py", 'attribute.type.replace(" tone", "")', "attribute.type"),
     Mutant("evaluation/relevance.py", "logits[:, 1] - logits[:, 0]", "logits[:, 0] - logits[:, 1]"),
     Mutant("evaluation/relevance.py", "(index + len(self) // 2) % len(self)", "index"),
-    Mutant("models/relevance.py", "\"itm_head\", Head", "\"cls_head\", Head"),
+    Mutant("models/relevance.py", '"itm_head", Head', '"cls_head", Head'),
     Mutant("dataset/attributes.py", "annotation.area >= MIN_AREA", "annotation.area > MIN_AREA"),
     # loading
-    Mutant("dataset/text.py", "replace(\"<person>\", \"person\")", "replace(\"<person>\", \"\")"),
+    Mutant("dataset/text.py", 'replace("<person>", "person")', 'replace("<person>", "")'),
     Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
     Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),
     Mutant("dataset/base.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
@@ -267,28 +494,58 @@ MUTANTS = [
 
 
 def applied(mutant):
-    """The text of the mutant's file with its mistake. Raises SystemExit where the table is stale."""
+    """The text of the mutant's file with its mistake.
+
+    Raises SystemExit where the table is stale.
+    """
     text = (ROOT / mutant.file).read_text()
     if text.count(mutant.old) != 1:
-        sys.exit(f"error: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times, it must be once: correct tests/mutants.py")
+        sys.exit(
+            f"error: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times, it must be once: correct tests/mutants.py"
+        )
     return text.replace(mutant.old, mutant.new)
 
 
 def run(mutant, folder):
-    """The outcome of a mutant's tests in a copy of the repository: killed with the test that failed, or survived."""
-    path, environment = folder / mutant.file, {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    """The outcome of a mutant's tests in a copy of the repository: killed with the test that
+    failed, or survived.
+    """
+    path, environment = (
+        folder / mutant.file,
+        {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
     path.write_text(applied(mutant))
-    tests = [f"tests/test_{name}.py" for name in TESTS[mutant.file].split() if (ROOT / f"tests/test_{name}.py").exists()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
+    tests = [
+        f"tests/test_{name}.py"
+        for name in TESTS[mutant.file].split()
+        if (ROOT / f"tests/test_{name}.py").exists()
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
     try:
-        ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+        ended = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+        )
     except subprocess.TimeoutExpired:
         return "killed", "timeout"
     finally:
         shutil.copy(ROOT / mutant.file, path)
     if ended.returncode == 0:
         return "survived", ""
-    failed = [line.split(" ")[1] for line in ended.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    failed = [
+        line.split(" ")[1]
+        for line in ended.stdout.splitlines()
+        if line.startswith(("FAILED", "ERROR"))
+    ]
     return "killed", failed[0] if failed else ended.stdout.strip().splitlines()[-1]
 
 
@@ -308,7 +565,9 @@ def main():
 
     def work():
         with tempfile.TemporaryDirectory() as folder:
-            tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+            tracked = subprocess.run(
+                ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+            )
             for name in filter(None, tracked.stdout.split("\0")):
                 target = Path(folder) / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -320,8 +579,10 @@ def main():
                     break
                 outcomes[number] = run(chosen[number], Path(folder))
                 state, detail = outcomes[number]
-                print(f"{state:9} {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}  {detail}",
-                      flush=True)
+                print(
+                    f"{state:9} {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}  {detail}",
+                    flush=True,
+                )
 
     threads = [threading.Thread(target=work) for _ in range(args.processes)]
     for thread in threads:
@@ -331,11 +592,18 @@ def main():
     print("\nsurvived:")
     for number, (state, _) in sorted(outcomes.items()):
         if state == "survived":
-            print(f"  {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}")
-    counts = {state: sum(outcome[0] == state for outcome in outcomes.values()) for state in ("killed", "survived", "equivalent")}
+            print(
+                f"  {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}"
+            )
+    counts = {
+        state: sum(outcome[0] == state for outcome in outcomes.values())
+        for state in ("killed", "survived", "equivalent")
+    }
     share = 100 * counts["killed"] / max(1, counts["killed"] + counts["survived"])
-    print(f"{counts['killed']} killed, {counts['survived']} survived, {counts['equivalent']} equivalent: {share:.0f}% killed, "
-          f"{(time.monotonic() - start) / 60:.0f} minutes")
+    print(
+        f"{counts['killed']} killed, {counts['survived']} survived, {counts['equivalent']} equivalent: {share:.0f}% killed, "
+        f"{(time.monotonic() - start) / 60:.0f} minutes"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Annotation files: reading JSON lists of any layout, the store of their entries, and what is refused."""
+"""Annotation files: reading JSON lists of any layout, the store of their entries, and what is
+refused.
+"""
 
 import io
 import json
@@ -10,25 +12,39 @@ import signal
 import tarfile
 
 import pytest
-
 from conftest import refusal
+
 from dataset import annotations, cache
 from dataset.annotations import Entries, check_entry, read_json, read_json_list
+from dataset.base import check_images
 from dataset.caption import CaptionDataset, Pair, RetrievalPair
 from dataset.nlvr import Statement
 from dataset.retrieval import CaptionedImage
 from dataset.text import Limits
-from dataset.base import check_images
 from dataset.ve import Entailment
 from dataset.vqa import Question, TrainingQuestion
 from utils import TrainingStopped
 
-
 TRICKY = [
     {"image": "a/1.jpg", "caption": "plain"},
-    {"image": "b/ü 猫.jpg", "caption": ["first", "日本語 😀", ""], "image_id": 3, "score": -1.25e-7},
-    {"caption": 'quotes " and \\ and } ], { [ inside', "image": "c/\t\n.jpg", "nested": {"a": [[1, 2], {"b": []}]}},
-    {"image": "\udce9.jpg", "caption": ["e\u0301 \u2028 \u0000"], "flag": True, "none": None, "big": 10**40},
+    {
+        "image": "b/ü 猫.jpg",
+        "caption": ["first", "日本語 😀", ""],
+        "image_id": 3,
+        "score": -1.25e-7,
+    },
+    {
+        "caption": 'quotes " and \\ and } ], { [ inside',
+        "image": "c/\t\n.jpg",
+        "nested": {"a": [[1, 2], {"b": []}]},
+    },
+    {
+        "image": "\udce9.jpg",
+        "caption": ["e\u0301 \u2028 \u0000"],
+        "flag": True,
+        "none": None,
+        "big": 10**40,
+    },
 ]
 
 
@@ -46,8 +62,13 @@ def write(path, entries, **options):
 
 
 def as_pairs(entries):
-    return [(entry["image"], [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"])
-            for entry in entries]
+    return [
+        (
+            entry["image"],
+            [entry["caption"]] if isinstance(entry["caption"], str) else entry["caption"],
+        )
+        for entry in entries
+    ]
 
 
 def load(*files):
@@ -76,8 +97,10 @@ def test_loaded_lists_equal_the_json_of_all_files_in_order(tmp_path, monkeypatch
 
 
 def test_cache_holds_little_more_than_the_strings(tmp_path, folder):
-    entries = [{"image": f"cc12m/{i:05d}/{i:09d}.jpg", "caption": f"a caption of usual length, number {i}"}
-               for i in range(2000)]
+    entries = [
+        {"image": f"cc12m/{i:05d}/{i:09d}.jpg", "caption": f"a caption of usual length, number {i}"}
+        for i in range(2000)
+    ]
     load(write(tmp_path / "list.json", entries))
     strings = sum(len(entry["image"] + entry["caption"]) for entry in entries)
     assert sum((folder / name).stat().st_size for name in stores(folder)) < 1.3 * strings
@@ -98,11 +121,16 @@ def test_cache_is_used_until_the_file_changes(tmp_path, monkeypatch):
 
 
 DAMAGES = {
-    "empty": lambda content: b"", "cut": lambda content: content[:-9], "gone": lambda content: None,
-    "zeros": lambda content: bytes(len(content)), "flips": lambda content: bytes(byte ^ 4 for byte in content),
-    "last_block": lambda content: content[: len(content) // 2] + bytes(len(content) - len(content) // 2),
+    "empty": lambda content: b"",
+    "cut": lambda content: content[:-9],
+    "gone": lambda content: None,
+    "zeros": lambda content: bytes(len(content)),
+    "flips": lambda content: bytes(byte ^ 4 for byte in content),
+    "last_block": lambda content: (
+        content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
+    ),
     "swapped": lambda content: content[8:16] + content[:8] + content[16:],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("file", ["*.index", "*.jsonl"])
@@ -111,7 +139,8 @@ def test_damaged_cache_is_built_again(tmp_path, folder, file, damage):
     path = write(tmp_path / "list.json", TRICKY)
     kept = pickle.dumps(load(path))
     (store,) = folder.glob(file)
-    for again in lambda: load(path), lambda: pickle.loads(kept):  # a spawned worker opens the same files as the run
+    # a spawned worker opens the same files as the run
+    for again in lambda: load(path), lambda: pickle.loads(kept):
         content = store.read_bytes()
         store.unlink()
         if (damaged := damage(content)) is not None:
@@ -129,7 +158,8 @@ def test_a_cache_that_is_damaged_during_the_run_is_built_again(tmp_path, folder,
         mapped.write(bytes(store.stat().st_size))
     assert contents(opened) == as_pairs(TRICKY)
     write(tmp_path / "list.json", TRICKY[:2])
-    with pytest.raises(TrainingStopped, match=re.escape(path)):  # the entries have changed since the start of the run
+    # the entries have changed since the start of the run
+    with pytest.raises(TrainingStopped, match=re.escape(path)):
         contents(late)
     os.remove(path)
     with pytest.raises(TrainingStopped, match=re.escape(path)):
@@ -200,7 +230,10 @@ def test_in_the_temporary_folder_the_cache_is_private(tmp_path, monkeypatch, fou
     before = os.umask(0)
     folder = cache.cache_folder()
     os.umask(before)
-    assert os.path.dirname(folder) == str(tmp_path / "tmp") and os.stat(folder).st_mode & 0o777 == 0o700
+    assert (
+        os.path.dirname(folder) == str(tmp_path / "tmp")
+        and os.stat(folder).st_mode & 0o777 == 0o700
+    )
     assert cache.cache_folder() == folder
     if found == "a link":
         os.rename(folder, tmp_path / "mine")
@@ -244,7 +277,10 @@ def test_a_full_disk_is_named(tmp_path, folder, monkeypatch):
     path = write(tmp_path / "list.json", TRICKY)
     monkeypatch.setattr("utils.os.fsync", full)
     message = refusal(load, path)
-    assert message.startswith(f"{folder}: cannot write the cache (No space left on device)") and "ALBEF_CACHE" in message
+    assert (
+        message.startswith(f"{folder}: cannot write the cache (No space left on device)")
+        and "ALBEF_CACHE" in message
+    )
     monkeypatch.undo()
 
 
@@ -307,27 +343,52 @@ def test_shards_in_the_place_of_lists_are_named(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(__file__, "a.txt")
     message = refusal(lambda: list(read_json_list(tmp_path / "a.tar")))
-    assert message.startswith(f"{tmp_path / 'a.tar'}: ") and "shard" in message and "train_file" in message
+    assert (
+        message.startswith(f"{tmp_path / 'a.tar'}: ")
+        and "shard" in message
+        and "train_file" in message
+    )
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("", "is empty"),
-    (" \n ", "is empty"),
-    ("[]", "is an empty list"),
-    ("[ \n ]", "is an empty list"),
-    ('"text"', "is not a JSON list"),
-    ("path,caption\na.jpg,a red circle\n", "dataset.to_json"),
-    ('{"image": "a"}\n{"image": "b"}\n', "jq -s"),
-    ('[{"image": "a"},\n {"image" "b"}]', "line 2 column 11 (Expecting ':' delimiter); correct it"),
-    ('[{"image": "a"},\n {"image": "b"}\n {"image": "c"}]', "line 3 column 2 (Expecting ',' or ']'); correct it"),
-    ('[{"image": "a"}, {"image": bad, "caption": "long enough"}]', "line 1 column 28 (Expecting value); correct it"),
-    ('[{"image": "a"}]\n[{"image": "b"}]', "line 2 column 1 (Extra data after the list); correct it"),
-    ('[{"image": "a"},\n {"image": "b', "line 2 column 12 (Unterminated string starting at); the file seems cut short"),
-    ('[{"image": "a"}, {"image": "b"', "column 31 (Expecting ',' delimiter); the file seems cut short"),
-    ('[{"image": "a"}, ', "the file seems cut short"),
-    ('[{"image": "a"}\n', "line 2 column 1 (Expecting ',' or ']'); the file seems cut short"),
-    ("[", "the file seems cut short"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", "is empty"),
+        (" \n ", "is empty"),
+        ("[]", "is an empty list"),
+        ("[ \n ]", "is an empty list"),
+        ('"text"', "is not a JSON list"),
+        ("path,caption\na.jpg,a red circle\n", "dataset.to_json"),
+        ('{"image": "a"}\n{"image": "b"}\n', "jq -s"),
+        (
+            '[{"image": "a"},\n {"image" "b"}]',
+            "line 2 column 11 (Expecting ':' delimiter); correct it",
+        ),
+        (
+            '[{"image": "a"},\n {"image": "b"}\n {"image": "c"}]',
+            "line 3 column 2 (Expecting ',' or ']'); correct it",
+        ),
+        (
+            '[{"image": "a"}, {"image": bad, "caption": "long enough"}]',
+            "line 1 column 28 (Expecting value); correct it",
+        ),
+        (
+            '[{"image": "a"}]\n[{"image": "b"}]',
+            "line 2 column 1 (Extra data after the list); correct it",
+        ),
+        (
+            '[{"image": "a"},\n {"image": "b',
+            "line 2 column 12 (Unterminated string starting at); the file seems cut short",
+        ),
+        (
+            '[{"image": "a"}, {"image": "b"',
+            "column 31 (Expecting ',' delimiter); the file seems cut short",
+        ),
+        ('[{"image": "a"}, ', "the file seems cut short"),
+        ('[{"image": "a"}\n', "line 2 column 1 (Expecting ',' or ']'); the file seems cut short"),
+        ("[", "the file seems cut short"),
+    ],
+)
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
 def test_files_that_are_no_list_are_refused(tmp_path, monkeypatch, chunk, text, expected):
     monkeypatch.setattr(annotations, "_CHUNK", chunk)
@@ -340,63 +401,165 @@ def test_files_that_are_no_list_are_refused(tmp_path, monkeypatch, chunk, text, 
 
 def test_a_mistake_is_reported_without_reading_the_rest_of_the_file(monkeypatch):
     monkeypatch.setattr(annotations, "_CHUNK", 64)
-    file = io.StringIO('[{"image": oops, "caption": "a"}' + ', {"image": "a", "caption": "a"}' * 1000 + "]")
+    file = io.StringIO(
+        '[{"image": oops, "caption": "a"}' + ', {"image": "a", "caption": "a"}' * 1000 + "]"
+    )
     refusal(list, annotations._decode_list(file, "bad.json"))
     assert file.tell() <= 128
 
 
-@pytest.mark.parametrize("bad, form, words, kind", [
-    (17, Pair, "Expected 'object', got 'int' in 17", "no object"),
-    (["b"], Pair, "Expected 'object', got 'array'", "no object"),
-    ({"caption": "a"}, Pair, "missing required field 'image' in {'caption': 'a'}", "no 'image'"),
-    ({"image": "a", "captions": ["a"]}, Pair, "missing required field 'caption'", "no 'caption'"),
-    ({"image": None, "caption": "a"}, Pair, "Expected 'str', got 'null' - at 'image'", "'image' is null"),
-    ({"image": ["a.jpg"], "caption": "a"}, Pair, "Expected 'str', got 'array' - at 'image'", "wrong 'image'"),
-    ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'", "wrong 'caption'"),
-    ({"image": "a", "caption": ["a", None]}, Pair, "got 'null' - at 'caption[1]'", "wrong 'caption'"),
-    ({"image": "a", "caption": {"text": "line\nbreak"}}, Pair, "Expected 'str | array', got 'object'", "wrong 'caption'"),
-    ({"image": "a", "caption": ["a", 5]}, RetrievalPair, "got 'int' - at 'caption[1]'", "wrong 'caption'"),
-    ({"image": "a", "caption": "b", "image_id": [1]}, RetrievalPair, "got 'array' - at 'image_id'", "wrong 'image_id'"),
-    ({"image": "a", "caption": "?!", "image_id": 1}, RetrievalPair, "'?!' is empty after clean-up", "empty text"),
-    ({"image": "a", "caption": "b"}, CaptionedImage, '"caption": list of texts} for each image', "wrong 'caption'"),
-    ({"images": ["a"], "sentence": "b", "label": "True"}, Statement, "of length >= 2 - at 'images'", "wrong 'images'"),
-    ({"image": "a", "sentence": "b", "label": "a\nb"}, Entailment, "contradiction or neutral or entailment", "wrong 'label'"),
-    ({"image": "a", "question": "b", "question_id": 3.5}, Question, "Expected 'int | str', got 'float'", "wrong 'question_id'"),
-    ({"image": "a", "question": "b", "dataset": "vqa", "answer": "c"}, TrainingQuestion, "'answer' is 'c'", "wrong 'answer'"),
-    ({"image": "a", "question": "b", "dataset": "x", "answer": "c"}, TrainingQuestion, "value 'x'", "wrong 'dataset'"),
-])  # fmt: skip
-def test_entries_of_another_form_are_refused_by_number_field_and_form(tmp_path, bad, form, words, kind):
+@pytest.mark.parametrize(
+    "bad, form, words, kind",
+    [
+        (17, Pair, "Expected 'object', got 'int' in 17", "no object"),
+        (["b"], Pair, "Expected 'object', got 'array'", "no object"),
+        (
+            {"caption": "a"},
+            Pair,
+            "missing required field 'image' in {'caption': 'a'}",
+            "no 'image'",
+        ),
+        (
+            {"image": "a", "captions": ["a"]},
+            Pair,
+            "missing required field 'caption'",
+            "no 'caption'",
+        ),
+        (
+            {"image": None, "caption": "a"},
+            Pair,
+            "Expected 'str', got 'null' - at 'image'",
+            "'image' is null",
+        ),
+        (
+            {"image": ["a.jpg"], "caption": "a"},
+            Pair,
+            "Expected 'str', got 'array' - at 'image'",
+            "wrong 'image'",
+        ),
+        ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'", "wrong 'caption'"),
+        (
+            {"image": "a", "caption": ["a", None]},
+            Pair,
+            "got 'null' - at 'caption[1]'",
+            "wrong 'caption'",
+        ),
+        (
+            {"image": "a", "caption": {"text": "line\nbreak"}},
+            Pair,
+            "Expected 'str | array', got 'object'",
+            "wrong 'caption'",
+        ),
+        (
+            {"image": "a", "caption": ["a", 5]},
+            RetrievalPair,
+            "got 'int' - at 'caption[1]'",
+            "wrong 'caption'",
+        ),
+        (
+            {"image": "a", "caption": "b", "image_id": [1]},
+            RetrievalPair,
+            "got 'array' - at 'image_id'",
+            "wrong 'image_id'",
+        ),
+        (
+            {"image": "a", "caption": "?!", "image_id": 1},
+            RetrievalPair,
+            "'?!' is empty after clean-up",
+            "empty text",
+        ),
+        (
+            {"image": "a", "caption": "b"},
+            CaptionedImage,
+            '"caption": list of texts} for each image',
+            "wrong 'caption'",
+        ),
+        (
+            {"images": ["a"], "sentence": "b", "label": "True"},
+            Statement,
+            "of length >= 2 - at 'images'",
+            "wrong 'images'",
+        ),
+        (
+            {"image": "a", "sentence": "b", "label": "a\nb"},
+            Entailment,
+            "contradiction or neutral or entailment",
+            "wrong 'label'",
+        ),
+        (
+            {"image": "a", "question": "b", "question_id": 3.5},
+            Question,
+            "Expected 'int | str', got 'float'",
+            "wrong 'question_id'",
+        ),
+        (
+            {"image": "a", "question": "b", "dataset": "vqa", "answer": "c"},
+            TrainingQuestion,
+            "'answer' is 'c'",
+            "wrong 'answer'",
+        ),
+        (
+            {"image": "a", "question": "b", "dataset": "x", "answer": "c"},
+            TrainingQuestion,
+            "value 'x'",
+            "wrong 'dataset'",
+        ),
+    ],
+)
+def test_entries_of_another_form_are_refused_by_number_field_and_form(
+    tmp_path, bad, form, words, kind
+):
     with pytest.raises(annotations.InputError) as caught:
         check_entry(bad, form, "list.json", 5)
     message = str(caught.value)
-    assert message.startswith("list.json: entry 5 (counting from 0): ") and words in message and form.wanted in message
+    assert (
+        message.startswith("list.json: entry 5 (counting from 0): ")
+        and words in message
+        and form.wanted in message
+    )
     assert "\n" not in message and caught.value.kind == kind
 
 
 @pytest.mark.parametrize("odd", [1, 3, 4])
 @pytest.mark.parametrize("with_id", [True, False])
-def test_all_entries_of_a_retrieval_list_have_an_image_id_or_none(tmp_path, monkeypatch, odd, with_id):
+def test_all_entries_of_a_retrieval_list_have_an_image_id_or_none(
+    tmp_path, monkeypatch, odd, with_id
+):
     monkeypatch.setattr(annotations, "_BATCH", 2)
-    entries = [{"image": f"{i}.jpg", "caption": ["a", "b"]} | ({"image_id": i} if with_id else {}) for i in range(5)]
+    entries = [
+        {"image": f"{i}.jpg", "caption": ["a", "b"]} | ({"image_id": i} if with_id else {})
+        for i in range(5)
+    ]
     path = write(tmp_path / "list.json", entries)
     groups = [entry.group for entry in Entries([path], RetrievalPair)]
     assert groups == ([*range(5)] if with_id else [f"{i}.jpg" for i in range(5)])
     entries[odd] = {"image": "a.jpg", "caption": "c"} | ({} if with_id else {"image_id": 7})
     with pytest.raises(annotations.InputError) as caught:
         Entries([write(tmp_path / "mixed.json", entries)], RetrievalPair)
-    assert f"mixed.json: entry {odd} " in str(caught.value) and caught.value.kind == "wrong 'image_id'"
+    assert (
+        f"mixed.json: entry {odd} " in str(caught.value) and caught.value.kind == "wrong 'image_id'"
+    )
 
 
 def test_captions_of_one_path_are_of_one_group_without_ids(tmp_path):
-    entries = [{"image": name, "caption": "c"} for name in ("sub/a.jpg", "./sub/../sub//a.jpg", "a.jpg")]
-    first, same, other = (entry.group for entry in Entries([write(tmp_path / "list.json", entries)], RetrievalPair))
+    entries = [
+        {"image": name, "caption": "c"} for name in ("sub/a.jpg", "./sub/../sub//a.jpg", "a.jpg")
+    ]
+    first, same, other = (
+        entry.group for entry in Entries([write(tmp_path / "list.json", entries)], RetrievalPair)
+    )
     assert first == same != other
 
 
 @pytest.mark.parametrize("batch", [2, 1 << 14])
-def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(tmp_path, monkeypatch, folder, batch):
+def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(
+    tmp_path, monkeypatch, folder, batch
+):
     monkeypatch.setattr(annotations, "_BATCH", batch)
-    files = [write(tmp_path / "good.json", TRICKY), write(tmp_path / "bad.json", [*TRICKY, {"image": "a.jpg"}])]
+    files = [
+        write(tmp_path / "good.json", TRICKY),
+        write(tmp_path / "bad.json", [*TRICKY, {"image": "a.jpg"}]),
+    ]
     assert refusal(load, files[1]).startswith(f"{files[1]}: entry 4 (counting from 0): ")
     assert not stores(folder)
     assert refusal(load, *files).startswith(f"{files[1]}: entry 4 (counting from 0): ")
@@ -407,7 +570,11 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     fifo = tmp_path / "fifo.json"  # open() would wait for a writer
     os.mkfifo(fifo)
     for path in fifo, "/dev/zero":
-        for function in load, lambda path: list(read_json_list(path)), lambda path: read_json(path, list, "name a file"):
+        for function in (
+            load,
+            lambda path: list(read_json_list(path)),
+            lambda path: read_json(path, list, "name a file"),
+        ):
             assert refusal(function, path).startswith(f"{path}: ")
     for function in load, lambda path: list(read_json_list(path)):
         message = refusal(function, missing)
@@ -424,16 +591,23 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
     root.mkdir()
     for i in range(8):
         (root / f"{i}.jpg").touch()
-    files = [write(tmp_path / "1.json", [{"image": str(root / "0.jpg"), "caption": "absolute"}]),
-             write(tmp_path / "2.json", [{"image": f"{i}.jpg", "caption": "a"} for i in range(10)])]
+    files = [
+        write(tmp_path / "1.json", [{"image": str(root / "0.jpg"), "caption": "absolute"}]),
+        write(tmp_path / "2.json", [{"image": f"{i}.jpg", "caption": "a"} for i in range(10)]),
+    ]
     loaded = load(*files)
 
     def pairs(entries, image_root):
         return CaptionDataset(entries, image_root, None, seed=0, limits=Limits())
 
     message = refusal(check_images, pairs(loaded, str(root)))
-    assert message.startswith(f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist")
-    assert "(2 of the 10 images checked are missing, 20.0%)" in message and "correct image_root" in message
+    assert message.startswith(
+        f"{files[1]}: entry 8 (counting from 0): image {root / '8.jpg'} does not exist"
+    )
+    assert (
+        "(2 of the 10 images checked are missing, 20.0%)" in message
+        and "correct image_root" in message
+    )
     assert "(1 of the 2 images checked" in refusal(check_images, pairs(loaded, str(root)), 2)
     (root / "8.jpg").touch()
     (root / "9.jpg").touch()

@@ -1,4 +1,6 @@
-"""Zero-shot attributes in boxes: prompts, scores and precisions of OVAD, boxes, Attributes.py as a whole, bad input."""
+"""Zero-shot attributes in boxes: prompts, scores and precisions of OVAD, boxes, Attributes.py as a
+whole, bad input.
+"""
 
 import itertools
 import json
@@ -8,31 +10,45 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, exit_status, log
+from helpers.launch import launch
 from PIL import Image
+from test_engine import command_line
 
 import Attributes
 import Visualize
-from conftest import ROOT, exit_status, log
 from dataset import build_dataset
 from dataset.attributes import Attribute
 from dataset.images import from_pillow
-from evaluation.attributes import attribute_scores, average_precisions, evaluate, mean_precisions, prompts_of, score_boxes
+from evaluation.attributes import (
+    attribute_scores,
+    average_precisions,
+    evaluate,
+    mean_precisions,
+    prompts_of,
+    score_boxes,
+)
 from models import build_model
 from models.tokenizer import tokenizer_of
-from helpers.launch import launch
-from test_engine import command_line
 
 GOLDEN = json.loads((ROOT / "tests/golden/attributes.json").read_text())
 
 
 @pytest.fixture
 def config(tiny_config, shapes):
-    return {**tiny_config, "train_file": None, "test_file": [str(shapes / "attributes.json")], "batch_size_test": 5}
+    return {
+        **tiny_config,
+        "train_file": None,
+        "test_file": [str(shapes / "attributes.json")],
+        "batch_size_test": 5,
+    }
 
 
 @pytest.fixture
 def call(config, tmp_path, monkeypatch, capsys):
-    """Runs Attributes.py on the configuration with some keys changed; returns (exit status, what is printed)."""
+    """Runs Attributes.py on the configuration with some keys changed; returns (exit status, what is
+    printed).
+    """
 
     def run(checkpoint, *flags, **keys):
         arguments = command_line({**config, **keys}, tmp_path / "out", tmp_path)
@@ -43,7 +59,7 @@ def call(config, tmp_path, monkeypatch, capsys):
     return run
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what OVAD computes
 
 
@@ -51,7 +67,9 @@ def call(config, tmp_path, monkeypatch, capsys):
 def test_prompts_are_those_of_ovad(case):
     prompts, _, noun = case.partition("|")
     attributes = [Attribute(**fields) for fields in GOLDEN["attributes"]]
-    assert [prompts_of(attribute, prompts, noun) for attribute in attributes] == GOLDEN["prompts"][case]
+    assert [prompts_of(attribute, prompts, noun) for attribute in attributes] == GOLDEN["prompts"][
+        case
+    ]
 
 
 def test_of_a_type_the_word_tone_is_not_said():
@@ -75,7 +93,7 @@ def test_scores_are_the_mean_or_the_largest_over_an_attribute_s_prompts_and_at_l
     assert torch.equal(largest, torch.tensor([[0.5, 0], [0.25, 0.75]]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # boxes
 
 
@@ -93,7 +111,9 @@ def test_boxes_are_cropped_at_whole_pixels_and_resized_bilinearly(config, shapes
         content["annotations"][0] |= {"bbox": [3.9, 5.2, 40.7, 21.99], "area": 50}
         content["annotations"][1]["area"] = 49.9
 
-    dataset = build_dataset("attributes_test", {**config, "test_file": boxes_file(shapes, tmp_path, change)})
+    dataset = build_dataset(
+        "attributes_test", {**config, "test_file": boxes_file(shapes, tmp_path, change)}
+    )
     crop = Image.open(shapes / "images/attributes/000000.jpg").convert("RGB").crop((3, 5, 43, 26))
     assert len(dataset) == 2 and dataset.entries[1].pixels[:2] == (0, 48)
     assert torch.equal(dataset[0], from_pillow(crop.resize((32, 32), Image.Resampling.BILINEAR)))
@@ -102,28 +122,81 @@ def test_boxes_are_cropped_at_whole_pixels_and_resized_bilinearly(config, shapes
 def test_labels_are_in_the_order_of_the_attributes_ids(config, shapes, tmp_path):
     plain = build_dataset("attributes_test", config)
     changed = boxes_file(shapes, tmp_path, lambda content: content["attributes"].reverse())
-    assert build_dataset("attributes_test", {**config, "test_file": changed}).attributes == plain.attributes
+    assert (
+        build_dataset("attributes_test", {**config, "test_file": changed}).attributes
+        == plain.attributes
+    )
 
 
 BAD = {  # what changes, what the message says
-    "too few labels": (lambda c: c["annotations"][2]["att_vec"].pop(), "annotation 2 .*26 labels for 27 attributes"),
-    "another label": (lambda c: c["annotations"][1].update(att_vec=[2] * 27), r"value 2.*annotations\[1\].att_vec"),
-    "box outside": (lambda c: c["annotations"][3].update(bbox=[49, 48, 48, 48]), "annotation 3 .*of its image of 96 x 96"),
-    "box before 0": (lambda c: c["annotations"][0].update(bbox=[-0.5, 0, 8, 8]), "annotation 0 .*outside of its image"),
-    "box without pixels": (lambda c: c["annotations"][0].update(bbox=[0, 0, 0.9, 80]), "annotation 0 .*has no whole pixel"),
-    "no such image": (lambda c: c["annotations"][0].update(image_id=77), "image_id 77 is not among the images"),
-    "neither is nor has": (lambda c: c["attributes"][4].update(is_has_att="was"), r"'was'.*attributes\[4\].is_has_att"),
-    "another set": (lambda c: c["attributes"][0].update(freq_set="rare"), r"'rare'.*attributes\[0\].freq_set"),
-    "no type in the name": (lambda c: c["attributes"][0].update(name="red"), r"attributes\[0\].name"),
-    "small boxes alone": (lambda c: [box.update(area=9) for box in c["annotations"]], "no annotation with an area of 50"),
-    "no positive label": (lambda c: [box.update(att_vec=[0, -1, 0] * 9) for box in c["annotations"]], "no box has an attribute"),
-    "image id twice": (lambda c: c["images"][1].update(id=c["images"][0]["id"]), "image 0 occurs twice"),
-    "attribute id twice": (lambda c: c["attributes"][1].update(id=c["attributes"][0]["id"]), "attribute 0 occurs twice"),
-    "another image": (lambda c: c["images"][0].update(height=200), "000000.jpg: wrong size.*annotation 0"),
-    "image of another size": (lambda c: [c["images"][0].update(width=200), c["annotations"][0].update(bbox=[90, 0, 48, 48])],
-                              "000000.jpg: wrong size.*annotation 0"),
-    "no image": (lambda c: c["images"][0].update(file_name="absent.jpg"), "absent.jpg does not exist"),
-}  # fmt: skip
+    "too few labels": (
+        lambda c: c["annotations"][2]["att_vec"].pop(),
+        "annotation 2 .*26 labels for 27 attributes",
+    ),
+    "another label": (
+        lambda c: c["annotations"][1].update(att_vec=[2] * 27),
+        r"value 2.*annotations\[1\].att_vec",
+    ),
+    "box outside": (
+        lambda c: c["annotations"][3].update(bbox=[49, 48, 48, 48]),
+        "annotation 3 .*of its image of 96 x 96",
+    ),
+    "box before 0": (
+        lambda c: c["annotations"][0].update(bbox=[-0.5, 0, 8, 8]),
+        "annotation 0 .*outside of its image",
+    ),
+    "box without pixels": (
+        lambda c: c["annotations"][0].update(bbox=[0, 0, 0.9, 80]),
+        "annotation 0 .*has no whole pixel",
+    ),
+    "no such image": (
+        lambda c: c["annotations"][0].update(image_id=77),
+        "image_id 77 is not among the images",
+    ),
+    "neither is nor has": (
+        lambda c: c["attributes"][4].update(is_has_att="was"),
+        r"'was'.*attributes\[4\].is_has_att",
+    ),
+    "another set": (
+        lambda c: c["attributes"][0].update(freq_set="rare"),
+        r"'rare'.*attributes\[0\].freq_set",
+    ),
+    "no type in the name": (
+        lambda c: c["attributes"][0].update(name="red"),
+        r"attributes\[0\].name",
+    ),
+    "small boxes alone": (
+        lambda c: [box.update(area=9) for box in c["annotations"]],
+        "no annotation with an area of 50",
+    ),
+    "no positive label": (
+        lambda c: [box.update(att_vec=[0, -1, 0] * 9) for box in c["annotations"]],
+        "no box has an attribute",
+    ),
+    "image id twice": (
+        lambda c: c["images"][1].update(id=c["images"][0]["id"]),
+        "image 0 occurs twice",
+    ),
+    "attribute id twice": (
+        lambda c: c["attributes"][1].update(id=c["attributes"][0]["id"]),
+        "attribute 0 occurs twice",
+    ),
+    "another image": (
+        lambda c: c["images"][0].update(height=200),
+        "000000.jpg: wrong size.*annotation 0",
+    ),
+    "image of another size": (
+        lambda c: [
+            c["images"][0].update(width=200),
+            c["annotations"][0].update(bbox=[90, 0, 48, 48]),
+        ],
+        "000000.jpg: wrong size.*annotation 0",
+    ),
+    "no image": (
+        lambda c: c["images"][0].update(file_name="absent.jpg"),
+        "absent.jpg does not exist",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -139,22 +212,39 @@ def test_bad_input_is_one_line(call, pretrained, shapes, tmp_path, case):
 def test_a_checkpoint_without_projections_is_refused(call, config, tmp_path):
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
     status, text = call(tmp_path / "vqa.pth")
-    assert status == 2 and "_proj, the contrastive projection" in text and "of pre-training, retrieval or grounding" in text
+    assert (
+        status == 2
+        and "_proj, the contrastive projection" in text
+        and "of pre-training, retrieval or grounding" in text
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the script
 
 
-def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(call, config, pretrained, tmp_path, monkeypatch):
+def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(
+    call, config, pretrained, tmp_path, monkeypatch
+):
     status, text = call(pretrained)
     assert status == 0 and "12 boxes, 27 attributes" in text and "chance" in text
     (entry,) = log(tmp_path / "out")
     result = json.loads((tmp_path / "out/result/attributes.json").read_text())
-    known = [of["average_precision"] for of in result["attributes"] if of["average_precision"] is not None]
+    known = [
+        of["average_precision"]
+        for of in result["attributes"]
+        if of["average_precision"] is not None
+    ]
     assert entry["test_map"] == result["map"]["all"] == pytest.approx(np.mean(known))
-    assert {"test_map_head", "test_map_appearance", "test_map_layout"} <= entry.keys() and len(result["boxes"]) == 12
-    two = launch("Attributes.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", pretrained)
+    assert {"test_map_head", "test_map_appearance", "test_map_layout"} <= entry.keys() and len(
+        result["boxes"]
+    ) == 12
+    two = launch(
+        "Attributes.py",
+        *command_line(config, tmp_path / "two", tmp_path),
+        "--checkpoint",
+        pretrained,
+    )
     assert two.returncode == 0, two.stderr
     assert log(tmp_path / "two")[0] == pytest.approx(entry)
     monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path / "two")])
@@ -167,9 +257,15 @@ def test_every_flag_reaches_the_scores(config, monkeypatch):
     model, tokenizer = build_model("attributes", config).eval(), tokenizer_of(config)
     dataset, seen = build_dataset("attributes_test", config), []
     text = tokenizer(["the red circle"], return_tensors="pt")
-    monkeypatch.setattr(model, "encode_image", lambda image: (None, model.encode_text(text)[1].expand(len(image), -1)))
+    monkeypatch.setattr(
+        model,
+        "encode_image",
+        lambda image: (None, model.encode_text(text)[1].expand(len(image), -1)),
+    )
     given = model, dataset, tokenizer, config, torch.device("cpu")
-    monkeypatch.setattr(Attributes, "run_task", lambda *args: seen.append(score_boxes(*given, **args[-1].keywords)))
+    monkeypatch.setattr(
+        Attributes, "run_task", lambda *args: seen.append(score_boxes(*given, **args[-1].keywords))
+    )
     for flags in ([], ["--prompts", "photo"], ["--noun", "object"], ["--score", "max"]):
         monkeypatch.setattr(sys, "argv", ["Attributes.py", *flags])
         Attributes.main()
@@ -177,11 +273,19 @@ def test_every_flag_reaches_the_scores(config, monkeypatch):
 
 
 def test_scores_labels_and_boxes_belong_together(config, monkeypatch):
-    """A model whose image feature is near the prompts of exactly the box's attributes has a precision of 100."""
+    """A model whose image feature is near the prompts of exactly the box's attributes has a
+    precision of 100.
+    """
     model, tokenizer = build_model("attributes", config), tokenizer_of(config)
     dataset = build_dataset("attributes_test", config)
     counts = torch.tensor([len(prompts_of(attribute)) for attribute in dataset.attributes])
-    seen = iter(torch.tensor([box.labels for box in dataset.entries]).float().repeat_interleave(counts, dim=1))
+    seen = iter(
+        torch.tensor([box.labels for box in dataset.entries])
+        .float()
+        .repeat_interleave(counts, dim=1)
+    )
     monkeypatch.setattr(model, "encode_text", lambda text: (None, torch.eye(len(text.input_ids))))
-    monkeypatch.setattr(model, "encode_image", lambda image: (None, torch.stack([next(seen) for _ in image])))
+    monkeypatch.setattr(
+        model, "encode_image", lambda image: (None, torch.stack([next(seen) for _ in image]))
+    )
     assert evaluate(model, dataset, tokenizer, config, torch.device("cpu"))["map"] == 100

@@ -6,16 +6,16 @@ import os
 import sys
 
 import pytest
+from conftest import exit_status
 from PIL import ExifTags, Image
 from ruamel.yaml import YAML
+from test_shards import write_tar
 
 from configs.schema import ANNOTATION_KEYS, with_defaults
-from conftest import exit_status
 from dataset import check
 from dataset.build import data_sets
 from dataset.workers import in_processes
 from engine.task import load_data
-from test_shards import write_tar
 from utils import InputError, TrainingStopped
 
 GOOD = "images/train/000000.jpg"
@@ -23,13 +23,27 @@ GOOD = "images/train/000000.jpg"
 
 @pytest.fixture
 def run(tiny_config, tmp_path, monkeypatch, capsys):
-    """Check the tiny configuration with changed keys for a task. Return (exit status, printed text, report)."""
+    """Check the tiny configuration with changed keys for a task.
+
+    Return (exit status, printed text, report).
+    """
 
     def call(*flags, task="pretrain", **keys):
-        YAML(typ="safe").dump({**tiny_config, "test_file": None, "batch_size": 1, **keys}, tmp_path / "config.yaml")
+        YAML(typ="safe").dump(
+            {**tiny_config, "test_file": None, "batch_size": 1, **keys}, tmp_path / "config.yaml"
+        )
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
-        argv = ["check", task, tmp_path / "config.yaml", "--processes", 1, "--report", report, *flags]
+        argv = [
+            "check",
+            task,
+            tmp_path / "config.yaml",
+            "--processes",
+            1,
+            "--report",
+            report,
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         status = exit_status(check.main)
         out, err = capsys.readouterr()
@@ -62,7 +76,8 @@ def problems_of(report):
     return [(problem["entry"], problem["problem"]) for problem in report["problems"]]
 
 
-# task: names of its lists to train, validate and test on; limits of words and word pieces in training and testing
+# task: names of its lists to train, validate and test on; limits of words and word pieces in
+# training and testing
 TASKS = {
     "pretrain": ("pretrain", None, "test", (30, 25), (30, 30)),
     "nlvr_pretrain": ("pretrain", None, None, (30, 25), None),
@@ -72,16 +87,18 @@ TASKS = {
     "nlvr": ("nlvr_train", "nlvr_test", "nlvr_test", (30, 40), (30, 40)),
     "grounding": ("grounding_train", None, "grounding_test", (30, 30), (30, 30)),
     "relevance": ("relevance_train", "relevance_test", "relevance_test", (512, 40), (512, 40)),
-}  # fmt: skip
+}
 
 
 def keys_of(task, shapes):
     """Return the configuration keys of a task's files."""
     names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
     return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
-        "vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json"),
+        "vqa_root": str(shapes),
+        "refcoco_data": str(shapes),
+        "det_file": str(shapes / "refcoco+/dets.json"),
         "answer_list": str(shapes / "answer_list.json"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -100,7 +117,10 @@ def test_good_data_of_every_task(run, shapes, task):
         assert of["unknown_words"]["count"] == of["words"]["cut"] == 0
         limits = TASKS[task][3 if of["key"] == "train_file" else 4]
         assert (of["words"]["limit"], of["word_pieces"]["limit"]) == limits
-    more = {"vqa": {"vqa_root", "answer_list"}, "grounding": {"image_root", "refcoco_data", "det_file"}}
+    more = {
+        "vqa": {"vqa_root", "answer_list"},
+        "grounding": {"image_root", "refcoco_data", "det_file"},
+    }
     assert report["others"].keys() == {"bert_config", "tokenizer"} | more.get(task, {"image_root"})
 
 
@@ -109,11 +129,24 @@ def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_co
     """Check every list of every task as the training file and as the test file."""
     sets = data_sets(task)
     for key, split in (("train_file", "train"), ("test_file", "test")):
-        for name in {name for names in TASKS.values() for name in names[:3] if name} if split in sets else ():
-            keys = {**dict.fromkeys(ANNOTATION_KEYS), **keys_of(task, shapes), key: str(shapes / f"{name}.json")}
+        for name in (
+            {name for names in TASKS.values() for name in names[:3] if name}
+            if split in sets
+            else ()
+        ):
+            keys = {
+                **dict.fromkeys(ANNOTATION_KEYS),
+                **keys_of(task, shapes),
+                key: str(shapes / f"{name}.json"),
+            }
             config = with_defaults({**tiny_config, **keys})
             try:
-                load_data(task, argparse.Namespace(evaluate=False, split=None, seed=0), config, evaluates=True)
+                load_data(
+                    task,
+                    argparse.Namespace(evaluate=False, split=None, seed=0),
+                    config,
+                    evaluates=True,
+                )
                 taken = True
             except InputError:
                 taken = False
@@ -122,12 +155,22 @@ def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_co
 
 
 def test_what_concerns_a_whole_list_is_found(run, shapes, write):
-    entries = [entry for entry in json.loads((shapes / "relevance_test.json").read_text()) if entry["label"]]
-    status, out, report = run(task="relevance", **keys_of("relevance", shapes) | {"test_file": write(entries)})
+    entries = [
+        entry
+        for entry in json.loads((shapes / "relevance_test.json").read_text())
+        if entry["label"]
+    ]
+    status, out, report = run(
+        task="relevance", **keys_of("relevance", shapes) | {"test_file": write(entries)}
+    )
     assert status == 1 and report["count"] == 1 and "all labels are 1" in out
     train = [{"image": GOOD, "caption": ["red"], "image_id": 1}, {"image": GOOD, "caption": "red"}]
     status, out, report = run(task="retrieval", train_file=write(train))
-    assert status == 1 and problems_of(report)[0][0] == 1 and report["files"][0]["wrong"] == {"wrong 'image_id'": 1}
+    assert (
+        status == 1
+        and problems_of(report)[0][0] == 1
+        and report["files"][0]["wrong"] == {"wrong 'image_id'": 1}
+    )
 
 
 @pytest.mark.parametrize("task", ["pretrain", "retrieval"])
@@ -138,7 +181,12 @@ def test_less_than_one_batch_is_found(run, write, task):
 
 
 def test_what_the_task_does_not_read_is_not_looked_at(run, write):
-    keys = {"val_file": "absent.json", "vqa_root": "absent", "answer_list": "absent.json", "refcoco_data": "absent"}
+    keys = {
+        "val_file": "absent.json",
+        "vqa_root": "absent",
+        "answer_list": "absent.json",
+        "refcoco_data": "absent",
+    }
     assert run(train_file=write(pairs(2)), **keys)[0] == 0
     assert run(task="nlvr_pretrain", train_file=write(pairs(2)), test_file="absent.json")[0] == 0
 
@@ -147,42 +195,76 @@ def test_boxes_with_attributes_are_read_and_their_images_looked_at(run, shapes, 
     content = json.loads((shapes / "attributes.json").read_text())
     status, out, report = run(task="attributes", test_file=str(shapes / "attributes.json"))
     assert status == 0 and "boxes with attributes to test on" in out
-    assert report["files"][0]["entries"] == 12 and report["files"][0]["images"] == report["files"][0]["looked_at"] == 3
+    assert (
+        report["files"][0]["entries"] == 12
+        and report["files"][0]["images"] == report["files"][0]["looked_at"] == 3
+    )
     content["images"][1]["file_name"] = "absent.jpg"
     assert "absent.jpg: does not exist" in run(task="attributes", test_file=write(content))[1]
     content["annotations"][5]["att_vec"] = []
     status, out, report = run(task="attributes", test_file=write(content))
-    assert status == 1 and report["count"] == 1 and "annotation 5" in out and "0 labels for 27 attributes" in out
+    assert (
+        status == 1
+        and report["count"] == 1
+        and "annotation 5" in out
+        and "0 labels for 27 attributes" in out
+    )
 
 
 def test_wrong_entries_are_all_found(run, write):
     entries = pairs(
-        9, _1={"caption": None}, _2={"caption": 5}, _3={"image": None}, _4={"caption": "?!"}, _5={"caption": ["fine", "\u200b"]}
+        9,
+        _1={"caption": None},
+        _2={"caption": 5},
+        _3={"image": None},
+        _4={"caption": "?!"},
+        _5={"caption": ["fine", "\u200b"]},
     )
     del entries[6]["caption"]
     entries[7] = "text"
-    status, out, report = run(train_file=[write(entries), write(pairs(1, _0={"image": "absent.jpg"}), "other.json")])
+    status, out, report = run(
+        train_file=[write(entries), write(pairs(1, _0={"image": "absent.jpg"}), "other.json")]
+    )
     assert status == 1 and "7 (77.8%) cannot be used" in out
     assert [entry for entry, _ in problems_of(report)] == [1, 2, 3, 4, 5, 6, 7, 0]
     assert report["files"][0]["wrong"] == {
-        "empty text": 2, "'caption' is null": 1, "wrong 'caption'": 1, "'image' is null": 1, "no 'caption'": 1, "no object": 1
-    }  # fmt: skip
+        "empty text": 2,
+        "'caption' is null": 1,
+        "wrong 'caption'": 1,
+        "'image' is null": 1,
+        "no 'caption'": 1,
+        "no object": 1,
+    }
     assert report["files"][0]["looked_at"] == 1 and report["files"][1]["unusable"] == {"missing": 1}
-    assert f"{report['files'][0]['file']}: entry 6 (counting from 0): Object missing required field 'caption'" in out
+    assert (
+        f"{report['files'][0]['file']}: entry 6 (counting from 0): Object missing required field 'caption'"
+        in out
+    )
     assert "absent.jpg: does not exist" in out and report["count"] == 8
 
 
 def test_many_problems_are_all_in_the_report(run, write):
-    status, out, report = run(train_file=write(pairs(50, **{f"_{i}": {"caption": ""} for i in range(45)})))
+    status, out, report = run(
+        train_file=write(pairs(50, **{f"_{i}": {"caption": ""} for i in range(45)}))
+    )
     assert status == 1 and report["count"] == len(report["problems"]) == 45
-    assert "45 problems" in out and out.count("is empty after clean-up") == check.SHOWN and "and 25 more" in out
+    assert (
+        "45 problems" in out
+        and out.count("is empty after clean-up") == check.SHOWN
+        and "and 25 more" in out
+    )
 
 
-@pytest.mark.parametrize("task, change, kind", [
-    ("vqa", {"dataset": []}, "wrong 'dataset'"), ("vqa", {"dataset": "vg", "answer": "a"}, "vg_root"),
-    ("ve", {"label": "maybe"}, "wrong 'label'"), ("nlvr", {"images": [GOOD]}, "wrong 'images'"),
-    ("grounding", {"text": 1}, "wrong 'text'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, change, kind",
+    [
+        ("vqa", {"dataset": []}, "wrong 'dataset'"),
+        ("vqa", {"dataset": "vg", "answer": "a"}, "vg_root"),
+        ("ve", {"label": "maybe"}, "wrong 'label'"),
+        ("nlvr", {"images": [GOOD]}, "wrong 'images'"),
+        ("grounding", {"text": 1}, "wrong 'text'"),
+    ],
+)
 def test_wrong_entries_of_the_tasks(run, shapes, write, task, change, kind):
     entries = json.loads((shapes / f"{task}_train.json").read_text())[:5]
     entries[2] |= change
@@ -197,14 +279,26 @@ def test_questions_to_test_on(run, shapes, write):
     entries[3]["question_id"] = entries[1]["question_id"]
     entries[5]["image"] = "absent.jpg"
     del entries[4]["answer"]
-    status, out, report = run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))
+    status, out, report = run(
+        task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes)
+    )
     problems = dict(problems_of(report))
     assert status == 1 and problems.keys() == {3, 5, None}
-    assert report["files"][0]["vqa_formulas"] == {"official": 4, "own": 1, "capped": 1} and "no prediction can have 100% on 1" in out
-    assert "question_id" in problems[3] and "absent.jpg" in problems[5] and "1 questions have no 'answer'" in problems[None]
+    assert (
+        report["files"][0]["vqa_formulas"] == {"official": 4, "own": 1, "capped": 1}
+        and "no prediction can have 100% on 1" in out
+    )
+    assert (
+        "question_id" in problems[3]
+        and "absent.jpg" in problems[5]
+        and "1 questions have no 'answer'" in problems[None]
+    )
     for entry in entries:
         entry.pop("answer", None)
-    assert "leave val_file out" in run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))[1]
+    assert (
+        "leave val_file out"
+        in run(task="vqa", train_file=None, val_file=write(entries), vqa_root=str(shapes))[1]
+    )
 
 
 def test_expressions_to_test_on(run, shapes, write):
@@ -213,42 +307,74 @@ def test_expressions_to_test_on(run, shapes, write):
     entries[1]["ref_id"] = 10**6
     del entries[2]["ref_id"]
     keys = {"task": "grounding", "train_file": None, "test_file": write(entries)}
-    status, out, report = run(**keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json"))
-    assert report["files"][0]["wrong"] == {"unknown 'ref_id'": 1, "no 'ref_id'": 1, "another image than its ref's": 1}
+    status, out, report = run(
+        **keys, refcoco_data=str(shapes), det_file=str(shapes / "refcoco+/dets.json")
+    )
+    assert report["files"][0]["wrong"] == {
+        "unknown 'ref_id'": 1,
+        "no 'ref_id'": 1,
+        "another image than its ref's": 1,
+    }
     assert [problem.split(",")[0] for _, problem in problems_of(run(**keys)[2])][:2] == [
-        "the configuration lacks the key refcoco_data", "the configuration lacks the key det_file"
-    ]  # fmt: skip
+        "the configuration lacks the key refcoco_data",
+        "the configuration lacks the key det_file",
+    ]
 
 
 def test_files_that_cannot_be_read_do_not_end_the_check(run, write, tmp_path):
     broken = write(json.dumps(pairs(3))[:-20], "broken.json")
-    files = [broken, str(tmp_path / "absent.json"), write("{}", "object.json"), write([{"a": 1}], "keys.json"), write(pairs(2))]
+    files = [
+        broken,
+        str(tmp_path / "absent.json"),
+        write("{}", "object.json"),
+        write([{"a": 1}], "keys.json"),
+        write(pairs(2)),
+    ]
     (tmp_path / "latin.json").write_bytes('[{"image": "a", "caption": "é"}]'.encode("latin-1"))
     status, out, report = run(train_file=[*files, str(tmp_path / "latin.json")])
     assert status == 1 and report["count"] == 5 and report["files"][4]["wrong"] == {}
-    for words in ("broken.json: invalid JSON at line 1", "absent.json: cannot read", "object.json: holds a JSON object",
-                  "keys.json: entry 0", "latin.json: this annotation file is not UTF-8"):
+    for words in (
+        "broken.json: invalid JSON at line 1",
+        "absent.json: cannot read",
+        "object.json: holds a JSON object",
+        "keys.json: entry 0",
+        "latin.json: this annotation file is not UTF-8",
+    ):
         assert words in out
     assert report["files"][0]["entries"] == 2 and report["files"][0]["looked_at"] == 1
 
 
 def test_lengths_of_texts_and_unknown_words(run, write):
-    captions = ["red"] * 10 + ["a red circle"] * 8 + ["зебра, зебра! \U0001f600 circle"] + ["red " * 40]
+    captions = (
+        ["red"] * 10 + ["a red circle"] * 8 + ["зебра, зебра! \U0001f600 circle"] + ["red " * 40]
+    )
     status, _, report = run("--images", 0, train_file=write([{"image": GOOD, "caption": captions}]))
     of = report["files"][0]
     assert status == 0 and of["texts"] == 20 and of["looked_at"] == 0
     assert of["words"] == {"min": 1, "median": 1, "p95": 4, "max": 40, "limit": 30, "cut": 0.05}
-    assert of["word_pieces"] == {"min": 2, "median": 2, "p95": 5, "max": 31, "limit": 25, "cut": 0.05}  # 30 words and [CLS]
+    # 30 words and [CLS]
+    assert of["word_pieces"] == {
+        "min": 2,
+        "median": 2,
+        "p95": 5,
+        "max": 31,
+        "limit": 25,
+        "cut": 0.05,
+    }
     words = 10 + 3 * 8 + 4 + 30
     assert of["unknown_words"] == {
-        "count": 3, "share_of_words": 3 / words, "share_of_word_pieces": 3 / (words + 20),
+        "count": 3,
+        "share_of_words": 3 / words,
+        "share_of_word_pieces": 3 / (words + 20),
         "most_frequent": {"зебра": 2, "\U0001f600": 1},
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("caption, noted", [("зебра", True), ("a red circle", False)])
 def test_a_vocabulary_of_other_words_is_noted(run, write, caption, noted):
-    status, out, report = run("--images", 0, train_file=write([{"image": GOOD, "caption": caption}]))
+    status, out, report = run(
+        "--images", 0, train_file=write([{"image": GOOD, "caption": caption}])
+    )
     assert status == 0 and len(report["notes"]) == noted and ("models.tokenizer" in out) == noted
 
 
@@ -262,42 +388,76 @@ def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shape
     picture.resize((300, 200)).save(tmp_path / "large.png")
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    names = ["turned.jpg", "animated.gif", "thin.jpg", "large.png", "page.jpg", "empty.jpg", "a\0.jpg", "large.png"]
-    status, out, report = run(train_file=write([{"image": str(tmp_path / name), "caption": name} for name in names]))
+    names = [
+        "turned.jpg",
+        "animated.gif",
+        "thin.jpg",
+        "large.png",
+        "page.jpg",
+        "empty.jpg",
+        "a\0.jpg",
+        "large.png",
+    ]
+    status, out, report = run(
+        train_file=write([{"image": str(tmp_path / name), "caption": name} for name in names])
+    )
     of = report["files"][0]
     assert status == 1 and of["images"] == of["looked_at"] == 7
     assert of["unusable"] == {"not an image": 1, "empty file": 1, "unreadable": 1}
     assert of["formats"] == {"JPEG RGB": 1, "GIF P": 1, "JPEG CMYK": 1, "PNG RGB": 1}
     assert [of["shorter_side"][name] for name in ("<64", "64-127", "128-255")] == [3, 0, 1]
     assert (of["smaller_than_image_res"], of["exif_rotated"], of["animated"]) == (1, 1, 1)
-    assert [entry for entry, _ in problems_of(report)] == [4, 5, 6] and "a\\x00.jpg: unreadable" in out
+    assert [entry for entry, _ in problems_of(report)] == [
+        4,
+        5,
+        6,
+    ] and "a\\x00.jpg: unreadable" in out
     assert "more than max_skipped" in out and "used as they are stored" in out
 
 
 @pytest.mark.parametrize("count, looked_at", [(3, [0, 5, 10]), (1, [0]), (11, [*range(11)])])
 def test_evenly_spaced_images_are_looked_at(run, write, count, looked_at):
-    # of every image that an entry names once more, and of those that only wrong entries name, nothing is seen
+    # of every image that an entry names once more, and of those that only wrong entries name,
+    # nothing is seen
     entries = [{"image": f"absent{i}.jpg", "caption": "red"} for i in range(11)]
     wrong = [{"image": "other.jpg", "caption": None}, {"image": "absent0.jpg", "caption": "red"}]
-    status, _, report = run("--images", count, train_file=write([*entries[:4], *wrong, *entries[4:]]))
-    missing = [problem.split(":")[0] for _, problem in problems_of(report) if "does not exist" in problem]
+    status, _, report = run(
+        "--images", count, train_file=write([*entries[:4], *wrong, *entries[4:]])
+    )
+    missing = [
+        problem.split(":")[0] for _, problem in problems_of(report) if "does not exist" in problem
+    ]
     assert [os.path.basename(name) for name in missing] == [f"absent{i}.jpg" for i in looked_at]
     assert report["files"][0]["images"] == 11
 
 
 def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
     other = "images/train/000001.jpg"
-    test = write([{"image": GOOD, "caption": ["red"]}, {"image": other, "caption": ["red"]}], "test.json")
-    train = write(pairs(5, _0={"image": "images/train/000002.jpg"}, _3={"caption": "a red circle 1"},
-                        _4={"caption": "a red circle 1"}))  # fmt: skip
+    test = write(
+        [{"image": GOOD, "caption": ["red"]}, {"image": other, "caption": ["red"]}], "test.json"
+    )
+    train = write(
+        pairs(
+            5,
+            _0={"image": "images/train/000002.jpg"},
+            _3={"caption": "a red circle 1"},
+            _4={"caption": "a red circle 1"},
+        )
+    )
     status, out, report = run(train_file=train, test_file=test)
     assert status == 0 and "2 (40.0%): entry 3 as entry 1, entry 4 as entry 1" in out
     assert report["files"][0]["duplicates"] == 2 and report["files"][1]["duplicates"] == 0
-    assert report["files"][1]["images_also_trained_on"] == 1 and "1 (50.0%) are in train_file too" in out
+    assert (
+        report["files"][1]["images_also_trained_on"] == 1
+        and "1 (50.0%) are in train_file too" in out
+    )
 
 
 def test_retrieval_entries_that_are_joined_are_counted(run, write, shapes):
-    captions = [{"image": image, "caption": ["red"]} for image in (GOOD, f"./{GOOD}", str(shapes / GOOD), "images/train/000001.jpg")]
+    captions = [
+        {"image": image, "caption": ["red"]}
+        for image in (GOOD, f"./{GOOD}", str(shapes / GOOD), "images/train/000001.jpg")
+    ]
     status, out, report = run(test_file=write(captions, "test.json"))
     of = report["files"][-1]
     assert status == 0 and (of["entries"], of["entries_joined"], of["images"]) == (4, 2, 2)
@@ -308,44 +468,90 @@ def test_other_files(run, write, tmp_path):
     keys = {"train_file": write(pairs(2)), "image_root": "absent", "bert_config": "absent.json"}
     status, out, report = run(**keys)
     assert status == 1 and report["count"] == 2
-    assert "image_root: folder absent does not exist" in out and "bert_config: cannot read absent.json" in out
+    assert (
+        "image_root: folder absent does not exist" in out
+        and "bert_config: cannot read absent.json" in out
+    )
     assert "images           not looked at" in out and report["files"][0]["looked_at"] == 0
-    report = run(task="vqa", train_file=None, test_file="absent.json", answer_list=write(["a", "a"], "answers.json"))[2]
+    report = run(
+        task="vqa",
+        train_file=None,
+        test_file="absent.json",
+        answer_list=write(["a", "a"], "answers.json"),
+    )[2]
     assert "answers.json has 'a' 2 times" in report["problems"][0]["problem"]
-    report = run(task="grounding", train_file=None, test_file="absent.json", refcoco_data=str(tmp_path))[2]
+    report = run(
+        task="grounding", train_file=None, test_file="absent.json", refcoco_data=str(tmp_path)
+    )[2]
     assert "instances.json into" in report["problems"][0]["problem"]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_note(run, write, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     status, out, report = run(train_file=write(pairs(2)), tokenizer="some-lab/some-bert")
-    assert status == 0 and "some-lab/some-bert" in report["notes"][0] and "word_pieces" not in report["files"][0]
+    assert (
+        status == 0
+        and "some-lab/some-bert" in report["notes"][0]
+        and "word_pieces" not in report["files"][0]
+    )
     status, out, report = run(train_file=write(pairs(2)), tokenizer="some-folder/vocab.txt")
     assert status == 1 and "some-folder/vocab.txt" in report["problems"][0]["problem"]
 
 
 def test_shards(run, tmp_path, shapes):
     image = (shapes / GOOD).read_bytes()
-    write_tar(tmp_path / "0.tar", [
-        ("a.jpg", image), ("a.txt", b"a red circle"), ("b.jpg", image), ("b.json", b'{"caption": ["a \\u044f", "red"]}'),
-        ("c.jpg", image), ("c.json", b'{"caption": 5}'), ("d.jpg", b"<html>"), ("d.txt", b"red"), ("e.txt", b"red"),
-        ("f.jpg", image), ("f.txt", b"?!"), ("g.jpg", image), ("g.txt", b"a red circle"),
-    ])  # fmt: skip
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            ("a.jpg", image),
+            ("a.txt", b"a red circle"),
+            ("b.jpg", image),
+            ("b.json", b'{"caption": ["a \\u044f", "red"]}'),
+            ("c.jpg", image),
+            ("c.json", b'{"caption": 5}'),
+            ("d.jpg", b"<html>"),
+            ("d.txt", b"red"),
+            ("e.txt", b"red"),
+            ("f.jpg", image),
+            ("f.txt", b"?!"),
+            ("g.jpg", image),
+            ("g.txt", b"a red circle"),
+        ],
+    )
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
     assert "only pre-training" in run(task="retrieval", train_file=str(tmp_path / "0.tar"))[1]
     status, out, report = run(train_file=[str(tmp_path / "{1..2}.tar"), str(tmp_path / "0.tar")])
-    assert status == 1 and "2.tar does not exist (1 of the 2" in out and report["files"][0]["looked_at"] == 5
+    assert (
+        status == 1
+        and "2.tar does not exist (1 of the 2" in out
+        and report["files"][0]["looked_at"] == 5
+    )
     status, out, report = run(train_file=str(tmp_path / "*.tar"))
     of = report["files"][0]
-    assert status == 1 and of["shards"] == {str(tmp_path / "0.tar"): 7} and of["entries"] == of["entries_read"] == 7
-    assert of["wrong"] == {"wrong 'caption'": 1, "no image": 1, "empty text": 1} and of["texts"] == 6
+    assert (
+        status == 1
+        and of["shards"] == {str(tmp_path / "0.tar"): 7}
+        and of["entries"] == of["entries_read"] == 7
+    )
+    assert (
+        of["wrong"] == {"wrong 'caption'": 1, "no image": 1, "empty text": 1} and of["texts"] == 6
+    )
     assert of["looked_at"] == 5 and of["unusable"] == {"not an image": 1}
     assert of["unknown_words"]["most_frequent"] == {"я": 1}
     assert of["first_duplicates"] == ["number 6 of 0.tar as number 0 of 0.tar"]
     assert [entry for entry, _ in problems_of(report)] == [None, "c", "d", "e", "f"]
     assert "1.tar: not a complete tar file" in out and "0.tar: sample e: no image" in out
     assert "files_in_no_sample" not in of
-    write_tar(tmp_path / "1.tar", [("1.0.jpg", image), ("1.0.txt", b"red"), ("README", b"1"), ("1.1.jpg", image), ("1.1.txt", b"a")])
+    write_tar(
+        tmp_path / "1.tar",
+        [
+            ("1.0.jpg", image),
+            ("1.0.txt", b"red"),
+            ("README", b"1"),
+            ("1.1.jpg", image),
+            ("1.1.txt", b"a"),
+        ],
+    )
     of = run(train_file=str(tmp_path / "1.tar"))[2]["files"][0]
     assert (of["entries"], of["files_in_no_sample"], of["wrong"]) == (2, 1, {})
     (tmp_path / "1.tar").unlink()

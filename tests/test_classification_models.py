@@ -1,8 +1,8 @@
 """VE, NLVR2 and text assignment against the released implementation's numbers."""
 
 import torch
-
 from conftest import assert_close, assert_released_step
+
 from models import build_model
 from utils import Text
 
@@ -10,7 +10,9 @@ from utils import Text
 def test_ve_loss_gradients_and_classes_are_the_released_ones(released):
     data, model, text = released("ve")
     with torch.no_grad():
-        assert_close("prediction", model.predict(data["image"], text), data["prediction"], 1e-4, 1e-5)
+        assert_close(
+            "prediction", model.predict(data["image"], text), data["prediction"], 1e-4, 1e-5
+        )
     losses = model(data["image"], text, targets=data["targets"], alpha=data["alpha"])
     assert_released_step(model, losses, data)
 
@@ -19,7 +21,9 @@ def test_nlvr_loss_gradients_and_classes_are_the_released_ones(released):
     data, model, text = released("nlvr")
     first, second = data["image"].chunk(2)
     with torch.no_grad():
-        assert_close("prediction", model.predict(first, second, text), data["prediction"], 1e-4, 1e-5)
+        assert_close(
+            "prediction", model.predict(first, second, text), data["prediction"], 1e-4, 1e-5
+        )
     losses = model(first, second, text, targets=data["targets"], alpha=data["alpha"])
     assert_released_step(model, losses, data)
 
@@ -33,7 +37,9 @@ def test_text_assignment_is_the_released_one(released, monkeypatch):
     assert_close("negative_weights", weights, data["negative_weights"], 1e-4, 1e-5)
     assert_close("prediction", prediction, data["prediction"], 1e-4, 1e-5)
     monkeypatch.setattr(model, "draw_pairs", lambda image_embeds: (first, second, data["labels"]))
-    assert_close("loss", model(image, text)["loss"].detach(), torch.tensor(data["loss"]), 1e-4, 1e-5)
+    assert_close(
+        "loss", model(image, text)["loss"].detach(), torch.tensor(data["loss"]), 1e-4, 1e-5
+    )
 
 
 def test_the_momentum_model_moves_once_for_an_optimizer_step(released):
@@ -47,7 +53,9 @@ def test_distilled_loss_without_distillation_is_the_cross_entropy(released):
     data, model, text = released("ve")
     model.config["distill"] = False
     loss = model(data["image"], text, targets=data["targets"], alpha=data["alpha"])["loss"]
-    expected = torch.nn.functional.cross_entropy(model.predict(data["image"], text), data["targets"])
+    expected = torch.nn.functional.cross_entropy(
+        model.predict(data["image"], text), data["targets"]
+    )
     assert torch.equal(loss, expected)
     config = {**data["config"], "bert_config": "tests/golden/bert.json", "distill": False}
     assert not any("_m." in name for name in build_model("ve", config).state_dict())
@@ -55,19 +63,28 @@ def test_distilled_loss_without_distillation_is_the_cross_entropy(released):
 
 @torch.no_grad()
 def test_sharing_of_a_pair_of_blocks(golden):
-    """Table 7: given the same weights all three kinds of sharing compute the same; they differ in what is one parameter."""
+    """Table 7: given the same weights all three kinds of sharing compute the same; they differ in
+    what is one parameter.
+    """
     data = golden("nlvr.pt")
     text = Text(data["input_ids"], data["attention_mask"])
     config = {**data["config"], "bert_config": "tests/golden/bert_nlvr.json", "distill": False}
-    models = [build_model("nlvr", {**config, "share": share}).eval() for share in ("all", "cross_attention", "none")]
+    models = [
+        build_model("nlvr", {**config, "share": share}).eval()
+        for share in ("all", "cross_attention", "none")
+    ]
     for model in models:
         model.load_state_dict(models[0].state_dict())
     predictions = [model.predict(*data["image"].chunk(2), text) for model in models]
     assert_close("cross_attention", predictions[1], predictions[0], 1e-5, 1e-6)
     assert_close("none", predictions[2], predictions[0], 1e-5, 1e-6)
-    size_all, size_cross, size_none = (sum(param.numel() for param in model.parameters()) for model in models)
+    size_all, size_cross, size_none = (
+        sum(param.numel() for param in model.parameters()) for model in models
+    )
     assert size_none - size_cross == 6 * 2 * (16 * 16 + 16)  # keys and values of the six pairs
-    assert size_none - size_all == sum(param.numel() for param in models[2].bert.encoder.layer[6::2].parameters())
+    assert size_none - size_all == sum(
+        param.numel() for param in models[2].bert.encoder.layer[6::2].parameters()
+    )
 
 
 def test_text_assignment_draws_equal_classes_and_never_the_own_image_as_negative(released):
@@ -96,7 +113,9 @@ def test_text_assignment_negatives_follow_image_similarity(released):
     drawn = torch.zeros(4, 4)
     for _ in range(3000):
         first, second, label = model.draw_pairs(embeds)
-        for text, (one, other, kind) in enumerate(zip(first.tolist(), second.tolist(), label.tolist())):
+        for text, (one, other, kind) in enumerate(
+            zip(first.tolist(), second.tolist(), label.tolist())
+        ):
             if kind != 2:
                 drawn[text, other if kind == 0 else one] += 1
     assert ((drawn / drawn.sum(dim=1, keepdim=True) - expected).abs() < 0.04).all()

@@ -1,4 +1,7 @@
-"""Compiled layers: what they compute, and how often they are compiled. Their graphs are traced, and run without a compiler."""
+"""Compiled layers: what they compute, and how often they are compiled.
+
+Their graphs are traced, and run without a compiler.
+"""
 
 import logging
 import os
@@ -7,12 +10,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import assert_close, refusal
 from timm.models.vision_transformer import Block
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.parallel import DistributedDataParallel
 
 import Pretrain
-from conftest import assert_close, refusal
 from dataset.caption import CaptionBatch
 from engine import Run, compile_layers, iterate
 from engine.device import MAX_GRAPHS, compiles
@@ -31,7 +34,10 @@ def as_before(monkeypatch):
     # what pytest collects of a test would have every step of the tracing
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(settings), torch.fx.experimental._config.patch(use_duck_shape=True):
+    with (
+        torch._dynamo.config.patch(settings),
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+    ):
         yield
     torch._dynamo.reset()
 
@@ -74,18 +80,30 @@ def start(config):
 def step(run, number, length):
     """Take a step on texts of a length. Return the losses."""
     size = run.config["image_res"]
-    image = torch.randint(256, (4, 3, size, size), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    image = torch.randint(
+        256, (4, 3, size, size), generator=torch.Generator().manual_seed(number), dtype=torch.uint8
+    )
     batch = CaptionBatch(image, text(length), torch.full((4,), -1), [], [])
     return iterate(run, iter([batch]), 0, number, 0.4)[0]
 
 
-def test_compiled_steps_equal_eager_ones_and_are_compiled_once_for_all_lengths(tiny_config, graphs, aot_backend):
-    bert = {**tiny_config["bert_config"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
-            "num_hidden_layers": 2, "fusion_layer": 1}  # fmt: skip
-    plain, compiled = (start({**tiny_config, "bert_config": bert, "vision_depth": 1}) for _ in range(2))
+def test_compiled_steps_equal_eager_ones_and_are_compiled_once_for_all_lengths(
+    tiny_config, graphs, aot_backend
+):
+    bert = {
+        **tiny_config["bert_config"],
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_hidden_layers": 2,
+        "fusion_layer": 1,
+    }
+    plain, compiled = (
+        start({**tiny_config, "bert_config": bert, "vision_depth": 1}) for _ in range(2)
+    )
     compile_layers(compiled.model, backend=aot_backend)
     assert torch._dynamo.config.recompile_limit == MAX_GRAPHS  # and not what timm has set
-    # as long as the model is wide, or as the rows of masks are apart: what is equal by chance must not be compiled in
+    # as long as the model is wide, or as the rows of masks are apart: what is equal by chance must
+    # not be compiled in
     for number, length in enumerate([16, 12, 24, *range(13, 16), 25, *range(17, 24)]):
         ours, theirs = (step(run, number, length) for run in (compiled, plain))
         for name in theirs:
@@ -95,7 +113,10 @@ def test_compiled_steps_equal_eager_ones_and_are_compiled_once_for_all_lengths(t
 
 
 def test_data_parallelism_does_not_split_layers(tmp_path, graphs, backend):
-    model, x = torch.nn.Sequential(Block(16, 2), Block(16, 2)), torch.randn(2, 5, 16, requires_grad=True)
+    model, x = (
+        torch.nn.Sequential(Block(16, 2), Block(16, 2)),
+        torch.randn(2, 5, 16, requires_grad=True),
+    )
     compile_layers(model, backend=backend)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
@@ -105,26 +126,39 @@ def test_data_parallelism_does_not_split_layers(tmp_path, graphs, backend):
     assert len(graphs) == 1
 
 
-def test_grad_cam_of_a_compiled_model_has_the_attention_of_the_very_step(released, golden, graphs, backend):
+def test_grad_cam_of_a_compiled_model_has_the_attention_of_the_very_step(
+    released, golden, graphs, backend
+):
     data, (_, model, _) = golden("gradcam.pt"), released("retrieval")
     compile_layers(model.eval(), backend=backend)
     words = Text(data["input_ids"], data["attention_mask"])
     cams = itm_gradcam(model, data["image"], words, data["itm_block_num"])
     assert_close("per token", cams, data["itm_cam_per_token"], 1e-4, 1e-5)
-    assert graphs and not any("softmax" in graph.code for graph in graphs)  # encoders are compiled, open attention is not
+    # encoders are compiled, open attention is not
+    assert graphs and not any("softmax" in graph.code for graph in graphs)
 
 
-@pytest.mark.parametrize("key, device, deterministic, compiled", [
-    ("auto", CUDA, False, True), ("auto", CUDA, True, False), ("auto", CPU, False, False), (True, CPU, True, True),
-    (False, CUDA, False, False),
-])  # fmt: skip
-def test_layers_are_compiled_on_a_gpu_unless_results_must_repeat(key, device, deterministic, compiled, monkeypatch):
+@pytest.mark.parametrize(
+    "key, device, deterministic, compiled",
+    [
+        ("auto", CUDA, False, True),
+        ("auto", CUDA, True, False),
+        ("auto", CPU, False, False),
+        (True, CPU, True, True),
+        (False, CUDA, False, False),
+    ],
+)
+def test_layers_are_compiled_on_a_gpu_unless_results_must_repeat(
+    key, device, deterministic, compiled, monkeypatch
+):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     with mock.patch("torch.compile") as tried, mock.patch("torch.zeros"):
         assert compiles({"compile": key, "deterministic": deterministic}, device) is compiled
         assert tried.called is compiled
     if compiled:  # for the next start
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.path.join(os.environ["ALBEF_CACHE"], "torchinductor")
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == os.path.join(
+            os.environ["ALBEF_CACHE"], "torchinductor"
+        )
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
         with mock.patch("torch.compile"), mock.patch("torch.zeros"):
             compiles({"compile": key, "deterministic": deterministic}, device)
@@ -143,11 +177,17 @@ def test_compiled_code_is_not_loaded_from_a_folder_that_everyone_can_write(tmp_p
 def test_without_a_compiler_training_goes_on_unless_compilation_is_asked_for(capsys, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
     config, zeros = {"compile": "auto", "deterministic": False}, torch.zeros
-    failing = mock.patch("torch.compile", side_effect=RuntimeError("Cannot find a working triton installation.\nMore"))
+    failing = mock.patch(
+        "torch.compile",
+        side_effect=RuntimeError("Cannot find a working triton installation.\nMore"),
+    )
     with failing, mock.patch("torch.zeros", lambda *size, device: zeros(size)):
         assert not compiles(config, CUDA)
         note = capsys.readouterr().out
-        assert note.startswith("note: torch.compile does not work here (Cannot find") and note.count("\n") == 1
+        assert (
+            note.startswith("note: torch.compile does not work here (Cannot find")
+            and note.count("\n") == 1
+        )
         assert "Triton" in refusal(compiles, {**config, "compile": True}, CPU)
 
 

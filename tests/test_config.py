@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refusal
 from ruamel.yaml import YAML
 
-from conftest import refusal
 from configs.schema import load_config, override, read_bert_config, save_config, with_defaults
 from models import build_model
 from optim import create_optimizer, parameter_groups
@@ -28,19 +28,44 @@ def test_every_config_loads_and_its_bert_config_fits(path):
 
 def test_pretraining_config_is_the_papers_recipe():
     config = load_config("configs/Pretrain.yaml")
-    expected = {"batch_size": 64, "image_res": 256, "queue_size": 65536, "momentum": 0.995, "alpha": 0.4, "temp": 0.07,
-                "mlm_probability": 0.15, "embed_dim": 256, "vision_width": 768}
+    expected = {
+        "batch_size": 64,
+        "image_res": 256,
+        "queue_size": 65536,
+        "momentum": 0.995,
+        "alpha": 0.4,
+        "temp": 0.07,
+        "mlm_probability": 0.15,
+        "embed_dim": 256,
+        "vision_width": 768,
+    }
     assert {key: config[key] for key in expected} == expected
-    expected = {"opt": "adamW", "lr": 1e-4, "weight_decay": 0.02, "temp_lr_scale": 1, "opt_eps": None, "opt_betas": None}
+    expected = {
+        "opt": "adamW",
+        "lr": 1e-4,
+        "weight_decay": 0.02,
+        "temp_lr_scale": 1,
+        "opt_eps": None,
+        "opt_betas": None,
+    }
     assert config["optimizer"] == expected
-    rates = [learning_rate(config["scheduler"], epoch, i, 3000) for epoch, i in ((0, 0), (0, 1001), (29, 0))]
+    rates = [
+        learning_rate(config["scheduler"], epoch, i, 3000)
+        for epoch, i in ((0, 0), (0, 1001), (29, 0))
+    ]
     assert rates == pytest.approx([1e-5, 1e-4, 1.02465e-5], rel=1e-4)
 
 
 def test_released_configs_are_the_released_ones():
-    assert load_config("configs/Grounding.yaml")["test_file"] == ["data/refcoco+_val.json", "data/refcoco+_test.json"]
+    assert load_config("configs/Grounding.yaml")["test_file"] == [
+        "data/refcoco+_val.json",
+        "data/refcoco+_test.json",
+    ]
     assert load_config("configs/NLVR_pretrain.yaml")["batch_size"] == 64
-    all_images, four_million = load_config("configs/Pretrain.yaml"), load_config("configs/Pretrain_4M.yaml")
+    all_images, four_million = (
+        load_config("configs/Pretrain.yaml"),
+        load_config("configs/Pretrain_4M.yaml"),
+    )
     assert [key for key in all_images if all_images[key] != four_million[key]] == ["train_file"]
 
 
@@ -49,7 +74,9 @@ def test_eps_and_betas_reach_the_optimizer(pretrain, tmp_path):
     assert pretrain("--set", "test_file=null", "scheduler.epochs=1", *flags) == (0, "")
     groups = saved(tmp_path)["optimizer"]["param_groups"]
     assert {(group["eps"], tuple(group["betas"])) for group in groups} == {(1e-6, (0.8, 0.95))}
-    status, message = pretrain("--output_dir", tmp_path / "sgd", "--set", "optimizer.opt=sgd", *flags[1:])
+    status, message = pretrain(
+        "--output_dir", tmp_path / "sgd", "--set", "optimizer.opt=sgd", *flags[1:]
+    )
     assert status == 2 and "sgd has no betas, remove opt_betas" in message
 
 
@@ -70,16 +97,30 @@ def test_learning_rates_are_the_released_ones(task):
 
 
 def test_smooth_schedule_warms_up_and_ends_at_the_minimum():
-    scheduler = with_defaults({"scheduler": {"lr": 1e-3, "min_lr": 1e-5, "warmup_lr": 0.0, "epochs": 3, "warmup_iters": 10}})
+    scheduler = with_defaults(
+        {
+            "scheduler": {
+                "lr": 1e-3,
+                "min_lr": 1e-5,
+                "warmup_lr": 0.0,
+                "epochs": 3,
+                "warmup_iters": 10,
+            }
+        }
+    )
     rates = [learning_rate(scheduler["scheduler"], t // 50, t % 50, 50) for t in range(150)]
     assert rates[0] == 0 and rates[5] == pytest.approx(5e-4) and rates[10] == pytest.approx(1e-3)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(a > b for a, b in zip(rates[10:], rates[11:]))
+    assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(
+        a > b for a, b in zip(rates[10:], rates[11:])
+    )
     assert rates[-1] == pytest.approx(1e-5, rel=0.05)
 
 
 def test_alpha_ramps_within_the_first_epoch():
     config = with_defaults({})
-    assert [distillation_weight(config, 0, i, 4) for i in range(4)] == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [distillation_weight(config, 0, i, 4) for i in range(4)] == pytest.approx(
+        [0, 0.1, 0.2, 0.3]
+    )
     assert distillation_weight(config, 1, 0, 4) == 0.4
     assert distillation_weight({**config, "warm_up": False}, 0, 0, 4) == 0.4
 
@@ -87,25 +128,38 @@ def test_alpha_ramps_within_the_first_epoch():
 def test_released_spelling_and_overrides(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("train_file: a.json\nschedular: {epochs: 3}\nbatch_size_train: 8\n")
-    config = load_config(path, ["scheduler.min_lr=1e-3", "objectives=[itc, itm]", "train_file=[b.json, c.json]"])
-    assert config["scheduler"]["epochs"] == 3 and config["scheduler"]["min_lr"] == 1e-3 and config["batch_size"] == 8
+    config = load_config(
+        path, ["scheduler.min_lr=1e-3", "objectives=[itc, itm]", "train_file=[b.json, c.json]"]
+    )
+    assert (
+        config["scheduler"]["epochs"] == 3
+        and config["scheduler"]["min_lr"] == 1e-3
+        and config["batch_size"] == 8
+    )
     assert config["objectives"] == ["itc", "itm"] and config["train_file"] == ["b.json", "c.json"]
     assert load_config(path, ["schedular.epochs=5"])["scheduler"]["epochs"] == 5
-    assert load_config(path, ["scheduler={min_lr: 0.5}"])["scheduler"]["epochs"] == 3  # what it does not name stays
+    # what it does not name stays
+    assert load_config(path, ["scheduler={min_lr: 0.5}"])["scheduler"]["epochs"] == 3
 
 
-@pytest.mark.parametrize("keys, flags", [
-    ({"optimizer": {"lr": 2e-3}}, []),
-    ({"optimizer": None, "scheduler": {"lr": 2e-3}}, []),
-    ({"optimizer": {"lr": 2e-3}, "schedular": {"lr": 2e-3}}, []),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["optimizer.lr=2e-3"]),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["scheduler.lr=2e-3"]),
-    ({"optimizer": {"lr": 1e-3}, "scheduler": None, "schedular": {"lr": 1e-3}}, ["schedular.lr=2e-3"]),
-    ({"batch_size": 16}, []),
-    ({"batch_size": None, "batch_size_train": 16}, []),
-    ({"batch_size": 8}, ["batch_size_train=16"]),
-    ({"batch_size_train": 8}, ["batch_size=16"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, flags",
+    [
+        ({"optimizer": {"lr": 2e-3}}, []),
+        ({"optimizer": None, "scheduler": {"lr": 2e-3}}, []),
+        ({"optimizer": {"lr": 2e-3}, "schedular": {"lr": 2e-3}}, []),
+        ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["optimizer.lr=2e-3"]),
+        ({"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 1e-3}}, ["scheduler.lr=2e-3"]),
+        (
+            {"optimizer": {"lr": 1e-3}, "scheduler": None, "schedular": {"lr": 1e-3}},
+            ["schedular.lr=2e-3"],
+        ),
+        ({"batch_size": 16}, []),
+        ({"batch_size": None, "batch_size_train": 16}, []),
+        ({"batch_size": 8}, ["batch_size_train=16"]),
+        ({"batch_size_train": 8}, ["batch_size=16"]),
+    ],
+)
 def test_two_names_of_a_key_are_one_key(keys, flags):
     config = override(keys, flags, "config")
     if "optimizer" in keys:
@@ -120,28 +174,42 @@ def saved(folder):
 
 
 def assert_loads_again(folder):
-    """Asserts that the configurations in config.yaml and in the checkpoint build the model of the checkpoint."""
+    """Asserts that the configurations in config.yaml and in the checkpoint build the model of the
+    checkpoint.
+    """
     state = saved(folder)
     for config in load_config(folder / "out/config.yaml"), state["config"]:
         build_model("pretrain", config).load_state_dict(state["model"])
 
 
 def test_keys_of_a_bert_config_file_can_be_set(pretrain, tmp_path):
-    assert pretrain("--set", "test_file=null", "scheduler.epochs=1", "bert_config.intermediate_size=24") == (0, "")
-    assert saved(tmp_path)["model"]["text_encoder.bert.encoder.layer.0.intermediate.dense.weight"].shape == (24, 16)
+    assert pretrain(
+        "--set", "test_file=null", "scheduler.epochs=1", "bert_config.intermediate_size=24"
+    ) == (0, "")
+    assert saved(tmp_path)["model"][
+        "text_encoder.bert.encoder.layer.0.intermediate.dense.weight"
+    ].shape == (24, 16)
     (tmp_path / "bert.json").unlink()
     assert_loads_again(tmp_path)
 
 
-@pytest.mark.parametrize("override", ["intermedate_size=24", "intermediate_size=many", "vocab_size=0"])
+@pytest.mark.parametrize(
+    "override", ["intermedate_size=24", "intermediate_size=many", "vocab_size=0"]
+)
 def test_mistakes_in_keys_of_bert_config_are_named(pretrain, override):
     status, message = pretrain("--set", f"bert_config.{override}")
     key, _, value = override.partition("=")
-    assert status == 2 and key in message and ("did you mean intermediate_size?" in message or f"{value}" in message)
+    assert (
+        status == 2
+        and key in message
+        and ("did you mean intermediate_size?" in message or f"{value}" in message)
+    )
 
 
 @pytest.mark.parametrize("in_file", [True, False])
-def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(pretrain, tiny_config, tmp_path, in_file):
+def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(
+    pretrain, tiny_config, tmp_path, in_file
+):
     size = tiny_config["bert_config"]["vocab_size"]
     bert = {**tiny_config["bert_config"], "vocab_size": "auto"}
     flags = [] if in_file else ["bert_config.vocab_size=auto"]
@@ -159,35 +227,51 @@ def test_a_configuration_is_a_copy_of_its_defaults_and_of_what_it_is_made_from()
     config["objectives"].append("more")
     config["distill"].append("more")
     config["optimizer"]["lr"] = config["bert_config"]["hidden_size"] = None
-    assert with_defaults({})["objectives"] == ["itc", "mlm", "itm"] and with_defaults({})["optimizer"]["lr"] == 1e-4
+    assert (
+        with_defaults({})["objectives"] == ["itc", "mlm", "itm"]
+        and with_defaults({})["optimizer"]["lr"] == 1e-4
+    )
     assert given == {"distill": ["itc"], "bert_config": {"hidden_size": 1}}
 
 
-@pytest.mark.parametrize("text,message", [
-    ("quue_size: 5", "unknown key 'quue_size', did you mean queue_size?"),
-    ("optimizer: {weigth_decay: 0.1}", "unknown key 'optimizer.weigth_decay', did you mean optimizer.weight_decay?"),
-    ("batch_size: many", "batch_size is 'many', it must be a whole number"),
-    ("queue_size: 1,000", "queue_size is '1,000', it must be"),
-    ("queue_size: 1.5", "queue_size is 1.5, it must be a"),
-    ("save_every: 15 mins", "save_every is '15 mins', it must be minutes or iterations, as in 15 minutes or 1000 iterations"),
-    ("save_every: 1.5 iterations", "save_every is '1.5 iterations', it must be"),
-    ("save_every: -1", "save_every is -1, it must be"),
-    ("hflip: 3", "hflip is 3, it must be true or false"),
-    ("temp: 0", "temp is 0, it must be a number from 0.001 to 0.5"),
-    ("temp: 1.0e+9", "temp is 1000000000.0"),
-    ("vision_depth: 10000000", "vision_depth is 10000000"),
-    ("queue_size: 1099511627776", "queue_size is 1099511627776"),
-    ("num_workers: 1000000", "num_workers is 1000000"),
-    ("batch_size: 1180591620717411303424", "batch_size is 1180591620717411303424"),  # beyond a machine word
-    ("momentum: -1", "momentum is -1"),
-    ("precision: fp16", "it must be one of fp32, bf16"),
-    ("objectives: [itc, mln]", "objectives is ['itc', 'mln'], it must be a list of itc, mlm, itm"),
-    ("objectives: []", "objectives is []"),
-    ("scheduler: 3", "scheduler is 3, it must be a mapping"),
-    ("scheduler: {sched: step}", "scheduler.sched is 'step', it must be cosine"),
-    ("a: [1, 2", "line"),
-    ("- 1", "mapping of keys"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("quue_size: 5", "unknown key 'quue_size', did you mean queue_size?"),
+        (
+            "optimizer: {weigth_decay: 0.1}",
+            "unknown key 'optimizer.weigth_decay', did you mean optimizer.weight_decay?",
+        ),
+        ("batch_size: many", "batch_size is 'many', it must be a whole number"),
+        ("queue_size: 1,000", "queue_size is '1,000', it must be"),
+        ("queue_size: 1.5", "queue_size is 1.5, it must be a"),
+        (
+            "save_every: 15 mins",
+            "save_every is '15 mins', it must be minutes or iterations, as in 15 minutes or 1000 iterations",
+        ),
+        ("save_every: 1.5 iterations", "save_every is '1.5 iterations', it must be"),
+        ("save_every: -1", "save_every is -1, it must be"),
+        ("hflip: 3", "hflip is 3, it must be true or false"),
+        ("temp: 0", "temp is 0, it must be a number from 0.001 to 0.5"),
+        ("temp: 1.0e+9", "temp is 1000000000.0"),
+        ("vision_depth: 10000000", "vision_depth is 10000000"),
+        ("queue_size: 1099511627776", "queue_size is 1099511627776"),
+        ("num_workers: 1000000", "num_workers is 1000000"),
+        # beyond a machine word
+        ("batch_size: 1180591620717411303424", "batch_size is 1180591620717411303424"),
+        ("momentum: -1", "momentum is -1"),
+        ("precision: fp16", "it must be one of fp32, bf16"),
+        (
+            "objectives: [itc, mln]",
+            "objectives is ['itc', 'mln'], it must be a list of itc, mlm, itm",
+        ),
+        ("objectives: []", "objectives is []"),
+        ("scheduler: 3", "scheduler is 3, it must be a mapping"),
+        ("scheduler: {sched: step}", "scheduler.sched is 'step', it must be cosine"),
+        ("a: [1, 2", "line"),
+        ("- 1", "mapping of keys"),
+    ],
+)
 def test_bad_configurations_name_file_and_key(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text + "\n")
@@ -205,7 +289,13 @@ def test_only_regular_files_are_configurations(tmp_path):
 
 def test_sizes_beyond_any_model_are_refused():
     bert = json.loads(Path("tests/golden/bert.json").read_text())
-    for key in ("hidden_size", "num_hidden_layers", "vocab_size", "max_position_embeddings", "type_vocab_size"):
+    for key in (
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "max_position_embeddings",
+        "type_vocab_size",
+    ):
         assert key in refusal(read_bert_config, {**bert, key: 2**40})
 
 
@@ -215,16 +305,27 @@ def test_weight_decay_spares_biases_and_one_dimensional_parameters(golden):
     plain, decayed = parameter_groups(model, 0.02)
     names = {id(param): name for name, param in model.named_parameters()}
     assert plain["weight_decay"] == 0 and decayed["weight_decay"] == 0.02
-    assert {"temp", "visual_encoder.cls_token", "visual_encoder.pos_embed"} <= {names[id(p)] for p in decayed["params"]}
+    assert {"temp", "visual_encoder.cls_token", "visual_encoder.pos_embed"} <= {
+        names[id(p)] for p in decayed["params"]
+    }
     assert all(names[id(p)].endswith(".bias") or p.ndim == 1 for p in plain["params"])
     assert not any("_m." in names[id(p)] for group in (plain, decayed) for p in group["params"])
 
 
 def test_optimizers_and_schedules_by_name():
     model = torch.nn.Linear(2, 2)
-    assert type(create_optimizer({"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)).__name__ == "Lamb"
+    assert (
+        type(
+            create_optimizer(
+                {"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model
+            )
+        ).__name__
+        == "Lamb"
+    )
     with pytest.raises(InputError, match="adamZ"):
-        create_optimizer({"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model)
+        create_optimizer(
+            {"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model
+        )
 
 
 def test_snapshot_can_be_loaded_again(tmp_path):

@@ -16,7 +16,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
     batches = []
     for workers in (0, 2):
         dataset = build_dataset("pretrain", tiny_config, seed=3)
-        loader = TrainBatches(dataset, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"), seed=3)
+        loader = TrainBatches(
+            dataset, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"), seed=3
+        )
         loader.begin(1)
         batches.append(list(loader))
     for one, other in zip(*batches, strict=True):
@@ -24,7 +26,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
         assert one.files == other.files
     assert batches[0][0].image.dtype == torch.uint8 and batches[0][0].image.shape == (8, 3, 32, 32)
     dataset.epoch = 2
-    assert not torch.equal(dataset[0].image, build_dataset("pretrain", tiny_config, seed=3)[0].image)
+    assert not torch.equal(
+        dataset[0].image, build_dataset("pretrain", tiny_config, seed=3)[0].image
+    )
 
 
 def test_processes_share_the_batches_of_one_process():
@@ -45,10 +49,18 @@ def test_processes_share_the_batches_of_one_process():
 @pytest.mark.parametrize("form", ["lists", "shards", "mixed"])
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_and_workers_see_each_sample_once(tiny_config, sharded, monkeypatch, form, workers, processes):
+def test_processes_and_workers_see_each_sample_once(
+    tiny_config, sharded, monkeypatch, form, workers, processes
+):
     lists = tiny_config["train_file"]
     train_file = {"lists": lists, "shards": [sharded], "mixed": [*lists, sharded]}[form]
-    config = {**tiny_config, "train_file": train_file, "batch_size": 5, "num_workers": workers, "image_res": 16}
+    config = {
+        **tiny_config,
+        "train_file": train_file,
+        "batch_size": 5,
+        "num_workers": workers,
+        "image_res": 16,
+    }
     tokenizer = build_tokenizer(config["tokenizer"])
     seen = []
     monkeypatch.setattr("dataset.batches.world_size", lambda: processes)
@@ -58,14 +70,19 @@ def test_processes_and_workers_see_each_sample_once(tiny_config, sharded, monkey
         batches = TrainBatches(dataset, tokenizer, config, torch.device("cpu"), seed=3)
         batches.begin(2)
         files = [batch.files for batch in batches]
-        assert len(files) == len(dataset) // (5 * processes) and all(len(batch) == 5 for batch in files)
+        assert len(files) == len(dataset) // (5 * processes) and all(
+            len(batch) == 5 for batch in files
+        )
         seen += [file for batch in files for file in batch]
     assert len(set(seen)) == len(seen) > len(dataset) - 5 * processes
 
 
 @pytest.mark.parametrize("task", ["retrieval", "grounding"])
 def test_only_pre_training_reads_shards(tiny_config, sharded, task):
-    with pytest.raises(InputError, match=f"00000.tar is a WebDataset shard; only pre-training.*{task} needs JSON lists"):
+    with pytest.raises(
+        InputError,
+        match=f"00000.tar is a WebDataset shard; only pre-training.*{task} needs JSON lists",
+    ):
         build_dataset(f"{task}_train", {**tiny_config, "train_file": [sharded]})
 
 
@@ -74,24 +91,43 @@ def test_retrieval_test_set(tiny_config, shapes):
     entries = json.loads((shapes / "test.json").read_text())
     assert len(dataset) == len(entries) == 12
     assert [len(texts) for texts in dataset.img2txt] == [len(entry["caption"]) for entry in entries]
-    assert all(dataset.txt2img[text] == image for image, texts in enumerate(dataset.img2txt) for text in texts)
+    assert all(
+        dataset.txt2img[text] == image
+        for image, texts in enumerate(dataset.img2txt)
+        for text in texts
+    )
     assert dataset[0].shape == (3, 32, 32)
 
 
 def test_retrieval_entries_of_one_image_are_one_image(tiny_config, shapes, tmp_path):
     entries = json.loads((shapes / "test.json").read_text())
     entries[1]["caption"].append(entries[1]["caption"][0])  # an image may have a caption twice
-    spellings = (lambda image: image, lambda image: f"./{image}", lambda image: str(shapes / image),
-                 lambda image: f"images/../{image}")  # fmt: skip
-    rounds = [[{"image": spelling(entry["image"]), "caption": [entry["caption"][i]]}
-               for entry in entries if i < len(entry["caption"])] for i, spelling in enumerate(spellings)]  # fmt: skip
+    spellings = (
+        lambda image: image,
+        lambda image: f"./{image}",
+        lambda image: str(shapes / image),
+        lambda image: f"images/../{image}",
+    )
+    rounds = [
+        [
+            {"image": spelling(entry["image"]), "caption": [entry["caption"][i]]}
+            for entry in entries
+            if i < len(entry["caption"])
+        ]
+        for i, spelling in enumerate(spellings)
+    ]
     files = {"grouped": entries, "first": rounds[0], "others": sum(rounds[1:], [])}
     paths = {name: tmp_path / f"{name}.json" for name in files}
     for name, path in paths.items():
         path.write_text(json.dumps(files[name]))
     for key in "test", "val":
-        grouped, split = (build_dataset(f"retrieval_{key}", {**tiny_config, f"{key}_file": [str(paths[name]) for name in names]})
-                          for names in (["grouped"], ["first", "others"]))  # fmt: skip
+        grouped, split = (
+            build_dataset(
+                f"retrieval_{key}",
+                {**tiny_config, f"{key}_file": [str(paths[name]) for name in names]},
+            )
+            for names in (["grouped"], ["first", "others"])
+        )
         assert len(grouped) == len(split) == 12 and len(split.texts) == 37
         for of in "images", "texts", "img2txt", "txt2img":
             assert getattr(split, of) == getattr(grouped, of)

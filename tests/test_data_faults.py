@@ -1,4 +1,6 @@
-"""What becomes of faulty data: docs/faults.md has the table of which every row is tested here or in test_images.py."""
+"""What becomes of faulty data: docs/faults.md has the table of which every row is tested here or in
+test_images.py.
+"""
 
 import json
 import os
@@ -8,32 +10,51 @@ import unicodedata
 
 import pytest
 import torch
-from PIL import Image
-
 from conftest import ROOT, refusal
+from PIL import Image
+from test_images import declares, encoded, jpeg_of_scans
+
 from dataset import build_dataset
 from dataset.caption import draw_caption
 from dataset.text import is_blank, pre_caption, tokenize
 from models.tokenizer import build_tokenizer
-from test_images import declares, encoded, jpeg_of_scans
 from utils import InputError
 
 GOOD = "images/train/000000.jpg"
 HALF = "\ud83d"  # of a surrogate pair
 BLANK = {
-    "empty": "", "blanks": " \t\n", "punctuation": "?! ... --", "control": "\0\x01\x1b", "zero-width": "\u200b\ufeff\u200d",
-    "half a surrogate pair": HALF, "marks without letters": "\u0301\ufe0f", "replacement": "\ufffd\ufffd", "private": "\ue000",
-}  # fmt: skip
+    "empty": "",
+    "blanks": " \t\n",
+    "punctuation": "?! ... --",
+    "control": "\0\x01\x1b",
+    "zero-width": "\u200b\ufeff\u200d",
+    "half a surrogate pair": HALF,
+    "marks without letters": "\u0301\ufe0f",
+    "replacement": "\ufffd\ufffd",
+    "private": "\ue000",
+}
 UNUSABLE = {  # name of the image file -> words of the reason
-    "corrupt.jpg": "broken image", "truncated.jpg": "broken image", "corrupt.png": "broken image", "empty.jpg": "empty file",
-    "html.jpg": "not an image", "gone.jpg": "does not exist", "bomb.jpg": "too large", "bomb.png": "too large",
-    "float.tiff": "unknown range of gray", "slow.jpg": "too slow to decode", "page.eps": "not an image",
-    "fifo.jpg": "not a regular file", "device.jpg": "not a regular file", "socket.jpg": "unreadable",
-}  # fmt: skip
+    "corrupt.jpg": "broken image",
+    "truncated.jpg": "broken image",
+    "corrupt.png": "broken image",
+    "empty.jpg": "empty file",
+    "html.jpg": "not an image",
+    "gone.jpg": "does not exist",
+    "bomb.jpg": "too large",
+    "bomb.png": "too large",
+    "float.tiff": "unknown range of gray",
+    "slow.jpg": "too slow to decode",
+    "page.eps": "not an image",
+    "fifo.jpg": "not a regular file",
+    "device.jpg": "not a regular file",
+    "socket.jpg": "unreadable",
+}
 LATER = {  # changes of images after the start
-    "gone.jpg": lambda path: None, "fifo.jpg": os.mkfifo, "device.jpg": lambda path: path.symlink_to("/dev/zero"),
+    "gone.jpg": lambda path: None,
+    "fifo.jpg": os.mkfifo,
+    "device.jpg": lambda path: path.symlink_to("/dev/zero"),
     "socket.jpg": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -43,15 +64,23 @@ def tokenizer(tiny_config):
 
 @pytest.fixture
 def folder(shapes, tmp_path):
-    """Make an image folder with the files of UNUSABLE, the unchanged files of LATER and a good image."""
+    """Make an image folder with the files of UNUSABLE, the unchanged files of LATER and a good
+    image.
+    """
     good = (shapes / GOOD).read_bytes()
     png = encoded(Image.open(shapes / GOOD), "PNG")
     files = {
-        "corrupt.jpg": good[:-200] + b"\xff\xd9", "truncated.jpg": good[:-200],
-        "corrupt.png": png[:60] + bytes(len(png) - 60), "empty.jpg": b"", "html.jpg": b"<html>404 Not Found</html>",
-        "bomb.jpg": declares(30000, 30000, "JPEG"), "bomb.png": declares(30000, 30000, "PNG"), "good.jpg": good,
-        "slow.jpg": jpeg_of_scans(Image.new("RGB", (16, 16)), 101), "page.eps": encoded(Image.new("RGB", (16, 16)), "EPS"),
-    }  # fmt: skip
+        "corrupt.jpg": good[:-200] + b"\xff\xd9",
+        "truncated.jpg": good[:-200],
+        "corrupt.png": png[:60] + bytes(len(png) - 60),
+        "empty.jpg": b"",
+        "html.jpg": b"<html>404 Not Found</html>",
+        "bomb.jpg": declares(30000, 30000, "JPEG"),
+        "bomb.png": declares(30000, 30000, "PNG"),
+        "good.jpg": good,
+        "slow.jpg": jpeg_of_scans(Image.new("RGB", (16, 16)), 101),
+        "page.eps": encoded(Image.new("RGB", (16, 16)), "EPS"),
+    }
     for name, data in {**files, **dict.fromkeys(LATER, b"")}.items():
         (tmp_path / name).write_bytes(data)
     Image.new("F", (40, 30), 0.5).save(tmp_path / "float.tiff")
@@ -79,16 +108,26 @@ def entries_of(name, images, text="a red circle"):
     task, _, split = name.partition("_")
     forms = {
         "pretrain": lambda i, image: {"image": image, "caption": text},
-        "retrieval": lambda i, image: {"image": image, "caption": text if split == "train" else [text], "image_id": i},
+        "retrieval": lambda i, image: {
+            "image": image,
+            "caption": text if split == "train" else [text],
+            "image_id": i,
+        },
         "ve": lambda i, image: {"image": image, "sentence": text, "label": "neutral"},
         "nlvr": lambda i, image: {"images": [image, "good.jpg"], "sentence": text, "label": "True"},
-        "vqa": lambda i, image: {"image": image, "question": text, "question_id": i, "dataset": "vqa", "answer": ["a"]},
+        "vqa": lambda i, image: {
+            "image": image,
+            "question": text,
+            "question_id": i,
+            "dataset": "vqa",
+            "answer": ["a"],
+        },
         "grounding": lambda i, image: {"image": image, "text": text, "ref_id": 0},
     }
     return [forms[task](i, image) for i, image in enumerate(images)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
 
 
@@ -98,9 +137,19 @@ def test_in_training_unusable_images_are_replaced_and_listed(tiny_config, folder
     break_later(folder)
     for i, (image, words) in enumerate(UNUSABLE.items()):
         sample = dataset[i]
-        assert image in sample.skipped[0] and words in sample.skipped[0] and "\n" not in sample.skipped[0]
-        assert torch.equal(sample.image, dataset[i].image) and sample.image.shape[-3:] == (3, 32, 32)
-    batch = dataset.collate([dataset[0], dataset[1], dataset[20]], build_tokenizer(tiny_config["tokenizer"]))
+        assert (
+            image in sample.skipped[0]
+            and words in sample.skipped[0]
+            and "\n" not in sample.skipped[0]
+        )
+        assert torch.equal(sample.image, dataset[i].image) and sample.image.shape[-3:] == (
+            3,
+            32,
+            32,
+        )
+    batch = dataset.collate(
+        [dataset[0], dataset[1], dataset[20]], build_tokenizer(tiny_config["tokenizer"])
+    )
     assert len(batch.skipped) >= 2 and all("good.jpg" in file for file in batch.files)
 
 
@@ -110,17 +159,30 @@ def test_unusable_images_end_a_test(tiny_config, folder, name):
     break_later(folder)
     for i, (image, words) in enumerate(UNUSABLE.items()):
         message = refusal(dataset.__getitem__, i)
-        assert image in message and words in message and "every image of the test file counts" in message
+        assert (
+            image in message
+            and words in message
+            and "every image of the test file counts" in message
+        )
 
 
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_test"])
 def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
     (folder / "photos").mkdir()
     break_later(folder)
-    for image, problem in (("gone.jpg", "does not exist"), ("photos", "is a folder"), ("https://host/a.jpg", "is a URL"),
-                           ("fifo.jpg", "is not a regular file"), ("device.jpg", "is not a regular file")):  # fmt: skip
+    for image, problem in (
+        ("gone.jpg", "does not exist"),
+        ("photos", "is a folder"),
+        ("https://host/a.jpg", "is a URL"),
+        ("fifo.jpg", "is not a regular file"),
+        ("device.jpg", "is not a regular file"),
+    ):
         message = refusal(build, name, tiny_config, folder, entries_of(name, ["good.jpg", image]))
-        assert "entry 1" in message and f"{image} {problem} (1 of the 2" in message and "image_root" in message
+        assert (
+            "entry 1" in message
+            and f"{image} {problem} (1 of the 2" in message
+            and "image_root" in message
+        )
 
 
 @pytest.mark.parametrize("name", ["pretrain", "grounding_train", "retrieval_test"])
@@ -134,7 +196,7 @@ def test_thin_and_tiny_images_are_used(tiny_config, folder, name, size):
         assert image.shape == (3, 32, 32) and image[0].max() > 200
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # texts
 
 
@@ -159,7 +221,9 @@ def test_of_a_list_of_captions_only_the_drawn_one_matters(tiny_config, folder):
 
 
 @pytest.mark.parametrize("caption", BLANK.values(), ids=BLANK)
-@pytest.mark.parametrize("name", ["retrieval_train", "retrieval_test", "vqa_train", "vqa_test", "ve_train", "nlvr_test"])
+@pytest.mark.parametrize(
+    "name", ["retrieval_train", "retrieval_test", "vqa_train", "vqa_test", "ve_train", "nlvr_test"]
+)
 def test_elsewhere_blank_texts_are_refused_before_the_start(tiny_config, folder, name, caption):
     entries = entries_of(name, ["good.jpg"]) + entries_of(name, ["good.jpg"], caption)
     message = refusal(build, name, tiny_config, folder, entries)
@@ -173,7 +237,11 @@ NO_TEXT = {"null": None, "number": 5, "empty list": [], "list with null": ["a", 
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_train", "retrieval_test"])
 def test_captions_that_are_no_text_are_refused_before_the_start(tiny_config, folder, name, fault):
     good, bad = entries_of(name, ["good.jpg"] * 2)
-    bad = {"image": "good.jpg", "image_id": 1} if fault == "missing key" else {**bad, "caption": NO_TEXT[fault]}
+    bad = (
+        {"image": "good.jpg", "image_id": 1}
+        if fault == "missing key"
+        else {**bad, "caption": NO_TEXT[fault]}
+    )
     message = refusal(build, name, tiny_config, folder, [good, bad])
     assert "list.json: entry 1" in message and "'caption'" in message
 
@@ -181,41 +249,71 @@ def test_captions_that_are_no_text_are_refused_before_the_start(tiny_config, fol
 @pytest.mark.parametrize("name", ["pretrain", "retrieval_test", "ve_train"])
 def test_files_that_are_not_utf8_are_refused_before_the_start(tiny_config, folder, name):
     text = json.dumps(entries_of(name, ["good.jpg"], "a café"), ensure_ascii=False)
-    assert "list.json: this annotation file is not UTF-8" in refusal(build, name, tiny_config, folder, text.encode("latin-1"))
+    assert "list.json: this annotation file is not UTF-8" in refusal(
+        build, name, tiny_config, folder, text.encode("latin-1")
+    )
 
 
 USED = {  # caption -> what is left of it
-    "a" * 100_000: "a" * 100_000, "a " * 50_000: " ".join(["a"] * 30), "a\tred\ncircle": "a\tred\ncircle", "a\0red": "a\0red",
-    f"a {HALF} circle": "a circle", f"cut {HALF}": "cut", "a red circle \U0001f534": "a red circle \U0001f534",
-    "\U0001f468\u200d\U0001f469": "\U0001f468\u200d\U0001f469", "\u200fעיגול אדום": "\u200fעיגול אדום",
-    "دائرة حمراء": "دائرة حمراء", "赤い円": "赤い円", "zero\u200bwidth": "zero\u200bwidth",
-}  # fmt: skip
+    "a" * 100_000: "a" * 100_000,
+    "a " * 50_000: " ".join(["a"] * 30),
+    "a\tred\ncircle": "a\tred\ncircle",
+    "a\0red": "a\0red",
+    f"a {HALF} circle": "a circle",
+    f"cut {HALF}": "cut",
+    "a red circle \U0001f534": "a red circle \U0001f534",
+    "\U0001f468\u200d\U0001f469": "\U0001f468\u200d\U0001f469",
+    "\u200fעיגול אדום": "\u200fעיגול אדום",
+    "دائرة حمراء": "دائرة حمراء",
+    "赤い円": "赤い円",
+    "zero\u200bwidth": "zero\u200bwidth",
+}
 
 
 @pytest.mark.parametrize("caption", USED, ids=lambda caption: ascii(caption[:12]))
 def test_unusual_texts_are_used(tiny_config, folder, tokenizer, caption):
-    sample = build("pretrain", tiny_config, folder, entries_of("pretrain", ["good.jpg"], caption))[0]
+    sample = build("pretrain", tiny_config, folder, entries_of("pretrain", ["good.jpg"], caption))[
+        0
+    ]
     assert sample.caption == USED[caption] and not sample.skipped
-    dataset = build("retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"], caption))
+    dataset = build(
+        "retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"], caption)
+    )
     for text in (sample.caption, dataset.texts[0]):
         ids, mask = tokenize([text, "a red circle"], tokenizer, 25)
         assert ids[0, 0] == tokenizer.cls_token_id and 2 <= mask[0].sum() <= 25
-    # the same ids whether the half was dropped while the list was read, as in pre-training, or after
-    assert torch.equal(*(tokenize([text], tokenizer, 25)[0] for text in (sample.caption, dataset.texts[0])))
+    # the same ids whether the half was dropped while the list was read, as in pre-training, or
+    # after
+    assert torch.equal(
+        *(tokenize([text], tokenizer, 25)[0] for text in (sample.caption, dataset.texts[0]))
+    )
 
 
 def test_of_any_text_a_tokenizer_makes_at_least_cls(tiny_config, tokenizer):
     ids, mask = tokenize([pre_caption(text, 30) for text in [*BLANK.values(), "a"]], tokenizer)
-    assert (ids[:, 0] == tokenizer.cls_token_id).all() and mask.sum(1).tolist() == [1] * len(BLANK) + [2]
+    assert (ids[:, 0] == tokenizer.cls_token_id).all() and mask.sum(1).tolist() == [1] * len(
+        BLANK
+    ) + [2]
 
 
 def test_blank_is_what_leaves_no_word_piece(tokenizer):
-    characters = map(chr, [*range(0x3100), *range(0xD700, 0xE100), *range(0xFE00, 0x10000), *range(0x1F600, 0x1F610)])
+    characters = map(
+        chr,
+        [*range(0x3100), *range(0xD700, 0xE100), *range(0xFE00, 0x10000), *range(0x1F600, 0x1F610)],
+    )
     # a tokenizer's tables of Unicode are of another version than Python's
-    old = [c for c in characters if unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) != "Cn"]
+    old = [
+        c
+        for c in characters
+        if unicodedata.ucd_3_2_0.category(c) == unicodedata.category(c) != "Cn"
+    ]
     texts = [pre_caption(character, 30) for character in old]
     pieces = tokenize(texts, tokenizer)[1].sum(1) - 1
-    different = [ascii(c) for c, text, count in zip(old, texts, pieces.tolist()) if is_blank(text) != (count == 0)]
+    different = [
+        ascii(c)
+        for c, text, count in zip(old, texts, pieces.tolist())
+        if is_blank(text) != (count == 0)
+    ]
     assert not different and len(old) > 9000
 
 
@@ -227,7 +325,9 @@ def test_texts_with_words_beside_blank_ones_are_used():
 def test_duplicated_entries_are_used_as_they_are(tiny_config, folder):
     for name in ("pretrain", "retrieval_train", "ve_train"):
         assert len(build(name, tiny_config, folder, entries_of(name, ["good.jpg"]) * 3)) == 3
-    dataset = build("retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"]) * 3)
+    dataset = build(
+        "retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"]) * 3
+    )
     assert len(dataset) == 1 and dataset.img2txt == [[0, 1, 2]]
     with pytest.raises(InputError, match="question_id 0 too"):
         build("vqa_test", tiny_config, folder, entries_of("vqa_test", ["good.jpg"]) * 2)
@@ -235,5 +335,9 @@ def test_duplicated_entries_are_used_as_they_are(tiny_config, folder):
 
 def test_every_row_of_the_table_names_a_test():
     page = (ROOT / "docs/faults.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("|") and not line.endswith(("|---|", "| test |"))]
+    rows = [
+        line
+        for line in page.splitlines()
+        if line.startswith("|") and not line.endswith(("|---|", "| test |"))
+    ]
     assert len(rows) > 20 and all(re.search("`test_", row) for row in rows)

@@ -1,4 +1,6 @@
-"""Demo.py: the tabs show what the model computes, in a browser that is used as by a person, and nothing leaves the machine."""
+"""Demo.py: the tabs show what the model computes, in a browser that is used as by a person, and
+nothing leaves the machine.
+"""
 
 import http.client
 import json
@@ -14,12 +16,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 from conftest import ROOT, contents, exit_status
+from PIL import Image
+from test_inference import files, models, photos  # noqa: F401, fixtures
+
 from dataset.build import build_dataset
 from demo import results
-from test_inference import files, models, photos  # noqa: F401, fixtures
 
 TEXT = "a red circle"
 
@@ -33,12 +35,21 @@ def percentages(html):
 def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(models, photos, task):  # noqa: F811
     model, image = models[task], photos[0]
     if task == "pretrain":
-        html, expected = results.show_match(model, image, TEXT), [("match", model.match(image, TEXT))]
+        html, expected = (
+            results.show_match(model, image, TEXT),
+            [("match", model.match(image, TEXT))],
+        )
         assert f"features is {model.similarity(image, TEXT):.2f}" in html
     elif task == "vqa":
-        html, expected = results.show_answers(model, image, TEXT), model.answer(image, TEXT, model.config["answer_list"])
+        html, expected = (
+            results.show_answers(model, image, TEXT),
+            model.answer(image, TEXT, model.config["answer_list"]),
+        )
     elif task == "ve":
-        html, expected = results.show_entailment(model, image, TEXT), list(model.entails(image, TEXT).items())
+        html, expected = (
+            results.show_entailment(model, image, TEXT),
+            list(model.entails(image, TEXT).items()),
+        )
     else:
         html, true = results.show_truth(model, *photos[:2], TEXT), model.true_of(photos[:2], TEXT)
         expected = [("True", true), ("False", 1 - true)]
@@ -53,17 +64,26 @@ def test_words_are_escaped_and_marked_where_the_vocabulary_lacks_them(models, ph
     for show in results.show_match, results.show_pseudo_targets:
         html = show(models["pretrain"], photos[0], "a <b>red</b> щ circle")
         assert "<b>red" not in html and "&lt;" in html
-        assert re.search("<span class='unknown'[^>]*>щ</span>", html) and "not in the vocabulary, all the same to" in html
+        assert (
+            re.search("<span class='unknown'[^>]*>щ</span>", html)
+            and "not in the vocabulary, all the same to" in html
+        )
 
 
 def test_pseudo_targets_are_five_words_for_each(models, photos):  # noqa: F811
     html = results.show_pseudo_targets(models["pretrain"], photos[0], TEXT)
-    expected = [candidate for _, candidates in models["pretrain"].fill_in(photos[0], TEXT) for candidate in candidates]
+    expected = [
+        candidate
+        for _, candidates in models["pretrain"].fill_in(photos[0], TEXT)
+        for candidate in candidates
+    ]
     assert len(expected) == 15
-    assert percentages(html) == [(f"{c.text}{' ✓' if c.hit else ''}", f"{c.score:.1%}") for c in expected]
+    assert percentages(html) == [
+        (f"{c.text}{' ✓' if c.hit else ''}", f"{c.score:.1%}") for c in expected
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # with Gradio
 
 
@@ -95,45 +115,77 @@ def port():
         return server.getsockname()[1]
 
 
-def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, photos):  # noqa: F811
+# noqa: F811
+def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, photos):
     model = models["retrieval"]
     call = page.search({"r": model}, photos, {"r": model.embed_images(photos)})
     pictures, found, said = call("r", TEXT, False)
-    assert found == [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)] and "(ITC)" in said
+    assert (
+        found == [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)]
+        and "(ITC)" in said
+    )
     pictures, found, said = call("r", TEXT, True)
     probabilities = model.match(found, TEXT).tolist()
     count = min(page.TOP, len(photos))  # k_test is 3, but all shown images have a probability
-    assert set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)} and f"the {count} most similar images" in said
+    assert (
+        set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)}
+        and f"the {count} most similar images" in said
+    )
     assert probabilities == sorted(probabilities, reverse=True)
-    assert [caption for _, caption in pictures] == [f"{p:.1%} · {Path(f).name}" for p, f in zip(probabilities, found)]
-    assert call("r", " ?! ", True)[:2] == ([], []) and "nothing is left of it after clean-up" in call("r", " ?! ", True)[2]
+    assert [caption for _, caption in pictures] == [
+        f"{p:.1%} · {Path(f).name}" for p, f in zip(probabilities, found)
+    ]
+    assert (
+        call("r", " ?! ", True)[:2] == ([], [])
+        and "nothing is left of it after clean-up" in call("r", " ?! ", True)[2]
+    )
 
 
-def test_errors_are_sentences_without_folders(page, models, photos, tmp_path, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_errors_are_sentences_without_folders(page, models, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    match, two = (page.ask(next(tab for tab in page.TABS if tab.name == name), models) for name in ("Match", "Two images"))
+    match, two = (
+        page.ask(next(tab for tab in page.TABS if tab.name == name), models)
+        for name in ("Match", "Two images")
+    )
     (tmp_path / "a.jpg").write_text("no image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     photo = shutil.copy(photos[0], tmp_path / "photo.jpg")
-    assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two("nlvr", photo, None, TEXT)
+    assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two(
+        "nlvr", photo, None, TEXT
+    )
     for image, text, expected in (
-        (photo, "", "nothing is left of it after clean-up"), (tmp_path / "a.jpg", TEXT, ">a.jpg: not an image"),
+        (photo, "", "nothing is left of it after clean-up"),
+        (tmp_path / "a.jpg", TEXT, ">a.jpg: not an image"),
         (tmp_path / "huge.png", TEXT, ">huge.png: too large"),
-    ):  # fmt: skip
+    ):
         html = match("pretrain", str(image), text)
-        assert "role='alert'" in html and expected in html and str(tmp_path) not in html and "img" not in html
+        assert (
+            "role='alert'" in html
+            and expected in html
+            and str(tmp_path) not in html
+            and "img" not in html
+        )
 
 
 def test_the_tabs_are_those_that_the_checkpoints_can_fill(page, models, photos):  # noqa: F811
     def tabs(*tasks, paths=()):
-        blocks = page.build_page({task: models[task] for task in tasks}, {}, paths, {}).blocks.values()
+        blocks = page.build_page(
+            {task: models[task] for task in tasks}, {}, paths, {}
+        ).blocks.values()
         return [block.label for block in blocks if type(block).__name__ == "Tab"]
 
     assert tabs("vqa") == ["Ask"] and tabs("retrieval", "ve") == ["Match", "Entailment"]
-    assert tabs("nlvr", "pretrain", paths=photos) == ["Search", "Match", "Two images", "Pseudo-targets"]
+    assert tabs("nlvr", "pretrain", paths=photos) == [
+        "Search",
+        "Match",
+        "Two images",
+        "Pseudo-targets",
+    ]
 
 
-def test_broken_images_of_a_folder_are_named_and_left_out(page, photos, tmp_path, capsys):  # noqa: F811
+# noqa: F811
+def test_broken_images_of_a_folder_are_named_and_left_out(page, photos, tmp_path, capsys):
     import Demo
 
     (tmp_path / "deep").mkdir()
@@ -153,28 +205,51 @@ def test_bad_input_is_one_line(run, files, shapes, tmp_path, port):  # noqa: F81
             (tmp_path / "no.pth",): "no.pth does not exist",
             (files["nlvr_pretrain"],): "none of the checkpoints has a tab",
             (files["ve"], "--images", shapes): "none of the checkpoints can search",
-            (files["retrieval"], "--images", tmp_path / "none"): "none: does not exist, name a folder of images",
-            (files["retrieval"], "--images", tmp_path / "empty"): "empty: no image in it or below (by the suffixes of JPEG, PNG",
+            (
+                files["retrieval"],
+                "--images",
+                tmp_path / "none",
+            ): "none: does not exist, name a folder of images",
+            (
+                files["retrieval"],
+                "--images",
+                tmp_path / "empty",
+            ): "empty: no image in it or below (by the suffixes of JPEG, PNG",
             (files["ve"], "--prot", 1): "did you mean --port?",
             (): "checkpoint",
-        }  # fmt: skip
+        }
         for arguments, message in cases.items():
-            status, _, err = run(*(arguments if "--port" in arguments else (*arguments, "--port", port)))
+            status, _, err = run(
+                *(arguments if "--port" in arguments else (*arguments, "--port", port))
+            )
             assert status == 2 and err.count("\n") == 1 and message in err, err
 
 
 def test_without_gradio_there_is_one_line_at_once():
-    code = ("import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['Demo.py', 'a']; "
-            "runpy.run_path('Demo.py', run_name='__main__')")  # fmt: skip
-    told = subprocess.run([sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['Demo.py', 'a']; "
+        "runpy.run_path('Demo.py', run_name='__main__')"
+    )
+    told = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     said = [line for line in told.stderr.splitlines() if not line.startswith("import time:")]
-    assert told.returncode == 2 and said == ["error: Demo.py needs Gradio: pip install -r requirements-demo.txt"]
+    assert told.returncode == 2 and said == [
+        "error: Demo.py needs Gradio: pip install -r requirements-demo.txt"
+    ]
     assert "torch" not in told.stderr
 
 
-def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(run, page, files, port, tmp_path, monkeypatch):  # noqa
+# noqa
+def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(
+    run, page, files, port, tmp_path, monkeypatch
+):
     asked, look_up, seen = set(), socket.getaddrinfo, {}
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **keys: (asked.add(host), look_up(host, *more, **keys))[1])
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *more, **keys: (asked.add(host), look_up(host, *more, **keys))[1],
+    )
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
@@ -198,7 +273,7 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(run, page
     assert not list(tmp_path.iterdir()) and not list((ROOT / "demo").glob("*.pyi"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # over HTTP
 
 
@@ -212,27 +287,44 @@ class Client:
         """Return (status, headers, body); keyword arguments replace headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(
+                method,
+                path,
+                body,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
             response = connection.getresponse()
             return response.status, response.headers, response.read()
         finally:
             connection.close()
 
     def ask(self, image, text=TEXT):
-        """Call the function of the tab for an image as the browser names it. Return its last message."""
+        """Call the function of the tab for an image as the browser names it.
+
+        Return its last message.
+        """
         return self.call(0, [self.name, image, text])
 
     def call(self, function, data, event=None, session="one"):
         """Call a function of the page. Return its last message."""
-        body = json.dumps({"data": data, "fn_index": function, "session_hash": session, "event_data": event})
-        assert self.request("POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0] == 200
+        body = json.dumps(
+            {"data": data, "fn_index": function, "session_hash": session, "event_data": event}
+        )
+        assert (
+            self.request("POST", "/gradio_api/queue/join", body, Content_Type="application/json")[0]
+            == 200
+        )
         events = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[2].decode()
         messages = [json.loads(line.removeprefix("data: ")) for line in events.splitlines() if line]
         return next(message for message in messages if message["msg"] == "process_completed")
 
     def upload(self, content, **headers):
         """Return the status and body of an upload."""
-        body = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n' + content + b"\r\n--b--\r\n"
+        body = (
+            b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+            + content
+            + b"\r\n--b--\r\n"
+        )
         headers = {"Content_Type": "multipart/form-data; boundary=b", **headers}
         status, _, answer = self.request("POST", "/gradio_api/upload", body, **headers)
         return status, answer
@@ -260,29 +352,49 @@ def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F8
     os.mkfifo(fifo := tmp_path / "fifo")
     os.symlink(photos[0], link := Path(uploaded).parent / "link.jpg")
     answers = {True: set(), False: set()}
-    for path in (photos[0], fifo, link, tmp_path / "none.jpg", tmp_path, "/dev/zero", "/etc/passwd", f"{uploaded}/../../../x",
-                 "a\0b", "", os.path.relpath(photos[0])):  # fmt: skip
+    for path in (
+        photos[0],
+        fifo,
+        link,
+        tmp_path / "none.jpg",
+        tmp_path,
+        "/dev/zero",
+        "/etc/passwd",
+        f"{uploaded}/../../../x",
+        "a\0b",
+        "",
+        os.path.relpath(photos[0]),
+    ):
         for image in ({"path": str(path)}, {"path": str(path), "meta": META}):
             answer = str(client.ask(image)["output"].get("data"))
             assert "bars" not in answer, image
             answers["meta" in image].add(answer)
-    assert len(answers[True]) == len(answers[False]) == 1  # the answer does not reveal whether a file exists
+    # the answer does not reveal whether a file exists
+    assert len(answers[True]) == len(answers[False]) == 1
     assert "bars" in str(client.ask({"path": uploaded})["output"]["data"])
 
 
-def test_a_found_image_of_any_folder_opens_in_match(page, models, photos, port, tmp_path, monkeypatch):  # noqa: F811
+# noqa: F811
+def test_a_found_image_of_any_folder_opens_in_match(
+    page, models, photos, port, tmp_path, monkeypatch
+):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the photos are neither below tmp_path nor in the working directory
+    # the photos are neither below tmp_path nor in the working directory
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     model = models["retrieval"]
     blocks = page.build_page({"r": model}, {}, photos, {"r": model.embed_images(photos)})
     page.launch(blocks, "127.0.0.1", port)
     try:
         client = Client(port, "r")
         functions = json.loads(client.request("GET", "/config")[2])["dependencies"]
-        searching, choosing = (next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
-                               for event in ("click", "select"))  # fmt: skip
+        searching, choosing = (
+            next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
+            for event in ("click", "select")
+        )
         assert len(client.call(searching, ["r", TEXT, False])["output"]["data"][0]) == len(photos)
-        _, _, image, _ = client.call(choosing, ["r", None, TEXT], {"index": 0, "value": None})["output"]["data"]
+        _, _, image, _ = client.call(choosing, ["r", None, TEXT], {"index": 0, "value": None})[
+            "output"
+        ]["data"]
         assert Path(image["path"]).read_bytes() in [Path(photo).read_bytes() for photo in photos]
         assert "bars" in str(client.call(choosing + 1, ["r", image, TEXT])["output"]["data"])
     finally:
@@ -297,13 +409,30 @@ def test_other_hosts_and_origins_are_refused(client):
             assert client.upload(b"abc", Host=host, **headers)[0] == 200
     own = f"127.0.0.1:{port}"
     for host, origin in (
-        ("evil.example", None), (f"evil.example:{port}", f"http://evil.example:{port}"), (own, "http://evil.example"),
-        (own, "null"), (own, "http://127.0.0.1:1"), ("127.0.0.1", None), (own, f"https://{own}"), (f"127.0.0.1:{port}1", None),
-    ):  # fmt: skip
+        ("evil.example", None),
+        (f"evil.example:{port}", f"http://evil.example:{port}"),
+        (own, "http://evil.example"),
+        (own, "null"),
+        (own, "http://127.0.0.1:1"),
+        ("127.0.0.1", None),
+        (own, f"https://{own}"),
+        (f"127.0.0.1:{port}1", None),
+    ):
         headers = {"Host": host} | ({"Origin": origin} if origin else {})
-        for method, path in ("GET", "/"), ("GET", "/config"), ("POST", "/gradio_api/queue/join"), ("OPTIONS", "/config"):
-            status, found, body = client.request(method, path, **headers, Access_Control_Request_Method="POST")
-            assert status == 403 and "access-control-allow-origin" not in found and b"gradio" not in body, (host, origin, method)
+        for method, path in (
+            ("GET", "/"),
+            ("GET", "/config"),
+            ("POST", "/gradio_api/queue/join"),
+            ("OPTIONS", "/config"),
+        ):
+            status, found, body = client.request(
+                method, path, **headers, Access_Control_Request_Method="POST"
+            )
+            assert (
+                status == 403
+                and "access-control-allow-origin" not in found
+                and b"gradio" not in body
+            ), (host, origin, method)
         assert client.upload(b"abc", **headers)[0] == 403
 
 
@@ -315,7 +444,7 @@ def test_too_large_an_upload_is_refused_and_not_kept(client, page, tmp_path, mon
     assert contents(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # in a browser
 
 
@@ -323,10 +452,21 @@ def test_too_large_an_upload_is_refused_and_not_kept(client, page, tmp_path, mon
 def address(page, models, photos, shapes, port):  # noqa: F811
     """The address of a page with every tab, and examples in each."""
     chosen = {task: models[task] for task in ("pretrain", "retrieval", "vqa", "ve", "nlvr")}
-    files = {"pretrain": "test", "retrieval": "test", "vqa": "vqa_test", "ve": "ve_test", "nlvr": "nlvr_test"}  # noqa: F811
+    # noqa: F811
+    files = {
+        "pretrain": "test",
+        "retrieval": "test",
+        "vqa": "vqa_test",
+        "ve": "ve_test",
+        "nlvr": "nlvr_test",
+    }
     data = {}
     for task, model in chosen.items():
-        config = {**model.config, "test_file": [str(shapes / f"{files[task]}.json")], "vqa_root": str(shapes)}
+        config = {
+            **model.config,
+            "test_file": [str(shapes / f"{files[task]}.json")],
+            "vqa_root": str(shapes),
+        }
         data[task] = build_dataset(f"{task.replace('pretrain', 'retrieval')}_test", config)
     features = {task: models[task].embed_images(photos) for task in page.ALIGNED}
     blocks = page.build_page(chosen, data, photos, features)
@@ -338,16 +478,26 @@ def address(page, models, photos, shapes, port):  # noqa: F811
 @pytest.fixture
 def browser(tmp_path):
     """A headless Chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium: pip install -r requirements-dev.txt")
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="needs Selenium: pip install -r requirements-dev.txt"
+    )
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (chromium and driver):
         pytest.skip("needs a browser: apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
-        "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'chromium'}", "window-size=1300,1100",
-    ):  # fmt: skip
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={tmp_path / 'chromium'}",
+        "window-size=1300,1100",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -368,7 +518,9 @@ class Person:
 
         def visible(browser):
             found = browser.find_elements("css selector", selector)
-            found = [element for element in found if element.is_displayed() and text in element.text]
+            found = [
+                element for element in found if element.is_displayed() and text in element.text
+            ]
             return len(found) >= count and found
 
         wait = WebDriverWait(self.browser, 60, 0.1, [StaleElementReferenceException])
@@ -391,7 +543,8 @@ class Person:
         return self.browser.execute_script(
             "const heat = [...document.querySelectorAll('.heat')].find(heat => heat.offsetParent);"
             "heat.scrollIntoView(); const box = heat.getBoundingClientRect();"
-            "return document.elementFromPoint(box.left + 40, box.bottom - 40).alt")  # fmt: skip
+            "return document.elementFromPoint(box.left + 40, box.bottom - 40).alt"
+        )
 
 
 def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # noqa: F811
@@ -401,7 +554,9 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
     browser.get(address)
     person.see("label", text="retrieval")[0].click()
     person.write(TEXT)
-    captions = [caption.text for caption in person.see("#found .caption-label", min(12, len(photos)))]
+    captions = [
+        caption.text for caption in person.see("#found .caption-label", min(12, len(photos)))
+    ]
     probability, _, name = captions[0].partition(" · ")
     assert any(path.endswith(name) for path in photos)
     person.see("#found .thumbnail-item")[0].click()  # opens the tab Match
@@ -419,7 +574,9 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
     person.see(".sentence", text="nothing is left of it after clean-up")
     (tmp_path / "broken.jpg").write_text("no image")
     person.see("button[aria-label='Remove Image']")[0].click()
-    browser.find_elements("css selector", "input[type=file]")[0].send_keys(str(tmp_path / "broken.jpg"))
+    browser.find_elements("css selector", "input[type=file]")[0].send_keys(
+        str(tmp_path / "broken.jpg")
+    )
     person.see("button[aria-label='Remove Image']")
     person.write(TEXT)
     person.see(".sentence", text="broken.jpg: not an image")
@@ -436,8 +593,14 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
     person.see("tr.tr-body")[0].click()
     assert len(person.bars(5)) % 5 == 0
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
-             and message["params"]["documentURL"].startswith(address)}  # fmt: skip
+    asked = {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+        and message["params"]["documentURL"].startswith(address)
+    }
     assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked), asked
-    refused = [entry for entry in browser.get_log("browser") if entry["source"] in ("security", "network")]
+    refused = [
+        entry for entry in browser.get_log("browser") if entry["source"] in ("security", "network")
+    ]
     assert not refused, refused

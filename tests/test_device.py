@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-
 from conftest import refusal
+
 from engine.device import device_peak, use_device
 from engine.processes import init_process_group
 from engine.recorder import Recorder
@@ -23,20 +23,41 @@ def test_float32_is_tf32_on_a_gpu_but_not_where_results_must_repeat_and_attentio
         for deterministic, precision in ((False, "high"), (True, "highest")):
             torch.backends.cuda.enable_cudnn_sdp(True)
             use_device({"deterministic": deterministic}, CUDA)
-            assert torch.get_float32_matmul_precision() == precision and not torch.backends.cuda.cudnn_sdp_enabled()
-            assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+            assert (
+                torch.get_float32_matmul_precision() == precision
+                and not torch.backends.cuda.cudnn_sdp_enabled()
+            )
+            assert (
+                torch.backends.cuda.flash_sdp_enabled()
+                and torch.backends.cuda.mem_efficient_sdp_enabled()
+            )
         use_device({"deterministic": False}, torch.device("cpu"))
-        assert torch.are_deterministic_algorithms_enabled() and torch.get_float32_matmul_precision() == "highest"
+        assert (
+            torch.are_deterministic_algorithms_enabled()
+            and torch.get_float32_matmul_precision() == "highest"
+        )
     finally:
         torch.set_float32_matmul_precision(kept[0])
         torch.use_deterministic_algorithms(kept[1])
 
 
-@pytest.mark.parametrize("name, peak", [
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L40S", 362), ("NVIDIA L4", 121),
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 NVL", 835), ("NVIDIA B200", 2250),
-    ("NVIDIA GeForce RTX 4090", None), ("NVIDIA A1000", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA A1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
+)
 def test_the_peak_is_that_of_the_very_device(name, peak):
     with mock.patch("torch.cuda.get_device_name", lambda device: name):
         assert device_peak(CUDA, {"precision": "bf16"}) == (peak and peak * 1e12)
@@ -61,6 +82,7 @@ def test_a_gpu_is_asked_for_its_losses_every_log_every_iterations(tiny_config, t
     run = mock.Mock(config={**tiny_config, "log_every": 3}, device=CUDA, output_dir=tmp_path)
     asked = []
     with contextlib.closing(Recorder(run, Position(), 8, None)) as recorder:
+
         def fetch():
             asked.append(len(recorder.pending))
             recorder.now.iteration += len(recorder.pending)
@@ -73,7 +95,9 @@ def test_a_gpu_is_asked_for_its_losses_every_log_every_iterations(tiny_config, t
 
 
 def test_a_gpu_whose_peak_is_known_shows_its_mfu(tiny_config, tmp_path):
-    run = mock.Mock(config={**tiny_config, "precision": "bf16"}, device=CUDA, output_dir=tmp_path, iterations=6)
+    run = mock.Mock(
+        config={**tiny_config, "precision": "bf16"}, device=CUDA, output_dir=tmp_path, iterations=6
+    )
     drawn = mock.Mock()
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", None)):
         drawn.reset_mock()
@@ -93,7 +117,10 @@ def test_a_gpu_whose_peak_is_known_shows_its_mfu(tiny_config, tmp_path):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """Joins as a process of a machine with some GPUs, by environment variables; returns (device, calls of torch)."""
+    """Joins as a process of a machine with some GPUs, by environment variables; returns (device,
+    calls of torch).
+    """
+
     def join(gpus, device=None, timeout=1800, **environment):
         calls = mock.Mock()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -101,7 +128,9 @@ def joined(monkeypatch):
         monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
         monkeypatch.setattr(dist, "init_process_group", calls.init_process_group)
         monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
-        meeting = mock.Mock(rank=5, **{"store.return_value": "store", "wait_for_first.return_value": "start"})
+        meeting = mock.Mock(
+            rank=5, **{"store.return_value": "store", "wait_for_first.return_value": "start"}
+        )
         monkeypatch.setattr("engine.processes._Meeting", lambda *_: meeting)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
@@ -116,27 +145,38 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
 SRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
-@pytest.mark.parametrize("gpus, environment, number", [(4, TORCHRUN, 1), (4, SRUN, 1), (1, SRUN, 0)])
+@pytest.mark.parametrize(
+    "gpus, environment, number", [(4, TORCHRUN, 1), (4, SRUN, 1), (1, SRUN, 0)]
+)
 def test_each_process_joins_with_a_gpu_of_its_own(joined, gpus, environment, number):
     device, calls = joined(gpus, timeout=900, **environment)
     assert device == torch.device("cuda", number)
     calls.set_device.assert_called_once_with(device)
     calls.init_process_group.assert_called_once_with(
-        backend="cpu:gloo,cuda:nccl", device_id=device, store=("start", "store"), rank=5, world_size=8,
+        backend="cpu:gloo,cuda:nccl",
+        device_id=device,
+        store=("start", "store"),
+        rank=5,
+        world_size=8,
         timeout=datetime.timedelta(seconds=900),
-    )  # fmt: skip
+    )
     assert [call[0] for call in calls.mock_calls] == ["set_device", "init_process_group"]
 
 
 def test_processes_of_a_machine_without_a_gpu_join_by_gloo(joined):
     device, calls = joined(0, **TORCHRUN)
-    assert device == torch.device("cpu") and calls.init_process_group.call_args.kwargs["backend"] == "gloo"
+    assert (
+        device == torch.device("cpu")
+        and calls.init_process_group.call_args.kwargs["backend"] == "gloo"
+    )
     assert "device_id" not in calls.init_process_group.call_args.kwargs
 
 
 def test_one_process_uses_the_gpu_it_is_told(joined):
     assert joined(2, "cuda:1")[0] == torch.device("cuda:1") and joined(2)[0] == CUDA
-    assert "--device cuda:2: torch finds 2 GPUs here, the last one is cuda:1" in refusal(joined, 2, "cuda:2")
+    assert "--device cuda:2: torch finds 2 GPUs here, the last one is cuda:1" in refusal(
+        joined, 2, "cuda:2"
+    )
 
 
 @pytest.mark.parametrize("gpus, environment", [(1, TORCHRUN), (2, {**SRUN, "LOCAL_RANK": "3"})])
@@ -152,10 +192,16 @@ def test_a_launcher_that_does_not_say_where_the_others_are_is_one_line(monkeypat
     assert "MASTER_ADDR is missing" in refusal(init_process_group, "cpu", 1)
 
 
-@pytest.mark.parametrize("name, value", [
-    *((name, "abc") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK")),
-    ("MASTER_PORT", "99999"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(
+            (name, "abc")
+            for name in ("WORLD_SIZE", "RANK", "MASTER_PORT", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK")
+        ),
+        ("MASTER_PORT", "99999"),
+    ],
+)
 def test_a_number_of_the_launcher_that_is_none_is_one_line(monkeypatch, name, value):
     environment = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     if name.startswith("SLURM"):
@@ -169,5 +215,13 @@ def test_a_number_of_the_launcher_that_is_none_is_one_line(monkeypatch, name, va
 def test_a_slurm_step_that_lacks_its_variables_is_one_line(monkeypatch):
     monkeypatch.setattr("os.environ", {"SLURM_STEP_NUM_TASKS": "2"})
     assert "SLURM_PROCID" in refusal(init_process_group, "cpu", 1)
-    monkeypatch.setattr("os.environ", {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1"})
+    monkeypatch.setattr(
+        "os.environ",
+        {
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": "1",
+            "SLURM_LOCALID": "1",
+            "SLURM_JOB_ID": "1",
+        },
+    )
     assert "MASTER_ADDR" in refusal(init_process_group, "cpu", 1)

@@ -8,13 +8,43 @@ from conftest import ROOT
 from configs.schema import KEYS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
-FOLDERS = ("configs", "models", "dataset", "optim", "scheduler", "engine", "evaluation", "visualize", "benchmarks", "scripts",
-           "experiments", "tests", "docs", "inference", "examples", "demo")  # fmt: skip
+SOURCES = [
+    path
+    for path in ROOT.rglob("*.py")
+    if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)
+]
+FOLDERS = (
+    "configs",
+    "models",
+    "dataset",
+    "optim",
+    "scheduler",
+    "engine",
+    "evaluation",
+    "visualize",
+    "benchmarks",
+    "scripts",
+    "experiments",
+    "tests",
+    "docs",
+    "inference",
+    "examples",
+    "demo",
+)
 OTHERS = {  # flags of other programs
-    "--nproc_per_node", "--nnodes", "--max-restarts", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id", "--nodes", "--signal",
-    "--ntasks-per-node", "--check", "--help", "--shm-size",
-}  # fmt: skip
+    "--nproc_per_node",
+    "--nnodes",
+    "--max-restarts",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
+    "--rdzv_id",
+    "--nodes",
+    "--signal",
+    "--ntasks-per-node",
+    "--check",
+    "--help",
+    "--shm-size",
+}
 
 
 @pytest.fixture(params=PAGES, ids=lambda page: page.name)
@@ -24,17 +54,32 @@ def page(request):
 
 def code(text):
     """The pieces of a page that are code: indented or fenced blocks, and what stands in backticks."""
-    blocks = re.findall(r"(?:^    .*\n?)+", text, re.M) + re.findall(r"^```.*?^```", text, re.M | re.S)
+    blocks = re.findall(r"(?:^    .*\n?)+", text, re.M) + re.findall(
+        r"^```.*?^```", text, re.M | re.S
+    )
     return [*blocks, *re.findall(r"`([^`\n]+)`", text)]
 
 
 def test_files_exist(page):
     named = set()
     for piece in code(page.read_text()):
-        named |= set(re.findall(rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)", piece))
+        named |= set(
+            re.findall(
+                rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)", piece
+            )
+        )
         named |= set(re.findall(r"(?<![\w/.])[A-Z]\w+\.py", piece))
-        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m ((?:dataset|models|experiments|examples)\.\w+)", piece)}
-    missing = {name for name in named if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()}
+        named |= {
+            f"{name.replace('.', '/')}.py"
+            for name in re.findall(
+                r"python -m ((?:dataset|models|experiments|examples)\.\w+)", piece
+            )
+        }
+    missing = {
+        name
+        for name in named
+        if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()
+    }
     assert not missing
 
 
@@ -44,28 +89,54 @@ def test_links_lead_somewhere(page):
         path = page.parent / name if name else page
         assert path.exists(), target
         headings = re.findall(r"^#+ (.*)$", path.read_text(), re.M) if path.suffix == ".md" else []
-        assert not anchor or anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+        assert not anchor or anchor in {
+            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+        }, target
 
 
 def test_flags_exist(page):
-    known = set(re.findall(r"\"(--[\w-]+)\"", "".join(path.read_text() for path in [*SOURCES, ROOT / "tests/chaos.py"])))
-    named = {flag for piece in code(page.read_text()) for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", piece)}
+    known = set(
+        re.findall(
+            r"\"(--[\w-]+)\"",
+            "".join(path.read_text() for path in [*SOURCES, ROOT / "tests/chaos.py"]),
+        )
+    )
+    named = {
+        flag
+        for piece in code(page.read_text())
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", piece)
+    }
     assert not named - known - OTHERS
 
 
 def test_keys_exist(page):
     text, known = page.read_text(), set(KEYS) | {key.partition(".")[0] for key in KEYS}
     tables = re.findall(r"^\| key \|.*\n(?:\|.*\n)+", text, re.M)
-    named = {key for table in tables for row in table.splitlines()[2:] for key in re.findall(r"`([\w.]+)`", row.split("|")[1])}
+    named = {
+        key
+        for table in tables
+        for row in table.splitlines()[2:]
+        for key in re.findall(r"`([\w.]+)`", row.split("|")[1])
+    }
     for line in re.findall(r"--set ((?:[\w.]+=\S+[ `]*)+)", text):
-        named |= {key for key in re.findall(r"([\w.]+)=", line) if not key.startswith("bert_config.") and key != "key"}
+        named |= {
+            key
+            for key in re.findall(r"([\w.]+)=", line)
+            if not key.startswith("bert_config.") and key != "key"
+        }
     assert not named - known
 
 
 def test_targets_of_make_exist(page):
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z][\w-]*)(?: \S+)?:", makefile, re.M)) | set(re.findall(r"\b(?:paper-\w+)", makefile))
-    named = {name for piece in code(page.read_text()) for name in re.findall(r"^ *make ([a-z][\w-]*)", piece, re.M)}
+    targets = set(re.findall(r"^([a-z][\w-]*)(?: \S+)?:", makefile, re.M)) | set(
+        re.findall(r"\b(?:paper-\w+)", makefile)
+    )
+    named = {
+        name
+        for piece in code(page.read_text())
+        for name in re.findall(r"^ *make ([a-z][\w-]*)", piece, re.M)
+    }
     assert not named - targets
 
 
@@ -77,4 +148,8 @@ def test_tests_exist(page):
     text = page.read_text()
     metrics = {"test_acc", "test_map", "test_map_head", "test_auc"}
     assert not set(re.findall(r"`(test_\w+)`", text)) - known.keys() - KEYS.keys() - metrics
-    assert not [pair for pair in re.findall(r"(tests/test_\w+\.py)::`(test_\w+)`", text) if pair[0] not in known.get(pair[1], ())]
+    assert not [
+        pair
+        for pair in re.findall(r"(tests/test_\w+\.py)::`(test_\w+)`", text)
+        if pair[0] not in known.get(pair[1], ())
+    ]

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
+from chaos import assert_same_run
+from conftest import log
 from ruamel.yaml import YAML
 
 import Pretrain
-from chaos import assert_same_run
-from conftest import log
 from dataset import build_dataset
 from engine import train
 from engine.saving import find_resume_file
@@ -33,7 +33,17 @@ def run(config, output_dir, resume=False, step=None):
     model = build_model("pretrain", config, tokenizer)
     plain = Pretrain.step
     resume_from = find_resume_file(output_dir, "", resume)
-    train(model, dataset, tokenizer, step(plain) if step else plain, config, output_dir, CPU, 1, resume_from)
+    train(
+        model,
+        dataset,
+        tokenizer,
+        step(plain) if step else plain,
+        config,
+        output_dir,
+        CPU,
+        1,
+        resume_from,
+    )
     return model
 
 
@@ -65,9 +75,22 @@ def stop_at(number, config, folder):
 
 
 def torchrun(script, *arguments, processes=2, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", script]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        script,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
 
 
 def command_line(config, output_dir, tmp_path):
@@ -77,10 +100,17 @@ def command_line(config, output_dir, tmp_path):
     return ["--config", path, "--output_dir", output_dir, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("workers,accumulate,signum,shards", [
-    (0, 1, signal.SIGTERM, False), (2, 1, signal.SIGINT, True), (1, 2, signal.SIGTERM, False),
-])  # fmt: skip
-def test_interrupted_and_resumed_equals_uninterrupted(tiny_config, sharded, tmp_path, workers, accumulate, signum, shards):
+@pytest.mark.parametrize(
+    "workers,accumulate,signum,shards",
+    [
+        (0, 1, signal.SIGTERM, False),
+        (2, 1, signal.SIGINT, True),
+        (1, 2, signal.SIGTERM, False),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(
+    tiny_config, sharded, tmp_path, workers, accumulate, signum, shards
+):
     config = {**tiny_config, "num_workers": workers, "accumulate": accumulate}
     if shards:
         config["train_file"] = [sharded]
@@ -108,7 +138,9 @@ def test_data_workers_need_not_be_forked(tiny_config, tmp_path, whole, as_on_mac
     assert_same_run(whole, tmp_path)
 
 
-def test_checkpoint_has_the_released_keys_and_a_finished_run_is_not_overwritten(tiny_config, tmp_path):
+def test_checkpoint_has_the_released_keys_and_a_finished_run_is_not_overwritten(
+    tiny_config, tmp_path
+):
     run(tiny_config, tmp_path)
     for name in ("checkpoint_00.pth", "checkpoint_01.pth", "checkpoint_last.pth"):
         state = torch.load(tmp_path / name, weights_only=True)
@@ -117,7 +149,13 @@ def test_checkpoint_has_the_released_keys_and_a_finished_run_is_not_overwritten(
     assert not list(tmp_path.glob(".*"))
     entries = log(tmp_path)
     assert [entry["epoch"] for entry in entries] == [0, 1]
-    assert {"train_loss_ita", "train_loss_itm", "train_loss_mlm", "train_lr", "train_mi_bound"} <= entries[0].keys()
+    assert {
+        "train_loss_ita",
+        "train_loss_itm",
+        "train_loss_mlm",
+        "train_lr",
+        "train_mi_bound",
+    } <= entries[0].keys()
     before = (tmp_path / "checkpoint_last.pth").stat().st_mtime_ns
     with pytest.raises(InputError, match="--resume"):
         run(tiny_config, tmp_path)

@@ -11,10 +11,10 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT, contents, exit_status, log
 from PIL import Image
 
 import Visualize
-from conftest import ROOT, contents, exit_status, log
 from dataset.to_shards import _check_origin
 from engine.recorder import write_log
 from experiments.run import read_experiments
@@ -39,36 +39,67 @@ CASES = {
     "annotation file is a folder": (lambda d: {"train_file": str(d)}, ["cannot"]),
     "not a list": (lambda d: {"train_file": write(d / "a.json", {"image": 1})}, ["a.json", "list"]),
     "cut off": (lambda d: {"train_file": write(d / "a.json", '[{"image": "x", "capt')}, ["a.json"]),
-    "entry without caption": (lambda d: {"train_file": write(d / "a.json", [GOOD, {"image": "x"}])},
-        ["a.json", "entry 1", "'caption'"]),
-    "entry without image": (lambda d: {"train_file": write(d / "a.json", [{"caption": "x"}])},
-        ["a.json", "entry 0", "'image'"]),
+    "entry without caption": (
+        lambda d: {"train_file": write(d / "a.json", [GOOD, {"image": "x"}])},
+        ["a.json", "entry 1", "'caption'"],
+    ),
+    "entry without image": (
+        lambda d: {"train_file": write(d / "a.json", [{"caption": "x"}])},
+        ["a.json", "entry 0", "'image'"],
+    ),
     "missing image_root": (lambda d: {"image_root": str(d / "nowhere")}, ["image_root", "nowhere"]),
-    "missing image": (lambda d: {"train_file": write(d / "a.json", [GOOD, {**GOOD, "image": "x.jpg"}])},
-        ["a.json", "entry 1", "x.jpg", "image_root"]),
+    "missing image": (
+        lambda d: {"train_file": write(d / "a.json", [GOOD, {**GOOD, "image": "x.jpg"}])},
+        ["a.json", "entry 1", "x.jpg", "image_root"],
+    ),
     "misspelled key": (lambda d: {"quue_size": 3}, ["quue_size", "queue_size"]),
     "wrong vocab": (lambda d: {"tokenizer": "tests/golden/vocab.txt"}, ["166", "vocab_size"]),
-    "no network for BERT": (lambda d: {"text_encoder": "some-lab/some-bert"},
-        ["text_encoder: some-lab/some-bert", "local copy"]),
-    "no network for ViT": (lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"}, ["vision_encoder", "local copy"]),
+    "no network for BERT": (
+        lambda d: {"text_encoder": "some-lab/some-bert"},
+        ["text_encoder: some-lab/some-bert", "local copy"],
+    ),
+    "no network for ViT": (
+        lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"},
+        ["vision_encoder", "local copy"],
+    ),
     "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
-    "captions for a vocabulary": (lambda d: {"tokenizer": write(d / "captions.json", [GOOD])},
-        ["captions.json is not a vocabulary"]),
+    "captions for a vocabulary": (
+        lambda d: {"tokenizer": write(d / "captions.json", [GOOD])},
+        ["captions.json is not a vocabulary"],
+    ),
     "too small a data set": (lambda d: {"batch_size": 500}, ["batch_size"]),
     "unknown schedule": (lambda d: {"scheduler": {"sched": "tanh"}}, ["tanh", "cosine"]),
-    "two learning rates": (lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}},
-        ["optimizer.lr is 0.001", "scheduler.lr is 0.002", "one key"]),
-    "two batch sizes": (lambda d: {"batch_size_train": 4}, ["batch_size is 8", "batch_size_train is 4", "one key"]),
-    "patch beyond the image": (lambda d: {"image_res": 40},
-        ["image_res 40", "patch_size 16", "set image_res to 32, or another patch_size"]),
-    "heads of the ViT": (lambda d: {"vision_heads": 3}, ["vision_width 16", "vision_heads 3", "another vision_heads"]),
-    "heads of BERT": (lambda d: {"bert_config": bert(d, num_attention_heads=3)}, ["hidden_size 16", "num_attention_heads 3"]),
-    "no layer that fuses": (lambda d: {"bert_config": bert(d, fusion_layer=4)}, ["fusion_layer is 4", "num_hidden_layers 4"]),
-    "another activation": (lambda d: {"bert_config": bert(d, hidden_act="relu")},
-        ["other.json", "hidden_act is 'relu'", "gelu"]),
+    "two learning rates": (
+        lambda d: {"optimizer": {"lr": 1e-3}, "scheduler": {"lr": 2e-3}},
+        ["optimizer.lr is 0.001", "scheduler.lr is 0.002", "one key"],
+    ),
+    "two batch sizes": (
+        lambda d: {"batch_size_train": 4},
+        ["batch_size is 8", "batch_size_train is 4", "one key"],
+    ),
+    "patch beyond the image": (
+        lambda d: {"image_res": 40},
+        ["image_res 40", "patch_size 16", "set image_res to 32, or another patch_size"],
+    ),
+    "heads of the ViT": (
+        lambda d: {"vision_heads": 3},
+        ["vision_width 16", "vision_heads 3", "another vision_heads"],
+    ),
+    "heads of BERT": (
+        lambda d: {"bert_config": bert(d, num_attention_heads=3)},
+        ["hidden_size 16", "num_attention_heads 3"],
+    ),
+    "no layer that fuses": (
+        lambda d: {"bert_config": bert(d, fusion_layer=4)},
+        ["fusion_layer is 4", "num_hidden_layers 4"],
+    ),
+    "another activation": (
+        lambda d: {"bert_config": bert(d, hidden_act="relu")},
+        ["other.json", "hidden_act is 'relu'", "gelu"],
+    ),
     "no batch size": (lambda d: {"batch_size": None}, ["batch_size"]),
     "widths differ": (lambda d: {"vision_width": 32}, ["vision_width 32", "encoder_width"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -112,14 +143,24 @@ def test_a_folder_with_checkpoints_of_other_code_is_refused(pretrain, pretrained
     assert contents(folder) == before
 
 
-def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(pretrain, tmp_path, monkeypatch):
+def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(
+    pretrain, tmp_path, monkeypatch
+):
     status, _ = pretrain("--resume", "True")
     assert status == 0
     out = tmp_path / "out"
-    assert log(out)[-1].keys() >= {"test_txt_r1", "test_img_r1", "test_itc_txt_r1", "test_itc_img_r10", "epoch"}
+    assert log(out)[-1].keys() >= {
+        "test_txt_r1",
+        "test_img_r1",
+        "test_itc_txt_r1",
+        "test_itc_img_r10",
+        "epoch",
+    }
     rankings = json.loads((out / "result/retrieval.json").read_text())
     assert len(rankings["image_to_text"]) == 12
-    assert sum(result["hit"] for query in rankings["text_to_image"] for result in query["results"]) > 0
+    assert (
+        sum(result["hit"] for query in rankings["text_to_image"] for result in query["results"]) > 0
+    )
     assert (out / "config.yaml").exists()
     monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(out)])
     Visualize.main()
@@ -134,39 +175,49 @@ def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(pretrain
     assert status == 2 and "--resume" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # flags, and the time before main
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--epochs", "3"], "--set scheduler.epochs=3"),
-    (["--lr=1e-4"], "--set optimizer.lr=1e-4"),
-    (["--batch-size", "8"], "--set batch_size=8"),
-    (["--optimizer.weight_decay", "0"], "--set optimizer.weight_decay=0"),
-    (["--set", "quue_size=1", "--set", "batch_size=4"], "quue_size"),  # a second --set does not drop the first
-    (["--set", "batch_size=4", "output_dir=x"], "--output_dir x"),
-    (["--set", "resume=true"], "write --resume"),
-    (["--set", "scheduler.epochs=0"], "scheduler.epochs is 0"),
-    (["--outptu_dir", "x"], "did you mean --output_dir?"),
-    (["--output_dir", "README.md/out"], "--output_dir README.md/out: cannot write there"),
-    (["--seed", "x"], "--seed: invalid int value"),
-    (["--seed", "-1"], "--seed: -1 is out of range, it must be at least 0"),
-    (["--timeout", "nan"], "--timeout: nan is out of range"),
-    (["--device", "abacus"], "--device abacus"),
-    (["--device", "mps"], "--device mps"),
-    (["--evaluate"], "needs --checkpoint"),
-    (["x"], "x: not expected there"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--epochs", "3"], "--set scheduler.epochs=3"),
+        (["--lr=1e-4"], "--set optimizer.lr=1e-4"),
+        (["--batch-size", "8"], "--set batch_size=8"),
+        (["--optimizer.weight_decay", "0"], "--set optimizer.weight_decay=0"),
+        # a second --set does not drop the first
+        (["--set", "quue_size=1", "--set", "batch_size=4"], "quue_size"),
+        (["--set", "batch_size=4", "output_dir=x"], "--output_dir x"),
+        (["--set", "resume=true"], "write --resume"),
+        (["--set", "scheduler.epochs=0"], "scheduler.epochs is 0"),
+        (["--outptu_dir", "x"], "did you mean --output_dir?"),
+        (["--output_dir", "README.md/out"], "--output_dir README.md/out: cannot write there"),
+        (["--seed", "x"], "--seed: invalid int value"),
+        (["--seed", "-1"], "--seed: -1 is out of range, it must be at least 0"),
+        (["--timeout", "nan"], "--timeout: nan is out of range"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--device", "mps"], "--device mps"),
+        (["--evaluate"], "needs --checkpoint"),
+        (["x"], "x: not expected there"),
+    ],
+)
 def test_wrong_flags_and_keys_are_one_line_with_the_remedy(pretrain, tmp_path, flags, words):
     status, message = pretrain(*flags)
     assert status == 2 and len(message.splitlines()) == 1 and words in message, message
     assert not list((tmp_path / "out").glob("[!.]*"))
 
 
-@pytest.mark.parametrize("error", [
-    PermissionError(errno.EACCES, "Permission denied", "run/tensorboard"), BrokenPipeError(), RuntimeError("gloo timed out"),
-    dist.DistBackendError("NCCL error: Duplicate GPU"), ValueError("a bug"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied", "run/tensorboard"),
+        BrokenPipeError(),
+        RuntimeError("gloo timed out"),
+        dist.DistBackendError("NCCL error: Duplicate GPU"),
+        ValueError("a bug"),
+    ],
+)
 def test_an_error_of_the_code_keeps_its_traceback(error):
     with pytest.raises(type(error)) as caught:
         exit_status(mock.Mock(side_effect=error))
@@ -178,13 +229,23 @@ def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
     with pytest.raises(type(error)) as caught:
         exit_status(mock.Mock(side_effect=error))
     (hint,) = caught.value.__notes__
-    assert caught.value is error and {"batch_size", "precision", "gradient_checkpointing"} <= set(re.findall(r"\w+", hint))
+    assert caught.value is error and {"batch_size", "precision", "gradient_checkpointing"} <= set(
+        re.findall(r"\w+", hint)
+    )
 
 
-@pytest.mark.parametrize("read", [
-    lambda null: list(captions_of([null])), read_experiments, recorded_hash, lambda null: Visualize.read_texts(null, 30),
-    lambda null: write_log(null.parent, 0, loss=1.0), lambda null: _check_origin(null.parent, {}),
-], ids=["captions", "experiments", "record", "texts", "log", "shards"])  # fmt: skip
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda null: list(captions_of([null])),
+        read_experiments,
+        recorded_hash,
+        lambda null: Visualize.read_texts(null, 30),
+        lambda null: write_log(null.parent, 0, loss=1.0),
+        lambda null: _check_origin(null.parent, {}),
+    ],
+    ids=["captions", "experiments", "record", "texts", "log", "shards"],
+)
 def test_only_regular_files_are_read(read, tmp_path):
     """A FIFO would block, and a device without an end fill the memory."""
     for name in ("null", "null.sha256", "log.txt", "shards.json"):
@@ -193,21 +254,53 @@ def test_only_regular_files_are_read(read, tmp_path):
         read(tmp_path / "null")
 
 
-def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(pretrain, tmp_path, monkeypatch):
+def test_elsewhere_than_in_the_repository_it_is_said_where_relative_paths_start(
+    pretrain, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     status, message = pretrain("--config", "configs/VE.yaml")
-    assert status == 2 and f"working directory {tmp_path}" in message and f"in {ROOT}: run the script there" in message
+    assert (
+        status == 2
+        and f"working directory {tmp_path}" in message
+        and f"in {ROOT}: run the script there" in message
+    )
     status, message = pretrain("--config", ROOT / "configs/VE.yaml")
-    assert status == 2 and "bert_config configs/config_bert.json is not in the working directory" in message
+    assert (
+        status == 2
+        and "bert_config configs/config_bert.json is not in the working directory" in message
+    )
 
 
-SCRIPTS = ("Pretrain", "Pretrain_nlvr", "Retrieval", "VQA", "VE", "NLVR", "Grounding", "Attributes", "Relevance", "Visualize",
-           "Export", "Download", "Search", "Demo")  # fmt: skip
+SCRIPTS = (
+    "Pretrain",
+    "Pretrain_nlvr",
+    "Retrieval",
+    "VQA",
+    "VE",
+    "NLVR",
+    "Grounding",
+    "Attributes",
+    "Relevance",
+    "Visualize",
+    "Export",
+    "Download",
+    "Search",
+    "Demo",
+)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"])
+@pytest.mark.parametrize(
+    "script",
+    [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"],
+)
 def test_help_does_not_wait_for_torch(script):
-    command = [sys.executable, "-X", "importtime", *(["-m", script] if "." in script else [f"{script}.py"]), "--help"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        *(["-m", script] if "." in script else [f"{script}.py"]),
+        "--help",
+    ]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert told.returncode == 0 and "argparse" in told.stderr and "torch" not in told.stderr
     assert "example:" in told.stdout or script in ("Download", "dataset.to_shards")
@@ -216,13 +309,19 @@ def test_help_does_not_wait_for_torch(script):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_is_one_line(signum):
-    script = subprocess.Popen([sys.executable, "-X", "importtime", "VE.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    script = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "VE.py"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
     try:
         for line in script.stderr:
             if re.search(r"\| +torch\._", line):
                 break
         script.send_signal(signum)
         said = [line for line in script.stderr if not line.startswith("import time:")]
-        assert script.wait(30) == 128 + signum and len(said) == 1 and signal.Signals(signum).name in said[0], said
+        assert (
+            script.wait(30) == 128 + signum
+            and len(said) == 1
+            and signal.Signals(signum).name in said[0]
+        ), said
     finally:
         script.kill()

@@ -1,4 +1,6 @@
-"""Evaluation: every result belongs to its sample, whatever the process, the order or the batch that it came from."""
+"""Evaluation: every result belongs to its sample, whatever the process, the order or the batch that
+it came from.
+"""
 
 import pytest
 import torch
@@ -34,29 +36,46 @@ def test_every_sample_is_some_process_s_once(tiny_config, monkeypatch, processes
     for rank in range(processes):
         monkeypatch.setattr(evaluation.divide, "world_size", lambda: processes)
         monkeypatch.setattr(evaluation.divide, "rank", lambda rank=rank: rank)
-        for numbers, images in evaluation.divide.divide(dataset, {**tiny_config, "batch_size_test": 5}, CPU, "images"):
+        for numbers, images in evaluation.divide.divide(
+            dataset, {**tiny_config, "batch_size_test": 5}, CPU, "images"
+        ):
             seen += numbers
-            assert all(torch.equal(image, normalize(dataset[number])) for number, image in zip(numbers, images, strict=True))
+            assert all(
+                torch.equal(image, normalize(dataset[number]))
+                for number, image in zip(numbers, images, strict=True)
+            )
     assert sorted(seen) == list(range(12))
 
 
 @torch.no_grad()
 def test_texts_of_any_length_keep_their_features_and_tokens(tiny_config, model):
     tokenizer = build_tokenizer(tiny_config["tokenizer"])
-    texts = ["a red circle", "red", "a green square left of a red circle and a blue star", "a blue star", "green"]
+    texts = [
+        "a red circle",
+        "red",
+        "a green square left of a red circle and a blue star",
+        "a blue star",
+        "green",
+    ]
     embeds, feat, mask = encode_texts(model, texts, tokenizer, tiny_config, CPU)
     for text, *found, own in zip(texts, embeds, feat, mask):
         alone, alone_feat = model.encode_text(tokenize([text], tokenizer, MAX_TOKENS))
         length = alone.shape[1]
         assert own.tolist() == [1] * length + [0] * (len(own) - length)
-        assert torch.allclose(found[0][:length], alone[0], atol=1e-5) and torch.allclose(found[1], alone_feat[0], atol=1e-5)
+        assert torch.allclose(found[0][:length], alone[0], atol=1e-5) and torch.allclose(
+            found[1], alone_feat[0], atol=1e-5
+        )
 
 
 @torch.no_grad()
 def test_images_keep_their_features_and_embeddings(tiny_config, model):
     dataset = build_dataset("retrieval_test", tiny_config)
     for where in ("host", "recompute"):
-        embeds, feat = encode_images(model, dataset, {**tiny_config, "image_embeds": where, "batch_size_test": 5}, CPU)
+        embeds, feat = encode_images(
+            model, dataset, {**tiny_config, "image_embeds": where, "batch_size_test": 5}, CPU
+        )
         for i in (0, 4, 5, 11):
             alone = model.encode_image(normalize(dataset[i][None]))
-            assert torch.allclose(embeds[i : i + 1], alone[0], atol=1e-5) and torch.allclose(feat[i], alone[1][0], atol=1e-5)
+            assert torch.allclose(embeds[i : i + 1], alone[0], atol=1e-5) and torch.allclose(
+                feat[i], alone[1][0], atol=1e-5
+            )

@@ -1,19 +1,21 @@
-"""examples/: what changes the method without touching the framework trains, resumes and computes what it says."""
+"""examples/: what changes the method without touching the framework trains, resumes and computes
+what it says.
+"""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+from chaos import assert_same_run
 from conftest import ROOT, assert_close, log
 from ruamel.yaml import YAML
+from test_engine import command_line, signal_at
 
 import examples.tcl
-from chaos import assert_same_run
 from configs.schema import with_defaults
 from models import MODELS, build_model
 from models.checkpoint import load_checkpoint
-from test_engine import command_line, signal_at
 from utils import Interrupted
 
 
@@ -34,32 +36,64 @@ def test_tcl_averages_the_four_contrasts(released, monkeypatch):
     monkeypatch.setitem(MODELS, "pretrain", ("examples.tcl", "TCL"))
     data, model, text = released("pretrain", distill=False)
     seen, encode = [], model.encode_image
-    monkeypatch.setattr(model, "encode_image", lambda image, momentum=False: (seen.append(image), encode(image, momentum))[1])
+    monkeypatch.setattr(
+        model,
+        "encode_image",
+        lambda image, momentum=False: (seen.append(image), encode(image, momentum))[1],
+    )
     images, texts = model.image_queue.clone(), model.text_queue.clone()
     entered = []
     monkeypatch.setattr(model, "enqueue", entered.append)
     losses = model(data["image"], text, masked=(data["masked_input_ids"], data["labels"]))
 
     online, second = seen
-    assert torch.equal(online, data["image"]) and second.shape == online.shape and not torch.equal(second, online)
+    assert (
+        torch.equal(online, data["image"])
+        and second.shape == online.shape
+        and not torch.equal(second, online)
+    )
     (image_m, text_m), temp = entered[0], model.temp.detach()
     with torch.no_grad():
         image, sentence = encode(data["image"])[1], model.encode_text(text)[1]
-    contrasts = [(image, text_m, texts), (sentence, image_m, images), (image, image_m, images), (sentence, text_m, texts)]
-    by_hand = [-torch.diag((rows @ torch.cat([others.T, queue], 1) / temp).log_softmax(1)).mean()
-               for rows, others, queue in contrasts]  # fmt: skip
+    contrasts = [
+        (image, text_m, texts),
+        (sentence, image_m, images),
+        (image, image_m, images),
+        (sentence, text_m, texts),
+    ]
+    by_hand = [
+        -torch.diag((rows @ torch.cat([others.T, queue], 1) / temp).log_softmax(1)).mean()
+        for rows, others, queue in contrasts
+    ]
     assert_close("loss_ita", losses["loss_ita"].detach(), torch.stack(by_hand).mean(), 1e-5, 1e-6)
-    assert_close("intra", model.extra_metrics()["intra"], torch.stack(by_hand[2:]).mean(), 1e-5, 1e-6)
+    assert_close(
+        "intra", model.extra_metrics()["intra"], torch.stack(by_hand[2:]).mean(), 1e-5, 1e-6
+    )
 
 
 def test_tcl_as_a_program_says_how_to_evaluate(tiny_config, tmp_path):
-    command = [sys.executable, "-m", "examples.tcl", *command_line(tiny_config, tmp_path / "out", tmp_path)]
-    done = subprocess.run(list(map(str, [*command, "--set", "scheduler.epochs=1"])), cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "examples.tcl",
+        *command_line(tiny_config, tmp_path / "out", tmp_path),
+    ]
+    done = subprocess.run(
+        list(map(str, [*command, "--set", "scheduler.epochs=1"])),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert " -m examples.tcl --evaluate --checkpoint " in done.stdout and " Visualize.py --output_dir " in done.stdout
+    assert (
+        " -m examples.tcl --evaluate --checkpoint " in done.stdout
+        and " Visualize.py --output_dir " in done.stdout
+    )
 
 
-def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(run, tiny_config, tmp_path, monkeypatch):
+def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(
+    run, tiny_config, tmp_path, monkeypatch
+):
     run(tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(examples.tcl, "step", signal_at(4)(examples.tcl.step))
@@ -71,5 +105,8 @@ def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(run
 
 
 def test_the_configuration_is_the_quickstarts():
-    ours, quickstart = (YAML(typ="safe").load(open(path)) for path in ("examples/tcl.yaml", "configs/shapes/Pretrain.yaml"))
+    ours, quickstart = (
+        YAML(typ="safe").load(open(path))
+        for path in ("examples/tcl.yaml", "configs/shapes/Pretrain.yaml")
+    )
     assert with_defaults(ours) == with_defaults(quickstart)

@@ -1,4 +1,6 @@
-"""The driver of experiments runs each row once, whatever happens in between, and the reports say what the runs have shown."""
+"""The driver of experiments runs each row once, whatever happens in between, and the reports say
+what the runs have shown.
+"""
 
 import json
 import os
@@ -15,10 +17,20 @@ from ruamel.yaml import YAML
 
 from dataset import build_dataset
 from experiments import report
-from experiments.run import (Place, check_unchanged, expand, is_complete, minutes, read_experiments, rows_of, run, show,
-                             with_needs)
+from experiments.run import (
+    Place,
+    check_unchanged,
+    expand,
+    is_complete,
+    minutes,
+    read_experiments,
+    rows_of,
+    run,
+    show,
+    with_needs,
+)
 
-SCRIPT = '''
+SCRIPT = """
 import sys, time, pathlib
 folder = pathlib.Path(sys.argv[sys.argv.index("--to") + 1])
 with open(folder / "starts", "a") as file:
@@ -28,7 +40,7 @@ if "--slow" in sys.argv and len((folder / "starts").read_text()) == 1:
 if "--fail" in sys.argv:
     sys.exit("first line\\nno such photo")
 (folder / "log.txt").write_text('{"test_acc": 50.0, "epoch": 0}')
-'''
+"""
 ONE = [Place("one core of a test", {}, None)]
 
 
@@ -75,7 +87,9 @@ def test_a_failing_row_is_reported_and_the_others_go_on(fake, capsys):
     rows = fake(a={"flags": "--fail"}, b={"from": "a"}, c={})
     assert run(rows, ONE) == (["a"], ["b"])
     said = capsys.readouterr().out
-    assert "a: ended with status 1" in said and "    no such photo" in said and is_complete(rows["c"])
+    assert (
+        "a: ended with status 1" in said and "    no such photo" in said and is_complete(rows["c"])
+    )
     run(rows, ONE)
     assert starts(rows["a"]) == 2 and starts(rows["c"]) == 1
 
@@ -93,15 +107,22 @@ def test_an_interrupted_run_goes_on_and_counts_all_its_minutes(fake, tmp_path):
     a, b = fake(a={}, b={"flags": "--slow", "needs": ["a"]}).values()
     command, environment = [sys.executable, "-c", DRIVER], {**os.environ, "PYTHONPATH": str(ROOT)}
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        driver = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        driver = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         while not (b.folder / "starts").exists():
             assert driver.poll() is None, driver.stdout.read()
             time.sleep(0.05)
         time.sleep(0.3)
         driver.send_signal(sent)
-        driver.communicate(timeout=60)  # ends when the run, which has the same output, has ended, too
+        # ends when the run, which has the same output, has ended, too
+        driver.communicate(timeout=60)
         record = json.loads((b.folder / "experiment.json").read_text())
-        assert not record["complete"] and (record["seconds"] > 0.2) and ("began" in record) == (sent == signal.SIGKILL)
+        assert (
+            not record["complete"]
+            and (record["seconds"] > 0.2)
+            and ("began" in record) == (sent == signal.SIGKILL)
+        )
         (b.folder / "starts").unlink()
     os.utime(b.log, (record["began"] + 90,) * 2)  # until when the killed one has written
     (b.folder / "starts").write_text("x")
@@ -119,36 +140,58 @@ def test_changed_settings_are_refused_also_in_what_a_row_starts_from(fake, tmp_p
     check_unchanged(fake(**json.loads(json.dumps(keys))))
     (tmp_path / "config.yaml").write_text("image_res: 32\n")
     rows = fake(**json.loads(json.dumps(keys)))
-    assert "row a has changed since it was run, image_res was 64: remove" in refusal(check_unchanged, rows)
+    assert "row a has changed since it was run, image_res was 64: remove" in refusal(
+        check_unchanged, rows
+    )
     (rows["a"].folder / "experiment.json").unlink()
-    assert "row b has changed since it was run, of a, image_res was 64" in refusal(check_unchanged, rows)
+    assert "row b has changed since it was run, of a, image_res was 64" in refusal(
+        check_unchanged, rows
+    )
     keys["a"]["set"] = {"k_tset": 3}
     assert "did you mean k_test?" in refusal(check_unchanged, fake(**keys))
 
 
 def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(fake):
-    rows = fake(a={"seeds": [3, 5]}, b={"from": "a", "seeds": [3, 5]}, c={"from": "a/checkpoint_best.pth"})
+    rows = fake(
+        a={"seeds": [3, 5]}, b={"from": "a", "seeds": [3, 5]}, c={"from": "a/checkpoint_best.pth"}
+    )
     assert list(rows) == ["a/seed3", "b/seed3", "c", "a/seed5", "b/seed5"]
     assert rows["b/seed5"].needs == ["a/seed5"] and rows["c"].needs == ["a/seed3"]
-    assert list(with_needs(rows, ["c"])) == ["a/seed3", "c"] and "--seed 5" in " ".join(rows["a/seed5"].command)
+    assert list(with_needs(rows, ["c"])) == ["a/seed3", "c"] and "--seed 5" in " ".join(
+        rows["a/seed5"].command
+    )
 
 
 def test_wrong_rows_are_refused(fake, tmp_path):
     assert "row b: there is no row c" in refusal(lambda: fake(b={"from": "c"}))
-    assert "wait for each other in a circle (a, b, a)" in refusal(lambda: fake(a={"from": "b"}, b={"from": "a"}))
+    assert "wait for each other in a circle (a, b, a)" in refusal(
+        lambda: fake(a={"from": "b"}, b={"from": "a"})
+    )
     assert "row a: flags" in refusal(lambda: fake(a={"flags": '"'}))
 
 
-@pytest.mark.parametrize("content, words", [
-    ("", "Expected 'object', got 'null'"),
-    ("output: x", "missing required field 'rows'"),
-    ("output: x\nrows: {}", "length >= 1 - at '$.rows'"),
-    ("output: x\nrows: {a: }", "row a: Expected 'object', got 'null'"),
-    ("output: x\nrows: {a: {config: configs/VE.yaml}}", "row a: Object missing required field 'script'"),
-    ("output: x\nrows: {a: {script: VE.py, form: b}}", "row a has the unknown key form"),
-    ("output: x\nrows: {a: {script: VE.py, seeds: 3}}", "row a: Expected 'array', got 'int' - at '$.seeds'"),
-    ("output: x\nrows: {a: {script: VE.py, seeds: []}}", "row a: Expected 'array' of length >= 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("", "Expected 'object', got 'null'"),
+        ("output: x", "missing required field 'rows'"),
+        ("output: x\nrows: {}", "length >= 1 - at '$.rows'"),
+        ("output: x\nrows: {a: }", "row a: Expected 'object', got 'null'"),
+        (
+            "output: x\nrows: {a: {config: configs/VE.yaml}}",
+            "row a: Object missing required field 'script'",
+        ),
+        ("output: x\nrows: {a: {script: VE.py, form: b}}", "row a has the unknown key form"),
+        (
+            "output: x\nrows: {a: {script: VE.py, seeds: 3}}",
+            "row a: Expected 'array', got 'int' - at '$.seeds'",
+        ),
+        (
+            "output: x\nrows: {a: {script: VE.py, seeds: []}}",
+            "row a: Expected 'array' of length >= 1",
+        ),
+    ],
+)
 def test_files_of_another_form_are_refused(tmp_path, content, words):
     (tmp_path / "file.yaml").write_text(content)
     assert words in refusal(read_experiments, tmp_path / "file.yaml")
@@ -171,7 +214,11 @@ def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
         assert rows_of(content, table, rows)
     show(rows, 2)
     said = capsys.readouterr().out
-    assert all(f"{row} (" in said for row in rows) and "minutes on one core are left" in said and "not known" not in said
+    assert (
+        all(f"{row} (" in said for row in rows)
+        and "minutes on one core are left" in said
+        and "not known" not in said
+    )
 
 
 def test_make_shows_the_runs_without_running_them(tmp_path):
@@ -179,14 +226,25 @@ def test_make_shows_the_runs_without_running_them(tmp_path):
     (tmp_path / ".venv/bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tmp_path / ".venv/bin/python").chmod(0o755)
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    for room in ("experiments", "configs", "utils.py", "requirements.txt", "constraints.txt", "data"):
+    for room in (
+        "experiments",
+        "configs",
+        "utils.py",
+        "requirements.txt",
+        "constraints.txt",
+        "data",
+    ):
         (tmp_path / room).symlink_to(ROOT / room)
-    call = subprocess.run(["make", "-n", "paper-table5"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "grounding/itm3 (1 min): python Grounding.py" in call.stdout and "VQA.py" not in call.stdout
+    call = subprocess.run(
+        ["make", "-n", "paper-table5"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (
+        "grounding/itm3 (1 min): python Grounding.py" in call.stdout and "VQA.py" not in call.stdout
+    )
     assert not (tmp_path / "output").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # reports
 
 
@@ -195,22 +253,44 @@ def complete(rows, name, seconds=60, **metrics):
     row = rows[name]
     row.folder.mkdir(parents=True, exist_ok=True)
     (row.folder / "log.txt").write_text(json.dumps(metrics | {"epoch": 0}) + "\n")
-    (row.folder / "experiment.json").write_text(json.dumps({"complete": True, "seconds": seconds, "machine": "one core"}))
+    (row.folder / "experiment.json").write_text(
+        json.dumps({"complete": True, "seconds": seconds, "machine": "one core"})
+    )
 
 
 PAGE = {
-    "page": "docs/page.md", "title": "A page", "about": "What it is.",
-    "rows": {"a": {"script": "VE.py", "config": "config.yaml", "seeds": [0, 1]}, "b": {"script": "VE.py", "seeds": [0, 1]},
-             "c": {"script": "NLVR.py"}, "picture": {"script": "Visualize.py", "flags": "--to {folder}/figure.png"}},
+    "page": "docs/page.md",
+    "title": "A page",
+    "about": "What it is.",
+    "rows": {
+        "a": {"script": "VE.py", "config": "config.yaml", "seeds": [0, 1]},
+        "b": {"script": "VE.py", "seeds": [0, 1]},
+        "c": {"script": "NLVR.py"},
+        "picture": {"script": "Visualize.py", "flags": "--to {folder}/figure.png"},
+    },
     "tables": {
-        "one": {"title": "One", "columns": [{"label": "VE", "row": "{row}", "metric": "test_acc"}], "rows": {
-            "first": {"row": "a", "paper": {"VE": 77.0}}, "second": {"row": "b", "paper": {"VE": 79.5}}, "third": {"row": "c"}},
-            "trends": {"better": {"from": "first", "to": "second"}, "new": {"from": "second", "to": "third"}}},
-        "bound": {"title": "Bound", "history": "train_mi_bound", "picture": {"metric": "mi_bound", "file": "b.png"},
-                  "rows": {"a": "a"}},
+        "one": {
+            "title": "One",
+            "columns": [{"label": "VE", "row": "{row}", "metric": "test_acc"}],
+            "rows": {
+                "first": {"row": "a", "paper": {"VE": 77.0}},
+                "second": {"row": "b", "paper": {"VE": 79.5}},
+                "third": {"row": "c"},
+            },
+            "trends": {
+                "better": {"from": "first", "to": "second"},
+                "new": {"from": "second", "to": "third"},
+            },
+        },
+        "bound": {
+            "title": "Bound",
+            "history": "train_mi_bound",
+            "picture": {"metric": "mi_bound", "file": "b.png"},
+            "rows": {"a": "a"},
+        },
         "figures": {"title": "Figures", "pictures": [{"row": "picture", "about": "A figure."}]},
     },
-}  # fmt: skip
+}
 
 
 def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypatch):
@@ -225,29 +305,46 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     report.report(PAGE, tmp_path / "out")
     text = (tmp_path / "docs/page.md").read_text()
     assert "4 of 6 runs are complete, 4 minutes together, each on one core." in text
-    assert "| first | 52.0 ± 2.8 [77.00] |" in text and "| second | 60.0 [79.50] |" in text and "| third | – |" in text
+    assert (
+        "| first | 52.0 ± 2.8 [77.00] |" in text
+        and "| second | 60.0 [79.50] |" in text
+        and "| third | – |" in text
+    )
     assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
     assert "- **better**: VE +8.0 (the paper +2.50)\n" in text and "- **new**: not run yet" in text
-    assert "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1." in text
+    assert (
+        "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1."
+        in text
+    )
     with Image.open(tmp_path / "docs/page/picture.png") as picture:
         assert picture.size == (1100, 50)
 
 
-@pytest.mark.parametrize(("before", "after", "paper", "interval", "verdict"), [
-    ([50, 52, 54], [60, 63, 63], 1.4, (7.52, 12.48), "supported"),  # differences of 10, 11 and 9, seed by seed
-    ([50, 52, 54], [60, 63, 63], -1.4, (7.52, 12.48), "contradicted"),
-    ([60, 63, 63], [50, 52, 54], None, (-12.48, -7.52), "contradicted"),
-    ([50, 60, 70], [52, 61, 73], None, (-0.48, 4.48), "inconclusive"),
-    ([50, 52, 54], [50, 52, 54], None, (0, 0), "inconclusive"),
-    ([50, 52, 54], [60, 63, 63], 0.01, (7.52, 12.48), "no trend in the paper"),
-    ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),  # different seeds: Welch's interval
-    ([50, 60, 70], [60, 70], None, (-19.88, 29.88), "inconclusive"),
-    ([50], [60], 1.4, None, None), ([50, 52], [60], None, None, None),
-])  # fmt: skip
-def test_a_trend_has_a_verdict_by_its_interval_and_single_runs_have_none(before, after, paper, interval, verdict):
+@pytest.mark.parametrize(
+    ("before", "after", "paper", "interval", "verdict"),
+    [
+        # differences of 10, 11 and 9, seed by seed
+        ([50, 52, 54], [60, 63, 63], 1.4, (7.52, 12.48), "supported"),
+        ([50, 52, 54], [60, 63, 63], -1.4, (7.52, 12.48), "contradicted"),
+        ([60, 63, 63], [50, 52, 54], None, (-12.48, -7.52), "contradicted"),
+        ([50, 60, 70], [52, 61, 73], None, (-0.48, 4.48), "inconclusive"),
+        ([50, 52, 54], [50, 52, 54], None, (0, 0), "inconclusive"),
+        ([50, 52, 54], [60, 63, 63], 0.01, (7.52, 12.48), "no trend in the paper"),
+        # different seeds: Welch's interval
+        ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),
+        ([50, 60, 70], [60, 70], None, (-19.88, 29.88), "inconclusive"),
+        ([50], [60], 1.4, None, None),
+        ([50, 52], [60], None, None, None),
+    ],
+)
+def test_a_trend_has_a_verdict_by_its_interval_and_single_runs_have_none(
+    before, after, paper, interval, verdict
+):
     said = report.compare(dict(enumerate(before)), dict(enumerate(after)), paper)
     if interval is None:
-        assert "95%" not in said and not said.endswith(("supported", "contradicted", "inconclusive"))
+        assert "95%" not in said and not said.endswith(
+            ("supported", "contradicted", "inconclusive")
+        )
         return
     found = report.difference_interval(dict(enumerate(before)), dict(enumerate(after)))
     assert found == pytest.approx(interval, abs=0.005)
@@ -257,8 +354,15 @@ def test_a_trend_has_a_verdict_by_its_interval_and_single_runs_have_none(before,
 def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     content = read_experiments("experiments/shapes.yaml")
-    rows, scratch = expand(content, tmp_path / "out"), expand(content, tmp_path / "out-scratch", scratch=True)
-    assert "Attributes" in rows and "Attributes" not in scratch and "--checkpoint random" in " ".join(scratch["VE"].command)
+    rows, scratch = (
+        expand(content, tmp_path / "out"),
+        expand(content, tmp_path / "out-scratch", scratch=True),
+    )
+    assert (
+        "Attributes" in rows
+        and "Attributes" not in scratch
+        and "--checkpoint random" in " ".join(scratch["VE"].command)
+    )
     assert "--resume" in rows["VE"].command and "--resume" not in rows["Attributes"].command
     complete(rows, "VE", test_acc=76.7, seconds=426)
     complete(rows, "NLVR_pretrain", seconds=600)
@@ -272,35 +376,75 @@ def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch
 
 
 def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_config, tmp_path):
-    """Whatever the model, what a run may reach by guessing is known from the files of its configuration."""
+    """Whatever the model, what a run may reach by guessing is known from the files of its
+    configuration.
+    """
     few = tmp_path / "few.json"
     few.write_text(json.dumps(json.loads((shapes / "test.json").read_text())[:6]))
-    keys = {key: tiny_config[key] for key in ("test_file", "image_root", "image_res")} | {"val_file": str(few)}
+    keys = {key: tiny_config[key] for key in ("test_file", "image_root", "image_res")} | {
+        "val_file": str(few)
+    }
     YAML(typ="safe").dump(keys, tmp_path / "config.yaml")
     retrieval = {"script": "Retrieval.py", "config": str(tmp_path / "config.yaml")}
-    evaluation = {"script": "Retrieval.py", "from": "a/checkpoint_best.pth", "flags": "--evaluate", "needs": ["c"]}
-    rows = expand({"rows": {
-        "a": {**retrieval, "needs": ["c"]}, "b": evaluation, "c": {"script": "dataset.shapes"},
-        "of set": {**retrieval, "set": {"test_file": str(few)}}, "of flags": {**retrieval, "flags": f"--set test_file={few}"},
-        "its own": {**evaluation, "set": {"test_file": str(few)}}, "its source's": {**evaluation, "from": "of set"},
-        "another script's": {"script": "VQA.py", "from": "a"},
-    }}, tmp_path / "out")  # fmt: skip
+    evaluation = {
+        "script": "Retrieval.py",
+        "from": "a/checkpoint_best.pth",
+        "flags": "--evaluate",
+        "needs": ["c"],
+    }
+    rows = expand(
+        {
+            "rows": {
+                "a": {**retrieval, "needs": ["c"]},
+                "b": evaluation,
+                "c": {"script": "dataset.shapes"},
+                "of set": {**retrieval, "set": {"test_file": str(few)}},
+                "of flags": {**retrieval, "flags": f"--set test_file={few}"},
+                "its own": {**evaluation, "set": {"test_file": str(few)}},
+                "its source's": {**evaluation, "from": "of set"},
+                "another script's": {"script": "VQA.py", "from": "a"},
+            }
+        },
+        tmp_path / "out",
+    )
     assert report.chance(rows["b"], "test_k16_img_r5", rows) == pytest.approx(100 * 5 / 12)
-    assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(100 * (1 + 5 + 10) / 36)
+    assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(
+        100 * (1 + 5 + 10) / 36
+    )
     for name in ("of set", "of flags", "its own", "its source's"):
         assert report.chance(rows[name], "test_img_r5", rows) == pytest.approx(100 * 5 / 6)
     assert report.chance(rows["a"], "val_img_r5", rows) == pytest.approx(100 * 5 / 6)
     assert report.chance(rows["another script's"], "test_acc", rows) is None
-    table = {"columns": [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}],
-             "rows": {"first": {"row": "a"}, "second": {"row": "of set"}, "third": {"row": "another script's"}}}  # fmt: skip
+    table = {
+        "columns": [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}],
+        "rows": {
+            "first": {"row": "a"},
+            "second": {"row": "of set"},
+            "third": {"row": "another script's"},
+        },
+    }
     assert "| chance | 41.7 to 83.3 |" in list(report.number_table(table, rows))
 
 
 def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):
-    boxes = build_dataset("attributes_test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}).entries
-    share = np.mean([np.mean([label == 1 for label in labels if label >= 0]) for labels in zip(*(box.labels for box in boxes))
-                     if 1 in labels])  # fmt: skip
-    keys = {"test_file": str(shapes / "attributes.json"), "image_root": str(shapes), "image_res": 32}
+    boxes = build_dataset(
+        "attributes_test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}
+    ).entries
+    share = np.mean(
+        [
+            np.mean([label == 1 for label in labels if label >= 0])
+            for labels in zip(*(box.labels for box in boxes))
+            if 1 in labels
+        ]
+    )
+    keys = {
+        "test_file": str(shapes / "attributes.json"),
+        "image_root": str(shapes),
+        "image_res": 32,
+    }
     YAML(typ="safe").dump(keys, tmp_path / "attributes.yaml")
-    (row,) = expand({"rows": {"c": {"script": "Attributes.py", "config": str(tmp_path / "attributes.yaml")}}}, tmp_path).values()
+    (row,) = expand(
+        {"rows": {"c": {"script": "Attributes.py", "config": str(tmp_path / "attributes.yaml")}}},
+        tmp_path,
+    ).values()
     assert report.chance(row, "test_map", {}) == pytest.approx(100 * share)

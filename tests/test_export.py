@@ -1,21 +1,28 @@
-"""Export.py: weights and configuration out to .safetensors and back, in the released names, and its errors."""
+"""Export.py: weights and configuration out to .safetensors and back, in the released names, and its
+errors.
+"""
 
 import json
 import sys
 
 import pytest
 import torch
+from conftest import exit_status
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import Export
-from conftest import exit_status
 from models import build_model
 from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
 from utils import seed_everything
 
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
-CONFIG = {"image_res": 48, "scheduler": {"lr": 1e-3, "warmup_iters": None}, "distill": ["itc"], "bert_config": {"x": 2}}
+CONFIG = {
+    "image_res": 48,
+    "scheduler": {"lr": 1e-3, "warmup_iters": None},
+    "distill": ["itc"],
+    "bert_config": {"x": 2},
+}
 
 
 @pytest.fixture
@@ -24,7 +31,9 @@ def make(golden):
 
     def build(task, seed=0):
         seed_everything(seed)
-        return build_model(task, {**golden("vqa.pt")["config"], "bert_config": "tests/golden/bert.json"})
+        return build_model(
+            task, {**golden("vqa.pt")["config"], "bert_config": "tests/golden/bert.json"}
+        )
 
     return build
 
@@ -34,7 +43,10 @@ def checkpoint(make, tmp_path):
     """(state of a pre-training model, the file of a run that holds it)."""
     state = make("pretrain").state_dict()
     optimizer = {"state": {0: {"exp_avg": torch.zeros(1000, 1000)}}, "param_groups": []}
-    torch.save({"model": state, "optimizer": optimizer, "lr_scheduler": {}, "config": CONFIG, "epoch": 7}, tmp_path / "run.pth")
+    torch.save(
+        {"model": state, "optimizer": optimizer, "lr_scheduler": {}, "config": CONFIG, "epoch": 7},
+        tmp_path / "run.pth",
+    )
     return state, tmp_path / "run.pth"
 
 
@@ -43,7 +55,9 @@ def run(monkeypatch, capsys):
     """Runs Export.py; returns (exit status, stdout, stderr)."""
 
     def call(source, target, *flags):
-        monkeypatch.setattr(sys, "argv", ["Export.py", "--checkpoint", str(source), "--to", str(target), *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["Export.py", "--checkpoint", str(source), "--to", str(target), *flags]
+        )
         return exit_status(Export.main), *capsys.readouterr()
 
     return call
@@ -58,7 +72,9 @@ def assert_equal(left, right):
 def test_out_and_back_is_the_same_but_for_the_state_of_training(checkpoint, run, tmp_path):
     state, path = checkpoint
     status, out, err = run(path, tmp_path / "model.safetensors", "--momentum")
-    assert status == 0 and out.startswith(f"wrote {tmp_path / 'model.safetensors'}: {len(state)} tensors, 0."), err
+    assert status == 0 and out.startswith(
+        f"wrote {tmp_path / 'model.safetensors'}: {len(state)} tensors, 0."
+    ), err
     assert "MB, with config and epoch" in out and "left out" not in out
     assert_equal(load_file(tmp_path / "model.safetensors"), state)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
@@ -70,7 +86,10 @@ def test_out_and_back_is_the_same_but_for_the_state_of_training(checkpoint, run,
     assert back == {"config": CONFIG, "epoch": 7}
     assert (tmp_path / "back.pth").stat().st_size < 2e6  # the optimizer alone has 4 MB
     for name in ("model.safetensors", "back.pth"):
-        assert checkpoint_epoch(tmp_path / name) == 7 and read_checkpoint(tmp_path / name)["config"] == CONFIG
+        assert (
+            checkpoint_epoch(tmp_path / name) == 7
+            and read_checkpoint(tmp_path / name)["config"] == CONFIG
+        )
     assert not list(tmp_path.glob(".*"))
 
 
@@ -78,22 +97,30 @@ def test_out_and_back_is_the_same_but_for_the_state_of_training(checkpoint, run,
 def test_every_model_loads_as_the_released_code_does_and_here(make, run, tmp_path, task):
     model = make(task)
     state = model.state_dict()
-    torch.save({name: value for name, value in state.items() if "position_ids" not in name}, tmp_path / "bare.pth")
+    torch.save(
+        {name: value for name, value in state.items() if "position_ids" not in name},
+        tmp_path / "bare.pth",
+    )
     status, out, err = run(tmp_path / "bare.pth", tmp_path / "model.safetensors", "--momentum")
     assert status == 0 and "with no config" in out, err
     exported = load_file(tmp_path / "model.safetensors")
     assert_equal(exported, {name: state[name] for name in exported})
-    make(task, seed=1).load_state_dict(exported, strict=True)  # position_ids and both names of tied tensors are there
+    # position_ids and both names of tied tensors are there
+    make(task, seed=1).load_state_dict(exported, strict=True)
     ours = make(task, seed=1)
     report = load_checkpoint(ours, tmp_path / "model.safetensors", complete=True)
     assert_equal(ours.state_dict(), state)
     assert not report.new and not report.ignored
 
 
-def test_without_momentum_it_is_half_as_large_and_starts_the_momentum_model_from_the_base(checkpoint, make, run, tmp_path):
+def test_without_momentum_it_is_half_as_large_and_starts_the_momentum_model_from_the_base(
+    checkpoint, make, run, tmp_path
+):
     state, path = checkpoint
     status, out, err = run(path, tmp_path / "model.safetensors")
-    assert status == 0 and "left out: image_queue, text_queue, queue_ptr, visual_encoder_m, " in out, err
+    assert (
+        status == 0 and "left out: image_queue, text_queue, queue_ptr, visual_encoder_m, " in out
+    ), err
     exported = read_weights(tmp_path / "model.safetensors")
     assert exported.keys() == {name for name in state if "_m." not in name and "queue" not in name}
     model = make("pretrain", seed=1)
@@ -109,7 +136,12 @@ def test_an_existing_file_stays_without_overwrite(checkpoint, run, tmp_path):
     target = tmp_path / "model.pth"
     target.write_text("precious")
     status, _, err = run(path, target)
-    assert status == 2 and "model.pth exists already" in err and "--overwrite" in err and target.read_text() == "precious"
+    assert (
+        status == 2
+        and "model.pth exists already" in err
+        and "--overwrite" in err
+        and target.read_text() == "precious"
+    )
     assert run(path, target, "--overwrite")[0] == 0
     assert run(target, target, "--overwrite")[0] == 0  # in place
     assert checkpoint_epoch(target) == 7
@@ -118,7 +150,9 @@ def test_an_existing_file_stays_without_overwrite(checkpoint, run, tmp_path):
 def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path, monkeypatch):
     _, path = checkpoint
     torch.save({"config": CONFIG, "epoch": 7}, tmp_path / "empty.pth")
-    torch.save({"model": {"a": torch.ones(1)}, "config": {"date": b"bytes"}}, tmp_path / "bytes.pth")
+    torch.save(
+        {"model": {"a": torch.ones(1)}, "config": {"date": b"bytes"}}, tmp_path / "bytes.pth"
+    )
     (tmp_path / "folder.pth").mkdir()
     before = sorted(tmp_path.iterdir())
     for source, target, message in (
@@ -126,13 +160,19 @@ def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path,
         (path, "model.onnx", "model.onnx: the name of a weight file ends in .safetensors or .pth"),
         (path, "model", "ends in .safetensors or .pth"),
         (tmp_path / "empty.pth", "model.pth", "empty.pth holds no named tensors"),
-        (tmp_path / "bytes.pth", "model.safetensors", "bytes.pth: its config cannot be written as JSON"),
+        (
+            tmp_path / "bytes.pth",
+            "model.safetensors",
+            "bytes.pth: its config cannot be written as JSON",
+        ),
         (path, "absent/model.pth", "absent/model.pth: cannot write there"),
         (path, "folder.pth", "folder.pth: cannot write there"),
     ):
         status, out, err = run(source, tmp_path / target)
         assert status == 2 and message in err and err.count("\n") == 1 and not out
-    monkeypatch.setattr(Export, "write_weights", lambda file, *_: [file.write(b"half"), file.seek(-9)])
+    monkeypatch.setattr(
+        Export, "write_weights", lambda file, *_: [file.write(b"half"), file.seek(-9)]
+    )
     status, _, err = run(path, tmp_path / "model.pth")
     assert status == 2 and "model.pth: cannot write it" in err
     assert sorted(tmp_path.iterdir()) == before

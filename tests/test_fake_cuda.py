@@ -1,7 +1,8 @@
-"""Steps of every task, and ranking, on tensors that claim to be a GPU's: they have shapes, types and a device but no numbers.
+"""Steps of every task, and ranking, on tensors that claim to be a GPU's: they have shapes, types
+and a device but no numbers.
 
-A mix-up of devices, a value that the host would wait for and a shape that depends on values each raise an error here. The
-backward pass needs a real device; its gradients are made up.
+A mix-up of devices, a value that the host would wait for and a shape that depends on values each
+raise an error here. The backward pass needs a real device; its gradients are made up.
 """
 
 import contextlib
@@ -26,15 +27,21 @@ from utils import Text
 
 CUDA = torch.device("cuda")
 TASKS = {
-    "Pretrain": ("pretrain", "pretrain.json"), "Retrieval": ("retrieval_train", "retrieval_train.json"),
-    "VQA": ("vqa_train", "vqa_train.json"), "VE": ("ve_train", "ve_train.json"), "NLVR": ("nlvr_train", "nlvr_train.json"),
+    "Pretrain": ("pretrain", "pretrain.json"),
+    "Retrieval": ("retrieval_train", "retrieval_train.json"),
+    "VQA": ("vqa_train", "vqa_train.json"),
+    "VE": ("ve_train", "ve_train.json"),
+    "NLVR": ("nlvr_train", "nlvr_train.json"),
     "Relevance": ("relevance_train", "relevance_train.json"),
-    "Pretrain_nlvr": ("nlvr_pretrain_train", "pretrain.json"), "Grounding": ("grounding_train", "grounding_train.json"),
-}  # fmt: skip
+    "Pretrain_nlvr": ("nlvr_pretrain_train", "pretrain.json"),
+    "Grounding": ("grounding_train", "grounding_train.json"),
+}
 
 
 class Launches(TorchDispatchMode):
-    """Counts what the device is asked to do, views left out, and what is copied to it from the host."""
+    """Counts what the device is asked to do, views left out, and what is copied to it from the
+    host.
+    """
 
     def __init__(self):
         super().__init__()
@@ -44,7 +51,9 @@ class Launches(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if isinstance(result, torch.Tensor) and result.device.type == "cuda":
             self.count += not function.is_view
-            sources = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.device.type == "cpu"]
+            sources = [
+                arg for arg in args if isinstance(arg, torch.Tensor) and arg.device.type == "cpu"
+            ]
             if "copy" in function.name() and sources:
                 self.copies.append(tuple(sources[-1].shape))
         return result
@@ -52,23 +61,39 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_gpu(model):
-    """Within it the model's tensors are fake ones of a GPU that has bf16, and so is what is made on CUDA."""
-    has_bf16 = mock.patch.object(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    has_autocast = mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    """Within it the model's tensors are fake ones of a GPU that has bf16, and so is what is made on
+    CUDA.
+    """
+    has_bf16 = mock.patch.object(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: True
+    )
+    has_autocast = mock.patch.object(
+        torch.cuda.amp.common, "amp_definitely_not_available", lambda: False
+    )
     with FakeTensorMode(allow_non_fake_inputs=True), has_bf16, has_autocast:
-        normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=CUDA))  # its constants are copied once in a run
+        # its constants are copied once in a run
+        normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=CUDA))
         yield model.to_empty(device=CUDA)
     _scale_and_offset.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("script", TASKS)
-def test_a_step_waits_for_nothing_and_copies_its_batch_alone(tiny_config, shapes, monkeypatch, script, precision):
+def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
+    tiny_config, shapes, monkeypatch, script, precision
+):
     name, file = TASKS[script]
-    keys = {"train_file": [str(shapes / file)], "vqa_root": str(shapes), "precision": precision, "accumulate": 2}
+    keys = {
+        "train_file": [str(shapes / file)],
+        "vqa_root": str(shapes),
+        "precision": precision,
+        "accumulate": 2,
+    }
     config = with_defaults({**tiny_config, **keys})
     tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, config)
-    batches = [dataset.collate([dataset[i] for i in part], tokenizer) for part in (range(4), range(4, 8))]
+    batches = [
+        dataset.collate([dataset[i] for i in part], tokenizer) for part in (range(4), range(4, 8))
+    ]
     model = build_model(name.removesuffix("_train"), config, tokenizer).train()
     prepared = [model.prepare(batch) for batch in batches]  # on the host
     tensors = [leaf for leaf in tree_leaves(prepared) if isinstance(leaf, torch.Tensor)]
@@ -80,7 +105,9 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(tiny_config, shapes
     monkeypatch.setattr(model, "prepare", lambda batch: batch)
     pinned = []
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1])
+    monkeypatch.setattr(
+        torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1]
+    )
     with fake_gpu(model):
         optimizer = create_optimizer(config["optimizer"], model)
         step = importlib.import_module(script).step
@@ -88,7 +115,11 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(tiny_config, shapes
         with Launches() as launches:
             values, *_ = iterate(run, iter(prepared), 0, 0, 0.4)
     assert all(value.device.type == "cuda" for value in values.values())
-    assert sorted(launches.copies) == sorted(pinned) == sorted(tuple(tensor.shape) for tensor in tensors)
+    assert (
+        sorted(launches.copies)
+        == sorted(pinned)
+        == sorted(tuple(tensor.shape) for tensor in tensors)
+    )
 
 
 @torch.no_grad()
@@ -98,12 +129,17 @@ def test_ranking_answers_waits_for_nothing_and_has_no_more_launches_for_more_que
     buckets_of = {questions: length_buckets(lengths, questions, k) for questions in (2, 8)}
     with fake_gpu(model):
         for questions, buckets in buckets_of.items():
-            image, ids = torch.zeros(questions, 3, 32, 32, device=CUDA), torch.ones(questions, 7, dtype=torch.long, device=CUDA)
+            image, ids = (
+                torch.zeros(questions, 3, 32, 32, device=CUDA),
+                torch.ones(questions, 7, dtype=torch.long, device=CUDA),
+            )
             answers = torch.ones(questions, k, 5, dtype=torch.long, device=CUDA)
             with Launches() as launches:
                 keys_values, mask = model.encode_question(image, Text(ids, ids))
                 _, past = model.text_decoder(ids[:, :1], keys_values, mask)
-                scores = model._log_probs_in_buckets(answers, answers.sum(dim=2), mask, keys_values, past, buckets)
+                scores = model._log_probs_in_buckets(
+                    answers, answers.sum(dim=2), mask, keys_values, past, buckets
+                )
             assert scores.shape == (questions, k) and not launches.copies
             counts.append(launches.count)
     assert len(buckets) == 3 and counts[0] == counts[1]

@@ -1,4 +1,6 @@
-"""`make gpu` without a GPU: it says so, and what it does runs end to end on a tiny model; a GPU's machine runs it whole."""
+"""`make gpu` without a GPU: it says so, and what it does runs end to end on a tiny model; a GPU's
+machine runs it whole.
+"""
 
 import json
 import subprocess
@@ -22,10 +24,21 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def size(tiny_config, monkeypatch):
-    bert = {**tiny_config["bert_config"], "vocab_size": 30522, "num_hidden_layers": 2, "fusion_layer": 1}
+    bert = {
+        **tiny_config["bert_config"],
+        "vocab_size": 30522,
+        "num_hidden_layers": 2,
+        "fusion_layer": 1,
+    }
     config = {**tiny_config, "bert_config": bert, "queue_size": 64, "vision_depth": 1}
-    size = report.Size(lambda *keys: override(config, list(keys), "tiny"), (4,), 2, 1, (["annotations.py", "--help"],),
-                       {"backend": "eager"})  # fmt: skip
+    size = report.Size(
+        lambda *keys: override(config, list(keys), "tiny"),
+        (4,),
+        2,
+        1,
+        (["annotations.py", "--help"],),
+        {"backend": "eager"},
+    )
     monkeypatch.setattr(pretrain_step, "full_size_config", lambda name, *keys: size.config(*keys))
     monkeypatch.setattr(pretrain_step, "MATMUL", 64)
     monkeypatch.setattr(pretrain_step, "WARM_UP", 1)
@@ -37,14 +50,31 @@ def size(tiny_config, monkeypatch):
 
 def test_the_report_runs_end_to_end_and_says_what_is_wrong(size, tmp_path, monkeypatch, capsys):
     # runs of several processes are tested for every task elsewhere
-    of_processes = {"processes repeat and resume": mock.Mock(side_effect=AssertionError("again: 1 tensors differ"))}
+    of_processes = {
+        "processes repeat and resume": mock.Mock(
+            side_effect=AssertionError("again: 1 tensors differ")
+        )
+    }
     with mock.patch.dict(checks.CHECKS, of_processes):
         assert report.report(CPU, size, tmp_path) == [*of_processes]
     output = capsys.readouterr().out
-    assert output.splitlines()[-1] == "this installation is not fit to train: processes repeat and resume"
-    content, page = json.loads((tmp_path / "report.json").read_text()), (tmp_path / "report.md").read_text()
-    assert [(row["batch"], row["mode"]) for row in content["steps"]] == [(4, "eager"), (4, "compiled")]
-    assert content["scaling"]["1"] > 0 and "| 4 | compiled |" in page and "usage: annotations.py" in page
+    assert (
+        output.splitlines()[-1]
+        == "this installation is not fit to train: processes repeat and resume"
+    )
+    content, page = (
+        json.loads((tmp_path / "report.json").read_text()),
+        (tmp_path / "report.md").read_text(),
+    )
+    assert [(row["batch"], row["mode"]) for row in content["steps"]] == [
+        (4, "eager"),
+        (4, "compiled"),
+    ]
+    assert (
+        content["scaling"]["1"] > 0
+        and "| 4 | compiled |" in page
+        and "usage: annotations.py" in page
+    )
     assert "FAILED: again: 1 tensors differ" in page
 
 
@@ -56,5 +86,13 @@ def test_golden_values_that_are_off_are_said(size, monkeypatch, precision):
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
-    ended = subprocess.run([sys.executable, "tests/gpu/report.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "no GPU" in ended.stderr
+    ended = subprocess.run(
+        [sys.executable, "tests/gpu/report.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "no GPU" in ended.stderr
+    )

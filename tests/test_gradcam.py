@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import assert_close
+
 from models.gradcam import cross_gradcam, default_block, itc_gradcam, itm_gradcam
 from utils import InputError, Text
 
@@ -24,14 +24,25 @@ def test_maps_of_matching_are_the_released_ones(retrieval):
 
 def test_maps_of_contrastive_similarity_are_the_released_ones(retrieval):
     data, model, text = retrieval
-    assert_close("itc", itc_gradcam(model, data["image"], text, data["itc_block_num"]), data["itc_cam"], 1e-4, 1e-5)
+    assert_close(
+        "itc",
+        itc_gradcam(model, data["image"], text, data["itc_block_num"]),
+        data["itc_cam"],
+        1e-4,
+        1e-5,
+    )
 
 
 def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retrieval):
     data, model, text = retrieval
     together = itm_gradcam(model, data["image"], text, 2)
     length = int(text.attention_mask[1].sum())
-    alone = itm_gradcam(model, data["image"][1:2], Text(text.input_ids[1:2, :length], text.attention_mask[1:2, :length]), 2)
+    alone = itm_gradcam(
+        model,
+        data["image"][1:2],
+        Text(text.input_ids[1:2, :length], text.attention_mask[1:2, :length]),
+        2,
+    )
     assert_close("one of a batch", together[1:2, :length], alone, 1e-4, 1e-6)
     assert not together[1, length:].any()
     itc_gradcam(model, data["image"], text, 0)
@@ -42,13 +53,21 @@ def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retr
 
 @pytest.mark.parametrize("share", ["all", "none"])
 def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(released, share):
-    (data, first, text), (_, second, _) = (released("nlvr", distill=False, share=kind) for kind in ("all", share))
+    (data, first, text), (_, second, _) = (
+        released("nlvr", distill=False, share=kind) for kind in ("all", share)
+    )
     models = [first.eval(), second.eval()]
     models[1].load_state_dict(models[0].state_dict())
     heats = []
     for model in models:
-        keys_values = model.keys_values(model.bert, model.visual_encoder.forward_features(data["image"]))
-        heats.append(cross_gradcam(model, keys_values, text, 8, lambda fused: model.cls_head(fused[:, 0])[:, 1].sum())[0])
+        keys_values = model.keys_values(
+            model.bert, model.visual_encoder.forward_features(data["image"])
+        )
+        heats.append(
+            cross_gradcam(
+                model, keys_values, text, 8, lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
+            )[0]
+        )
     for one, other in zip(*heats, strict=True):
         assert_close("heat", one, other, 1e-4, 1e-8)
 
@@ -60,7 +79,9 @@ def test_a_pair_of_blocks_has_a_map_for_each_image(released):
 
     def maps(images, block_num):
         with torch.enable_grad():
-            keys_values = model.keys_values(model.bert, model.visual_encoder.forward_features(images))
+            keys_values = model.keys_values(
+                model.bert, model.visual_encoder.forward_features(images)
+            )
         score = lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
         return cross_gradcam(model, keys_values, text, block_num, score)
 
@@ -77,8 +98,16 @@ def test_a_pair_of_blocks_has_a_map_for_each_image(released):
 
 def test_blocks_out_of_range_are_named(retrieval):
     data, model, text = retrieval
-    with pytest.raises(InputError, match="--block_num 1: those with cross-attention are the blocks 2 to 3"):
+    with pytest.raises(
+        InputError, match="--block_num 1: those with cross-attention are the blocks 2 to 3"
+    ):
         itm_gradcam(model, data["image"], text, 1)
-    with pytest.raises(InputError, match="--block_num 2: those of the image encoder are the blocks 0 to 1"):
+    with pytest.raises(
+        InputError, match="--block_num 2: those of the image encoder are the blocks 0 to 1"
+    ):
         itc_gradcam(model, data["image"], text, 2)
-    assert default_block(model) == 3 and default_block(model, words=True) == 2 and default_block(model, "itc") == 1
+    assert (
+        default_block(model) == 3
+        and default_block(model, words=True) == 2
+        and default_block(model, "itc") == 1
+    )

@@ -28,7 +28,9 @@ def reranking(model, image):
     text = texts(1)
     image_embeds, image_feat = model.encode_image(image)
     text_embeds, text_feat = model.encode_text(text)
-    return model.rerank(image_embeds, image_feat, text_embeds, text_feat, text.attention_mask, COUNT)[1]
+    return model.rerank(
+        image_embeds, image_feat, text_embeds, text_feat, text.attention_mask, COUNT
+    )[1]
 
 
 def attributes(model, image):
@@ -57,19 +59,33 @@ def ranking(model, image):
 
 
 def generation(model, image):
-    return model.answer_logits(model.encode_question(image[:1], same(1)), torch.tensor([[2, 7]]), torch.tensor([0]))
+    return model.answer_logits(
+        model.encode_question(image[:1], same(1)), torch.tensor([[2, 7]]), torch.tensor([0])
+    )
 
 
 def words(model, image):
-    fused = model.fuse(model.encode_text(texts(1))[0], texts(1).attention_mask, model.encode_image(image[:1])[0])
+    fused = model.fuse(
+        model.encode_text(texts(1))[0], texts(1).attention_mask, model.encode_image(image[:1])[0]
+    )
     return model.mlm_logits(fused[0, 1])
 
 
-@pytest.mark.parametrize("task, scores", [
-    ("retrieval", reranking), ("retrieval", attributes), ("retrieval", grounding), ("ve", classes),
-    ("relevance", classes), ("nlvr", pairs), ("nlvr_pretrain", pairs), ("vqa", ranking), ("vqa", generation),
-    ("pretrain", words),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, scores",
+    [
+        ("retrieval", reranking),
+        ("retrieval", attributes),
+        ("retrieval", grounding),
+        ("ve", classes),
+        ("relevance", classes),
+        ("nlvr", pairs),
+        ("nlvr_pretrain", pairs),
+        ("vqa", ranking),
+        ("vqa", generation),
+        ("pretrain", words),
+    ],
+)
 @torch.no_grad()
 def test_scores_of_different_inputs_do_not_tie_under_bf16(released, task, scores):
     data, model, _ = released("ve" if task == "relevance" else task)
@@ -79,7 +95,8 @@ def test_scores_of_different_inputs_do_not_tie_under_bf16(released, task, scores
     image = torch.randn(COUNT, *data["image"].shape[1:], generator=torch.Generator().manual_seed(0))
     for name, module in model.named_modules():
         if name.endswith(LAST):
-            module.bias += 8  # shared by all inputs, so that bf16 has few digits for their differences
+            # shared by all inputs, so that bf16 has few digits for their differences
+            module.bias += 8
     with torch.autocast("cpu", torch.bfloat16):
         found = scores(model.eval(), image).flatten()
     assert found.dtype == torch.float32

@@ -1,4 +1,6 @@
-"""Export.py to a folder and to the hub, and load_model and --checkpoint from there, on a local server (tests/helpers/hub.py)."""
+"""Export.py to a folder and to the hub, and load_model and --checkpoint from there, on a local
+server (tests/helpers/hub.py).
+"""
 
 import hashlib
 import importlib
@@ -10,12 +12,12 @@ from unittest import mock
 import huggingface_hub
 import pytest
 import torch
+from conftest import ROOT, contents, exit_status, refusal, tiny
+from helpers.hub import serve
 from huggingface_hub import hf_hub_download
 
 import Export
-from conftest import ROOT, contents, exit_status, refusal, tiny
 from configs.schema import FILE_KEYS, KEYS, PATH, PATHS, TEXT, load_config
-from helpers.hub import serve
 from inference import load_model
 from models import build_model
 from models.checkpoint import read_checkpoint, write_weights
@@ -53,13 +55,25 @@ def place(monkeypatch, address):
 @pytest.fixture(scope="module")
 def run_folder(shapes, tmp_path_factory):
     """The folder of a run of retrieval with its log."""
-    folder, config = tmp_path_factory.mktemp("run"), {**tiny(shapes), "bert_config": {**tiny(shapes)["bert_config"]}}
+    folder, config = (
+        tmp_path_factory.mktemp("run"),
+        {**tiny(shapes), "bert_config": {**tiny(shapes)["bert_config"]}},
+    )
     config["bert_config"]["vocab_size"] = "auto"
     seed_everything(3)
-    model = build_model("retrieval", config | {"bert_config": tiny(shapes)["bert_config"]}, tokenizer_of({**config}))
-    torch.save({"model": model.state_dict(), "config": config, "epoch": 1}, folder / "checkpoint_best.pth")
-    entries = [{"train_loss_itm": 0.5, "val_r_mean": 10.0 + epoch, "epoch": epoch} for epoch in range(3)]
-    (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"test_txt_r1": 47.8, "epoch": 1}\n')
+    model = build_model(
+        "retrieval", config | {"bert_config": tiny(shapes)["bert_config"]}, tokenizer_of({**config})
+    )
+    torch.save(
+        {"model": model.state_dict(), "config": config, "epoch": 1}, folder / "checkpoint_best.pth"
+    )
+    entries = [
+        {"train_loss_itm": 0.5, "val_r_mean": 10.0 + epoch, "epoch": epoch} for epoch in range(3)
+    ]
+    (folder / "log.txt").write_text(
+        "".join(json.dumps(entry) + "\n" for entry in entries)
+        + '{"test_txt_r1": 47.8, "epoch": 1}\n'
+    )
     return folder
 
 
@@ -68,7 +82,9 @@ def export(monkeypatch, capsys):
     """Runs Export.py; returns (exit status, stdout, the one line of stderr)."""
 
     def call(source, *flags):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["Export.py", "--checkpoint", source, *flags])))
+        monkeypatch.setattr(
+            sys, "argv", list(map(str, ["Export.py", "--checkpoint", source, *flags]))
+        )
         status, (out, err) = exit_status(Export.main), capsys.readouterr()
         assert status == 0 or err.count("\n") == 1, err
         return status, out, err.strip()
@@ -77,28 +93,55 @@ def export(monkeypatch, capsys):
 
 
 def outputs(model, shapes):
-    return model.embed_images(shapes / IMAGE), model.embed_texts(TEXT), torch.tensor(model.match(shapes / IMAGE, TEXT))
+    return (
+        model.embed_images(shapes / IMAGE),
+        model.embed_texts(TEXT),
+        torch.tensor(model.match(shapes / IMAGE, TEXT)),
+    )
 
 
 def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right))
 
 
-def test_a_folder_has_weights_configuration_vocabulary_and_card(run_folder, export, shapes, tmp_path):
+def test_a_folder_has_weights_configuration_vocabulary_and_card(
+    run_folder, export, shapes, tmp_path
+):
     folder = tmp_path / "hub/retriever"
     status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/")
     assert status == 0 and f"wrote {folder}/" in out, err
-    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json", "README.md"}
+    assert {path.name for path in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+    }
     assert build_tokenizer(folder).get_vocab() == build_tokenizer(shapes / "vocab.txt").get_vocab()
     config = load_config(folder / "config.json")  # JSON is YAML
-    assert config["bert_config"]["vocab_size"] == len((shapes / "vocab.txt").read_text().splitlines())
-    assert config["bert_config"]["hidden_act"] == "gelu" and config["tokenizer"] == str(folder / "tokenizer.json") and config["image_res"] == 32
+    assert config["bert_config"]["vocab_size"] == len(
+        (shapes / "vocab.txt").read_text().splitlines()
+    )
+    assert (
+        config["bert_config"]["hidden_act"] == "gelu"
+        and config["tokenizer"] == str(folder / "tokenizer.json")
+        and config["image_res"] == 32
+    )
     card = (folder / "README.md").read_text()
-    for words in ("task retrieval, epoch 1", "`test_file`: test.json", "| val_r_mean | 11 |", "| test_txt_r1 | 47.8 |",
-                  "arxiv.org/abs/2107.07651", 'load_model("retriever")', "- vision-language"):  # fmt: skip
+    for words in (
+        "task retrieval, epoch 1",
+        "`test_file`: test.json",
+        "| val_r_mean | 11 |",
+        "| test_txt_r1 | 47.8 |",
+        "arxiv.org/abs/2107.07651",
+        'load_model("retriever")',
+        "- vision-language",
+    ):
         assert words in card
     for path in folder.iterdir():
-        assert str(shapes).encode() not in path.read_bytes() and str(ROOT).encode() not in path.read_bytes(), path
+        assert (
+            str(shapes).encode() not in path.read_bytes()
+            and str(ROOT).encode() not in path.read_bytes()
+        ), path
     assert "train_loss" not in card and "| val_r_mean | 12" not in card
     moved = folder.rename(tmp_path / "moved")  # what it names lies beside it
     before = outputs(load_model(run_folder, "cpu"), shapes)
@@ -107,34 +150,60 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(run_folder, expo
 
     left = contents(moved)
     status, _, err = export(run_folder / "checkpoint_best.pth", "--to", f"{moved}/")
-    assert status == 2 and "moved/ exists already" in err and "--overwrite" in err and contents(moved) == left
-    assert export(run_folder / "checkpoint_best.pth", "--to", f"{moved}/", "--overwrite", "--momentum")[0] == 0
+    assert (
+        status == 2
+        and "moved/ exists already" in err
+        and "--overwrite" in err
+        and contents(moved) == left
+    )
+    assert (
+        export(
+            run_folder / "checkpoint_best.pth", "--to", f"{moved}/", "--overwrite", "--momentum"
+        )[0]
+        == 0
+    )
     assert "text_encoder_m." in str(read_checkpoint(moved / "model.safetensors")["model"].keys())
 
 
-def test_round_trip_through_the_hub_is_bit_for_bit(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+def test_round_trip_through_the_hub_is_bit_for_bit(
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
+):
     before, folder = outputs(load_model(run_folder, "cpu"), shapes), tmp_path / "out"
-    status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/retriever")
+    status, out, err = export(
+        run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/retriever"
+    )
     assert status == 0 and f"published {hub.address}/lab/retriever/commit/" in out, err
     repository = hub.repositories["lab/retriever"]
     first = repository["main"]
     assert repository["private"] is True
-    assert repository["commits"][first] == {path.name: data for path, data in contents(folder).items()}
+    assert repository["commits"][first] == {
+        path.name: data for path, data in contents(folder).items()
+    }
     assert 'load_model("lab/retriever")' in (folder / "README.md").read_text()
 
     assert same(outputs(load_model("lab/retriever", "cpu"), shapes), before)
     assert same(outputs(load_model(f"lab/retriever@{first}", "cpu"), shapes), before)
 
     status, _, err = export(folder, "--push", "lab/retriever")  # a second time
-    assert status == 2 and "lab/retriever: the repository exists already and has 4 files" in err and "--overwrite" in err
+    assert (
+        status == 2
+        and "lab/retriever: the repository exists already and has 4 files" in err
+        and "--overwrite" in err
+    )
     assert repository["main"] == first
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n")  # what the owner has changed is uploaded as it is
+    # what the owner has changed is uploaded as it is
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     assert export(folder, "--push", "lab/retriever", "--overwrite")[0] == 0
     assert repository["commits"][repository["main"]]["README.md"] == b"---\nlicense: mit\n---\n"
-    assert export(folder, "--push", "lab/open", "--public")[0] == 0 and hub.repositories["lab/open"]["private"] is False
+    assert (
+        export(folder, "--push", "lab/open", "--public")[0] == 0
+        and hub.repositories["lab/open"]["private"] is False
+    )
 
 
-def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(run_folder, export, hub, shapes, tmp_path):
+def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
+    run_folder, export, hub, shapes, tmp_path
+):
     folder = tmp_path / "out"
     export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/a")
     first, before = hub.repositories["lab/a"]["main"], outputs(load_model("lab/a", "cpu"), shapes)
@@ -142,7 +211,10 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(run_folder, e
     content = torch.load(run_folder / "checkpoint_best.pth", weights_only=True)
     content["model"]["vision_proj.weight"] *= -2
     torch.save(content, tmp_path / "other.pth")
-    assert export(tmp_path / "other.pth", "--to", f"{folder}/", "--push", "lab/a", "--overwrite")[0] == 0
+    assert (
+        export(tmp_path / "other.pth", "--to", f"{folder}/", "--push", "lab/a", "--overwrite")[0]
+        == 0
+    )
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)  # a process sees one version
     fetch.cache_clear()
     assert not same(outputs(load_model("lab/a", "cpu"), shapes), before)
@@ -155,7 +227,9 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(run_folder, e
     assert "does not give it" in refusal(load_model, "lab/a@v7")
 
 
-def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+def test_offline_and_without_a_network_the_cache_serves(
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
+):
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     before = outputs(load_model("lab/a", "cpu"), shapes)
     with monkeypatch.context() as patch:
@@ -165,47 +239,84 @@ def test_offline_and_without_a_network_the_cache_serves(run_folder, export, hub,
         assert same(outputs(load_model("lab/a", "cpu"), shapes), before) and not hub.requests
         assert "offline mode" in capsys.readouterr().err
         message = refusal(load_model, "lab/b")
-        assert "lab/b is not a local file or folder, and the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE" in message
+        assert (
+            "lab/b is not a local file or folder, and the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE"
+            in message
+        )
         assert "has no" not in message
     place(monkeypatch, "http://127.0.0.1:9")
     fetch.cache_clear()
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
-    assert "cannot be reached" in (note := capsys.readouterr().err) and "from the cache" in note and note.count("\n") == 1
+    assert (
+        "cannot be reached" in (note := capsys.readouterr().err)
+        and "from the cache" in note
+        and note.count("\n") == 1
+    )
     with mock.patch("models.hub.hf_hub_download", wraps=hf_hub_download) as downloaded:
         for name in "lab/b", f"lab/b@{'1' * 40}":
             message = refusal(load_model, name)
-            assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
-        assert all(call.kwargs["local_files_only"] for call in downloaded.call_args_list)  # otherwise it would try for half a minute
+            assert (
+                "the hub cannot be reached" in message
+                and "connection to http://127.0.0.1:9" in message
+            )
+        # otherwise it would try for half a minute
+        assert all(call.kwargs["local_files_only"] for call in downloaded.call_args_list)
     status, _, err = export(tmp_path / "out", "--push", "lab/b")
     assert status == 2 and "--push lab/b: the hub cannot be reached" in err
 
 
 def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
-    assert "checkpoint: lab/a is not a local file or folder, and the hub does not give it" in refusal(load_model, "lab/a")
+    assert (
+        "checkpoint: lab/a is not a local file or folder, and the hub does not give it"
+        in refusal(load_model, "lab/a")
+    )
     hub.repositories["lab/other"] = {"commits": {"0" * 40: {"a.txt": b""}}, "main": "0" * 40}
     assert "the hub repository has no model.safetensors" in refusal(load_model, "lab/other")
-    assert "weights/ALBEF.pth does not exist: check the path" in refusal(load_model, "weights/ALBEF.pth")
+    assert "weights/ALBEF.pth does not exist: check the path" in refusal(
+        load_model, "weights/ALBEF.pth"
+    )
     checkpoint = run_folder / "checkpoint_best.pth"
-    for flags, words in ((["--push", "lab/a"], "add --to FOLDER/"), (["--push", "lab/a", "--to", "a.pth"], "end --to a.pth with"),
-                         ([], "--to is missing"), (["--push", "a b", "--to", f"{tmp_path}/x/"], "write USER/NAME")):  # fmt: skip
+    for flags, words in (
+        (["--push", "lab/a"], "add --to FOLDER/"),
+        (["--push", "lab/a", "--to", "a.pth"], "end --to a.pth with"),
+        ([], "--to is missing"),
+        (["--push", "a b", "--to", f"{tmp_path}/x/"], "write USER/NAME"),
+    ):
         status, _, err = export(checkpoint, *flags)
         assert status == 2 and words in err
 
 
-def test_scripts_take_a_repository_as_checkpoint(run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys):
+def test_scripts_take_a_repository_as_checkpoint(
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     found = {}
     for source in ("lab/a", run_folder / "checkpoint_best.pth"):
         data = ["--set", f"test_file={shapes / 'test.json'}", f"image_root={shapes}"]
-        flags = ["--evaluate", "--checkpoint", source, "--output_dir", tmp_path / "e", "--device", "cpu", *data]
-        monkeypatch.setattr(sys, "argv", list(map(str, ["Retrieval.py", *flags, "--split", "test"])))
+        flags = [
+            "--evaluate",
+            "--checkpoint",
+            source,
+            "--output_dir",
+            tmp_path / "e",
+            "--device",
+            "cpu",
+            *data,
+        ]
+        monkeypatch.setattr(
+            sys, "argv", list(map(str, ["Retrieval.py", *flags, "--split", "test"]))
+        )
         assert exit_status(importlib.import_module("Retrieval").main) == 0
         found[source] = capsys.readouterr().out.partition("ITC  ")[2]
         log = (tmp_path / "e/log.txt").read_text().splitlines()[-1]
         assert json.loads(log)["checkpoint"] == str(source)
     assert len(set(found.values())) == 1 and "chance" in found["lab/a"]
-    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--checkpoint", "lab/a", "--image", str(shapes / IMAGE), "--text", TEXT])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["Visualize.py", "--checkpoint", "lab/a", "--image", str(shapes / IMAGE), "--text", TEXT],
+    )
     assert exit_status(importlib.import_module("Visualize").main) == 0
     assert (tmp_path / "heatmap.png").exists()
 
@@ -215,30 +326,60 @@ def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shap
     outside = tmp_path / "outside"
     before = set(tmp_path.rglob("*"))
     for header in ("ETag", "X_Linked_ETag", "X_Repo_Commit", "X_Xet_Hash"):
-        for value in ("../../../outside", str(outside), f'"{outside}"', f'W/"{outside}"', "..", ".", "a/b", ""):
+        for value in (
+            "../../../outside",
+            str(outside),
+            f'"{outside}"',
+            f'W/"{outside}"',
+            "..",
+            ".",
+            "a/b",
+            "",
+        ):
             hub.headers = {header: value}
             for source in ("lab/a", "lab/none"):
                 hub.repositories["lab/none"] = {"commits": {"0" * 40: {}}, "main": "0" * 40}
                 message = refusal(load_model, source)
-                assert source == "lab/none" and header in ("X_Linked_ETag", "X_Xet_Hash") or header.replace("_", "-") in message
-            assert "X-" in refusal(build_tokenizer, "lab/a") or "ETag" in refusal(build_tokenizer, "lab/a")
+                assert (
+                    source == "lab/none"
+                    and header in ("X_Linked_ETag", "X_Xet_Hash")
+                    or header.replace("_", "-") in message
+                )
+            assert "X-" in refusal(build_tokenizer, "lab/a") or "ETag" in refusal(
+                build_tokenizer, "lab/a"
+            )
     assert set(tmp_path.rglob("*")) == before
     hub.headers = {}
     assert "not a valid hub name" in refusal(load_model, "lab/a@../../../outside")
     load_model("lab/a", "cpu")
 
 
-def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export, hub, shapes, tmp_path):
-    assert {name for name, key in KEYS.items() if key.kind in (TEXT, PATH, PATHS)} <= {*FILE_KEYS, "eos", "optimizer.opt"}
+def test_the_configuration_of_a_repository_opens_nothing_else(
+    run_folder, export, hub, shapes, tmp_path
+):
+    assert {name for name, key in KEYS.items() if key.kind in (TEXT, PATH, PATHS)} <= {
+        *FILE_KEYS,
+        "eos",
+        "optimizer.opt",
+    }
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]
     good = json.loads(files["config.json"])
     (tmp_path / "bert.json").write_text(json.dumps(good["bert_config"]))
     for key in FILE_KEYS:
-        for value in (str(tmp_path / "bert.json"), "/dev/zero", "../tokenizer.json", "absent.json", [str(tmp_path)], 5):
+        for value in (
+            str(tmp_path / "bert.json"),
+            "/dev/zero",
+            "../tokenizer.json",
+            "absent.json",
+            [str(tmp_path)],
+            5,
+        ):
             files["config.json"] = json.dumps({**good, key: value}).encode()
-            repository["commits"] = {(commit := hashlib.sha1(files["config.json"]).hexdigest()): files}
+            repository["commits"] = {
+                (commit := hashlib.sha1(files["config.json"]).hexdigest()): files
+            }
             repository["main"] = commit
             fetch.cache_clear()
             assert f"config.json: {key} is " in refusal(load_model, "lab/a")
@@ -246,8 +387,12 @@ def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export
     (tmp_path / "old/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
     status, _, err = export(tmp_path / "old", "--push", "lab/b")
     assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
-    content = {**read_checkpoint(tmp_path / "out/model.safetensors"), "config": {**good, "tokenizer": "/dev/zero"}}
-    with open(tmp_path / "model.safetensors", "wb") as file:  # the metadata of the weights has another configuration
+    content = {
+        **read_checkpoint(tmp_path / "out/model.safetensors"),
+        "config": {**good, "tokenizer": "/dev/zero"},
+    }
+    # the metadata of the weights has another configuration
+    with open(tmp_path / "model.safetensors", "wb") as file:
         write_weights(file, ".safetensors", content.pop("model"), content)
     files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
     for config in (json.dumps(good).encode(), b"{", b"[]", b"{}", b"[" * 100_000):
@@ -261,7 +406,9 @@ def test_the_configuration_of_a_repository_opens_nothing_else(run_folder, export
             assert "config.json" in refusal(load_model, "lab/a")
 
 
-def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(run_folder, export, hub, tmp_path):
+def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(
+    run_folder, export, hub, tmp_path
+):
     folder = tmp_path / "out"
     checkpoint = run_folder / "checkpoint_best.pth"
     assert export(checkpoint, "--to", f"{folder}/")[0] == 0
@@ -270,11 +417,23 @@ def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(run_folder
         (folder / name).write_text("secret")
     assert export(folder, "--push", "lab/a")[0] == 0
     repository = hub.repositories["lab/a"]
-    assert set(repository["commits"][repository["main"]]) == {"model.safetensors", "config.json", "README.md", "tokenizer.json"}
+    assert set(repository["commits"][repository["main"]]) == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "tokenizer.json",
+    }
     status, _, err = export(checkpoint, "--to", f"{tmp_path}/new/", "--push", "lab/a")
-    assert status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
+    assert (
+        status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
+    )
     status, _, err = export(checkpoint, "--to", f"{folder}/", "--push", "lab/b")
-    assert status == 2 and str(folder) in err and "--overwrite" in err and "lab/b" not in hub.repositories
+    assert (
+        status == 2
+        and str(folder) in err
+        and "--overwrite" in err
+        and "lab/b" not in hub.repositories
+    )
     (folder / "tokenizer.json").unlink()
     status, _, err = export(folder, "--push", "lab/b")
     assert status == 2 and "tokenizer.json" in err and "lab/b" not in hub.repositories

@@ -31,13 +31,28 @@ def encoded(picture, format, **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("mode, name, options", [
-    ("RGB", "a.jpg", {}), ("RGB", "a.jpg", {"quality": 95, "subsampling": "4:4:4"}), ("RGB", "a.jpg", {"progressive": True}),
-    ("RGB", "a.jpg", {"keep_rgb": True}), ("RGB", "jpeg_called.png", {"format": "JPEG"}), ("L", "a.jpg", {}),
-    ("CMYK", "a.jpg", {}), ("RGB", "a.png", {}), ("RGBA", "a.png", {}), ("LA", "a.png", {}), ("P", "a.png", {}),
-    ("1", "a.png", {}), ("P", "a.gif", {}), ("RGB", "a.webp", {}), ("RGB", "a.bmp", {}),
-    ("RGB", "a.tiff", {"compression": "jpeg"}), ("RGB", "a.ppm", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mode, name, options",
+    [
+        ("RGB", "a.jpg", {}),
+        ("RGB", "a.jpg", {"quality": 95, "subsampling": "4:4:4"}),
+        ("RGB", "a.jpg", {"progressive": True}),
+        ("RGB", "a.jpg", {"keep_rgb": True}),
+        ("RGB", "jpeg_called.png", {"format": "JPEG"}),
+        ("L", "a.jpg", {}),
+        ("CMYK", "a.jpg", {}),
+        ("RGB", "a.png", {}),
+        ("RGBA", "a.png", {}),
+        ("LA", "a.png", {}),
+        ("P", "a.png", {}),
+        ("1", "a.png", {}),
+        ("P", "a.gif", {}),
+        ("RGB", "a.webp", {}),
+        ("RGB", "a.bmp", {}),
+        ("RGB", "a.tiff", {"compression": "jpeg"}),
+        ("RGB", "a.ppm", {}),
+    ],
+)
 def test_load_image_equals_pillow(tmp_path, picture, mode, name, options):
     path = tmp_path / name
     picture.crop((0, 0, 61, 43)).convert(mode).save(path, **options)
@@ -58,7 +73,8 @@ def test_truncated_files_raise(tmp_path, picture, format):
 
 def test_damaged_jpeg_raises_but_stray_bytes_do_not(tmp_path, picture):
     data, path = encoded(picture, "JPEG"), tmp_path / "a.jpg"
-    path.write_bytes(data[: len(data) // 2] + b"\xff\xd9")  # ends properly, but half of it is missing
+    # ends properly, but half of it is missing
+    path.write_bytes(data[: len(data) // 2] + b"\xff\xd9")
     with pytest.raises(OSError, match=f"{path}.*premature end"):
         load_image(path)
     scan = data.index(b"\xff\xda")
@@ -77,7 +93,9 @@ def test_other_plug_ins_are_not_asked(monkeypatch, picture, format):
 
 
 def jpeg_of_scans(picture, count):
-    """A progressive JPEG whose last scan, which refines coefficients that are 0, stands there again and again."""
+    """A progressive JPEG whose last scan, which refines coefficients that are 0, stands there again
+    and again.
+    """
     data = encoded(picture, "JPEG", progressive=True)
     scan = data[data.rindex(b"\xff\xda") : -2]
     return data[:-2] + scan * (count - data.count(b"\xff\xda")) + b"\xff\xd9"
@@ -91,8 +109,11 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch, mode)
     black = Image.new(mode, (64, 48))
     usual, hostile = encoded(black, "JPEG", progressive=True), jpeg_of_scans(black, 3000)
     assert usual.count(b"\xff\xda") >= 10 and len(hostile) < 50_000
-    assert torch.equal(decode_image(usual, "a"), to_tensor(Image.open(io.BytesIO(usual)).convert("RGB")))
-    video = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()  # as phones append to a photo
+    assert torch.equal(
+        decode_image(usual, "a"), to_tensor(Image.open(io.BytesIO(usual)).convert("RGB"))
+    )
+    # as phones append to a photo
+    video = np.random.default_rng(0).integers(0, 256, 3_000_000, dtype=np.uint8).tobytes()
     assert torch.equal(decode_image(usual + video, "a"), decode_image(usual, "a"))
     monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
@@ -109,18 +130,25 @@ def test_gray_of_16_bits_keeps_its_upper_8(tmp_path):
     values = np.arange(0, 65536, 37, dtype=np.uint16)[:1750].reshape(35, 50)
     gray = torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
     assert torch.equal(image_of(Image.fromarray(values), tmp_path, "a.png"), gray)
-    assert torch.equal(image_of(Image.fromarray(values.astype(">u2")), tmp_path, "big_endian.tiff"), gray)
+    assert torch.equal(
+        image_of(Image.fromarray(values.astype(">u2")), tmp_path, "big_endian.tiff"), gray
+    )
     (tmp_path / "a.pgm").write_bytes(b"P5 50 35 65535\n" + values.astype(">u2").tobytes())
     assert torch.equal(load_image(tmp_path / "a.pgm"), gray)
     dark = Image.fromarray(values >> 8)
-    assert image_of(dark, tmp_path, "dark.png").max() == 0  # the file says 16 bits, whatever its values are
+    # the file says 16 bits, whatever its values are
+    assert image_of(dark, tmp_path, "dark.png").max() == 0
 
 
 def test_32_bits(tmp_path):
     values = np.arange(256, dtype=np.int32).reshape(16, 16)
     small = Image.fromarray(values)
     assert torch.equal(image_of(small, tmp_path, "small.tiff"), to_tensor(small.convert("RGB")))
-    for name, wide in (("wide", values * 1000), ("negative", values - 1), ("float", values / np.float32(255))):
+    for name, wide in (
+        ("wide", values * 1000),
+        ("negative", values - 1),
+        ("float", values / np.float32(255)),
+    ):
         with pytest.raises(OSError, match=f"{name}.tiff: unknown range of gray.*8 bits"):
             image_of(Image.fromarray(wide), tmp_path, f"{name}.tiff")
 
@@ -129,7 +157,9 @@ def png_of_16_bits(color_type, pixels):
     """A PNG of one row of pixels, tuples of 16-bit values, which Pillow does not write."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     row = b"\0" + b"".join(struct.pack(">H", value) for pixel in pixels for value in pixel)
     header = struct.pack(">IIBBBBB", len(pixels), 1, 16, color_type, 0, 0, 0)
@@ -144,7 +174,9 @@ def test_colors_of_16_bits_are_scaled_as_gray_is():
     assert decode_image(png_of_16_bits(0, [(0x12FF,)]), "a").flatten().tolist() == [0x12] * 3
 
 
-@pytest.mark.parametrize("name, options", [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})])
+@pytest.mark.parametrize(
+    "name, options", [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})]
+)
 def test_of_an_animation_the_first_frame_is_used(tmp_path, picture, name, options):
     frames = [picture.crop((i, i, i + 40, i + 30)).quantize(16).convert("RGB") for i in (0, 20, 50)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
@@ -170,7 +202,9 @@ def test_exif_does_not_turn_an_image(tmp_path, picture):
     exif[ExifTags.Base.Orientation] = 6
     small = picture.crop((0, 0, 40, 30))
     for name in ("a.jpg", "a.png"):
-        assert torch.equal(image_of(small, tmp_path, name, exif=exif), image_of(small, tmp_path, f"plain_{name}"))
+        assert torch.equal(
+            image_of(small, tmp_path, name, exif=exif), image_of(small, tmp_path, f"plain_{name}")
+        )
 
 
 def declares(width, height, format):
@@ -185,7 +219,9 @@ def declares(width, height, format):
     return bytes(data)
 
 
-@pytest.mark.parametrize("format, side", [("JPEG", 9500), ("JPEG", 60000), ("PNG", 9500), ("PNG", 60000)])
+@pytest.mark.parametrize(
+    "format, side", [("JPEG", 9500), ("JPEG", 60000), ("PNG", 9500), ("PNG", 60000)]
+)
 @pytest.mark.filterwarnings("error")  # a user may turn warnings of Pillow into errors
 def test_too_many_pixels_are_refused_by_the_header(monkeypatch, format, side):
     def decode(*_):
@@ -202,8 +238,14 @@ def test_unreadable_files_raise(tmp_path):
     text.write_text("<html>404 Not Found</html>")
     fake = tmp_path / "fake.jpg"
     fake.write_bytes(b"\xff\xd8\xff\xe0" + bytes(200))
-    reasons = {text: "not an image", fake: "not an image", tmp_path / "missing.jpg": "does not exist", tmp_path: "is a folder",
-               "https://host/a.jpg": "is a URL: download", "/dev/null": "unreadable: not a regular file"}  # fmt: skip
+    reasons = {
+        text: "not an image",
+        fake: "not an image",
+        tmp_path / "missing.jpg": "does not exist",
+        tmp_path: "is a folder",
+        "https://host/a.jpg": "is a URL: download",
+        "/dev/null": "unreadable: not a regular file",
+    }
     fifo = tmp_path / "fifo.jpg"  # open() would wait for a writer
     os.mkfifo(fifo)
     reasons[fifo] = "unreadable: not a regular file"

@@ -1,4 +1,6 @@
-"""load_model: what scripts compute on the same checkpoint, for images and texts of any kind, number and order; bad input."""
+"""load_model: what scripts compute on the same checkpoint, for images and texts of any kind, number
+and order; bad input.
+"""
 
 import json
 import os
@@ -13,11 +15,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, refusal, tiny
 from PIL import Image
 
 import Grounding
 import VQA
-from conftest import ROOT, refusal, tiny
 from dataset import build_dataset
 from dataset.transforms import normalize
 from evaluation.metrics import box_scores
@@ -38,13 +40,20 @@ TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
 @pytest.fixture(scope="module")
 def files(shapes, tmp_path_factory):
     """Checkpoints of tiny random models by task."""
-    folder, config = tmp_path_factory.mktemp("checkpoints"), {**tiny(shapes), "k_test": 3, "batch_size_test": 4}
+    folder, config = (
+        tmp_path_factory.mktemp("checkpoints"),
+        {**tiny(shapes), "k_test": 3, "batch_size_test": 4},
+    )
     for number, task in enumerate(TASKS):
         seed_everything(number)
         model = build_model(task, config, tokenizer_of(config))
-        for parameter in model.parameters():  # at its usual scale everything would look alike to a random model
+        # at its usual scale everything would look alike to a random model
+        for parameter in model.parameters():
             parameter.data.mul_(2.5)
-        torch.save({"model": model.state_dict(), "config": model.config, "epoch": 3}, folder / f"{task}.pth")
+        torch.save(
+            {"model": model.state_dict(), "config": model.config, "epoch": 3},
+            folder / f"{task}.pth",
+        )
     return {task: folder / f"{task}.pth" for task in TASKS}
 
 
@@ -89,8 +98,12 @@ def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, bat
     mixed = [images[i] for i in order]
     assert sim.std() > 0.01 and all_pairs.std() > 0.01
     assert close(model.similarity(mixed, texts), sim[order])
-    assert close(model.similarity(images[2], texts[5]), sim[2, 5]) and close(model.similarity(images, texts[5]), sim[:, 5])
-    assert close(model.similarity(model.embed_images(images).numpy(), model.embed_texts(texts[5])), sim[:, 5])
+    assert close(model.similarity(images[2], texts[5]), sim[2, 5]) and close(
+        model.similarity(images, texts[5]), sim[:, 5]
+    )
+    assert close(
+        model.similarity(model.embed_images(images).numpy(), model.embed_texts(texts[5])), sim[:, 5]
+    )
     probs = model.match(mixed, texts)
     one = model.match(images[2], texts[5])
     assert close(probs[order.tolist().index(2), 5], one) and 0 < one < 1
@@ -109,14 +122,25 @@ def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, bat
 @torch.no_grad()
 def test_match_is_the_probability_of_the_matching_head(models, photos):
     model = models["retrieval"]
-    image = normalize(torch.stack([model.transform(torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1))]))
+    image = normalize(
+        torch.stack(
+            [model.transform(torch.from_numpy(np.array(Image.open(photos[0]))).permute(2, 0, 1))]
+        )
+    )
     phrase = split_words("a red circle", model.model, model.tokenizer)
-    (text_embeds, _), (image_embeds, _) = model.model.encode_text(phrase.tokens), model.model.encode_image(image)
+    (text_embeds, _), (image_embeds, _) = (
+        model.model.encode_text(phrase.tokens),
+        model.model.encode_image(image),
+    )
     fused = model.model.fuse(text_embeds, phrase.tokens.attention_mask, image_embeds)
-    assert close(model.match(photos[0], "A red circle!"), model.model.itm_logits(fused).softmax(dim=1)[0, 1])
+    assert close(
+        model.match(photos[0], "A red circle!"), model.model.itm_logits(fused).softmax(dim=1)[0, 1]
+    )
 
 
-def test_a_method_called_on_one_rank_of_a_job_neither_divides_nor_waits(models, photos, monkeypatch):
+def test_a_method_called_on_one_rank_of_a_job_neither_divides_nor_waits(
+    models, photos, monkeypatch
+):
     calls = {
         "retrieval": lambda model: model.rank(photos, ["a red circle", "a star"], k=3, rerank=3),
         "pretrain": lambda model: model.embed_images(photos),
@@ -126,7 +150,9 @@ def test_a_method_called_on_one_rank_of_a_job_neither_divides_nor_waits(models, 
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-    monkeypatch.setattr("torch.distributed.all_reduce", mock.Mock(side_effect=AssertionError("waits")))
+    monkeypatch.setattr(
+        "torch.distributed.all_reduce", mock.Mock(side_effect=AssertionError("waits"))
+    )
     for task, call in calls.items():
         found = call(models[task])
         assert torch.equal(found, expected[task]) if task == "pretrain" else found == expected[task]
@@ -143,27 +169,45 @@ def test_rank_reads_only_the_candidates_where_features_are_given(models, photos)
     found = model.rank(gone, texts, k=2, rerank=4, image_features=features)
     assert [[i for i, _ in row] for row in found] == [[i for i, _ in row] for row in expected]
     assert close([[s for _, s in row] for row in found], [[s for _, s in row] for row in expected])
-    by_similarity = model.rank(None, "a red circle", k=5, rerank=0, image_features=features.numpy().astype(np.float16))
+    by_similarity = model.rank(
+        None, "a red circle", k=5, rerank=0, image_features=features.numpy().astype(np.float16)
+    )
     values, _ = (model.similarity(features, "a red circle")).topk(5)
     assert np.allclose([score for _, score in by_similarity], values, atol=2e-3)
-    assert "re-ranking reads images and texts" in refusal(lambda: model.rank(None, "a star", image_features=features))
+    assert "re-ranking reads images and texts" in refusal(
+        lambda: model.rank(None, "a star", image_features=features)
+    )
 
 
 @pytest.mark.parametrize("of", ["images", "texts"])
-def test_rank_scores_as_many_candidates_as_rerank_says_and_the_others_follow_by_similarity(models, photos, of):
-    model, texts = models["retrieval"], ["a red circle", "two blue squares", "a green star", "a pink moon", "a cross", "a heart"]
+def test_rank_scores_as_many_candidates_as_rerank_says_and_the_others_follow_by_similarity(
+    models, photos, of
+):
+    model, texts = (
+        models["retrieval"],
+        ["a red circle", "two blue squares", "a green star", "a pink moon", "a cross", "a heart"],
+    )
     by_similarity = model.rank(photos, texts, k=6, rerank=0, of=of)
     for found, similar in zip(model.rank(photos, texts, k=6, rerank=2, of=of), by_similarity):
         assert {i for i, _ in found[:2]} == {i for i, _ in similar[:2]} and found[2:] == similar[2:]
-        assert found[0][1] >= found[1][1] and not close([s for _, s in found[:2]], [s for _, s in similar[:2]])
+        assert found[0][1] >= found[1][1] and not close(
+            [s for _, s in found[:2]], [s for _, s in similar[:2]]
+        )
     first = {i for i, _ in model.rank(photos, texts[0], k=2, rerank=0)}
     readable = [path if i in first else "gone.jpg" for i, path in enumerate(photos)]
-    assert len(model.rank(readable, texts[0], k=6, rerank=2, image_features=model.embed_images(photos))) == 6
+    assert (
+        len(
+            model.rank(readable, texts[0], k=6, rerank=2, image_features=model.embed_images(photos))
+        )
+        == 6
+    )
 
 
 def test_most_similar_goes_block_by_block(tmp_path):
     random = np.random.default_rng(0)
-    np.save(tmp_path / "features.npy", random.standard_normal((2 * BLOCK + 500, 4)).astype(np.float16))
+    np.save(
+        tmp_path / "features.npy", random.standard_normal((2 * BLOCK + 500, 4)).astype(np.float16)
+    )
     features = np.load(tmp_path / "features.npy", mmap_mode="r")
     queries = random.standard_normal((50, 4)).astype(np.float32)
     values, best = most_similar(queries, features, 3)
@@ -176,8 +220,12 @@ def test_most_similar_goes_block_by_block(tmp_path):
 @pytest.mark.parametrize("listed", [True, False])
 def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
     model = models["vqa"]
-    paths = {"test_file": [str(shapes / "vqa_test.json")], "vqa_root": str(shapes),
-             "answer_list": str(shapes / "answer_list.json") if listed else None, "batch_size_test": 7}  # fmt: skip
+    paths = {
+        "test_file": [str(shapes / "vqa_test.json")],
+        "vqa_root": str(shapes),
+        "answer_list": str(shapes / "answer_list.json") if listed else None,
+        "batch_size_test": 7,
+    }
     config = {**model.config, **paths}
     dataset = build_dataset("vqa_test", config)
     expected = VQA.answer_all(model.model, dataset, model.tokenizer, config, CPU)
@@ -187,27 +235,36 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
     assert [row[0][0] for row in found] == expected[::-1]
     for row in found:
         assert sum(p for _, p in row) == pytest.approx(1) if listed else 0 < row[0][1] < 1
-        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True) and len(row) == (3 if listed else 1)
+        assert [p for _, p in row] == sorted((p for _, p in row), reverse=True) and len(row) == (
+            3 if listed else 1
+        )
     alone = model.answer(images[0], questions[0], paths["answer_list"])
     assert [text for text, _ in alone] == [text for text, _ in found[0]]
     assert close([p for _, p in alone], [p for _, p in found[0]])
     if listed:
         given = json.loads((shapes / "answer_list.json").read_text())
         first, _ = model.answer(images[0], questions[:2], given)
-        assert [text for text, _ in first] == [text for text, _ in alone] and close([p for _, p in first], [p for _, p in alone])
+        assert [text for text, _ in first] == [text for text, _ in alone] and close(
+            [p for _, p in first], [p for _, p in alone]
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("task, method", [("ve", "entails"), ("nlvr", "true_of")])
 def test_classes_are_those_of_the_evaluation(models, shapes, task, method, batch_size):
     model = models[task]
-    dataset = build_dataset(f"{task}_test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]})
+    dataset = build_dataset(
+        f"{task}_test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]}
+    )
     samples = list(dataset)
     batch = dataset.collate(samples, model.tokenizer)
     expected = model.model.predict(*map(normalize, batch.image), batch.text).softmax(dim=1)
     images = [sample.files if task == "nlvr" else sample.files[0] for sample in samples]
     sentences = [dataset.entry(i).sentence for i in range(len(samples))]
-    found, alone = getattr(model, method)(images, sentences), getattr(model, method)(images[1], sentences[1])
+    found, alone = (
+        getattr(model, method)(images, sentences),
+        getattr(model, method)(images[1], sentences[1]),
+    )
     if task == "ve":
         assert list(found[0]) == ["contradiction", "neutral", "entailment"]
         found, alone = [list(row.values()) for row in found], list(alone.values())
@@ -219,10 +276,16 @@ def test_classes_are_those_of_the_evaluation(models, shapes, task, method, batch
 @pytest.mark.parametrize("mode", ["itm", "itc"])
 def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, batch_size):
     model = models["retrieval"]
-    paths = {"test_file": [str(shapes / "grounding_test.json")], "refcoco_data": str(shapes), "batch_size_test": 1,
-             "det_file": str(shapes / "refcoco+/dets.json")}  # fmt: skip
+    paths = {
+        "test_file": [str(shapes / "grounding_test.json")],
+        "refcoco_data": str(shapes),
+        "batch_size_test": 1,
+        "det_file": str(shapes / "refcoco+/dets.json"),
+    }
     dataset = build_dataset("grounding_test", {**model.config, **paths})
-    maps = Grounding.heat_maps(model.model, dataset, model.tokenizer, {**model.config, **paths}, CPU, mode, None)
+    maps = Grounding.heat_maps(
+        model.model, dataset, model.tokenizer, {**model.config, **paths}, CPU, mode, None
+    )
     images = [dataset.files(i)[0] for i in range(len(dataset))]
     texts = [dataset.entry(i).text for i in range(len(dataset))]
     boxes = [dataset.detections[dataset.refer.refs[ref_id]["image_id"]] for ref_id, _ in maps]
@@ -231,14 +294,22 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
         expected = box_scores(heat, *Image.open(image).size[::-1], own)
         assert close(sorted(expected, reverse=True), [score for _, score in row])
         assert own[int(np.argmax(expected))] == row[0][0]
-    (box, score), = model.ground(images[0], texts[0], mode=mode)
+    ((box, score),) = model.ground(images[0], texts[0], mode=mode)
     assert score >= found[0][0][1] * 0.5 and box[2] > 0 and box[3] > 0
 
 
 def test_the_best_rectangle_is_that_of_a_search():
     heat = np.random.default_rng(1).random((4, 5)) ** 4
-    rectangles = [(heat[t:b, l:r].sum() / ((b - t) * (r - l)) ** 0.5, [20 * l, 30 * t, 20 * (r - l), 30 * (b - t)])
-                  for t in range(4) for b in range(t + 1, 5) for l in range(5) for r in range(l + 1, 6)]  # fmt: skip
+    rectangles = [
+        (
+            heat[t:b, l:r].sum() / ((b - t) * (r - l)) ** 0.5,
+            [20 * l, 30 * t, 20 * (r - l), 30 * (b - t)],
+        )
+        for t in range(4)
+        for b in range(t + 1, 5)
+        for l in range(5)
+        for r in range(l + 1, 6)
+    ]
     assert best_rectangle(heat, 120, 100) == pytest.approx(max(rectangles)[1])
 
 
@@ -246,16 +317,29 @@ def test_the_best_rectangle_is_that_of_a_search():
 def test_heat_maps_are_those_of_visualize(models, photos, tmp_path, task):
     model, text = models[task], "a red circle"
     item = photos[:2] if "nlvr" in task else photos[0]
-    heat, (first, second) = model.heat_map(item, text), model.heat_map([item, item], [text, "a blue star"])
+    heat, (first, second) = (
+        model.heat_map(item, text),
+        model.heat_map([item, item], [text, "a blue star"]),
+    )
     assert heat.words == text.split() and heat.by_word.shape[-3:] == (3, 2, 2)
     assert np.array_equal(first.by_word, heat.by_word)
     assert ("answer" in heat.verdict) == (task == "vqa")
     if task != "vqa":  # whose map, of random weights, may be zero for every text
         assert not np.array_equal(second.whole, heat.whole)
-        image = normalize(torch.stack([model.transform(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
-                                       for path in ([item] if isinstance(item, str) else item)]))  # fmt: skip
-        maps = explain_class(task, model.model, image, split_words(text, model.model, model.tokenizer))
-        assert close(maps.whole.squeeze(0), heat.whole) and close(maps.by_word.squeeze(0), heat.by_word)
+        image = normalize(
+            torch.stack(
+                [
+                    model.transform(torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1))
+                    for path in ([item] if isinstance(item, str) else item)
+                ]
+            )
+        )
+        maps = explain_class(
+            task, model.model, image, split_words(text, model.model, model.tokenizer)
+        )
+        assert close(maps.whole.squeeze(0), heat.whole) and close(
+            maps.by_word.squeeze(0), heat.by_word
+        )
         assert maps.verdict == heat.verdict
     heat.draw(tmp_path / "heat.png")
     assert Image.open(tmp_path / "heat.png").size[0] > 500
@@ -263,7 +347,9 @@ def test_heat_maps_are_those_of_visualize(models, photos, tmp_path, task):
 
 def test_pseudo_targets(models, photos):
     words = models["pretrain"].fill_in(photos[0], "a red circle")
-    assert [word for word, _ in words] == ["a", "red", "circle"] and all(len(candidates) == 5 for _, candidates in words)
+    assert [word for word, _ in words] == ["a", "red", "circle"] and all(
+        len(candidates) == 5 for _, candidates in words
+    )
     assert models["pretrain"].fill_in(photos[:2], "a red circle")[0] == words
 
 
@@ -275,25 +361,36 @@ def test_images_of_any_kind_are_the_same(models, photos):
     assert expected.shape == (8,) and expected.norm().item() == pytest.approx(1)
     assert close(model.embed_images(kinds), expected.expand(4, -1))
     assert close(model.embed_images(np.stack([array, array])), expected.expand(2, -1))
-    assert close(model.embed_images(array[..., 0]), model.embed_images(picture.getchannel("R").convert("RGB")))
+    assert close(
+        model.embed_images(array[..., 0]),
+        model.embed_images(picture.getchannel("R").convert("RGB")),
+    )
     assert close(model.embed_images(photos, workers=1), model.embed_images(iter(photos)))
     palette = picture.convert("P")
     palette.info["transparency"] = 0
-    assert close(model.embed_images(palette), model.embed_images(picture.convert("P").convert("RGB")))
+    assert close(
+        model.embed_images(palette), model.embed_images(picture.convert("P").convert("RGB"))
+    )
     assert palette.info["transparency"] == 0  # the user's picture stays as it is
 
 
 def test_threads_share_a_model(models, photos):
     model, texts = models["retrieval"], ["a red circle", "two blue squares " * 9] * 200
-    calls = [lambda: model.heat_map(photos[0], "a red circle").by_word, lambda: model.match(photos[:3], texts[:2]),
-             lambda: model.heat_map(photos[1], "a star", mode="itc").whole, lambda: model.embed_texts(texts)]  # fmt: skip
+    calls = [
+        lambda: model.heat_map(photos[0], "a red circle").by_word,
+        lambda: model.match(photos[:3], texts[:2]),
+        lambda: model.heat_map(photos[1], "a star", mode="itc").whole,
+        lambda: model.embed_texts(texts),
+    ]
     expected = [call() for call in calls]
 
     def repeat(number):
         return [calls[number]() for _ in range(12)]
 
     with ThreadPoolExecutor(len(calls)) as pool:
-        assert close(pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos))
+        assert close(
+            pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos)
+        )
         for results, alone in zip(pool.map(repeat, range(len(calls))), expected):
             assert all(close(result, alone) for result in results)
 
@@ -348,11 +445,20 @@ def test_sources_and_precision(files, models, photos, tmp_path):
     run.mkdir()
     content = torch.load(files["retrieval"], weights_only=True)
     torch.save(content, run / "checkpoint_best.pth")
-    torch.save({**content, "model": {**content["model"], "temp": torch.tensor(0.4)}}, run / "checkpoint_last.pth")
+    torch.save(
+        {**content, "model": {**content["model"], "temp": torch.tensor(0.4)}},
+        run / "checkpoint_last.pth",
+    )
     model = load_model(run, device="cpu", precision="bf16")
-    assert model.model.temp != 0.4 and not model.model.training and model.config["precision"] == "bf16"
+    assert (
+        model.model.temp != 0.4 and not model.model.training and model.config["precision"] == "bf16"
+    )
     half, full = model.embed_images(photos), models["retrieval"].embed_images(photos)
-    assert half.dtype == torch.float32 and not torch.equal(half, full) and torch.allclose(half, full, atol=0.1)
+    assert (
+        half.dtype == torch.float32
+        and not torch.equal(half, full)
+        and torch.allclose(half, full, atol=0.1)
+    )
     torch.save(content["model"], tmp_path / "bare.pth")
     (tmp_path / "config.yaml").write_text(json.dumps(content["config"]))
     bare = load_model(tmp_path / "bare.pth", "cpu", config=tmp_path / "config.yaml")
@@ -363,32 +469,73 @@ HUGE = Image.new("1", (20000, 10000))
 BAD = {
     "missing file": (lambda m, f: load_model("no.pth"), "no.pth does not exist"),
     "text file": (lambda m, f: load_model("README.md"), "README.md is not a checkpoint"),
-    "empty folder": (lambda m, f: load_model("configs/shapes"), "configs/shapes: the folder has no weight file"),
-    "device": (lambda m, f: load_model(f["ve"], device="tpu9"), "this code does not run there, use cuda or cpu"),
-    "precision": (lambda m, f: load_model(f["ve"], precision="fp8"), "it must be one of fp32, bf16"),
-    "other task": (lambda m, f: m["ve"].rank(["a.jpg"], "a"), "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval"),
+    "empty folder": (
+        lambda m, f: load_model("configs/shapes"),
+        "configs/shapes: the folder has no weight file",
+    ),
+    "device": (
+        lambda m, f: load_model(f["ve"], device="tpu9"),
+        "this code does not run there, use cuda or cpu",
+    ),
+    "precision": (
+        lambda m, f: load_model(f["ve"], precision="fp8"),
+        "it must be one of fp32, bf16",
+    ),
+    "other task": (
+        lambda m, f: m["ve"].rank(["a.jpg"], "a"),
+        "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval",
+    ),
     "answer": (lambda m, f: m["pretrain"].answer("a.jpg", "a"), "checkpoint of vqa"),
-    "empty text": (lambda m, f: m["retrieval"].embed_texts(["a", " ?! "]), "text ' \\?! ': nothing is left"),
+    "empty text": (
+        lambda m, f: m["retrieval"].embed_texts(["a", " ?! "]),
+        "text ' \\?! ': nothing is left",
+    ),
     "no texts": (lambda m, f: m["retrieval"].embed_texts([]), "no texts given"),
     "no images": (lambda m, f: m["retrieval"].embed_images([]), "no images given"),
     "number": (lambda m, f: m["retrieval"].embed_texts([3]), "3 is not a text"),
     "missing image": (lambda m, f: m["ve"].entails("no.jpg", "a"), "no.jpg: does not exist"),
-    "not an image": (lambda m, f: m["retrieval"].embed_images(["README.md"]), "README.md: not an image"),
+    "not an image": (
+        lambda m, f: m["retrieval"].embed_images(["README.md"]),
+        "README.md: not an image",
+    ),
     "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: .*expected str"),
-    "floats": (lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))), "image 0: float64 .* an array is uint8"),
-    "200 megapixels": (lambda m, f: m["retrieval"].embed_images(HUGE), "image 0: too large: 20000 x 10000 pixels"),
+    "floats": (
+        lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))),
+        "image 0: float64 .* an array is uint8",
+    ),
+    "200 megapixels": (
+        lambda m, f: m["retrieval"].embed_images(HUGE),
+        "image 0: too large: 20000 x 10000 pixels",
+    ),
     "one image": (lambda m, f: m["nlvr"].true_of("a.jpg", "a"), "takes two images"),
-    "pairs": (lambda m, f: m["ve"].entails(["a.jpg"] * 2, ["a"] * 3), "2 images and 3 texts are not pairs"),
+    "pairs": (
+        lambda m, f: m["ve"].entails(["a.jpg"] * 2, ["a"] * 3),
+        "2 images and 3 texts are not pairs",
+    ),
     "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "mode itc"),
     "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
-    "answers that are no text": (lambda m, f: m["vqa"].answer("a.jpg", "a", ["one", 2]), "answers: 2 is not a text"),
+    "answers that are no text": (
+        lambda m, f: m["vqa"].answer("a.jpg", "a", ["one", 2]),
+        "answers: 2 is not a text",
+    ),
     "nothing for texts": (lambda m, f: m["retrieval"].embed_texts(None), "None are not texts"),
-    "other width": (lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"), "features of 3 numbers .* do not compare"),
-    "features of others": (lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
-                           "2 images and 3 features"),
-    "mode": (lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"), "mode='gradcam', it is itm or itc"),
-    "configuration": (lambda m, f: load_model(f["ve"], config="/dev/null"), "/dev/null: not a regular file"),
+    "other width": (
+        lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"),
+        "features of 3 numbers .* do not compare",
+    ),
+    "features of others": (
+        lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
+        "2 images and 3 features",
+    ),
+    "mode": (
+        lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"),
+        "mode='gradcam', it is itm or itc",
+    ),
+    "configuration": (
+        lambda m, f: load_model(f["ve"], config="/dev/null"),
+        "/dev/null: not a regular file",
+    ),
 }
 NAN, FEATURES = float("nan"), np.ones((2, 8), np.float32)
 
@@ -400,33 +547,92 @@ def closed():
 
 
 IMAGES = {
-    "meta": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"), "closed": closed(), "no rows": np.zeros((0, 8, 3), np.uint8),
-    "no pixels": Image.new("RGB", (0, 0)), "tensor without pixels": torch.zeros(3, 0, 8, dtype=torch.uint8),
-    "a row": np.zeros(8, np.uint8), "a value": np.zeros((), np.uint8), "None": None, "device": "/dev/null",
-}  # fmt: skip
-BAD |= {f"image: {name}": (lambda m, f, image=image: m["retrieval"].heat_map(image, "a"), "image 0|/dev/null")
-        for name, image in IMAGES.items()}  # fmt: skip
-BAD |= {f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "k=") for k in (0, 1.5, NAN, "3", None)}
-BAD |= {f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=") for n in (-1, 1.5, "all")}
-BAD |= {f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=") for n in (-1, 1.5)}
-BAD |= {f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=") for n in (1.5, "2", -1)}
-BOXES = ([[1, 2, 3, 0]], [[NAN, 0, 1, 1]], [[0, 0, np.inf, 1]], [[0, 0, NAN, 1]], [["0", "0", "1", "1"]], [1, 2, 3, 4],
-         [None], [[1, 2, 3]])  # fmt: skip
-BAD |= {f"boxes {boxes}": (lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes), "box ")
-        for boxes in BOXES}  # fmt: skip
+    "meta": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"),
+    "closed": closed(),
+    "no rows": np.zeros((0, 8, 3), np.uint8),
+    "no pixels": Image.new("RGB", (0, 0)),
+    "tensor without pixels": torch.zeros(3, 0, 8, dtype=torch.uint8),
+    "a row": np.zeros(8, np.uint8),
+    "a value": np.zeros((), np.uint8),
+    "None": None,
+    "device": "/dev/null",
+}
+BAD |= {
+    f"image: {name}": (
+        lambda m, f, image=image: m["retrieval"].heat_map(image, "a"),
+        "image 0|/dev/null",
+    )
+    for name, image in IMAGES.items()
+}
+BAD |= {
+    f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "k=")
+    for k in (0, 1.5, NAN, "3", None)
+}
+BAD |= {
+    f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=")
+    for n in (-1, 1.5, "all")
+}
+BAD |= {
+    f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=")
+    for n in (-1, 1.5)
+}
+BAD |= {
+    f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=")
+    for n in (1.5, "2", -1)
+}
+BOXES = (
+    [[1, 2, 3, 0]],
+    [[NAN, 0, 1, 1]],
+    [[0, 0, np.inf, 1]],
+    [[0, 0, NAN, 1]],
+    [["0", "0", "1", "1"]],
+    [1, 2, 3, 4],
+    [None],
+    [[1, 2, 3]],
+)
+BAD |= {
+    f"boxes {boxes}": (
+        lambda m, f, boxes=boxes: m["retrieval"].ground("a.jpg", "a", boxes=boxes),
+        "box ",
+    )
+    for boxes in BOXES
+}
 BAD["boxes 5"] = lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=5), "5 are not boxes"
-BAD["boxes for another number of pairs"] = lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []), "0 lists of boxes for 2"
+BAD["boxes for another number of pairs"] = (
+    lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []),
+    "0 lists of boxes for 2",
+)
 FEATURE_CASES = {
-    "NaN": np.full((2, 8), NAN), "infinite": np.full((2, 8), -np.inf), "meta": torch.zeros(2, 8, device="meta"), "none": None,
-    "list": FEATURES.tolist(), "three dimensions": FEATURES[None], "whole numbers": FEATURES.astype(int), "empty": FEATURES[:0],
-}  # fmt: skip
+    "NaN": np.full((2, 8), NAN),
+    "infinite": np.full((2, 8), -np.inf),
+    "meta": torch.zeros(2, 8, device="meta"),
+    "none": None,
+    "list": FEATURES.tolist(),
+    "three dimensions": FEATURES[None],
+    "whole numbers": FEATURES.astype(int),
+    "empty": FEATURES[:0],
+}
 for name, values in FEATURE_CASES.items():
     BAD[f"features to rank: {name}"] = (
-        lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values), "features|image 0")  # fmt: skip
-    BAD[f"features: {name}"] = lambda m, f, values=values: m["retrieval"].similarity(values, "a"), "features|image|index 0"
-BAD["answers that are a number"] = lambda m, f: m["vqa"].heat_map("a.jpg", "a", answers=5), "5 are not answers"
-BAD["a text of no dimensions"] = lambda m, f: m["retrieval"].embed_texts(np.array("a")), "are not texts"
-BAD["pairs that are a number"] = lambda m, f: m["nlvr"].true_of(5, ["a", "b"]), "5 are not pairs of images"
+        lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values),
+        "features|image 0",
+    )
+    BAD[f"features: {name}"] = (
+        lambda m, f, values=values: m["retrieval"].similarity(values, "a"),
+        "features|image|index 0",
+    )
+BAD["answers that are a number"] = (
+    lambda m, f: m["vqa"].heat_map("a.jpg", "a", answers=5),
+    "5 are not answers",
+)
+BAD["a text of no dimensions"] = (
+    lambda m, f: m["retrieval"].embed_texts(np.array("a")),
+    "are not texts",
+)
+BAD["pairs that are a number"] = (
+    lambda m, f: m["nlvr"].true_of(5, ["a", "b"]),
+    "5 are not pairs of images",
+)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -437,8 +643,12 @@ def test_bad_input_is_one_line(models, files, case):
 
 def test_texts_of_unknown_words_are_warned_of_at_the_callers_line(models, photos):
     model = models["retrieval"]
-    for call in (lambda text: model.embed_texts(["a red circle", text]), lambda text: model.rank(photos[:2], text, k=1),
-                 lambda text: model.heat_map(photos[0], text), lambda text: model.similarity(photos[0], text)):  # fmt: skip
+    for call in (
+        lambda text: model.embed_texts(["a red circle", text]),
+        lambda text: model.rank(photos[:2], text, k=1),
+        lambda text: model.heat_map(photos[0], text),
+        lambda text: model.similarity(photos[0], text),
+    ):
         with pytest.warns(UnknownWords, match="赤い") as caught:
             call("赤い パンダ")
         assert {warning.filename for warning in caught} == {__file__}
@@ -454,17 +664,25 @@ def test_a_file_of_200_megapixels_is_one_line(models, tmp_path):
 
 def test_without_a_momentum_model_there_are_no_pseudo_targets(files, photos, tmp_path):
     content = torch.load(files["pretrain"], weights_only=True)
-    content["model"] = {name: value for name, value in content["model"].items() if "_m." not in name}
+    content["model"] = {
+        name: value for name, value in content["model"].items() if "_m." not in name
+    }
     torch.save(content, tmp_path / "base.pth")
-    assert "no momentum model" in refusal(load_model(tmp_path / "base.pth", "cpu").fill_in, photos[0], "a red circle")
+    assert "no momentum model" in refusal(
+        load_model(tmp_path / "base.pth", "cpu").fill_in, photos[0], "a red circle"
+    )
 
 
 @pytest.fixture
 def python(files, shapes, tmp_path, monkeypatch):
-    """Runs a page's Python with the tiny checkpoints and the shapes in place of what it names; returns its lines of code."""
+    """Runs a page's Python with the tiny checkpoints and the shapes in place of what it names;
+    returns its lines of code.
+    """
 
     def run(page):
-        code = "\n".join(block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:])
+        code = "\n".join(
+            block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:]
+        )
         for name, path in NAMES.items():
             assert page != "docs/python.md" or name in code
             code = code.replace(f'"{name}"', f'"{files.get(path) or path}"')
@@ -476,8 +694,16 @@ def python(files, shapes, tmp_path, monkeypatch):
     return run
 
 
-NAMES = {"flickr30k.pth": "retrieval", "refcoco.pth": "retrieval", "vqa.pth": "vqa", "output/VE": "ve", "output/NLVR": "nlvr",
-         "ALBEF.pth": "pretrain", "photo.jpg": "photos/000000.jpg", "other.jpg": "photos/000001.jpg"}  # fmt: skip
+NAMES = {
+    "flickr30k.pth": "retrieval",
+    "refcoco.pth": "retrieval",
+    "vqa.pth": "vqa",
+    "output/VE": "ve",
+    "output/NLVR": "nlvr",
+    "ALBEF.pth": "pretrain",
+    "photo.jpg": "photos/000000.jpg",
+    "other.jpg": "photos/000001.jpg",
+}
 
 
 def test_the_examples_of_the_docs_run(python, capsys, tmp_path):
@@ -488,7 +714,9 @@ def test_the_examples_of_the_docs_run(python, capsys, tmp_path):
     assert len(methods) == 11 and all(f".{name}(" in page for name in methods)
 
 
-def test_the_example_of_the_readme_has_five_lines_and_prints_a_similarity_and_a_match(python, files, shapes, tmp_path, capsys):
+def test_the_example_of_the_readme_has_five_lines_and_prints_a_similarity_and_a_match(
+    python, files, shapes, tmp_path, capsys
+):
     (tmp_path / "output/quickstart").mkdir(parents=True)
     (tmp_path / "output/quickstart/checkpoint_last.pth").symlink_to(files["pretrain"])
     (tmp_path / "data").mkdir()

@@ -1,4 +1,6 @@
-"""The tasks that read each key, in configs/schema.py, and the notes of a run on keys without effect."""
+"""The tasks that read each key, in configs/schema.py, and the notes of a run on keys without
+effect.
+"""
 
 import importlib
 import json
@@ -7,6 +9,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import ROOT, exit_status, refusal
+from test_engine import command_line
+from test_tasks import TASKS as DATA
 
 import engine.loop
 import engine.saving
@@ -14,22 +19,30 @@ import engine.task
 import models
 from configs.effects import notes, unread_keys
 from configs.schema import KEYS, TASKS, load_config, override, read_bert_config, with_defaults
-from conftest import ROOT, exit_status, refusal
 from dataset import build_dataset
 from evaluation.retrieval import encode_texts
 from inference import load_model
 from models import build_model
 from models.tokenizer import tokenizer_of
-from test_engine import command_line
-from test_tasks import TASKS as DATA
 
 SCRIPTS = {
-    "pretrain": "Pretrain", "nlvr_pretrain": "Pretrain_nlvr", "retrieval": "Retrieval", "vqa": "VQA", "ve": "VE", "nlvr": "NLVR",
-    "grounding": "Grounding", "relevance": "Relevance", "attributes": "Attributes",
-}  # fmt: skip
+    "pretrain": "Pretrain",
+    "nlvr_pretrain": "Pretrain_nlvr",
+    "retrieval": "Retrieval",
+    "vqa": "VQA",
+    "ve": "VE",
+    "nlvr": "NLVR",
+    "grounding": "Grounding",
+    "relevance": "Relevance",
+    "attributes": "Attributes",
+}
 MORE_DATA = {
     "Pretrain": {"train_file": ["pretrain.json"], "test_file": ["test.json"]},
-    "Retrieval": {"train_file": ["retrieval_train.json"], "val_file": ["val.json"], "test_file": ["test.json"]},
+    "Retrieval": {
+        "train_file": ["retrieval_train.json"],
+        "val_file": ["val.json"],
+        "test_file": ["test.json"],
+    },
     "Attributes": {"train_file": None, "test_file": ["attributes.json"]},
 }
 # by task: keys that shared code reads although they have no effect in the task
@@ -37,9 +50,18 @@ READ_IN_VAIN = {
     **dict.fromkeys(("ve", "nlvr", "relevance"), {"optimizer.temp_lr_scale"}),
     "vqa": {"optimizer.temp_lr_scale", "image_root"},
     "nlvr_pretrain": {"optimizer.temp_lr_scale", "temp", "alpha", "warm_up"},
-    "attributes": {"objectives", "hard_negatives", "distill", "temp", "queue_size", "gradient_checkpointing", "max_words"},
+    "attributes": {
+        "objectives",
+        "hard_negatives",
+        "distill",
+        "temp",
+        "queue_size",
+        "gradient_checkpointing",
+        "max_words",
+    },
 }
-# keys that are read while loading the file, on a GPU, in a second epoch or at a step that is not finite
+# keys that are read while loading the file, on a GPU, in a second epoch or at a step that is not
+# finite
 READ_ELSEWHERE = {"scheduler.sched", "log_every", "scheduler.min_lr", "max_skipped_steps"}
 
 
@@ -47,8 +69,14 @@ class Recorder(dict):
     """Configuration that records the keys that are read, as section.key within a section."""
 
     def __init__(self, config, read, prefix=""):
-        super().__init__({key: Recorder(value, read, f"{key}.") if key in ("optimizer", "scheduler") else value
-                          for key, value in config.items()})  # fmt: skip
+        super().__init__(
+            {
+                key: Recorder(value, read, f"{key}.")
+                if key in ("optimizer", "scheduler")
+                else value
+                for key, value in config.items()
+            }
+        )
         self.read, self.prefix = read, prefix
 
     def __getitem__(self, key):
@@ -69,10 +97,24 @@ def script(tiny_config, shapes, tmp_path, monkeypatch, capsys):
     def call(task, *flags, **keys):
         name = SCRIPTS[task]
         data = MORE_DATA.get(name) or DATA[name][0]
-        paths = {key: [str(shapes / file) for file in files] if isinstance(files, list) else files and str(shapes / files)
-                 for key, files in data.items()}  # fmt: skip
-        paths |= {"vqa_root": str(shapes)} if task == "vqa" else {"refcoco_data": str(shapes)} if task == "grounding" else {}
-        used = {key: value for key, value in (tiny_config | paths).items() if key not in unread_keys(task, tiny_config | paths)}
+        paths = {
+            key: [str(shapes / file) for file in files]
+            if isinstance(files, list)
+            else files and str(shapes / files)
+            for key, files in data.items()
+        }
+        paths |= (
+            {"vqa_root": str(shapes)}
+            if task == "vqa"
+            else {"refcoco_data": str(shapes)}
+            if task == "grounding"
+            else {}
+        )
+        used = {
+            key: value
+            for key, value in (tiny_config | paths).items()
+            if key not in unread_keys(task, tiny_config | paths)
+        }
         config = {**used, "scheduler": {"epochs": 1, "warmup_epochs": 0}, **keys}
         argv = [f"{name}.py", *command_line(config, tmp_path / "out", tmp_path), *flags]
         argv += [] if task == "pretrain" or "--checkpoint" in flags else ["--checkpoint", "random"]
@@ -84,7 +126,9 @@ def script(tiny_config, shapes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_table_says_which_task_reads_a_key(script, pretrained, sharded, shapes, monkeypatch, task):
+def test_the_table_says_which_task_reads_a_key(
+    script, pretrained, sharded, shapes, monkeypatch, task
+):
     read = set()
     choose, scaled = engine.task.choose_config, engine.loop.scaled
 
@@ -95,14 +139,23 @@ def test_the_table_says_which_task_reads_a_key(script, pretrained, sharded, shap
     monkeypatch.setattr(engine.task, "choose_config", record)
     monkeypatch.setattr(engine.task, "notes", lambda *args: [])
     monkeypatch.setattr(models, "with_defaults", lambda config: config)
-    monkeypatch.setattr(engine.loop, "scaled", lambda schedule, *args: Recorder(scaled(schedule, *args), read, "scheduler."))
+    monkeypatch.setattr(
+        engine.loop,
+        "scaled",
+        lambda schedule, *args: Recorder(scaled(schedule, *args), read, "scheduler."),
+    )
     monkeypatch.setattr(engine.saving, "save_config", lambda *args: None)
     keys = {}
     if task in ("pretrain", "nlvr_pretrain"):  # of lists and shards
         keys = {"train_file": [str(shapes / "pretrain.json"), sharded]}
-    assert script(task, *(["--checkpoint", pretrained] if task == "attributes" else []), **keys)[0] == 0
+    assert (
+        script(task, *(["--checkpoint", pretrained] if task == "attributes" else []), **keys)[0]
+        == 0
+    )
     if task == "vqa":
-        assert script(task, "--output_dir", pretrained.parent / "generated", answer_list=None)[0] == 0
+        assert (
+            script(task, "--output_dir", pretrained.parent / "generated", answer_list=None)[0] == 0
+        )
     table = {name for name, key in KEYS.items() if task in key.tasks}
     read &= KEYS.keys()
     assert read - table == READ_IN_VAIN.get(task, set())
@@ -117,38 +170,61 @@ def test_the_table_has_every_task():
 def test_configurations_of_the_repository_have_no_key_in_vain():
     for path in (ROOT / "configs").rglob("*.yaml"):
         name = path.stem.lower()
-        task = next((task for task in sorted(TASKS, key=len, reverse=True) if name.startswith(task)), "pretrain")
+        task = next(
+            (task for task in sorted(TASKS, key=len, reverse=True) if name.startswith(task)),
+            "pretrain",
+        )
         assert notes(task, load_config(path), [], False) == [], path
 
 
 def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_path):
-    for flag in ("k_test=3", "schedular.decay_rate=0.5", "optimizer={temp_lr_scale: 2}", "coco_file=a.json"):
+    for flag in (
+        "k_test=3",
+        "schedular.decay_rate=0.5",
+        "optimizer={temp_lr_scale: 2}",
+        "coco_file=a.json",
+    ):
         status, message = script("ve", "--set", flag)
         assert status == 2 and flag in message and message.count("\n") == 1
     status, message = script("ve", "--set", "image_embeds=recompute")
     assert "pretrain" in message and "retrieval" in message and not (tmp_path / "out").exists()
-    status, message = script("ve", k_test=3, eos="[MASK]", eval_ema=False, coco_file="a.json", max_tokens=20)
+    status, message = script(
+        "ve", k_test=3, eos="[MASK]", eval_ema=False, coco_file="a.json", max_tokens=20
+    )
     (line,) = message.splitlines()
     assert status == 0 and "k_test" in line and "eos" in line
-    assert not {"eval_ema", "coco_file", "max_tokens"} & set(line.replace(",", " ").replace(":", " ").split())
+    assert not {"eval_ema", "coco_file", "max_tokens"} & set(
+        line.replace(",", " ").replace(":", " ").split()
+    )
 
 
-@pytest.mark.parametrize("task, flags, named", [
-    ("pretrain", ["shuffle_buffer=9"], "shuffle_buffer"),
-    ("pretrain", ["scheduler.warmup_iters=2", "scheduler.warmup_epochs=9"], "scheduler.warmup_epochs"),
-    ("pretrain", ["objectives=[itc, itm]", "mlm_probability=0.3"], "mlm_probability"),
-    ("ve", ["distill=false", "alpha=0.1"], "alpha"),
-    ("ve", ["keep_checkpoints=1"], "keep_checkpoints"),
-    ("vqa", ["num_beams=2"], "num_beams"),
-    ("vqa", ["max_answer_tokens=5"], "max_answer_tokens"),
-    ("vqa", ["answer_list=null", "k_test=3"], "k_test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, flags, named",
+    [
+        ("pretrain", ["shuffle_buffer=9"], "shuffle_buffer"),
+        (
+            "pretrain",
+            ["scheduler.warmup_iters=2", "scheduler.warmup_epochs=9"],
+            "scheduler.warmup_epochs",
+        ),
+        ("pretrain", ["objectives=[itc, itm]", "mlm_probability=0.3"], "mlm_probability"),
+        ("ve", ["distill=false", "alpha=0.1"], "alpha"),
+        ("ve", ["keep_checkpoints=1"], "keep_checkpoints"),
+        ("vqa", ["num_beams=2"], "num_beams"),
+        ("vqa", ["max_answer_tokens=5"], "max_answer_tokens"),
+        ("vqa", ["answer_list=null", "k_test=3"], "k_test"),
+    ],
+)
 def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
     config = {**tiny_config, "val_file": ["val.json"], "answer_list": "a.json"}
-    config = with_defaults({key: value for key, value in config.items() if key not in unread_keys(task, config)})
+    config = with_defaults(
+        {key: value for key, value in config.items() if key not in unread_keys(task, config)}
+    )
     (line,) = notes(task, override(config, flags, "config"), flags, False)
     assert f"{named}:" in line
-    (line,) = notes(task, override(config, ["accumulate=2"], "config"), ["accumulate=2", "max_tokens=9"], True)
+    (line,) = notes(
+        task, override(config, ["accumulate=2"], "config"), ["accumulate=2", "max_tokens=9"], True
+    )
     assert "accumulate:" in line
 
 
@@ -157,7 +233,7 @@ def test_evaluation_does_not_resume(script):
     assert status == 2 and "--resume" in message and "--evaluate" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # limits of texts
 
 
@@ -166,9 +242,19 @@ def long_data(tiny_config, shapes, tmp_path):
     """A configuration of every task with texts of 60 words: 30 word pieces and more fit the model."""
     words, image = " ".join(["circle"] * 60), "images/test/000000.jpg"
     common = {
-        "image": image, "caption": words, "image_id": 1, "text": words, "question": words, "question_id": 1, "dataset": "vqa",
-        "answer": ["red"], "sentence": words, "label": "entailment", "query": words, "ref_id": 0,
-    }  # fmt: skip
+        "image": image,
+        "caption": words,
+        "image_id": 1,
+        "text": words,
+        "question": words,
+        "question_id": 1,
+        "dataset": "vqa",
+        "answer": ["red"],
+        "sentence": words,
+        "label": "entailment",
+        "query": words,
+        "ref_id": 0,
+    }
     refs = json.loads((shapes / "grounding_test.json").read_text())
 
     def config_of(name, **keys):
@@ -185,32 +271,56 @@ def long_data(tiny_config, shapes, tmp_path):
             entries = [{**entry, "text": words} for entry in refs]
         (tmp_path / "long.json").write_text(json.dumps(entries))
         bert = {**tiny_config["bert_config"], "max_position_embeddings": 200}
-        paths = {f"{split}_file": [str(tmp_path / "long.json")] for split in ("train", "val", "test")}
-        more = {"vqa_root": str(shapes), "refcoco_data": str(shapes), "det_file": str(shapes / "refcoco+/dets.json")}
+        paths = {
+            f"{split}_file": [str(tmp_path / "long.json")] for split in ("train", "val", "test")
+        }
+        more = {
+            "vqa_root": str(shapes),
+            "refcoco_data": str(shapes),
+            "det_file": str(shapes / "refcoco+/dets.json"),
+        }
         return with_defaults({**tiny_config, **paths, **more, "bert_config": bert, **keys})
 
     return config_of
 
 
-@pytest.mark.parametrize("name, default", [
-    ("pretrain", 25), ("nlvr_pretrain_train", 25), ("retrieval_train", 30), ("retrieval_test", 30), ("grounding_train", 30),
-    ("grounding_test", 30), ("vqa_train", 25), ("vqa_test", 51), ("ve_train", 31), ("ve_test", 31), ("nlvr_train", 31),
-    ("nlvr_val", 31), ("relevance_train", 64), ("relevance_test", 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, default",
+    [
+        ("pretrain", 25),
+        ("nlvr_pretrain_train", 25),
+        ("retrieval_train", 30),
+        ("retrieval_test", 30),
+        ("grounding_train", 30),
+        ("grounding_test", 30),
+        ("vqa_train", 25),
+        ("vqa_test", 51),
+        ("ve_train", 31),
+        ("ve_test", 31),
+        ("nlvr_train", 31),
+        ("nlvr_val", 31),
+        ("relevance_train", 64),
+        ("relevance_test", 64),
+    ],
+)
 def test_limits_of_texts_are_keys_of_every_task(long_data, name, default):
     def length(**keys):
         config = long_data(name, **keys)
         dataset, tokenizer = build_dataset(name, config), tokenizer_of(config)
         if name == "retrieval_test":
             model = build_model("retrieval", config)
-            return encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))[2].shape[1]
+            return encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))[
+                2
+            ].shape[1]
         if name == "vqa_test":
             return dataset.collate_questions([dataset[0]], tokenizer)[1].input_ids.shape[1]
         batch = dataset.collate([dataset[0]], tokenizer)
         return (batch.question if name == "vqa_train" else batch.text).input_ids.shape[1]
 
     assert length() == default
-    assert length(max_tokens=9) == 9 and length(max_tokens=100, max_words=45) == (92 if "relevance" in name else 46)
+    assert length(max_tokens=9) == 9 and length(max_tokens=100, max_words=45) == (
+        92 if "relevance" in name else 46
+    )
     assert length(max_words=5) == (12 if "relevance" in name else 6)
 
 
@@ -218,7 +328,8 @@ def test_texts_of_which_max_words_leaves_nothing_cannot_be_used(long_data):
     config = long_data("vqa_test", max_words=1)
     (path,) = config["test_file"]
     entries = json.loads(open(path).read())
-    entries[0]["question"] = "  where is the circle?"  # clean-up keeps leading blanks, each of which counts as a word
+    # clean-up keeps leading blanks, each of which counts as a word
+    entries[0]["question"] = "  where is the circle?"
     with open(path, "w") as file:
         json.dump(entries, file)
     assert "max_words" in refusal(build_dataset("vqa_test", config).__getitem__, 0)
@@ -230,10 +341,18 @@ def test_more_ids_than_the_model_has_positions_are_refused(script):
     assert status == 2 and "max_tokens" in message and "max_position_embeddings" in message
 
 
-@pytest.mark.parametrize("task, limit", [
-    ("retrieval", {"max_words": 3}), ("retrieval", {"max_tokens": 4}), ("ve", {"max_tokens": 4}), ("vqa", {"max_words": 3}),
-])  # fmt: skip
-def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(tiny_config, shapes, tmp_path, task, limit):
+@pytest.mark.parametrize(
+    "task, limit",
+    [
+        ("retrieval", {"max_words": 3}),
+        ("retrieval", {"max_tokens": 4}),
+        ("ve", {"max_tokens": 4}),
+        ("vqa", {"max_words": 3}),
+    ],
+)
+def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(
+    tiny_config, shapes, tmp_path, task, limit
+):
     config = {**tiny_config, **limit}
     model = build_model(task, config, tokenizer_of(config))
     torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "model.pth")
@@ -243,15 +362,21 @@ def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(tiny_config
     assert method(image, "a red circle") != method(image, "a red")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # objectives and negatives
 
 
-@pytest.mark.parametrize("task, keys, named", [
-    ("retrieval", {"objectives": ["itc", "mlm"]}, "mlm"), ("retrieval", {"distill": ["mlm"]}, "mlm"),
-    ("pretrain", {"distill": ["itc", "itm"]}, "itm"), ("pretrain", {"objectives": ["itc"], "distill": ["mlm"]}, "mlm"),
-    ("ve", {"distill": ["itc"]}, "itc"), ("vqa", {"distill": ["itc", "mlm"]}, "itc, mlm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, keys, named",
+    [
+        ("retrieval", {"objectives": ["itc", "mlm"]}, "mlm"),
+        ("retrieval", {"distill": ["mlm"]}, "mlm"),
+        ("pretrain", {"distill": ["itc", "itm"]}, "itm"),
+        ("pretrain", {"objectives": ["itc"], "distill": ["mlm"]}, "mlm"),
+        ("ve", {"distill": ["itc"]}, "itc"),
+        ("vqa", {"distill": ["itc", "mlm"]}, "itc, mlm"),
+    ],
+)
 def test_objectives_that_a_task_does_not_have_are_refused(tiny_config, task, keys, named):
     message = refusal(build_model, task, {**tiny_config, **keys})
     assert message.startswith([*keys][-1]) and f"names {named}:" in message
@@ -264,12 +389,20 @@ def test_batches_without_negatives_are_named_at_the_start(script, shapes, tmp_pa
     status, message = script(task, "--output_dir", tmp_path / "one", "--set", "batch_size=1")
     assert status == 0 and "batch_size" in message
     if task == "retrieval":
-        entries = [{**entry, "image_id": 7} for entry in json.loads((shapes / "retrieval_train.json").read_text())]
+        entries = [
+            {**entry, "image_id": 7}
+            for entry in json.loads((shapes / "retrieval_train.json").read_text())
+        ]
         (tmp_path / "same.json").write_text(json.dumps(entries))
-        assert "negative" in script(task, "--output_dir", tmp_path / "same", train_file=str(tmp_path / "same.json"))[1]
+        assert (
+            "negative"
+            in script(
+                task, "--output_dir", tmp_path / "same", train_file=str(tmp_path / "same.json")
+            )[1]
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bert_config
 
 
@@ -285,8 +418,17 @@ def test_misspelled_keys_of_bert_config_are_refused(tiny_config, tmp_path):
 def test_the_other_keys_of_hugging_faces_files_are_accepted(tiny_config, tmp_path):
     from transformers import BertConfig
 
-    others = {**BertConfig().to_dict(), "pooler_num_attention_heads": 12, "layer_norm_epsilon": 1e-5}
+    others = {
+        **BertConfig().to_dict(),
+        "pooler_num_attention_heads": 12,
+        "layer_norm_epsilon": 1e-5,
+    }
     (tmp_path / "config.json").write_text(json.dumps({**others, **tiny_config["bert_config"]}))
     own = read_bert_config(tiny_config["bert_config"])
     assert read_bert_config(str(tmp_path / "config.json")) == own
-    assert read_bert_config({**tiny_config["bert_config"], "architectures": ["BertModel"], "model_type": "bert"}) == own
+    assert (
+        read_bert_config(
+            {**tiny_config["bert_config"], "architectures": ["BertModel"], "model_type": "bert"}
+        )
+        == own
+    )

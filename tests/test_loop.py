@@ -6,13 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import log
+from test_engine import run
 
 import models.losses
-from conftest import log
 from configs.schema import with_defaults
 from dataset.workers import Loader
 from models.momentum import update_momentum_
-from test_engine import run
 
 
 class Step(NamedTuple):
@@ -56,19 +56,43 @@ def test_transforms_are_those_of_the_configuration(tiny_config, tmp_path):
         if key == "hflip":  # nothing but mirrored
             same = [torch.equal(*pair) for pair in zip(plain, changed)]
             assert 0 < sum(same) < 8
-            assert all(torch.equal(left, right) or torch.equal(left.flip(-1), right) for left, right in zip(plain, changed))
+            assert all(
+                torch.equal(left, right) or torch.equal(left.flip(-1), right)
+                for left, right in zip(plain, changed)
+            )
 
 
 def test_architecture_is_that_of_the_configuration(tiny_config, tmp_path):
-    keys = {"vision_depth": 3, "vision_heads": 4, "patch_size": 8, "image_res": 24, "embed_dim": 12, "queue_size": 28}
-    bert = {**tiny_config["bert_config"], "encoder_width": 20, "num_hidden_layers": 3, "fusion_layer": 1}
+    keys = {
+        "vision_depth": 3,
+        "vision_heads": 4,
+        "patch_size": 8,
+        "image_res": 24,
+        "embed_dim": 12,
+        "queue_size": 28,
+    }
+    bert = {
+        **tiny_config["bert_config"],
+        "encoder_width": 20,
+        "num_hidden_layers": 3,
+        "fusion_layer": 1,
+    }
     _, model = trained(tiny_config, tmp_path, **keys, vision_width=20, bert_config=bert)
     state = torch.load(tmp_path / "checkpoint_last.pth", weights_only=True)["model"]
     assert state["visual_encoder.pos_embed"].shape == (1, 1 + 3 * 3, 20)
-    assert "visual_encoder.blocks.2.attn.qkv.weight" in state and "visual_encoder.blocks.3.attn.qkv.weight" not in state
+    assert (
+        "visual_encoder.blocks.2.attn.qkv.weight" in state
+        and "visual_encoder.blocks.3.attn.qkv.weight" not in state
+    )
     assert state["image_queue"].shape == state["text_queue"].shape == (12, 28)
-    layers = {name.split(".")[4] for name in state if name.startswith("text_encoder.bert.encoder.layer.")}
-    crossed = {name.split(".")[4] for name in state if name.startswith("text_encoder.bert") and "crossattention" in name}
+    layers = {
+        name.split(".")[4] for name in state if name.startswith("text_encoder.bert.encoder.layer.")
+    }
+    crossed = {
+        name.split(".")[4]
+        for name in state
+        if name.startswith("text_encoder.bert") and "crossattention" in name
+    }
     assert layers == {"0", "1", "2"} and crossed == {"1", "2"}
     assert model.visual_encoder.blocks[0].attn.num_heads == 4
 
@@ -98,7 +122,12 @@ def test_the_momentum_model_moves_once_an_optimizer_step(tiny_config, tmp_path):
 
 def test_dropout_is_that_of_the_configuration_and_on_in_every_epoch(tiny_config, tmp_path):
     def losses(name, key, value):
-        bert = {**tiny_config["bert_config"], "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, key: value}
+        bert = {
+            **tiny_config["bert_config"],
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            key: value,
+        }
         steps, _ = trained(tiny_config, tmp_path / name, 2, bert_config=bert)
         assert all(step.training for step in steps)
         return [float(loss) for loss in steps[0].losses.values()]
@@ -110,13 +139,19 @@ def test_dropout_is_that_of_the_configuration_and_on_in_every_epoch(tiny_config,
 
 def test_what_no_objective_reaches_is_not_trained(tiny_config, tmp_path):
     _, model = trained(tiny_config, tmp_path, objectives=["itm"])
-    assert model.idle_parameters() and not any(param.requires_grad for param in model.idle_parameters())
+    assert model.idle_parameters() and not any(
+        param.requires_grad for param in model.idle_parameters()
+    )
 
 
 def test_dropout_of_1_leaves_nothing(tiny_config):
     from models.bert import Embeddings, MultiHeadAttention, ResidualOutput
 
-    config = {**tiny_config["bert_config"], "hidden_dropout_prob": 1.0, "attention_probs_dropout_prob": 1.0}
+    config = {
+        **tiny_config["bert_config"],
+        "hidden_dropout_prob": 1.0,
+        "attention_probs_dropout_prob": 1.0,
+    }
     hidden = torch.randn(2, 3, 16)
     output, attention = ResidualOutput(config, 16), MultiHeadAttention(config, 16)
     assert not Embeddings(config)(torch.ones(2, 3, dtype=torch.long)).any()
@@ -133,7 +168,9 @@ def test_masking_and_negatives_are_those_of_the_configuration(tiny_config, tmp_p
 
     masked(0.3)
     for hard in (True, False):
-        with mock.patch("models.alignment.sample_negatives", wraps=models.losses.sample_negatives) as draw:
+        with mock.patch(
+            "models.alignment.sample_negatives", wraps=models.losses.sample_negatives
+        ) as draw:
             trained(tiny_config, tmp_path / str(hard), hard_negatives=hard)
         assert all(call.args[0].any() == hard for call in draw.mock_calls)
 
@@ -141,41 +178,83 @@ def test_masking_and_negatives_are_those_of_the_configuration(tiny_config, tmp_p
 OBJECTIVES = {"itc": "loss_ita", "mlm": "loss_mlm", "itm": "loss_itm"}
 
 
-@pytest.mark.parametrize("objectives", [list(names) for n in (1, 2, 3) for names in itertools.combinations(OBJECTIVES, n)])
+@pytest.mark.parametrize(
+    "objectives",
+    [list(names) for n in (1, 2, 3) for names in itertools.combinations(OBJECTIVES, n)],
+)
 def test_objectives_are_those_of_the_configuration(tiny_config, tmp_path, objectives):
     trained(tiny_config, tmp_path, objectives=objectives)
     logged = {name for name in log(tmp_path)[0] if name.startswith("train_loss")}
     assert logged == {f"train_{OBJECTIVES[name]}" for name in objectives}
 
 
-@pytest.mark.parametrize("distill,soft", [
-    (True, {"loss_ita", "loss_mlm"}), (False, set()), (["itc"], {"loss_ita"}), (["mlm"], {"loss_mlm"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "distill,soft",
+    [
+        (True, {"loss_ita", "loss_mlm"}),
+        (False, set()),
+        (["itc"], {"loss_ita"}),
+        (["mlm"], {"loss_mlm"}),
+    ],
+)
 def test_only_what_is_distilled_depends_on_alpha(tiny_config, tmp_path, distill, soft):
     keys = {"distill": distill, "warm_up": False}
-    first = [trained(tiny_config, tmp_path / str(alpha), alpha=alpha, **keys)[0][0].losses for alpha in (0.1, 0.9)]
+    first = [
+        trained(tiny_config, tmp_path / str(alpha), alpha=alpha, **keys)[0][0].losses
+        for alpha in (0.1, 0.9)
+    ]
     assert {name for name in first[0] if not torch.equal(first[0][name], first[1][name])} == soft
 
 
 def test_rates_temperature_and_decay_are_those_of_the_configuration(tiny_config, tmp_path):
-    scheduler = {"epochs": 2, "lr": 2e-3, "min_lr": 1e-3, "warmup_lr": 1e-3, "warmup_epochs": 0, "warmup_iters": None}
-    trained({**tiny_config, "scheduler": scheduler, "optimizer": {"lr": 2e-3}}, tmp_path / "epochs", 2, temp=0.2)
+    scheduler = {
+        "epochs": 2,
+        "lr": 2e-3,
+        "min_lr": 1e-3,
+        "warmup_lr": 1e-3,
+        "warmup_epochs": 0,
+        "warmup_iters": None,
+    }
+    trained(
+        {**tiny_config, "scheduler": scheduler, "optimizer": {"lr": 2e-3}},
+        tmp_path / "epochs",
+        2,
+        temp=0.2,
+    )
     entries = log(tmp_path / "epochs")
     assert [entry["train_lr"] for entry in entries] == pytest.approx([2e-3, 1.5e-3])
     assert entries[0]["train_temp"] == pytest.approx(0.2, abs=0.02)
-    trained({**tiny_config, "scheduler": scheduler, "optimizer": {"lr": 2e-3}}, tmp_path / "scaled", reference_batch=32)
+    trained(
+        {**tiny_config, "scheduler": scheduler, "optimizer": {"lr": 2e-3}},
+        tmp_path / "scaled",
+        reference_batch=32,
+    )
     assert log(tmp_path / "scaled")[0]["train_lr"] == pytest.approx(2e-3 * (8 / 32) ** 0.5)
 
-    _, decayed = trained(tiny_config, tmp_path / "decayed", optimizer={"opt": "sgd", "lr": 1e-3, "weight_decay": 900.0})
+    _, decayed = trained(
+        tiny_config,
+        tmp_path / "decayed",
+        optimizer={"opt": "sgd", "lr": 1e-3, "weight_decay": 900.0},
+    )
     state = torch.load(tmp_path / "decayed/checkpoint_last.pth", weights_only=True)
     assert [group["weight_decay"] for group in state["optimizer"]["param_groups"]] == [0, 900.0]
-    assert decayed.visual_encoder.blocks[0].attn.qkv.weight.abs().max() < 0.01 < decayed.visual_encoder.norm.weight.abs().max()
+    assert (
+        decayed.visual_encoder.blocks[0].attn.qkv.weight.abs().max()
+        < 0.01
+        < decayed.visual_encoder.norm.weight.abs().max()
+    )
 
 
-def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(tiny_config, tmp_path):
+def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
+    tiny_config, tmp_path
+):
     def dtypes(step):
         def noted(*args):
-            found.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            found.add(
+                torch.get_autocast_dtype("cpu")
+                if torch.is_autocast_enabled("cpu")
+                else torch.float32
+            )
             return step(*args)
 
         return noted
@@ -185,11 +264,17 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
         run({**tiny_config, "precision": precision}, tmp_path / precision, step=dtypes)
         assert found == {dtype}
     compiling = mock.patch("engine.loop.compiles", lambda config, device: config["compile"] is True)
-    with compiling, mock.patch("engine.loop.compile_layers") as compiled, mock.patch("models.bert.checkpoint") as checkpoint:
+    with (
+        compiling,
+        mock.patch("engine.loop.compile_layers") as compiled,
+        mock.patch("models.bert.checkpoint") as checkpoint,
+    ):
         checkpoint.side_effect = lambda layer, *inputs, use_reentrant: layer(*inputs)
         trained(tiny_config, tmp_path / "plain")
         assert not compiled.called and not checkpoint.called
-        _, model = trained(tiny_config, tmp_path / "both", compile=True, gradient_checkpointing=True)
+        _, model = trained(
+            tiny_config, tmp_path / "both", compile=True, gradient_checkpointing=True
+        )
         compiled.assert_called_once_with(model)
         assert checkpoint.called and model.visual_encoder.grad_checkpointing
 
@@ -197,12 +282,22 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
 def test_saves_come_as_often_as_the_configuration_says(tiny_config, tmp_path):
     def saves(**keys):
         hours = itertools.count(step=0.25)
-        with mock.patch("engine.saving.monotonic", lambda: 3600 * next(hours)), mock.patch("engine.loop.Saver.save") as save:
+        with (
+            mock.patch("engine.saving.monotonic", lambda: 3600 * next(hours)),
+            mock.patch("engine.loop.Saver.save") as save,
+        ):
             trained(tiny_config, tmp_path / f"{len(list(tmp_path.iterdir()))}", **keys)
         return [call.args[0].name for call in save.mock_calls].count("checkpoint_last.pth")
 
-    assert saves(save_every=2) == saves(save_every="2 iterations") == 2 and saves(save_every="1 iteration") == 5
-    assert saves(save_every="30 minutes") == 2 and saves(save_every="0.5 minutes") == 5 and saves() == 5
+    assert (
+        saves(save_every=2) == saves(save_every="2 iterations") == 2
+        and saves(save_every="1 iteration") == 5
+    )
+    assert (
+        saves(save_every="30 minutes") == 2
+        and saves(save_every="0.5 minutes") == 5
+        and saves() == 5
+    )
     assert saves(save_every=0) == saves(save_every="0 minutes") == 0
 
 

@@ -10,7 +10,9 @@ from models.queue import enqueue_
 
 def test_hard_negatives_follow_the_softmax_without_the_positives():
     torch.manual_seed(0)
-    sim = torch.tensor([[5.0, 1.0, 2.0, 0.0], [0.0, 9.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0], [0.5, 0.5, 0.5, 0.5]])
+    sim = torch.tensor(
+        [[5.0, 1.0, 2.0, 0.0], [0.0, 9.0, 0.0, 1.0], [1.0, 2.0, 3.0, 4.0], [0.5, 0.5, 0.5, 0.5]]
+    )
     positives = torch.eye(4, dtype=torch.bool)
     positives[2, 3] = True  # another caption of the same image
     draws = 20000
@@ -35,7 +37,10 @@ def test_row_without_a_negative_is_not_valid():
 def test_matching_is_the_mean_over_the_rows_with_a_negative():
     logits = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     pairs, labels = logits[[0, 2, 4]], torch.tensor([1, 0, 0])
-    assert torch.isclose(itm_loss(logits, torch.tensor([True, False])), torch.nn.functional.cross_entropy(pairs, labels))
+    assert torch.isclose(
+        itm_loss(logits, torch.tensor([True, False])),
+        torch.nn.functional.cross_entropy(pairs, labels),
+    )
     assert itm_loss(logits, torch.tensor([False, False])) == 0
 
 
@@ -80,4 +85,8 @@ def test_rows_that_are_not_finite_stay_out_of_all_queues(bad):
     rows = torch.ones(3, 2)
     rows[1, 0] = bad
     enqueue_(queues, [rows, torch.ones(3, 1)], ptr)
-    assert queues[0].tolist() == [[1, 0, 1, 0]] * 2 and queues[1].tolist() == [[1, 0, 1, 0]] and ptr.item() == 3
+    assert (
+        queues[0].tolist() == [[1, 0, 1, 0]] * 2
+        and queues[1].tolist() == [[1, 0, 1, 0]]
+        and ptr.item() == 3
+    )

@@ -1,16 +1,24 @@
-"""VQA accuracy, recall, box IoU and grounding accuracy: the released numbers and what the golden files leave open."""
+"""VQA accuracy, recall, box IoU and grounding accuracy: the released numbers and what the golden
+files leave open.
+"""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-
 from conftest import ROOT, refusal
+
 from evaluation.attributes import average_precisions
 from evaluation.metrics import (
-    box_iou, chance_grounding, chance_recall, count_vqa_formulas, grounding_accuracy, recall_at_k, vqa_accuracy,
-)  # fmt: skip
+    box_iou,
+    chance_grounding,
+    chance_recall,
+    count_vqa_formulas,
+    grounding_accuracy,
+    recall_at_k,
+    vqa_accuracy,
+)
 from evaluation.relevance import roc_auc
 
 VQA = json.loads((ROOT / "tests/golden/vqa_accuracy.json").read_text())
@@ -21,22 +29,36 @@ PARTS = ("cams", "refs", "boxes", "images", "detections")
 def accuracy(prediction, *answers):
     """Accuracy of one prediction; the answers are repeated up to ten."""
     answers = (list(answers) * 10)[:10]
-    return vqa_accuracy([{"question_id": 1, "answer": prediction}], [{"question_id": 1, "answer": answers}])["overall"]
+    return vqa_accuracy(
+        [{"question_id": 1, "answer": prediction}], [{"question_id": 1, "answer": answers}]
+    )["overall"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scores that are not finite
 
 METRICS = {  # a metric of scores [4, 4], and the name of row 2 in its message
-    "image to text": (lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]), "image 2"),
-    "text to image": (lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]), "text 2"),
-    "grounding": (lambda scores: grounding_accuracy(
-        {70 + i: row.reshape(2, 2) for i, row in enumerate(scores)}, {70 + i: {"image_id": i, "split": "val"} for i in range(4)},
-        {70 + i: [0, 0, 4, 4] for i in range(4)}, {i: {"height": 4, "width": 4} for i in range(4)},
-        {i: [[0, 0, 4, 4]] for i in range(4)}), "ref_id 72"),
+    "image to text": (
+        lambda scores: recall_at_k(scores, np.zeros((4, 4)), range(4), [[i] for i in range(4)]),
+        "image 2",
+    ),
+    "text to image": (
+        lambda scores: recall_at_k(np.zeros((4, 4)), scores, range(4), [[i] for i in range(4)]),
+        "text 2",
+    ),
+    "grounding": (
+        lambda scores: grounding_accuracy(
+            {70 + i: row.reshape(2, 2) for i, row in enumerate(scores)},
+            {70 + i: {"image_id": i, "split": "val"} for i in range(4)},
+            {70 + i: [0, 0, 4, 4] for i in range(4)},
+            {i: {"height": 4, "width": 4} for i in range(4)},
+            {i: [[0, 0, 4, 4]] for i in range(4)},
+        ),
+        "ref_id 72",
+    ),
     "attributes": (lambda scores: average_precisions(scores, np.eye(4, dtype=int)), "box 2"),
     "relevance": (lambda scores: roc_auc([0, 1, 0, 1], scores[:, 1]), "pair 2"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -50,24 +72,31 @@ def test_scores_that_are_not_finite_are_refused_by_name(metric, value):
 
 
 def test_a_metric_that_the_data_does_not_define_is_refused():
-    assert "no image has a text" in refusal(recall_at_k, np.zeros((2, 0)), np.zeros((0, 2)), [], [[], []])
+    assert "no image has a text" in refusal(
+        recall_at_k, np.zeros((2, 0)), np.zeros((0, 2)), [], [[], []]
+    )
     assert "no image has a text" in refusal(chance_recall, 2, 0, [[], []])
     assert "all labels are equal" in refusal(roc_auc, [1, 1], [0.1, 0.2])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # VQA
 
 
 @pytest.mark.parametrize("form", ["answer", "answers"])
 def test_vqa_accuracy_is_the_official_one(form):
     cases = VQA["cases"]
-    predictions = [{"question_id": case["question_id"], "answer": case["prediction"]} for case in reversed(cases)]
+    predictions = [
+        {"question_id": case["question_id"], "answer": case["prediction"]}
+        for case in reversed(cases)
+    ]
     annotations = [
         {
             "question_id": case["question_id"],
             "answer_type": case["answer_type"],
-            form: case["answers"] if form == "answer" else [{"answer": answer} for answer in case["answers"]],
+            form: case["answers"]
+            if form == "answer"
+            else [{"answer": answer} for answer in case["answers"]],
         }
         for case in cases
     ]
@@ -82,13 +111,17 @@ def test_vqa_annotations_may_lack_a_type():
     answers = [["yes"] * 10, ["no"] * 10, ["no"] * 10]
     annotations = [{"question_id": i, "answer": given} for i, given in enumerate(answers)]
     assert vqa_accuracy(predictions, annotations) == {
-        "overall": 33.33, "per_answer_type": {}, "per_question": {0: 100, 1: 0, 2: 0},
-    }  # fmt: skip
+        "overall": 33.33,
+        "per_answer_type": {},
+        "per_question": {0: 100, 1: 0, 2: 0},
+    }
     annotations[1]["answer_type"] = "yes/no"
     assert vqa_accuracy(predictions, annotations)["per_answer_type"] == {"yes/no": 0}
 
 
-@pytest.mark.parametrize("given, expected", [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)])
+@pytest.mark.parametrize(
+    "given, expected", [(0, 0), (1, 30), (2, 60), (3, 90), (4, 100), (10, 100)]
+)
 def test_vqa_accuracy_averages_over_leaving_one_out(given, expected):
     assert accuracy("cat", *["cat"] * given, *["dog"] * (10 - given)) == expected
 
@@ -127,34 +160,69 @@ def test_vqa_answers_lose_their_punctuation_only_where_they_differ():
     assert accuracy("a dog", "a dog", "the dog") == 0
 
 
-@pytest.mark.parametrize("prediction, answers, expected", [
-    ("yes", ["yes"], 100), ("yes", ["no"], 0), ("yes", ["yes"] * 3, 100), ("yes", ["yes"] * 11, 100),
-    ("yes", ["yes", "no"], 50), ("yes", ["yes", "no", "no", "no", "no"], 33.33), ("yes", ["yes", "yes", "no", "no"], 66.67),
-    ("Yes", ["yes"], 100), ("yes", ["Yes."], 100), ("t-shirt", ["T-shirt"], 100), ("a dog", ["the dog", "dog", "Dog!"], 100),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "prediction, answers, expected",
+    [
+        ("yes", ["yes"], 100),
+        ("yes", ["no"], 0),
+        ("yes", ["yes"] * 3, 100),
+        ("yes", ["yes"] * 11, 100),
+        ("yes", ["yes", "no"], 50),
+        ("yes", ["yes", "no", "no", "no", "no"], 33.33),
+        ("yes", ["yes", "yes", "no", "no"], 66.67),
+        ("Yes", ["yes"], 100),
+        ("yes", ["Yes."], 100),
+        ("t-shirt", ["T-shirt"], 100),
+        ("a dog", ["the dog", "dog", "Dog!"], 100),
+    ],
+)
 def test_vqa_accuracy_of_another_number_of_answers_than_ten(prediction, answers, expected):
     annotation = {"question_id": 1, "answer": answers}
-    assert vqa_accuracy([{"question_id": 1, "answer": prediction}], [annotation])["overall"] == expected
+    assert (
+        vqa_accuracy([{"question_id": 1, "answer": prediction}], [annotation])["overall"]
+        == expected
+    )
 
 
-@pytest.mark.parametrize("answers, formula, capped", [
-    (["yes"] * 10, "official", 0), (["Yes"] * 10, "official", 1), (["t-shirt"] * 10, "official", 1),
-    (["t-shirt"] * 9 + ["tee"], "official", 0), (["dont"] * 9 + ["no"], "official", 1),
-    (["cat"] * 4 + list("bcdefg"), "official", 0), (["cat"] * 3 + list("bcdefgh"), "official", 1),
-    (["Yes"], "own", 0), (["the"], "own", 0), (["yes", "no"], "own", 1), (["a b"] * 3 + ["c"] * 2, "own", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers, formula, capped",
+    [
+        (["yes"] * 10, "official", 0),
+        (["Yes"] * 10, "official", 1),
+        (["t-shirt"] * 10, "official", 1),
+        (["t-shirt"] * 9 + ["tee"], "official", 0),
+        (["dont"] * 9 + ["no"], "official", 1),
+        (["cat"] * 4 + list("bcdefg"), "official", 0),
+        (["cat"] * 3 + list("bcdefgh"), "official", 1),
+        (["Yes"], "own", 0),
+        (["the"], "own", 0),
+        (["yes", "no"], "own", 1),
+        (["a b"] * 3 + ["c"] * 2, "own", 0),
+    ],
+)
 def test_formulas_and_questions_that_cannot_have_all_are_counted(answers, formula, capped):
-    counts = count_vqa_formulas([{"question_id": 1, "answers": [{"answer": answer} for answer in answers]}])
+    counts = count_vqa_formulas(
+        [{"question_id": 1, "answers": [{"answer": answer} for answer in answers]}]
+    )
     assert counts[formula] == 1 == counts["official"] + counts["own"] and counts["capped"] == capped
 
 
 def test_what_had_all_by_the_official_script_is_not_counted_as_capped():
-    annotations = [{"question_id": 1, "answer": case["answers"]} for case in VQA["cases"] if case["accuracy"] == 100]
-    assert annotations and count_vqa_formulas(annotations) == {"official": len(annotations), "capped": 0}
+    annotations = [
+        {"question_id": 1, "answer": case["answers"]}
+        for case in VQA["cases"]
+        if case["accuracy"] == 100
+    ]
+    assert annotations and count_vqa_formulas(annotations) == {
+        "official": len(annotations),
+        "capped": 0,
+    }
 
 
 def test_vqa_accuracy_leaves_its_arguments_as_they_are():
-    annotations = [{"question_id": 1, "answers": [{"answer": "t-shirt"}] * 5 + [{"answer": "tee."}] * 5}]
+    annotations = [
+        {"question_id": 1, "answers": [{"answer": "t-shirt"}] * 5 + [{"answer": "tee."}] * 5}
+    ]
     before = json.dumps(annotations)
     vqa_accuracy([{"question_id": 1, "answer": "Tee."}], annotations)
     assert json.dumps(annotations) == before
@@ -167,20 +235,34 @@ def test_vqa_predictions_and_annotations_must_pair_up():
     annotations = [{"question_id": i, "answer": ["yes"] * 10} for i in (7, 8)]
     assert "question 8 has no prediction" in refusal(vqa_accuracy, answers(7), annotations)
     assert "question 9 has no annotation" in refusal(vqa_accuracy, answers(7, 8, 9), annotations)
-    assert "question 8 has more than one prediction" in refusal(vqa_accuracy, answers(7, 8, 8), annotations)
-    assert "question 7 has more than one annotation" in refusal(vqa_accuracy, answers(7, 8), annotations + annotations[:1])
+    assert "question 8 has more than one prediction" in refusal(
+        vqa_accuracy, answers(7, 8, 8), annotations
+    )
+    assert "question 7 has more than one annotation" in refusal(
+        vqa_accuracy, answers(7, 8), annotations + annotations[:1]
+    )
     assert "no predictions and no annotations" in refusal(vqa_accuracy, [], [])
 
 
 @pytest.mark.parametrize(
-    "annotation", [{}, {"answer": "yes"}, {"answer": []}, {"answer": [3]}, {"answers": [{"text": "yes"}]}, {"answers": None}]
+    "annotation",
+    [
+        {},
+        {"answer": "yes"},
+        {"answer": []},
+        {"answer": [3]},
+        {"answers": [{"text": "yes"}]},
+        {"answers": None},
+    ],
 )
 def test_vqa_annotation_without_answers_is_refused(annotation):
-    message = refusal(vqa_accuracy, [{"question_id": 5, "answer": "yes"}], [{"question_id": 5, **annotation}])
+    message = refusal(
+        vqa_accuracy, [{"question_id": 5, "answer": "yes"}], [{"question_id": 5, **annotation}]
+    )
     assert message.startswith("question 5: its annotation must have the annotators' answers")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # grounding
 
 
@@ -207,7 +289,10 @@ def test_ids_may_be_integers_or_strings_and_maps_tensors():
     cams, *others = ({int(key): value for key, value in GROUNDING[part].items()} for part in PARTS)
     cams = {key: torch.tensor(cam, dtype=torch.float64) for key, cam in cams.items()}
     assert grounding_accuracy(cams, *others) == GROUNDING["accuracy"]
-    assert grounding_accuracy({str(key): cam.numpy() for key, cam in cams.items()}, *others) == GROUNDING["accuracy"]
+    assert (
+        grounding_accuracy({str(key): cam.numpy() for key, cam in cams.items()}, *others)
+        == GROUNDING["accuracy"]
+    )
 
 
 def scene(detections, splits=("val",), box=(0, 0, 4, 4)):
@@ -228,7 +313,9 @@ def test_alpha_weighs_the_size_of_a_box():
 
 
 def test_box_without_pixels_loses_even_to_a_negative_score():
-    cams, *others = scene([[0, 0, 0, 0], [20, 0, 4, 4], [-9, 0, 5, 5], [0.1, 0.1, 0.2, 0.2], [0, 0, 4, 4]])
+    cams, *others = scene(
+        [[0, 0, 0, 0], [20, 0, 4, 4], [-9, 0, 5, 5], [0.1, 0.1, 0.2, 0.2], [0, 0, 4, 4]]
+    )
     cams[0] = -torch.ones(4, 4)
     assert grounding_accuracy(cams, *others) == {"val_d": 1}
     assert grounding_accuracy(*scene([[0, 0, 0, 0]])) == {"val_d": 0}
@@ -264,7 +351,9 @@ def test_chance_is_the_share_of_right_boxes():
     del detections[103]
     assert chance_grounding(refs, boxes, detections) == {"val_d": 0.625, "testA_d": 0.25}
     assert chance_grounding(refs, boxes, detections, ref_ids=[0, 0, 0, 1, "3"]) == {"val_d": 0.4375}
-    strings = [{str(key): value for key, value in part.items()} for part in (refs, boxes, detections)]
+    strings = [
+        {str(key): value for key, value in part.items()} for part in (refs, boxes, detections)
+    ]
     assert chance_grounding(*strings) == {"val_d": 0.625, "testA_d": 0.25}
 
 
@@ -275,8 +364,11 @@ def test_image_without_detections_and_unknown_ref_are_refused():
     assert message in refusal(grounding_accuracy, cams, refs, boxes, images, {})
     assert message in refusal(chance_grounding, refs, boxes, detections)
     assert "ref_id 9 of test_file is not among the refs" in refusal(
-        grounding_accuracy, {9: cams[0]}, refs, boxes, images, detections)
-    assert "ref_id 9 of test_file is not among the refs" in refusal(chance_grounding, refs, boxes, detections, [9])
+        grounding_accuracy, {9: cams[0]}, refs, boxes, images, detections
+    )
+    assert "ref_id 9 of test_file is not among the refs" in refusal(
+        chance_grounding, refs, boxes, detections, [9]
+    )
 
 
 def test_recall_at_k_against_a_count_by_hand():
@@ -320,6 +412,9 @@ def test_recall_beyond_the_candidates_of_re_ranking():
 
 def test_chance_is_that_of_a_random_ranking():
     chance = chance_recall(4, 12, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]])
-    assert chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
+    assert (
+        chance["txt_r1"] == pytest.approx(25) and chance["img_r1"] == 25 and chance["img_r5"] == 100
+    )
     assert chance["txt_r10"] == 100  # of 12 texts only 9 are wrong
-    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)  # an image without text is not a query
+    # an image without text is not a query
+    assert chance_recall(100, 2, [[0], [], [1]])["txt_r1"] == pytest.approx(50)

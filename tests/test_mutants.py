@@ -7,4 +7,6 @@ from mutants import MUTANTS, TESTS, applied
 def test_every_mistake_can_be_put_in_and_has_tests():
     for mutant in MUTANTS:
         assert applied(mutant) != (ROOT / mutant.file).read_text(), mutant
-        assert all((ROOT / f"tests/test_{name}.py").exists() for name in TESTS[mutant.file].split()), mutant
+        assert all(
+            (ROOT / f"tests/test_{name}.py").exists() for name in TESTS[mutant.file].split()
+        ), mutant

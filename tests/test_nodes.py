@@ -1,4 +1,6 @@
-"""Several nodes and Slurm, played on this machine: torchrun on each, restarts, srun, the batch script (docs/training.md)."""
+"""Several nodes and Slurm, played on this machine: torchrun on each, restarts, srun, the batch
+script (docs/training.md).
+"""
 
 import os
 import shutil
@@ -7,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import chaos
-from conftest import log
-from engine.processes import _slurm_to_environment
+import pytest
 from chaos import assert_same_run
+from conftest import log
+
+from engine.processes import _slurm_to_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 24
@@ -31,12 +33,20 @@ def slurm(tmp_path_factory):
     (folder / "bin").mkdir()
     for name in ("srun", "scontrol", "scancel"):
         command = folder / "bin" / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/helpers/fake_slurm.py"} {name} "$@"\n')
+        command.write_text(
+            f'#!/bin/sh\nexec {sys.executable} {ROOT / "tests/helpers/fake_slurm.py"} {name} "$@"\n'
+        )
         command.chmod(0o755)
     return {
-        **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable,
-        "GPUS": "1", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "1",
-    }  # fmt: skip
+        **os.environ,
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "GPUS": "1",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+    }
 
 
 def free_port():
@@ -58,10 +68,16 @@ def free_job_id():
 
 
 def in_job(slurm, tmp_path, state="RUNNING", **variables):
-    """The environment of one more job, submitted in the folder "a copy" of tmp_path, where Slurm keeps its own things."""
+    """The environment of one more job, submitted in the folder "a copy" of tmp_path, where Slurm
+    keeps its own things.
+    """
     (tmp_path / "state").write_text(state)
     (tmp_path / "calls").write_text("")
-    job = {"FAKE_SLURM": str(tmp_path), "SLURM_JOB_ID": str(free_job_id()), "SLURM_SUBMIT_DIR": str(tmp_path / "a copy")}
+    job = {
+        "FAKE_SLURM": str(tmp_path),
+        "SLURM_JOB_ID": str(free_job_id()),
+        "SLURM_SUBMIT_DIR": str(tmp_path / "a copy"),
+    }
     return {**slurm, **job, **variables}
 
 
@@ -69,7 +85,9 @@ def submit(tmp_path, environment, *arguments):
     """Runs the batch script as Slurm does: a copy of it, in another folder."""
     shutil.copy(ROOT / "scripts/slurm_pretrain.sh", tmp_path / "slurm_script")
     command = ["bash", tmp_path / "slurm_script", *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 def calls(tmp_path):
@@ -84,7 +102,9 @@ def undisturbed(config, slurm, tmp_path_factory):
     environment = in_job(slurm, folder, MASTER_PORT=str(free_port()))
     arguments = ["--config", config, "--output_dir", folder / "run", "--device", "cpu"]
     command = ["srun", "--ntasks=2", sys.executable, "Pretrain.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("global batch 8: 2 processes x batch_size 4") == 1, result.stdout
     return folder / "run"
@@ -96,14 +116,31 @@ def test_srun_without_torchrun(undisturbed):
 
 @pytest.mark.parametrize(
     "nodes,first",
-    [("gpu3", "gpu3"), ("a,b", "a"), ("node[01-04,07],gpu3", "node01"), ("rack[0-1]n[2-3]-ib,x", "rack0n2-ib"), ("n[7]", "n7")],
+    [
+        ("gpu3", "gpu3"),
+        ("a,b", "a"),
+        ("node[01-04,07],gpu3", "node01"),
+        ("rack[0-1]n[2-3]-ib,x", "rack0n2-ib"),
+        ("n[7]", "n7"),
+    ],
 )
 def test_the_first_node_of_a_step_is_the_master(monkeypatch, nodes, first):
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": nodes, "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
-            "SLURM_JOB_ID": "5"}  # fmt: skip
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": nodes,
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+        "SLURM_JOB_ID": "5",
+    }
     monkeypatch.setattr("os.environ", environment := dict(step))
     _slurm_to_environment()
-    ours = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": first, "MASTER_PORT": "10005"}
+    ours = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": first,
+        "MASTER_PORT": "10005",
+    }
     assert environment == {**step, **ours}
 
 
@@ -114,19 +151,42 @@ def test_a_batch_script_without_srun_is_one_process(monkeypatch):
     assert environment == batch
 
 
-def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_told(config, undisturbed, tmp_path):
-    # the launcher of the other process does not count a restart: to it a node has gone and come back
+def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_told(
+    config, undisturbed, tmp_path
+):
+    # the launcher of the other process does not count a restart: to it a node has gone and come
+    # back
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=1",
-        "--rdzv_backend=c10d", "--rdzv_id=run", f"--rdzv_endpoint=localhost:{free_port()}",
-        "tests/helpers/troubled.py", "--config", config, "--output_dir", tmp_path / "run", "--device", "cpu",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE": str(tmp_path / "trace"), "MISHAP": "1"}
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--max-restarts=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_id=run",
+        f"--rdzv_endpoint=localhost:{free_port()}",
+        "tests/helpers/troubled.py",
+        "--config",
+        config,
+        "--output_dir",
+        tmp_path / "run",
+        "--device",
+        "cpu",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TRACE": str(tmp_path / "trace"),
+        "MISHAP": "1",
+    }
     nodes, outputs = [], [tmp_path / f"node{number}.out" for number in range(2)]
     try:
         for output in outputs:
             with open(output, "w") as file:
-                nodes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file))
+                nodes.append(
+                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+                )
         statuses = [node.wait(240) for node in nodes]
     finally:
         for node in nodes:
@@ -137,7 +197,9 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_on(config, slurm, undisturbed, tmp_path):
+def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_on(
+    config, slurm, undisturbed, tmp_path
+):
     (tmp_path / "a copy").mkdir()
     (tmp_path / "a copy/scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/helpers/troubled.py")
@@ -157,7 +219,7 @@ def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_
     assert_same_run(undisturbed, tmp_path / "a copy/the run")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # what the batch script does around a run, with a run that takes no time
 
 
@@ -171,7 +233,9 @@ exit {status}
 
 
 def instant(slurm, tmp_path, status=0, before="", state="RUNNING"):
-    """The environment of a job whose second node, after the shell commands `before`, ends with a status."""
+    """The environment of a job whose second node, after the shell commands `before`, ends with a
+    status.
+    """
     (tmp_path / "a copy/scripts").mkdir(parents=True)
     for name in ("Pretrain.py", "scripts/node.py"):
         (tmp_path / "a copy" / name).touch()
@@ -208,9 +272,15 @@ def test_what_is_requeued(slurm, tmp_path, status, before, state, requeued):
     "arguments,handed_on",
     [
         ([], ["--resume"]),
-        (["--output_dir", "a b", "--set", "x=c d", "y=*"], ["--output_dir", "a b", "--set", "x=c d", "y=*", "--resume"]),
+        (
+            ["--output_dir", "a b", "--set", "x=c d", "y=*"],
+            ["--output_dir", "a b", "--set", "x=c d", "y=*", "--resume"],
+        ),
         (["--checkpoint", "x.pth"], ["--checkpoint", "x.pth"]),
-        (["--seed=1", "--checkpoint=x.pth", "--resume"], ["--seed=1", "--checkpoint=x.pth", "--resume"]),
+        (
+            ["--seed=1", "--checkpoint=x.pth", "--resume"],
+            ["--seed=1", "--checkpoint=x.pth", "--resume"],
+        ),
     ],
 )
 def test_arguments_are_handed_on(slurm, tmp_path, arguments, handed_on):
@@ -226,15 +296,28 @@ def test_outside_the_repository_the_batch_script_says_so(slurm, tmp_path):
     (tmp_path / "a copy").mkdir()
     result = submit(tmp_path, in_job(slurm, tmp_path))
     assert result.returncode == 2
-    assert result.stderr == f"error: {tmp_path / 'a copy'} is not the repository's folder: call sbatch there\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path / 'a copy'} is not the repository's folder: call sbatch there\n"
+    )
 
 
 def test_a_node_ends_with_the_status_of_an_input_error(tmp_path):
     # process 0 ends last: torchrun ends what still runs once one has failed
-    (tmp_path / "run.py").write_text("import os, sys, time, pathlib\nsaid = pathlib.Path(__file__).with_name('said')\n"
-                                     "if os.environ['RANK'] == '1':\n    said.touch()\n    sys.exit(2)\n"
-                                     "while not said.exists():\n    time.sleep(0.01)\nsys.exit(1)")  # fmt: skip
-    command = [sys.executable, "scripts/node.py", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
+    (tmp_path / "run.py").write_text(
+        "import os, sys, time, pathlib\nsaid = pathlib.Path(__file__).with_name('said')\n"
+        "if os.environ['RANK'] == '1':\n    said.touch()\n    sys.exit(2)\n"
+        "while not said.exists():\n    time.sleep(0.01)\nsys.exit(1)"
+    )
+    command = [
+        sys.executable,
+        "scripts/node.py",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "run.py",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "localhost"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr

@@ -1,15 +1,17 @@
-"""The pre-training model against the released implementation's numbers, the plain path, and its own edge cases."""
+"""The pre-training model against the released implementation's numbers, the plain path, and its own
+edge cases.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import assert_close, assert_released_step
+
+from benchmarks.plain import pretrain_losses, unfuse
 from models import build_model
 from utils import Text
-from benchmarks.plain import pretrain_losses, unfuse
 
 BERT = "tests/golden/bert.json"
 
@@ -37,10 +39,14 @@ def test_features_are_the_released_ones(step, golden):
         text_embeds, text_feat = model.encode_text(text)
         fused = model.fuse(text_embeds, text.attention_mask, image_embeds)
         ours = {
-            "image_embeds": image_embeds, "image_feat": image_feat, "text_feat": text_feat,
-            "itm_logits": model.itm_logits(fused), "text_embeds": text_embeds[real], "fusion_embeds": fused[real],
+            "image_embeds": image_embeds,
+            "image_feat": image_feat,
+            "text_feat": text_feat,
+            "itm_logits": model.itm_logits(fused),
+            "text_embeds": text_embeds[real],
+            "fusion_embeds": fused[real],
             "mlm_logits": model.mlm_logits(fused)[real],
-        }  # fmt: skip
+        }
     for name, value in ours.items():
         theirs = data[name][real] if value.ndim == 2 and data[name].ndim == 3 else data[name]
         assert_close(name, value, theirs, 1e-4, 1e-5)
@@ -52,22 +58,35 @@ def random_batch(batch, length=9, seed=0):
     input_ids[:, 0] = 2
     lengths = torch.randint(3, length + 1, (batch,), generator=generator)
     mask = (torch.arange(length) < lengths[:, None]).long()
-    labels = torch.where((torch.rand(batch, length, generator=generator) < 0.3) & (mask == 1), input_ids, -100)
+    labels = torch.where(
+        (torch.rand(batch, length, generator=generator) < 0.3) & (mask == 1), input_ids, -100
+    )
     image = torch.randn(batch, 3, 48, 48, generator=generator)
-    return image, Text(input_ids * mask, mask), (torch.where(labels != -100, 4, input_ids * mask), labels)
+    return (
+        image,
+        Text(input_ids * mask, mask),
+        (torch.where(labels != -100, 4, input_ids * mask), labels),
+    )
 
 
 def gradients(model, losses):
     model.zero_grad()
     sum(losses.values()).backward()
-    return {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    return {
+        name: param.grad.clone()
+        for name, param in model.named_parameters()
+        if param.grad is not None
+    }
 
 
 def test_fast_step_equals_plain_step(step):
     data, model, _, _ = step
     image, text, masked = random_batch(5)
     results = []
-    for losses_of in (lambda *a: model(*a[:2], alpha=0.4, masked=a[2]), lambda *a: pretrain_losses(model, *a[:2], 0.4, a[2])):
+    for losses_of in (
+        lambda *a: model(*a[:2], alpha=0.4, masked=a[2]),
+        lambda *a: pretrain_losses(model, *a[:2], 0.4, a[2]),
+    ):
         model.load_state_dict(data["state_dict"])
         torch.manual_seed(1)
         losses = losses_of(image, text, masked)
@@ -114,7 +133,11 @@ def test_rows_of_table_1_are_configurations(released, row):
     grads = gradients(model, losses)
     # data parallelism waits for the gradient of every trained parameter
     idle = set(map(id, model.idle_parameters()))
-    assert set(grads) == {name for name, param in model.named_parameters() if param.requires_grad and id(param) not in idle}
+    assert set(grads) == {
+        name
+        for name, param in model.named_parameters()
+        if param.requires_grad and id(param) not in idle
+    }
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
@@ -124,7 +147,10 @@ def test_distillation_is_off_per_objective(released):
     def losses(alpha, **keys):
         _, model, _ = released("pretrain", **keys)
         torch.manual_seed(0)
-        return {name: loss.item() for name, loss in model.eval()(image, text, alpha=alpha, masked=masked).items()}
+        return {
+            name: loss.item()
+            for name, loss in model.eval()(image, text, alpha=alpha, masked=masked).items()
+        }
 
     plain, only_itc, full = losses(0.0), losses(0.4, distill=["itc"]), losses(0.4)
     assert only_itc["loss_mlm"] == pytest.approx(plain["loss_mlm"], rel=1e-6)
@@ -158,12 +184,20 @@ def test_temp_is_kept_in_its_range(step):
 
 def test_random_weights_and_dropout_are_those_of_the_configuration(golden):
     data = golden("pretrain.pt")
-    bert = {**json.loads(Path(BERT).read_text()), "initializer_range": 0.3, "hidden_dropout_prob": 0.5}
+    bert = {
+        **json.loads(Path(BERT).read_text()),
+        "initializer_range": 0.3,
+        "hidden_dropout_prob": 0.5,
+    }
     torch.manual_seed(0)
     model = build_model("pretrain", {**data["config"], "bert_config": bert})
     vit = model.visual_encoder
-    for weight, std in ((model.bert.encoder.layer[0].intermediate.dense.weight, 0.3), (vit.patch_embed.proj.weight, 0.6),
-                        (vit.blocks[0].mlp.fc1.weight, 0.3), (model.text_encoder.cls.predictions.transform.dense.weight, 0.3)):
+    for weight, std in (
+        (model.bert.encoder.layer[0].intermediate.dense.weight, 0.3),
+        (vit.patch_embed.proj.weight, 0.6),
+        (vit.blocks[0].mlp.fc1.weight, 0.3),
+        (model.text_encoder.cls.predictions.transform.dense.weight, 0.3),
+    ):
         assert weight.std().item() == pytest.approx(std, rel=0.1)
     embeds = model.train().bert.embeddings(torch.arange(5, 45)[None])
     assert (embeds == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)

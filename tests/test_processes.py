@@ -1,4 +1,6 @@
-"""However a run ends, none of its processes is left and what it says is one line: each run here is a process of its own."""
+"""However a run ends, none of its processes is left and what it says is one line: each run here is
+a process of its own.
+"""
 
 import json
 import os
@@ -12,17 +14,19 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
+from test_engine import broken_copy, command_line, torchrun
 from torch.utils.data import Dataset
 
-from conftest import ROOT
 from dataset.workers import Loader
 from engine.processes import StopSignal
-from test_engine import broken_copy, command_line, torchrun
 
 
 def processes(session):
-    """Process numbers of what lives in a session: what start_new_session began and all that came of it."""
+    """Process numbers of what lives in a session: what start_new_session began and all that came of
+    it.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -36,15 +40,26 @@ def processes(session):
 
 @pytest.fixture
 def start():
-    """Starts a command with arguments in a session of its own; what is left of it is killed in the end."""
+    """Starts a command with arguments in a session of its own; what is left of it is killed in the
+    end.
+    """
     started = []
 
     def call(*arguments, **environment):
         command = [sys.executable, *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         pipe = subprocess.PIPE
-        started.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True,
-                                        start_new_session=True))  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=pipe,
+                stderr=pipe,
+                text=True,
+                start_new_session=True,
+            )
+        )
         return started[-1]
 
     yield call
@@ -71,18 +86,34 @@ def ending(process):
 
 @pytest.fixture
 def retrieval(tiny_config, shapes, tmp_path, pretrained):
-    """Return arguments of Retrieval.py with two data workers, to fine-tune or evaluate on an image with many names."""
+    """Return arguments of Retrieval.py with two data workers, to fine-tune or evaluate on an image
+    with many names.
+    """
 
     def arguments(image=shapes / "images/test/000000.jpg", entries=4000):
         links = [tmp_path / f"link{number}.jpg" for number in range(entries)]
         for link in links:
             link.symlink_to(image)
-        (tmp_path / "test.json").write_text(json.dumps([{"image": str(link), "caption": ["a red circle"]} for link in links]))
-        files = {"train_file": [str(shapes / "retrieval_train.json")], "test_file": [str(tmp_path / "test.json")]}
-        keys = {"num_workers": 2, "batch_size_test": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}}
+        (tmp_path / "test.json").write_text(
+            json.dumps([{"image": str(link), "caption": ["a red circle"]} for link in links])
+        )
+        files = {
+            "train_file": [str(shapes / "retrieval_train.json")],
+            "test_file": [str(tmp_path / "test.json")],
+        }
+        keys = {
+            "num_workers": 2,
+            "batch_size_test": 2,
+            "scheduler": {**tiny_config["scheduler"], "epochs": 1000},
+        }
         config = {**tiny_config, **files, **keys}
         del config["vision_encoder"]  # only pre-training reads it
-        return ["Retrieval.py", *command_line(config, tmp_path / "run", tmp_path), "--checkpoint", pretrained]
+        return [
+            "Retrieval.py",
+            *command_line(config, tmp_path / "run", tmp_path),
+            "--checkpoint",
+            pretrained,
+        ]
 
     return arguments
 
@@ -90,13 +121,28 @@ def retrieval(tiny_config, shapes, tmp_path, pretrained):
 def test_an_unusable_test_image_ends_the_evaluation(retrieval, start, shapes, tmp_path):
     (tmp_path / "broken.jpg").write_bytes((shapes / "images/test/000000.jpg").read_bytes()[:300])
     status, said = ending(start(*retrieval(tmp_path / "broken.jpg", 8), "--evaluate"))
-    assert status == 2 and said.startswith("error: cannot read a test image") and len(said.splitlines()) == 1, said
+    assert (
+        status == 2
+        and said.startswith("error: cannot read a test image")
+        and len(said.splitlines()) == 1
+    ), said
 
 
-def test_a_training_set_without_a_usable_image_ends_the_training(tiny_config, start, shapes, tmp_path):
-    config = {**tiny_config, "image_root": broken_copy(shapes, tmp_path / "images", 1000), "num_workers": 1, "test_file": None}
+def test_a_training_set_without_a_usable_image_ends_the_training(
+    tiny_config, start, shapes, tmp_path
+):
+    config = {
+        **tiny_config,
+        "image_root": broken_copy(shapes, tmp_path / "images", 1000),
+        "num_workers": 1,
+        "test_file": None,
+    }
     status, said = ending(start("Pretrain.py", *command_line(config, tmp_path / "run", tmp_path)))
-    assert status == 2 and said.startswith("error: no usable entry in 100 tries") and len(said.splitlines()) == 1, said
+    assert (
+        status == 2
+        and said.startswith("error: no usable entry in 100 tries")
+        and len(said.splitlines()) == 1
+    ), said
 
 
 def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
@@ -107,7 +153,10 @@ def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("doing,words", [("--evaluate", "before it was complete"), ("--resume", "continue with --resume")])
+@pytest.mark.parametrize(
+    "doing,words",
+    [("--evaluate", "before it was complete"), ("--resume", "continue with --resume")],
+)
 def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, signum, doing, words):
     run = start(*retrieval(), doing)
     until(lambda: len(processes(run.pid)) == 3 and run.poll() is None)
@@ -144,11 +193,18 @@ def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(tiny_config, start, tmp_path, signum, rank):
+def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(
+    tiny_config, start, tmp_path, signum, rank
+):
     arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {
+        "WORLD_SIZE": "2",
+        "RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     run = start("Pretrain.py", *arguments, **environment)
     said = run.stderr.readline()
     assert f"rank {1 - rank} of 2" in said and f"127.0.0.1:{port}" in said and "WORLD_SIZE" in said
@@ -168,7 +224,9 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
     images = [tmp_path / f"{number}.png" for number in range(400)]
     for image in images:
         image.symlink_to(tmp_path / "large.png")
-    (tmp_path / "train.json").write_text(json.dumps([{"image": str(image), "caption": "a"} for image in images]))
+    (tmp_path / "train.json").write_text(
+        json.dumps([{"image": str(image), "caption": "a"} for image in images])
+    )
     config = {**tiny_config, "train_file": str(tmp_path / "train.json"), "test_file": None}
     _, path, *_ = command_line(config, tmp_path / "run", tmp_path)
     check = start("-m", "dataset.check", "pretrain", path, "--processes", 2)
@@ -183,27 +241,48 @@ def test_all_processes_of_torchrun_say_the_same_once():
     assert said.count("did you mean --output_dir?") == 1, said
 
 
-@pytest.mark.parametrize("given, found, spins", [({}, "passive", "5000"), ({"OMP_WAIT_POLICY": "active"}, "active", "None")])
-def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_environment_says(given, found, spins):
+@pytest.mark.parametrize(
+    "given, found, spins",
+    [({}, "passive", "5000"), ({"OMP_WAIT_POLICY": "active"}, "active", "None")],
+)
+def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_environment_says(
+    given, found, spins
+):
     program = """
 import argparse, os, sys, utils
 before = os.environ.get("OMP_WAIT_POLICY")
 utils.begin_script(argparse.ArgumentParser())
 print(before, os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
 """
-    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
     environment = {**kept, **given}
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert told.stdout.split() == [str(given.get("OMP_WAIT_POLICY")), found, spins, "False"], told.stderr
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert told.stdout.split() == [str(given.get("OMP_WAIT_POLICY")), found, spins, "False"], (
+        told.stderr
+    )
 
 
 def test_a_name_that_is_not_utf8_can_be_printed():
-    program = [sys.executable, "-c", "from utils import run_script; run_script(lambda: print('a\\udcff'))"]
-    assert subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"
+    program = [
+        sys.executable,
+        "-c",
+        "from utils import run_script; run_script(lambda: print('a\\udcff'))",
+    ]
+    assert (
+        subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"
+    )
 
 
 class Bug(Dataset):
-    """A data set whose code raises an error, which is of a class that Python raises for broken pipes too."""
+    """A data set whose code raises an error, which is of a class that Python raises for broken
+    pipes too.
+    """
 
     def __init__(self, error):
         self.error = error
@@ -242,5 +321,7 @@ try:
 except WorkerDied:
     print("died")
 """
-    told = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (told.stdout, told.stderr) == ("died\n", "")

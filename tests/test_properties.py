@@ -1,6 +1,8 @@
-"""Properties that hold for any input: clean-up and tokenization of texts, configurations, annotation files.
+"""Properties that hold for any input: clean-up and tokenization of texts, configurations,
+annotation files.
 
-An `example` is an input that once ended in a stack trace or slipped through, or one that careless users have.
+An `example` is an input that once ended in a stack trace or slipped through, or one that careless
+users have.
 """
 
 import copy
@@ -16,22 +18,39 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from configs.schema import (
+    KEYS,
+    OTHER_NAMES,
+    SECTIONS,
+    load_config,
+    override,
+    save_config,
+    with_defaults,
+)
 from dataset import annotations
 from dataset.annotations import Entries, digest, read_json_list
 from dataset.caption import Pair, RetrievalPair
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
-from configs.schema import KEYS, OTHER_NAMES, SECTIONS, load_config, override, save_config, with_defaults
 from utils import InputError
 
 settings.register_profile(
-    "same every time", derandomize=True, deadline=None, database=None, max_examples=100,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
-)  # fmt: skip
+    "same every time",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100,
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.filter_too_much,
+    ],
+)
 settings.load_profile("same every time")
 
 ANY_TEXT = st.text(st.characters())  # halves of surrogate pairs and control characters too
-NUMBERS = itertools.count()  # a file that is written again within the clock's resolution looks like the one before
+# a file that is written again within the clock's resolution looks like the one before
+NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +66,9 @@ def new_file(folder, content):
 
 
 def one_line(error, start):
-    """Asserts that an InputError's message is one line, not a page long, and begins with what is wrong; returns it."""
+    """Asserts that an InputError's message is one line, not a page long, and begins with what is
+    wrong; returns it.
+    """
     message = str(error)
     assert message.startswith(str(start)) and len(message.splitlines()) == 1 and len(message) < 1500
     return message
@@ -58,24 +79,48 @@ def nearly(content, data):
     for _ in range(data.draw(st.integers(1, 3))):
         start = data.draw(st.integers(0, len(content)))
         end = data.draw(st.integers(start, min(len(content), start + 20)))
-        middle = data.draw(st.sampled_from([b"", content[start:end] * 2]) | st.binary(max_size=4) | st.just(None))
+        middle = data.draw(
+            st.sampled_from([b"", content[start:end] * 2]) | st.binary(max_size=4) | st.just(None)
+        )
         content = content[:start] if middle is None else content[:start] + middle + content[end:]
     return content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # texts
 
 LISTED = ",.'!?\"()*#:;~-/"
-PIECES = ["<person>", "<PERSON>", " ", "  ", "\t", "\n", "\r\n", "a", "Red", "dog's", "[SEP]", "[MASK]", "İ", "ΑΣ", *LISTED]
+PIECES = [
+    "<person>",
+    "<PERSON>",
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "a",
+    "Red",
+    "dog's",
+    "[SEP]",
+    "[MASK]",
+    "İ",
+    "ΑΣ",
+    *LISTED,
+]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=40).map("".join)
 
 
 @given(TEXTS, st.integers(1, 60), st.sampled_from([1, 1, 1, 500]))
 def test_texts_are_clean_short_and_stay_as_they_are(text, max_words, times):
-    caption, question = (clean_up(text * times, max_words) for clean_up in (pre_caption, pre_question))
+    caption, question = (
+        clean_up(text * times, max_words) for clean_up in (pre_caption, pre_question)
+    )
     for clean in caption, question:
-        assert len(clean.split(" ")) <= max_words and not set(clean) & set(LISTED) and clean == clean.lower()
+        assert (
+            len(clean.split(" ")) <= max_words
+            and not set(clean) & set(LISTED)
+            and clean == clean.lower()
+        )
     assert caption == caption.strip(" ") and "  " not in caption and not caption.endswith("\n")
     assert caption in pre_caption(text * times, 10**9)
     # "<<person>>" loses a pair of brackets each time
@@ -88,7 +133,11 @@ def tokenizer():
     return build_tokenizer("tests/golden/vocab.txt")
 
 
-@given(st.lists(TEXTS | ANY_TEXT, min_size=1, max_size=5), st.integers(1, 40) | st.none(), st.sampled_from([1, 1, 300]))
+@given(
+    st.lists(TEXTS | ANY_TEXT, min_size=1, max_size=5),
+    st.integers(1, 40) | st.none(),
+    st.sampled_from([1, 1, 300]),
+)
 @example(["cut emoji \ud83d"], 25, 1)
 def test_any_text_becomes_ids_within_the_limit(tokenizer, texts, max_tokens, times):
     ids, mask = tokenize([text * times for text in texts], tokenizer, max_tokens)
@@ -100,27 +149,39 @@ def test_any_text_becomes_ids_within_the_limit(tokenizer, texts, max_tokens, tim
     assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configurations
 
 
 def nested(scalars, keys):
     return st.recursive(
-        scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4), max_leaves=8
+        scalars,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+        max_leaves=8,
     )
 
 
 JSON_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT
 JSON_VALUES = nested(JSON_SCALARS, ANY_TEXT)
 # text without the two characters that ruamel.yaml writes and cannot always read back
-WORDS = st.text(st.characters(codec="utf-8", exclude_characters="?\x85")) | st.sampled_from(["itc", "bf16", "all", "1e-4"])
-VALUES = nested(st.none() | st.booleans() | st.integers(-1, 10**6) | st.floats() | st.floats(0, 1) | WORDS, WORDS)
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="?\x85")) | st.sampled_from(
+    ["itc", "bf16", "all", "1e-4"]
+)
+VALUES = nested(
+    st.none() | st.booleans() | st.integers(-1, 10**6) | st.floats() | st.floats(0, 1) | WORDS,
+    WORDS,
+)
 NAMES = st.sampled_from([*KEYS, *SECTIONS, *OTHER_NAMES, "bert_config.vocab_size"])
-YAML_PIECES = st.lists(st.sampled_from([*"[]{}:,.=#&*'\"|>-~!\n\x00\ufeff", ": ", "- ", ".nan", "2020-02-30"]) | WORDS, max_size=8)
+YAML_PIECES = st.lists(
+    st.sampled_from([*"[]{}:,.=#&*'\"|>-~!\n\x00\ufeff", ": ", "- ", ".nan", "2020-02-30"]) | WORDS,
+    max_size=8,
+)
 
 
 def assert_complete_or_refused(start, function, *arguments):
-    """Asserts that a configuration has every key and survives its snapshot, or is refused in a line."""
+    """Asserts that a configuration has every key and survives its snapshot, or is refused in a
+    line.
+    """
     try:
         config = function(*arguments)
     except InputError as error:
@@ -152,7 +213,16 @@ def test_any_slip_in_a_file_is_refused_in_a_line_or_a_complete_configuration(fol
     assert_complete_or_refused(path, load_config, path)
 
 
-@given(st.lists(st.builds("{}{}{}".format, NAMES | WORDS, st.sampled_from(["=", "=", "=", "", ".lr="]), YAML_PIECES.map("".join))))
+@given(
+    st.lists(
+        st.builds(
+            "{}{}{}".format,
+            NAMES | WORDS,
+            st.sampled_from(["=", "=", "=", "", ".lr="]),
+            YAML_PIECES.map("".join),
+        )
+    )
+)
 @example(["batch_size"])
 @example(["a\nb=[" + "c\n"])
 @example(["image_root=/data/caf\udce9"])  # as the command line hands over what is not UTF-8
@@ -165,31 +235,82 @@ def test_any_overrides_are_refused_in_a_line_or_a_complete_configuration(overrid
     assert config == before
 
 
-@pytest.mark.parametrize("override_, hint", [("lr=1e-5", "optimizer.lr?"), ("epochs=3", "scheduler.epochs?")])
+@pytest.mark.parametrize(
+    "override_, hint", [("lr=1e-5", "optimizer.lr?"), ("epochs=3", "scheduler.epochs?")]
+)
 def test_a_key_of_optimizer_or_scheduler_without_its_prefix_is_recognized(override_, hint):
     with pytest.raises(InputError, match="did you mean") as caught:
         override({}, [override_], "where")
     assert one_line(caught.value, "--set").endswith(hint)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # annotation files
 
 CHUNKS = st.sampled_from([1, 2, 3, 7, 16, 17, 64, 1 << 22])
-LAYOUTS = st.sampled_from([{}, {"indent": 1}, {"separators": (",", ":")}, {"separators": (" \r\n,\t", " :\n"), "indent": "\t"}])
+LAYOUTS = st.sampled_from(
+    [
+        {},
+        {"indent": 1},
+        {"separators": (",", ":")},
+        {"separators": (" \r\n,\t", " :\n"), "indent": "\t"},
+    ]
+)
 PATHS = st.text(st.characters(), min_size=1) | st.just("\udce9.jpg")
 PAIRS = st.lists(
     st.fixed_dictionaries(
         {"image": PATHS, "caption": TEXTS | st.lists(TEXTS, min_size=1, max_size=3)},
-        optional={"image_id": st.integers() | st.text(), "score": st.floats(), "box": JSON_VALUES, "big": st.just(10**40)},
+        optional={
+            "image_id": st.integers() | st.text(),
+            "score": st.floats(),
+            "box": JSON_VALUES,
+            "big": st.just(10**40),
+        },
     ),
-    min_size=1, max_size=6,
-).map(lambda entries: json.loads(json.dumps(entries)))  # fmt: skip
-JSON_WORDS = st.sampled_from([
-    "[", "]", "{", "}", ",", ":", '"', " ", "\n", "\t", '{"a": 1}', '{"a": 1},', '"a": ', "{}", "[{}", "}]", "1", "-", "1.",
-    "1e", "1.5e+3", "true", "nul", "NaN", "-Infinity", "\\", "\\u", "\\ud83d", "\\ude00", "\\n", "\x00", "\x0c", "\x1c",
-    "\xa0", "\u2028", "\ufeff", "\r",
-])
+    min_size=1,
+    max_size=6,
+).map(lambda entries: json.loads(json.dumps(entries)))
+JSON_WORDS = st.sampled_from(
+    [
+        "[",
+        "]",
+        "{",
+        "}",
+        ",",
+        ":",
+        '"',
+        " ",
+        "\n",
+        "\t",
+        '{"a": 1}',
+        '{"a": 1},',
+        '"a": ',
+        "{}",
+        "[{}",
+        "}]",
+        "1",
+        "-",
+        "1.",
+        "1e",
+        "1.5e+3",
+        "true",
+        "nul",
+        "NaN",
+        "-Infinity",
+        "\\",
+        "\\u",
+        "\\ud83d",
+        "\\ude00",
+        "\\n",
+        "\x00",
+        "\x0c",
+        "\x1c",
+        "\xa0",
+        "\u2028",
+        "\ufeff",
+        "\r",
+    ]
+)
 JSON_TEXTS = st.lists(JSON_WORDS | ANY_TEXT, max_size=15).map("".join) | JSON_VALUES.map(json.dumps)
 
 
@@ -215,7 +336,8 @@ def assert_read_as_by_json(folder, content, chunk):
                 list(read_json_list(path))
             one_line(caught.value, path)
         else:
-            assert repr(list(read_json_list(path))) == repr(list(enumerate(expected)))  # as text, in which nan equals nan
+            # as text, in which nan equals nan
+            assert repr(list(read_json_list(path))) == repr(list(enumerate(expected)))
     path.unlink()
 
 
@@ -226,7 +348,7 @@ def assert_read_as_by_json(folder, content, chunk):
 @example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 1 << 22)
 @example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 64)
 @example("\xa0[{}]".encode(), 1)
-@example("\x0c[{}]".encode(), 1)
+@example(b"\x0c[{}]", 1)
 @example("[\u2003{}]".encode(), 1)
 @example("[\u2003]".encode(), 1)
 @example("[{}]\u2003".encode(), 1)
@@ -236,19 +358,27 @@ def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content, chunk
 
 
 @given(PAIRS, LAYOUTS, CHUNKS, st.booleans(), st.data())
-def test_any_list_and_any_slip_in_one_is_read_as_by_json_or_refused(folder, entries, layout, chunk, ascii_only, data):
+def test_any_list_and_any_slip_in_one_is_read_as_by_json_or_refused(
+    folder, entries, layout, chunk, ascii_only, data
+):
     content = as_bytes(entries, {**layout, "ensure_ascii": ascii_only})
     assert_read_as_by_json(folder, content, chunk)
     assert_read_as_by_json(folder, nearly(content, data), chunk)
 
 
 def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
-    entries = [{"image": "a.jpg", "caption": "Caf\xe9, \u732b \U0001f600", "score": -1.5e7}, {"image": "b"}]
+    entries = [
+        {"image": "a.jpg", "caption": "Caf\xe9, \u732b \U0001f600", "score": -1.5e7},
+        {"image": "b"},
+    ]
     content = as_bytes(entries, {"ensure_ascii": False})
     for chunk in 1, 1 << 22:
         for end in range(1, len(content)):
             path = new_file(folder, content[:end])
-            with mock.patch.object(annotations, "_CHUNK", chunk), pytest.raises(InputError) as caught:
+            with (
+                mock.patch.object(annotations, "_CHUNK", chunk),
+                pytest.raises(InputError) as caught,
+            ):
                 list(read_json_list(path))
             assert "cut short" in one_line(caught.value, path)
 
@@ -269,18 +399,32 @@ def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, chunk, 
         loaded = Entries(files, Pair)
     expected = as_pairs([entry for entries in lists for entry in json.loads(json.dumps(entries))])
     assert contents(loaded) == contents(Entries(files, Pair)) == expected
-    places = [annotations.where(file, number) for file, entries in zip(files, lists) for number in range(len(entries))]
+    places = [
+        annotations.where(file, number)
+        for file, entries in zip(files, lists)
+        for number in range(len(entries))
+    ]
     assert [loaded.where(i) for i in range(len(loaded))] == places
 
 
 def is_right(entry):
     captions = entry.get("caption") if isinstance(entry, dict) else None
-    listed = isinstance(captions, list) and captions and all(isinstance(caption, str) for caption in captions)
-    return isinstance(entry, dict) and isinstance(entry.get("image"), str) and (isinstance(captions, str) or bool(listed))
+    listed = (
+        isinstance(captions, list)
+        and captions
+        and all(isinstance(caption, str) for caption in captions)
+    )
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("image"), str)
+        and (isinstance(captions, str) or bool(listed))
+    )
 
 
 @given(PAIRS, LAYOUTS, CHUNKS, st.data())
-def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(folder, entries, layout, chunk, data):
+def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(
+    folder, entries, layout, chunk, data
+):
     content = nearly(as_bytes(entries, layout), data)
     path, expected = new_file(folder, content), reference(content)
     with mock.patch.object(annotations, "_CHUNK", chunk):
@@ -296,9 +440,19 @@ def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(f
 IDS = st.integers() | st.text(st.characters()) | st.sampled_from([0, "0", 10**40])
 
 
-@given(st.lists(st.fixed_dictionaries({"image": PATHS, "caption": TEXTS.map("word ".__add__), "image_id": IDS}), min_size=1))
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"image": PATHS, "caption": TEXTS.map("word ".__add__), "image_id": IDS}
+        ),
+        min_size=1,
+    )
+)
 def test_entries_are_of_one_group_if_they_have_one_image_id(folder, entries):
-    groups = [digest(entry.group) for entry in Entries([new_file(folder, as_bytes(entries, {}))], RetrievalPair)]
+    groups = [
+        digest(entry.group)
+        for entry in Entries([new_file(folder, as_bytes(entries, {}))], RetrievalPair)
+    ]
     ids = [entry["image_id"] for entry in json.loads(json.dumps(entries))]
     pairs = list(itertools.product(range(len(ids)), repeat=2))
     assert [groups[i] == groups[k] for i, k in pairs] == [ids[i] == ids[k] for i, k in pairs]

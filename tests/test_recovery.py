@@ -1,4 +1,6 @@
-"""What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go wrong (docs/faults.md)."""
+"""What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go
+wrong (docs/faults.md).
+"""
 
 import contextlib
 import errno
@@ -19,33 +21,44 @@ import zipfile
 from pathlib import Path
 from unittest import mock
 
+import chaos
 import numpy as np
 import pytest
 import torch
-
-import chaos
 from chaos import assert_same_run
 from conftest import ROOT, log, refusal
+from helpers.launch import launch, start
+from test_engine import CPU, at, command_line, run, signal_at, stop_at
+
 from dataset import build_dataset
 from dataset.batches import EpochBatches, TrainBatches
 from engine import train
-from engine.saving import BEST, LAST, PREVIOUS, Position, Saver, copy_to_host, find_resume_file, newest_checkpoint, rotate
+from engine.saving import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    Position,
+    Saver,
+    copy_to_host,
+    find_resume_file,
+    newest_checkpoint,
+    rotate,
+)
+from inference.index import read_index
 from models import build_model
 from models.alignment import Alignment
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
-from helpers.launch import launch, start
-from inference.index import read_index
-from test_engine import CPU, at, command_line, run, signal_at, stop_at
 from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
 def limit(size):
-    """Lets no file of this process grow beyond size bytes, None: any; writing more fails as on a full disk."""
+    """Lets no file of this process grow beyond size bytes, None: any; writing more fails as on a
+    full disk.
+    """
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
 
@@ -55,21 +68,37 @@ def save(path, **position):
     model.task, model.vocabulary = "pretrain", None
     torch.nn.init.constant_(model.weight, position["epoch"])
     with Saver(0) as saver:
-        saver.save(path, model, torch.optim.AdamW(model.parameters()), {}, Position(**position), seed=0, lr=0.1)
+        saver.save(
+            path,
+            model,
+            torch.optim.AdamW(model.parameters()),
+            {},
+            Position(**position),
+            seed=0,
+            lr=0.1,
+        )
 
 
 def test_a_device_and_a_folder_keep_their_places(tmp_path):
     os.mkfifo(tmp_path / "device")
     (tmp_path / "folder").mkdir()
     for name in ("device", "folder"):
-        with pytest.raises(OSError, match="it is there and not a file"), atomic_write(tmp_path / name) as file:
+        with (
+            pytest.raises(OSError, match="it is there and not a file"),
+            atomic_write(tmp_path / name) as file,
+        ):
             file.write(b"instead of it")
-    assert (tmp_path / "device").is_fifo() and {path.name for path in tmp_path.iterdir()} == {"device", "folder"}
+    assert (tmp_path / "device").is_fifo() and {path.name for path in tmp_path.iterdir()} == {
+        "device",
+        "folder",
+    }
 
 
 def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
     def survives(number, in_file):
-        """Whether a save ends in a process that dies at byte `number` of a file, or at the number-th other operation."""
+        """Whether a save ends in a process that dies at byte `number` of a file, or at the
+        number-th other operation.
+        """
         folder = tmp_path / f"{number} {in_file}"
         folder.mkdir()
         for epoch in (1, 2):
@@ -77,7 +106,8 @@ def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
         child = os.fork()
         if not child:
             if in_file:
-                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # it kills, where Python has it ignored
+                # it kills, where Python has it ignored
+                signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
                 limit(number)
             else:
                 die = at(number, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -90,11 +120,13 @@ def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
         state = torch.load(newest_checkpoint(folder), weights_only=True)
         epoch = state["resume"]["epoch"]
         assert epoch in (2, 3) and (state["model"]["weight"] == epoch).all()
-        for path in folder.glob("checkpoint_*.pth"):  # whatever has a checkpoint's name is a whole one
+        # whatever has a checkpoint's name is a whole one
+        for path in folder.glob("checkpoint_*.pth"):
             assert read_checkpoint(path)["resume"]["epoch"] in (1, 2, 3)
         make_output_dir(folder)
         assert not list(folder.glob(".*.tmp"))  # the next run clears away what was begun
-        assert epoch == 3 or not os.WIFEXITED(status)  # what was reported as saved is what a run continues from
+        # what was reported as saved is what a run continues from
+        assert epoch == 3 or not os.WIFEXITED(status)
         return os.WIFEXITED(status)
 
     instants = list(itertools.takewhile(lambda number: not survives(number, False), range(1, 100)))
@@ -116,8 +148,15 @@ def test_killed_at_random_while_a_thread_writes(tmp_path):
                 for epoch in itertools.count():
                     torch.nn.init.constant_(model.weight, epoch)
                     name = f"checkpoint_{epoch:02d}.pth" if epoch % 3 else LAST
-                    options = {"position": Position(epoch, iteration=5), "seed": 0, "lr": 0.1, "keep": 2}
-                    saver.save(folder / name, model, torch.optim.AdamW(model.parameters()), {}, **options)
+                    options = {
+                        "position": Position(epoch, iteration=5),
+                        "seed": 0,
+                        "lr": 0.1,
+                        "keep": 2,
+                    }
+                    saver.save(
+                        folder / name, model, torch.optim.AdamW(model.parameters()), {}, **options
+                    )
                     os.write(tell, b".")  # the one before is complete
                     torch.nn.init.constant_(model.weight, -1)  # training goes on
         assert os.read(done, 1) and os.read(done, 1)
@@ -135,18 +174,33 @@ def test_killed_at_random_while_a_thread_writes(tmp_path):
 
 
 def test_a_state_is_copied_as_it_is(tmp_path):
-    """Tied weights stay one tensor, and what is not a tensor, or beside the items of a dict, stays too."""
+    """Tied weights stay one tensor, and what is not a tensor, or beside the items of a dict, stays
+    too.
+    """
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    state, buffers = {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]}, {}
+    state, buffers = (
+        {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]},
+        {},
+    )
     for value in 1.0, 2.0:
         torch.nn.init.constant_(model[0].weight, value)
         copied = copy_to_host(state, buffers, {})
-        assert copied["model"]._metadata == state["model"]._metadata and copied["other"][0]["step"] == 3
+        assert (
+            copied["model"]._metadata == state["model"]._metadata
+            and copied["other"][0]["step"] == 3
+        )
         assert (copied["model"]["1.weight"] == value).all() and copied["other"][1] is None
-        assert copied["model"]["1.weight"] is copied["model"]["0.weight"] is not state["model"]["0.weight"]
+        assert (
+            copied["model"]["1.weight"]
+            is copied["model"]["0.weight"]
+            is not state["model"]["0.weight"]
+        )
         addresses = {path: buffer.data_ptr() for path, buffer in buffers.items()}
-    assert addresses == {path: buffer.data_ptr() for path, buffer in buffers.items()} and len(buffers) == 4
+    assert (
+        addresses == {path: buffer.data_ptr() for path, buffer in buffers.items()}
+        and len(buffers) == 4
+    )
 
 
 def flip(data, position, bit=1):
@@ -178,13 +232,28 @@ def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, whol
 def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys):
     stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
     last, random = tmp_path / LAST, np.random.default_rng(0)
-    data, before = last.read_bytes(), [tmp_path / "checkpoint_previous.pth", tmp_path / "checkpoint_00.pth"]
-    for position in random.integers(len(data), size=30).tolist() + list(range(len(data) - 90, len(data), 4)):
+    data, before = (
+        last.read_bytes(),
+        [tmp_path / "checkpoint_previous.pth", tmp_path / "checkpoint_00.pth"],
+    )
+    for position in random.integers(len(data), size=30).tolist() + list(
+        range(len(data) - 90, len(data), 4)
+    ):
         last.write_bytes(flip(data, position, 1 << random.integers(8)))
         found = newest_checkpoint(tmp_path)
         if found == last:  # the flip removed the mark of the digest, and all checksums agree
-            assert all(torch.equal(*pair) for pair in zip(*map(
-                dict.values, (read_weights(last), torch.load(io.BytesIO(data), weights_only=True)["model"]))))  # fmt: skip
+            assert all(
+                torch.equal(*pair)
+                for pair in zip(
+                    *map(
+                        dict.values,
+                        (
+                            read_weights(last),
+                            torch.load(io.BytesIO(data), weights_only=True)["model"],
+                        ),
+                    )
+                )
+            )
         else:
             assert found in before
     capsys.readouterr()
@@ -192,7 +261,10 @@ def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys
 
 def test_a_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path):
     torch.save({"model": {"a": torch.zeros(10)}}, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
         for record in plain.namelist():
             bomb.writestr(record, plain.read(record))
     with mock.patch("torch.load", side_effect=AssertionError("read")):
@@ -225,14 +297,22 @@ def test_a_full_disk_within_an_epoch_is_survived(tiny_config, tmp_path, capfd, w
         run({**tiny_config, "save_every": 2}, tmp_path, step=full_disk(3, 5))
     finally:
         limit(None)
-    assert "cannot write" in (message := capfd.readouterr().err) and "saves again after 2 iterations" in message
+    assert (
+        "cannot write" in (message := capfd.readouterr().err)
+        and "saves again after 2 iterations" in message
+    )
     assert_same_run(whole, tmp_path)
 
 
-def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_saved(tiny_config, tmp_path, whole):
+def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_saved(
+    tiny_config, tmp_path, whole
+):
     config = {**tiny_config, "save_every": 4}
     try:
-        with pytest.raises(TrainingStopped, match="cannot write .*checkpoint_01.pth.*earlier checkpoints are untouched"):
+        with pytest.raises(
+            TrainingStopped,
+            match="cannot write .*checkpoint_01.pth.*earlier checkpoints are untouched",
+        ):
             run(config, tmp_path, step=full_disk(11, 1000))
     finally:
         limit(None)
@@ -241,7 +321,9 @@ def test_a_full_disk_at_the_end_of_an_epoch_stops_the_run_and_keeps_what_was_sav
     assert_same_run(whole, tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(tiny_config, tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(
+    tiny_config, tmp_path, monkeypatch
+):
     def fail(state, file):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -250,14 +332,20 @@ def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_the_next_step(tiny
     monkeypatch.setattr("engine.loop.Saver", lambda *args: savers.append(Saver(*args)) or savers[0])
 
     def noted(step):
-        return at(7, lambda: savers[0].wait())(lambda *args: steps.append(1) or step(*args))  # the first of epoch 1
+        # the first of epoch 1
+        return at(7, lambda: savers[0].wait())(lambda *args: steps.append(1) or step(*args))
 
-    with pytest.raises(TrainingStopped, match="cannot write .*checkpoint_00.pth: No space left.*earlier checkpoints are"):
+    with pytest.raises(
+        TrainingStopped,
+        match="cannot write .*checkpoint_00.pth: No space left.*earlier checkpoints are",
+    ):
         run(tiny_config, tmp_path, step=noted)
     assert len(steps) == 7
 
 
-def test_a_checkpoint_has_the_state_at_its_save_though_training_goes_on(tiny_config, tmp_path, monkeypatch, whole):
+def test_a_checkpoint_has_the_state_at_its_save_though_training_goes_on(
+    tiny_config, tmp_path, monkeypatch, whole
+):
     gate, save = threading.Event(), torch.save
     monkeypatch.setattr("torch.save", lambda *args: gate.wait(60) and save(*args))
 
@@ -265,17 +353,23 @@ def test_a_checkpoint_has_the_state_at_its_save_though_training_goes_on(tiny_con
         threading.Timer(0.3, gate.set).start()
         raise ValueError("on purpose")
 
-    with pytest.raises(ValueError, match="on purpose"):  # in iteration 5; the write of iteration 3's begins later
+    # in iteration 5; the write of iteration 3's begins later
+    with pytest.raises(ValueError, match="on purpose"):
         run({**tiny_config, "save_every": 4}, tmp_path, step=at(6, end))
     assert read_checkpoint(newest_checkpoint(tmp_path))["resume"]["iteration"] == 4
     run({**tiny_config, "save_every": 4}, tmp_path, resume=True)
     assert_same_run(whole, tmp_path)
 
 
-@pytest.mark.parametrize("how, ended", [
-    ("end", contextlib.nullcontext()), ("signal", pytest.raises(Interrupted)),
-    ("error in validation", pytest.raises(ValueError)), ("signal in validation", pytest.raises(Interrupted)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, ended",
+    [
+        ("end", contextlib.nullcontext()),
+        ("signal", pytest.raises(Interrupted)),
+        ("error in validation", pytest.raises(ValueError)),
+        ("signal in validation", pytest.raises(Interrupted)),
+    ],
+)
 def test_what_ends_a_run_waits_for_the_write(tiny_config, tmp_path, monkeypatch, how, ended):
     save = torch.save
     monkeypatch.setattr("torch.save", lambda *args: time.sleep(0.3) or save(*args))
@@ -291,13 +385,17 @@ def test_what_ends_a_run_waits_for_the_write(tiny_config, tmp_path, monkeypatch,
     config = {**tiny_config, "scheduler": {**tiny_config["scheduler"], "epochs": 1}}
     with ended:
         run(config, tmp_path, step=signal_at(3) if how == "signal" else None)
-    found = {path.name: read_checkpoint(path)["resume"]["iteration"] for path in tmp_path.glob("*.pth")}
+    found = {
+        path.name: read_checkpoint(path)["resume"]["iteration"] for path in tmp_path.glob("*.pth")
+    }
     assert found == {"end": {BEST: 0, LAST: 0}, "signal": {LAST: 3}}.get(how, {LAST: 6})
     assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_an_output_dir_that_vanishes_stops_the_run(tiny_config, tmp_path):
-    with pytest.raises(TrainingStopped, match=f"cannot write {tmp_path / 'run'}/.*: No such file or directory"):
+    with pytest.raises(
+        TrainingStopped, match=f"cannot write {tmp_path / 'run'}/.*: No such file or directory"
+    ):
         run(tiny_config, tmp_path / "run", step=at(9, lambda: shutil.rmtree(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
@@ -318,16 +416,29 @@ def test_clock_jumps_do_not_matter(tiny_config, tmp_path, monkeypatch, whole):
 
 
 def test_old_checkpoints_are_rotated_by_count(tiny_config, tmp_path):
-    config = {**tiny_config, "keep_checkpoints": 2, "scheduler": {**tiny_config["scheduler"], "epochs": 4}}
+    config = {
+        **tiny_config,
+        "keep_checkpoints": 2,
+        "scheduler": {**tiny_config["scheduler"], "epochs": 4},
+    }
     run(config, tmp_path)
-    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["checkpoint_02.pth", "checkpoint_03.pth", LAST]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
+        "checkpoint_02.pth",
+        "checkpoint_03.pth",
+        LAST,
+    ]
 
 
 def test_rotation_keeps_the_best_and_the_last(tmp_path):
     for name in ("00", "01", "07", "12", "best", "last", "previous"):
         (tmp_path / f"checkpoint_{name}.pth").write_text("")
     rotate(tmp_path, epoch=12, keep=1)
-    assert {path.stem.removeprefix("checkpoint_") for path in tmp_path.iterdir()} == {"12", "best", "last", "previous"}
+    assert {path.stem.removeprefix("checkpoint_") for path in tmp_path.iterdir()} == {
+        "12",
+        "best",
+        "last",
+        "previous",
+    }
 
 
 def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
@@ -339,7 +450,9 @@ def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
 
 def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
     save(tmp_path / LAST, epoch=1)
-    assert "leave out --checkpoint to continue it" in refusal(find_resume_file, tmp_path, "elsewhere/checkpoint_00.pth", True)
+    assert "leave out --checkpoint to continue it" in refusal(
+        find_resume_file, tmp_path, "elsewhere/checkpoint_00.pth", True
+    )
 
 
 def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path):
@@ -354,15 +467,23 @@ def test_within_an_epoch_the_data_must_stay(tiny_config, sharded, tmp_path):
     (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
-    assert "number of entries of train_file was 48 and must not change to 40" in refusal(run, config, tmp_path / "run", True)
+    assert "number of entries of train_file was 48 and must not change to 40" in refusal(
+        run, config, tmp_path / "run", True
+    )
     config = {**tiny_config, "train_file": [sharded]}
     stop_at(3, config, tmp_path / "shards")
-    assert "shuffle_buffer" in refusal(run, {**config, "shuffle_buffer": 1}, tmp_path / "shards", True)
+    assert "shuffle_buffer" in refusal(
+        run, {**config, "shuffle_buffer": 1}, tmp_path / "shards", True
+    )
 
 
 def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
     stop_at(3, tiny_config, tmp_path)
-    run({**tiny_config, "optimizer": {**tiny_config["optimizer"], "weight_decay": 0.5}}, tmp_path, resume=True)
+    run(
+        {**tiny_config, "optimizer": {**tiny_config["optimizer"], "weight_decay": 0.5}},
+        tmp_path,
+        resume=True,
+    )
     groups = torch.load(tmp_path / LAST, weights_only=True)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.0, 0.5]
 
@@ -379,27 +500,34 @@ def test_a_checkpoint_of_an_older_torch_resumes(tiny_config, tmp_path, whole):
 
 
 def test_two_runs_cannot_write_to_one_folder(tmp_path):
-    code = ("import os, sys, time, utils; utils.make_output_dir(sys.argv[1]); os.fork() or os._exit(bool(sys.stdin.read())); "
-            "print('held', flush=True); time.sleep(60)")
+    code = (
+        "import os, sys, time, utils; utils.make_output_dir(sys.argv[1]); os.fork() or os._exit(bool(sys.stdin.read())); "
+        "print('held', flush=True); time.sleep(60)"
+    )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code, tmp_path], **pipes, cwd=ROOT) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match="another run is writing there"):
             make_output_dir(tmp_path, patience=0.3)
         holder.kill()
-        make_output_dir(tmp_path)  # a killed run holds nothing, though a process forked from it is still there
+        # a killed run holds nothing, though a process forked from it is still there
+        make_output_dir(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # processes
 
 
 def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
     config = chaos.write_run(tmp_path, epochs=6)
-    assert chaos.start(config, tmp_path / "whole", tmp_path / "whole.trace").wait() == 0, (tmp_path / "whole.out").read_text()
+    assert chaos.start(config, tmp_path / "whole", tmp_path / "whole.trace").wait() == 0, (
+        tmp_path / "whole.out"
+    ).read_text()
     (iterations,) = map(len, chaos.lives(tmp_path / "whole.trace"))
     kinds = ["process", "data worker", "everything"]
-    chaos.disturb(config, tmp_path / "parts", tmp_path / "parts.trace", kinds, random.Random(3), longest=1)
+    chaos.disturb(
+        config, tmp_path / "parts", tmp_path / "parts.trace", kinds, random.Random(3), longest=1
+    )
     chaos.check(tmp_path / "whole", tmp_path / "parts", tmp_path / "parts.trace", iterations)
 
 
@@ -422,11 +550,18 @@ def test_a_restart_resumes_without_being_told(tmp_path, monkeypatch, capsys, var
 
 @pytest.fixture
 def pair(tmp_path):
-    """Starts troubled.py in two processes without a launcher that looks after them; returns them. They are killed in the end."""
+    """Starts troubled.py in two processes without a launcher that looks after them; returns them.
+
+    They are killed in the end.
+    """
     started = []
 
     def call(arguments, timeout, **variables):
-        started.extend(start(tmp_path, "tests/helpers/troubled.py", *arguments, "--timeout", timeout, **variables))
+        started.extend(
+            start(
+                tmp_path, "tests/helpers/troubled.py", *arguments, "--timeout", timeout, **variables
+            )
+        )
         return started
 
     yield call
@@ -435,41 +570,72 @@ def pair(tmp_path):
 
 
 def end_of(process, error):
-    """The exit status of a process, None if it does not end, and what it has written to the file of its stderr."""
+    """The exit status of a process, None if it does not end, and what it has written to the file of
+    its stderr.
+    """
     process.join(120)
     return process.exitcode, error.read_text()
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_all_processes(tiny_config, pair, tmp_path):
-    """Within the epoch the main process's clock says when all save, though the other's stands still."""
+    """Within the epoch the main process's clock says when all save, though the other's stands
+    still.
+    """
     config = {**tiny_config, "batch_size": 4, "save_every": "0.0001 minutes"}
     processes = pair(command_line(config, tmp_path / "run", tmp_path), timeout=60, FULL="1")
     for rank, process in enumerate(processes):
         status, message = end_of(process, tmp_path / f"{rank}.err")
-        assert status == 1 and "error: cannot write " in message and "No space left" in message, message
+        assert status == 1 and "error: cannot write " in message and "No space left" in message, (
+            message
+        )
     saved = read_checkpoint(newest_checkpoint(tmp_path / "run"))
     assert saved["resume"]["epoch"] == 0 and saved["resume"]["iteration"] > 1
     assert len(saved["optimizer"]["state"]) > 10
 
 
 @pytest.mark.parametrize("differs", ["train_file", "the key queue_size"])
-def test_ranks_that_differ_in_data_or_configuration_are_refused(tiny_config, shapes, pair, tmp_path, differs):
+def test_ranks_that_differ_in_data_or_configuration_are_refused(
+    tiny_config, shapes, pair, tmp_path, differs
+):
     (tmp_path / "other").mkdir()
-    (tmp_path / "more.json").write_text(json.dumps(json.loads((shapes / "pretrain.json").read_text()) * 2))
-    keys = {"train_file": [str(tmp_path / "more.json")]} if differs == "train_file" else {"queue_size": 40}
-    other = command_line({**tiny_config, "batch_size": 4, **keys}, tmp_path / "run", tmp_path / "other")
+    (tmp_path / "more.json").write_text(
+        json.dumps(json.loads((shapes / "pretrain.json").read_text()) * 2)
+    )
+    keys = (
+        {"train_file": [str(tmp_path / "more.json")]}
+        if differs == "train_file"
+        else {"queue_size": 40}
+    )
+    other = command_line(
+        {**tiny_config, "batch_size": 4, **keys}, tmp_path / "run", tmp_path / "other"
+    )
     arguments = command_line({**tiny_config, "batch_size": 4}, tmp_path / "run", tmp_path)
     for rank, process in enumerate(pair(arguments, timeout=60, OTHER=str(other[1]))):
         status, message = end_of(process, tmp_path / f"{rank}.err")
-        assert status == 2 and message.count("\n") == 1 and message.startswith(f"error: {differs} is "), message
-        assert "rank 0" in message and "rank 1" in message and not (tmp_path / "run/config.yaml").exists()
+        assert (
+            status == 2 and message.count("\n") == 1 and message.startswith(f"error: {differs} is ")
+        ), message
+        assert (
+            "rank 0" in message
+            and "rank 1" in message
+            and not (tmp_path / "run/config.yaml").exists()
+        )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(tiny_config, pair, tmp_path, signum):
-    config = {**tiny_config, "batch_size": 4, "scheduler": {**tiny_config["scheduler"], "epochs": 1000}, "keep_checkpoints": 1}
+def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(
+    tiny_config, pair, tmp_path, signum
+):
+    config = {
+        **tiny_config,
+        "batch_size": 4,
+        "scheduler": {**tiny_config["scheduler"], "epochs": 1000},
+        "keep_checkpoints": 1,
+    }
     trace = tmp_path / "trace"
-    first, second = pair(command_line(config, tmp_path / "run", tmp_path), timeout=15, TRACE=str(trace))
+    first, second = pair(
+        command_line(config, tmp_path / "run", tmp_path), timeout=15, TRACE=str(trace)
+    )
     deadline = time.monotonic() + 120
     while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
         assert first.exitcode is None and time.monotonic() < deadline
@@ -490,18 +656,40 @@ def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, pair, tmp_pa
     assert status == 1 and "rank 0: if another rank has ended before" in message
 
 
-def test_a_signal_before_validation_ends_all_processes_after_the_save(tiny_config, shapes, tmp_path, pretrained):
-    """The signal comes to the second process in the last iteration, while the first one saves slowly."""
-    config = {**tiny_config, "train_file": [str(shapes / "retrieval_train.json")], "batch_size": 4, "num_workers": 0}
+def test_a_signal_before_validation_ends_all_processes_after_the_save(
+    tiny_config, shapes, tmp_path, pretrained
+):
+    """The signal comes to the second process in the last iteration, while the first one saves
+    slowly.
+    """
+    config = {
+        **tiny_config,
+        "train_file": [str(shapes / "retrieval_train.json")],
+        "batch_size": 4,
+        "num_workers": 0,
+    }
     config["val_file"] = config["test_file"]
     arguments = command_line(config, tmp_path / "run", tmp_path)
-    ended = launch("tests/helpers/troubled.py", *arguments, "--checkpoint", pretrained, SCRIPT="Retrieval", SLOW="3", SIGNAL="1")
-    assert ended.returncode != 0 and "before the validation of epoch 0; continue with --resume" in ended.stderr, ended.stderr
+    ended = launch(
+        "tests/helpers/troubled.py",
+        *arguments,
+        "--checkpoint",
+        pretrained,
+        SCRIPT="Retrieval",
+        SLOW="3",
+        SIGNAL="1",
+    )
+    assert (
+        ended.returncode != 0
+        and "before the validation of epoch 0; continue with --resume" in ended.stderr
+    ), ended.stderr
     assert newest_checkpoint(tmp_path / "run").name == LAST
 
 
 def dying_worker(dataset, index, times, notes):
-    """Makes a data worker that reads the sample die, the given number of times; notes: a folder that counts them."""
+    """Makes a data worker that reads the sample die, the given number of times; notes: a folder
+    that counts them.
+    """
     plain = dataset.read
 
     def read(i):
@@ -531,36 +719,58 @@ def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_pat
 def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
     config = {**tiny_config, "num_workers": 1}
     dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=1000, notes=tmp_path)
-    with pytest.raises(TrainingStopped, match="4 times in a row a data worker died.*num_workers.*--shm-size"):
+    with pytest.raises(
+        TrainingStopped, match="4 times in a row a data worker died.*num_workers.*--shm-size"
+    ):
         list(batches_of(config, dataset))
 
 
 def test_three_processes_resume_exactly(tiny_config, tmp_path):
     """Three ranks, because the sum of two numbers does not depend on their order."""
-    config = {**tiny_config, "batch_size": 2, "num_workers": 1, "test_file": None, "save_every": "3 iterations"}
+    config = {
+        **tiny_config,
+        "batch_size": 2,
+        "num_workers": 1,
+        "test_file": None,
+        "save_every": "3 iterations",
+    }
     whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path), processes=3)
     assert whole.returncode == 0, whole.stderr
-    # an epoch has 8 iterations. INTERRUPT: a signal to one process near the end of the first epoch, after which all processes stop
-    # at the same iteration; SIGNAL: a signal at its end; MISHAP: a kill in the middle of the second epoch
+    # an epoch has 8 iterations. INTERRUPT: a signal to one process near the end of the first epoch,
+    # after which all processes stop at the same iteration; SIGNAL: a signal at its end; MISHAP: a
+    # kill in the middle of the second epoch
     for trouble in ("INTERRUPT", "SIGNAL", "MISHAP"):
         arguments = command_line(config, tmp_path / trouble, tmp_path)
         stopped = launch("tests/helpers/troubled.py", *arguments, processes=3, **{trouble: "1"})
-        assert stopped.returncode and (trouble == "MISHAP" or "continue with --resume" in stopped.stderr), stopped.stderr
+        assert stopped.returncode and (
+            trouble == "MISHAP" or "continue with --resume" in stopped.stderr
+        ), stopped.stderr
         rest = launch("Pretrain.py", *arguments, "--resume", processes=3)
         assert rest.returncode == 0, rest.stderr
         assert_same_run(tmp_path / "whole", tmp_path / trouble)
 
 
-def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_config, sharded, tmp_path):
+def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(
+    tiny_config, sharded, tmp_path
+):
     config = {**tiny_config, "train_file": [sharded], "batch_size": 4, "test_file": None}
     arguments = command_line(config, tmp_path / "run", tmp_path)
     stopped = launch("tests/helpers/troubled.py", *arguments, INTERRUPT="1")
     assert "continue with --resume" in stopped.stderr, stopped.stderr
     seen = torch.load(tmp_path / "run" / LAST, weights_only=True)["resume"]
     assert seen["epoch"] == 1 and seen["seen"] == 8 * seen["iteration"] > 0
-    resumed = launch("tests/helpers/troubled.py", *arguments, "--resume", processes=3, FILES=str(tmp_path / "files"))
+    resumed = launch(
+        "tests/helpers/troubled.py",
+        *arguments,
+        "--resume",
+        processes=3,
+        FILES=str(tmp_path / "files"),
+    )
     assert resumed.returncode == 0, resumed.stderr
-    assert "goes on with 3" in resumed.stdout and "every sample of the epoch is still seen once" in resumed.stdout
+    assert (
+        "goes on with 3" in resumed.stdout
+        and "every sample of the epoch is still seen once" in resumed.stdout
+    )
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
     assert state["epoch"] == 1 and len(log(tmp_path / "run")) == 2
     # what the two processes had seen of the epoch, and what the three have
@@ -573,7 +783,7 @@ def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(tiny_
     assert len(files) == len(set(files)) == len(dataset) - left % 12
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # numbers
 
 
@@ -585,7 +795,11 @@ def change_losses(numbers, change):
 
         def stepped(*args):
             losses, number = step(*args), next(calls)
-            return {name: change(loss) for name, loss in losses.items()} if number in numbers else losses
+            return (
+                {name: change(loss) for name, loss in losses.items()}
+                if number in numbers
+                else losses
+            )
 
         return stepped
 
@@ -598,13 +812,21 @@ def times(factor):
 
 @pytest.mark.parametrize("opt", ["adamW", "sgd"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf")])
-def test_a_step_that_is_not_finite_is_skipped_and_reported(tiny_config, tmp_path, capfd, opt, factor):
-    config = {**tiny_config, "max_skipped_steps": 2, "optimizer": {**tiny_config["optimizer"], "opt": opt}}
+def test_a_step_that_is_not_finite_is_skipped_and_reported(
+    tiny_config, tmp_path, capfd, opt, factor
+):
+    config = {
+        **tiny_config,
+        "max_skipped_steps": 2,
+        "optimizer": {**tiny_config["optimizer"], "opt": opt},
+    }
     model = run(config, tmp_path / "run", step=change_losses({3, 8}, times(factor)))
     assert all(value.isfinite().all() for value in model.state_dict().values())
     entries = log(tmp_path / "run")
     assert [entry.get("train_skipped_steps") for entry in entries] == [1, 1]
-    assert all(map(torch.isfinite, (torch.tensor(v) for v in entries[0].values() if isinstance(v, float))))
+    assert all(
+        map(torch.isfinite, (torch.tensor(v) for v in entries[0].values() if isinstance(v, float)))
+    )
     lines = (tmp_path / "run/bad_steps.txt").read_text().splitlines()
     assert len(lines) == 2 and "not finite in epoch 0 iteration 2: the step was skipped" in lines[0]
     assert lines[0].count(".jpg") == 8 and "loss_mlm" in lines[0]
@@ -612,12 +834,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(tiny_config, tmp_path
     with pytest.raises(TrainingStopped, match="3 steps skipped, max_skipped_steps is 2") as error:
         run(config, tmp_path / "again", step=change_losses({3, 8, 10}, times(factor)))
     message = str(error.value)
-    assert "loss_itm" in message and "not finite in epoch 1 iteration 3;" in message and message.count(".jpg") == 8
+    assert (
+        "loss_itm" in message
+        and "not finite in epoch 1 iteration 3;" in message
+        and message.count(".jpg") == 8
+    )
     assert f"the last checkpoint is {tmp_path / 'again' / LAST}" in message and "\n" not in message
     assert all(value.isfinite().all() for value in read_weights(tmp_path / "again" / LAST).values())
 
 
-def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, tmp_path, monkeypatch):
+def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
+    tiny_config, tmp_path, monkeypatch
+):
     save = Saver.save
 
     def save_now(self, *args, **options):
@@ -634,17 +862,30 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(tiny_config, t
         def stepped(model, *args):
             if (tmp_path / LAST).exists():  # of the iteration before
                 saved = torch.load(tmp_path / LAST, weights_only=True)
-                weights = {name: value for name, value in saved["model"].items() if "_m." not in name and "queue" not in name}
-                moments = {f"{i} {key}": value for i, s in saved["optimizer"]["state"].items() for key, value in s.items()}
+                weights = {
+                    name: value
+                    for name, value in saved["model"].items()
+                    if "_m." not in name and "queue" not in name
+                }
+                moments = {
+                    f"{i} {key}": value
+                    for i, s in saved["optimizer"]["state"].items()
+                    for key, value in s.items()
+                }
                 steps.append({**weights, **moments})
             return poisoned(model, *args)
 
         return stepped
 
     run(config, tmp_path, step=keep)
-    assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[0])  # after 3 and after 4 iterations
-    assert not any(torch.equal(steps[3][name], steps[4][name]) for name in steps[0] if name.endswith("step"))
-    assert not torch.equal(steps[3]["visual_encoder.cls_token"], steps[4]["visual_encoder.cls_token"])
+    # after 3 and after 4 iterations
+    assert all(torch.equal(steps[2][name], steps[3][name]) for name in steps[0])
+    assert not any(
+        torch.equal(steps[3][name], steps[4][name]) for name in steps[0] if name.endswith("step")
+    )
+    assert not torch.equal(
+        steps[3]["visual_encoder.cls_token"], steps[4]["visual_encoder.cls_token"]
+    )
 
 
 def test_features_that_are_not_finite_do_not_stay_in_the_queues(tiny_config, tmp_path, monkeypatch):
@@ -688,34 +929,57 @@ def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "other")
 
 
-@pytest.mark.parametrize("device, key, switched", [("cpu", False, True), ("meta", True, True), ("meta", False, False)])
-def test_the_switch_makes_other_devices_deterministic_too(tiny_config, tmp_path, device, key, switched):
+@pytest.mark.parametrize(
+    "device, key, switched", [("cpu", False, True), ("meta", True, True), ("meta", False, False)]
+)
+def test_the_switch_makes_other_devices_deterministic_too(
+    tiny_config, tmp_path, device, key, switched
+):
     torch.use_deterministic_algorithms(False)
-    config = {**tiny_config, "deterministic": key, "optimizer": {**tiny_config["optimizer"], "opt": "nothing"}}
+    config = {
+        **tiny_config,
+        "deterministic": key,
+        "optimizer": {**tiny_config["optimizer"], "opt": "nothing"},
+    }
     model = build_model("pretrain", tiny_config)
-    with pytest.raises(InputError, match="optimizer: opt is 'nothing'"):  # raised before the first computation
+    # raised before the first computation
+    with pytest.raises(InputError, match="optimizer: opt is 'nothing'"):
         train(model, [], None, None, config, tmp_path, torch.device(device), seed=0)
     assert torch.are_deterministic_algorithms_enabled() is switched
 
 
 def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config, tmp_path, capsys):
     config = {**tiny_config, "scheduler": {**tiny_config["scheduler"], "epochs": 1}}
-    for name, reference, said in (("plain", None, "learning rate 0.001, as configured"),
-                                  ("scaled", 32, "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)")):
+    for name, reference, said in (
+        ("plain", None, "learning rate 0.001, as configured"),
+        ("scaled", 32, "learning rate 0.0005, 0.001 x sqrt(8 / reference_batch 32)"),
+    ):
         run({**config, "reference_batch": reference}, tmp_path / name)
-        assert f"global batch 8: 1 processes x batch_size 8 x accumulate 1; {said}" in capsys.readouterr().out
+        assert (
+            f"global batch 8: 1 processes x batch_size 8 x accumulate 1; {said}"
+            in capsys.readouterr().out
+        )
     rates = [entry["train_lr"] for name in ("plain", "scaled") for entry in log(tmp_path / name)]
     assert rates[1] == pytest.approx(rates[0] / 2)
     saved = torch.load(tmp_path / "scaled" / LAST, weights_only=True)
     assert saved["config"]["scheduler"]["lr"] == 1e-3 and saved["config"]["reference_batch"] == 32
 
 
-@pytest.mark.parametrize("keys, said", [
-    ({"warmup_iters": 13}, "scheduler.warmup_iters 13 is a warm-up of 13 iterations, the run has only 12"),
-    ({"warmup_iters": None, "warmup_epochs": 1}, "warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6"),
-    ({"warmup_iters": 12}, None),
-    ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (
+            {"warmup_iters": 13},
+            "scheduler.warmup_iters 13 is a warm-up of 13 iterations, the run has only 12",
+        ),
+        (
+            {"warmup_iters": None, "warmup_epochs": 1},
+            "warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6",
+        ),
+        ({"warmup_iters": 12}, None),
+        ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it
+    ],
+)
 def test_a_warm_up_beyond_the_end_is_said(tiny_config, tmp_path, capsys, keys, said):
     run({**tiny_config, "scheduler": {**tiny_config["scheduler"], **keys}}, tmp_path)
     out = capsys.readouterr().out

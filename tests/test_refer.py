@@ -7,13 +7,26 @@ import pickle
 import struct
 
 import pytest
-
 from conftest import refusal
+
 from dataset.refer import load_detections, load_refer
 
 REFS = [
-    {"ref_id": 0, "ann_id": 10, "image_id": 5, "split": "train", "sentences": [{"sent_id": 1, "raw": "caf\xe9"}]},
-    {"ref_id": 1, "ann_id": 11, "image_id": 5, "split": "val", "sent_ids": [2, 3], "file_name": "COCO_5.jpg"},
+    {
+        "ref_id": 0,
+        "ann_id": 10,
+        "image_id": 5,
+        "split": "train",
+        "sentences": [{"sent_id": 1, "raw": "caf\xe9"}],
+    },
+    {
+        "ref_id": 1,
+        "ann_id": 11,
+        "image_id": 5,
+        "split": "val",
+        "sent_ids": [2, 3],
+        "file_name": "COCO_5.jpg",
+    },
     {"ref_id": 2, "ann_id": 12, "image_id": 6, "split": "testB", "category_id": 2**40},
 ]
 INSTANCES = {
@@ -32,16 +45,29 @@ DETECTIONS = {"5": [[0, 0, 3.5, 4, 0.9], [1, 1, 2, 2]], "6": [[0, 0, 1, 1, 1]], 
 
 def python2_pickle(value, protocol):
     """What Python 2 writes: strings of bytes, whole numbers as int or long."""
+
     def encode(value):
         if isinstance(value, dict):
             items = [encode(key) + encode(item) for key, item in value.items()]
-            return b"(d" + b"".join(item + b"s" for item in items) if protocol == 0 else b"}(" + b"".join(items) + b"u"
+            return (
+                b"(d" + b"".join(item + b"s" for item in items)
+                if protocol == 0
+                else b"}(" + b"".join(items) + b"u"
+            )
         if isinstance(value, list):
             items = [encode(item) for item in value]
-            return b"(l" + b"".join(item + b"a" for item in items) if protocol == 0 else b"](" + b"".join(items) + b"e"
+            return (
+                b"(l" + b"".join(item + b"a" for item in items)
+                if protocol == 0
+                else b"](" + b"".join(items) + b"e"
+            )
         if isinstance(value, str):
             data = value.encode("latin1")
-            return b"S" + repr(data)[1:].encode() + b"\n" if protocol == 0 else b"U" + bytes([len(data)]) + data
+            return (
+                b"S" + repr(data)[1:].encode() + b"\n"
+                if protocol == 0
+                else b"U" + bytes([len(data)]) + data
+            )
         if abs(value) >= 2**31:
             return b"L%dL\n" % value if protocol == 0 else b"\x8a\x08" + struct.pack("<q", value)
         return b"I%d\n" % value if protocol == 0 else b"J" + struct.pack("<i", value)
@@ -73,20 +99,26 @@ def refused_instances(folder, text):
     return refused(folder / "refcoco+/instances.json", text.encode())
 
 
-@pytest.mark.parametrize("data", [
-    *(python2_pickle(REFS, protocol) for protocol in (0, 2)),
-    *(pickle.dumps(REFS, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)),
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(python2_pickle(REFS, protocol) for protocol in (0, 2)),
+        *(pickle.dumps(REFS, protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)),
+    ],
+)
 def test_refs_of_every_protocol_are_read(folder, data):
     (folder / "refcoco+/refs(unc).p").write_bytes(data)
     refer = load_refer(str(folder))
     assert refer.refs == {
-        0: {"image_id": 5, "split": "train"}, 1: {"image_id": 5, "split": "val"}, 2: {"image_id": 6, "split": "testB"},
-    }  # fmt: skip
+        0: {"image_id": 5, "split": "train"},
+        1: {"image_id": 5, "split": "val"},
+        2: {"image_id": 6, "split": "testB"},
+    }
     assert refer.boxes == {0: [0, 0, 5, 5], 1: [1.5, 2.25, 5, 6], 2: [3, 3, 4, 4]}
     assert refer.images == {
-        5: {"height": 30, "width": 40, "file_name": "5.jpg"}, 6: {"height": 20, "width": 10, "file_name": "6.jpg"},
-    }  # fmt: skip
+        5: {"height": 30, "width": 40, "file_name": "5.jpg"},
+        6: {"height": 20, "width": 10, "file_name": "6.jpg"},
+    }
 
 
 class Command:
@@ -104,9 +136,13 @@ class Plain:
 
 
 def touching(path):
-    """Pickles of which each creates the file `path` if it is read by pickle.load, with the name each imports."""
+    """Pickles of which each creates the file `path` if it is read by pickle.load, with the name
+    each imports.
+    """
     command = f"touch {path}"
-    calls = {f"{os.name}.system": [pickle.dumps([Command(command)], protocol) for protocol in range(6)]}
+    calls = {
+        f"{os.name}.system": [pickle.dumps([Command(command)], protocol) for protocol in range(6)]
+    }
     quoted = repr(command).encode()
     calls["os.system"] = [
         b"cos\nsystem\n(S%s\ntR." % quoted,
@@ -155,13 +191,16 @@ def test_harmless_objects_are_refused_too(folder, protocol):
 
 
 @pytest.mark.parametrize("container", [b"}", b"]", b")", b"S'text'\n", b"I1\n", b"N"])
-@pytest.mark.parametrize("operation", [
-    b"}S'x'\nI1\nsb",  # BUILD with a state
-    b"N}S'__class__'\nI1\ns\x86b",  # BUILD with a state of slots
-    b")R",  # REDUCE
-    b")\x81",  # NEWOBJ
-    b")}\x92",  # NEWOBJ_EX
-])
+@pytest.mark.parametrize(
+    "operation",
+    [
+        b"}S'x'\nI1\nsb",  # BUILD with a state
+        b"N}S'__class__'\nI1\ns\x86b",  # BUILD with a state of slots
+        b")R",  # REDUCE
+        b")\x81",  # NEWOBJ
+        b")}\x92",  # NEWOBJ_EX
+    ],
+)
 def test_containers_cannot_be_called_or_given_attributes(folder, container, operation):
     message = refused_refs(folder, b"\x80\x04" + container + operation + b".")
     assert "cannot be read" in message and "download it again" in message
@@ -172,16 +211,19 @@ def test_name_of_an_import_cannot_break_the_message(folder):
     assert r"'a\nb\x1b[.c'" in message
 
 
-@pytest.mark.parametrize("data", [
-    b"",
-    b"no pickle at all",
-    python2_pickle(REFS, 0)[:-40],
-    python2_pickle(REFS, 2)[:-40],
-    b"\x80\x09.",  # a protocol to come
-    b"<!DOCTYPE html>",
-    b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x",  # a string longer than any memory
-    b"\x80\x02}](I1\nI2\neI3\ns.",  # a list as key
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no pickle at all",
+        python2_pickle(REFS, 0)[:-40],
+        python2_pickle(REFS, 2)[:-40],
+        b"\x80\x09.",  # a protocol to come
+        b"<!DOCTYPE html>",
+        b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x",  # a string longer than any memory
+        b"\x80\x02}](I1\nI2\neI3\ns.",  # a list as key
+    ],
+)
 def test_damaged_pickle_is_refused(folder, data):
     message = refused_refs(folder, data)
     assert "cannot be read" in message and message.endswith("download it again")
@@ -206,7 +248,11 @@ def test_the_data_set_is_the_named_one(folder):
         (folder / name / file).write_bytes(python2_pickle(refs, 2))
         (folder / name / "instances.json").write_text(json.dumps(INSTANCES))
         assert load_refer(folder, name).refs == {1: {"image_id": 6, "split": "test"}}
-    assert load_refer(folder).refs[1] == load_refer(folder, "refcoco+").refs[1] == {"image_id": 5, "split": "val"}
+    assert (
+        load_refer(folder).refs[1]
+        == load_refer(folder, "refcoco+").refs[1]
+        == {"image_id": 5, "split": "val"}
+    )
 
 
 def test_ids_that_do_not_mean_the_same_are_refused(folder):
@@ -214,9 +260,13 @@ def test_ids_that_do_not_mean_the_same_are_refused(folder):
     assert "ref 1: its image is 6, that of its annotation 11" in message
     for part, what in (("images", "image 6"), ("annotations", "annotation 12")):
         twice = [*INSTANCES[part], {**INSTANCES[part][-1], "height": 7, "bbox": [0, 0, 9, 9]}]
-        assert f"{what} occurs twice" in refused_instances(folder, json.dumps({**INSTANCES, part: twice}))
+        assert f"{what} occurs twice" in refused_instances(
+            folder, json.dumps({**INSTANCES, part: twice})
+        )
         (folder / "refcoco+/refs(unc).p").write_bytes(python2_pickle(REFS, 2))
-        (folder / "refcoco+/instances.json").write_text(json.dumps({**INSTANCES, part: INSTANCES[part] * 2}))
+        (folder / "refcoco+/instances.json").write_text(
+            json.dumps({**INSTANCES, part: INSTANCES[part] * 2})
+        )
         assert load_refer(folder).refs.keys() == {0, 1, 2}
 
 
@@ -230,19 +280,31 @@ def test_refs_of_another_structure_are_refused(folder):
     assert "'str', got 'int' - at '$[1].split'" in refused_refs(folder, changed(split=3))
     assert "'int', got 'str' - at '$[1].ref_id'" in refused_refs(folder, changed(ref_id="one"))
     without = {key: value for key, value in REFS[1].items() if key != "ref_id"}
-    assert "missing required field 'ref_id' - at '$[1]'" in refused_refs(folder, python2_pickle([REFS[0], without], 2))
+    assert "missing required field 'ref_id' - at '$[1]'" in refused_refs(
+        folder, python2_pickle([REFS[0], without], 2)
+    )
     for content in {}, [], {"ref_id": 1}, ["text"]:
         assert "download it again" in refused_refs(folder, pickle.dumps(content))
 
 
 def test_instances_of_another_structure_are_refused(folder):
     def changed(part, **values):
-        return json.dumps({**INSTANCES, part: [*INSTANCES[part][:-1], {**INSTANCES[part][-1], **values}]})
+        return json.dumps(
+            {**INSTANCES, part: [*INSTANCES[part][:-1], {**INSTANCES[part][-1], **values}]}
+        )
 
     assert "not valid JSON" in refused_instances(folder, json.dumps(INSTANCES)[:-20])
-    for content in {}, [], {"images": []}, {"images": [1], "annotations": []}, {**INSTANCES, "images": [{"id": 5}]}:
+    for content in (
+        {},
+        [],
+        {"images": []},
+        {"images": [1], "annotations": []},
+        {**INSTANCES, "images": [{"id": 5}]},
+    ):
         assert "download it again" in refused_instances(folder, json.dumps(content))
-    assert "length >= 4 - at '$.annotations[2].bbox'" in refused_instances(folder, changed("annotations", bbox=[1, 2, 3]))
+    assert "length >= 4 - at '$.annotations[2].bbox'" in refused_instances(
+        folder, changed("annotations", bbox=[1, 2, 3])
+    )
     assert ">= 1 - at '$.images[1].width'" in refused_instances(folder, changed("images", width=0))
 
 
@@ -258,7 +320,9 @@ def detections_file(folder, content):
 
 
 def test_detections_are_read(folder, refer):
-    assert load_detections(detections_file(folder, DETECTIONS), refer) == {int(key): DETECTIONS[key] for key in DETECTIONS}
+    assert load_detections(detections_file(folder, DETECTIONS), refer) == {
+        int(key): DETECTIONS[key] for key in DETECTIONS
+    }
 
 
 def test_images_of_evaluated_refs_need_a_box(folder, refer):
@@ -270,24 +334,48 @@ def test_images_of_evaluated_refs_need_a_box(folder, refer):
     assert load_detections(detections_file(folder, {}), only_train) == {}
 
 
-@pytest.mark.parametrize("content, complaint", [
-    ([], "Expected 'object', got 'array'"), ('{"5": [[1, 2', "not valid JSON"), ("", "not valid JSON"),
-    ({"COCO_5.jpg": []}, "'COCO_5.jpg' is not an image id"),
-    *(({"5": boxes}, "image 5: Expected") for boxes in (
-        [[1, 2, 3]], [[1, 2, 3, 4, 5, 6]], [[1, 2, 3, "4"]], [[1, 2, 3, True]], [1, 2, 3, 4], {"box": [1, 2, 3, 4]}, None)),
-    ({"5": [[1, 2, 3, float("nan")]]}, "not valid JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ([], "Expected 'object', got 'array'"),
+        ('{"5": [[1, 2', "not valid JSON"),
+        ("", "not valid JSON"),
+        ({"COCO_5.jpg": []}, "'COCO_5.jpg' is not an image id"),
+        *(
+            ({"5": boxes}, "image 5: Expected")
+            for boxes in (
+                [[1, 2, 3]],
+                [[1, 2, 3, 4, 5, 6]],
+                [[1, 2, 3, "4"]],
+                [[1, 2, 3, True]],
+                [1, 2, 3, 4],
+                {"box": [1, 2, 3, 4]},
+                None,
+            )
+        ),
+        ({"5": [[1, 2, 3, float("nan")]]}, "not valid JSON"),
+    ],
+)
 def test_detections_of_another_structure_are_refused(folder, refer, content, complaint):
     path = detections_file(folder, content)
     message = refusal(load_detections, path, refer)
-    assert message.startswith(f"{path}: ") and complaint in message and "{image_id: [[x, y, w, h, score], ...]}" in message
+    assert (
+        message.startswith(f"{path}: ")
+        and complaint in message
+        and "{image_id: [[x, y, w, h, score], ...]}" in message
+    )
 
 
-@pytest.mark.parametrize("box", [[40, 0, 5, 5], [0, 30, 5, 5, 0.9], [-6, 0, 10, 5], [20, 20, 30, 30]])
+@pytest.mark.parametrize(
+    "box", [[40, 0, 5, 5], [0, 30, 5, 5, 0.9], [-6, 0, 10, 5], [20, 20, 30, 30]]
+)
 def test_boxes_outside_of_the_image_of_their_id_are_refused(folder, refer, box):
     path = detections_file(folder, {**DETECTIONS, "5": [*DETECTIONS["5"], box], "7": [box]})
     message = refusal(load_detections, path, refer)
-    assert message.startswith(f"{path}: image 5: box {list(map(float, box[:4]))}") and "5.jpg of 40 x 30" in message
+    assert (
+        message.startswith(f"{path}: image 5: box {list(map(float, box[:4]))}")
+        and "5.jpg of 40 x 30" in message
+    )
 
 
 def test_boxes_that_a_detector_did_not_clip_are_read(folder, refer):
@@ -296,4 +384,6 @@ def test_boxes_that_a_detector_did_not_clip_are_read(folder, refer):
 
 
 def test_missing_detections_are_named(folder, refer):
-    assert refusal(load_detections, folder / "none.json", refer).startswith(f"det_file {folder / 'none.json'} does not exist")
+    assert refusal(load_detections, folder / "none.json", refer).startswith(
+        f"det_file {folder / 'none.json'} does not exist"
+    )

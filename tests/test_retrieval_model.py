@@ -1,11 +1,14 @@
-"""The retrieval model against the released implementation's numbers, and re-ranking against its plain form."""
+"""The retrieval model against the released implementation's numbers, and re-ranking against its
+plain form.
+"""
 
 import pytest
 import torch
+from conftest import assert_close, assert_released_step
 
 from benchmarks import plain
-from conftest import assert_close, assert_released_step
 from utils import Text
+
 
 def test_losses_gradients_and_state_are_the_released_ones(released):
     data, model, text = released("retrieval")
@@ -27,7 +30,9 @@ def test_evaluation_scores_are_the_released_ones(released, golden):
     image_embeds, image_feat = model.encode_image(data["image"])
     text_embeds, text_feat = model.encode_text(Text(data["input_ids"], data["attention_mask"]))
     assert_close("sims", image_feat @ text_feat.T, data["sims"], 1e-4, 1e-5)
-    scores = model.rerank(image_embeds, image_feat, text_embeds, text_feat, data["attention_mask"], data["k_test"])
+    scores = model.rerank(
+        image_embeds, image_feat, text_embeds, text_feat, data["attention_mask"], data["k_test"]
+    )
     for name, ours in zip(("scores_i2t", "scores_t2i"), scores):
         assert torch.equal(ours == -100, data[name] == -100)
         assert_close(name, ours, data[name], 1e-4, 1e-5)

@@ -1,4 +1,6 @@
-"""Search.py: an index that equals its folders whatever happens, results that are the evaluation's, the page, bad input."""
+"""Search.py: an index that equals its folders whatever happens, results that are the evaluation's,
+the page, bad input.
+"""
 
 import base64
 import io
@@ -18,20 +20,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, contents, exit_status, refusal, tiny
 from PIL import Image
+from test_recovery import limit
 
 import Export
 import Search
-from conftest import ROOT, contents, exit_status, refusal, tiny
 from dataset import build_dataset
 from dataset.shapes.scenes import draw_scene, render
 from evaluation import retrieval
 from evaluation.divide import progress_bar
-from inference import index as indexing, load_model
+from inference import index as indexing
+from inference import load_model
 from inference.index import FILE, UNUSABLE, Index, find_images, near_copies, read_index, search
 from models import build_model
 from models.tokenizer import tokenizer_of
-from test_recovery import limit
 from utils import seed_everything
 
 CPU = torch.device("cpu")
@@ -41,12 +44,18 @@ CPU = torch.device("cpu")
 def checkpoints(shapes, tmp_path_factory):
     """Checkpoints of tiny random models by name."""
     folder, config = tmp_path_factory.mktemp("checkpoints"), {**tiny(shapes), "batch_size_test": 4}
-    for number, (name, task) in enumerate({"model": "retrieval", "other": "retrieval", "vqa": "vqa"}.items()):
+    for number, (name, task) in enumerate(
+        {"model": "retrieval", "other": "retrieval", "vqa": "vqa"}.items()
+    ):
         seed_everything(number)
         model = build_model(task, config, tokenizer_of(config))
-        for parameter in model.parameters():  # at its usual scale everything would look alike to a random model
+        # at its usual scale everything would look alike to a random model
+        for parameter in model.parameters():
             parameter.data.mul_(2.5)
-        torch.save({"model": model.state_dict(), "config": model.config, "epoch": 3}, folder / f"{name}.pth")
+        torch.save(
+            {"model": model.state_dict(), "config": model.config, "epoch": 3},
+            folder / f"{name}.pth",
+        )
     return folder
 
 
@@ -63,10 +72,15 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def index(run, checkpoints, tmp_path):
-    """Index folders (and flags) into tmp_path / name with a checkpoint. Return the output of Search.py."""
+    """Index folders (and flags) into tmp_path / name with a checkpoint.
+
+    Return the output of Search.py.
+    """
 
     def call(*folders, name="index", checkpoint="model.pth"):
-        status, out, err = run("index", *folders, "--checkpoint", checkpoints / checkpoint, "--to", tmp_path / name)
+        status, out, err = run(
+            "index", *folders, "--checkpoint", checkpoints / checkpoint, "--to", tmp_path / name
+        )
         assert status == 0 and out.count("\n") == 1, err
         return err + out
 
@@ -89,18 +103,22 @@ def photos(tmp_path_factory):
 
 
 def assert_same(left, right):
-    """Asserts that two indexes hold the same images and features, apart from the rounding of other batches."""
+    """Asserts that two indexes hold the same images and features, apart from the rounding of other
+    batches.
+    """
     assert left.paths == right.paths and left[4:] == right[4:]
     assert torch.equal(left.sizes, right.sizes) and torch.equal(left.dates, right.dates)
     assert torch.allclose(left.features.float(), right.features.float(), atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # results
 
 
 @pytest.mark.parametrize("k", [0, 12])
-def test_a_text_finds_what_the_retrieval_evaluation_reports(index, checkpoints, shapes, tmp_path, monkeypatch, k):
+def test_a_text_finds_what_the_retrieval_evaluation_reports(
+    index, checkpoints, shapes, tmp_path, monkeypatch, k
+):
     index(shapes / "images/test")
     model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
     dataset = build_dataset("retrieval_test", model.config)
@@ -113,31 +131,42 @@ def test_a_text_finds_what_the_retrieval_evaluation_reports(index, checkpoints, 
     monkeypatch.setattr(retrieval, "encode_images", encode_in_float16)
     keys, rankings = {**model.config, "image_embeds": "host"}, {}
     report = SimpleNamespace(title="", write=lambda _, content: rankings.update(content))
-    metrics = retrieval.evaluate(model.model, dataset, model.tokenizer, keys, CPU, report, ks=[k or 4])
+    metrics = retrieval.evaluate(
+        model.model, dataset, model.tokenizer, keys, CPU, report, ks=[k or 4]
+    )
     ranks = []
     for text, image in enumerate(dataset.txt2img):
         best = [path for path, _ in search(found, model, dataset.texts[text], k=12, rerank=k)]
         assert len(best) == 12
         ranks.append(best.index(str(dataset.files(image)[0])))
-        expected = [str(shapes / result["image"]) for result in rankings["text_to_image"][text]["results"]]
+        expected = [
+            str(shapes / result["image"]) for result in rankings["text_to_image"][text]["results"]
+        ]
         assert not k or best[: len(expected)] == expected
     prefix = "" if k else "itc_"
     for cut in (1, 5, 10):
         assert np.mean(np.array(ranks) < cut) * 100 == pytest.approx(metrics[f"{prefix}img_r{cut}"])
 
 
-def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates(run, index, checkpoints, photos, tmp_path):
+def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates(
+    run, index, checkpoints, photos, tmp_path
+):
     index(photos)
     model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
     status, out, err = run("query", tmp_path / "index", "a red circle", "-k", 3, "--rerank", 5)
     expected = model.rank(found.paths, "a red circle", k=3, rerank=5, image_features=found.features)
     assert status == 0 and not err
-    assert [line.split(None, 1) for line in out.splitlines()[-3:]] == [[f"{s:.3f}", found.paths[i]] for i, s in expected]
+    assert [line.split(None, 1) for line in out.splitlines()[-3:]] == [
+        [f"{s:.3f}", found.paths[i]] for i, s in expected
+    ]
     gone = Path(found.paths[expected[0][0]])
     moved = gone.rename(tmp_path / "moved.jpg")
     try:
         left = search(found, model, "a red circle", k=3, rerank=5)
-        assert str(gone) not in [path for path, _ in left] and left[0][0] == found.paths[expected[1][0]]
+        assert (
+            str(gone) not in [path for path, _ in left]
+            and left[0][0] == found.paths[expected[1][0]]
+        )
     finally:
         moved.rename(gone)
     indexing.write_index(tmp_path / "index", found._replace(left=7), [])
@@ -145,7 +174,9 @@ def test_query_prints_paths_with_scores_the_best_first_and_reads_only_candidates
     assert status == 0 and again == out and "7 images are not indexed" in err
 
 
-def test_an_example_finds_itself_and_with_a_text_both_count(run, index, checkpoints, photos, tmp_path):
+def test_an_example_finds_itself_and_with_a_text_both_count(
+    run, index, checkpoints, photos, tmp_path
+):
     index(photos)
     model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
     status, out, _ = run("query", tmp_path / "index", "--image", found.paths[7], "-k", 1)
@@ -169,13 +200,20 @@ def test_near_copies_are_those_of_a_plain_search(monkeypatch):
     for i in range(1, 50):
         value, j = sim[i, :i].max(dim=0)
         group[i] = group[j] if value >= 0.9 else i
-    expected = [[str(i) for i in range(50) if group[i] == first] for first in sorted(set(group)) if group.count(first) > 1]
+    expected = [
+        [str(i) for i in range(50) if group[i] == first]
+        for first in sorted(set(group))
+        if group.count(first) > 1
+    ]
     groups = near_copies(found, 0.9, CPU)
     assert len(expected) > 3 and [[path for path, _ in members] for members in groups] == expected
     for (_, one), *others in groups:
         assert one == 1
         for path, similarity in others:
-            assert similarity == pytest.approx(sim[int(path), : int(path)].max().item(), abs=1e-6) and similarity >= 0.9
+            assert (
+                similarity == pytest.approx(sim[int(path), : int(path)].max().item(), abs=1e-6)
+                and similarity >= 0.9
+            )
 
 
 def test_duplicates_lists_a_copy_of_other_size_and_quality(run, index, photos, tmp_path):
@@ -196,42 +234,69 @@ def test_the_example_of_the_docs_runs(index, photos, tmp_path, capsys):
     code = (ROOT / "docs/search.md").read_text().split("```python\n")[1].split("```")[0]
     exec(code.replace('"output/photos"', repr(str(tmp_path / "photos"))), {})
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "20 torch.Size([20, 8])" and [line.split()[0].endswith(".jpg") for line in lines[-4:]] == [True] * 3 + [False]
+    assert lines[-1] == "20 torch.Size([20, 8])" and [
+        line.split()[0].endswith(".jpg") for line in lines[-4:]
+    ] == [True] * 3 + [False]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # indexing
 
 
-def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(index, photos, checkpoints, tmp_path, monkeypatch):
+def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(
+    index, photos, checkpoints, tmp_path, monkeypatch
+):
     folder = shutil.copytree(photos, tmp_path / "photos")
     for name in ("a", "0/b", "0/1/c"):
         (folder / f"{name}.jpg").write_bytes(b"no image")
     monkeypatch.setattr(indexing, "SAVE_EVERY", 0)
     monkeypatch.setattr(indexing, "SAVE_SHARE", 1)
-    argv = ["Search.py", "index", folder, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index",
-            "--set", "batch_size_test=1", "num_workers=1"]  # fmt: skip
+    argv = [
+        "Search.py",
+        "index",
+        folder,
+        "--checkpoint",
+        checkpoints / "model.pth",
+        "--to",
+        tmp_path / "index",
+        "--set",
+        "batch_size_test=1",
+        "num_workers=1",
+    ]
     rng, done = random.Random(0), 0
     for signum in (signal.SIGKILL, signal.SIGTERM):
         child = os.fork()
         if not child:
             os.dup2(os.open(tmp_path / "output", os.O_RDWR | os.O_CREAT), 1)
             os.dup2(1, 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (
+                os.fdopen(1, "w", closefd=False),
+                os.fdopen(2, "w", closefd=False),
+            )
             monkeypatch.setattr(sys, "argv", list(map(str, argv)))
             load = indexing.load_image
-            monkeypatch.setattr(indexing, "load_image", lambda path: (time.sleep(0.03), load(path))[1])
+            monkeypatch.setattr(
+                indexing, "load_image", lambda path: (time.sleep(0.03), load(path))[1]
+            )
             os._exit(exit_status(Search.main))
-        while not (tmp_path / "index" / FILE).exists() or len(read_index(tmp_path / "index").paths) < done + 12:
+        while (
+            not (tmp_path / "index" / FILE).exists()
+            or len(read_index(tmp_path / "index").paths) < done + 12
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
         os.kill(child, signum)
         _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == (-signum if signum == signal.SIGKILL else 128 + signum)
+        assert os.waitstatus_to_exitcode(status) == (
+            -signum if signum == signal.SIGKILL else 128 + signum
+        )
         state = read_index(tmp_path / "index")
         assert done < len(state.paths) < 60 and state.left
         done = len(state.paths)
-    assert "SIGTERM" in (tmp_path / "output").read_text() and "the same command goes on" in (tmp_path / "output").read_text()
+    assert (
+        "SIGTERM" in (tmp_path / "output").read_text()
+        and "the same command goes on" in (tmp_path / "output").read_text()
+    )
 
     every = sorted(folder.rglob("*[0-9].jpg"))
     indexed = [Path(path) for path in state.paths]
@@ -263,10 +328,20 @@ def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoint
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     (folder / "notes.txt").write_text("nothing to see")
     out = index(folder)
-    assert "20 images, 0 as before, 20 embedded" in out and out.count("left out:") == 7 and "1 .txt" in out
+    assert (
+        "20 images, 0 as before, 20 embedded" in out
+        and out.count("left out:") == 7
+        and "1 .txt" in out
+    )
     lines = (tmp_path / "index" / UNUSABLE).read_text().splitlines()
-    expected = {"huge.png": "too large: Image size (200000000 pixels)", "empty.jpg": "empty file", "text.gif": "not an image",
-                "cut.jpg": "broken image", "line\\nbreak.jpg'": "empty file", "dangling.jpg": "No such file"}  # fmt: skip
+    expected = {
+        "huge.png": "too large: Image size (200000000 pixels)",
+        "empty.jpg": "empty file",
+        "text.gif": "not an image",
+        "cut.jpg": "broken image",
+        "line\\nbreak.jpg'": "empty file",
+        "dangling.jpg": "No such file",
+    }
     for name, problem in expected.items():
         assert [line for line in lines if f"{name}: {problem}" in line], name
     assert len(lines) == 6
@@ -282,9 +357,13 @@ def test_indexing_adds_and_prune_removes(run, index, photos, checkpoints, tmp_pa
     assert "40 images, 20 as before, 20 embedded" in index(photos / "1")
     (folder / "0/00.jpg").unlink()
     both = read_index(tmp_path / "index")
-    assert "40 images, 40 as before, 0 embedded" in index(folder) and "0 removed" in index(photos / "1")
+    assert "40 images, 40 as before, 0 embedded" in index(folder) and "0 removed" in index(
+        photos / "1"
+    )
     assert_same(read_index(tmp_path / "index"), both)
-    assert "39 images, 39 as before, 0 embedded, 1 removed" in index(folder, photos / "1", "--prune")
+    assert "39 images, 39 as before, 0 embedded, 1 removed" in index(
+        folder, photos / "1", "--prune"
+    )
     assert "20 images, 20 as before, 0 embedded, 19 removed" in index(photos / "1", "--prune")
     index(photos / "1", name="anew")
     assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
@@ -299,13 +378,25 @@ def test_a_change_is_seen_by_its_date_alone(index, photos, tmp_path):
     second.save(tmp_path / "photos/a.bmp")
     assert "1 images, 0 as before, 1 embedded" in index(tmp_path / "photos")
     after = read_index(tmp_path / "index")
-    assert torch.equal(before.sizes, after.sizes) and not torch.equal(before.features, after.features)
+    assert torch.equal(before.sizes, after.sizes) and not torch.equal(
+        before.features, after.features
+    )
 
 
 def test_every_image_at_any_depth_is_found_once(photos, tmp_path):
     folder = tmp_path / "photos"
     picture = Image.open(photos / "0/0/00.jpg").resize((8, 8))
-    names = ["z.JPG", "a/b/c/d/e.png", "a/b.webp", "ä ö/ü.tif", "a.bmp", "b.ppm", "c.gif", "d.jpeg", "e.jfif"]
+    names = [
+        "z.JPG",
+        "a/b/c/d/e.png",
+        "a/b.webp",
+        "ä ö/ü.tif",
+        "a.bmp",
+        "b.ppm",
+        "c.gif",
+        "d.jpeg",
+        "e.jfif",
+    ]
     for name in [*names, ".hidden.jpg", ".hidden/a.jpg", "a/.hidden.png"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / name, {".jfif": "JPEG", ".ppm": "PPM"}.get(Path(name).suffix))
@@ -315,29 +406,50 @@ def test_every_image_at_any_depth_is_found_once(photos, tmp_path):
     picture.save(tmp_path / "other/f.jpg")
     (folder / "linked").symlink_to(tmp_path / "other")
     (folder / "a/loop").symlink_to(folder)
-    (folder / b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")).write_bytes((folder / "z.JPG").read_bytes())
+    (folder / b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")).write_bytes(
+        (folder / "z.JPG").read_bytes()
+    )
     found, problems, others = find_images([folder, folder / "a", tmp_path / "other"])
     expected = {str(folder / name) for name in [*names, "linked/f.jpg", "latin-\udcfc.jpg"]}
     assert set(found) == expected and list(found) == sorted(found) and not problems
     assert others == {".heic": 2, "": 1}
-    assert found[str(folder / "z.JPG")] == ((folder / "z.JPG").stat().st_size, (folder / "z.JPG").stat().st_mtime_ns)
+    assert found[str(folder / "z.JPG")] == (
+        (folder / "z.JPG").stat().st_size,
+        (folder / "z.JPG").stat().st_mtime_ns,
+    )
 
 
-def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(run, index, photos, checkpoints, tmp_path):
+def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
+    run, index, photos, checkpoints, tmp_path
+):
     index(photos / "0")
     Export.export(checkpoints / "model.pth", tmp_path / "model.safetensors")
-    status, out, err = run("index", photos / "0", "--checkpoint", tmp_path / "model.safetensors", "--to", tmp_path / "index",
-                           "--set", "precision=bf16")  # fmt: skip
+    status, out, err = run(
+        "index",
+        photos / "0",
+        "--checkpoint",
+        tmp_path / "model.safetensors",
+        "--to",
+        tmp_path / "index",
+        "--set",
+        "precision=bf16",
+    )
     assert status == 0 and "20 as before, 0 embedded" in out and not err
     found = read_index(tmp_path / "index")
-    assert found.checkpoint == str(tmp_path / "model.safetensors") and found.config["precision"] == "bf16"
+    assert (
+        found.checkpoint == str(tmp_path / "model.safetensors")
+        and found.config["precision"] == "bf16"
+    )
     (tmp_path / "model.safetensors").unlink()
     status, _, err = run("query", tmp_path / "index", "a star")
     assert status == 2 and "its checkpoint" in err and "is gone: say by --checkpoint" in err
-    assert run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "model.pth")[0] == 0
+    assert (
+        run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "model.pth")[0]
+        == 0
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # standard output
 
 
@@ -345,15 +457,34 @@ def test_a_text_of_unknown_words_has_a_note_and_a_ranking(run, index, photos, tm
     index(photos / "0")
     for text, notes in (("赤いパンダ", 1), ("a 赤いパンダ", 0), ("a red circle", 0)):
         status, out, err = run("query", tmp_path / "index", text, "-k", 3)
-        assert status == 0 and out.count("\n") == 3 and err.count("\n") == notes and err.count("赤いパンダ") == notes
+        assert (
+            status == 0
+            and out.count("\n") == 3
+            and err.count("\n") == notes
+            and err.count("赤いパンダ") == notes
+        )
 
 
-def test_standard_output_holds_results_alone_and_may_be_closed(index, photos, tmp_path, monkeypatch):
+def test_standard_output_holds_results_alone_and_may_be_closed(
+    index, photos, tmp_path, monkeypatch
+):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert progress_bar([], "images").disable  # not a terminal
     index(photos / "0")
-    monkeypatch.setattr(sys, "argv", ["Search.py", "query", str(tmp_path / "index"), "a star", "--rerank", "0", "--html",
-                                      str(tmp_path / "page.html")])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "Search.py",
+            "query",
+            str(tmp_path / "index"),
+            "a star",
+            "--rerank",
+            "0",
+            "--html",
+            str(tmp_path / "page.html"),
+        ],
+    )
     for closed in False, True:
         reader, writer = os.pipe()
         if closed:
@@ -362,16 +493,23 @@ def test_standard_output_holds_results_alone_and_may_be_closed(index, photos, tm
         if not child:
             os.dup2(writer, 1)
             os.dup2(os.open(tmp_path / "errors", os.O_RDWR | os.O_CREAT | os.O_TRUNC), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+            sys.stdout, sys.stderr = (
+                os.fdopen(1, "w", closefd=False),
+                os.fdopen(2, "w", closefd=False),
+            )
             os._exit(exit_status(Search.main))
         os.close(writer)
         out = [] if closed else os.fdopen(reader).readlines()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert (tmp_path / "errors").read_text() == f"wrote {tmp_path / 'page.html'}\n"
-        assert closed or len(out) == 20 and all(re.fullmatch(r" *-?\d\.\d{3}  \S+\.jpg\n", line) for line in out)
+        assert (
+            closed
+            or len(out) == 20
+            and all(re.fullmatch(r" *-?\d\.\d{3}  \S+\.jpg\n", line) for line in out)
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the page
 
 
@@ -395,8 +533,16 @@ class Page(HTMLParser):
 
 def test_the_page_opens_from_disk_whatever_the_paths(run, index, photos, tmp_path):
     folder, source = tmp_path / "photos", photos / "0/0/00.jpg"
-    names = ["a b.jpg", "it's \"quoted\".jpg", "ä ö/ü ß.jpg", "line\nbreak.jpg", "<b>&amp;.jpg", "100%23#?.jpg", "日本.jpg",
-             b"latin-\xfc.jpg".decode("utf-8", "surrogateescape")]  # fmt: skip
+    names = [
+        "a b.jpg",
+        'it\'s "quoted".jpg',
+        "ä ö/ü ß.jpg",
+        "line\nbreak.jpg",
+        "<b>&amp;.jpg",
+        "100%23#?.jpg",
+        "日本.jpg",
+        b"latin-\xfc.jpg".decode("utf-8", "surrogateescape"),
+    ]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / name)
@@ -404,19 +550,31 @@ def test_the_page_opens_from_disk_whatever_the_paths(run, index, photos, tmp_pat
     rotated[0x112] = 6
     Image.open(source).save(folder / "turned.jpg", exif=rotated)
     index(folder)
-    status, out, _ = run("query", tmp_path / "index", "a <i>star</i> & more", "--html", tmp_path / "page.html")
+    status, out, _ = run(
+        "query", tmp_path / "index", "a <i>star</i> & more", "--html", tmp_path / "page.html"
+    )
     assert status == 0 and len(out.splitlines()) == 9 and "line\\nbreak.jpg" in out
     text = (tmp_path / "page.html").read_text()
     page = Page(text)
-    paths = {os.fsdecode(urllib.parse.unquote_to_bytes(link.removeprefix("file://"))) for link in page.links}
-    assert paths == {str(folder / name) for name in [*names, "turned.jpg"]} and all(map(os.path.isfile, paths))
+    paths = {
+        os.fsdecode(urllib.parse.unquote_to_bytes(link.removeprefix("file://")))
+        for link in page.links
+    }
+    assert paths == {str(folder / name) for name in [*names, "turned.jpg"]} and all(
+        map(os.path.isfile, paths)
+    )
     assert "http" not in text and not {"b", "i", "script", "link"} & page.tags
-    assert "a <i>star</i> & more" in page.words and any("<b>&amp;.jpg" in word for word in page.words)
-    sizes = {Image.open(io.BytesIO(base64.b64decode(picture.partition("base64,")[2]))).size for picture in page.pictures}
+    assert "a <i>star</i> & more" in page.words and any(
+        "<b>&amp;.jpg" in word for word in page.words
+    )
+    sizes = {
+        Image.open(io.BytesIO(base64.b64decode(picture.partition("base64,")[2]))).size
+        for picture in page.pictures
+    }
     assert len(page.pictures) == 9 and sizes == {(480, 360), (360, 480)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # bad input
 
 
@@ -425,10 +583,19 @@ BAD = {
     "no such folder": ("index {}/nowhere", "nowhere: does not exist, name a folder"),
     "a file": ("index {}/text.txt", "text.txt: is a file, name a folder"),
     "an empty folder": ("index {}/photos {}/empty", "empty: no image in it or below"),
-    "other files": ("index {}/others", "others: no image in it or below .*1 without suffix, 1 .heic"),
+    "other files": (
+        "index {}/others",
+        "others: no image in it or below .*1 without suffix, 1 .heic",
+    ),
     "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
-    "another task": ("index {}/photos --checkpoint {}/vqa.pth", "vqa.pth is of task vqa, which cannot do it"),
-    "another checkpoint": ("index {}/photos --checkpoint {}/other.pth", "made with weights .* of .*model.pth, and .*other.pth"),
+    "another task": (
+        "index {}/photos --checkpoint {}/vqa.pth",
+        "vqa.pth is of task vqa, which cannot do it",
+    ),
+    "another checkpoint": (
+        "index {}/photos --checkpoint {}/other.pth",
+        "made with weights .* of .*model.pth, and .*other.pth",
+    ),
     "another folder": ("index {}/photos --to {}/photos", "photos: has other files, but no index"),
     "unwritable": ("index {}/photos --to {}/text.txt/index", "text.txt/index: cannot write there"),
     "key": ("index {}/photos --set image_rse=3", "image_rse"),
@@ -443,14 +610,23 @@ BAD = {
     "no such example": ("query {}/index --image no.jpg", "no.jpg: does not exist"),
     "example as text": ("query {}/index {}/huge.png", "--image .*huge.png"),
     "text as example": ("query {}/index --image {}/text.txt", "text.txt: not an image"),
-    "200 megapixels": ("query {}/index --image {}/huge.png", "huge.png: too large: Image size .200000000 pixels"),
+    "200 megapixels": (
+        "query {}/index --image {}/huge.png",
+        "huge.png: too large: Image size .200000000 pixels",
+    ),
     "other weights": ("query {}/index star --checkpoint {}/other.pth", "made with weights"),
     "k": ("query {}/index star -k 0", "argument -k: 0 is out of range, it must be at least 1"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
-    "threshold": ("duplicates {}/index --threshold 2", "--threshold 2.0: must be above 0 and at most 1"),
+    "threshold": (
+        "duplicates {}/index --threshold 2",
+        "--threshold 2.0: must be above 0 and at most 1",
+    ),
     "all gone": ("query {}/gone star", "gone, as are all images"),
-    "none usable": ("index {}/broken --to {}/new", "none of 1 images can be used, such as .*broken/a.jpg: not an image"),
-}  # fmt: skip
+    "none usable": (
+        "index {}/broken --to {}/new",
+        "none of 1 images can be used, such as .*broken/a.jpg: not an image",
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -469,11 +645,20 @@ def folder(checkpoints, photos, tmp_path_factory):
     (folder / "broken/a.jpg").write_text("a text")
     HUGE.save(folder / "huge.png")
     model = load_model(folder / "model.pth", "cpu")
-    indexing.update_index(folder / "index", indexing.open_index(folder / "index"), model, *find_images([folder / "photos"])[:2])
+    indexing.update_index(
+        folder / "index",
+        indexing.open_index(folder / "index"),
+        model,
+        *find_images([folder / "photos"])[:2],
+    )
     gone = read_index(folder / "index")
     for name in ("gone", "damaged"):
         (folder / name).mkdir()
-    indexing.write_index(folder / "gone", gone._replace(paths=[f"/nowhere/{i}.jpg" for i in range(len(gone.paths))]), [])
+    indexing.write_index(
+        folder / "gone",
+        gone._replace(paths=[f"/nowhere/{i}.jpg" for i in range(len(gone.paths))]),
+        [],
+    )
     (folder / "damaged" / FILE).write_bytes((folder / "index" / FILE).read_bytes()[:5000])
     return folder
 
@@ -487,7 +672,12 @@ def test_bad_input_is_one_line_and_the_index_intact(run, folder, case):
         arguments += [] if "--checkpoint" in line else ["--checkpoint", folder / "model.pth"]
     before = contents(folder / "index")
     status, _, err = run(*arguments)
-    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and re.search(message, err), err
+    assert (
+        status == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and re.search(message, err)
+    ), err
     assert contents(folder / "index") == before
 
 
@@ -515,10 +705,16 @@ def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints,
     before = contents(tmp_path / "index")
     limit(1000)
     try:
-        status, _, err = run("index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index")
+        status, _, err = run(
+            "index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index"
+        )
     finally:
         limit(None)
-    assert status == 1 and err.count("\n") == 1 and "index.pt: File too large; what was saved before is untouched" in err
+    assert (
+        status == 1
+        and err.count("\n") == 1
+        and "index.pt: File too large; what was saved before is untouched" in err
+    )
     assert contents(tmp_path / "index") == before
     assert "60 images, 20 as before" in index(photos)
 
@@ -533,7 +729,9 @@ def test_of_two_indexings_at_once_the_second_is_refused(run, photos, checkpoints
         os._exit(0)
     try:
         assert os.read(opened, 1)
-        status, _, err = run("index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index")
+        status, _, err = run(
+            "index", photos, "--checkpoint", checkpoints / "model.pth", "--to", tmp_path / "index"
+        )
         assert status == 2 and "another run is writing there" in err and err.count("\n") == 1
     finally:
         os.kill(child, signal.SIGKILL)

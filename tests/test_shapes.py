@@ -1,4 +1,6 @@
-"""The built-in data set: the same bytes again, disjoint splits, true and balanced texts, files that the tasks read, errors."""
+"""The built-in data set: the same bytes again, disjoint splits, true and balanced texts, files that
+the tasks read, errors.
+"""
 
 import json
 import random
@@ -15,24 +17,55 @@ from PIL import Image
 from configs.schema import load_config
 from dataset import build_dataset
 from dataset.refer import box_iou
-from dataset.shapes import attributes, captions, grounding, nlvr, relevance, ve, vocabulary, vqa, words, write_dataset
+from dataset.shapes import (
+    attributes,
+    captions,
+    grounding,
+    nlvr,
+    relevance,
+    ve,
+    vocabulary,
+    vqa,
+    words,
+    write_dataset,
+)
 from dataset.shapes.__main__ import main
 from dataset.shapes.files import draw_split
-from dataset.shapes.scenes import (BACKGROUNDS, COLORS, CURTAIN, POSITIONS, QUADRANTS, SHAPES, SPLITS, combination_of,
-                                   draw_mask, draw_scene, outline, render)
+from dataset.shapes.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    CURTAIN,
+    POSITIONS,
+    QUADRANTS,
+    SHAPES,
+    SPLITS,
+    combination_of,
+    draw_mask,
+    draw_scene,
+    outline,
+    render,
+)
 from dataset.text import pre_caption
 from dataset.workers import cores
 from evaluation.metrics import chance_grounding
 
 TINY = {"train": 3, "val": 2, "test": 2, "image_size": 48}
 # every word for a size, fill, color or shape -> (which of these, its name)
-SAID = {word: (key, name) for key, table in words.TABLES.items() for name in table for word in words.WORDS.get(name, (name,))}
+SAID = {
+    word: (key, name)
+    for key, table in words.TABLES.items()
+    for name in table
+    for word in words.WORDS.get(name, (name,))
+}
 SAID |= {words.plural(noun): fact for noun, fact in SAID.items() if fact[0] == "shape"}
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return {split: draw_split(split, 200 if split == "train" else 30, 64, 4, 0.25, seed=0) for split in SPLITS}
+    return {
+        split: draw_split(split, 200 if split == "train" else 30, 64, 4, 0.25, seed=0)
+        for split in SPLITS
+    }
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +78,47 @@ def load(folder, name):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files
 
 
-def test_same_arguments_give_the_same_bytes_on_any_number_of_processes(shapes, tmp_path, monkeypatch):
+def test_same_arguments_give_the_same_bytes_on_any_number_of_processes(
+    shapes, tmp_path, monkeypatch
+):
     arguments = load(shapes, "shapes.json")
     del arguments["version"], arguments["complete"]
-    monkeypatch.setattr("dataset.shapes.files.process_count", lambda tasks: 0 if cores() > 1 else 2)  # not that of `shapes`
+    # not that of `shapes`
+    monkeypatch.setattr("dataset.shapes.files.process_count", lambda tasks: 0 if cores() > 1 else 2)
     write_dataset(tmp_path, **arguments)
     assert contents(tmp_path) == contents(shapes)
-    drawn, other = ([combination_of(scene) for scene in draw_split("val", 4, 48, 3, 0.1, seed)] for seed in (0, 1))
-    assert drawn == [combination_of(scene) for scene in load(shapes, "scenes_val.json")] and drawn != other
+    drawn, other = (
+        [combination_of(scene) for scene in draw_split("val", 4, 48, 3, 0.1, seed)]
+        for seed in (0, 1)
+    )
+    assert (
+        drawn == [combination_of(scene) for scene in load(shapes, "scenes_val.json")]
+        and drawn != other
+    )
 
 
 def test_images_show_the_scenes_with_and_without_curtain(shapes):
     for scene in load(shapes, "scenes_train.json"):
         covered = shapes / ve.covered_image(scene["image"])
         assert covered.exists() == bool(scene["covered"])
-        for path, cover in ((shapes / scene["image"], None), (covered, scene["covered"]))[:1 + covered.exists()]:
+        for path, cover in ((shapes / scene["image"], None), (covered, scene["covered"]))[
+            : 1 + covered.exists()
+        ]:
             with Image.open(path) as image:
-                error = np.abs(np.asarray(image) - np.asarray(render(scene, cover), dtype=int)).mean()
+                error = np.abs(
+                    np.asarray(image) - np.asarray(render(scene, cover), dtype=int)
+                ).mean()
                 assert image.format == "JPEG" and error < 8
 
 
@@ -76,32 +126,46 @@ def test_finished_data_is_kept_and_interrupted_data_is_made_anew(tmp_path, monke
     assert write_dataset(tmp_path, **TINY | {"train": 4})
     (tmp_path / "mine.json").write_text("[]")
     before = contents(tmp_path)
-    assert f"{tmp_path}: " in (said := refusal(lambda: write_dataset(tmp_path, **TINY))) and "another train" in said
+    assert (
+        f"{tmp_path}: " in (said := refusal(lambda: write_dataset(tmp_path, **TINY)))
+        and "another train" in said
+    )
     assert contents(tmp_path) == before
     with monkeypatch.context() as patch:
-        patch.setattr("dataset.shapes.files.vocabulary", lambda: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(
+            "dataset.shapes.files.vocabulary", lambda: (_ for _ in ()).throw(KeyboardInterrupt())
+        )
         with pytest.raises(KeyboardInterrupt):
             write_dataset(tmp_path, **TINY, overwrite=True)
-    assert not (tmp_path / "pretrain.json").exists() and not (tmp_path / "refcoco+/dets.json").exists()
+    assert (
+        not (tmp_path / "pretrain.json").exists() and not (tmp_path / "refcoco+/dets.json").exists()
+    )
     assert write_dataset(tmp_path, **TINY)
-    assert len(list((tmp_path / "images/train").iterdir())) == len(load(tmp_path, "pretrain.json")) == 3
+    assert (
+        len(list((tmp_path / "images/train").iterdir()))
+        == len(load(tmp_path, "pretrain.json"))
+        == 3
+    )
     assert (tmp_path / "mine.json").read_text() == "[]"
     (tmp_path / "images/train/000000.jpg").unlink()
     assert not write_dataset(tmp_path, **TINY)
     assert not (tmp_path / "images/train/000000.jpg").exists()
 
 
-@pytest.mark.parametrize("config, names", [
-    ("Pretrain", {"pretrain": 48, "retrieval_test": 12}),
-    ("NLVR_pretrain", {"nlvr_pretrain_train": 48}),
-    ("Retrieval", {"retrieval_train": None, "retrieval_val": 4, "retrieval_test": 12}),
-    ("VQA", {"vqa_train": 144, "vqa_val": 8, "vqa_test": 24}),
-    ("VE", {"ve_train": 96, "ve_val": 8, "ve_test": 24}),
-    ("NLVR", {"nlvr_train": 192, "nlvr_val": 8, "nlvr_test": 24}),
-    ("Grounding", {"grounding_train": None, "grounding_val": None, "grounding_test": None}),
-    ("Attributes", {"attributes_test": 12}),
-    ("Relevance", {"relevance_train": 96, "relevance_val": 8, "relevance_test": 24}),
-])
+@pytest.mark.parametrize(
+    "config, names",
+    [
+        ("Pretrain", {"pretrain": 48, "retrieval_test": 12}),
+        ("NLVR_pretrain", {"nlvr_pretrain_train": 48}),
+        ("Retrieval", {"retrieval_train": None, "retrieval_val": 4, "retrieval_test": 12}),
+        ("VQA", {"vqa_train": 144, "vqa_val": 8, "vqa_test": 24}),
+        ("VE", {"ve_train": 96, "ve_val": 8, "ve_test": 24}),
+        ("NLVR", {"nlvr_train": 192, "nlvr_val": 8, "nlvr_test": 24}),
+        ("Grounding", {"grounding_train": None, "grounding_val": None, "grounding_test": None}),
+        ("Attributes", {"attributes_test": 12}),
+        ("Relevance", {"relevance_train": 96, "relevance_val": 8, "relevance_test": 24}),
+    ],
+)
 def test_every_task_reads_its_files(shapes, tmp_path, config, names):
     text = (ROOT / f"configs/shapes/{config}.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("data/shapes", str(shapes)))
@@ -112,24 +176,47 @@ def test_every_task_reads_its_files(shapes, tmp_path, config, names):
 
 def test_every_word_is_in_the_vocabulary(scenes):
     vocab = vocabulary()
-    assert vocab[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and {"a", "##z", "9", "?"} <= set(vocab)
+    assert vocab[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] and {
+        "a",
+        "##z",
+        "9",
+        "?",
+    } <= set(vocab)
     assert len(vocab) == len(set(vocab))
     texts = [text for task in (captions, vqa, ve, nlvr) for text in task.TEXTS]
     texts += [c["caption"] for split in scenes.values() for s in split for c in s["captions"]]
-    texts += [captions.noisy_caption(random.Random(i), scenes["train"][i % 200], scenes["train"][0], kind)
-              for i in range(100) for kind in captions.NOISE_KINDS]
-    for task, key in ((vqa, "question"), (ve, "sentence"), (nlvr, "sentence"), (grounding, "text"),
-                      (relevance, "query"), (relevance, "text")):
+    texts += [
+        captions.noisy_caption(random.Random(i), scenes["train"][i % 200], scenes["train"][0], kind)
+        for i in range(100)
+        for kind in captions.NOISE_KINDS
+    ]
+    for task, key in (
+        (vqa, "question"),
+        (ve, "sentence"),
+        (nlvr, "sentence"),
+        (grounding, "text"),
+        (relevance, "query"),
+        (relevance, "text"),
+    ):
         texts += [entry[key] for entries in task.annotations(scenes, 0)[:2] for entry in entries]
     texts += vqa.annotations(scenes, 0)[-1]
-    texts += re.split("[:/]", "/".join(of["name"].split(":")[1] for of in attributes.annotations(scenes, 0)[0]["attributes"]))
+    texts += re.split(
+        "[:/]",
+        "/".join(
+            of["name"].split(":")[1] for of in attributes.annotations(scenes, 0)[0]["attributes"]
+        ),
+    )
     for text in texts:
         said = pre_caption(re.sub("{.*?}", "", text), 99).split()
-        assert set(said) <= set(vocab) and text == text.lower() and not re.search(r"\ba [aeiou]", text), text
+        assert (
+            set(said) <= set(vocab) and text == text.lower() and not re.search(r"\ba [aeiou]", text)
+        ), text
         assert len(said) <= captions.MAX_WORDS
 
 
-@pytest.mark.parametrize("wrong", [{"train": 0}, {"noise": 1.5}, {"image_size": 8}, {"captions": 0}, {"test": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"train": 0}, {"noise": 1.5}, {"image_size": 8}, {"captions": 0}, {"test": -1}]
+)
 def test_arguments_out_of_range(tmp_path, wrong):
     assert f"--{next(iter(wrong))} " in refusal(lambda: write_dataset(tmp_path / "data", **wrong))
     assert not (tmp_path / "data").exists()
@@ -142,7 +229,11 @@ def test_more_scenes_than_combinations(monkeypatch):
 
 def test_command_line(tmp_path, monkeypatch, capsys):
     def run(output):
-        monkeypatch.setattr(sys, "argv", ["shapes", "--output", str(output), "--train", "2", "--val", "2", "--test", "2"])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["shapes", "--output", str(output), "--train", "2", "--val", "2", "--test", "2"],
+        )
         return exit_status(main), *capsys.readouterr()
 
     assert run(tmp_path / "data")[0] == 0 and "(already there)" in run(tmp_path / "data")[1]
@@ -156,7 +247,7 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert contents(tmp_path / "mine") == {"notes.txt": b"keep"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # scenes
 
 
@@ -177,11 +268,14 @@ def test_objects_lie_within_the_image_and_apart(image_size):
 
 def test_boxes_hold_exactly_the_objects(scenes):
     for scene in scenes["train"][:40]:
-        drawn = np.abs(np.asarray(render(scene), dtype=int) - BACKGROUNDS[scene["background"]]).max(-1) > 8
+        drawn = (
+            np.abs(np.asarray(render(scene), dtype=int) - BACKGROUNDS[scene["background"]]).max(-1)
+            > 8
+        )
         for x, y, w, h in (o["box"] for o in scene["objects"]):
-            inside = drawn[y:y + h, x:x + w]
+            inside = drawn[y : y + h, x : x + w]
             assert inside[[0, -1]].any(1).all() and inside[:, [0, -1]].any(0).all()
-            drawn[y:y + h, x:x + w] = False
+            drawn[y : y + h, x : x + w] = False
         assert not drawn.any()
 
 
@@ -196,11 +290,19 @@ def test_fills_differ(shape):
 
 
 def test_positions_and_relations_agree_with_boxes(scenes):
-    axes = {"left of": (0, -1, "right of"), "right of": (0, 1, "left of"), "above": (1, -1, "below"), "below": (1, 1, "above")}
+    axes = {
+        "left of": (0, -1, "right of"),
+        "right of": (0, 1, "left of"),
+        "above": (1, -1, "below"),
+        "below": (1, 1, "above"),
+    }
     assert {name for scene in scenes["train"] for _, name, _ in scene["relations"]} == set(axes)
     for scene in scenes["train"]:
         for x, y, w, h, position in ((*o["box"], o["position"]) for o in scene["objects"]):
-            column, row = (0 if v < 0.37 else 2 if v > 0.63 else 1 for v in ((x + w / 2) / 64, (y + h / 2) / 64))
+            column, row = (
+                0 if v < 0.37 else 2 if v > 0.63 else 1
+                for v in ((x + w / 2) / 64, (y + h / 2) / 64)
+            )
             expected = f"{('top', '', 'bottom')[row]} {('left', '', 'right')[column]}".strip()
             assert position == (expected or "center")
         for i, name, j in scene["relations"]:
@@ -210,7 +312,7 @@ def test_positions_and_relations_agree_with_boxes(scenes):
             assert [j, opposite, i] in scene["relations"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # captions
 
 
@@ -218,9 +320,15 @@ def spoken_objects(text):
     """The (color, shape) pairs that a caption names, each as often as it says."""
     said, pairs, number = text.replace(",", "").split(), Counter(), 1
     for i, word in enumerate(said):
-        number = words.NUMBERS.index(word) if word in words.NUMBERS else 1 if word in ("a", "an", "the") else number
+        number = (
+            words.NUMBERS.index(word)
+            if word in words.NUMBERS
+            else 1
+            if word in ("a", "an", "the")
+            else number
+        )
         if SAID.get(word, ("",))[0] == "shape":
-            near = [said[i - 1], *(said[i + 2:i + 3] if said[i + 1:i + 2] == ["in"] else [])]
+            near = [said[i - 1], *(said[i + 2 : i + 3] if said[i + 1 : i + 2] == ["in"] else [])]
             for color in (SAID[w][1] for w in near if SAID.get(w, ("",))[0] == "color"):
                 pairs[color, SAID[word][1]] += number
     return pairs
@@ -240,7 +348,9 @@ def test_captions_are_true_unless_flagged(scenes):
                 assert not said, entry
         assert split == "train" or not any(entry["noise"] for entry in scene["captions"])
     _, pairs, *_ = captions.annotations(scenes, 0)
-    assert [p["caption"] for p in pairs] == [c["caption"] for s in scenes["train"] for c in s["captions"] if not c["noise"]]
+    assert [p["caption"] for p in pairs] == [
+        c["caption"] for s in scenes["train"] for c in s["captions"] if not c["noise"]
+    ]
 
 
 def test_optional_facts_are_true(scenes):
@@ -248,22 +358,35 @@ def test_optional_facts_are_true(scenes):
     for scene in (s for s in scenes["train"] if len(s["objects"]) == 1):
         text, (obj,) = captions.caption(rng, scene, detail=9), scene["objects"]
         *_, ground = re.split(" on | against | with ", text)
-        assert any(word in ground.split() for word in words.WORDS.get(scene["background"], [scene["background"]]))
+        assert any(
+            word in ground.split()
+            for word in words.WORDS.get(scene["background"], [scene["background"]])
+        )
         assert any(place in text for place in words.WORDS[obj["position"]])
-        assert all(any(SAID.get(word) == (key, obj[key]) for word in text.split()) for key in ("size", "fill"))
+        assert all(
+            any(SAID.get(word) == (key, obj[key]) for word in text.split())
+            for key in ("size", "fill")
+        )
 
 
 def test_noise_share(scenes):
     rng, scene = random.Random(0), scenes["train"][0]
     kinds = Counter(
-        c["noise"] for _ in range(300) for c in captions.write_captions(rng, scene, "train", 4, 0.3, scenes["train"])
+        c["noise"]
+        for _ in range(300)
+        for c in captions.write_captions(rng, scene, "train", 4, 0.3, scenes["train"])
     )
-    assert 0.25 < 1 - kinds[None] / 1200 < 0.37 and all(kinds[kind] > 40 for kind in captions.NOISE_KINDS)
-    assert {c["noise"] for c in captions.write_captions(rng, scene, "train", 20, 0, [scene])} == {None}
+    assert 0.25 < 1 - kinds[None] / 1200 < 0.37 and all(
+        kinds[kind] > 40 for kind in captions.NOISE_KINDS
+    )
+    assert {c["noise"] for c in captions.write_captions(rng, scene, "train", 20, 0, [scene])} == {
+        None
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the other tasks: what is true is found anew from the sentence and the scene, not with the generator's functions
+# --------------------------------------------------------------------------------------------------
+# the other tasks: what is true is found anew from the sentence and the scene, not with the
+# generator's functions
 
 
 def fitting(objects, text):
@@ -275,10 +398,14 @@ def fitting(objects, text):
 
 def true_answer(question, objects):
     """The answer to a question, after checking that it makes sense."""
-    a, b = (re.fullmatch(pattern, question) for pattern in (
-        r"(?:is there|can you see|how many) (.+?)(?: are there| do you see)?\?",
-        r"(?:what (?:color|shape) (?:is|are) the|is the|are there more|are the) (.+?)(?:(?: big or small"
-        r"|(?: bigger)? than (?:the )?(.+?)| and the (.+?) the same \w+))?\?"))
+    a, b = (
+        re.fullmatch(pattern, question)
+        for pattern in (
+            r"(?:is there|can you see|how many) (.+?)(?: are there| do you see)?\?",
+            r"(?:what (?:color|shape) (?:is|are) the|is the|are there more|are the) (.+?)(?:(?: big or small"
+            r"|(?: bigger)? than (?:the )?(.+?)| and the (.+?) the same \w+))?\?",
+        )
+    )
     if a:
         count = len(fitting(objects, a[1]))
         return str(count) if question.startswith("how many") else "yes" if count else "no"
@@ -302,7 +429,10 @@ def true_answer(question, objects):
 
 
 def test_answers_are_true_and_balanced(many):
-    forms = {word: Counter() for word in ("how", "what color", "what shape", "big or", "more", "same", "bigger", "a")}
+    forms = {
+        word: Counter()
+        for word in ("how", "what color", "what shape", "big or", "more", "same", "bigger", "a")
+    }
     for i, scene in enumerate(many):
         questions = vqa.ask(random.Random(f"{i} ask"), scene, 3)
         assert len(questions) == 3
@@ -313,7 +443,11 @@ def test_answers_are_true_and_balanced(many):
         assert set(forms[form]) == {"yes", "no"}
         assert abs(forms[form]["yes"] - forms[form]["no"]) < 3.5 * forms[form].total() ** 0.5
     numbers = forms["how"]
-    assert 0 < numbers["0"] < 0.15 * numbers.total() and numbers["1"] < 0.65 * numbers.total() and len(numbers) > 4
+    assert (
+        0 < numbers["0"] < 0.15 * numbers.total()
+        and numbers["1"] < 0.65 * numbers.total()
+        and len(numbers) > 4
+    )
     kinds = [forms[form].total() for form in ("how", "what color", "what shape", "big or", "a")]
     kinds.append(sum(forms[form].total() for form in ("more", "same", "bigger")))
     assert min(kinds) > 0.75 * max(kinds)
@@ -326,8 +460,15 @@ def test_annotators_agree_mostly_and_the_answer_list_has_what_they_say(scenes):
             answers = Counter(vqa.annotate(rng, answer))
             assert answers.total() == 10 and 6 <= answers[answer] <= 10
             said.setdefault(answer, Counter()).update(answers)
-    assert set(said["cyan"]) == {"cyan", "turquoise", "blue", "green"} and set(said["0"]) == {"0", "1"}
-    assert {"large"} < set(said["big"]) and {"disc"} < set(said["circle"]) and {"little", "tiny"} < set(said["small"])
+    assert set(said["cyan"]) == {"cyan", "turquoise", "blue", "green"} and set(said["0"]) == {
+        "0",
+        "1",
+    }
+    assert (
+        {"large"} < set(said["big"])
+        and {"disc"} < set(said["circle"])
+        and {"little", "tiny"} < set(said["small"])
+    )
     *files, known = vqa.annotations(scenes, 0)
     assert len(known) == len(set(known)) and set(vqa.MISTAKEN) <= set(known)
     assert {answer for entry in files[0] for answer in entry["answer"]} <= set(known)
@@ -335,7 +476,7 @@ def test_annotators_agree_mostly_and_the_answer_list_has_what_they_say(scenes):
     assert len(ids) == len(set(ids))
     kinds = {"yes": "yes/no", "no": "yes/no"} | dict.fromkeys("012345", "number")
     for entry in (entry for entries in files for entry in entries):
-        (answer, _), = Counter(entry["answer"]).most_common(1)
+        ((answer, _),) = Counter(entry["answer"]).most_common(1)
         assert entry["answer_type"] == kinds.get(answer, "other")
 
 
@@ -345,47 +486,71 @@ def true_label(entry, scene):
     if "_covered" in entry["image"]:
         vertical, horizontal = scene["covered"].split()
         half = scene["image_size"] / 2
-        objects = [o for o in objects if ((o["box"][0] + o["box"][2] / 2 < half) != (horizontal == "left"))
-                   or ((o["box"][1] + o["box"][3] / 2 < half) != (vertical == "top"))]
+        objects = [
+            o
+            for o in objects
+            if ((o["box"][0] + o["box"][2] / 2 < half) != (horizontal == "left"))
+            or ((o["box"][1] + o["box"][3] / 2 < half) != (vertical == "top"))
+        ]
         if not fitting(objects, entry["sentence"]):
             return "neutral"
-    return "contradiction" if bool(fitting(objects, entry["sentence"])) == negative else "entailment"
+    return (
+        "contradiction" if bool(fitting(objects, entry["sentence"])) == negative else "entailment"
+    )
 
 
 def test_entailment(scenes):
     for split, entries in zip(SPLITS, ve.annotations(scenes, 0)):
         counts = Counter()
         for i, entry in enumerate(entries):
-            assert entry["label"] == true_label(entry, scenes[split][i // 2]), (entry, scenes[split][i // 2])
+            assert entry["label"] == true_label(entry, scenes[split][i // 2]), (
+                entry,
+                scenes[split][i // 2],
+            )
             counts[entry["label"], " no " in f" {entry['sentence']}"] += 1
         assert len(counts) == 6 and max(counts.values()) - min(counts.values()) <= 3
-        assert Counter("_covered" in e["image"] for e in entries)[True] == pytest.approx(len(entries) / 2, abs=6)
+        assert Counter("_covered" in e["image"] for e in entries)[True] == pytest.approx(
+            len(entries) / 2, abs=6
+        )
 
 
 def test_curtains_hide_a_quadrant_and_nothing_else(scenes):
     assert not set(CURTAIN) & {*COLORS.values(), *BACKGROUNDS.values()}
     for scene in [s for s in scenes["train"] if s["covered"]][:12]:
-        plain, covered = (np.asarray(render(scene, cover), dtype=int) for cover in (None, scene["covered"]))
+        plain, covered = (
+            np.asarray(render(scene, cover), dtype=int) for cover in (None, scene["covered"])
+        )
         x, y = (32 * half for half in QUADRANTS[scene["covered"]])
-        colors = covered[y:y + 32, x:x + 32]
+        colors = covered[y : y + 32, x : x + 32]
         assert (np.minimum(*CURTAIN) <= colors).all() and (colors <= np.maximum(*CURTAIN)).all()
-        covered[y:y + 32, x:x + 32] = plain[y:y + 32, x:x + 32]
+        covered[y : y + 32, x : x + 32] = plain[y : y + 32, x : x + 32]
         assert (covered == plain).all()
 
 
 def is_true(sentence, left, right):
     """Whether a statement holds for the objects of two images."""
-    two = re.fullmatch(r"(?:one image has|there is) (.+?)(?: in one image)? and (?:the other one has )?(.+?)"
-                       r"(?: in the other one)?", sentence)
+    two = re.fullmatch(
+        r"(?:one image has|there is) (.+?)(?: in one image)? and (?:the other one has )?(.+?)"
+        r"(?: in the other one)?",
+        sentence,
+    )
     if two:
-        return any(fitting(x, two[1]) and fitting(y, two[2]) for x, y in ((left, right), (right, left)))
+        return any(
+            fitting(x, two[1]) and fitting(y, two[2]) for x, y in ((left, right), (right, left))
+        )
     counts = [len(fitting(objects, sentence + " object")) for objects in (left, right)]
-    number = re.search(r"(?:has|have|are|is|exactly|least) (one|two|three|four|five) (?!of)", sentence)
+    number = re.search(
+        r"(?:has|have|are|is|exactly|least) (one|two|three|four|five) (?!of)", sentence
+    )
     number = number and words.NUMBERS.index(number[1])
     if "total" in sentence:
         return sum(counts) == number
     if "more" in sentence:
-        return counts[0] > counts[1] if sentence.index("left") < sentence.index("right") else counts[1] > counts[0]
+        return (
+            counts[0] > counts[1]
+            if sentence.index("left") < sentence.index("right")
+            else counts[1] > counts[0]
+        )
     if "at least" in sentence:
         return min(counts) >= number
     if "either" in sentence:  # or neither
@@ -409,20 +574,31 @@ def test_statements_are_true_as_labeled_and_tell_nothing_alone(scenes):
         objects, labels = {scene["image"]: scene["objects"] for scene in scenes[split]}, {}
         for entry in entries:
             left, right = entry["images"]
-            assert left != right and str(is_true(entry["sentence"], objects[left], objects[right])) == entry["label"], entry
+            assert (
+                left != right
+                and str(is_true(entry["sentence"], objects[left], objects[right])) == entry["label"]
+            ), entry
             labels.setdefault(entry["sentence"], Counter())[entry["label"]] += 1
         assert all(counts["True"] == counts["False"] for counts in labels.values())
         sentences += [entry["sentence"] for entry in entries]
-    assert 0.25 < np.mean([bool(re.search("total|more|least|exactly (?!one of)", s)) for s in sentences]) < 0.35
+    assert (
+        0.25
+        < np.mean([bool(re.search("total|more|least|exactly (?!one of)", s)) for s in sentences])
+        < 0.35
+    )
     alike = [scenes["val"][0]] * 2
     assert nlvr.state(random.Random(0), alike, nlvr.index_scenes(alike)) is None
 
 
 def test_references_fit_one_object_and_name_no_place(scenes):
     train, test, refs, instances, detections = grounding.annotations(scenes, 0)
-    images, boxes = ({entry["id"]: entry for entry in instances[key]} for key in ("images", "annotations"))
+    images, boxes = (
+        {entry["id"]: entry for entry in instances[key]} for key in ("images", "annotations")
+    )
     by_path = {scene["image"]: (split, scene) for split in SPLITS for scene in scenes[split]}
-    places = {word for place in (*POSITIONS, "above below over under next") for word in place.split()}
+    places = {
+        word for place in (*POSITIONS, "above below over under next") for word in place.split()
+    }
     expressions = {"train": [], "test": []}
     for ref in refs:
         image, box = images[ref["image_id"]], boxes[ref["ann_id"]]
@@ -433,13 +609,16 @@ def test_references_fit_one_object_and_name_no_place(scenes):
             (target,) = fitting(scene["objects"], sentence["sent"] + " object")
             assert target["box"] == box["bbox"]
             expressions["train" if split == "train" else "test"].append(
-                {"image": ref["file_name"], "text": sentence["sent"], "ref_id": ref["ref_id"]})
+                {"image": ref["file_name"], "text": sentence["sent"], "ref_id": ref["ref_id"]}
+            )
         curved = "testA" if target["shape"] in ("circle", "heart", "moon") else "testB"
         assert ref["split"] == (curved if split == "test" else split)
     assert (train, test) == (expressions["train"], expressions["test"])
     targets = {ref["ref_id"]: boxes[ref["ann_id"]]["bbox"] for ref in refs}
     chance = chance_grounding({ref["ref_id"]: ref for ref in refs}, targets, detections)
-    assert set(chance) == {"val_d", "testA_d", "testB_d"} and all(0.14 < share < 0.25 for share in chance.values())
+    assert set(chance) == {"val_d", "testA_d", "testB_d"} and all(
+        0.14 < share < 0.25 for share in chance.values()
+    )
     twin = scenes["train"][0]["objects"][0]
     assert grounding.refer(random.Random(0), [twin, dict(twin)], twin) == []
 
@@ -454,10 +633,13 @@ def test_every_object_is_detected_once(image_size):
             (hit,) = [box for box in found if box_iou(box[:4], obj["box"]) >= 0.5]
             assert box_iou(hit[:4], obj["box"]) > 0.7
         assert 3 <= len(found) - len(scene["objects"]) <= 4
-        assert all(min(box) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= image_size + 0.02 for box in found)
+        assert all(
+            min(box) >= 0 and max(box[0] + box[2], box[1] + box[3]) <= image_size + 0.02
+            for box in found
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attributes
 
 
@@ -471,8 +653,17 @@ def test_a_box_shows_the_attributes_that_it_is_labeled_with(shapes):
         x, y, w, h = box["bbox"]
         with Image.open(shapes / files[box["image_id"]]) as image:
             pixels = np.asarray(image.crop((x, y, x + w, y + h)), dtype=int)
-        said = {kind: value.split("/")[0] for (kind, value), label in zip(names, box["att_vec"]) if label == 1}
-        own = {kind: sum(label == 1 for (other, _), label in zip(names, box["att_vec"]) if other == kind) for kind, _ in names}
+        said = {
+            kind: value.split("/")[0]
+            for (kind, value), label in zip(names, box["att_vec"])
+            if label == 1
+        }
+        own = {
+            kind: sum(
+                label == 1 for (other, _), label in zip(names, box["att_vec"]) if other == kind
+            )
+            for kind, _ in names
+        }
         assert max(own.values()) == 1
         background = BACKGROUNDS.get(said.get("background"), np.median(pixels, axis=(0, 1)))
         drawn = np.abs(pixels - background).max(axis=2) > 60
@@ -481,22 +672,26 @@ def test_a_box_shows_the_attributes_that_it_is_labeled_with(shapes):
         if "color" in said and said.get("pattern") == "solid":
             assert min(np.abs(pixels[drawn] - COLORS[said["color"]]).max(axis=1)) < 60
         if "size" in said:
-            assert (max(np.ptp(rows), np.ptp(columns)) + 1 > 0.75 * w / 4) == (said["size"] == "big")
+            assert (max(np.ptp(rows), np.ptp(columns)) + 1 > 0.75 * w / 4) == (
+                said["size"] == "big"
+            )
         if "left" in said.get("position", ""):
             assert columns.mean() < w / 2
         if "bottom" in said.get("position", ""):
             assert rows.mean() > h / 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # relevance
 
 
 def test_an_ad_is_relevant_if_its_picture_or_its_title_has_what_is_asked_for_but_never_both(scenes):
     def spoken(text):
         """The objects named in a text, as facts."""
-        return [dict(SAID[word] for word in phrase.split() if word in SAID)
-                for phrase in re.split(" on | against | with a ", text)[:1]]
+        return [
+            dict(SAID[word] for word in phrase.split() if word in SAID)
+            for phrase in re.split(" on | against | with a ", text)[:1]
+        ]
 
     def has(objects, facts):
         return any(facts.items() <= obj.items() for obj in objects)
@@ -506,20 +701,30 @@ def test_an_ad_is_relevant_if_its_picture_or_its_title_has_what_is_asked_for_but
     for entry in entries:
         (facts,) = spoken(entry["query"])
         shown, named = has(by_image[entry["image"]], facts), has(spoken(entry["text"]), facts)
-        assert facts and (shown, named) == (entry["reason"] == "image", entry["reason"] == "text"), entry
+        assert facts and (shown, named) == (
+            entry["reason"] == "image",
+            entry["reason"] == "text",
+        ), entry
         assert entry["label"] == int(shown or named)
         reasons[entry["reason"]] += 1
-    assert 0.17 < reasons["image"] / len(entries) < 0.33 and 0.17 < reasons["text"] / len(entries) < 0.33
+    assert (
+        0.17 < reasons["image"] / len(entries) < 0.33
+        and 0.17 < reasons["text"] / len(entries) < 0.33
+    )
 
 
 def test_words_alone_tell_no_more_relevant_ads_than_those_that_say_it(scenes):
-    """Among ads whose title does not have it, words that occur in relevant ones occur as often in irrelevant ones."""
+    """Among ads whose title does not have it, words that occur in relevant ones occur as often in
+    irrelevant ones.
+    """
     counts = {0: Counter(), 1: Counter()}
     for seed in range(20):
         for entry in relevance.annotations(scenes, seed)[0]:
             if entry["reason"] != "text":
                 query, title = entry["query"].split(), entry["text"].split()
-                counts[entry["label"]].update(["ads", *title, *{"same " * (word in title) for word in query}])
+                counts[entry["label"]].update(
+                    ["ads", *title, *{"same " * (word in title) for word in query}]
+                )
     for word, count in counts[0].items():
         if count > 1000:
             ratio = counts[1][word] / counts[1]["ads"] / (count / counts[0]["ads"])

@@ -1,4 +1,6 @@
-"""WebDataset shards: their names, samples, index and order, training on them, and making them from JSON lists."""
+"""WebDataset shards: their names, samples, index and order, training on them, and making them from
+JSON lists.
+"""
 
 import io
 import itertools
@@ -14,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import exit_status, refusal
 from PIL import Image
 
-from conftest import exit_status, refusal
 from dataset import build_dataset, shards, to_shards
 from dataset.annotations import Entries
 from dataset.batches import EpochBatches, TrainBatches
@@ -51,12 +53,15 @@ def write_shard(path, numbers):
     """A shard as img2dataset writes it, with an image and a caption for each number."""
     members = []
     for number in numbers:
-        members += [(f"{number:09d}.jpg", picture(number)), (f"{number:09d}.txt", f"caption {number}".encode()),
-                    (f"{number:09d}.json", json.dumps({"caption": f"caption {number}"}).encode())]
+        members += [
+            (f"{number:09d}.jpg", picture(number)),
+            (f"{number:09d}.txt", f"caption {number}".encode()),
+            (f"{number:09d}.json", json.dumps({"caption": f"caption {number}"}).encode()),
+        ]
     return write_tar(path, members)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # names
 
 
@@ -66,11 +71,23 @@ def test_names_expand_to_lists_and_shards(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for number in range(3):
             (tmp_path / folder / f"{number:05d}.tar").touch()
-    assert expand(["x.json", "a/00001.tar", "odd {not braces.json"]) == (["x.json", "odd {not braces.json"], ["a/00001.tar"])
-    assert expand(["{a,b}/{00001..00002}.tar"])[1] == ["a/00001.tar", "a/00002.tar", "b/00001.tar", "b/00002.tar"]
+    assert expand(["x.json", "a/00001.tar", "odd {not braces.json"]) == (
+        ["x.json", "odd {not braces.json"],
+        ["a/00001.tar"],
+    )
+    assert expand(["{a,b}/{00001..00002}.tar"])[1] == [
+        "a/00001.tar",
+        "a/00002.tar",
+        "b/00001.tar",
+        "b/00002.tar",
+    ]
     assert expand(["a/*.tar", "odd [x]/0000{0,2}.tar"])[1] == [
-        "a/00000.tar", "a/00001.tar", "a/00002.tar", "odd [x]/00000.tar", "odd [x]/00002.tar",
-    ]  # fmt: skip
+        "a/00000.tar",
+        "a/00001.tar",
+        "a/00002.tar",
+        "odd [x]/00000.tar",
+        "odd [x]/00002.tar",
+    ]
     assert expand([tmp_path / "b" / "0000?.tar"])[1][2] == str(tmp_path / "b/00002.tar")
 
 
@@ -79,19 +96,32 @@ def test_names_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     (tmp_path / "00001.tar").touch()
     os.symlink("00001.tar", tmp_path / "alias.tar")
     message = refusal(expand, ["{00000..00003}.tar"])
-    assert "shard 00000.tar does not exist (3 of the 4" in message and "{00000..00003}.tar" in message
+    assert (
+        "shard 00000.tar does not exist (3 of the 4" in message and "{00000..00003}.tar" in message
+    )
     assert "x*.tar does not exist" in refusal(expand, ["x*.tar"])
     assert "none/0*.tar does not exist (1 of the 2" in refusal(expand, ["{.,none}/0*.tar"])
     assert "{00000..3.tar has a brace without its other one" in refusal(expand, ["{00000..3.tar"])
     assert "00001.tar is named twice;" in refusal(expand, ["00001.tar", "x.json", "00001.tar"])
-    assert f"{tmp_path}/00001.tar is named twice (as 00001.tar)" in refusal(expand, ["00001.tar", tmp_path / "00001.tar"])
+    assert f"{tmp_path}/00001.tar is named twice (as 00001.tar)" in refusal(
+        expand, ["00001.tar", tmp_path / "00001.tar"]
+    )
     assert "alias.tar is named twice" in refusal(expand, ["*.tar"])
-    for url in ("https://host/{0..9}.tar", "s3://bucket/x.tar", "pipe:cat x.tar", "HTTP://host/list.json"):
+    for url in (
+        "https://host/{0..9}.tar",
+        "s3://bucket/x.tar",
+        "pipe:cat x.tar",
+        "HTTP://host/list.json",
+    ):
         message = refusal(expand, ["00001.tar", url])
-        assert message.startswith(f"train_file: {url} ") and "mount" in message and "download" in message
+        assert (
+            message.startswith(f"train_file: {url} ")
+            and "mount" in message
+            and "download" in message
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # samples
 
 
@@ -103,21 +133,44 @@ def special(name, kind, target=""):
 
 
 def test_samples_are_runs_of_members_of_one_name(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [
-        special("part.1", tarfile.DIRTYPE), ("__meta__.json", b"left out"), ("__index__/0.txt", b"left out"),
-        ("part.1/a.jpg", b"1"), ("part.1/a.seg.PNG", b"2"), special("part.1/b.dir", tarfile.DIRTYPE),
-        ("no_suffix", b""), ("part.1/a.TXT", b"3"), ("part.1/b.jpg", b"4"), special("part.1/b.txt", tarfile.SYMTYPE, "a.TXT"),
-        ("part.1/.b.jpg", b"-"), ("part.1/b.npy", b"big"), ("b.jpg", b"5"), ("b.jpg", b"6"), ("b.txt", b"7"),
-        ("ü" * 80 + "/猫.jpg", b"8"), ("b.jpg", b"9"),
-    ])  # fmt: skip
+    path = write_tar(
+        tmp_path / "x.tar",
+        [
+            special("part.1", tarfile.DIRTYPE),
+            ("__meta__.json", b"left out"),
+            ("__index__/0.txt", b"left out"),
+            ("part.1/a.jpg", b"1"),
+            ("part.1/a.seg.PNG", b"2"),
+            special("part.1/b.dir", tarfile.DIRTYPE),
+            ("no_suffix", b""),
+            ("part.1/a.TXT", b"3"),
+            ("part.1/b.jpg", b"4"),
+            special("part.1/b.txt", tarfile.SYMTYPE, "a.TXT"),
+            ("part.1/.b.jpg", b"-"),
+            ("part.1/b.npy", b"big"),
+            ("b.jpg", b"5"),
+            ("b.jpg", b"6"),
+            ("b.txt", b"7"),
+            ("ü" * 80 + "/猫.jpg", b"8"),
+            ("b.jpg", b"9"),
+        ],
+    )
     other = write_shard(tmp_path / "y.tar", range(2))
     samples = Shards([path, other])
     assert samples.counts == [5, 2]
     assert [samples[i] for i in range(6)] == [
-        {"__key__": "part.1/a", "jpg": b"1", "seg.png": b"", "txt": b"3"}, {"__key__": "part.1/b", "jpg": b"4", "npy": b""},
-        {"__key__": "b", "jpg": b"5", "txt": b"7"}, {"__key__": "ü" * 80 + "/猫", "jpg": b"8"}, {"__key__": "b", "jpg": b"9"},
-        {"__key__": "000000000", "jpg": picture(0), "txt": b"caption 0", "json": b'{"caption": "caption 0"}'},
-    ]  # fmt: skip
+        {"__key__": "part.1/a", "jpg": b"1", "seg.png": b"", "txt": b"3"},
+        {"__key__": "part.1/b", "jpg": b"4", "npy": b""},
+        {"__key__": "b", "jpg": b"5", "txt": b"7"},
+        {"__key__": "ü" * 80 + "/猫", "jpg": b"8"},
+        {"__key__": "b", "jpg": b"9"},
+        {
+            "__key__": "000000000",
+            "jpg": picture(0),
+            "txt": b"caption 0",
+            "json": b'{"caption": "caption 0"}',
+        },
+    ]
     for outside in -1, 7:
         with pytest.raises(IndexError):
             samples[outside]
@@ -128,22 +181,31 @@ def test_images_and_captions_of_samples():
         return image_and_captions({"__key__": "k", **sample}, "x.tar: sample k")
 
     for suffix in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"):
-        assert of(**{suffix: b"image", "txt": b"a", "json": b'{"caption": "b"}'}) == (b"image", ["a"])
+        assert of(**{suffix: b"image", "txt": b"a", "json": b'{"caption": "b"}'}) == (
+            b"image",
+            ["a"],
+        )
     assert of(jpg=b"", txt="cafe\u0301 ".encode() + b"\xff")[1] == ["cafe\u0301 \ufffd"]
     assert of(jpg=b"", json=b'{"caption": ["a", "b"], "width": 3}')[1] == ["a", "b"]
     for sample, reason in [
-        ({"txt": b"a"}, "no image (.jpg, .jpeg"), ({"npy": b"", "txt": b""}, "only .npy, .txt"), ({"jpg": b""}, "no caption"),
-        ({"jpg": b"", "json": b'{"caption": '}, "its .json is not valid"), ({"jpg": b"", "json": b"\xff\xfe\xfd"}, "not valid"),
-        ({"jpg": b"", "json": b"[" * 100000}, "not valid"), ({"jpg": b"", "json": b'["caption"]'}, "its .json is None"),
-        *(({"jpg": b"", "json": b'{"caption": %s}' % value}, "'caption' in its .json is")
-          for value in (b"null", b"3", b"[]", b'["a", null]', b'{"en": "a"}')),
-    ]:  # fmt: skip
+        ({"txt": b"a"}, "no image (.jpg, .jpeg"),
+        ({"npy": b"", "txt": b""}, "only .npy, .txt"),
+        ({"jpg": b""}, "no caption"),
+        ({"jpg": b"", "json": b'{"caption": '}, "its .json is not valid"),
+        ({"jpg": b"", "json": b"\xff\xfe\xfd"}, "not valid"),
+        ({"jpg": b"", "json": b"[" * 100000}, "not valid"),
+        ({"jpg": b"", "json": b'["caption"]'}, "its .json is None"),
+        *(
+            ({"jpg": b"", "json": b'{"caption": %s}' % value}, "'caption' in its .json is")
+            for value in (b"null", b"3", b"[]", b'["a", null]', b'{"en": "a"}')
+        ),
+    ]:
         with pytest.raises(InputError) as caught:
             of(**sample)
         assert str(caught.value).startswith("x.tar: sample k: ") and reason in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # index
 
 
@@ -169,13 +231,22 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path, monkeypatch):
 
 def test_a_damaged_index_is_made_again(tmp_path):
     path = write_shard(tmp_path / "x.tar", range(2))
-    for damage in (None, lambda content: b"", lambda content: content[:-9], lambda content: b"\xff" + content,
-                   lambda content: bytes(len(content)), lambda content: content[:-4] + b"\1" + content[-3:]):  # fmt: skip
+    for damage in (
+        None,
+        lambda content: b"",
+        lambda content: content[:-9],
+        lambda content: b"\xff" + content,
+        lambda content: bytes(len(content)),
+        lambda content: content[:-4] + b"\1" + content[-3:],
+    ):
         if damage:
             (kept,) = Path(os.environ["ALBEF_CACHE"]).glob("shard-*")
             kept.write_bytes(damage(kept.read_bytes()))
         samples = Shards([path])
-        assert samples.counts == [2] and [samples[i]["txt"] for i in range(2)] == [b"caption 0", b"caption 1"]
+        assert samples.counts == [2] and [samples[i]["txt"] for i in range(2)] == [
+            b"caption 0",
+            b"caption 1",
+        ]
 
 
 begun = multiprocessing.get_context("fork").Semaphore(0)
@@ -198,21 +269,33 @@ def test_a_run_killed_while_it_scans_keeps_no_other_waiting(tmp_path, monkeypatc
     assert counts(paths) == [2, 2]
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: content[: 4 * 512 + 100],  # within a member's data
-    lambda content: content[: 3 * 512],  # after a whole member
-    lambda content: content[: 3 * 512 + 100],  # within a header
-    lambda content: content[: 3 * 512] + b"?" * 512 + content[4 * 512 :],  # a header that is none
-    lambda content: b"", lambda content: b"no tar file at all " * 100, lambda content: b"\x1f\x8b" + content,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: 4 * 512 + 100],  # within a member's data
+        lambda content: content[: 3 * 512],  # after a whole member
+        lambda content: content[: 3 * 512 + 100],  # within a header
+        lambda content: (
+            content[: 3 * 512] + b"?" * 512 + content[4 * 512 :]
+        ),  # a header that is none
+        lambda content: b"",
+        lambda content: b"no tar file at all " * 100,
+        lambda content: b"\x1f\x8b" + content,
+    ],
+)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage, processes):
     good = write_tar(tmp_path / "good.tar", [("a.jpg", b"1" * 600)])
-    bad = write_tar(tmp_path / "bad.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)], tarfile.USTAR_FORMAT)
+    bad = write_tar(
+        tmp_path / "bad.tar", [("a.jpg", b"1" * 600), ("b.jpg", b"2" * 600)], tarfile.USTAR_FORMAT
+    )
     content = (tmp_path / "bad.tar").read_bytes()
     (tmp_path / "bad.tar").write_bytes(damage(content))
     message = refusal(Shards, [good, bad], processes)
-    assert message.startswith(f"{bad}: not a complete tar file") and "copy or download this shard again" in message
+    assert (
+        message.startswith(f"{bad}: not a complete tar file")
+        and "copy or download this shard again" in message
+    )
 
 
 def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
@@ -226,7 +309,10 @@ def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
         for position in rng.integers(0, len(content) * 2 // 3, 3):
             damaged[position] = rng.integers(256)
         (tmp_path / "x.tar").write_bytes(damaged)
-        for function, arguments in [(shards._scan, ((path, tmp_path / "index"),)), *((read_sample, (place,)) for place in places)]:
+        for function, arguments in [
+            (shards._scan, ((path, tmp_path / "index"),)),
+            *((read_sample, (place,)) for place in places),
+        ]:
             try:
                 function(*arguments)
             except (InputError, TrainingStopped) as error:
@@ -245,16 +331,27 @@ def pair(name, number, suffix="txt"):
     return [(f"{name}.jpg", picture(number)), (f"{name}.{suffix}", f"caption {number}".encode())]
 
 
-@pytest.mark.parametrize("names", [["22.00", "22.01", "22.02"], ["a.b/www.site.org_0", "www.site.org_1"]])
-def test_names_with_dots_are_cut_at_the_last_one_where_only_that_gives_images(tmp_path, monkeypatch, names):
-    members = [("__meta__.v1.json", b"{}"), *itertools.chain.from_iterable(map(pair, names, itertools.count()))]
-    paths = [write_tar(tmp_path / "dots.tar", members), write_shard(tmp_path / "plain.tar", range(2))]
+@pytest.mark.parametrize(
+    "names", [["22.00", "22.01", "22.02"], ["a.b/www.site.org_0", "www.site.org_1"]]
+)
+def test_names_with_dots_are_cut_at_the_last_one_where_only_that_gives_images(
+    tmp_path, monkeypatch, names
+):
+    members = [
+        ("__meta__.v1.json", b"{}"),
+        *itertools.chain.from_iterable(map(pair, names, itertools.count())),
+    ]
+    paths = [
+        write_tar(tmp_path / "dots.tar", members),
+        write_shard(tmp_path / "plain.tar", range(2)),
+    ]
     for _ in range(2):  # the second time from the cache
         samples = Shards(paths)
         assert samples.counts == [len(names), 2]
         assert [samples[i] for i in range(len(names))] == [
-            {"__key__": name, "jpg": picture(i), "txt": f"caption {i}".encode()} for i, name in enumerate(names)
-        ]  # fmt: skip
+            {"__key__": name, "jpg": picture(i), "txt": f"caption {i}".encode()}
+            for i, name in enumerate(names)
+        ]
         assert samples[len(names) + 1]["__key__"] == "000000001"
         monkeypatch.setattr(shards, "_scan", None)
 
@@ -264,25 +361,41 @@ def test_a_shard_of_which_either_dot_loses_samples_is_refused(tmp_path):
     for number, members in enumerate([plain + dots, dots + plain]):
         path = write_tar(tmp_path / f"{number}.tar", members)
         message = refusal(Shards, [path])
-        assert message.startswith(f"{path}: ") and "www.site.org_000001.jpg" in message and len(message) < 400
+        assert (
+            message.startswith(f"{path}: ")
+            and "www.site.org_000001.jpg" in message
+            and len(message) < 400
+        )
 
 
-@pytest.mark.parametrize("members, keys", [
-    ([*pair("a", 0), ("a.seg.png", b"1"), ("b.seg.png", b"2"), ("b.txt", b"3")], ["a", "b"]),  # b without its image
-    ([("a.image.jpg", b"1"), ("a.caption.txt", b"2")], ["a"]),  # no cut gives a pair
-    ([*pair("a", 0), ("a.crop.jpg", b"1"), ("a.crop.json", b"2")], ["a"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "members, keys",
+    [
+        # b without its image
+        ([*pair("a", 0), ("a.seg.png", b"1"), ("b.seg.png", b"2"), ("b.txt", b"3")], ["a", "b"]),
+        ([("a.image.jpg", b"1"), ("a.caption.txt", b"2")], ["a"]),  # no cut gives a pair
+        ([*pair("a", 0), ("a.crop.jpg", b"1"), ("a.crop.json", b"2")], ["a"]),
+    ],
+)
 def test_names_are_otherwise_cut_at_the_first_dot(tmp_path, members, keys):
     samples = Shards([write_tar(tmp_path / "x.tar", members)])
     assert [samples[i]["__key__"] for i in range(len(samples))] == keys
 
 
 def test_files_in_no_sample_are_counted_and_many_suffixes_are_not_named(tmp_path):
-    members = [*pair("0", 0), ("README", b"1"), ("._0.jpg", b"2"), special("1.jpg", tarfile.LNKTYPE, "0.jpg"),
-               special("folder", tarfile.DIRTYPE), ("__meta__.json", b"3")]  # fmt: skip
+    members = [
+        *pair("0", 0),
+        ("README", b"1"),
+        ("._0.jpg", b"2"),
+        special("1.jpg", tarfile.LNKTYPE, "0.jpg"),
+        special("folder", tarfile.DIRTYPE),
+        ("__meta__.json", b"3"),
+    ]
     assert Shards([write_tar(tmp_path / "x.tar", members)]).others == [3]
     with pytest.raises(InputError) as caught:
-        image_and_captions({"__key__": "k"} | {f"{i}.jpg": b"" for i in range(1000)}, "x.tar: sample k")
+        image_and_captions(
+            {"__key__": "k"} | {f"{i}.jpg": b"" for i in range(1000)}, "x.tar: sample k"
+        )
     assert len(str(caught.value)) < 300 and "995" in str(caught.value)
 
 
@@ -292,13 +405,27 @@ def sparse_member(kind):
     if kind == "GNU":
         info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
         header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-        header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 512), tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+        header[386:410], header[483:495] = (
+            b"%011o\0%011o\0" % (0, 512),
+            tarfile.itn(size, 12, tarfile.GNU_FORMAT),
+        )
         header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
         return bytes(header) + b"x" * 512
-    versions = {"PAX 0.0": {"offset": "0", "numbytes": "512"}, "PAX 0.1": {"map": "0,512"}, "PAX wrong": {"map": "zero"}}
-    keys = {"size": str(size), "numblocks": "1", **versions.get(kind, {"major": "1", "minor": "0", "realsize": str(size)})}
+    versions = {
+        "PAX 0.0": {"offset": "0", "numbytes": "512"},
+        "PAX 0.1": {"map": "0,512"},
+        "PAX wrong": {"map": "zero"},
+    }
+    keys = {
+        "size": str(size),
+        "numblocks": "1",
+        **versions.get(kind, {"major": "1", "minor": "0", "realsize": str(size)}),
+    }
     data = b"1\n0\n512\n".ljust(512, b"\0") * (kind == "PAX 1.0") + b"x" * 512
-    info.size, info.pax_headers = len(data), {f"GNU.sparse.{key}": value for key, value in keys.items()}
+    info.size, info.pax_headers = (
+        len(data),
+        {f"GNU.sparse.{key}": value for key, value in keys.items()},
+    )
     return info.tobuf(tarfile.PAX_FORMAT) + data
 
 
@@ -325,14 +452,16 @@ def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
     os.remove(path)
     for problem in "No such file", "not a regular file":
         for read in samples.__getitem__, lambda index: samples.prefetch([index]):
-            with pytest.raises(TrainingStopped, match=rf"^{path}: cannot read this shard \({problem}"):
+            with pytest.raises(
+                TrainingStopped, match=rf"^{path}: cannot read this shard \({problem}"
+            ):
                 read(0)
         if not os.path.exists(path):
             os.mkfifo(path)  # open() would wait for a writer
     assert path in refusal(Shards, [path]) and path in refusal(Shards, expand([path])[1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training
 
 
@@ -343,7 +472,9 @@ TOTAL = sum(SIZES) + ENTRIES
 
 @pytest.fixture
 def make(tiny_config, tmp_path, monkeypatch):
-    """Makes the training set of uneven shards and of a list of ENTRIES, or of the parts that are named."""
+    """Makes the training set of uneven shards and of a list of ENTRIES, or of the parts that are
+    named.
+    """
     monkeypatch.setattr("dataset.caption.UNIT", 8)
     ends = itertools.accumulate(SIZES, initial=0)
     for number, (start, end) in enumerate(itertools.pairwise(ends)):
@@ -355,15 +486,26 @@ def make(tiny_config, tmp_path, monkeypatch):
     (tmp_path / "list.json").write_text(json.dumps(entries))
 
     def dataset(parts=("list.json", "*.tar"), **keys):
-        config = {**tiny_config, "train_file": [str(tmp_path / part) for part in parts], "image_root": str(tmp_path)}
-        return build_dataset("pretrain", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3)
+        config = {
+            **tiny_config,
+            "train_file": [str(tmp_path / part) for part in parts],
+            "image_root": str(tmp_path),
+        }
+        return build_dataset(
+            "pretrain", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3
+        )
 
     return dataset
 
 
 def indices(dataset, epoch, seen=0, batch_size=1, world_size=1, batches=None):
-    """The indices of an epoch, or of its first `batches` batches after some that were seen, of all processes."""
-    samplers = [EpochBatches(len(dataset), batch_size, 3, rank, world_size, dataset.order) for rank in range(world_size)]
+    """The indices of an epoch, or of its first `batches` batches after some that were seen, of all
+    processes.
+    """
+    samplers = [
+        EpochBatches(len(dataset), batch_size, 3, rank, world_size, dataset.order)
+        for rank in range(world_size)
+    ]
     for sampler in samplers:
         sampler.begin(epoch, seen)
     return [index for sampler in samplers for batch in list(sampler)[:batches] for index in batch]
@@ -380,13 +522,18 @@ def test_an_epoch_has_every_sample_once_in_an_order_of_its_own(make, parts, buff
 def test_samples_that_come_together_lie_near_each_other(make):
     order = indices(make(), 0)
     starts = itertools.accumulate(SIZES, initial=ENTRIES)
-    shard = {i: number for number, (start, end) in enumerate(itertools.pairwise(starts)) for i in range(start, end)}
+    shard = {
+        i: number
+        for number, (start, end) in enumerate(itertools.pairwise(starts))
+        for i in range(start, end)
+    }
     windows = [order[start : start + 10] for start in range(0, TOTAL, 10)]
     # the 30 samples of the largest shard fill two windows and parts of two more, or three
     of_largest = [sum(shard.get(i) == 2 for i in window) for window in windows]
     assert of_largest.count(10) >= 2 and sum(map(bool, of_largest)) <= 4
     assert all(window != sorted(window) for window in windows)
-    assert 0 < sum(i < ENTRIES for i in order[:50]) < 25  # lists and shards are mixed, and so are the entries of a list
+    # lists and shards are mixed, and so are the entries of a list
+    assert 0 < sum(i < ENTRIES for i in order[:50]) < 25
     listed = [i for i in indices(make(shuffle_buffer=1), 0) if i < ENTRIES]
     assert sum(b - a == 1 for a, b in itertools.pairwise(listed)) < ENTRIES // 2
 
@@ -405,7 +552,9 @@ def test_any_history_leaves_what_was_not_seen(make):
 
 def load(dataset, config, epoch, seen=0):
     """The batches that a process has of an epoch."""
-    batches = TrainBatches(dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu"), seed=3)
+    batches = TrainBatches(
+        dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu"), seed=3
+    )
     batches.begin(epoch, seen)
     return list(batches)
 
@@ -415,8 +564,16 @@ def test_content_depends_on_seed_epoch_and_index_alone(make, tiny_config):
     whole = load(dataset, {**tiny_config, "batch_size": 5}, 1)
     rest = load(make(), {**tiny_config, "batch_size": 5, "num_workers": 2}, 1, seen=20)
     for one, other in zip(whole[4:], rest, strict=True):
-        assert torch.equal(one.image, other.image) and torch.equal(one.text[0], other.text[0]) and one.files == other.files
-        assert one.image.dtype == torch.uint8 and one.image.shape == (5, 3, 8, 8) and (one.idx == -1).all()
+        assert (
+            torch.equal(one.image, other.image)
+            and torch.equal(one.text[0], other.text[0])
+            and one.files == other.files
+        )
+        assert (
+            one.image.dtype == torch.uint8
+            and one.image.shape == (5, 3, 8, 8)
+            and (one.idx == -1).all()
+        )
     samples = [dataset[ENTRIES + 3] for dataset.epoch in (1, 2)]
     assert samples[0].file.endswith("0.tar/000000003") and samples[0].caption == "caption 3"
     assert not torch.equal(samples[0].image, samples[1].image)
@@ -427,11 +584,17 @@ def test_data_workers_share_no_position_in_a_shard(make, tiny_config):
     dataset = make(("*.tar",), min_scale=1.0, hflip=False, randaugment=False)
     expected = {dataset[i].file: dataset[i].image for i in range(len(dataset))}
     for batch in load(dataset, {**tiny_config, "batch_size": 2, "num_workers": 2}, 0):
-        assert all(torch.equal(image, expected[file]) for image, file in zip(batch.image, batch.files))
+        assert all(
+            torch.equal(image, expected[file]) for image, file in zip(batch.image, batch.files)
+        )
 
 
 def test_samples_that_cannot_be_used_are_replaced_and_counted(make, tmp_path):
-    members = [member for i in range(9) for member in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"a caption"))]
+    members = [
+        member
+        for i in range(9)
+        for member in ((f"{i}.jpg", picture(i)), (f"{i}.txt", b"a caption"))
+    ]
     members[5] = ("2.txt", b"")
     members[9] = ("4.json", b'{"caption": null}')
     members[12] = ("6.jpg", picture(6)[:200])
@@ -440,8 +603,15 @@ def test_samples_that_cannot_be_used_are_replaced_and_counted(make, tmp_path):
     dataset = make(("broken.tar",))
     samples = [dataset[i] for i in range(9)]
     assert [bool(sample.skipped) for sample in samples] == [i in (2, 4, 6, 8) for i in range(9)]
-    assert all(sample.image.shape == (3, 8, 8) and sample.caption == "a caption" for sample in samples)
-    for i, reason in ((2, "a caption is empty"), (4, "'caption' in its .json is None"), (6, "broken image"), (8, "no image")):
+    assert all(
+        sample.image.shape == (3, 8, 8) and sample.caption == "a caption" for sample in samples
+    )
+    for i, reason in (
+        (2, "a caption is empty"),
+        (4, "'caption' in its .json is None"),
+        (6, "broken image"),
+        (8, "no image"),
+    ):
         assert samples[i].skipped[0].startswith(f"{path}: sample {i}: {reason}")
     assert dataset[4].skipped == samples[4].skipped and dataset[4].file == samples[4].file
     write_tar(path, [(f"{number}.jpg", b"broken") for number in range(5)])
@@ -457,13 +627,15 @@ def test_a_shard_that_changes_ends_the_run(make, tiny_config, tmp_path, workers)
         load(dataset, {**tiny_config, "num_workers": workers}, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # conversion
 
 
 @pytest.fixture
 def lists(tmp_path):
-    """Two lists of 23 and 4 entries, with images of several formats of which two are missing; the files are in images."""
+    """Two lists of 23 and 4 entries, with images of several formats of which two are missing; the
+    files are in images.
+    """
     entries = []
     for i in range(27):
         form, suffix = [("JPEG", ".JPG"), ("PNG", ".png"), ("BMP", ".picture"), ("JPEG", "")][i % 4]
@@ -472,7 +644,12 @@ def lists(tmp_path):
         if i not in (5, 25):
             file.write_bytes(picture(i, form))
         captions = [f"a caption {i}", "ü 猫 \n 2", ""]
-        entries.append({"image": f"folder.{i % 2}/{i}{suffix}", "caption": captions[: i % 3 + 1] if i % 3 else captions[0]})
+        entries.append(
+            {
+                "image": f"folder.{i % 2}/{i}{suffix}",
+                "caption": captions[: i % 3 + 1] if i % 3 else captions[0],
+            }
+        )
     for name, part in (("1.json", entries[:23]), ("2.json", entries[23:])):
         (tmp_path / name).write_text(json.dumps(part))
     return [str(tmp_path / "1.json"), str(tmp_path / "2.json")]
@@ -486,32 +663,56 @@ def run_to_shards(monkeypatch, capsys, *arguments):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"
+    }
 
 
 def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    status, printed = run_to_shards(monkeypatch, capsys, *lists, "--image_root", "images", "--output", "out", "--samples", 10,
-                                    "--processes", 2)
+    status, printed = run_to_shards(
+        monkeypatch,
+        capsys,
+        *lists,
+        "--image_root",
+        "images",
+        "--output",
+        "out",
+        "--samples",
+        10,
+        "--processes",
+        2,
+    )
     assert status == 0 and "2 entries were left out" in printed and "out/skipped.txt" in printed
     assert printed.endswith("train_file: ['out/{00000..00002}.tar']\n")
     samples = Shards(expand(["out/{00000..00002}.tar"])[1])
     assert samples.counts == [9, 10, 6]
     entries = Entries(lists, Pair)
-    expected = [((tmp_path / "images" / entry.image).read_bytes(), entry.texts)
-                for i, entry in enumerate(entries) if i not in (5, 25)]
+    expected = [
+        ((tmp_path / "images" / entry.image).read_bytes(), entry.texts)
+        for i, entry in enumerate(entries)
+        if i not in (5, 25)
+    ]
     found = [samples[i] for i in range(25)]
     assert [image_and_captions(sample, "") for sample in found] == expected
-    assert found[1].keys() == {"__key__", "png", "json"} and found[0].keys() == {"__key__", "jpg", "txt"}
+    assert found[1].keys() == {"__key__", "png", "json"} and found[0].keys() == {
+        "__key__",
+        "jpg",
+        "txt",
+    }
     assert found[2].keys() == {"__key__", "jpg", "json"} and found[-1]["__key__"] == "000000026"
     lines = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert len(lines) == 2 and f"{lists[0]}: entry 5 " in lines[0] and "does not exist" in lines[0]
     assert f"{lists[1]}: entry 2 " in lines[1]
-    status, printed = run_to_shards(monkeypatch, capsys, lists[1], "--image_root", "images", "--output", "one")
+    status, printed = run_to_shards(
+        monkeypatch, capsys, lists[1], "--image_root", "images", "--output", "one"
+    )
     assert status == 0 and printed.endswith("train_file: ['one/00000.tar']\n")
 
 
-def test_interrupted_conversion_continues_and_twice_is_the_same(tmp_path, lists, monkeypatch, capsys):
+def test_interrupted_conversion_continues_and_twice_is_the_same(
+    tmp_path, lists, monkeypatch, capsys
+):
     root = tmp_path / "images"
     to_shards.convert(lists, root, tmp_path / "whole", 4)
     add, added = to_shards.add_member, []
@@ -527,11 +728,16 @@ def test_interrupted_conversion_continues_and_twice_is_the_same(tmp_path, lists,
         patch.setattr(to_shards, "add_member", interrupted)
         with pytest.raises(KeyboardInterrupt):
             to_shards.convert(lists, root, out, 4, processes=1)
-    assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert sorted(path.name for path in out.glob("*.tar")) == [
+        "00000.tar",
+        "00001.tar",
+        "00002.tar",
+    ]
     (out / ".00003.tar.killed.tmp").touch()  # what a process leaves that is killed
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert to_shards.convert(lists, root, out, 4, processes=1) == (7, 2)
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())  # what is complete is not written again
+    # what is complete is not written again
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert contents(out) == contents(tmp_path / "whole")
     assert to_shards.convert(lists, root, out, 4) == (7, 2)
     assert contents(out) == contents(tmp_path / "whole")
@@ -550,7 +756,9 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
         assert "other lists" in refusal(to_shards.convert, other, root, out, 10)
     (tmp_path / "other").symlink_to(root)
     assert "other image_root" in refusal(to_shards.convert, lists, tmp_path / "other", out, 10)
-    (tmp_path / "2.json").write_text(json.dumps([{"image": "folder.0/0.JPG", "caption": "another"}]))
+    (tmp_path / "2.json").write_text(
+        json.dumps([{"image": "folder.0/0.JPG", "caption": "another"}])
+    )
     message = refusal(to_shards.convert, lists, root, out, 10)
     assert message.startswith(f"{out}/shards.json: ") and "name another --output" in message
     assert contents(out) == before
@@ -565,14 +773,24 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
     assert message.startswith(f"--image_root {tmp_path}: none of 27 images looked for exists")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
-    assert "cannot write there" in refusal(to_shards.convert, lists, tmp_path / "images", tmp_path / "file", 10)
-    status, printed = run_to_shards(monkeypatch, capsys, tmp_path / "no.json", "--output", tmp_path / "out")
-    assert status == 2 and printed.startswith(f"error: {tmp_path / 'no.json'}: cannot read") and len(printed.splitlines()) == 1
+    assert "cannot write there" in refusal(
+        to_shards.convert, lists, tmp_path / "images", tmp_path / "file", 10
+    )
+    status, printed = run_to_shards(
+        monkeypatch, capsys, tmp_path / "no.json", "--output", tmp_path / "out"
+    )
+    assert (
+        status == 2
+        and printed.startswith(f"error: {tmp_path / 'no.json'}: cannot read")
+        and len(printed.splitlines()) == 1
+    )
 
     def full(tar, name, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_shards, "add_member", full)
-    message = refusal(lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "out", 10, processes=2))
+    message = refusal(
+        lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "out", 10, processes=2)
+    )
     assert "No space left on device" in message and "run the same command again" in message
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -1,4 +1,6 @@
-"""The scripts that fine-tune, but for Retrieval.py, as a whole: training, resuming, evaluation, bad input."""
+"""The scripts that fine-tune, but for Retrieval.py, as a whole: training, resuming, evaluation, bad
+input.
+"""
 
 import functools
 import importlib
@@ -13,43 +15,70 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-
 from chaos import assert_same_run
 from conftest import contents, exit_status, log
-from evaluation.metrics import grounding_accuracy
+from helpers.launch import launch
+from test_engine import command_line, signal_at
+
 from dataset import build_dataset, file_key
 from engine.configuration import default_output_dir
+from evaluation.metrics import grounding_accuracy
 from evaluation.relevance import Swapped, evaluate, roc_auc
 from inference import load_model
 from models import build_model, task_of
 from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
 from models.vqa import VQA
-from helpers.launch import launch
-from test_engine import command_line, signal_at
 from utils import InputError, Interrupted, TrainingStopped
 
-# script: the keys of the configuration that hold its data, by file name in the folder of shapes; metrics of its log
+# script: the keys of the configuration that hold its data, by file name in the folder of shapes;
+# metrics of its log
 TASKS = {
     "VQA": (
-        {"train_file": ["vqa_train.json"], "val_file": ["vqa_val.json"], "test_file": ["vqa_test.json"],
-         "answer_list": "answer_list.json", "vqa_root": ""},
-        {"val_acc", "test_acc", "test_acc_yes/no", "test_acc_number", "test_acc_other"}),
+        {
+            "train_file": ["vqa_train.json"],
+            "val_file": ["vqa_val.json"],
+            "test_file": ["vqa_test.json"],
+            "answer_list": "answer_list.json",
+            "vqa_root": "",
+        },
+        {"val_acc", "test_acc", "test_acc_yes/no", "test_acc_number", "test_acc_other"},
+    ),
     "VE": (
-        {"train_file": ["ve_train.json"], "val_file": ["ve_val.json"], "test_file": ["ve_test.json"]},
-        {"val_acc", "test_acc"}),
+        {
+            "train_file": ["ve_train.json"],
+            "val_file": ["ve_val.json"],
+            "test_file": ["ve_test.json"],
+        },
+        {"val_acc", "test_acc"},
+    ),
     "NLVR": (
-        {"train_file": ["nlvr_train.json"], "val_file": ["nlvr_dev.json"], "test_file": ["nlvr_test.json"]},
-        {"val_acc", "test_acc"}),
+        {
+            "train_file": ["nlvr_train.json"],
+            "val_file": ["nlvr_dev.json"],
+            "test_file": ["nlvr_test.json"],
+        },
+        {"val_acc", "test_acc"},
+    ),
     "Relevance": (
-        {"train_file": ["relevance_train.json"], "val_file": ["relevance_val.json"], "test_file": ["relevance_test.json"]},
-        {"val_auc", "test_auc"}),
+        {
+            "train_file": ["relevance_train.json"],
+            "val_file": ["relevance_val.json"],
+            "test_file": ["relevance_test.json"],
+        },
+        {"val_auc", "test_auc"},
+    ),
     "Pretrain_nlvr": ({"train_file": ["pretrain.json"], "test_file": None}, set()),
     "Grounding": (
-        {"train_file": ["grounding_train.json"], "test_file": ["grounding_test.json"], "refcoco_data": "",
-         "det_file": "refcoco+/dets.json"},
-        {"val_d", "testA_d", "testB_d"}),
-}  # fmt: skip
+        {
+            "train_file": ["grounding_train.json"],
+            "test_file": ["grounding_test.json"],
+            "refcoco_data": "",
+            "det_file": "refcoco+/dets.json",
+        },
+        {"val_d", "testA_d", "testB_d"},
+    ),
+}
 
 
 @pytest.fixture
@@ -63,11 +92,21 @@ def program(tiny_config, shapes, pretrained, tmp_path, call):
                 paths[key] = [str(shapes / name) for name in value]
             else:
                 paths[key] = None if value is None else str(shapes / value)
-        keys = {"scheduler": {**tiny_config["scheduler"], "epochs": 2}, "batch_size_test": 5, "max_skipped": 0.0}
+        keys = {
+            "scheduler": {**tiny_config["scheduler"], "epochs": 2},
+            "batch_size_test": 5,
+            "max_skipped": 0.0,
+        }
         return {**tiny_config, **paths, **keys}
 
     def run(script, config, output_dir, *arguments, checkpoint=pretrained):
-        call(f"{script}.py", *command_line(config, output_dir, tmp_path), "--checkpoint", checkpoint, *arguments)
+        call(
+            f"{script}.py",
+            *command_line(config, output_dir, tmp_path),
+            "--checkpoint",
+            checkpoint,
+            *arguments,
+        )
 
     return config_of, run
 
@@ -84,7 +123,9 @@ def call(monkeypatch):
 
 
 @pytest.mark.parametrize("script", TASKS)
-def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeypatch, capsys, script):
+def test_interrupted_and_resumed_equals_uninterrupted(
+    program, tmp_path, monkeypatch, capsys, script
+):
     config_of, run = program
     config, module = config_of(script), importlib.import_module(script)
     run(script, config, tmp_path / "whole")
@@ -92,7 +133,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(program, tmp_path, monkeyp
         patch.setattr(module, "step", signal_at(4)(module.step))
         run(script, config, tmp_path / "parts")
     run(script, config, tmp_path / "parts", "--resume", "True")
-    assert re.search(r"resuming from .*checkpoint_last.pth: epoch \d, iteration [1-9]", capsys.readouterr().out)
+    assert re.search(
+        r"resuming from .*checkpoint_last.pth: epoch \d, iteration [1-9]", capsys.readouterr().out
+    )
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
     entries = log(tmp_path / "whole")
@@ -108,20 +151,36 @@ def test_without_a_list_answers_are_generated_with_num_beams(program, tmp_path, 
     config_of, run = program
     config = {**config_of("VQA"), "answer_list": None, "num_beams": 2, "val_file": None}
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
-    with mock.patch.object(VQA, "generate", side_effect=lambda image, question, beams: ([[beams]] * len(image), torch.zeros(len(image)))):
+    with mock.patch.object(
+        VQA,
+        "generate",
+        side_effect=lambda image, question, beams: (
+            [[beams]] * len(image),
+            torch.zeros(len(image)),
+        ),
+    ):
         run("VQA", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "vqa.pth")
     answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
-    assert {entry["answer"] for entry in answers} == {build_tokenizer(config["tokenizer"]).decode([2])}
+    assert {entry["answer"] for entry in answers} == {
+        build_tokenizer(config["tokenizer"]).decode([2])
+    }
 
 
-def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, shapes, tmp_path, capsys):
+def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(
+    program, shapes, tmp_path, capsys
+):
     config_of, run = program
     tokenizer = build_tokenizer(program[0]("VQA")["tokenizer"])
     answer = "a red circle left of a blue star, a green square and a pink moon"
     entries = json.loads((shapes / "vqa_train.json").read_text())[:16]
     entries[3] |= {"answer": [answer, "red"], "dataset": "vqa"}
     (tmp_path / "train.json").write_text(json.dumps(entries))
-    config = {**config_of("VQA"), "train_file": [str(tmp_path / "train.json")], "answer_list": None, "num_beams": 1}
+    config = {
+        **config_of("VQA"),
+        "train_file": [str(tmp_path / "train.json")],
+        "answer_list": None,
+        "num_beams": 1,
+    }
     config |= {"val_file": None, "scheduler": {**config["scheduler"], "epochs": 1}}
     length = len(tokenizer.tokenize(answer)) + 1
     assert length > 11
@@ -130,10 +189,13 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, sh
     state = torch.load(file, weights_only=True)
     assert state["config"]["max_answer_tokens"] == length
     for name in ("weight", "bias"):  # makes the model repeat one word in every answer
-        state["model"][f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"].zero_()
+        state["model"][
+            f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"
+        ].zero_()
     state["model"]["text_decoder.cls.predictions.bias"][tokenizer.vocab["red"]] = 99
     torch.save(state, file)
-    for flags, expected in (([], length), (["--set", "max_answer_tokens=4"], 4)):  # --config names a file without the key
+    # --config names a file without the key
+    for flags, expected in (([], length), (["--set", "max_answer_tokens=4"], 4)):
         run("VQA", config, tmp_path / "out", "--evaluate", *flags, checkpoint=file)
         answers = json.loads((tmp_path / "out/result/vqa_result_epoch0.json").read_text())
         assert {entry["answer"] for entry in answers} == {" ".join(["red"] * expected)}
@@ -144,7 +206,11 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(program, sh
 @pytest.mark.parametrize("script", TASKS)
 def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, script):
     config_of, run = program
-    config = {**config_of(script), "val_file": None, "scheduler": {"lr": 1e-3, "epochs": 1, "warmup_iters": 2}}
+    config = {
+        **config_of(script),
+        "val_file": None,
+        "scheduler": {"lr": 1e-3, "epochs": 1, "warmup_iters": 2},
+    }
     command = command_line(config, tmp_path / "two", tmp_path)
     two = launch(f"{script}.py", *command, "--checkpoint", tmp_path / "pretrained.pth")
     assert two.returncode == 0, two.stderr
@@ -152,7 +218,13 @@ def test_two_processes_train_and_evaluate_as_one_evaluates(program, tmp_path, sc
     assert entry["train_loss" if script != "Grounding" else "train_loss_itm"] > 0
     if TASKS[script][1]:
         name = "best" if script == "Grounding" else "last"
-        run(script, config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / f"two/checkpoint_{name}.pth")
+        run(
+            script,
+            config,
+            tmp_path / "one",
+            "--evaluate",
+            checkpoint=tmp_path / f"two/checkpoint_{name}.pth",
+        )
         found = {key: value for line in log(tmp_path / "one") for key, value in line.items()}
         alone = {key: value for key, value in found.items() if key not in ("checkpoint", "epoch")}
         assert alone and alone == pytest.approx({key: entry[key] for key in alone})
@@ -166,7 +238,9 @@ def test_data_sets_can_be_handed_to_a_process(program, script):
     for split in ["train"] if script == "Pretrain_nlvr" else ["train", "val", "test"]:
         if config[file_key(f"{task}_{split}")]:
             dataset = build_dataset(f"{task}_{split}", config)
-            copied = pickle.loads(pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))).func.__self__
+            copied = pickle.loads(
+                pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))
+            ).func.__self__
             assert repr(copied[1]) == repr(dataset[1])
 
 
@@ -178,7 +252,7 @@ UNFIT = {
     "another optimizer": ("VE", {"optimizer": {"opt": "sgd"}}, "the state of another optimizer"),
     "no epochs": ("VE", {"scheduler": {"epochs": 0}}, "scheduler.epochs is 0"),
     "too much accumulation": ("VE", {"accumulate": 1000}, "accumulate 1000"),
-}  # fmt: skip
+}
 
 
 def test_a_refused_resume_changes_no_file(program, shapes, tmp_path, monkeypatch):
@@ -206,7 +280,11 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
     (best,) = re.findall(r"^best epoch by val acc .*: epoch (\d), (.*); next:$", out, re.MULTILINE)
     assert best[1] == str(folder / "checkpoint_best.pth")
     tested = next(entry["test_acc"] for entry in log(folder) if entry["epoch"] == int(best[0]))
-    commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("    ") and line.strip()]
+    commands = [
+        shlex.split(line)[1:]
+        for line in out.splitlines()
+        if line.startswith("    ") and line.strip()
+    ]
     assert [command[0] for command in commands] == ["VE.py", "Visualize.py"]
     for command in commands:
         call(*command)
@@ -214,58 +292,123 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
     assert (folder / "curves.png").exists()
     capsys.readouterr()
     # more epochs, with the run's own configuration, and then fewer than there are
-    call("VE.py", "--resume", "--output_dir", folder, "--device", "cpu", "--set", "scheduler.epochs=3")
+    call(
+        "VE.py",
+        "--resume",
+        "--output_dir",
+        folder,
+        "--device",
+        "cpu",
+        "--set",
+        "scheduler.epochs=3",
+    )
     out = capsys.readouterr().out
-    assert f"configuration: that of {folder / 'checkpoint_' }" in out and "epoch 2, iteration 0" in out
-    call("VE.py", "--resume", "--output_dir", folder, "--device", "cpu", "--set", "scheduler.epochs=1")
+    assert (
+        f"configuration: that of {folder / 'checkpoint_'}" in out and "epoch 2, iteration 0" in out
+    )
+    call(
+        "VE.py",
+        "--resume",
+        "--output_dir",
+        folder,
+        "--device",
+        "cpu",
+        "--set",
+        "scheduler.epochs=1",
+    )
     out = capsys.readouterr().out
-    assert "the run is complete, it has 3 epochs and scheduler.epochs is 1" in out and "global batch" not in out
+    assert (
+        "the run is complete, it has 3 epochs and scheduler.epochs is 1" in out
+        and "global batch" not in out
+    )
     assert [entry["epoch"] for entry in log(folder)] == [0, 1, 2]
 
 
-def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(program, tmp_path, capsys):
+def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
+    program, tmp_path, capsys
+):
     config_of, run = program
     config = {**config_of("VQA"), "scheduler": {"lr": 1e-3, "epochs": 1}}
     run("VQA", config, tmp_path / "run")
     before, results = contents(tmp_path / "run"), tmp_path / "run/evaluation"
     for split in ("val", "test"):
-        run("VQA", config, tmp_path / "run", "--evaluate", "--split", split, checkpoint=tmp_path / "run/checkpoint_best.pth")
+        run(
+            "VQA",
+            config,
+            tmp_path / "run",
+            "--evaluate",
+            "--split",
+            split,
+            checkpoint=tmp_path / "run/checkpoint_best.pth",
+        )
         assert {name.split("_")[0] for name in log(results)[-1]} == {split, "checkpoint", "epoch"}
     assert "holds a run" in capsys.readouterr().out
     after = contents(tmp_path / "run")
     assert {path: after[path] for path in before} == before
     assert {path.relative_to(results).as_posix() for path in after.keys() - before.keys()} == {
-        "log.txt", "result/vqa_val_result_epoch0.json", "result/vqa_result_epoch0.json"}  # fmt: skip
+        "log.txt",
+        "result/vqa_val_result_epoch0.json",
+        "result/vqa_result_epoch0.json",
+    }
     with pytest.raises(InputError, match="--split val says what --evaluate evaluates"):
         run("VQA", config, tmp_path / "run", "--split", "val")
     with pytest.raises(InputError, match="--evaluate needs the key val_file"):
-        run("VQA", {**config, "val_file": None}, tmp_path / "new", "--evaluate", "--split", "val",
-            checkpoint=tmp_path / "run/checkpoint_best.pth")  # fmt: skip
+        run(
+            "VQA",
+            {**config, "val_file": None},
+            tmp_path / "new",
+            "--evaluate",
+            "--split",
+            "val",
+            checkpoint=tmp_path / "run/checkpoint_best.pth",
+        )
 
 
 @pytest.fixture
 def repository(program, tiny_config, shapes, tmp_path, monkeypatch):
-    """A folder with default configurations of its own, of another model than tiny_config's, as the working directory."""
+    """A folder with default configurations of its own, of another model than tiny_config's, as the
+    working directory.
+    """
     monkeypatch.chdir(tmp_path)
-    retrieval = {f"{split}_file": [str(shapes / f"{name}.json")] for split, name in
-                 (("train", "retrieval_train"), ("val", "val"), ("test", "test"))}  # fmt: skip
-    for name, keys in {"VE": program[0]("VE"), "Retrieval_flickr": retrieval, "Retrieval_coco": retrieval}.items():
+    retrieval = {
+        f"{split}_file": [str(shapes / f"{name}.json")]
+        for split, name in (("train", "retrieval_train"), ("val", "val"), ("test", "test"))
+    }
+    for name, keys in {
+        "VE": program[0]("VE"),
+        "Retrieval_flickr": retrieval,
+        "Retrieval_coco": retrieval,
+    }.items():
         folder = tmp_path / "configs" / name
         folder.mkdir(parents=True)
-        command_line({**tiny_config, **keys, "embed_dim": 12, "scheduler": {"epochs": 1}}, "", folder)
+        command_line(
+            {**tiny_config, **keys, "embed_dim": 12, "scheduler": {"epochs": 1}}, "", folder
+        )
         (folder / "config.yaml").rename(tmp_path / f"configs/{name}.yaml")
     return tmp_path
 
 
-def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(program, call, repository, tmp_path, capsys):
+def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
+    program, call, repository, tmp_path, capsys
+):
     config_of, run = program
-    torch.save({**torch.load(tmp_path / "pretrained.pth"), "config": config_of("Pretrain_nlvr")}, "pretrained.pth")
+    torch.save(
+        {**torch.load(tmp_path / "pretrained.pth"), "config": config_of("Pretrain_nlvr")},
+        "pretrained.pth",
+    )
     run("VE", config_of("VE"), tmp_path / "mine")
     tested = [entry["test_acc"] for entry in log(tmp_path / "mine") if "test_acc" in entry]
-    flags, evaluate = ("--device", "cpu"), ("--evaluate", "--checkpoint", "mine/checkpoint_best.pth", "--split", "test")
+    flags, evaluate = (
+        ("--device", "cpu"),
+        ("--evaluate", "--checkpoint", "mine/checkpoint_best.pth", "--split", "test"),
+    )
 
     def said():
-        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("configuration: "))
+        (line,) = (
+            line
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith("configuration: ")
+        )
         return line.removeprefix("configuration: ")
 
     said()
@@ -280,17 +423,31 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(p
     assert said().startswith("configs/VE.yaml")
     assert torch.load("new/checkpoint_last.pth")["config"]["embed_dim"] == 12
     # and one from a checkpoint of the same task: that of the checkpoint
-    call("VE.py", *flags, "--checkpoint", "new/checkpoint_best.pth", "--output_dir", "newer", "--set", "batch_size=4")
+    call(
+        "VE.py",
+        *flags,
+        "--checkpoint",
+        "new/checkpoint_best.pth",
+        "--output_dir",
+        "newer",
+        "--set",
+        "batch_size=4",
+    )
     assert said().startswith("that of new/checkpoint_best.pth")
     assert torch.load("newer/checkpoint_last.pth")["config"]["batch_size"] == 4
     # not one of the released code
     released = {"model": torch.load("mine/checkpoint_best.pth")["model"]}
-    torch.save({**released, "config": {"schedular": {"sched": "cosine"}, "test_file": "/export/ve.json"}}, "released.pth")
+    torch.save(
+        {**released, "config": {"schedular": {"sched": "cosine"}, "test_file": "/export/ve.json"}},
+        "released.pth",
+    )
     call("VE.py", *flags, "--evaluate", "--checkpoint", "released.pth")
     assert said().startswith("configs/VE.yaml, with the model and tokenizer of released.pth")
     # weights of another task that a script can evaluate: the script's data and their model
     call("Retrieval.py", *flags, "--evaluate", "--checkpoint", "pretrained.pth")
-    assert said().startswith("configs/Retrieval_flickr.yaml, with the model and tokenizer of pretrained.pth")
+    assert said().startswith(
+        "configs/Retrieval_flickr.yaml, with the model and tokenizer of pretrained.pth"
+    )
     assert (tmp_path / "output/Retrieval_flickr/log.txt").exists()
 
 
@@ -312,16 +469,35 @@ def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_pat
     assert "VQA accuracy overall" in capsys.readouterr().out
     results = json.loads((tmp_path / "run/result/vqa_result_epoch1.json").read_text())
     questions = json.loads((shapes / "vqa_test.json").read_text())
-    assert [result["question_id"] for result in results] == [entry["question_id"] for entry in questions]
-    assert {result["answer"] for result in results} <= set(json.loads((shapes / "answer_list.json").read_text()))
+    assert [result["question_id"] for result in results] == [
+        entry["question_id"] for entry in questions
+    ]
+    assert {result["answer"] for result in results} <= set(
+        json.loads((shapes / "answer_list.json").read_text())
+    )
 
-    blind = [{key: entry[key] for key in ("image", "question", "question_id", "dataset")} for entry in questions]
+    blind = [
+        {key: entry[key] for key in ("image", "question", "question_id", "dataset")}
+        for entry in questions
+    ]
     (tmp_path / "blind.json").write_text(json.dumps(blind))
     config = {**config, "val_file": None, "test_file": [str(tmp_path / "blind.json")]}
-    run("VQA", config, tmp_path / "blind", "--evaluate", checkpoint=tmp_path / "run/checkpoint_01.pth")
+    run(
+        "VQA",
+        config,
+        tmp_path / "blind",
+        "--evaluate",
+        checkpoint=tmp_path / "run/checkpoint_01.pth",
+    )
     assert json.loads((tmp_path / "blind/result/vqa_result_epoch1.json").read_text()) == results
     assert "accuracy" not in capsys.readouterr().out
-    run("VQA", {**config, "answer_list": None}, tmp_path / "free", "--evaluate", checkpoint=tmp_path / "run/checkpoint_01.pth")
+    run(
+        "VQA",
+        {**config, "answer_list": None},
+        tmp_path / "free",
+        "--evaluate",
+        checkpoint=tmp_path / "run/checkpoint_01.pth",
+    )
     free = json.loads((tmp_path / "free/result/vqa_result_epoch1.json").read_text())
     assert all("##" not in result["answer"] and "[" not in result["answer"] for result in free)
 
@@ -330,23 +506,37 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
     from dataset import build_dataset
     from models.tokenizer import tokenizer_of
 
-    image = {"image": "images/train/000000.jpg", "question": "what color is the star?", "question_id": 1}
-    (tmp_path / "a.json").write_text(json.dumps([{**image, "dataset": "vqa", "answer": ["red"] * 7 + ["blue"] * 3}]))
+    image = {
+        "image": "images/train/000000.jpg",
+        "question": "what color is the star?",
+        "question_id": 1,
+    }
+    (tmp_path / "a.json").write_text(
+        json.dumps([{**image, "dataset": "vqa", "answer": ["red"] * 7 + ["blue"] * 3}])
+    )
     (tmp_path / "b.json").write_text(json.dumps([{**image, "dataset": "vg", "answer": "orange"}]))
-    keys = {"train_file": [str(tmp_path / "a.json"), str(tmp_path / "b.json")], "vqa_root": str(shapes), "vg_root": str(shapes)}
+    keys = {
+        "train_file": [str(tmp_path / "a.json"), str(tmp_path / "b.json")],
+        "vqa_root": str(shapes),
+        "vg_root": str(shapes),
+    }
     config = {**tiny_config, **keys}
     dataset, tokenizer = build_dataset("vqa_train", config), tokenizer_of(config)
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
     assert batch.n.tolist() == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
-    assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [f"[CLS] {word} [SEP]" for word in ("red", "blue", "orange")]
+    assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [
+        f"[CLS] {word} [SEP]" for word in ("red", "blue", "orange")
+    ]
     assert tokenizer.decode(batch.question[0][0]) == "[CLS] what color is the star"
 
 
 def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
     from dataset import build_dataset
 
-    for name, key, labels in (("ve_test", "ve_test.json", ["contradiction", "neutral", "entailment"]),
-                              ("nlvr_test", "nlvr_test.json", ["False", "True"])):
+    for name, key, labels in (
+        ("ve_test", "ve_test.json", ["contradiction", "neutral", "entailment"]),
+        ("nlvr_test", "nlvr_test.json", ["False", "True"]),
+    ):
         dataset = build_dataset(name, {**tiny_config, "test_file": [str(shapes / key)]})
         entries = json.loads((shapes / key).read_text())
         for sample, entry in zip(dataset, entries, strict=True):
@@ -359,23 +549,43 @@ IMAGE = "images/test/000000.jpg"
 
 
 def test_an_ad_is_read_as_query_and_words_cut_to_max_tokens(tiny_config, shapes, tmp_path):
-    entries = [{"image": IMAGE, "query": "Red Star!", "text": "Free, big star " * 9, "label": label} for label in (0, 1)]
+    entries = [
+        {"image": IMAGE, "query": "Red Star!", "text": "Free, big star " * 9, "label": label}
+        for label in (0, 1)
+    ]
     (tmp_path / "ads.json").write_text(json.dumps(entries))
     config = {**tiny_config, "test_file": [str(tmp_path / "ads.json")], "max_tokens": 9}
-    dataset, tokenizer = build_dataset("relevance_test", config), build_tokenizer(config["tokenizer"])
+    dataset, tokenizer = (
+        build_dataset("relevance_test", config),
+        build_tokenizer(config["tokenizer"]),
+    )
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
-    assert tokenizer.decode(batch.text.input_ids[0]) == "[CLS] red star [SEP] free big star free big"
+    assert (
+        tokenizer.decode(batch.text.input_ids[0]) == "[CLS] red star [SEP] free big star free big"
+    )
     assert batch.targets.tolist() == [0, 1]
 
 
-def test_relevance_starts_from_the_itm_head_and_can_be_evaluated_before_training(program, tiny_config, pretrained, tmp_path):
+def test_relevance_starts_from_the_itm_head_and_can_be_evaluated_before_training(
+    program, tiny_config, pretrained, tmp_path
+):
     config_of, run = program
     weights, model = torch.load(pretrained)["model"], build_model("relevance", tiny_config)
     assert not load_checkpoint(model, pretrained, complete=True).new
     for head in (model.itm_head, model.itm_head_m):
-        assert torch.equal(head.weight, weights["itm_head.weight"]) and torch.equal(head.bias, weights["itm_head.bias"])
+        assert torch.equal(head.weight, weights["itm_head.weight"]) and torch.equal(
+            head.bias, weights["itm_head.bias"]
+        )
     assert task_of(model.state_dict()) == "relevance" and task_of(weights) == "pretrain"
-    run("Relevance", config_of("Relevance"), tmp_path / "out", "--evaluate", "--split", "test", "--alone")
+    run(
+        "Relevance",
+        config_of("Relevance"),
+        tmp_path / "out",
+        "--evaluate",
+        "--split",
+        "test",
+        "--alone",
+    )
     (entry,) = log(tmp_path / "out")
     assert {"test_auc", "test_auc_other_image", "test_auc_other_words"} <= entry.keys()
 
@@ -394,8 +604,14 @@ def test_the_ads_that_a_model_finds_relevant_come_first(program, monkeypatch):
     config = program[0]("Relevance")
     dataset, model = build_dataset("relevance_test", config), build_model("relevance", config)
     targets = iter([entry.label for entry in dataset.entries])
-    monkeypatch.setattr(model, "predict", lambda image, text: torch.tensor([[0.0, 2.0 * next(targets) - 1] for _ in image]))
-    assert evaluate(model, dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu")) == {"auc": 100}
+    monkeypatch.setattr(
+        model,
+        "predict",
+        lambda image, text: torch.tensor([[0.0, 2.0 * next(targets) - 1] for _ in image]),
+    )
+    assert evaluate(
+        model, dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu")
+    ) == {"auc": 100}
 
 
 def test_roc_auc_is_the_golden_one():
@@ -411,7 +627,10 @@ def quarter_right(*_):
 RIGHT = {  # script: what makes a quarter of its test data right
     "VE": ("evaluation.classification.classify", quarter_right),
     "NLVR": ("evaluation.classification.classify", quarter_right),
-    "Grounding": ("Grounding.grounding_accuracy", lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25)),
+    "Grounding": (
+        "Grounding.grounding_accuracy",
+        lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25),
+    ),
 }
 
 
@@ -430,25 +649,40 @@ def test_accuracies_are_percent(program, tmp_path, monkeypatch, capsys, script):
     assert state["resume"]["best"] == {"score": 25, "epoch": 0}
 
 
-def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(program, shapes, tmp_path):
+def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(
+    program, shapes, tmp_path
+):
     config_of, run = program
     config = config_of("Grounding")
     entries = json.loads((shapes / "grounding_train.json").read_text())
     pairs = [{"image": entry["image"], "text": entry["text"]} for entry in entries]
     expressions = json.loads((shapes / "grounding_test.json").read_text())
-    splits = {ref["ref_id"]: ref["split"] for ref in pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())}
+    splits = {
+        ref["ref_id"]: ref["split"]
+        for ref in pickle.loads((shapes / "refcoco+/refs(unc).p").read_bytes())
+    }
     by_split = {"val": [], "test": []}
     for entry in expressions:
         by_split["val" if splits[entry["ref_id"]] == "val" else "test"].append(entry)
     for name, entries in {"train": pairs, **by_split}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(entries))
-    files = {"train_file": [str(tmp_path / "train.json")], "test_file": [str(tmp_path / f"{name}.json") for name in by_split]}
+    files = {
+        "train_file": [str(tmp_path / "train.json")],
+        "test_file": [str(tmp_path / f"{name}.json") for name in by_split],
+    }
     run("Grounding", {**config, **files}, tmp_path / "two", "--set", "scheduler.epochs=1")
     (entry,) = log(tmp_path / "two")
-    run("Grounding", config, tmp_path / "one", "--evaluate", checkpoint=tmp_path / "two/checkpoint_best.pth")
+    run(
+        "Grounding",
+        config,
+        tmp_path / "one",
+        "--evaluate",
+        checkpoint=tmp_path / "two/checkpoint_best.pth",
+    )
     (val, test) = log(tmp_path / "one")
     assert {name: entry[name] for name in ("val_d", "testA_d", "testB_d")} == pytest.approx(
-        {"val_d": val["val_d"], "testA_d": test["testA_d"], "testB_d": test["testB_d"]})
+        {"val_d": val["val_d"], "testA_d": test["testA_d"], "testB_d": test["testB_d"]}
+    )
 
 
 def test_grounding_on_another_data_set_of_refer_has_its_splits(program, shapes, tmp_path):
@@ -462,25 +696,41 @@ def test_grounding_on_another_data_set_of_refer_has_its_splits(program, shapes, 
     torch.save({"model": build_model("grounding", config).state_dict()}, tmp_path / "any.pth")
     config |= {"refcoco_data": str(tmp_path / "refer"), "refer_dataset": "refcocog"}
     run("Grounding", config, tmp_path / "out", "--evaluate", checkpoint=tmp_path / "any.pth")
-    assert [set(entry) - {"checkpoint", "epoch"} for entry in log(tmp_path / "out")] == [{"val_d"}, {"test_d"}]
+    assert [set(entry) - {"checkpoint", "epoch"} for entry in log(tmp_path / "out")] == [
+        {"val_d"},
+        {"test_d"},
+    ]
 
 
 def test_plain_pre_training_starts_nlvr_without_text_assignment(tiny_config, pretrained):
     model = build_model("nlvr", tiny_config)
-    assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {"cls_head", "cls_head_m"}
+    assert {name.split(".")[0] for name in load_checkpoint(model, pretrained).new} == {
+        "cls_head",
+        "cls_head_m",
+    }
 
 
 OVERFLOWING = {  # script: weights that make its scores overflow, the name in the message
-    "VQA": ("text_decoder.cls", "question "), "VE": ("cls_head", "ve_val.json: entry 0"),
-    "NLVR": ("cls_head", "nlvr_dev.json: entry 0"), "Relevance": ("itm_head", "relevance_val.json: entry 0"),
-    "Grounding": ("itm_head", "ref_id "), "Retrieval": ("vision_proj", "image 0"), "Attributes": ("vision_proj", "annotation 0"),
-}  # fmt: skip
+    "VQA": ("text_decoder.cls", "question "),
+    "VE": ("cls_head", "ve_val.json: entry 0"),
+    "NLVR": ("cls_head", "nlvr_dev.json: entry 0"),
+    "Relevance": ("itm_head", "relevance_val.json: entry 0"),
+    "Grounding": ("itm_head", "ref_id "),
+    "Retrieval": ("vision_proj", "image 0"),
+    "Attributes": ("vision_proj", "annotation 0"),
+}
 
 
 def overflowing(script, program, shapes, folder):
-    """Return the configuration of a script and a checkpoint file with finite weights whose scores are not finite."""
+    """Return the configuration of a script and a checkpoint file with finite weights whose scores
+    are not finite.
+    """
     more = {"Retrieval": "test.json", "Attributes": "attributes.json"}
-    config = program[0](script) if script in TASKS else {**program[0]("VE"), "val_file": None, "test_file": str(shapes / more[script])}
+    config = (
+        program[0](script)
+        if script in TASKS
+        else {**program[0]("VE"), "val_file": None, "test_file": str(shapes / more[script])}
+    )
     model = build_model(script.lower(), config)
     for name, param in model.named_parameters():
         if OVERFLOWING[script][0] in name:
@@ -489,23 +739,45 @@ def overflowing(script, program, shapes, folder):
     return config, folder / "overflowing.pth"
 
 
-@pytest.mark.parametrize("script, answers", [*((script, "answer_list.json") for script in OVERFLOWING), ("VQA", None)])
-def test_scores_that_are_not_finite_end_an_evaluation(program, shapes, tmp_path, capsys, script, answers):
+@pytest.mark.parametrize(
+    "script, answers", [*((script, "answer_list.json") for script in OVERFLOWING), ("VQA", None)]
+)
+def test_scores_that_are_not_finite_end_an_evaluation(
+    program, shapes, tmp_path, capsys, script, answers
+):
     config, checkpoint = overflowing(script, program, shapes, tmp_path)
     config["answer_list"] = answers and str(shapes / answers)
-    status = exit_status(lambda: program[1](script, config, tmp_path / "out", "--evaluate", checkpoint=checkpoint))
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: "))
-    split, key = ("test", "test_file") if config["val_file"] is None and script != "Grounding" else ("val", "val_file")
+    status = exit_status(
+        lambda: program[1](script, config, tmp_path / "out", "--evaluate", checkpoint=checkpoint)
+    )
+    (line,) = (
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")
+    )
+    split, key = (
+        ("test", "test_file")
+        if config["val_file"] is None and script != "Grounding"
+        else ("val", "val_file")
+    )
     files = config["test_file" if script == "Grounding" else key]
-    assert status == 1 and line.startswith(f"error: {split} {files if isinstance(files, str) else files[0]}: ")
+    assert status == 1 and line.startswith(
+        f"error: {split} {files if isinstance(files, str) else files[0]}: "
+    )
     assert OVERFLOWING[script][1] in line
     assert not (tmp_path / "out/log.txt").exists() and not (tmp_path / "out/result").exists()
 
 
 def test_scores_that_are_not_finite_end_all_processes(program, shapes, tmp_path):
     config, checkpoint = overflowing("Retrieval", program, shapes, tmp_path)
-    two = launch("Retrieval.py", *command_line(config, tmp_path / "two", tmp_path), "--checkpoint", checkpoint, "--evaluate")
-    assert two.returncode and "error: test " in two.stderr and not (tmp_path / "two/log.txt").exists()
+    two = launch(
+        "Retrieval.py",
+        *command_line(config, tmp_path / "two", tmp_path),
+        "--checkpoint",
+        checkpoint,
+        "--evaluate",
+    )
+    assert (
+        two.returncode and "error: test " in two.stderr and not (tmp_path / "two/log.txt").exists()
+    )
 
 
 QUESTION = {"image": IMAGE, "question": "is it red?", "question_id": 7, "dataset": "vqa"}
@@ -515,44 +787,148 @@ AD = {"image": IMAGE, "query": "star", "text": "buy now", "label": 1}
 BAD_INPUT = {
     "empty answer list": ("VQA", "answer_list", [], "bad.json: Expected 'array' of length >= 1"),
     "repeated answer": ("VQA", "answer_list", ["yes", "no", "yes"], "bad.json has 'yes' 2 times"),
-    "answer list of numbers": ("VQA", "answer_list", ["yes", 2], r"bad.json: .*'int' - at '\$\[1\]'"),
-    "answer list missing": ("VQA", "answer_list", "nowhere.json", "nowhere.json: cannot be read .*answer_list"),
-    "unknown data set": ("VQA", "train_file", [{**QUESTION, "dataset": "coco", "answer": ["a"]}], "'coco' - at 'dataset'"),
+    "answer list of numbers": (
+        "VQA",
+        "answer_list",
+        ["yes", 2],
+        r"bad.json: .*'int' - at '\$\[1\]'",
+    ),
+    "answer list missing": (
+        "VQA",
+        "answer_list",
+        "nowhere.json",
+        "nowhere.json: cannot be read .*answer_list",
+    ),
+    "unknown data set": (
+        "VQA",
+        "train_file",
+        [{**QUESTION, "dataset": "coco", "answer": ["a"]}],
+        "'coco' - at 'dataset'",
+    ),
     "no answers": ("VQA", "train_file", [QUESTION], "entry 0 .* missing required field 'answer'"),
-    "answer of vg as a list": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": ["a"]}], "'answer' is .*'vg'"),
-    "no vg_root": ("VQA", "train_file", [{**QUESTION, "dataset": "vg", "answer": "a"}] * 8, "lacks the key vg_root"),
+    "answer of vg as a list": (
+        "VQA",
+        "train_file",
+        [{**QUESTION, "dataset": "vg", "answer": ["a"]}],
+        "'answer' is .*'vg'",
+    ),
+    "no vg_root": (
+        "VQA",
+        "train_file",
+        [{**QUESTION, "dataset": "vg", "answer": "a"}] * 8,
+        "lacks the key vg_root",
+    ),
     "validation without answers": ("VQA", "val_file", [QUESTION], "has no answers to compare with"),
-    "answers of some questions": ("VQA", "test_file", [{**QUESTION, "answer": ["a"]}, {**QUESTION, "question_id": 8}],
-                                  "entry 1 .*has no 'answer', though others have"),
-    "answers of Visual Genome to score": ("VQA", "test_file", [{**QUESTION, "dataset": "vg", "answer": "a"}], "one annotator"),
+    "answers of some questions": (
+        "VQA",
+        "test_file",
+        [{**QUESTION, "answer": ["a"]}, {**QUESTION, "question_id": 8}],
+        "entry 1 .*has no 'answer', though others have",
+    ),
+    "answers of Visual Genome to score": (
+        "VQA",
+        "test_file",
+        [{**QUESTION, "dataset": "vg", "answer": "a"}],
+        "one annotator",
+    ),
     "two batch sizes": ("VE", "batch_size_train", 4, "batch_size is 8 and batch_size_train is 4"),
-    "objectives of another task": ("Grounding", "--set", "objectives=[mlm]", "objectives names mlm: .* itc, itm"),
+    "objectives of another task": (
+        "Grounding",
+        "--set",
+        "objectives=[mlm]",
+        "objectives names mlm: .* itc, itm",
+    ),
     "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is not a token"),
-    "same question twice": ("VQA", "test_file", [QUESTION, QUESTION], "entry 1 .*question_id 7 too"),
+    "same question twice": (
+        "VQA",
+        "test_file",
+        [QUESTION, QUESTION],
+        "entry 1 .*question_id 7 too",
+    ),
     "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "text '\\?' is empty"),
-    "unknown label": ("VE", "train_file", [{**VE_ENTRY, "label": "-"}], "'-' - at 'label' .*contradiction or neutral"),
-    "image without file": ("VE", "test_file", [{**VE_ENTRY, "image": "images/test/absent"}], "absent.jpg does not exist"),
+    "unknown label": (
+        "VE",
+        "train_file",
+        [{**VE_ENTRY, "label": "-"}],
+        "'-' - at 'label' .*contradiction or neutral",
+    ),
+    "image without file": (
+        "VE",
+        "test_file",
+        [{**VE_ENTRY, "image": "images/test/absent"}],
+        "absent.jpg does not exist",
+    ),
     "empty sentence": ("VE", "val_file", [{**VE_ENTRY, "sentence": "..."}], "text '...' is empty"),
-    "label 2": ("Relevance", "train_file", [{**AD, "label": 2}], "value 2 - at 'label' .*\"label\": 0 or 1"),
+    "label 2": (
+        "Relevance",
+        "train_file",
+        [{**AD, "label": 2}],
+        "value 2 - at 'label' .*\"label\": 0 or 1",
+    ),
     "label as text": ("Relevance", "test_file", [{**AD, "label": "1"}], "'str' - at 'label'"),
     "empty query": ("Relevance", "train_file", [{**AD, "query": "?"}], "query '\\?' is empty"),
     "no words": ("Relevance", "train_file", [{**AD, "text": ""}], "text '' is empty"),
-    "one class": ("Relevance", "val_file", [AD, AD], "val_file .*all labels are 1, the ROC AUC needs both"),
-    "one image": ("NLVR", "train_file", [{"images": [IMAGE], "sentence": "a", "label": "True"}], "length >= 2 - at 'images'"),
-    "label true": ("NLVR", "test_file", [{"images": [IMAGE] * 2, "sentence": "a", "label": "true"}], "'label' .*False or True"),
-    "no boxes of an image": ("Grounding", "det_file", {"500": [[0, 0, 9, 9, 1]]}, "bad.json: no box for image"),
-    "unknown ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a", "ref_id": 10**6}], "ref_id 1000000 is not among"),
-    "no ref": ("Grounding", "test_file", [{"image": IMAGE, "text": "a"}], "entry 0 .* missing required field 'ref_id'"),
-    "no such refer": ("Grounding", "refer_dataset", "refcoco++", r"refer_dataset is '.*refcoco\+\+'"),
+    "one class": (
+        "Relevance",
+        "val_file",
+        [AD, AD],
+        "val_file .*all labels are 1, the ROC AUC needs both",
+    ),
+    "one image": (
+        "NLVR",
+        "train_file",
+        [{"images": [IMAGE], "sentence": "a", "label": "True"}],
+        "length >= 2 - at 'images'",
+    ),
+    "label true": (
+        "NLVR",
+        "test_file",
+        [{"images": [IMAGE] * 2, "sentence": "a", "label": "true"}],
+        "'label' .*False or True",
+    ),
+    "no boxes of an image": (
+        "Grounding",
+        "det_file",
+        {"500": [[0, 0, 9, 9, 1]]},
+        "bad.json: no box for image",
+    ),
+    "unknown ref": (
+        "Grounding",
+        "test_file",
+        [{"image": IMAGE, "text": "a", "ref_id": 10**6}],
+        "ref_id 1000000 is not among",
+    ),
+    "no ref": (
+        "Grounding",
+        "test_file",
+        [{"image": IMAGE, "text": "a"}],
+        "entry 0 .* missing required field 'ref_id'",
+    ),
+    "no such refer": (
+        "Grounding",
+        "refer_dataset",
+        "refcoco++",
+        r"refer_dataset is '.*refcoco\+\+'",
+    ),
     "no refs": ("Grounding", "refcoco_data", "nowhere", "refs.unc..p does not exist"),
-    "empty expression": ("Grounding", "train_file", [{"image": IMAGE, "text": " ", "ref_id": 1}], "text ' ' is empty"),
+    "empty expression": (
+        "Grounding",
+        "train_file",
+        [{"image": IMAGE, "text": " ", "ref_id": 1}],
+        "text ' ' is empty",
+    ),
     "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
     "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
     "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
     "long answers": ("VQA", "max_answer_tokens", 40, "max_answer_tokens is 40"),
     "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be a whole number from 1"),
-    "unknown sharing": ("NLVR", "share", "some", "share is 'some', it must be one of cross_attention, all, none"),
-}  # fmt: skip
+    "unknown sharing": (
+        "NLVR",
+        "share",
+        "some",
+        "share is 'some', it must be one of cross_attention, all, none",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -566,14 +942,18 @@ def test_bad_input_is_named_before_the_first_step(program, shapes, tmp_path, cas
         (tmp_path / "bad.json").write_text(json.dumps(value))
         config[key] = str(tmp_path / "bad.json")
     else:
-        config[key] = str(shapes / value) if isinstance(value, str) and key not in ("share", "eos") else value
+        config[key] = (
+            str(shapes / value) if isinstance(value, str) and key not in ("share", "eos") else value
+        )
     with pytest.raises(InputError, match=message) as error:
         run(script, config, tmp_path / "run", *arguments)
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
-@pytest.mark.parametrize(["script", "image"], [("VQA", "images/train/000001.jpg"), ("NLVR", None), ("VE", None)])
+@pytest.mark.parametrize(
+    ["script", "image"], [("VQA", "images/train/000001.jpg"), ("NLVR", None), ("VE", None)]
+)
 def test_unusable_training_images_are_counted_and_named(program, shapes, tmp_path, script, image):
     config_of, run = program
     config = config_of(script)
@@ -581,8 +961,14 @@ def test_unusable_training_images_are_counted_and_named(program, shapes, tmp_pat
     entries = json.loads((shapes / name).read_text())[:8]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff no image")
-    entries[0] = {**entries[0], **({"images": [str(broken)] * 2} if "images" in entries[0] else
-                                   {"image": str(broken.with_suffix("")) if script == "VE" else str(broken)})}  # fmt: skip
+    entries[0] = {
+        **entries[0],
+        **(
+            {"images": [str(broken)] * 2}
+            if "images" in entries[0]
+            else {"image": str(broken.with_suffix("")) if script == "VE" else str(broken)}
+        ),
+    }
     (tmp_path / "train.json").write_text(json.dumps(entries))
     with pytest.raises(TrainingStopped, match="broken.jpg"):
         run(script, {**config, "train_file": [str(tmp_path / "train.json")]}, tmp_path / "run")

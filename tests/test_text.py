@@ -13,7 +13,9 @@ def test_captions_match_the_released_clean_up(case):
     assert pre_caption(case["raw"], case["max_words"]) == case["text"]
 
 
-@pytest.mark.parametrize("case", GOLDEN["questions"], ids=lambda case: f"{case['raw'][:20]}, {case['max_words']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["questions"], ids=lambda case: f"{case['raw'][:20]}, {case['max_words']}"
+)
 def test_questions_match_the_released_clean_up(case):
     assert pre_question(case["raw"], case["max_words"]) == case["text"]
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, exit_status, log, refusal
+
 from dataset import build_dataset, to_json
 from dataset.annotations import read_json_list
 from dataset.official import recognize
@@ -36,8 +36,10 @@ def convert(tmp_path, monkeypatch, capsys):
         argv = ["to_json", path, "--image_root", tmp_path / "photos", "--output", out, *flags]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         status = exit_status(to_json.main)
-        files = [(out / file).read_text(encoding="utf-8") if (out / file).exists() else None
-                 for file in ("train.json", "test.json", "skipped.txt")]  # fmt: skip
+        files = [
+            (out / file).read_text(encoding="utf-8") if (out / file).exists() else None
+            for file in ("train.json", "test.json", "skipped.txt")
+        ]
         printed = "".join(capsys.readouterr()).replace(f"{tmp_path}/", "")
         train, test = (file and json.loads(file) for file in files[:2])
         return status, printed, train, test, files[2] and files[2].replace(f"{tmp_path}/", "")
@@ -45,16 +47,23 @@ def convert(tmp_path, monkeypatch, capsys):
     return call
 
 
-ROWS = [{"image": "a.jpg", "caption": ['A "big" dog, running', "zwei Hunde"]}, {"image": "b.jpg", "caption": ["été 10:30"]}]
+ROWS = [
+    {"image": "a.jpg", "caption": ['A "big" dog, running', "zwei Hunde"]},
+    {"image": "b.jpg", "caption": ["été 10:30"]},
+]
 BIG = '"A ""big"" dog, running"'
 JSON_BIG = json.dumps(ROWS[0]["caption"][0])
 TABLES = {
     "CSV": f"path,text\na.jpg,{BIG}\nb.jpg,été 10:30\na.jpg,zwei Hunde\n",
     "of Excel": f"\ufeffFile Name;Id;Caption\r\na.jpg;1;{BIG}\r\nb.jpg;2;été 10:30\r\na.jpg;3;zwei Hunde\r\n;;\r\n",
-    "UTF-16 TSV": f"image\ttitle\tcaption\r\na.jpg\t\t{BIG}\r\nb.jpg\t-\tété 10:30\r\na.jpg\t\tzwei Hunde".encode("utf-16"),
+    "UTF-16 TSV": f"image\ttitle\tcaption\r\na.jpg\t\t{BIG}\r\nb.jpg\t-\tété 10:30\r\na.jpg\t\tzwei Hunde".encode(
+        "utf-16"
+    ),
     "bars": f"image_name| number| comment\na.jpg| 0| {BIG}\na.jpg| 1| zwei Hunde\nb.jpg| 0| été 10:30\n",
-    "JSON lines": '{"file": "a.jpg", "text": [%s, "zwei\\nHunde"]}\r\n\n{"file": "b.jpg", "text": "été 10:30"}\n' % JSON_BIG,
-    "JSON list": '[{"img": "./a.jpg", "caption": [%s, "zwei Hunde"]},\n{"img": "b.jpg", "caption": "été 10:30"}]' % JSON_BIG,
+    "JSON lines": '{"file": "a.jpg", "text": [%s, "zwei\\nHunde"]}\r\n\n{"file": "b.jpg", "text": "été 10:30"}\n'
+    % JSON_BIG,
+    "JSON list": '[{"img": "./a.jpg", "caption": [%s, "zwei Hunde"]},\n{"img": "b.jpg", "caption": "été 10:30"}]'
+    % JSON_BIG,
 }
 
 
@@ -70,15 +79,24 @@ def test_columns_may_be_named(convert):
     assert status == 0 and train == [{"image": "a.jpg", "caption": ["a dog"]}]
     assert "images from column 'where', captions from column 'what'" in printed
     status, printed, *_ = convert(table)
-    assert status == 2 and "none of the columns 'id', 'alt', 'where', 'what' is called path" in printed and "--path" in printed
+    assert (
+        status == 2
+        and "none of the columns 'id', 'alt', 'where', 'what' is called path" in printed
+        and "--path" in printed
+    )
     status, printed, *_ = convert(table, "--path", "absent")
     assert status == 2 and "is called absent" in printed
 
 
 def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
-    table = "path,text\n" + "".join(f"{name},{word}\n" for word in ("one", "two") for name in IMAGES)
+    table = "path,text\n" + "".join(
+        f"{name},{word}\n" for word in ("one", "two") for name in IMAGES
+    )
     _, printed, train, test, _ = convert(table, "--test", 2)
-    assert "train.json: 2 images, 4 captions" in printed and "test.json: 2 images, 4 captions" in printed
+    assert (
+        "train.json: 2 images, 4 captions" in printed
+        and "test.json: 2 images, 4 captions" in printed
+    )
     assert sorted(entry["image"] for entry in train + test) == list(IMAGES)
     assert all(entry["caption"] == ["one", "two"] for entry in train + test)
     assert convert(table, "--test", 2)[2:4] == (train, test)
@@ -88,29 +106,72 @@ def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
 
 
 def test_rows_that_cannot_be_used_are_named_by_line(convert):
-    table = ('path,text\na.jpg,"two\nlines"\nabsent.jpg,x\nb.jpg,a, b\n,x\nb.jpg, \nb.jpg,?!\nphotos\\b.jpg,x\n\nsub\\d.jpg,d\n'
-             "sub,folder\nc.jpg\na\0.jpg,x\n")  # fmt: skip
+    table = (
+        'path,text\na.jpg,"two\nlines"\nabsent.jpg,x\nb.jpg,a, b\n,x\nb.jpg, \nb.jpg,?!\nphotos\\b.jpg,x\n\nsub\\d.jpg,d\n'
+        "sub,folder\nc.jpg\na\0.jpg,x\n"
+    )
     status, printed, train, _, skipped = convert(table)
-    assert status == 0 and train == [{"image": "a.jpg", "caption": ["two lines"]}, {"image": "sub/d.jpg", "caption": ["d"]}]
+    assert status == 0 and train == [
+        {"image": "a.jpg", "caption": ["two lines"]},
+        {"image": "sub/d.jpg", "caption": ["d"]},
+    ]
     lines = [line.split(": ", 1) for line in skipped.splitlines()]
-    assert [place for place, _ in lines] == [f"captions.csv line {n}" for n in (4, 5, 6, 7, 8, 9, 12, 13, 14)]
-    assert lines[0][1].startswith("image photos/absent.jpg does not exist") and "3 columns, but line 1 has 2" in lines[1][1]
-    assert "'path' is empty" in lines[2][1] and "'text' is empty" in lines[3][1] and "'text' is empty" in lines[4][1]
-    assert "left out, 9 (out/skipped.txt lists all)" in printed and printed.count("captions.csv line") == to_json.SHOWN
-    table = '{"path": "a.jpg", "text": "a"}\n{"path": 5}\n{"path"\n[]\n{"path": "b.jpg", "text": []}\n' + '{"path":' + "[" * 10**5
+    assert [place for place, _ in lines] == [
+        f"captions.csv line {n}" for n in (4, 5, 6, 7, 8, 9, 12, 13, 14)
+    ]
+    assert (
+        lines[0][1].startswith("image photos/absent.jpg does not exist")
+        and "3 columns, but line 1 has 2" in lines[1][1]
+    )
+    assert (
+        "'path' is empty" in lines[2][1]
+        and "'text' is empty" in lines[3][1]
+        and "'text' is empty" in lines[4][1]
+    )
+    assert (
+        "left out, 9 (out/skipped.txt lists all)" in printed
+        and printed.count("captions.csv line") == to_json.SHOWN
+    )
+    table = (
+        '{"path": "a.jpg", "text": "a"}\n{"path": 5}\n{"path"\n[]\n{"path": "b.jpg", "text": []}\n'
+        + '{"path":'
+        + "[" * 10**5
+    )
     _, printed, train, _, skipped = convert(table)
-    assert len(train) == 1 and [line.split(":")[0][-1] for line in skipped.splitlines()] == ["2", "3", "4", "5", "6"]
+    assert len(train) == 1 and [line.split(":")[0][-1] for line in skipped.splitlines()] == [
+        "2",
+        "3",
+        "4",
+        "5",
+        "6",
+    ]
 
 
-@pytest.mark.parametrize("table, words", {
-    "path,text\nx.jpg,a\ny.jpg,b\n": ("line 2", "photos/x.jpg does not exist", "none of 2"),
-    "a.jpg,a dog\nb.jpg,a cat\n": ("'a.jpg', 'a dog'", "line 1 of a CSV or TSV file names the columns"),
-    "path,text\n": ("no rows",), "": ("no rows",),
-    "path,text\na.jpg,fine\nb.jpg,été\n".encode("cp1252"): ("line 3", "not utf-8", "--encoding cp1252"),
-}.items())  # fmt: skip
+@pytest.mark.parametrize(
+    "table, words",
+    {
+        "path,text\nx.jpg,a\ny.jpg,b\n": ("line 2", "photos/x.jpg does not exist", "none of 2"),
+        "a.jpg,a dog\nb.jpg,a cat\n": (
+            "'a.jpg', 'a dog'",
+            "line 1 of a CSV or TSV file names the columns",
+        ),
+        "path,text\n": ("no rows",),
+        "": ("no rows",),
+        "path,text\na.jpg,fine\nb.jpg,été\n".encode("cp1252"): (
+            "line 3",
+            "not utf-8",
+            "--encoding cp1252",
+        ),
+    }.items(),
+)
 def test_tables_of_which_nothing_can_be_used_are_refused(convert, table, words):
     status, printed, train, *_ = convert(table)
-    assert status == 2 and train is None and printed.startswith("error: captions.csv") and printed.count("\n") == 1
+    assert (
+        status == 2
+        and train is None
+        and printed.startswith("error: captions.csv")
+        and printed.count("\n") == 1
+    )
     assert all(word in printed for word in words)
 
 
@@ -122,19 +183,42 @@ def test_other_encodings(convert, tmp_path):
 
 STRAY = {
     # table: captions of the images, numbers of the lines that are left out
-    "TSV": ('path\tcaption\na.jpg\t"star of tomorrow\nb.jpg\ta tv of 32"\nc.jpg\tplain\n',
-            {"a.jpg": '"star of tomorrow', "b.jpg": 'a tv of 32"', "c.jpg": "plain"}, []),
-    "to the end": ('path,text\na.jpg,fine\nb.jpg,"a dog\nc.jpg,a cat\n',
-                   {"a.jpg": "fine", "b.jpg": '"a dog', "c.jpg": "a cat"}, []),
-    "a missing image between": ('path,text\na.jpg,"a dog\nx.jpg,a cat"\nb.jpg,b\n', {"a.jpg": '"a dog', "b.jpg": "b"}, [3]),
-    "delimiters": ('path,text\na.jpg,"one, two\nb.jpg,three"\nc.jpg,c\n', {"b.jpg": 'three"', "c.jpg": "c"}, [2]),
-    "in between": ('path,text\na.jpg,"big" dog\nb.jpg,"a ""big"", fat dog"\nc.jpg,32" tv\n',
-                   {"a.jpg": '"big" dog', "b.jpg": 'a "big", fat dog', "c.jpg": '32" tv'}, []),
-    "of inches": ('id\tpath\ttext\n1\ta.jpg\t"24\n2\tb.jpg\t"32\n3\tc.jpg\t40"\n',
-                  {"a.jpg": '"24', "b.jpg": '"32', "c.jpg": '40"'}, []),
-    "several lines": ('path,text\na.jpg,"one, two\nthree, four\n\nfive"\nb.jpg,b\n',
-                      {"a.jpg": "one, two three, four five", "b.jpg": "b"}, []),
-}  # fmt: skip
+    "TSV": (
+        'path\tcaption\na.jpg\t"star of tomorrow\nb.jpg\ta tv of 32"\nc.jpg\tplain\n',
+        {"a.jpg": '"star of tomorrow', "b.jpg": 'a tv of 32"', "c.jpg": "plain"},
+        [],
+    ),
+    "to the end": (
+        'path,text\na.jpg,fine\nb.jpg,"a dog\nc.jpg,a cat\n',
+        {"a.jpg": "fine", "b.jpg": '"a dog', "c.jpg": "a cat"},
+        [],
+    ),
+    "a missing image between": (
+        'path,text\na.jpg,"a dog\nx.jpg,a cat"\nb.jpg,b\n',
+        {"a.jpg": '"a dog', "b.jpg": "b"},
+        [3],
+    ),
+    "delimiters": (
+        'path,text\na.jpg,"one, two\nb.jpg,three"\nc.jpg,c\n',
+        {"b.jpg": 'three"', "c.jpg": "c"},
+        [2],
+    ),
+    "in between": (
+        'path,text\na.jpg,"big" dog\nb.jpg,"a ""big"", fat dog"\nc.jpg,32" tv\n',
+        {"a.jpg": '"big" dog', "b.jpg": 'a "big", fat dog', "c.jpg": '32" tv'},
+        [],
+    ),
+    "of inches": (
+        'id\tpath\ttext\n1\ta.jpg\t"24\n2\tb.jpg\t"32\n3\tc.jpg\t40"\n',
+        {"a.jpg": '"24', "b.jpg": '"32', "c.jpg": '40"'},
+        [],
+    ),
+    "several lines": (
+        'path,text\na.jpg,"one, two\nthree, four\n\nfive"\nb.jpg,b\n',
+        {"a.jpg": "one, two three, four five", "b.jpg": "b"},
+        [],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", STRAY)
@@ -142,7 +226,9 @@ def test_a_stray_quote_costs_no_other_row(convert, name):
     table, captions, left_out = STRAY[name]
     status, printed, train, _, skipped = convert(table)
     assert status == 0 and {entry["image"]: entry["caption"][0] for entry in train} == captions
-    assert [int(re.search(r" line (\d+)", line)[1]) for line in (skipped or "").splitlines()] == left_out
+    assert [
+        int(re.search(r" line (\d+)", line)[1]) for line in (skipped or "").splitlines()
+    ] == left_out
     assert ("letters" in printed) == (name not in ("delimiters", "several lines"))
 
 
@@ -156,21 +242,45 @@ def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, mo
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert {path.name for path in before} == {"train.json", "test.json", "skipped.txt"}
     (tmp_path / "captions.csv").write_text("path,text\na.jpg,new\n")
-    command = [tmp_path / "captions.csv", "--image_root", tmp_path / "photos", "--output", tmp_path / "out"]
-    assert run(monkeypatch, *command) == 2 and str(tmp_path / "out/train.json") in capsys.readouterr().err
+    command = [
+        tmp_path / "captions.csv",
+        "--image_root",
+        tmp_path / "photos",
+        "--output",
+        tmp_path / "out",
+    ]
+    assert (
+        run(monkeypatch, *command) == 2
+        and str(tmp_path / "out/train.json") in capsys.readouterr().err
+    )
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert run(monkeypatch, *command, "--overwrite") == 0
     printed = capsys.readouterr().out
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert json.loads(after.pop("train.json")) == [{"image": "a.jpg", "caption": ["new"]}]
     assert after == {path.name: data for path, data in before.items() if path.name != "train.json"}
-    assert all(str(tmp_path / "out" / name) in printed for name in ("train.json", "test.json", "skipped.txt"))
+    assert all(
+        str(tmp_path / "out" / name) in printed
+        for name in ("train.json", "test.json", "skipped.txt")
+    )
 
 
 def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
-    files = {"a.txt": "a dog\n", "b.json": '{"caption": ["b", "c"], "url": "x"}', "c.json": '{"caption": null}', "e.txt": "?",
-             "f.heic": "", "f.txt": "a fox", "g.txt": "a goat", "clip.mov": "",
-             "sub/d.txt": "a cat", "sub/d.json": "broken", "0_stats.json": "{}", "readme.md": "", ".e.jpg": ""}  # fmt: skip
+    files = {
+        "a.txt": "a dog\n",
+        "b.json": '{"caption": ["b", "c"], "url": "x"}',
+        "c.json": '{"caption": null}',
+        "e.txt": "?",
+        "f.heic": "",
+        "f.txt": "a fox",
+        "g.txt": "a goat",
+        "clip.mov": "",
+        "sub/d.txt": "a cat",
+        "sub/d.json": "broken",
+        "0_stats.json": "{}",
+        "readme.md": "",
+        ".e.jpg": "",
+    }
     for name, text in files.items():
         (tmp_path / "photos" / name).write_text(text)
     shutil.copy(tmp_path / "photos" / "a.jpg", tmp_path / "photos" / "g.jfif")
@@ -179,11 +289,23 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root, prefix in ("photos", ""), ("", "photos/"):
         assert run(monkeypatch, "photos", "--image_root", root, "--output", f"out{root}") == 0
-        entries = {entry["image"]: entry["caption"] for entry in json.loads(Path(f"out{root}/train.json").read_text())}
-        assert entries == {f"{prefix}a.jpg": ["a dog"], f"{prefix}b.jpg": ["b", "c"], f"{prefix}g.jfif": ["a goat"],
-                           f"{prefix}sub/d.jpg": ["a cat"]}
+        entries = {
+            entry["image"]: entry["caption"]
+            for entry in json.loads(Path(f"out{root}/train.json").read_text())
+        }
+        assert entries == {
+            f"{prefix}a.jpg": ["a dog"],
+            f"{prefix}b.jpg": ["b", "c"],
+            f"{prefix}g.jfif": ["a goat"],
+            f"{prefix}sub/d.jpg": ["a cat"],
+        }
         skipped = Path(f"out{root}/skipped.txt").read_text().splitlines()
-        assert [line.split(":")[0] for line in skipped] == ["photos/c.jpg", "photos/f.heic", "photos/e.txt", "photos/sub/e.jpg"]
+        assert [line.split(":")[0] for line in skipped] == [
+            "photos/c.jpg",
+            "photos/f.heic",
+            "photos/e.txt",
+            "photos/sub/e.jpg",
+        ]
     for source in "configs", "photos/sub/e.txt", "/dev/zero":
         assert run(monkeypatch, source, "--output", "none") == 2
 
@@ -193,34 +315,88 @@ def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_
     rows = [f"{name},{text} circle\n" for name in images for text in ("a red", "the blue")]
     (tmp_path / "my.csv").write_text("".join(["path,text\n", *rows]))
     root = str(shapes / "images/train")
-    assert run(monkeypatch, tmp_path / "my.csv", "--image_root", root, "--output", tmp_path, "--test", 2) == 0
+    assert (
+        run(
+            monkeypatch,
+            tmp_path / "my.csv",
+            "--image_root",
+            root,
+            "--output",
+            tmp_path,
+            "--test",
+            2,
+        )
+        == 0
+    )
     config = {**tiny_config, "train_file": [str(tmp_path / "train.json")], "image_root": root}
     assert len(build_dataset("pretrain", config)) == 6
     dataset = build_dataset("retrieval_train", config)
     samples = [dataset[i] for i in range(6)]
     assert len({sample.image_id for sample in samples}) == 6
     assert {sample.caption for sample in samples} <= {"a red circle", "the blue circle"}
-    assert len(build_dataset("retrieval_test", {**config, "test_file": [str(tmp_path / "test.json")]})) == 2
+    assert (
+        len(build_dataset("retrieval_test", {**config, "test_file": [str(tmp_path / "test.json")]}))
+        == 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # official files
 
 
 def vqa(kind, subtype="train2014", **rows):
-    return {"info": {}, "task_type": "Open-Ended", "data_type": "mscoco", "license": {}, "data_subtype": subtype, **rows}
+    return {
+        "info": {},
+        "task_type": "Open-Ended",
+        "data_type": "mscoco",
+        "license": {},
+        "data_subtype": subtype,
+        **rows,
+    }
 
 
 QUESTIONS = [{"image_id": 7, "question": f"Is it {i}?", "question_id": 7000 + i} for i in range(2)]
-ANSWERS = [{"question_id": 7000 + i, "image_id": 7, "question_type": "is it", "answer_type": "yes/no",
-            "multiple_choice_answer": "a", "answers": [{"answer": f"a{i}", "answer_confidence": "yes", "answer_id": k} for k in range(10)]}
-           for i in reversed(range(2))]  # fmt: skip
+ANSWERS = [
+    {
+        "question_id": 7000 + i,
+        "image_id": 7,
+        "question_type": "is it",
+        "answer_type": "yes/no",
+        "multiple_choice_answer": "a",
+        "answers": [
+            {"answer": f"a{i}", "answer_confidence": "yes", "answer_id": k} for k in range(10)
+        ],
+    }
+    for i in reversed(range(2))
+]
 COCO_IMAGE = "train2014/COCO_train2014_000000000007.jpg"
-ANSWERED = [{"image": COCO_IMAGE, "question": f"Is it {i}?", "question_id": 7000 + i, "dataset": "vqa",
-             "answer": [f"a{i}"] * 10, "answer_type": "yes/no"} for i in range(2)]  # fmt: skip
-STATEMENT = {"sentence": "Two dogs.", "label": "True", "synset": "dog", "query": "dogs0", "validation": {}}
-HYPOTHESIS = {"annotator_labels": ["neutral"], "captionID": "47.jpg#4", "pairID": "47.jpg#4r1n", "sentence1": "A dog.",
-              "sentence2": "A pet.", "gold_label": "entailment", "Flickr30K_ID": "47"}  # fmt: skip
+ANSWERED = [
+    {
+        "image": COCO_IMAGE,
+        "question": f"Is it {i}?",
+        "question_id": 7000 + i,
+        "dataset": "vqa",
+        "answer": [f"a{i}"] * 10,
+        "answer_type": "yes/no",
+    }
+    for i in range(2)
+]
+STATEMENT = {
+    "sentence": "Two dogs.",
+    "label": "True",
+    "synset": "dog",
+    "query": "dogs0",
+    "validation": {},
+}
+HYPOTHESIS = {
+    "annotator_labels": ["neutral"],
+    "captionID": "47.jpg#4",
+    "pairID": "47.jpg#4r1n",
+    "sentence1": "A dog.",
+    "sentence2": "A pet.",
+    "gold_label": "entailment",
+    "Flickr30K_ID": "47",
+}
 
 
 def lines(*rows):
@@ -228,43 +404,124 @@ def lines(*rows):
 
 
 def captions(name, count=2):
-    return {"info": {}, "licenses": [], "images": [{"id": 5, "file_name": name, "height": 1, "width": 1}],
-            "annotations": [{"image_id": 5, "id": i, "caption": "A dog."} for i in range(count)]}  # fmt: skip
+    return {
+        "info": {},
+        "licenses": [],
+        "images": [{"id": 5, "file_name": name, "height": 1, "width": 1}],
+        "annotations": [{"image_id": 5, "id": i, "caption": "A dog."} for i in range(count)],
+    }
 
 
 def karpathy(split, number):
     sentences = [{"tokens": ["a"], "raw": f"A {split}.", "imgid": number, "sentid": 9}] * 2
-    return {"filepath": "val2014", "filename": f"COCO_val2014_{number:012d}.jpg", "imgid": number, "cocoid": 50 + number,
-            "sentids": [9], "split": split, "sentences": sentences}  # fmt: skip
+    return {
+        "filepath": "val2014",
+        "filename": f"COCO_val2014_{number:012d}.jpg",
+        "imgid": number,
+        "cocoid": 50 + number,
+        "sentids": [9],
+        "split": split,
+        "sentences": sentences,
+    }
 
 
 SPLITS = ("train", "restval", "val", "test")
 # files -> lists; the task that reads them, and the key of its image folder
 OFFICIAL = {
-    "COCO": ({"captions_val2017.json": captions("000000000005.jpg")},
-             {"val": [{"image": "val2017/000000000005.jpg", "caption": ["A dog."] * 2}]}, "retrieval"),
-    "COCO 2014": ({"captions.json": captions("COCO_train2014_000000000005.jpg", 1)},
-                  {"train": [{"image": "train2014/COCO_train2014_000000000005.jpg", "caption": "A dog.", "image_id": 5}]},
-                  "retrieval"),
-    "Karpathy": ({"dataset_coco.json": {"images": [karpathy(split, i) for i, split in enumerate(SPLITS)], "dataset": "coco"}}, {
-        "train": [{"image": f"val2014/COCO_val2014_{i:012d}.jpg", "caption": f"A {SPLITS[i]}.", "image_id": 50 + i}
-                  for i in (0, 0, 1, 1)],
-        "val": [{"image": "val2014/COCO_val2014_000000000002.jpg", "caption": ["A val."] * 2}],
-        "test": [{"image": "val2014/COCO_val2014_000000000003.jpg", "caption": ["A test."] * 2}],
-    }, "retrieval"),
-    "VQA": ({"q.json": vqa("q", questions=QUESTIONS), "a.json": vqa("a", annotations=ANSWERS),
-             "t.json": vqa("q", "test-dev2015", questions=QUESTIONS[:1])},
-            {"train": ANSWERED, "test": [{"image": "test2015/COCO_test2015_000000000007.jpg", "question": "Is it 0?",
-                                          "question_id": 7000, "dataset": "vqa"}]}, "vqa"),
-    "NLVR2": ({"train.json": lines({**STATEMENT, "identifier": "train-10-1-0", "directory": 54}),
-               "dev.json": lines({**STATEMENT, "identifier": "dev-850-0-0", "label": "False"})},
-              {"train": [{"images": [f"images/train/54/train-10-1-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.",
-                          "label": "True"}],
-               "val": [{"images": [f"dev/dev-850-0-img{i}.png" for i in (0, 1)], "sentence": "Two dogs.",
-                        "label": "False"}]}, "nlvr"),
-    "SNLI-VE": ({"snli_ve_dev.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "Flickr30K_ID": "48.jpg"})},
-                {"val": [{"image": name, "sentence": "A pet.", "label": "entailment"} for name in ("47", "48")]}, "ve"),
-}  # fmt: skip
+    "COCO": (
+        {"captions_val2017.json": captions("000000000005.jpg")},
+        {"val": [{"image": "val2017/000000000005.jpg", "caption": ["A dog."] * 2}]},
+        "retrieval",
+    ),
+    "COCO 2014": (
+        {"captions.json": captions("COCO_train2014_000000000005.jpg", 1)},
+        {
+            "train": [
+                {
+                    "image": "train2014/COCO_train2014_000000000005.jpg",
+                    "caption": "A dog.",
+                    "image_id": 5,
+                }
+            ]
+        },
+        "retrieval",
+    ),
+    "Karpathy": (
+        {
+            "dataset_coco.json": {
+                "images": [karpathy(split, i) for i, split in enumerate(SPLITS)],
+                "dataset": "coco",
+            }
+        },
+        {
+            "train": [
+                {
+                    "image": f"val2014/COCO_val2014_{i:012d}.jpg",
+                    "caption": f"A {SPLITS[i]}.",
+                    "image_id": 50 + i,
+                }
+                for i in (0, 0, 1, 1)
+            ],
+            "val": [{"image": "val2014/COCO_val2014_000000000002.jpg", "caption": ["A val."] * 2}],
+            "test": [
+                {"image": "val2014/COCO_val2014_000000000003.jpg", "caption": ["A test."] * 2}
+            ],
+        },
+        "retrieval",
+    ),
+    "VQA": (
+        {
+            "q.json": vqa("q", questions=QUESTIONS),
+            "a.json": vqa("a", annotations=ANSWERS),
+            "t.json": vqa("q", "test-dev2015", questions=QUESTIONS[:1]),
+        },
+        {
+            "train": ANSWERED,
+            "test": [
+                {
+                    "image": "test2015/COCO_test2015_000000000007.jpg",
+                    "question": "Is it 0?",
+                    "question_id": 7000,
+                    "dataset": "vqa",
+                }
+            ],
+        },
+        "vqa",
+    ),
+    "NLVR2": (
+        {
+            "train.json": lines({**STATEMENT, "identifier": "train-10-1-0", "directory": 54}),
+            "dev.json": lines({**STATEMENT, "identifier": "dev-850-0-0", "label": "False"}),
+        },
+        {
+            "train": [
+                {
+                    "images": [f"images/train/54/train-10-1-img{i}.png" for i in (0, 1)],
+                    "sentence": "Two dogs.",
+                    "label": "True",
+                }
+            ],
+            "val": [
+                {
+                    "images": [f"dev/dev-850-0-img{i}.png" for i in (0, 1)],
+                    "sentence": "Two dogs.",
+                    "label": "False",
+                }
+            ],
+        },
+        "nlvr",
+    ),
+    "SNLI-VE": (
+        {"snli_ve_dev.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "Flickr30K_ID": "48.jpg"})},
+        {
+            "val": [
+                {"image": name, "sentence": "A pet.", "label": "entailment"}
+                for name in ("47", "48")
+            ]
+        },
+        "ve",
+    ),
+}
 
 
 @pytest.fixture
@@ -277,7 +534,9 @@ def official(tmp_path, monkeypatch):
             Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
         shutil.rmtree("out", ignore_errors=True)
         status = run(monkeypatch, *files, "--image_root", "photos", "--output", "out", *flags)
-        return status, {path.stem: json.loads(path.read_text()) for path in Path("out").glob("*.json")}
+        return status, {
+            path.stem: json.loads(path.read_text()) for path in Path("out").glob("*.json")
+        }
 
     return call
 
@@ -293,13 +552,21 @@ def test_official_files_become_the_lists_of_their_task(official, capsys, shapes,
     status, lists = official(files)
     assert status == 0 and lists == expected
     images = images_of(lists)
-    assert f"{len(images)} of {len(images)} images are not in --image_root photos" in capsys.readouterr().out
+    assert (
+        f"{len(images)} of {len(images)} images are not in --image_root photos"
+        in capsys.readouterr().out
+    )
     for image in images:
         path = Path("photos", image if task != "ve" else f"{image}.jpg")
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(shapes / "images/train/000000.jpg", path)
     for split in lists:  # the script reads them
-        config = {**tiny_config, f"{split}_file": [f"out/{split}.json"], "image_root": "photos", "vqa_root": "photos"}
+        config = {
+            **tiny_config,
+            f"{split}_file": [f"out/{split}.json"],
+            "image_root": "photos",
+            "vqa_root": "photos",
+        }
         assert len(build_dataset(f"{task}_{split}", config)) == len(expected[split])
     for image in list(Path("photos").rglob("*.*")):
         image.rename(Path("photos", image.name))
@@ -321,16 +588,31 @@ def test_a_script_that_gets_an_official_file_names_the_command(tmp_path, name):
 
 def test_one_wrong_row_of_an_official_file_costs_one(official):
     rows = [{**STATEMENT, "identifier": f"dev-{i}-0-0"} for i in range(3)]
-    status, lists = official({"dev.json": lines(*rows[:2]) + "{broken\n" + lines({**rows[2], "label": "maybe"}, rows[2])})
+    status, lists = official(
+        {"dev.json": lines(*rows[:2]) + "{broken\n" + lines({**rows[2], "label": "maybe"}, rows[2])}
+    )
     assert status == 0 and len(lists["val"]) == 3
     skipped = Path("out/skipped.txt").read_text().splitlines()
     assert [line.split(":")[0] for line in skipped] == ["dev.json line 3", "dev.json line 4"]
-    status, lists = official({"snli_ve_test.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "gold_label": "-"})})
-    assert status == 0 and len(lists["test"]) == 1 and "snli_ve_test.jsonl line 2" in Path("out/skipped.txt").read_text()
+    status, lists = official(
+        {"snli_ve_test.jsonl": lines(HYPOTHESIS, {**HYPOTHESIS, "gold_label": "-"})}
+    )
+    assert (
+        status == 0
+        and len(lists["test"]) == 1
+        and "snli_ve_test.jsonl line 2" in Path("out/skipped.txt").read_text()
+    )
     content = captions("a.jpg")
-    content["annotations"] += [{"image_id": 9, "id": 1, "caption": "b"}, {"image_id": 5, "id": 2, "caption": "?!"}]
+    content["annotations"] += [
+        {"image_id": 9, "id": 1, "caption": "b"},
+        {"image_id": 5, "id": 2, "caption": "?!"},
+    ]
     status, lists = official({"captions.json": content})
-    assert status == 0 and len(lists["train"]) == 2 and len(Path("out/skipped.txt").read_text().splitlines()) == 2
+    assert (
+        status == 0
+        and len(lists["train"]) == 2
+        and len(Path("out/skipped.txt").read_text().splitlines()) == 2
+    )
 
 
 def test_questions_and_annotations_are_joined_by_question_and_image(official, capsys):
@@ -341,20 +623,30 @@ def test_questions_and_annotations_are_joined_by_question_and_image(official, ca
     assert status == 0 and lists == {"train": ANSWERED[:1]}
     skipped = Path("out/skipped.txt").read_text().splitlines()
     assert ["7001" in skipped[0], "question 1 " in skipped[1]] == [True, True] and len(skipped) == 2
-    assert official({"a.json": vqa("a", annotations=ANSWERS)})[0] == 2 and "train2014" in capsys.readouterr().err
+    assert (
+        official({"a.json": vqa("a", annotations=ANSWERS)})[0] == 2
+        and "train2014" in capsys.readouterr().err
+    )
     files["a.json"] = vqa("a", "val2014", annotations=ANSWERS)
     assert official(files)[0] == 2 and "val2014" in capsys.readouterr().err
 
 
 def test_official_captions_can_be_held_out_and_other_files_not(official, capsys):
-    content = captions("a.jpg") | {"images": [{"id": i, "file_name": f"{i}.jpg"} for i in (5, 6, 7)]}
+    content = captions("a.jpg") | {
+        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in (5, 6, 7)]
+    }
     content["annotations"] += [{"image_id": i, "id": i, "caption": "b"} for i in (6, 7)]
     status, lists = official({"captions.json": content}, "--test", 1)
     assert status == 0 and len(lists["test"]) == 1 and isinstance(lists["test"][0]["caption"], list)
     assert len(images_of(lists)) == 3
     for name in "Karpathy", "VQA", "NLVR2":
-        assert official(OFFICIAL[name][0], "--test", 1)[0] == 2 and "--test" in capsys.readouterr().err
-    assert official(OFFICIAL["COCO"][0], "--text", "caption")[0] == 2 and "--text" in capsys.readouterr().err
+        assert (
+            official(OFFICIAL[name][0], "--test", 1)[0] == 2 and "--test" in capsys.readouterr().err
+        )
+    assert (
+        official(OFFICIAL["COCO"][0], "--text", "caption")[0] == 2
+        and "--text" in capsys.readouterr().err
+    )
     assert official({**OFFICIAL["COCO"][0], **OFFICIAL["SNLI-VE"][0]})[0] == 2
     assert "one kind" in capsys.readouterr().err
     Path("photos").mkdir()
@@ -364,11 +656,21 @@ def test_official_captions_can_be_held_out_and_other_files_not(official, capsys)
 
 
 def test_other_objects_are_not_taken_for_official_files():
-    others = [{}, [], 5, {"images": [], "annotations": []},
-              {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1}]}, {"image": "a", "sentence": "b", "label": "True"}, {"path": "a.jpg", "caption": "b"},
-              vqa("q", questions=QUESTIONS) | {"data_type": "abstract_v002"}]  # fmt: skip
+    others = [
+        {},
+        [],
+        5,
+        {"images": [], "annotations": []},
+        {"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 1}]},
+        {"image": "a", "sentence": "b", "label": "True"},
+        {"path": "a.jpg", "caption": "b"},
+        vqa("q", questions=QUESTIONS) | {"data_type": "abstract_v002"},
+    ]
     for content in others:
-        assert recognize(json.dumps(content).encode()) is None and recognize(lines(content, content).encode()) is None
+        assert (
+            recognize(json.dumps(content).encode()) is None
+            and recognize(lines(content, content).encode()) is None
+        )
     for data in (b"", b"\xff", b"{", b'{"a": ' * 5000, b"path,text\n"):
         assert recognize(data) is None
 
@@ -388,4 +690,7 @@ def test_the_lines_of_the_readme_lead_from_photos_to_pictures(shapes, tmp_path, 
         monkeypatch.setattr(sys, "argv", [name, *flags])
         assert exit_status(importlib.import_module(name.removesuffix(".py")).main) == 0, line
     assert log(tmp_path / "output/small")[-1]["test_txt_r10"] > 0
-    assert all((tmp_path / name).stat().st_size > 10000 for name in ("output/small/retrieval.png", "heat.png"))
+    assert all(
+        (tmp_path / name).stat().st_size > 10000
+        for name in ("output/small/retrieval.png", "heat.png")
+    )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from conftest import refusal
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BertTokenizer
 
-from conftest import refusal
 from dataset.text import is_blank
 from models.tokenizer import SPECIAL, build_tokenizer, main, train_vocab
 
@@ -29,7 +29,10 @@ def test_token_ids_are_the_released_ones(tokenizer):
     for case in GOLDEN["tokens"]:
         assert tokenizer(case["text"])["input_ids"] == case["input_ids"], case["text"]
     for case in GOLDEN["tokens_truncated_25"]:
-        assert tokenizer(case["text"], truncation=True, max_length=25)["input_ids"] == case["input_ids"]
+        assert (
+            tokenizer(case["text"], truncation=True, max_length=25)["input_ids"]
+            == case["input_ids"]
+        )
     batch = tokenizer(GOLDEN["batch"]["texts"], padding="longest", return_tensors="pt")
     assert batch["input_ids"].tolist() == GOLDEN["batch"]["input_ids"]
     assert batch["attention_mask"].tolist() == GOLDEN["batch"]["attention_mask"]
@@ -41,9 +44,14 @@ def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "b")
     text = GOLDEN["tokens"][2]["text"]
     for folder in ("a", "b"):
-        assert build_tokenizer(tmp_path / folder)(text)["input_ids"] == GOLDEN["tokens"][2]["input_ids"]
+        assert (
+            build_tokenizer(tmp_path / folder)(text)["input_ids"]
+            == GOLDEN["tokens"][2]["input_ids"]
+        )
     (tmp_path / "empty").mkdir()
-    assert "empty has no tokenizer.json or vocab.txt" in refusal(build_tokenizer, tmp_path / "empty")
+    assert "empty has no tokenizer.json or vocab.txt" in refusal(
+        build_tokenizer, tmp_path / "empty"
+    )
 
 
 def test_marks_and_line_ends_of_windows_and_other_separators_do_not_move_ids(tokenizer, tmp_path):
@@ -54,28 +62,50 @@ def test_marks_and_line_ends_of_windows_and_other_separators_do_not_move_ids(tok
     assert build_tokenizer(tmp_path / "vocab.txt").get_vocab()["last"] == len(tokenizer) + 1
 
 
-OTHER = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))  # as of a model that is not BERT
+# as of a model that is not BERT
+OTHER = Tokenizer(WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
 
 
-@pytest.mark.parametrize("name, content, lacking", [
-    ("vocab.txt", b"[PAD]\na\nb\n", "[UNK], [CLS]"),
-    ("captions.json", b'[{"image": "a.jpg", "caption": "b"}]', ""),
-    ("tokenizer.json", b'{"version": "1.0"}', ""),
-    ("vocab.txt", b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n[PAD]\n", "line 7 repeats '[PAD]' of line 1"),
-    ("tokenizer.json", OTHER.to_str().encode(), "[PAD], [CLS], [SEP], [MASK]"),
-    ("photo.png", Path("tests/golden/photo.png").read_bytes(), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, lacking",
+    [
+        ("vocab.txt", b"[PAD]\na\nb\n", "[UNK], [CLS]"),
+        ("captions.json", b'[{"image": "a.jpg", "caption": "b"}]', ""),
+        ("tokenizer.json", b'{"version": "1.0"}', ""),
+        (
+            "vocab.txt",
+            b"[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n[PAD]\n",
+            "line 7 repeats '[PAD]' of line 1",
+        ),
+        ("tokenizer.json", OTHER.to_str().encode(), "[PAD], [CLS], [SEP], [MASK]"),
+        ("photo.png", Path("tests/golden/photo.png").read_bytes(), ""),
+    ],
+)
 def test_bad_vocabularies_are_named(tmp_path, name, content, lacking):
     (tmp_path / name).write_bytes(content)
     message = refusal(build_tokenizer, tmp_path / name)
-    assert f"{name} is not a vocabulary" in message and lacking in message and "python -m models.tokenizer" in message
+    assert (
+        f"{name} is not a vocabulary" in message
+        and lacking in message
+        and "python -m models.tokenizer" in message
+    )
 
 
 def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys):
-    captions = ["ein roter Kreis", "ein blauer Kreis", "красный круг", "синий круг", "赤い 円", "青い 円"] * 5
+    captions = [
+        "ein roter Kreis",
+        "ein blauer Kreis",
+        "красный круг",
+        "синий круг",
+        "赤い 円",
+        "青い 円",
+    ] * 5
     pieces = train_vocab(captions, 200)
     assert pieces[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    entries = [{"image": "x.jpg", "caption": captions[0]}, {"image": "y.jpg", "caption": captions[1:]}]
+    entries = [
+        {"image": "x.jpg", "caption": captions[0]},
+        {"image": "y.jpg", "caption": captions[1:]},
+    ]
     (tmp_path / "train.json").write_text(json.dumps(entries))
     flags = ["--output", str(tmp_path / "v/vocab.txt"), "--size", "200"]
     monkeypatch.setattr("sys.argv", ["tokenizer.py", str(tmp_path / "train.json"), *flags])
@@ -86,7 +116,9 @@ def test_vocab_trained_on_captions_of_any_language(tmp_path, monkeypatch, capsys
         ids = tokenizer(caption)["input_ids"]
         assert tokenizer.unk_token_id not in ids
         # every word is one piece; Chinese and Japanese signs are words of their own
-        assert len(ids) == 1 + sum(1 if word.isalpha() and word < "\u3000" else len(word) for word in caption.split())
+        assert len(ids) == 1 + sum(
+            1 if word.isalpha() and word < "\u3000" else len(word) for word in caption.split()
+        )
 
 
 def vocabulary(folder, monkeypatch, captions, output):
@@ -100,7 +132,21 @@ def vocabulary(folder, monkeypatch, captions, output):
 
 @pytest.mark.parametrize("output", ["vocab.txt", "mine.txt", "mine.json"])
 def test_own_vocabularies_keep_marks_in_any_composition_and_no_case(tmp_path, monkeypatch, output):
-    captions = ["赤いパンダ", "赤いハンダ", "Un Café", "un cafe", "ação", "acao", "हिंदी", "हदी", "güç", "guc", "한국", "Ёж", "еж"]
+    captions = [
+        "赤いパンダ",
+        "赤いハンダ",
+        "Un Café",
+        "un cafe",
+        "ação",
+        "acao",
+        "हिंदी",
+        "हदी",
+        "güç",
+        "guc",
+        "한국",
+        "Ёж",
+        "еж",
+    ]
     tokenizer = vocabulary(tmp_path, monkeypatch, captions, output)
     ids = [tokenizer(caption)["input_ids"] for caption in captions]
     assert len(set(map(tuple, ids))) == len(captions)
@@ -112,20 +158,32 @@ def test_own_vocabularies_keep_marks_in_any_composition_and_no_case(tmp_path, mo
     assert tokenizer.decode(ids[2], skip_special_tokens=True) == "un café"
     plain = vocabulary(tmp_path, monkeypatch, ["a red circle", "a blue circle"], output)
     for text in ("a red Circle", "circled, red", "un café"):
-        assert plain(text)["input_ids"] == BertTokenizer(plain.get_vocab(), strip_accents=False)(text)["input_ids"][:-1]
+        assert (
+            plain(text)["input_ids"]
+            == BertTokenizer(plain.get_vocab(), strip_accents=False)(text)["input_ids"][:-1]
+        )
 
 
 def test_nothing_that_is_not_blank_is_lost_on_an_own_vocabulary(tmp_path, monkeypatch):
     tokenizer = vocabulary(tmp_path, monkeypatch, ["a red circle"], "vocab.txt")
     for character in map(chr, [*range(0x3100), *range(0xA000, 0xA100), *range(0x1F600, 0x1F610)]):
         if unicodedata.ucd_3_2_0.category(character) == unicodedata.category(character) != "Cn":
-            assert is_blank(character) or len(tokenizer(character)["input_ids"]) > 1, ascii(character)
+            assert is_blank(character) or len(tokenizer(character)["input_ids"]) > 1, ascii(
+                character
+            )
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False}, {"strip_accents": False},
-    {"do_lower_case": False, "strip_accents": True}, {"do_lower_case": False, "tokenize_chinese_chars": False},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_lower_case": False},
+        {"do_lower_case": True, "strip_accents": False},
+        {"strip_accents": False},
+        {"do_lower_case": False, "strip_accents": True},
+        {"do_lower_case": False, "tokenize_chinese_chars": False},
+    ],
+)
 def test_what_a_folder_says_of_case_and_accents_is_done(tmp_path, capsys, settings):
     pieces = [*SPECIAL.values(), "Café", "café", "Cafe", "cafe", "漢", "漢字", "字", "e\u0301"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces))
@@ -140,7 +198,10 @@ def test_what_a_folder_says_of_case_and_accents_is_done(tmp_path, capsys, settin
 def test_tokenizer_json_wins_over_vocab_txt(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL.values(), "a"]))
     build_tokenizer("tests/golden/vocab.txt").save_pretrained(tmp_path)
-    assert build_tokenizer(tmp_path)("a")["input_ids"] == build_tokenizer("tests/golden/vocab.txt")("a")["input_ids"]
+    assert (
+        build_tokenizer(tmp_path)("a")["input_ids"]
+        == build_tokenizer("tests/golden/vocab.txt")("a")["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"do_lower_case": "no"}'])
@@ -150,16 +211,29 @@ def test_bad_settings_are_named(tmp_path, content):
     assert "tokenizer_config.json" in refusal(build_tokenizer, tmp_path)
 
 
-@pytest.mark.parametrize("content, output, words", [
-    ("[]", "v.txt", "train.json: is not a JSON list with entries"),
-    ("null", "v.txt", "train.json: is not a JSON list with entries"),
-    ("path,caption\na.jpg,a dog\n", "v.txt", "dataset.to_json"),
-    ('[{"caption": "a"}, {"caption": 3}]', "v.txt", "train.json: entry 1 (counting from 0) has no 'caption'"),
-    ('[{"caption": [" ", ""]}]', "v.txt", "train.json: no caption has a word"),
-    ('[{"caption": ["a", null]}]', "v.txt", "train.json: entry 0"),
-    ('\ufeff[{"caption": "a \\ud83d"}]', "train.json/v.txt", "--output train.json/v.txt: cannot write there"),
-])  # fmt: skip
-def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line(tmp_path, monkeypatch, content, output, words):
+@pytest.mark.parametrize(
+    "content, output, words",
+    [
+        ("[]", "v.txt", "train.json: is not a JSON list with entries"),
+        ("null", "v.txt", "train.json: is not a JSON list with entries"),
+        ("path,caption\na.jpg,a dog\n", "v.txt", "dataset.to_json"),
+        (
+            '[{"caption": "a"}, {"caption": 3}]',
+            "v.txt",
+            "train.json: entry 1 (counting from 0) has no 'caption'",
+        ),
+        ('[{"caption": [" ", ""]}]', "v.txt", "train.json: no caption has a word"),
+        ('[{"caption": ["a", null]}]', "v.txt", "train.json: entry 0"),
+        (
+            '\ufeff[{"caption": "a \\ud83d"}]',
+            "train.json/v.txt",
+            "--output train.json/v.txt: cannot write there",
+        ),
+    ],
+)
+def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line(
+    tmp_path, monkeypatch, content, output, words
+):
     monkeypatch.chdir(tmp_path)
     Path("train.json").write_text(content, encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["tokenizer.py", "train.json", "--output", output])
@@ -172,7 +246,10 @@ def test_the_same_captions_give_the_same_vocabulary():
     captions = [f"{a}{b}{c} {c}{b}" for a in "bcdfg" for b in "aeiou" for c in "klmnp"]
     first = train_vocab(captions, 60)
     assert len(first) == len(set(first)) == 60
-    assert all(train_vocab(iter(some), 60) == first for some in (captions, captions[::-1], captions[7:] + captions[:7]))
+    assert all(
+        train_vocab(iter(some), 60) == first
+        for some in (captions, captions[::-1], captions[7:] + captions[:7])
+    )
 
 
 @pytest.mark.parametrize("existing", ["v.txt", "v.tokenizer_config.json"])
@@ -190,7 +267,7 @@ def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, exi
     assert Path(existing).read_text() != "mine"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the hub
 
 
@@ -208,7 +285,10 @@ class Hub(BaseHTTPRequestHandler):
 
 def place_hub(monkeypatch, address):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}")
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/{revision}/{filename}",
+    )
     huggingface_hub.close_session()  # the client keeps its proxies
 
 
@@ -220,7 +300,9 @@ def hub(monkeypatch):
         monkeypatch.delenv(name.upper(), raising=False)
     server = HTTPServer(("127.0.0.1", 0), Hub)
     server.error = "EntryNotFound"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     place_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     yield server
     server.shutdown()
@@ -229,7 +311,9 @@ def hub(monkeypatch):
 
 
 def test_a_hub_without_the_file_or_the_repository(hub):
-    assert "the hub repository has no tokenizer.json or vocab.txt" in refusal(build_tokenizer, "some-lab/some-bert")
+    assert "the hub repository has no tokenizer.json or vocab.txt" in refusal(
+        build_tokenizer, "some-lab/some-bert"
+    )
     hub.error = "RepoNotFound"
     assert "the hub does not give it" in refusal(build_tokenizer, "some-lab/some-bert")
 
@@ -240,7 +324,9 @@ def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
     assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
     assert "proxy variables" in message and "local copy of tokenizer.json or vocab.txt" in message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "unset HF_HUB_OFFLINE, or name a local copy of tokenizer.json" in refusal(build_tokenizer, "some-lab/some-bert")
+    assert "unset HF_HUB_OFFLINE, or name a local copy of tokenizer.json" in refusal(
+        build_tokenizer, "some-lab/some-bert"
+    )
 
 
 def test_an_address_is_not_a_hub_name():

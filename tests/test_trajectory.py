@@ -1,4 +1,6 @@
-"""The training loop as a whole against the released one, and against its variants worked out by hand."""
+"""The training loop as a whole against the released one, and against its variants worked out by
+hand.
+"""
 
 import math
 import unittest.mock
@@ -6,10 +8,10 @@ import unittest.mock
 import pytest
 import torch
 from conftest import assert_close, log
-
-from helpers.trajectory import BATCH_SIZE, DATA, Served, build, follow, most_similar
-from utils import Text
 from helpers.launch import launch
+from helpers.trajectory import BATCH_SIZE, DATA, Served, build, follow, most_similar
+
+from utils import Text
 
 LOSSES = ("loss_mlm", "loss_ita", "loss_itm")
 
@@ -19,17 +21,25 @@ def assert_same_weights(path, expected):
     assert state.keys() == expected.keys()
     for name, value in expected.items():
         ours, theirs = state[name].double(), value.double()
-        if name.endswith("qkv.bias"):  # of the keys the gradient is round-off, which Adam makes as large as any other
-            ours, theirs = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (ours, theirs))
+        # of the keys the gradient is round-off, which Adam makes as large as any other
+        if name.endswith("qkv.bias"):
+            ours, theirs = (
+                torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (ours, theirs)
+            )
         if not name.endswith("key.bias"):
             assert_close(name, ours, theirs, 1e-4, 1e-5)
 
 
 def test_the_loop_follows_the_released_one(tmp_path):
-    """48 steps: optimizer, weight decay groups, schedule, ramp of alpha, momentum and queue at once."""
-    # epochs of 24, 12 and 12 iterations, of which a run has only one length: the second resumes the first
+    """48 steps: optimizer, weight decay groups, schedule, ramp of alpha, momentum and queue at
+    once.
+    """
+    # epochs of 24, 12 and 12 iterations, of which a run has only one length: the second resumes the
+    # first
     losses = follow(tmp_path, Served(24, last=24), **{"scheduler.epochs": 4})
-    losses += follow(tmp_path, Served(12, first=24), tmp_path / "checkpoint_00.pth", **{"scheduler.epochs": 4})
+    losses += follow(
+        tmp_path, Served(12, first=24), tmp_path / "checkpoint_00.pth", **{"scheduler.epochs": 4}
+    )
     for i, (ours, (*theirs, lr)) in enumerate(zip(losses, DATA["log"], strict=True)):
         assert [ours[name] for name in LOSSES] == pytest.approx(theirs, rel=1e-4, abs=1e-5), i
     assert_same_weights(tmp_path / "checkpoint_02.pth", DATA["end"])
@@ -38,15 +48,19 @@ def test_the_loop_follows_the_released_one(tmp_path):
 
 
 def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
-    """Two epochs of 24 batches; of the model nothing but its losses and their gradients is used. All else is in float64.
+    """Two epochs of 24 batches; of the model nothing but its losses and their gradients is used.
+    All else is in float64.
 
-    Returns (the mean of each loss and of the norm of the gradients, [epochs] by name; the state dict at the end). The norm says
-    what AdamW does not: gradients that are all too large by one factor make nearly the same steps.
+    Returns (the mean of each loss and of the norm of the gradients, [epochs] by name; the state
+    dict at the end). The norm says what AdamW does not: gradients that are all too large by one
+    factor make nearly the same steps.
     """
     config, model = build()
     weights = {name: param.data.double() for name, param in model.named_parameters()}
     trained = [name for name, param in model.named_parameters() if param.requires_grad]
-    moments = {name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in trained}
+    moments = {
+        name: (torch.zeros_like(weights[name]), torch.zeros_like(weights[name])) for name in trained
+    }
     queues, pointer = [model.image_queue.double(), model.text_queue.double()], int(model.queue_ptr)
     entering, means, step = [], {name: [] for name in (*LOSSES, "grad_norm")}, 0
     model.enqueue = entering.append
@@ -63,19 +77,36 @@ def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
             gradients = {name: torch.zeros_like(weights[name]) for name in trained}
             for micro in range(accumulate):
                 batch = DATA["batches"][(epoch * iterations + iteration) * accumulate + micro]
-                model.load_state_dict({**{name: value.float() for name, value in weights.items()},
-                                       "image_queue": queues[0].float(), "text_queue": queues[1].float()}, strict=False)
+                model.load_state_dict(
+                    {
+                        **{name: value.float() for name, value in weights.items()},
+                        "image_queue": queues[0].float(),
+                        "text_queue": queues[1].float(),
+                    },
+                    strict=False,
+                )
                 for rank in range(processes):
                     image, ids, attention, masked, labels = (
-                        batch[name][rank::processes] for name in ("image", "input_ids", "attention_mask", "masked", "labels"))
+                        batch[name][rank::processes]
+                        for name in ("image", "input_ids", "attention_mask", "masked", "labels")
+                    )
                     model.zero_grad()
-                    losses = model(image / 64, Text(ids, attention), alpha, (masked, labels), update_momentum=False)
+                    losses = model(
+                        image / 64,
+                        Text(ids, attention),
+                        alpha,
+                        (masked, labels),
+                        update_momentum=False,
+                    )
                     sum(losses.values()).backward()
                     for name in trained:
-                        gradients[name] += model.get_parameter(name).grad.double() / accumulate / processes
+                        gradients[name] += (
+                            model.get_parameter(name).grad.double() / accumulate / processes
+                        )
                     for name, value in losses.items():
                         sums[name] += value.item() / accumulate / processes
-                rows = [torch.cat(features) for features in zip(*entering)]  # of all processes, one after the other
+                # of all processes, one after the other
+                rows = [torch.cat(features) for features in zip(*entering)]
                 for row in zip(*rows):
                     for queue, feature in zip(queues, row):
                         queue[:, pointer] = feature
@@ -93,12 +124,18 @@ def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
                     weights[name] *= 1 - rate * 0.02
                 first.mul_(0.9).add_(0.1 * gradient)
                 second.mul_(0.999).add_(0.001 * gradient**2)
-                weights[name] -= rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                weights[name] -= (
+                    rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                )
         for name in means:
             means[name].append(sums[name] / iterations)
     model.load_state_dict({name: value.float() for name, value in weights.items()}, strict=False)
-    return means, {**model.state_dict(), "image_queue": queues[0], "text_queue": queues[1],
-                   "queue_ptr": torch.tensor([pointer])}
+    return means, {
+        **model.state_dict(),
+        "image_queue": queues[0],
+        "text_queue": queues[1],
+        "queue_ptr": torch.tensor([pointer]),
+    }
 
 
 VARIANTS = [
@@ -111,7 +148,11 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(f"{key}={value}" for key, value in variant.items()))
+@pytest.mark.parametrize(
+    "variant",
+    VARIANTS,
+    ids=lambda variant: "-".join(f"{key}={value}" for key, value in variant.items()),
+)
 def test_variants_of_the_loop_equal_what_is_worked_out_by_hand(variant, tmp_path):
     with unittest.mock.patch("models.losses.draw", most_similar):
         means, state = by_hand(**variant)
@@ -122,7 +163,11 @@ def test_variants_of_the_loop_equal_what_is_worked_out_by_hand(variant, tmp_path
         follow(tmp_path / "run", Served(24), **keys)
     else:
         keys["batch_size"] = BATCH_SIZE // processes
-        ended = launch("tests/helpers/trajectory.py", tmp_path / "run", *(f"{key}={value}" for key, value in keys.items()))
+        ended = launch(
+            "tests/helpers/trajectory.py",
+            tmp_path / "run",
+            *(f"{key}={value}" for key, value in keys.items()),
+        )
         assert ended.returncode == 0, ended.stderr
     entries = log(tmp_path / "run")
     for name, mean in means.items():

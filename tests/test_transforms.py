@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_images import picture, to_tensor  # noqa: F401, a fixture
 
 from benchmarks.dataloader import obvious_stages, pillow_operation
 from dataset import transforms as T
 from dataset.images import load_image
-from test_images import picture, to_tensor  # noqa: F401, a fixture
 
 GOLDEN = Path(__file__).parent / "golden"
 AFFINE = {"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"}
@@ -28,7 +28,9 @@ def test_test_transform_matches_released_values():
     golden = torch.load(GOLDEN / "transform.pt", weights_only=True)["tensor"]
     image = T.test_transform(48)(load_image(GOLDEN / "photo.png"))
     assert image.dtype == torch.uint8 and image.is_contiguous()
-    torch.testing.assert_close(T.normalize(image), golden, rtol=0, atol=1e-4 * golden.abs().max().item())
+    torch.testing.assert_close(
+        T.normalize(image), golden, rtol=0, atol=1e-4 * golden.abs().max().item()
+    )
 
 
 def test_normalize_batch():
@@ -62,7 +64,9 @@ def test_operation_equals_pillow(picture, name, direction):
     one_color_channel[1] = 77
     blended = torch.zeros(size, size, dtype=torch.bool)
     if name in AFFINE:  # edges blend into the gray around, as in OpenCV; Pillow's do not
-        white = T.OPERATIONS[name](torch.full((3, size, size), 255, dtype=torch.uint8), direction)[0]
+        white = T.OPERATIONS[name](torch.full((3, size, size), 255, dtype=torch.uint8), direction)[
+            0
+        ]
         blended = (white != 255) & (white != T.FILL)
         assert blended.float().mean() < 0.06 and (white == T.FILL).float().mean() > 0.02
     for image in (colorful, dull, one_color_channel):
@@ -76,7 +80,17 @@ def test_operation_equals_pillow(picture, name, direction):
 
 
 def test_autocontrast_of_every_range():
-    for low, high in [(0, 255), (0, 1), (3, 3), (254, 255), (10, 17), (5, 248), (100, 199), (0, 0), (255, 255)]:
+    for low, high in [
+        (0, 255),
+        (0, 1),
+        (3, 3),
+        (254, 255),
+        (10, 17),
+        (5, 248),
+        (100, 199),
+        (0, 0),
+        (255, 255),
+    ]:
         image = torch.arange(low, high + 1, dtype=torch.uint8).expand(3, 1, -1)
         expected = to_tensor(pillow_operation("AutoContrast", 1, 1)(to_pillow(image)))
         assert difference(T.autocontrast(image), expected).max() <= 1
@@ -95,7 +109,8 @@ def test_whole_chain_equals_pillow(tmp_path, picture):
             expected = stage(expected)
         torch.manual_seed(seed)
         errors.append((T.normalize(transform(load_image(path))) - expected).abs().mean().item())
-    # in units of the normalized image: one gray level is 0.015. Edge blending and Pillow's truncation remain
+    # in units of the normalized image: one gray level is 0.015. Edge blending and Pillow's
+    # truncation remain
     assert np.mean(errors) < 0.015 and max(errors) < 0.08
 
 
@@ -116,7 +131,9 @@ def test_share_of_flipped_images(hflip, low, high):
     left_to_right = torch.linspace(0, 255, 64).to(torch.uint8).expand(3, 64, 64)
     transform = T.train_transform(32, 0.5, hflip)
     images = [transform(left_to_right).float() for _ in range(100)]
-    flipped = np.mean([bool(image[..., 8:16].mean() > image[..., 16:24].mean()) for image in images])
+    flipped = np.mean(
+        [bool(image[..., 8:16].mean() > image[..., 16:24].mean()) for image in images]
+    )
     assert low <= flipped <= high
 
 

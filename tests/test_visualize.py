@@ -1,4 +1,6 @@
-"""Visualize.py on checkpoints: a picture for every task, words and pieces, candidates of the momentum model, bad input."""
+"""Visualize.py on checkpoints: a picture for every task, words and pieces, candidates of the
+momentum model, bad input.
+"""
 
 import json
 import sys
@@ -6,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, exit_status, refusal
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
@@ -13,18 +16,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import Visualize
-from conftest import ROOT, exit_status, refusal
-from visualize.explain import explain_answer, explain_class, find_answer, join_pieces, split_words, text_targets, word_targets
 from models import build_model, task_of
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
+from utils import InputError, Text, seed_everything
 from visualize import draw as draw_module
 from visualize.draw import draw_heat_maps
-from utils import InputError, Text, seed_everything
+from visualize.explain import (
+    explain_answer,
+    explain_class,
+    find_answer,
+    join_pieces,
+    split_words,
+    text_targets,
+    word_targets,
+)
 
 VOCAB = ROOT / "tests/golden/vocab.txt"
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
-TEXT = {task: ["--text", "Two surfing dogs!"] for task in TASKS} | {"vqa": ["--question", "what is the dog riding?"]}
+TEXT = {task: ["--text", "Two surfing dogs!"] for task in TASKS} | {
+    "vqa": ["--question", "what is the dog riding?"]
+}
 
 
 @pytest.fixture
@@ -62,7 +74,9 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def visualize(make, pictures, tmp_path, monkeypatch, capsys):
-    """Runs Visualize.py on a task's checkpoint and fitting images; returns (exit status, stdout, stderr)."""
+    """Runs Visualize.py on a task's checkpoint and fitting images; returns (exit status, stdout,
+    stderr).
+    """
 
     def call(task, *flags, images=None, keys=(), checkpoint=None):
         if checkpoint is None:
@@ -70,7 +84,16 @@ def visualize(make, pictures, tmp_path, monkeypatch, capsys):
             checkpoint = {"model": model.state_dict(), "config": model.config}
         torch.save(checkpoint, tmp_path / f"{task}.pth")
         images = pictures[: 2 if "nlvr" in task else 1] if images is None else images
-        argv = ["Visualize.py", "--checkpoint", tmp_path / f"{task}.pth", "--image", *images, "--device", "cpu", *flags]
+        argv = [
+            "Visualize.py",
+            "--checkpoint",
+            tmp_path / f"{task}.pth",
+            "--image",
+            *images,
+            "--device",
+            "cpu",
+            *flags,
+        ]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         monkeypatch.chdir(tmp_path)
         return exit_status(Visualize.main), *capsys.readouterr()
@@ -88,7 +111,16 @@ def test_every_task_gives_a_picture(visualize, tmp_path, task):
 
 
 def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
-    status, _, err = visualize("retrieval", *TEXT["retrieval"], "--gradcam_mode", "itc", "--block_num", "0", "--to", "itc.pdf")
+    status, _, err = visualize(
+        "retrieval",
+        *TEXT["retrieval"],
+        "--gradcam_mode",
+        "itc",
+        "--block_num",
+        "0",
+        "--to",
+        "itc.pdf",
+    )
     assert status == 0, err
     assert (tmp_path / "itc.pdf").read_bytes().startswith(b"%PDF")
 
@@ -105,15 +137,21 @@ def test_a_bare_state_dict_needs_a_configuration(visualize, make, tmp_path):
     status, _, err = visualize("retrieval", "--text", "dog", checkpoint=state)
     assert status == 2 and "holds no configuration" in err and "--config" in err
     (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config))  # JSON is YAML
-    status, _, err = visualize("retrieval", "--text", "dog", "--config", "config.yaml", checkpoint=state)
+    status, _, err = visualize(
+        "retrieval", "--text", "dog", "--config", "config.yaml", checkpoint=state
+    )
     assert status == 0, err
 
 
 def test_pictures_of_pseudo_targets(visualize, tmp_path):
     status, out, err = visualize("pretrain", "--pseudo_targets", "--text", "two red dogs")
-    assert status == 0 and out.splitlines()[-1] == "wrote pseudo_targets.png" and "note" not in out, err
+    assert (
+        status == 0 and out.splitlines()[-1] == "wrote pseudo_targets.png" and "note" not in out
+    ), err
     with_texts = Image.open(tmp_path / "pseudo_targets.png").size
-    status, out, err = visualize("pretrain", "--pseudo_targets", "--text", "two red dogs", keys={"test_file": None})
+    status, out, err = visualize(
+        "pretrain", "--pseudo_targets", "--text", "two red dogs", keys={"test_file": None}
+    )
     assert status == 0 and "note: no texts" in out, err
     assert Image.open(tmp_path / "pseudo_targets.png").height < with_texts[1]
 
@@ -121,7 +159,9 @@ def test_pictures_of_pseudo_targets(visualize, tmp_path):
 def test_texts_are_lines_or_captions(tmp_path):
     (tmp_path / "texts.txt").write_text("A red dog!\n\n ?\na red dog\ntwo cats\n")
     assert Visualize.read_texts(tmp_path / "texts.txt", 30) == ["a red dog", "two cats"]
-    (tmp_path / "texts.json").write_text(json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}]))
+    (tmp_path / "texts.json").write_text(
+        json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}])
+    )
     assert Visualize.read_texts(tmp_path / "texts.json", 30) == ["a dog", "a cat"]
     (tmp_path / "texts.json").write_text(json.dumps([{"text": "a dog"}]))
     with pytest.raises(InputError, match="texts.json: entry 0 .* missing required field 'caption'"):
@@ -131,8 +171,15 @@ def test_texts_are_lines_or_captions(tmp_path):
 def test_the_pieces_of_a_word_are_joined(make, tokenizer):
     phrase = split_words("the unableness is $5", make("retrieval"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(phrase.tokens.input_ids[0]) == [
-        "[CLS]", "the", "un", "##able", "##ness", "is", "$", "5",
-    ]  # fmt: skip
+        "[CLS]",
+        "the",
+        "un",
+        "##able",
+        "##ness",
+        "is",
+        "$",
+        "5",
+    ]
     assert phrase.words == ["the", "unableness", "is", "$", "5"]
     assert phrase.pieces == [[1], [2, 3, 4], [5], [6], [7]]
     heat = torch.arange(8.0)[None, :, None, None].expand(2, 8, 3, 3)
@@ -149,13 +196,23 @@ def test_maps_of_matching_are_those_of_the_released_function(make, tokenizer):
     assert torch.equal(maps.whole, heat.mean(dim=1))
     assert torch.equal(maps.by_word, join_pieces(heat, phrase.pieces))
     with torch.no_grad():
-        fused = model.fuse(model.encode_text(phrase.tokens)[0], phrase.tokens.attention_mask, model.encode_image(image)[0])
+        fused = model.fuse(
+            model.encode_text(phrase.tokens)[0],
+            phrase.tokens.attention_mask,
+            model.encode_image(image)[0],
+        )
         prob = model.itm_logits(fused).softmax(dim=1)[0, 1]
     assert maps.verdict == f"match {100 * prob:.1f}%"
 
 
-@pytest.mark.parametrize("task, names", [("ve", ["contradiction", "neutral", "entailment"]), ("nlvr", ["False", "True"]),
-                                         ("nlvr_pretrain", ["first", "second", "neither"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, names",
+    [
+        ("ve", ["contradiction", "neutral", "entailment"]),
+        ("nlvr", ["False", "True"]),
+        ("nlvr_pretrain", ["first", "second", "neither"]),
+    ],
+)
 def test_the_verdict_is_the_prediction(make, tokenizer, task, names):
     model = make(task)
     images = torch.randn(2 if "nlvr" in task else 1, 3, 32, 32)
@@ -173,10 +230,16 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
     question = split_words("what is red", model, tokenizer)
     answers = ["two dogs", "red", "surfboard"]
     listed = tokenizer([f"{answer}[SEP]" for answer in answers], padding=True, return_tensors="pt")
-    best = model.rank_answers(image, question.tokens, Text(listed["input_ids"], listed["attention_mask"]), 3)[0][0, 0]
+    best = model.rank_answers(
+        image, question.tokens, Text(listed["input_ids"], listed["attention_mask"]), 3
+    )[0][0, 0]
     answer, ids = find_answer(model, image, question, answers, tokenizer)
     assert answer == answers[best]
-    assert tokenizer.convert_ids_to_tokens(ids[0]) == ["[CLS]", *tokenizer.tokenize(answer), "[SEP]"]
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == [
+        "[CLS]",
+        *tokenizer.tokenize(answer),
+        "[SEP]",
+    ]
 
     states = model.encode_question(image, question.tokens)
     ids = tokenizer("two dogs[SEP]", return_tensors="pt")["input_ids"]
@@ -185,9 +248,16 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
     maps = explain_answer(model, image, question, ["two dogs"], tokenizer)
     assert maps.verdict == f"answer: two dogs, log p {log_p:.2f}"
 
-    model.generate = lambda image, question, beams: ([tokenizer("blue", add_special_tokens=False)["input_ids"]], torch.zeros(1))
+    model.generate = lambda image, question, beams: (
+        [tokenizer("blue", add_special_tokens=False)["input_ids"]],
+        torch.zeros(1),
+    )
     answer, ids = find_answer(model, image, question, [], tokenizer)
-    assert answer == "blue" and tokenizer.convert_ids_to_tokens(ids[0]) == ["[CLS]", "blue", "[SEP]"]
+    assert answer == "blue" and tokenizer.convert_ids_to_tokens(ids[0]) == [
+        "[CLS]",
+        "blue",
+        "[SEP]",
+    ]
 
 
 def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
@@ -203,7 +273,9 @@ def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
 
 @torch.no_grad()
 def test_words_of_a_hand_made_head(make, tokenizer):
-    """The head of the momentum model maps a token's embedding to its bias alone; then the words are those of the bias."""
+    """The head of the momentum model maps a token's embedding to its bias alone; then the words are
+    those of the bias.
+    """
     model = make("pretrain")
     head = model.text_encoder_m.cls.predictions
     head.transform.LayerNorm.weight.zero_()
@@ -214,7 +286,11 @@ def test_words_of_a_hand_made_head(make, tokenizer):
     embeds, _ = model.encode_image(torch.randn(1, 3, 32, 32), momentum=True)
     words = word_targets(model, embeds, phrase, tokenizer)
     assert [[candidate.text for candidate in row] for row in words] == [expected] * 3
-    assert [[candidate.hit for candidate in row] for row in words] == [[False] * 5, [False] * 5, [False, True] + [False] * 3]
+    assert [[candidate.hit for candidate in row] for row in words] == [
+        [False] * 5,
+        [False] * 5,
+        [False, True] + [False] * 3,
+    ]
     assert words[0][0].score == pytest.approx(head.bias.softmax(dim=0).max().item())
 
 
@@ -235,8 +311,17 @@ def test_a_masked_word_is_predicted_from_its_own_position(make, tokenizer):
 @torch.no_grad()
 def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
     model = make("pretrain")
-    texts = [f"{color} {animal}" for color in ("red", "blue", "green") for animal in ("dog", "cat", "tail walking slowly")]
-    feats = torch.cat([model.encode_text(split_words(text, model, tokenizer).tokens, momentum=True)[1] for text in texts])
+    texts = [
+        f"{color} {animal}"
+        for color in ("red", "blue", "green")
+        for animal in ("dog", "cat", "tail walking slowly")
+    ]
+    feats = torch.cat(
+        [
+            model.encode_text(split_words(text, model, tokenizer).tokens, momentum=True)[1]
+            for text in texts
+        ]
+    )
     image_feat = feats[7:8]  # an image whose feature is that of text 7
     found = text_targets(model, image_feat, texts, texts[7], tokenizer)
     assert len(found) == 5 and found[0].text == texts[7] and found[0].hit and not found[1].hit
@@ -250,7 +335,11 @@ def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
 def figures(monkeypatch):
     """The figures that are drawn from here on."""
     found, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: (found.append(figure), save(figure, *args, **kwargs)))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *args, **kwargs: (found.append(figure), save(figure, *args, **kwargs)),
+    )
     return found
 
 
@@ -258,12 +347,19 @@ def test_heat_maps_share_a_scale_and_a_color_bar_and_show_the_image(figures, tmp
     images = [np.full((40, 80, 3), 128, np.uint8), np.full((80, 40, 3), 255, np.uint8)]
     heats = [np.zeros((2, 2, 4)), np.full((2, 2, 4), 3.0)]
     heats[0][1, 0, 3] = 7
-    draw_heat_maps(images, [("whole text", heats[0]), ("dog", heats[1])], ["dog"], tmp_path / "a.png")
+    draw_heat_maps(
+        images, [("whole text", heats[0]), ("dog", heats[1])], ["dog"], tmp_path / "a.png"
+    )
     *axes, bar = figures[0].axes
     maps = [axis.images[1] for axis in axes if len(axis.images) > 1]
     assert [heat.get_clim() for heat in maps] == [(0, 7)] * 4 == [bar.get_ylim()] * 4
-    assert [axis.get_title() for axis in axes if axis.get_title()] == ["images", "whole text", "dog"]
-    for heat, (width, height) in zip(maps, [(80, 40), (80, 40), (40, 80), (40, 80)]):  # over all of its image
+    assert [axis.get_title() for axis in axes if axis.get_title()] == [
+        "images",
+        "whole text",
+        "dog",
+    ]
+    # over all of its image
+    for heat, (width, height) in zip(maps, [(80, 40), (80, 40), (40, 80), (40, 80)]):
         assert heat.get_extent() == [0, width, height, 0] == heat.axes.images[0].get_extent()
         opacity = heat.to_rgba(np.array([0, 3.5, 7]))[:, 3]
         assert opacity[0] == 0 < opacity[1] < opacity[2] < 0.7
@@ -272,7 +368,12 @@ def test_heat_maps_share_a_scale_and_a_color_bar_and_show_the_image(figures, tmp
 
 
 def test_without_any_heat_there_is_a_picture(figures, tmp_path):
-    draw_heat_maps([np.zeros((40, 80, 3), np.uint8)], [("whole text", np.zeros((1, 2, 2)))], ["dog"], tmp_path / "a.png")
+    draw_heat_maps(
+        [np.zeros((40, 80, 3), np.uint8)],
+        [("whole text", np.zeros((1, 2, 2)))],
+        ["dog"],
+        tmp_path / "a.png",
+    )
     assert figures[0].axes[1].images[1].get_clim() == (0, 1)
 
 
@@ -300,14 +401,26 @@ def font(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, font, monkeypatch, tmp_path, capsys):
+def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(
+    figures, font, monkeypatch, tmp_path, capsys
+):
     def draw():
-        draw_heat_maps([np.zeros((40, 80, 3), np.uint8)], [("赤", np.zeros((1, 2, 2)))], ["赤 ด $5 $6 é"], tmp_path / "a.png")
+        draw_heat_maps(
+            [np.zeros((40, 80, 3), np.uint8)],
+            [("赤", np.zeros((1, 2, 2)))],
+            ["赤 ด $5 $6 é"],
+            tmp_path / "a.png",
+        )
         return figures[-1].get_suptitle(), figures[-1].axes[1].get_title(), capsys.readouterr().err
 
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     without, with_box, err = draw()
-    assert (without, with_box) == ("□ □ $5 $6 é", "□") and err.count("\n") == 1 and "CJK" in err and "THAI" in err
+    assert (
+        (without, with_box) == ("□ □ $5 $6 é", "□")
+        and err.count("\n") == 1
+        and "CJK" in err
+        and "THAI" in err
+    )
     monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font)])  # installed meanwhile
     draw_module._add_new_fonts.cache_clear()
     with_font, label, err = draw()
@@ -318,7 +431,8 @@ def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, font, mo
 def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, tokenizer):
     phrase = split_words("two щ dogs", make("retrieval"), tokenizer)
     assert phrase.words == ["two", "щ [UNK]", "dogs"]
-    assert split_words("two\udcff dogs", make("retrieval"), tokenizer).words == ["two", "dogs"]  # a byte that is not UTF-8
+    # a byte that is not UTF-8
+    assert split_words("two\udcff dogs", make("retrieval"), tokenizer).words == ["two", "dogs"]
     for flags in [], ["--pseudo_targets"]:
         status, _, err = visualize("pretrain", "--text", "Two щ dogs!", *flags)
         assert status == 0, err
@@ -335,24 +449,74 @@ def test_the_task_is_read_from_the_tensors(make):
 
 
 CASES = {
-    "missing image": ("ve", ["--text", "dog"], {"images": ["no.jpg"]}, ["--image: no.jpg: does not exist"]),
-    "folder": ("ve", ["--text", "dog"], {"images": ["."]}, ["--image: .: is a folder: name an image file in it"]),
-    "URL": ("ve", ["--text", "dog"], {"images": ["https://host/a.jpg"]}, ["https://host/a.jpg: is a URL: download the image"]),
+    "missing image": (
+        "ve",
+        ["--text", "dog"],
+        {"images": ["no.jpg"]},
+        ["--image: no.jpg: does not exist"],
+    ),
+    "folder": (
+        "ve",
+        ["--text", "dog"],
+        {"images": ["."]},
+        ["--image: .: is a folder: name an image file in it"],
+    ),
+    "URL": (
+        "ve",
+        ["--text", "dog"],
+        {"images": ["https://host/a.jpg"]},
+        ["https://host/a.jpg: is a URL: download the image"],
+    ),
     "unknown block": ("ve", ["--text", "dog", "--block_num", "1"], {}, ["--block_num 1", "2 to 3"]),
-    "unknown block of the ViT": ("pretrain", ["--text", "dog", "--gradcam_mode", "itc", "--block_num", "2"], {}, ["0 to 1"]),
-    "question for VE": ("ve", ["--question", "dog?"], {}, ["--question", "task ve", "--text instead"]),
+    "unknown block of the ViT": (
+        "pretrain",
+        ["--text", "dog", "--gradcam_mode", "itc", "--block_num", "2"],
+        {},
+        ["0 to 1"],
+    ),
+    "question for VE": (
+        "ve",
+        ["--question", "dog?"],
+        {},
+        ["--question", "task ve", "--text instead"],
+    ),
     "text for VQA": ("vqa", ["--text", "dog"], {}, ["--text", "task vqa", "--question instead"]),
     "no text": ("retrieval", [], {}, ["--text is missing"]),
     "answer for VE": ("ve", ["--text", "dog", "--answer", "cat"], {}, ["--answer", "only VQA"]),
-    "one image for NLVR2": ("nlvr", ["--text", "dog"], {"images": ["wide.jpg"]}, ["task nlvr", "takes 2 images", "1 given"]),
-    "two images for VE": ("ve", ["--text", "dog"], {"images": ["wide.jpg", "tall.jpg"]}, ["takes 1 image;", "2 given"]),
-    "pseudo-targets of VE": ("ve", ["--text", "dog", "--pseudo_targets"], {}, ["--pseudo_targets", "task ve"]),
-    "similarity of VE": ("ve", ["--text", "dog", "--gradcam_mode", "itc"], {}, ["--gradcam_mode itc", "only pre-training and"]),
+    "one image for NLVR2": (
+        "nlvr",
+        ["--text", "dog"],
+        {"images": ["wide.jpg"]},
+        ["task nlvr", "takes 2 images", "1 given"],
+    ),
+    "two images for VE": (
+        "ve",
+        ["--text", "dog"],
+        {"images": ["wide.jpg", "tall.jpg"]},
+        ["takes 1 image;", "2 given"],
+    ),
+    "pseudo-targets of VE": (
+        "ve",
+        ["--text", "dog", "--pseudo_targets"],
+        {},
+        ["--pseudo_targets", "task ve"],
+    ),
+    "similarity of VE": (
+        "ve",
+        ["--text", "dog", "--gradcam_mode", "itc"],
+        {},
+        ["--gradcam_mode itc", "only pre-training and"],
+    ),
     "empty text": ("ve", ["--text", " ?! "], {}, ["--text ' ?! '", "nothing is left"]),
     "empty question": ("vqa", ["--question", "?"], {}, ["--question '?'", "nothing is left"]),
     "nowhere to write": ("ve", ["--text", "dog", "--to", "no/x.png"], {}, ["--to no/x.png"]),
     "no picture format": ("ve", ["--text", "dog", "--to", "x.txt"], {}, ["--to x.txt", ".png"]),
-    "missing texts": ("pretrain", ["--text", "dog", "--pseudo_targets", "--texts", "no.txt"], {}, ["--texts no.txt"]),
+    "missing texts": (
+        "pretrain",
+        ["--text", "dog", "--pseudo_targets", "--texts", "no.txt"],
+        {},
+        ["--texts no.txt"],
+    ),
 }
 
 
@@ -370,7 +534,9 @@ def test_pseudo_targets_need_momentum_weights(visualize, make):
     model = make("pretrain")
     state = {name: value for name, value in model.state_dict().items() if "_m." not in name}
     checkpoint = {"model": state, "config": model.config}
-    status, _, err = visualize("pretrain", "--text", "dog", "--pseudo_targets", checkpoint=checkpoint)
+    status, _, err = visualize(
+        "pretrain", "--text", "dog", "--pseudo_targets", checkpoint=checkpoint
+    )
     assert status == 2 and "no momentum model" in err
 
 
@@ -379,23 +545,34 @@ def test_a_run_or_a_checkpoint_must_be_named(visualize):
     assert status == 2 and "either --output_dir" in err
 
 
-@pytest.mark.parametrize("content", ["", "[1, ", "[]", '{"image_to_text": []}', '{"text_to_image": 3, "image_root": ""}'])
-def test_results_that_no_evaluation_has_written_are_one_line(tmp_path, monkeypatch, capsys, content):
+@pytest.mark.parametrize(
+    "content", ["", "[1, ", "[]", '{"image_to_text": []}', '{"text_to_image": 3, "image_root": ""}']
+)
+def test_results_that_no_evaluation_has_written_are_one_line(
+    tmp_path, monkeypatch, capsys, content
+):
     (tmp_path / "result").mkdir()
     for name in ("retrieval", "attributes"):
         (tmp_path / f"result/{name}.json").write_text(content)
         monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
         assert exit_status(Visualize.main) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and f"result/{name}.json: not what an evaluation writes" in said
+        assert (
+            said.count("\n") == 1 and f"result/{name}.json: not what an evaluation writes" in said
+        )
         (tmp_path / f"result/{name}.json").unlink()
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_text("before")
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: (file.write(b"half"), file.seek(-9)))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, file, **_: (file.write(b"half"), file.seek(-9)),
+    )
     picture, heat = np.zeros((40, 80, 3), np.uint8), np.zeros((1, 2, 2))
-    message = refusal(draw_heat_maps, [picture], [("whole text", heat)], ["dog"], tmp_path / "a.png")
+    message = refusal(
+        draw_heat_maps, [picture], [("whole text", heat)], ["dog"], tmp_path / "a.png"
+    )
     assert "a.png: cannot be written" in message
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "before")]
 
@@ -408,4 +585,7 @@ def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, caps
     (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
     monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
     assert exit_status(Visualize.main) == 2
-    assert "result/retrieval.json: image gone/a.jpg: does not exist: check its path" in capsys.readouterr().err
+    assert (
+        "result/retrieval.json: image gone/a.jpg: does not exist: check its path"
+        in capsys.readouterr().err
+    )

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_status, refusal
 from ruamel.yaml import YAML
 
 import Export
 import Pretrain
 import Retrieval
 import Search
-from conftest import exit_status, refusal
 from engine.saving import resume
 from inference import load_model
 from inference.index import load_model_of, read_index
@@ -27,7 +27,9 @@ TEXT = "a red circle left of a blue square"
 
 @pytest.fixture
 def own(shapes, tiny_config, tmp_path):
-    """Return the tiny configuration with its own vocabulary and BERT configuration in tmp_path/data."""
+    """Return the tiny configuration with its own vocabulary and BERT configuration in
+    tmp_path/data.
+    """
     (tmp_path / "data").mkdir()
     shutil.copy(shapes / "vocab.txt", tmp_path / "data/vocab.txt")
     tiny_config["tokenizer"] = str(tmp_path / "data/vocab.txt")
@@ -67,7 +69,13 @@ def test_a_run_is_whole_wherever_it_is_moved(trained, own, tmp_path, monkeypatch
         assert load_model(source, "cpu").similarity(image, TEXT) == similarity
     config = YAML(typ="safe").load(moved / "config.yaml")
     assert config["tokenizer"] == "tokenizer.json" and config["bert_config"]["vocab_size"] > 5
-    evaluate = ["--evaluate", "--checkpoint", moved / "checkpoint_last.pth", "--output_dir", tmp_path / "e"]
+    evaluate = [
+        "--evaluate",
+        "--checkpoint",
+        moved / "checkpoint_last.pth",
+        "--output_dir",
+        tmp_path / "e",
+    ]
     for flags in ([], ["--config", moved / "config.yaml"]):
         assert script(monkeypatch, Pretrain.main, *evaluate, *flags) == 0
         more = ["--resume", "--output_dir", moved, "--set", f"scheduler.epochs={3 + len(flags)}"]
@@ -80,25 +88,49 @@ def test_a_run_is_whole_wherever_it_is_moved(trained, own, tmp_path, monkeypatch
     assert load_model(moved, "cpu").tokenizer(TEXT)["input_ids"]
 
 
-def test_another_vocabulary_of_the_same_size_is_refused_by_name(trained, own, shapes, tmp_path, monkeypatch, capsys):
+def test_another_vocabulary_of_the_same_size_is_refused_by_name(
+    trained, own, shapes, tmp_path, monkeypatch, capsys
+):
     folder, image, similarity = trained
     vocab, checkpoint = Path(own["tokenizer"]), folder / "checkpoint_last.pth"
-    assert load_model(folder, "cpu", overrides=[f"tokenizer={vocab}"]).similarity(image, TEXT) == similarity
+    assert (
+        load_model(folder, "cpu", overrides=[f"tokenizer={vocab}"]).similarity(image, TEXT)
+        == similarity
+    )
     other_vocabulary(vocab)
-    assert load_model(folder, "cpu").similarity(image, TEXT) == similarity  # with the vocabulary of the run
+    # with the vocabulary of the run
+    assert load_model(folder, "cpu").similarity(image, TEXT) == similarity
     message = refusal(load_model, folder, "cpu", None, None, [f"tokenizer={vocab}"])
     assert str(vocab) in message and str(checkpoint) in message
     config = ["--config", tmp_path / "config.yaml"]
     for main, flags in (
         (Pretrain.main, ["--evaluate", "--checkpoint", checkpoint, *config]),
         (Pretrain.main, ["--checkpoint", checkpoint, "--output_dir", tmp_path / "new", *config]),
-        (Pretrain.main, ["--resume", "--output_dir", folder, *config, "--set", "scheduler.epochs=3"]),
-        (Retrieval.main, ["--checkpoint", checkpoint, "--output_dir", tmp_path / "tuned", *config, "--set",
-                          f"train_file={shapes}/retrieval_train.json", "scheduler.epochs=1"]),
+        (
+            Pretrain.main,
+            ["--resume", "--output_dir", folder, *config, "--set", "scheduler.epochs=3"],
+        ),
+        (
+            Retrieval.main,
+            [
+                "--checkpoint",
+                checkpoint,
+                "--output_dir",
+                tmp_path / "tuned",
+                *config,
+                "--set",
+                f"train_file={shapes}/retrieval_train.json",
+                "scheduler.epochs=1",
+            ],
+        ),
     ):
         assert script(monkeypatch, main, *flags) == 2
         error = capsys.readouterr().err
-        assert str(vocab) in error and str(checkpoint) in error and f"--set tokenizer={checkpoint}" in error
+        assert (
+            str(vocab) in error
+            and str(checkpoint) in error
+            and f"--set tokenizer={checkpoint}" in error
+        )
         fine = [*flags, *([] if "--set" in flags else ["--set"]), f"tokenizer={checkpoint}"]
         assert script(monkeypatch, main, *fine) == 0
 
@@ -106,11 +138,16 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_name(trained, own, sh
 def test_the_choice_of_accents_is_compared_and_forms_of_a_file_are_not(own, tmp_path):
     folder, vocab = tmp_path / "data", Path(own["tokenizer"])
     plain = build_tokenizer(vocab)
-    plain(["a"], padding="max_length", truncation=True, max_length=9)  # the settings stay in the tokenizer
+    # the settings stay in the tokenizer
+    plain(["a"], padding="max_length", truncation=True, max_length=9)
     plain.save_pretrained(tmp_path / "same")
     before = plain.backend_tokenizer.to_str()
     assert difference(before, build_tokenizer(tmp_path / "same").backend_tokenizer.to_str()) == ""
-    for settings in ({"strip_accents": False}, {"do_lower_case": False}, {"strip_accents": False, "normalization": "NFC"}):
+    for settings in (
+        {"strip_accents": False},
+        {"do_lower_case": False},
+        {"strip_accents": False, "normalization": "NFC"},
+    ):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         other = build_tokenizer(folder).backend_tokenizer.to_str()
         assert difference(before, other)
@@ -148,14 +185,28 @@ def test_exports_hold_the_vocabulary(trained, own, tmp_path, monkeypatch):
     *_, one, two = vocab
     other["model"]["vocab"] = vocab | {one: vocab[two], two: vocab[one]}
     (tmp_path / "whole/tokenizer.json").write_text(json.dumps(other))
-    assert "model.safetensors" in refusal(load_checkpoint, model.model, tmp_path / "whole/model.safetensors")
+    assert "model.safetensors" in refusal(
+        load_checkpoint, model.model, tmp_path / "whole/model.safetensors"
+    )
 
 
 def test_an_index_finds_the_vocabulary_in_its_checkpoint(trained, tmp_path, monkeypatch):
     folder, image, similarity = trained
     moved = tmp_path / "elsewhere"
     monkeypatch.chdir(tmp_path)
-    assert script(monkeypatch, Search.main, "index", Path(image).parent, "--checkpoint", "out", "--to", "index") == 0
+    assert (
+        script(
+            monkeypatch,
+            Search.main,
+            "index",
+            Path(image).parent,
+            "--checkpoint",
+            "out",
+            "--to",
+            "index",
+        )
+        == 0
+    )
     folder.rename(moved)
     monkeypatch.chdir(moved)
     index = read_index(tmp_path / "index")

@@ -1,19 +1,28 @@
-"""The VQA model against the released implementation's numbers, and its ranking and generation against their plain forms."""
+"""The VQA model against the released implementation's numbers, and its ranking and generation
+against their plain forms.
+"""
 
 import pytest
 import torch
+from conftest import assert_close, assert_released_step
 
 import models.vqa
 from benchmarks import plain
-from conftest import assert_close, assert_released_step
 from utils import Text
+
 
 @pytest.fixture
 def step(released):
     """(golden values, function that builds the model with more keys, the arguments of a step)."""
     data, _, question = released("vqa")
     answer = Text(data["answer_input_ids"], data["answer_attention_mask"])
-    inputs = {"image": data["image"], "question": question, "answer": answer, "n": data["n"], "weights": data["weights"]}
+    inputs = {
+        "image": data["image"],
+        "question": question,
+        "answer": answer,
+        "n": data["n"],
+        "weights": data["weights"],
+    }
     return data, lambda **keys: released("vqa", **keys)[1], {**inputs, "alpha": data["alpha"]}
 
 
@@ -35,13 +44,17 @@ def test_loss_without_distillation_is_the_released_one(step):
     data, build, inputs = step
     model = build(distill=False)
     assert not any("_m." in name for name in model.state_dict())
-    assert_close("loss", model(**inputs)["loss"].detach(), torch.tensor(data["loss_no_distill"]), 1e-4, 1e-5)
+    assert_close(
+        "loss", model(**inputs)["loss"].detach(), torch.tensor(data["loss_no_distill"]), 1e-4, 1e-5
+    )
 
 
 def test_ranking_is_the_released_one(step):
     data, build, inputs = step
     answers = Text(data["answer_list_input_ids"], data["answer_list_attention_mask"])
-    ids, probs = build().eval().rank_answers(data["image"], inputs["question"], answers, data["k_test"])
+    ids, probs = (
+        build().eval().rank_answers(data["image"], inputs["question"], answers, data["k_test"])
+    )
     assert torch.equal(ids, data["topk_ids"])
     assert_close("topk_probs", probs, data["topk_probs"], 1e-4, 1e-5)
 
@@ -66,7 +79,9 @@ def test_ranking_equals_the_plain_form(step, monkeypatch, k, on_host):
     data, build, inputs = step
     model, answers = build().eval(), random_answers(60, 7)
     ids, probs = model.rank_answers(data["image"], inputs["question"], answers, k)
-    plain_ids, plain_probs = plain.rank_answers(model, data["image"], inputs["question"], answers, k)
+    plain_ids, plain_probs = plain.rank_answers(
+        model, data["image"], inputs["question"], answers, k
+    )
     assert ids.shape == (2, min(k, len(answers.input_ids)))
     assert_close("probabilities", probs, plain_probs, 1e-4, 1e-5)
     assert torch.equal(ids, plain_ids)
@@ -81,7 +96,8 @@ def plain_log_prob(model, inputs, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("eos_bias", [0, 3])  # with the bias the most probable answer ends before the others
+# with the bias the most probable answer ends before the others
+@pytest.mark.parametrize("eos_bias", [0, 3])
 def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step, eos_bias):
     data, build, inputs = step
     model, vocab = build().eval(), 61
@@ -93,14 +109,18 @@ def test_wide_beams_find_the_most_probable_answer_and_one_beam_is_greedy(step, e
             score = plain_log_prob(model, inputs, tokens)
             if score > best_score:
                 best, best_score = [token for token in tokens if token != 3], score
-    assert model.generate(data["image"], inputs["question"], beams=vocab, max_length=2)[0][0] == best
+    assert (
+        model.generate(data["image"], inputs["question"], beams=vocab, max_length=2)[0][0] == best
+    )
 
     greedy = []
     states = model.encode_question(data["image"], inputs["question"])
     while len(greedy) < 4 and 3 not in greedy:
         ids = torch.tensor([[2, *greedy, 0]])
         greedy.append(model.answer_logits(states, ids, torch.tensor([0]))[0, -1].argmax().item())
-    assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0][0] == [t for t in greedy if t != 3]
+    assert model.generate(data["image"], inputs["question"], beams=1, max_length=4)[0][0] == [
+        t for t in greedy if t != 3
+    ]
 
 
 def test_gradient_checkpointing_changes_nothing(step):

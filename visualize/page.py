@@ -1,4 +1,6 @@
-"""The page of a search: thumbnails of the images found, in one HTML file that a browser opens from disk."""
+"""The page of a search: thumbnails of the images found, in one HTML file that a browser opens from
+disk.
+"""
 
 import base64
 import io
@@ -50,26 +52,38 @@ def check_page(path):
 
 
 def write_page(path, results, total, ranked_by, text=None, image=None):
-    """Write the page of what was found, [(absolute path, score), ...], among `total` images by a text, an example or both.
+    """Write the page of what was found, [(absolute path, score), ...], among `total` images by a
+    text, an example or both.
 
     Nothing on it is loaded from elsewhere; a thumbnail links to its image on this machine.
     """
     common, figures = os.path.commonpath([os.path.dirname(file) for file, _ in results]), []
     for rank, (file, score) in enumerate(results, 1):
         folder, name = os.path.split(os.path.relpath(file, common))
-        shown = {"path": printable(file), "name": printable(name), "folder": printable(folder), "link": Path(file).as_uri()}
+        shown = {
+            "path": printable(file),
+            "name": printable(name),
+            "folder": printable(folder),
+            "link": Path(file).as_uri(),
+        }
         shown = {key: escape(value) for key, value in shown.items()}
         figures.append(FIGURE.format(picture=_thumbnail(file), rank=rank, score=score, **shown))
     title = text or printable(os.path.basename(image))
     summary = f"{len(results)} of {total:,} images, ranked by {ranked_by}, in {printable(common)}"
-    page = PAGE.format(title=escape(title), example=_thumbnail(image) if image else "", summary=escape(summary),
-                       figures="\n".join(figures))  # fmt: skip
+    page = PAGE.format(
+        title=escape(title),
+        example=_thumbnail(image) if image else "",
+        summary=escape(summary),
+        figures="\n".join(figures),
+    )
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
 
 
 def _thumbnail(path):
-    """Return an image file as an <img> with embedded pixels, turned by EXIF; the problem as text if it is unreadable."""
+    """Return an image file as an <img> with embedded pixels, turned by EXIF; the problem as text if
+    it is unreadable.
+    """
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded

@@ -1,10 +1,12 @@
-"""A built-in data set: pictures of simple shapes with human-like captions and the data of every downstream task.
+"""A built-in data set: pictures of simple shapes with human-like captions and the data of every
+downstream task.
 
     python -m dataset.shapes --output data/shapes
 
-A scene holds 1 to 5 objects. Its *combination* is the multiset of the (color, shape) of its objects, and a checksum of the
-combination alone decides its split: whatever the seeds and the counts, no combination of val or test is in train.
-scenes_{train,val,test}.json describe the scenes in full; the other files have the released annotation formats, a module each:
+A scene holds 1 to 5 objects. Its *combination* is the multiset of the (color, shape) of its
+objects, and a checksum of the combination alone decides its split: whatever the seeds and the
+counts, no combination of val or test is in train. scenes_{train,val,test}.json describe the scenes
+in full; the other files have the released annotation formats, a module each:
 
 - captions: pre-training and retrieval; the captions of pretrain.json are partly wrong
 - vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten annotators disagree

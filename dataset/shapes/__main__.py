@@ -9,19 +9,34 @@ from .files import TASKS, vocabulary, write_dataset
 def main():
     """Make the data set from the command line."""
     flags = Flags("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
-    flags.add_argument("--output", required=True, help="folder to write to, the image_root of the annotation files")
+    flags.add_argument(
+        "--output", required=True, help="folder to write to, the image_root of the annotation files"
+    )
     flags.add_argument("--train", type=int, default=16000, help="training scenes")
     flags.add_argument("--val", type=int, default=500, help="validation scenes")
     flags.add_argument("--test", type=int, default=500, help="test scenes")
-    flags.add_argument("--noise", type=float, default=0.05, help="share of corrupted pre-training captions")
-    flags.add_argument("--seed", type=at_least(0), default=0, help="another seed draws other scenes from the same split")
+    flags.add_argument(
+        "--noise", type=float, default=0.05, help="share of corrupted pre-training captions"
+    )
+    flags.add_argument(
+        "--seed",
+        type=at_least(0),
+        default=0,
+        help="another seed draws other scenes from the same split",
+    )
     flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
     flags.add_argument("--captions", type=int, default=4, help="captions per image")
-    flags.add_argument("--overwrite", action="store_true", help="replace a data set that was made with other arguments")
+    flags.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a data set that was made with other arguments",
+    )
     args = flags.parse_args()
     made = write_dataset(**vars(args), progress=True)
-    print(f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "
-          f"each, vocabulary of {len(vocabulary())}" + ("" if made else " (already there)"))
+    print(
+        f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "
+        f"each, vocabulary of {len(vocabulary())}" + ("" if made else " (already there)")
+    )
     for name, task in TASKS.items():
         print(f"{name}: {', '.join(task.FILES)}")
 

@@ -1,7 +1,8 @@
-"""Zero-shot attributes, as OVAD: sheets of four pictures of one object each, with a box around each picture.
+"""Zero-shot attributes, as OVAD: sheets of four pictures of one object each, with a box around each
+picture.
 
-A box is a picture, not its object: without what is around it an object has neither size nor position. Its object is red, big,
-striped, in the middle; it has a white background.
+A box is a picture, not its object: without what is around it an object has neither size nor
+position. Its object is red, big, striped, in the middle; it has a white background.
 """
 
 import random
@@ -17,24 +18,35 @@ FOLDER = "attributes"  # of the sheets
 PER_SIDE = 2  # pictures of a sheet
 UNLABELED = 0.1  # share of the labels that are left open
 TYPES = {  # as the file calls it: key of an object or scene, its values, parent type, is or has
-    "color": ("color", COLORS, "appearance", "is"), "background": ("background", BACKGROUNDS, "appearance", "has"),
+    "color": ("color", COLORS, "appearance", "is"),
+    "background": ("background", BACKGROUNDS, "appearance", "has"),
     "pattern": ("fill", FILLS, "appearance", "is"),
-    "size": ("size", SIZES, "layout", "is"), "position": ("position", POSITIONS, "layout", "is"),
-}  # fmt: skip
-COMMON = {"head": 0.3, "medium": 0.1, "tail": 0}  # smallest share of the boxes that have an attribute of the set
+    "size": ("size", SIZES, "layout", "is"),
+    "position": ("position", POSITIONS, "layout", "is"),
+}
+# smallest share of the boxes that have an attribute of the set
+COMMON = {"head": 0.3, "medium": 0.1, "tail": 0}
 
 
 def draw_sheets(scenes, seed):
-    """Draw a picture for each test scene, of an object whose color and shape only the test has: {image: four scenes}."""
+    """Draw a picture for each test scene, of an object whose color and shape only the test has:
+    {image: four scenes}.
+    """
     count, side = len(scenes["test"]), scenes["test"][0]["image_size"]
-    shapes = {color: [shape for shape in SHAPES if split_of(((color, shape),)) == "test"] for color in COLORS}
+    shapes = {
+        color: [shape for shape in SHAPES if split_of(((color, shape),)) == "test"]
+        for color in COLORS
+    }
     pictures = []
     for i in range(count):
         rng = random.Random(f"{seed}/test/{i}/{FOLDER}")
         color = rng.choice(list(COLORS))
         objects = place(rng, [(color, rng.choice(shapes[color]))], side)
-        objects[0]["fill"] = rng.choice(list(FILLS))  # as likely as one another, unlike in the other pictures
-        pictures.append({"image_size": side, "background": rng.choice(list(BACKGROUNDS)), "objects": objects})
+        # as likely as one another, unlike in the other pictures
+        objects[0]["fill"] = rng.choice(list(FILLS))
+        pictures.append(
+            {"image_size": side, "background": rng.choice(list(BACKGROUNDS)), "objects": objects}
+        )
     sheets = [pictures[i : i + PER_SIDE**2] for i in range(0, count, PER_SIDE**2)]
     return {f"images/{FOLDER}/{i:06d}.jpg": sheet for i, sheet in enumerate(sheets)}
 
@@ -59,16 +71,34 @@ def annotations(scenes, seed):
     images, boxes = [], []
     for image_id, (name, sheet) in enumerate(draw_sheets(scenes, seed).items()):
         side = sheet[0]["image_size"]
-        images.append({"id": image_id, "file_name": name, "width": PER_SIDE * side, "height": PER_SIDE * side})
+        images.append(
+            {"id": image_id, "file_name": name, "width": PER_SIDE * side, "height": PER_SIDE * side}
+        )
         for number, picture in enumerate(sheet):
             rng, facts = random.Random(f"{seed}/{name}/{number}"), picture | picture["objects"][0]
-            labels = [int(facts[TYPES[kind][0]] == value) if rng.random() >= UNLABELED else -1 for kind, value in values]
-            boxes.append({"id": len(boxes), "image_id": image_id, "bbox": [*corner(number, side), side, side],
-                          "area": side**2, "att_vec": labels})  # fmt: skip
+            labels = [
+                int(facts[TYPES[kind][0]] == value) if rng.random() >= UNLABELED else -1
+                for kind, value in values
+            ]
+            boxes.append(
+                {
+                    "id": len(boxes),
+                    "image_id": image_id,
+                    "bbox": [*corner(number, side), side, side],
+                    "area": side**2,
+                    "att_vec": labels,
+                }
+            )
     shares = [sum(box["att_vec"][i] == 1 for box in boxes) / len(boxes) for i in range(len(values))]
     attributes = [
-        {"id": i, "name": f"{kind}:{'/'.join(WORDS.get(value, (value,)))}", "type": kind, "parent_type": TYPES[kind][2],
-         "freq_set": next(name for name, least in COMMON.items() if share >= least), "is_has_att": TYPES[kind][3]}
+        {
+            "id": i,
+            "name": f"{kind}:{'/'.join(WORDS.get(value, (value,)))}",
+            "type": kind,
+            "parent_type": TYPES[kind][2],
+            "freq_set": next(name for name, least in COMMON.items() if share >= least),
+            "is_has_att": TYPES[kind][3],
+        }
         for i, ((kind, value), share) in enumerate(zip(values, shares))
-    ]  # fmt: skip
+    ]
     return ({"images": images, "attributes": attributes, "annotations": boxes},)

@@ -5,17 +5,44 @@ from .words import NUMBERS, WORDS, plural, say, with_article
 
 FILES = ("pretrain.json", "retrieval_train.json", "val.json", "test.json")
 MAX_WORDS = 16  # with [CLS] 17 ids: padding to the longest caption is what a text costs
-OPENINGS = ("there is", "here is", "a picture of", "an image of", "picture of", "a drawing of", "an image with",
-            "a scene with", "this picture shows", "we see", "i can see")
+OPENINGS = (
+    "there is",
+    "here is",
+    "a picture of",
+    "an image of",
+    "picture of",
+    "a drawing of",
+    "an image with",
+    "a scene with",
+    "this picture shows",
+    "we see",
+    "i can see",
+)
 GROUNDS = ("on a {} background", "on {}", "against a {} background", "with a {} background")
 UNNAMED = {"color": "colored", "shape": "thing"}  # said where a noisy caption misses the fact
-JUNK = ("click here for free download", "best price buy online now free shipping", "img {} jpg", "untitled {}",
-        "photo {} of {} next page", "free clip art and wallpaper hd {}", "all rights reserved",
-        "share this on my page", "top {} shapes for kids you must see")
-TEXTS = (*OPENINGS, *GROUNDS, *UNNAMED.values(), plural(UNNAMED["shape"]), *JUNK, "an the and are in")
+JUNK = (
+    "click here for free download",
+    "best price buy online now free shipping",
+    "img {} jpg",
+    "untitled {}",
+    "photo {} of {} next page",
+    "free clip art and wallpaper hd {}",
+    "all rights reserved",
+    "share this on my page",
+    "top {} shapes for kids you must see",
+)
+TEXTS = (
+    *OPENINGS,
+    *GROUNDS,
+    *UNNAMED.values(),
+    plural(UNNAMED["shape"]),
+    *JUNK,
+    "an the and are in",
+)
 NOISE_KINDS = ("wrong", "missing", "other", "junk")
 TRAIN_DETAIL = (0.5, 0.8, 1.1, 1.4)  # of captions, see describe(): one of them at random
-EVAL_DETAIL = (1.6, 1.4, 1.2, 0.6, 0.2)  # for 1 to 5 objects, so that the caption identifies its scene
+# for 1 to 5 objects, so that the caption identifies its scene
+EVAL_DETAIL = (1.6, 1.4, 1.2, 0.6, 0.2)
 PARTIAL = 0.08  # share of train captions that leave objects out
 
 
@@ -30,22 +57,25 @@ def name_group(rng, group, detail):
         adjectives.append(say(rng, fills.pop()))
     if len(group) > 1:
         return " ".join([NUMBERS[len(group)], *adjectives, color, plural(noun)])
-    words = " ".join([*adjectives, noun, "in", color] if rng.random() < 0.06 else [*adjectives, color, noun])
+    words = " ".join(
+        [*adjectives, noun, "in", color] if rng.random() < 0.06 else [*adjectives, color, noun]
+    )
     return rng.choice((f"one {words}", f"the {words}", *[with_article(words)] * 10))
 
 
 def describe(rng, scene, detail, partial=False):
-    """Write a caption of a scene, of any length. It names all objects, or only some of them if `partial`.
+    """Write a caption of a scene, of any length. It names all objects, or only some of them if
+    `partial`.
 
-    An optional fact (an object's size, fill, position or relation, the background) is said with a probability of
-    `detail` times a weight from 0.3 to 1.
+    An optional fact (an object's size, fill, position or relation, the background) is said with a
+    probability of `detail` times a weight from 0.3 to 1.
     """
     objects, groups = scene["objects"], {}
     for i in rng.sample(range(len(objects)), len(objects)):
         groups.setdefault((objects[i]["color"], objects[i]["shape"]), []).append(i)
     groups = list(groups.values())
     if partial:
-        groups = groups[:rng.randint(1, max(1, len(groups) - 1))]
+        groups = groups[: rng.randint(1, max(1, len(groups) - 1))]
     phrases = {g[0]: name_group(rng, [objects[i] for i in g], detail) for g in groups}
     single = {g[0] for g in groups if len(g) == 1}
     related = [r for r in scene["relations"] if r[0] in single and r[2] in single]
@@ -75,7 +105,9 @@ def caption(rng, scene, detail, partial=False):
 
 
 def noisy_caption(rng, scene, other, kind):
-    """Write a caption as on the web: with a wrong fact, without colors or shapes, of another scene, or with junk."""
+    """Write a caption as on the web: with a wrong fact, without colors or shapes, of another scene,
+    or with junk.
+    """
     detail = rng.choice(TRAIN_DETAIL)
     if kind == "other":
         return caption(rng, other, detail)
@@ -87,12 +119,15 @@ def noisy_caption(rng, scene, other, kind):
     key, names = rng.choice((("color", COLORS), ("shape", SHAPES)))
     objects = [dict(o) if kind == "wrong" else {**o, key: UNNAMED[key]} for o in scene["objects"]]
     if kind == "wrong":
-        rng.choice(objects)[key] = rng.choice([name for name in names if name not in {o[key] for o in objects}])
+        rng.choice(objects)[key] = rng.choice(
+            [name for name in names if name not in {o[key] for o in objects}]
+        )
     return caption(rng, {**scene, "objects": objects}, detail)
 
 
 def write_captions(rng, scene, split, count, noise, others):
-    """Write `count` different captions: a list of {"caption", "noise"}, noise None (true) or one of NOISE_KINDS.
+    """Write `count` different captions: a list of {"caption", "noise"}, noise None (true) or one of
+    NOISE_KINDS.
 
     Those of val and test are true, name every object, and say the more of each the fewer there are.
     """
@@ -114,8 +149,14 @@ def write_captions(rng, scene, split, count, noise, others):
 
 def annotations(scenes, seed):
     """Return the contents of FILES for {split: scenes}."""
-    train, val, test = ([{"image": s["image"], "caption": [c["caption"] for c in s["captions"]]} for s in split]
-                        for split in scenes.values())
-    pairs = [{"image": s["image"], "caption": c["caption"], "image_id": f"train_{i:06d}"}
-             for i, s in enumerate(scenes["train"]) for c in s["captions"] if not c["noise"]]
+    train, val, test = (
+        [{"image": s["image"], "caption": [c["caption"] for c in s["captions"]]} for s in split]
+        for split in scenes.values()
+    )
+    pairs = [
+        {"image": s["image"], "caption": c["caption"], "image_id": f"train_{i:06d}"}
+        for i, s in enumerate(scenes["train"])
+        for c in s["captions"]
+        if not c["noise"]
+    ]
     return train, pairs, val, test

@@ -1,4 +1,6 @@
-"""Grounding, as RefCOCO+: expressions without places that fit one object of at least two; REFER's files, detected boxes."""
+"""Grounding, as RefCOCO+: expressions without places that fit one object of at least two; REFER's
+files, detected boxes.
+"""
 
 import itertools
 
@@ -7,8 +9,13 @@ from dataset.refer import box_iou
 from .scenes import GRID, SHAPES, each_scene
 from .words import NOUNS, TABLES, count_fitting, facts_of, phrase, plural, say
 
-FILES = ("grounding_train.json", "grounding_test.json",
-         "refcoco+/refs(unc).p", "refcoco+/instances.json", "refcoco+/dets.json")
+FILES = (
+    "grounding_train.json",
+    "grounding_test.json",
+    "refcoco+/refs(unc).p",
+    "refcoco+/instances.json",
+    "refcoco+/dets.json",
+)
 TEXTS = (*NOUNS, plural(NOUNS[0]))
 REFS = 2  # objects of a scene that are referred to, at most
 EXPRESSIONS = 2  # for each of them, at most
@@ -17,12 +24,17 @@ FALSE_IOU = 0.45  # of a distractor with any object, at most; 0.5 would be right
 
 
 def refer(rng, objects, target):
-    """Write expressions that fit the target alone, by its size, fill, color and shape, never its place.
+    """Write expressions that fit the target alone, by its size, fill, color and shape, never its
+    place.
 
     They say as little as needed or one fact more. [] if another object is like it in all of these.
     """
-    unique = [set(keys) for size in range(1, len(TABLES) + 1) for keys in itertools.combinations(TABLES, size)
-              if count_fitting(objects, facts_of(target, keys)) == 1]
+    unique = [
+        set(keys)
+        for size in range(1, len(TABLES) + 1)
+        for keys in itertools.combinations(TABLES, size)
+        if count_fitting(objects, facts_of(target, keys)) == 1
+    ]
     minimal = [keys for keys in unique if not any(fewer < keys for fewer in unique)]
     texts = {}
     for _ in range(4 * EXPRESSIONS if minimal else 0):
@@ -41,10 +53,11 @@ def refer(rng, objects, target):
 
 
 def detect(rng, scene):
-    """Draw boxes as of a detector, best first: [[x, y, w, h, score], ...] in pixels, score from 0 to 1.
+    """Draw boxes as of a detector, best first: [[x, y, w, h, score], ...] in pixels, score from 0
+    to 1.
 
-    Each object's box, up to 6% of its sides off, and three or four that are right for none: background, a part of an
-    object, or a box too large, around one object or two.
+    Each object's box, up to 6% of its sides off, and three or four that are right for none:
+    background, a part of an object, or a box too large, around one object or two.
     """
     side, objects = scene["image_size"], [o["box"] for o in scene["objects"]]
     cell = side / GRID
@@ -54,19 +67,33 @@ def detect(rng, scene):
         return [round(v, 2) for v in (min(max(x, 0), side - w), min(max(y, 0), side - h), w, h)]
 
     def draw_distractor():
-        kind, (x, y, w, h) = rng.choice(("background", "part", "around", "group")), rng.choice(objects)
+        kind, (x, y, w, h) = (
+            rng.choice(("background", "part", "around", "group")),
+            rng.choice(objects),
+        )
         if kind == "background":
-            return within(rng.uniform(0, side), rng.uniform(0, side), *(cell * rng.uniform(0.4, 1) for _ in range(2)))
+            return within(
+                rng.uniform(0, side),
+                rng.uniform(0, side),
+                *(cell * rng.uniform(0.4, 1) for _ in range(2)),
+            )
         if kind == "group":
             u, v, a, b = rng.choice(objects)
-            return within(min(x, u), min(y, v), max(x + w, u + a) - min(x, u), max(y + h, v + b) - min(y, v))
+            return within(
+                min(x, u), min(y, v), max(x + w, u + a) - min(x, u), max(y + h, v + b) - min(y, v)
+            )
         a, b = (rng.uniform(*((0.5, 0.65) if kind == "part" else (1.5, 2.2))) for _ in range(2))
         return within(x + (1 - a) * w * rng.random(), y + (1 - b) * h * rng.random(), a * w, b * h)
 
     boxes = []
     for x, y, w, h in objects:
         dx, dy, dw, dh = (rng.uniform(-0.06, 0.06) for _ in range(4))
-        boxes.append([*within(x + dx * w, y + dy * h, (1 + dw) * w, (1 + dh) * h), round(rng.uniform(0.5, 0.99), 3)])
+        boxes.append(
+            [
+                *within(x + dx * w, y + dy * h, (1 + dw) * w, (1 + dh) * h),
+                round(rng.uniform(0.5, 0.99), 3),
+            ]
+        )
     count = len(boxes) + rng.choice((3, 3, 4))
     while len(boxes) < count:
         box = draw_distractor()
@@ -76,26 +103,58 @@ def detect(rng, scene):
 
 
 def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}: boxes of all objects, detections in the images of val and test."""
+    """Return the contents of FILES for {split: scenes}: boxes of all objects, detections in the
+    images of val and test.
+    """
     categories = {shape: i for i, shape in enumerate(SHAPES, 1)}
     train, test, refs, images, boxes, sent_ids = [], [], [], [], [], itertools.count()
     for split, _, scene, rng in each_scene(scenes, seed, "refs"):
-        objects, size, image_id, first = scene["objects"], scene["image_size"], len(images), len(boxes)
+        objects, size, image_id, first = (
+            scene["objects"],
+            scene["image_size"],
+            len(images),
+            len(boxes),
+        )
         images.append({"id": image_id, "file_name": scene["image"], "width": size, "height": size})
-        boxes += [{"id": k, "image_id": image_id, "category_id": categories[o["shape"]], "bbox": o["box"]}
-                  for k, o in enumerate(objects, first)]
-        drawn = [(k, refer(rng, objects, objects[k])) for k in rng.sample(range(len(objects)), len(objects))]
-        for k, texts in [(k, texts) for k, texts in drawn if texts][:REFS] if len(objects) > 1 else ():
+        boxes += [
+            {"id": k, "image_id": image_id, "category_id": categories[o["shape"]], "bbox": o["box"]}
+            for k, o in enumerate(objects, first)
+        ]
+        drawn = [
+            (k, refer(rng, objects, objects[k]))
+            for k in rng.sample(range(len(objects)), len(objects))
+        ]
+        for k, texts in (
+            [(k, texts) for k, texts in drawn if texts][:REFS] if len(objects) > 1 else ()
+        ):
             shape, ref_id = objects[k]["shape"], len(refs)
-            sentences = [{"sent_id": next(sent_ids), "raw": text, "sent": text, "tokens": text.split()} for text in texts]
+            sentences = [
+                {"sent_id": next(sent_ids), "raw": text, "sent": text, "tokens": text.split()}
+                for text in texts
+            ]
             ref_split = split if split != "test" else "testA" if shape in TESTA_SHAPES else "testB"
-            refs.append({"ref_id": ref_id, "ann_id": first + k, "image_id": image_id, "category_id": categories[shape],
-                         "file_name": scene["image"], "split": ref_split,
-                         "sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences})
+            refs.append(
+                {
+                    "ref_id": ref_id,
+                    "ann_id": first + k,
+                    "image_id": image_id,
+                    "category_id": categories[shape],
+                    "file_name": scene["image"],
+                    "split": ref_split,
+                    "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                    "sentences": sentences,
+                }
+            )
             entries = train if split == "train" else test
             entries += [{"image": scene["image"], "text": text, "ref_id": ref_id} for text in texts]
-    detections = {str(image_id): detect(rng, scene) for image_id, (split, _, scene, rng)
-                  in enumerate(each_scene(scenes, seed, "detections")) if split != "train"}
-    instances = {"images": images, "annotations": boxes,
-                 "categories": [{"id": i, "name": shape} for shape, i in categories.items()]}
+    detections = {
+        str(image_id): detect(rng, scene)
+        for image_id, (split, _, scene, rng) in enumerate(each_scene(scenes, seed, "detections"))
+        if split != "train"
+    }
+    instances = {
+        "images": images,
+        "annotations": boxes,
+        "categories": [{"id": i, "name": shape} for shape, i in categories.items()],
+    }
     return train, test, refs, instances, detections

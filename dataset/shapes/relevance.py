@@ -1,8 +1,9 @@
-"""Query-ad relevance: an ad is a picture with a title, and each of them shows or says what the other leaves out.
+"""Query-ad relevance: an ad is a picture with a title, and each of them shows or says what the
+other leaves out.
 
-A query is for an object, which half of the relevant ads show and the other half name in the title, none both. Titles are drawn
-for the query alone: a model that looks at one of the two finds half of the relevant ads and cannot tell the others from
-irrelevant ones, a ROC AUC of 75%.
+A query is for an object, which half of the relevant ads show and the other half name in the title,
+none both. Titles are drawn for the query alone: a model that looks at one of the two finds half of
+the relevant ads and cannot tell the others from irrelevant ones, a ROC AUC of 75%.
 """
 
 from itertools import product
@@ -14,7 +15,8 @@ from .words import KEYS, count_fitting, facts_of, phrase, say
 FILES = tuple(f"relevance_{split}.json" for split in SPLITS)
 TITLES = ("best price {}", "buy {} online now", "free {}", "{} free shipping now")
 TEXTS = TITLES
-REASONS = ("image", "text", None, None)  # what tells that an ad is relevant, as often as one another
+# what tells that an ad is relevant, as often as one another
+REASONS = ("image", "text", None, None)
 PER_SCENE = 2
 DETAIL = 0.3  # probability that a title says the size of its object, its fill, the background
 OBJECTS = [dict(zip(("color", "shape"), pair)) for pair in product(COLORS, SHAPES)]
@@ -32,11 +34,21 @@ def draw_query(rng, objects, keys, shown):
 
 
 def write_title(rng, scene, facts, says):
-    """Write a title that names an object, one that fits the facts if it `says` so, and perhaps the background."""
+    """Write a title that names an object, one that fits the facts if it `says` so, and perhaps the
+    background.
+    """
     obj = draw_unlike(rng, facts) | (facts if says else {})
-    obj |= {key: rng.choice(list(table)) for key, table in (("size", SIZES), ("fill", FILLS)) if rng.random() < DETAIL}
+    obj |= {
+        key: rng.choice(list(table))
+        for key, table in (("size", SIZES), ("fill", FILLS))
+        if rng.random() < DETAIL
+    }
     title = rng.choice(TITLES).format(phrase(rng, obj))
-    return f"{title} {rng.choice(GROUNDS).format(say(rng, scene['background']))}" if rng.random() < DETAIL else title
+    return (
+        f"{title} {rng.choice(GROUNDS).format(say(rng, scene['background']))}"
+        if rng.random() < DETAIL
+        else title
+    )
 
 
 def annotations(scenes, seed):
@@ -46,8 +58,13 @@ def annotations(scenes, seed):
         for _ in range(PER_SCENE):
             reason = rng.choice(REASONS)
             facts = draw_query(rng, scene["objects"], rng.choice(KEYS), reason == "image")
-            entries[split].append({
-                "image": scene["image"], "query": phrase(rng, facts), "text": write_title(rng, scene, facts, reason == "text"),
-                "label": int(reason is not None), "reason": reason,
-            })  # fmt: skip
+            entries[split].append(
+                {
+                    "image": scene["image"],
+                    "query": phrase(rng, facts),
+                    "text": write_title(rng, scene, facts, reason == "text"),
+                    "label": int(reason is not None),
+                    "reason": reason,
+                }
+            )
     return tuple(entries.values())

@@ -16,25 +16,52 @@ SPLITS = ("train", "val", "test")
 SUPERSAMPLING = 3
 
 # Colors as RGB. Object and background colors have no name in common.
-COLORS = {"red": (222, 36, 36), "orange": (255, 140, 0), "yellow": (245, 208, 10), "green": (28, 155, 60),
-          "blue": (45, 85, 235), "cyan": (30, 205, 215), "purple": (135, 45, 175), "pink": (250, 130, 190)}
-BACKGROUNDS = {"white": (248, 248, 248), "beige": (226, 207, 172), "gray": (165, 165, 165), "navy": (16, 22, 66),
-               "black": (10, 10, 10)}
+COLORS = {
+    "red": (222, 36, 36),
+    "orange": (255, 140, 0),
+    "yellow": (245, 208, 10),
+    "green": (28, 155, 60),
+    "blue": (45, 85, 235),
+    "cyan": (30, 205, 215),
+    "purple": (135, 45, 175),
+    "pink": (250, 130, 190),
+}
+BACKGROUNDS = {
+    "white": (248, 248, 248),
+    "beige": (226, 207, 172),
+    "gray": (165, 165, 165),
+    "navy": (16, 22, 66),
+    "black": (10, 10, 10),
+}
 CURTAIN = ((118, 74, 42), (92, 54, 28))  # the browns of its stripes; nothing else has them
 FILLS = {"solid": 70, "outlined": 15, "striped": 15}  # how often, in percent
 COUNT_WEIGHTS = (25, 45, 20, 6, 4)  # how often 1 to 5 objects, in percent
 REPEAT = 0.1  # probability that an object has the color and shape of an earlier one
-# Objects lie on a grid as wide as the patches of configs/shapes: a small ViT from random weights learns shapes within
-# minutes if a patch sees the whole of one, and hardly at all if they lie anywhere across several.
+# Objects lie on a grid as wide as the patches of configs/shapes: a small ViT from random weights
+# learns shapes within minutes if a patch sees the whole of one, and hardly at all if they lie
+# anywhere across several.
 GRID = 4  # cells per side
 SIZES = {"small": 0.62, "large": 0.92}  # longer side of an object, in sides of a cell
 SHIFT = 0.04  # largest distance of an object from the middle of its cell; leaves large ones apart
-POSITIONS = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}  # x, y halves
+POSITIONS = (
+    "top left",
+    "top",
+    "top right",
+    "left",
+    "center",
+    "right",
+    "bottom left",
+    "bottom",
+    "bottom right",
+)
+# x, y halves
+QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 
 
 def arc(n, radius=1.0, start=90.0, sweep=360.0):
-    """Return n points (x, y) on an arc around (0, 0), counterclockwise from `start`; angles in degrees, y downwards."""
+    """Return n points (x, y) on an arc around (0, 0), counterclockwise from `start`; angles in
+    degrees, y downwards.
+    """
     turns = [math.radians(start + sweep * i / n) for i in range(n)]
     return [(radius * math.cos(t), -radius * math.sin(t)) for t in turns]
 
@@ -45,12 +72,19 @@ SHAPES = {  # polygons of any size and place
     "square": arc(4, start=45),
     "triangle": arc(3),
     "star": [point for pair in zip(arc(5), arc(5, 0.42, 126)) for point in pair],
-    "heart": [(16 * math.sin(t) ** 3, sum(k * math.cos(i * t) for i, k in enumerate((-13, 5, 2, 1), 1)))
-              for t in (math.tau * i / 48 for i in range(48))],
-    "cross": ARM + [(-y, x) for x, y in ARM] + [(-x, -y) for x, y in ARM] + [(y, -x) for x, y in ARM],
+    "heart": [
+        (16 * math.sin(t) ** 3, sum(k * math.cos(i * t) for i, k in enumerate((-13, 5, 2, 1), 1)))
+        for t in (math.tau * i / 48 for i in range(48))
+    ],
+    "cross": ARM
+    + [(-y, x) for x, y in ARM]
+    + [(-x, -y) for x, y in ARM]
+    + [(y, -x) for x, y in ARM],
     "diamond": [(0.75 * x, y) for x, y in arc(4)],
     # most of a circle, closed by the arc of a smaller one whose center lies further right
-    "moon": arc(30, start=40, sweep=280) + [(0.45 + x, y) for x, y in arc(30, 0.716, 296.2, -232.4)]}
+    "moon": arc(30, start=40, sweep=280)
+    + [(0.45 + x, y) for x, y in arc(30, 0.716, 296.2, -232.4)],
+}
 
 
 def draw_combination(rng):
@@ -58,7 +92,9 @@ def draw_combination(rng):
     pairs = []
     for _ in range(rng.choices(range(1, 6), COUNT_WEIGHTS)[0]):
         repeat = pairs and rng.random() < REPEAT
-        pairs.append(rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES))))
+        pairs.append(
+            rng.choice(pairs) if repeat else (rng.choice(list(COLORS)), rng.choice(list(SHAPES)))
+        )
     return tuple(sorted(pairs))
 
 
@@ -68,7 +104,9 @@ def combination_of(scene):
 
 
 def split_of(combination):
-    """Return the split that a combination belongs to: about 70% of all combinations are train, 10% val, 20% test."""
+    """Return the split that a combination belongs to: about 70% of all combinations are train, 10%
+    val, 20% test.
+    """
     return ("val", "test", "test", *["train"] * 7)[zlib.crc32(repr(combination).encode()) % 10]
 
 
@@ -79,13 +117,17 @@ def center_of(box):
 
 
 def position_of(box, image_size):
-    """Return the one of POSITIONS where a box lies; the outer 37% of a side are left, right, top or bottom."""
+    """Return the one of POSITIONS where a box lies; the outer 37% of a side are left, right, top or
+    bottom.
+    """
     column, row = ((v >= 0.37 * image_size) + (v > 0.63 * image_size) for v in center_of(box))
     return POSITIONS[3 * row + column]
 
 
 def relation_of(a, b):
-    """Return where box a lies from box b, such as "left of", along the dominant axis, or None if the two lie diagonally."""
+    """Return where box a lies from box b, such as "left of", along the dominant axis, or None if
+    the two lie diagonally.
+    """
     dx, dy = (u - v for u, v in zip(center_of(a), center_of(b)))
     if abs(dx) > 1.3 * abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -95,51 +137,79 @@ def relation_of(a, b):
 
 
 def place(rng, combination, image_size):
-    """Draw objects for the pairs of a combination, in random order, each near the middle of a cell of its own."""
+    """Draw objects for the pairs of a combination, in random order, each near the middle of a cell
+    of its own.
+    """
     cell, objects = image_size / GRID, []
     cells = rng.sample(range(GRID**2), len(combination))
     for (color, shape), index in zip(rng.sample(combination, len(combination)), cells):
         size = rng.choice(list(SIZES))
         angle = round(rng.uniform(-5, 5), 1)
-        w, h = (min(round(SIZES[size] * cell * max(axis)), math.floor(SIZES["large"] * cell))
-                for axis in zip(*outline(shape, angle)))
-        x, y = (math.floor((i + 0.5 + rng.uniform(-SHIFT, SHIFT)) * cell - side / 2)
-                for i, side in ((index % GRID, w), (index // GRID, h)))
+        w, h = (
+            min(round(SIZES[size] * cell * max(axis)), math.floor(SIZES["large"] * cell))
+            for axis in zip(*outline(shape, angle))
+        )
+        x, y = (
+            math.floor((i + 0.5 + rng.uniform(-SHIFT, SHIFT)) * cell - side / 2)
+            for i, side in ((index % GRID, w), (index // GRID, h))
+        )
         box, fill = [x, y, w, h], rng.choices(list(FILLS), FILLS.values())[0]
-        objects.append({"shape": shape, "color": color, "size": size, "fill": fill,
-                        "position": position_of(box, image_size), "box": box, "angle": angle})
+        objects.append(
+            {
+                "shape": shape,
+                "color": color,
+                "size": size,
+                "fill": fill,
+                "position": position_of(box, image_size),
+                "box": box,
+                "angle": angle,
+            }
+        )
     return objects
 
 
 def draw_scene(rng, split, image_size, taken=()):
-    """Draw a scene of a split, a dict: image_size, background, objects, relations [i, name, j] of objects i and j.
+    """Draw a scene of a split, a dict: image_size, background, objects, relations [i, name, j] of
+    objects i and j.
 
-    An object has shape, color, size, fill, position (one of POSITIONS), box [x, y, w, h] in pixels and angle in
-    degrees. Two objects that lie diagonally have no relation. Combinations in `taken` are not drawn. Raises InputError
-    if no other is found.
+    An object has shape, color, size, fill, position (one of POSITIONS), box [x, y, w, h] in pixels
+    and angle in degrees. Two objects that lie diagonally have no relation. Combinations in `taken`
+    are not drawn. Raises InputError if no other is found.
     """
     for _ in range(10_000):
         combination = draw_combination(rng)
         if split_of(combination) == split and combination not in taken:
             break
     else:
-        raise InputError(f"--{split}: only {len(taken)} different combinations of objects found; ask for fewer scenes")
+        raise InputError(
+            f"--{split}: only {len(taken)} different combinations of objects found; ask for fewer scenes"
+        )
     objects = place(rng, combination, image_size)
     boxes = [o["box"] for o in objects]
-    relations = [[i, relation_of(boxes[i], boxes[j]), j] for i, j in permutations(range(len(boxes)), 2)]
-    return {"image_size": image_size, "background": rng.choice(list(BACKGROUNDS)), "objects": objects,
-            "relations": [relation for relation in relations if relation[1]]}
+    relations = [
+        [i, relation_of(boxes[i], boxes[j]), j] for i, j in permutations(range(len(boxes)), 2)
+    ]
+    return {
+        "image_size": image_size,
+        "background": rng.choice(list(BACKGROUNDS)),
+        "objects": objects,
+        "relations": [relation for relation in relations if relation[1]],
+    }
 
 
 def each_scene(scenes, seed, purpose):
-    """Yield (split, index, scene, rng) of {split: list of scenes}; rng is one for the seed, the scene and the purpose."""
+    """Yield (split, index, scene, rng) of {split: list of scenes}; rng is one for the seed, the
+    scene and the purpose.
+    """
     for split in scenes:
         for i, scene in enumerate(scenes[split]):
             yield split, i, scene, random.Random(f"{seed}/{split}/{i}/{purpose}")
 
 
 def outline(shape, angle):
-    """Return the shape's polygon, turned by `angle` degrees: points (x, y) in a box from 0 with a longer side of 1."""
+    """Return the shape's polygon, turned by `angle` degrees: points (x, y) in a box from 0 with a
+    longer side of 1.
+    """
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     xs, ys = zip(*((c * x - s * y, s * x + c * y) for x, y in SHAPES[shape]))
     side = max(max(xs) - min(xs), max(ys) - min(ys))
@@ -151,12 +221,15 @@ def draw_mask(obj, scale):
     w, h = (scale * v for v in obj["box"][2:])
     xs, ys = zip(*outline(obj["shape"], obj["angle"]))
     mask = Image.new("L", (w, h))
-    ImageDraw.Draw(mask).polygon([(x / max(xs) * (w - 1), y / max(ys) * (h - 1)) for x, y in zip(xs, ys)], fill=255)
+    ImageDraw.Draw(mask).polygon(
+        [(x / max(xs) * (w - 1), y / max(ys) * (h - 1)) for x, y in zip(xs, ys)], fill=255
+    )
     if obj["fill"] == "solid":
         return mask
     side = max(w, h)
     border = round(side * (0.08 if obj["fill"] == "outlined" else 0.05))
-    blurred = ImageOps.expand(mask, border).filter(ImageFilter.BoxBlur(border))  # 255 where all around is inside
+    # 255 where all around is inside
+    blurred = ImageOps.expand(mask, border).filter(ImageFilter.BoxBlur(border))
     hollow = ImageOps.crop(blurred, border).point(lambda v: 255 * (v >= 254))
     if obj["fill"] == "striped":
         draw = ImageDraw.Draw(hollow)

@@ -1,6 +1,7 @@
 """Visual entailment: hypotheses on pictures of which half have a curtain over a quadrant.
 
-What is not in sight is neutral only behind a curtain, and what is in sight can be neither affirmed falsely nor denied truly.
+What is not in sight is neutral only behind a curtain, and what is in sight can be neither affirmed
+falsely nor denied truly.
 """
 
 import random
@@ -10,35 +11,65 @@ from .words import KEYS, count_fitting, draw_absent, facts_of, phrase, with_arti
 
 FILES = tuple(f"ve_{split}.json" for split in SPLITS)
 HYPOTHESES = {  # by whether they affirm
-    True: ("there is {}", "the scene has {}", "the scene contains {}", "{} is part of the scene", "this scene includes {}"),
-    False: ("there is no {}", "the scene has no {}", "the scene contains no {}", "no {} is part of the scene",
-            "this scene includes no {}")}
+    True: (
+        "there is {}",
+        "the scene has {}",
+        "the scene contains {}",
+        "{} is part of the scene",
+        "this scene includes {}",
+    ),
+    False: (
+        "there is no {}",
+        "the scene has no {}",
+        "the scene contains no {}",
+        "no {} is part of the scene",
+        "this scene includes no {}",
+    ),
+}
 TEXTS = (*HYPOTHESES[True], *HYPOTHESES[False])
-# The hypotheses for six pictures as (label, affirmative), by whether a curtain covers the picture: every possible case, a
-# third for each label, and as many affirmative as negative ones in each.
+# The hypotheses for six pictures as (label, affirmative), by whether a curtain covers the picture:
+# every possible case, a third for each label, and as many affirmative as negative ones in each.
 PREMISES = {
-    True: [("entailment", True), ("contradiction", False), *[("neutral", True), ("neutral", False)] * 2],
-    False: [("entailment", True), ("contradiction", False), *[("entailment", False), ("contradiction", True)] * 2]}
+    True: [
+        ("entailment", True),
+        ("contradiction", False),
+        *[("neutral", True), ("neutral", False)] * 2,
+    ],
+    False: [
+        ("entailment", True),
+        ("contradiction", False),
+        *[("entailment", False), ("contradiction", True)] * 2,
+    ],
+}
 
 
 def plan(split, index, seed):
-    """Return whether a scene is covered, and its two hypotheses as (label, affirmative); six scenes share PREMISES."""
+    """Return whether a scene is covered, and its two hypotheses as (label, affirmative); six scenes
+    share PREMISES.
+    """
     rng, plans = random.Random(f"{seed}/{split}/{index // 6}/entailment"), []
     for covered, hypotheses in PREMISES.items():
         drawn = rng.sample(hypotheses, len(hypotheses))
-        plans += [(covered, drawn[i:i + 2]) for i in range(0, len(drawn), 2)]
+        plans += [(covered, drawn[i : i + 2]) for i in range(0, len(drawn), 2)]
     return rng.sample(plans, len(plans))[index % 6]
 
 
 def visible_objects(scene, cover):
-    """Return the objects that a curtain over the quadrant `cover` (None: no curtain) leaves in sight."""
+    """Return the objects that a curtain over the quadrant `cover` (None: no curtain) leaves in
+    sight.
+    """
     middle = scene["image_size"] / 2
-    return [o for o in scene["objects"]
-            if not cover or tuple(v > middle for v in center_of(o["box"])) != QUADRANTS[cover]]
+    return [
+        o
+        for o in scene["objects"]
+        if not cover or tuple(v > middle for v in center_of(o["box"])) != QUADRANTS[cover]
+    ]
 
 
 def draw_cover(rng, scene):
-    """Draw a quadrant for a curtain that leaves an object in sight; in half of the scenes one that hides something."""
+    """Draw a quadrant for a curtain that leaves an object in sight; in half of the scenes one that
+    hides something.
+    """
     left = {cover: len(visible_objects(scene, cover)) for cover in QUADRANTS}
     covers = [cover for cover, count in left.items() if count]
     hiding = [cover for cover in covers if left[cover] < len(scene["objects"])]
@@ -46,17 +77,25 @@ def draw_cover(rng, scene):
 
 
 def covered_image(path):
-    """Return the path of an image's copy with a curtain: images/train_covered/0.jpg for images/train/0.jpg."""
+    """Return the path of an image's copy with a curtain: images/train_covered/0.jpg for
+    images/train/0.jpg.
+    """
     return "{}_covered/{}".format(*path.rsplit("/", 1))
 
 
 def suppose(rng, scene, label, affirmative):
-    """Write a sentence that affirms or denies that there is some object, for which the label is right.
+    """Write a sentence that affirms or denies that there is some object, for which the label is
+    right.
 
-    What is in sight is true; what is not is false, or undecided if there is a curtain: the scene behind it plays no part.
+    What is in sight is true; what is not is false, or undecided if there is a curtain: the scene
+    behind it plays no part.
     """
     keys, seen = rng.choice(KEYS), visible_objects(scene, scene["covered"])
-    hidden = [facts for facts in (facts_of(o, keys) for o in scene["objects"]) if not count_fitting(seen, facts)]
+    hidden = [
+        facts
+        for facts in (facts_of(o, keys) for o in scene["objects"])
+        if not count_fitting(seen, facts)
+    ]
     if label != "neutral" and (label == "entailment") == affirmative:
         facts = facts_of(rng.choice(seen), keys)
     elif hidden and rng.random() < 0.5:
@@ -74,5 +113,7 @@ def annotations(scenes, seed):
         image = covered_image(scene["image"]) if scene["covered"] else scene["image"]
         for label, affirmative in plan(split, i, seed)[1]:
             sentence = suppose(rng, scene, label, affirmative)
-            entries[split].append({"image": image.removesuffix(".jpg"), "sentence": sentence, "label": label})
+            entries[split].append(
+                {"image": image.removesuffix(".jpg"), "sentence": sentence, "label": label}
+            )
     return tuple(entries.values())

@@ -1,4 +1,6 @@
-"""Visual question answering: questions on existence, number, color, shape and size, and comparisons."""
+"""Visual question answering: questions on existence, number, color, shape and size, and
+comparisons.
+"""
 
 import itertools
 from collections import Counter
@@ -18,29 +20,57 @@ COLOR = ("what color is the {}?", "what color are the {}?")  # of one object, of
 SHAPE = "what shape is the {}?"
 SIZE = "is the {} big or small?"
 MORE = "are there more {} than {}?"
-SAME = {"color": "are the {} and the {} the same color?", "size": "are the {} and the {} the same size?"}
+SAME = {
+    "color": "are the {} and the {} the same color?",
+    "size": "are the {} and the {} the same size?",
+}
 BIGGER = "is the {} bigger than the {}?"
 TEXTS = (*YES_NO, *EXISTENCE, *COUNT, *COLOR, SHAPE, SIZE, MORE, *SAME.values(), BIGGER)
 # what is easily taken for an answer
 MISTAKEN = {
-    "yes": ("no",), "no": ("yes",), "big": ("small",), "small": ("big",),
-    "red": ("orange", "pink"), "orange": ("red", "yellow"), "yellow": ("orange",), "green": ("cyan",),
-    "blue": ("purple", "cyan"), "cyan": ("blue", "green"), "purple": ("blue", "pink"), "pink": ("red", "purple"),
-    "circle": ("moon",), "square": ("diamond",), "triangle": ("diamond",), "star": ("cross",),
-    "heart": ("triangle",), "cross": ("star",), "diamond": ("square",), "moon": ("circle",),
-    "0": ("1",), "1": ("0", "2"), "2": ("1", "3"), "3": ("2", "4"), "4": ("3", "5"), "5": ("4",)}
+    "yes": ("no",),
+    "no": ("yes",),
+    "big": ("small",),
+    "small": ("big",),
+    "red": ("orange", "pink"),
+    "orange": ("red", "yellow"),
+    "yellow": ("orange",),
+    "green": ("cyan",),
+    "blue": ("purple", "cyan"),
+    "cyan": ("blue", "green"),
+    "purple": ("blue", "pink"),
+    "pink": ("red", "purple"),
+    "circle": ("moon",),
+    "square": ("diamond",),
+    "triangle": ("diamond",),
+    "star": ("cross",),
+    "heart": ("triangle",),
+    "cross": ("star",),
+    "diamond": ("square",),
+    "moon": ("circle",),
+    "0": ("1",),
+    "1": ("0", "2"),
+    "2": ("1", "3"),
+    "3": ("2", "4"),
+    "4": ("3", "5"),
+    "5": ("4",),
+}
 SYNONYMS = {usual: others for usual, *others in WORDS.values()}
 
 
 def ask_existence(rng, objects):
     """Ask whether there is such an object; as often yes as no."""
     keys, answer = rng.choice((*KEYS, ("size", "shape"))), rng.choice(YES_NO)
-    facts = facts_of(rng.choice(objects), keys) if answer == "yes" else draw_absent(rng, objects, keys)
+    facts = (
+        facts_of(rng.choice(objects), keys) if answer == "yes" else draw_absent(rng, objects, keys)
+    )
     return rng.choice(EXISTENCE).format(with_article(phrase(rng, facts))), answer
 
 
 def ask_count(rng, objects):
-    """Ask how many such objects there are; 0 for a few, and the others so that not nearly all are 1."""
+    """Ask how many such objects there are; 0 for a few, and the others so that not nearly all are
+    1.
+    """
     drawn = rng.random()
     if drawn < 0.2:
         facts = {}
@@ -65,7 +95,9 @@ def ask_color(rng, objects):
 
 
 def ask_fact(rng, objects, key, question, given):
-    """Ask for a fact of an object that other facts single out, those of one of the tuples of keys `given`."""
+    """Ask for a fact of an object that other facts single out, those of one of the tuples of keys
+    `given`.
+    """
     named = [(facts_of(o, keys), o[key]) for o in objects for keys in given]
     single = [(facts, value) for facts, value in named if count_fitting(objects, facts) == 1]
     if single:
@@ -74,14 +106,21 @@ def ask_fact(rng, objects, key, question, given):
 
 
 def ask_comparison(rng, objects):
-    """Compare two shapes: their numbers, or color and size of the two objects; each as often yes as no."""
+    """Compare two shapes: their numbers, or color and size of the two objects; each as often yes as
+    no.
+    """
     answer = rng.choice(YES_NO)
     yes, counts = answer == "yes", Counter(o["shape"] for o in objects)
     present = [shape for shape in SHAPES if counts[shape]]
-    pairs = [(a, b) for a, b in itertools.permutations(present, 2) if (counts[a] > counts[b]) == yes]
+    pairs = [
+        (a, b) for a, b in itertools.permutations(present, 2) if (counts[a] > counts[b]) == yes
+    ]
     if not pairs:
-        pairs = [(a, b) for a, b in itertools.permutations(SHAPES, 2)
-                 if counts[a] != counts[b] and (counts[a] > counts[b]) == yes]
+        pairs = [
+            (a, b)
+            for a, b in itertools.permutations(SHAPES, 2)
+            if counts[a] != counts[b] and (counts[a] > counts[b]) == yes
+        ]
     forms = [(MORE, *rng.choice(pairs))]
     single = [o for o in objects if counts[o["shape"]] == 1]
     if len(single) > 1:
@@ -96,34 +135,58 @@ def ask_comparison(rng, objects):
             first, second = (a, b) if (a["size"] == "large") == yes else (b, a)
             forms += 2 * [(BIGGER, first["shape"], second["shape"])]
     form, *shapes = rng.choice(forms)
-    return form.format(*(phrase(rng, {"shape": shape}, 2 if form == MORE else 1) for shape in shapes)), answer
+    return form.format(
+        *(phrase(rng, {"shape": shape}, 2 if form == MORE else 1) for shape in shapes)
+    ), answer
 
 
-KINDS = (ask_existence, ask_count, ask_color, partial(ask_fact, key="shape", question=SHAPE, given=[("color",)]),
-         partial(ask_fact, key="size", question=SIZE, given=[("shape",), ("color", "shape")]), ask_comparison)
+KINDS = (
+    ask_existence,
+    ask_count,
+    ask_color,
+    partial(ask_fact, key="shape", question=SHAPE, given=[("color",)]),
+    partial(ask_fact, key="size", question=SIZE, given=[("shape",), ("color", "shape")]),
+    ask_comparison,
+)
 
 
 def ask(rng, scene, count):
-    """Ask `count` questions of different kinds, at most as many as the scene allows: a list of (question, true answer)."""
+    """Ask `count` questions of different kinds, at most as many as the scene allows: a list of
+    (question, true answer).
+    """
     questions = (ask_kind(rng, scene["objects"]) for ask_kind in rng.sample(KINDS, len(KINDS)))
     return [pair for pair in questions if pair][:count]
 
 
 def annotate(rng, answer):
-    """Answer as ten annotators do: 6 to 10 of them the truth, the others another word for it or what is taken for it."""
+    """Answer as ten annotators do: 6 to 10 of them the truth, the others another word for it or
+    what is taken for it.
+    """
     agreeing = rng.choices(list(AGREEING), AGREEING.values())[0]
     others = (*2 * SYNONYMS.get(answer, []), *MISTAKEN[answer])
-    return rng.sample([answer] * agreeing + rng.choices(others, k=ANNOTATORS - agreeing), ANNOTATORS)
+    return rng.sample(
+        [answer] * agreeing + rng.choices(others, k=ANNOTATORS - agreeing), ANNOTATORS
+    )
 
 
 def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}; the answer list has all answers of train and every possible truth."""
+    """Return the contents of FILES for {split: scenes}; the answer list has all answers of train
+    and every possible truth.
+    """
     entries, ids = {split: [] for split in scenes}, itertools.count()
     for split, _, scene, rng in each_scene(scenes, seed, "vqa"):
         for question, answer in ask(rng, scene, PER_SCENE[split]):
             kind = "yes/no" if answer in YES_NO else "number" if answer.isdigit() else "other"
-            entries[split].append({"image": scene["image"], "question": question, "question_id": next(ids),
-                                   "dataset": "vqa", "answer": annotate(rng, answer), "answer_type": kind})
+            entries[split].append(
+                {
+                    "image": scene["image"],
+                    "question": question,
+                    "question_id": next(ids),
+                    "dataset": "vqa",
+                    "answer": annotate(rng, answer),
+                    "answer_type": kind,
+                }
+            )
     counts = Counter(dict.fromkeys(MISTAKEN, 0))
     for entry in entries["train"]:
         counts.update(entry["answer"])

@@ -1,7 +1,7 @@
 """How this data set says things, and facts about objects in words.
 
-*Facts* are a dict such as {"color": "red", "shape": "star"}: they fit the objects that have these values, and {} fits
-every object.
+*Facts* are a dict such as {"color": "red", "shape": "star"}: they fit the objects that have these
+values, and {} fits every object.
 """
 
 from itertools import product
@@ -10,18 +10,31 @@ from .scenes import COLORS, FILLS, SHAPES, SIZES
 
 # Words for what is called by more than its name, the usual one first.
 WORDS = {
-    "small": ("small", "little", "tiny"), "large": ("big", "large"), "solid": ("solid", "filled"),
-    "outlined": ("outlined", "hollow"), "cyan": ("cyan", "turquoise"), "purple": ("purple", "violet"),
-    "circle": ("circle", "disc"), "moon": ("moon", "crescent"), "gray": ("gray", "grey"),
+    "small": ("small", "little", "tiny"),
+    "large": ("big", "large"),
+    "solid": ("solid", "filled"),
+    "outlined": ("outlined", "hollow"),
+    "cyan": ("cyan", "turquoise"),
+    "purple": ("purple", "violet"),
+    "circle": ("circle", "disc"),
+    "moon": ("moon", "crescent"),
+    "gray": ("gray", "grey"),
     "top left": ("in the top left corner", "at the top left", "in the upper left"),
     "top right": ("in the top right corner", "at the top right", "in the upper right"),
     "bottom left": ("in the bottom left corner", "at the bottom left", "in the lower left"),
     "bottom right": ("in the bottom right corner", "at the bottom right", "in the lower right"),
-    "top": ("at the top", "near the top"), "bottom": ("at the bottom", "near the bottom"),
-    "left": ("on the left", "on the left side"), "right": ("on the right", "on the right side"),
-    "center": ("in the middle", "in the center"), "above": ("above", "over"), "below": ("below", "under", "beneath"),
-    "left of": ("to the left of", "left of"), "right of": ("to the right of", "right of")}
-TABLES = {"size": SIZES, "fill": FILLS, "color": COLORS, "shape": SHAPES}  # in the order of English adjectives
+    "top": ("at the top", "near the top"),
+    "bottom": ("at the bottom", "near the bottom"),
+    "left": ("on the left", "on the left side"),
+    "right": ("on the right", "on the right side"),
+    "center": ("in the middle", "in the center"),
+    "above": ("above", "over"),
+    "below": ("below", "under", "beneath"),
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+}
+# in the order of English adjectives
+TABLES = {"size": SIZES, "fill": FILLS, "color": COLORS, "shape": SHAPES}
 NUMBERS = ("", "one", "two", "three", "four", "five")
 NOUNS = ("object", "one", "thing")  # where the shape is not said
 KEYS = (*[("color", "shape")] * 3, ("shape",), ("color",))  # of facts, to draw from
@@ -54,17 +67,24 @@ def count_fitting(objects, facts):
 
 
 def draw_absent(rng, objects, keys):
-    """Draw facts that fit no object, mostly near misses: each value occurs, though not together, or one of them does."""
+    """Draw facts that fit no object, mostly near misses: each value occurs, though not together, or
+    one of them does.
+    """
     present = {tuple(o[key] for key in keys) for o in objects}
     seen = {value for values in present for value in values}
     free = [values for values in product(*(TABLES[key] for key in keys)) if values not in present]
     common = [sum(value in seen for value in values) for values in free]
     least = min(rng.choices((2, 1, 0), (5, 4, 1))[0], max(common))
-    return dict(zip(keys, rng.choice([values for values, count in zip(free, common) if count >= least])))
+    return dict(
+        zip(keys, rng.choice([values for values, count in zip(free, common) if count >= least]))
+    )
 
 
 def phrase(rng, facts, count=1, noun=NOUNS[0]):
-    """Put facts into words, without an article: "big red star", "objects"; `noun` is said where they name no shape."""
+    """Put facts into words, without an article:
+
+    "big red star", "objects"; `noun` is said where they name no shape.
+    """
     words = [say(rng, facts[key]) for key in TABLES if key in facts]
     if "shape" not in facts:
         words.append(noun)

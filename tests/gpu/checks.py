@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import pretrain_step
 import torch
 
-import pretrain_step
 import Pretrain
 from dataset.shapes import write_dataset
 from engine import Run, compile_layers, iterate
@@ -21,8 +21,8 @@ from optim import create_optimizer
 from utils import Text, seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
-# largest gap of the losses, and norm of the gap of all gradients, both relative. The gradients' are five times what bf16 has on
-# a CPU (0.036); TF32 has three more bits
+# largest gap of the losses, and norm of the gap of all gradients, both relative. The gradients' are
+# five times what bf16 has on a CPU (0.036); TF32 has three more bits
 GOLDEN = {"fp32": (1e-4, 1e-4), "tf32": (6e-3, 0.025), "bf16": (5e-2, 0.2)}
 COMPILED = 2e-2
 ITERATIONS, BATCH_SIZE = 15, 8  # of an epoch of the runs of several processes; they have two
@@ -33,14 +33,22 @@ def golden(device, size):
     data = torch.load(ROOT / "tests/golden/pretrain.pt", weights_only=True)
     found, before = [], torch.get_float32_matmul_precision()
     for name, limits in GOLDEN.items():
-        model = build_model("pretrain", {**data["config"], "bert_config": str(ROOT / "tests/golden/bert.json")})
+        model = build_model(
+            "pretrain", {**data["config"], "bert_config": str(ROOT / "tests/golden/bert.json")}
+        )
         model.load_state_dict(data["state_dict"], strict=False)
         model.to(device).train()
-        moved = {key: value.to(device) for key, value in data.items() if isinstance(value, torch.Tensor)}
+        moved = {
+            key: value.to(device) for key, value in data.items() if isinstance(value, torch.Tensor)
+        }
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-            losses = model(moved["image"], Text(moved["input_ids"], moved["attention_mask"]), alpha=data["alpha"],
-                           masked=(moved["masked_input_ids"], moved["labels"]))  # fmt: skip
+            losses = model(
+                moved["image"],
+                Text(moved["input_ids"], moved["attention_mask"]),
+                alpha=data["alpha"],
+                masked=(moved["masked_input_ids"], moved["labels"]),
+            )
         sum(losses.values()).backward()
         torch.set_float32_matmul_precision(before)
         of_losses = max(abs(value.item() / data[key] - 1) for key, value in losses.items())
@@ -48,7 +56,9 @@ def golden(device, size):
         theirs = torch.cat([value.flatten() for value in data["grads"].values()])
         gaps = of_losses, float((ours - theirs).norm() / theirs.norm())
         found.append("{} {:.0e} and {:.0e}".format(name, *gaps))
-        assert all(gap <= limit for gap, limit in zip(gaps, limits)), f"losses and gradients are off by {found[-1]}"
+        assert all(gap <= limit for gap, limit in zip(gaps, limits)), (
+            f"losses and gradients are off by {found[-1]}"
+        )
     return "losses and gradients are off by " + ", ".join(found)
 
 
@@ -59,8 +69,18 @@ def new_run(device, size, batch_size):
     model = build_model("pretrain", config).to(device).train()
     for param in model.idle_parameters():
         param.requires_grad_(False)
-    run = Run(model, model, create_optimizer(config["optimizer"], model), Pretrain.step, config, config["scheduler"], device, 0,
-              None, 1)  # fmt: skip
+    run = Run(
+        model,
+        model,
+        create_optimizer(config["optimizer"], model),
+        Pretrain.step,
+        config,
+        config["scheduler"],
+        device,
+        0,
+        None,
+        1,
+    )
     return run, pretrain_step.make_batch(batch_size, config["image_res"])
 
 
@@ -78,63 +98,113 @@ def step_without_waits(device, size):
             torch.cuda.set_sync_debug_mode("default")
     with torch.profiler.profile() as profiler:
         iterate(run, iter([batch]), 0, 2, 0.4)
-    names = {event.key.removeprefix("aten::_scaled_dot_product_") for event in profiler.key_averages()
-             if event.key.startswith("aten::_scaled_dot_product_") and "backward" not in event.key}  # fmt: skip
-    assert not watched or (names and "attention_math" not in names), f"attention runs as {', '.join(sorted(names))}"
+    names = {
+        event.key.removeprefix("aten::_scaled_dot_product_")
+        for event in profiler.key_averages()
+        if event.key.startswith("aten::_scaled_dot_product_") and "backward" not in event.key
+    }
+    assert not watched or (names and "attention_math" not in names), (
+        f"attention runs as {', '.join(sorted(names))}"
+    )
     return f"attention runs as {', '.join(sorted(names))}"
 
 
 def compiled_as_eager(device, size):
-    """The losses of a compiled step are the eager one's, and no graph is compiled after the first steps."""
+    """The losses of a compiled step are the eager one's, and no graph is compiled after the first
+    steps.
+    """
     values, graphs = [], 0
     for compiled in (False, True):
         run, batch = new_run(device, size, size.batches[0])
         if compiled:
             torch._dynamo.reset()
             compile_layers(run.model, **size.compile_options)
-        values.append([value.item() for value in iterate(run, iter([batch]), 0, 0, 0.4)[0].values()])
+        values.append(
+            [value.item() for value in iterate(run, iter([batch]), 0, 0, 0.4)[0].values()]
+        )
     for number in range(1, pretrain_step.WARM_UP + 2):
         if number == pretrain_step.WARM_UP:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         iterate(run, iter([batch]), 0, number, 0.4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "a graph is compiled after the first steps"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, (
+        "a graph is compiled after the first steps"
+    )
     gap = max(abs(ours - theirs) / (abs(theirs) + 1e-3) for theirs, ours in zip(*values))
     assert gap <= COMPILED, f"losses and norm of the gradients are off by {gap:.0e}"
     return f"losses and norm of the gradients are off by {gap:.0e}; {graphs} graphs"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # processes, one on each GPU
 
 
 def launch(device, processes, *arguments):
     """Start Pretrain.py on so many processes. Return its Popen."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "Pretrain.py"]
-    return subprocess.Popen([*command, "--device", device.type, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "Pretrain.py",
+    ]
+    return subprocess.Popen(
+        [*command, "--device", device.type, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def ended(process):
-    """Wait for a program. Return its exit status and what it says is wrong, else the end of its output."""
+    """Wait for a program.
+
+    Return its exit status and what it says is wrong, else the end of its output.
+    """
     lines = process.communicate()[0].splitlines()
-    return process.returncode, " ".join([line for line in lines if line.startswith("error:")] or lines[-10:])
+    return process.returncode, " ".join(
+        [line for line in lines if line.startswith("error:")] or lines[-10:]
+    )
 
 
 def processes_repeat_and_resume(device, size):
-    """Compare runs of two epochs on all GPUs: equal bits in two runs, also after SIGTERM and --resume."""
+    """Compare runs of two epochs on all GPUs: equal bits in two runs, also after SIGTERM and
+    --resume.
+    """
     with tempfile.TemporaryDirectory() as folder:
         data, weights = Path(folder, "data"), {}
-        write_dataset(data, train=ITERATIONS * BATCH_SIZE * size.processes, val=2, test=2, captions=1)
+        write_dataset(
+            data, train=ITERATIONS * BATCH_SIZE * size.processes, val=2, test=2, captions=1
+        )
 
         def arguments(name, *keys):
-            given = (f"train_file={data}/pretrain.json", "test_file=null", f"image_root={data}", f"tokenizer={data}/vocab.txt",
-                     f"batch_size={BATCH_SIZE}", "scheduler.epochs=2", "num_workers=1", "deterministic=true")  # fmt: skip
-            return ("--config", "configs/shapes/Pretrain.yaml", "--output_dir", Path(folder, name), "--set", *given, *keys)
+            given = (
+                f"train_file={data}/pretrain.json",
+                "test_file=null",
+                f"image_root={data}",
+                f"tokenizer={data}/vocab.txt",
+                f"batch_size={BATCH_SIZE}",
+                "scheduler.epochs=2",
+                "num_workers=1",
+                "deterministic=true",
+            )
+            return (
+                "--config",
+                "configs/shapes/Pretrain.yaml",
+                "--output_dir",
+                Path(folder, name),
+                "--set",
+                *given,
+                *keys,
+            )
 
         def finish(name, *flags):
             status, output = ended(launch(device, size.processes, *arguments(name), *flags))
             assert status == 0, f"{name}: {output}"
-            weights[name] = torch.load(Path(folder, name, "checkpoint_last.pth"), weights_only=True)["model"]
+            weights[name] = torch.load(
+                Path(folder, name, "checkpoint_last.pth"), weights_only=True
+            )["model"]
 
         finish("once")
         finish("again")
@@ -146,11 +216,23 @@ def processes_repeat_and_resume(device, size):
         assert status != 0, "the run was over before SIGTERM reached it"
         finish("interrupted", "--resume")
         for name in ("again", "interrupted"):
-            differing = [key for key, value in weights["once"].items() if not torch.equal(value, weights[name][key])]
-            assert not differing, f"{name}: {len(differing)} tensors differ, {differing[0]} among them"
+            differing = [
+                key
+                for key, value in weights["once"].items()
+                if not torch.equal(value, weights[name][key])
+            ]
+            assert not differing, (
+                f"{name}: {len(differing)} tensors differ, {differing[0]} among them"
+            )
     return f"{size.processes} processes, {2 * ITERATIONS} steps: the same bits twice, also after SIGTERM"
 
 
-CHECKS = {check.__name__.replace("_", " "): check for check in (
-    golden, step_without_waits, compiled_as_eager, processes_repeat_and_resume,
-)}  # fmt: skip
+CHECKS = {
+    check.__name__.replace("_", " "): check
+    for check in (
+        golden,
+        step_without_waits,
+        compiled_as_eager,
+        processes_repeat_and_resume,
+    )
+}

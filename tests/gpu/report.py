@@ -1,6 +1,7 @@
 """Prove an installation on its GPUs: checks, then tables of time.
 
-    make gpu    # writes output/gpu/report.json and report.md, and says at the end whether this installation is fit to train
+make gpu    # writes output/gpu/report.json and report.md, and says at the end whether this
+installation is fit to train
 """
 
 import argparse
@@ -9,25 +10,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import torch
 
 import bench
 import checks
 import dataloader
 import pretrain_step
+import torch
+
 from configs.schema import read_bert_config, save_config
 from engine.curves import read_curves
 from utils import InputError, run_script
 
 
 class Size(NamedTuple):
-    """What is measured: a configuration of pre-training with overrides, batch sizes and steps of the table, processes."""
+    """What is measured: a configuration of pre-training with overrides, batch sizes and steps of
+    the table, processes.
+    """
 
     config: Callable
     batches: tuple
@@ -51,18 +55,29 @@ def run_checks(device, size):
 
 
 def measure_steps(size):
-    """Return a row for each batch size, eager and compiled: seconds, FLOPs, memory, and MFU of the measured peak."""
+    """Return a row for each batch size, eager and compiled: seconds, FLOPs, memory, and MFU of the
+    measured peak.
+    """
     rows = []
     for batch_size in size.batches:
         for mode in ("eager", "compiled"):
             torch._dynamo.reset()
             row = pretrain_step.measure("fast", "bf16", mode, batch_size, size.steps)
-            rows.append({"batch": batch_size, "mode": mode, **row, "mfu": row["flops"] / row["seconds"] / row["peak"]})
+            rows.append(
+                {
+                    "batch": batch_size,
+                    "mode": mode,
+                    **row,
+                    "mfu": row["flops"] / row["seconds"] / row["peak"],
+                }
+            )
     return rows
 
 
 def measure_scaling(device, size):
-    """Return samples per second of Pretrain.py on JPEG files, the data workers' time included, by number of processes."""
+    """Return samples per second of Pretrain.py on JPEG files, the data workers' time included, by
+    number of processes.
+    """
     rates, batch_size = {}, size.batches[-1]
     counts = {2**i for i in range(size.processes.bit_length())} | {size.processes}
     with tempfile.TemporaryDirectory() as name:
@@ -76,13 +91,21 @@ def measure_scaling(device, size):
         (folder / "vocab.txt").write_text("\n".join([*words, *(f"[unused{i}]" for i in unused)]))
         for processes in sorted(counts):
             copies = -(-processes * batch_size * size.steps // dataloader.PAIRS)
-            keys = {"train_file": [files["files"]] * copies, "tokenizer": str(folder / "vocab.txt"), "test_file": None,
-                    "text_encoder": "random", "vision_encoder": "random", "log_every": 1}  # fmt: skip
+            keys = {
+                "train_file": [files["files"]] * copies,
+                "tokenizer": str(folder / "vocab.txt"),
+                "test_file": None,
+                "text_encoder": "random",
+                "vision_encoder": "random",
+                "log_every": 1,
+            }
             config = size.config(f"batch_size={batch_size}", "precision=bf16", "scheduler.epochs=1")
             save_config({**config, **keys}, folder)
             out = folder / f"run{processes}"
             status, output = checks.ended(
-                checks.launch(device, processes, "--config", folder / "config.yaml", "--output_dir", out)
+                checks.launch(
+                    device, processes, "--config", folder / "config.yaml", "--output_dir", out
+                )
             )
             if status:
                 raise RuntimeError(f"{processes} processes: {output}")
@@ -96,51 +119,107 @@ def run_tables(size):
     texts = {}
     for name, *arguments in size.tables:
         print(name, flush=True)
-        done = subprocess.run([sys.executable, f"benchmarks/{name}", *arguments], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, f"benchmarks/{name}", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         texts[name] = done.stdout if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
     return texts
 
 
 def markdown(content):
     """Return the report as lines of Markdown."""
-    lines = [f"{content['machine']}, {content['processes']} of them", "", "| check | found |", "| --- | --- |"]
+    lines = [
+        f"{content['machine']}, {content['processes']} of them",
+        "",
+        "| check | found |",
+        "| --- | --- |",
+    ]
     lines += [f"| {name} | {found} |" for name, found in content["checks"].items()]
-    lines += ["", "A step in bf16; MFU is of the measured matrix-product peak.", "",
-              "| batch | mode | ms | samples/s | GB | MFU |", "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
-    lines += [f"| {row['batch']} | {row['mode']} | {1e3 * row['seconds']:.1f} | {row['batch'] / row['seconds']:.1f} | "
-              f"{row['memory'] / 1e9:.1f} | {row['mfu']:.1%} |" for row in content["steps"]]  # fmt: skip
+    lines += [
+        "",
+        "A step in bf16; MFU is of the measured matrix-product peak.",
+        "",
+        "| batch | mode | ms | samples/s | GB | MFU |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row['batch']} | {row['mode']} | {1e3 * row['seconds']:.1f} | {row['batch'] / row['seconds']:.1f} | "
+        f"{row['memory'] / 1e9:.1f} | {row['mfu']:.1%} |"
+        for row in content["steps"]
+    ]
     alone = content["steps"][-1]["batch"] / content["steps"][-1]["seconds"]
-    lines += ["", f"Pretrain.py on JPEG files, batch {content['steps'][-1]['batch']} on each GPU.", "",
-              "| GPUs | samples/s | of as many times one GPU | of as many times the step alone |", "| --- | --- | --- | --- |"]
-    lines += [f"| {count} | {rate:.1f} | {rate / count / content['scaling'][1]:.0%} | {rate / count / alone:.0%} |"
-              for count, rate in content["scaling"].items()]  # fmt: skip
+    lines += [
+        "",
+        f"Pretrain.py on JPEG files, batch {content['steps'][-1]['batch']} on each GPU.",
+        "",
+        "| GPUs | samples/s | of as many times one GPU | of as many times the step alone |",
+        "| --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {count} | {rate:.1f} | {rate / count / content['scaling'][1]:.0%} | {rate / count / alone:.0%} |"
+        for count, rate in content["scaling"].items()
+    ]
     for name, text in content["tables"].items():
-        lines += ["", f"`benchmarks/{name}`", "", *(f"    {line}".rstrip() for line in text.splitlines())]
+        lines += [
+            "",
+            f"`benchmarks/{name}`",
+            "",
+            *(f"    {line}".rstrip() for line in text.splitlines()),
+        ]
     return lines
 
 
 def report(device, size, folder):
-    """Check, measure and write report.json and report.md. Return the names of the checks that failed."""
+    """Check, measure and write report.json and report.md.
+
+    Return the names of the checks that failed.
+    """
     found, failed = run_checks(device, size)
-    content = {"machine": bench.MACHINE, "processes": size.processes, "checks": found, "steps": measure_steps(size),
-               "scaling": measure_scaling(device, size), "tables": run_tables(size)}  # fmt: skip
+    content = {
+        "machine": bench.MACHINE,
+        "processes": size.processes,
+        "checks": found,
+        "steps": measure_steps(size),
+        "scaling": measure_scaling(device, size),
+        "tables": run_tables(size),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(content, indent=1))
     lines = markdown(content)
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print(*lines, "", sep="\n")
-    print("this installation is fit to train" if not failed else f"this installation is not fit to train: {', '.join(failed)}")
+    print(
+        "this installation is fit to train"
+        if not failed
+        else f"this installation is not fit to train: {', '.join(failed)}"
+    )
     return failed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output/gpu")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("torch finds no GPU on this machine: run `make gpu` on one that has some")
-    tables = (["dataloader.py", "--workers", "4", "8"], ["retrieval_eval.py"], ["vqa_ranking.py"], ["saving.py"])
-    size = Size(lambda *keys: bench.full_size_config("Pretrain", *keys), (32, 64, 128), 40, torch.cuda.device_count(), tables)
+    tables = (
+        ["dataloader.py", "--workers", "4", "8"],
+        ["retrieval_eval.py"],
+        ["vqa_ranking.py"],
+        ["saving.py"],
+    )
+    size = Size(
+        lambda *keys: bench.full_size_config("Pretrain", *keys),
+        (32, 64, 128),
+        40,
+        torch.cuda.device_count(),
+        tables,
+    )
     if report(torch.device("cuda"), size, args.output_dir):
         sys.exit(1)
 

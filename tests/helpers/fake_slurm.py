@@ -1,7 +1,8 @@
-"""srun, scontrol and scancel on one machine, as far as test_nodes.py needs them: python fake_slurm.py COMMAND ARGUMENTS.
+"""srun, scontrol and scancel on one machine, as far as test_nodes.py needs them: python
+fake_slurm.py COMMAND ARGUMENTS.
 
-FAKE_SLURM is a folder: the calls of scontrol and scancel are listed in `calls`, `state` holds the job's state, `tasks` the
-process numbers of the step's tasks.
+FAKE_SLURM is a folder: the calls of scontrol and scancel are listed in `calls`, `state` holds the
+job's state, `tasks` the process numbers of the step's tasks.
 """
 
 import ctypes
@@ -29,14 +30,33 @@ def children():
 
 
 def srun(*arguments):
-    """Starts a command once per task, one task per node, and ends with the highest status; SIGTERM kills the tasks at once."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # what outlives its task becomes a child of this process
-    number = next(int(argument.partition("=")[2]) for argument in arguments if argument.startswith("--ntasks="))
-    command = arguments[next(i for i, argument in enumerate(arguments) if not argument.startswith("--")) :]
-    common = {**os.environ, "SLURM_NTASKS": str(number), "SLURM_STEP_NUM_TASKS": str(number), "SLURM_STEP_ID": "0",
-              "SLURM_STEP_NODELIST": "localhost", "SLURMD_NODENAME": "localhost", "SLURM_LOCALID": "0",
-              "BATCH": str(os.getppid())}  # fmt: skip
-    tasks = [subprocess.Popen(command, env={**common, "SLURM_PROCID": str(task)}) for task in range(number)]
+    """Starts a command once per task, one task per node, and ends with the highest status; SIGTERM
+    kills the tasks at once.
+    """
+    # what outlives its task becomes a child of this process
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    number = next(
+        int(argument.partition("=")[2])
+        for argument in arguments
+        if argument.startswith("--ntasks=")
+    )
+    command = arguments[
+        next(i for i, argument in enumerate(arguments) if not argument.startswith("--")) :
+    ]
+    common = {
+        **os.environ,
+        "SLURM_NTASKS": str(number),
+        "SLURM_STEP_NUM_TASKS": str(number),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURMD_NODENAME": "localhost",
+        "SLURM_LOCALID": "0",
+        "BATCH": str(os.getppid()),
+    }
+    tasks = [
+        subprocess.Popen(command, env={**common, "SLURM_PROCID": str(task)})
+        for task in range(number)
+    ]
     (FOLDER / "tasks").write_text(" ".join(str(task.pid) for task in tasks))
     signal.signal(signal.SIGTERM, lambda *_: [task.kill() for task in tasks])
     statuses = [task.wait() for task in tasks]

@@ -1,4 +1,6 @@
-"""A small server that speaks the Hugging Face hub's protocol: repositories, uploads by LFS, commits, revisions, downloads."""
+"""A small server that speaks the Hugging Face hub's protocol: repositories, uploads by LFS,
+commits, revisions, downloads.
+"""
 
 import base64
 import hashlib
@@ -37,7 +39,11 @@ class Handler(BaseHTTPRequestHandler):
         body = self.body()
         for pattern, function in ROUTES.items():
             if match := re.fullmatch(pattern, path):
-                if match.groups() and function is not Handler.put and match[1] not in hub.repositories:
+                if (
+                    match.groups()
+                    and function is not Handler.put
+                    and match[1] not in hub.repositories
+                ):
                     return self.answer(404, X_Error_Code="RepoNotFound")
                 return function(self, hub, body, *match.groups())
         self.answer(404)
@@ -46,10 +52,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, hub, body):
         asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+        name = (
+            f"{asked['organization']}/{asked['name']}"
+            if asked.get("organization")
+            else f"me/{asked['name']}"
+        )
         if name in hub.repositories:
             return self.answer(409, {"error": "exists", "url": f"{hub.address}/{name}"})
-        private = asked.get("private", asked.get("visibility") == "private")  # the client's older and newer key
+        # the client's older and newer key
+        private = asked.get("private", asked.get("visibility") == "private")
         hub.repositories[name] = {"private": private, "commits": {"0" * 40: {}}, "main": "0" * 40}
         self.answer(content={"url": f"{hub.address}/{name}"})
 
@@ -59,16 +70,29 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, hub, body, name):
         repository = hub.repositories[name]
         files = repository["commits"][repository["main"]]
-        self.answer(content=[{"type": "file", "path": path, "size": len(data), "oid": "0"} for path, data in files.items()])
+        self.answer(
+            content=[
+                {"type": "file", "path": path, "size": len(data), "oid": "0"}
+                for path, data in files.items()
+            ]
+        )
 
     def preupload(self, hub, body, name):
-        files = [{"path": file["path"], "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                  "shouldIgnore": False} for file in json.loads(body)["files"]]  # fmt: skip
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
         self.answer(content={"files": files})
 
     def batch(self, hub, body, name):
-        objects = [{**given, "actions": {"upload": {"href": f"{hub.address}/lfs/{given['oid']}"}}}
-                   for given in json.loads(body)["objects"]]  # fmt: skip
+        objects = [
+            {**given, "actions": {"upload": {"href": f"{hub.address}/lfs/{given['oid']}"}}}
+            for given in json.loads(body)["objects"]
+        ]
         self.answer(content={"transfer": "basic", "objects": objects})
 
     def put(self, hub, body, oid):
@@ -95,7 +119,9 @@ class Handler(BaseHTTPRequestHandler):
         if oid not in repository["commits"]:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if path not in repository["commits"][oid]:
-            return self.answer(404, **{"X_Error_Code": "EntryNotFound", "X_Repo_Commit": oid, **hub.headers})
+            return self.answer(
+                404, **{"X_Error_Code": "EntryNotFound", "X_Repo_Commit": oid, **hub.headers}
+            )
         data = repository["commits"][oid][path]
         headers = {"X_Repo_Commit": oid, "ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
         self.answer(200, data, **{**headers, **hub.headers})
@@ -112,17 +138,21 @@ ROUTES = {
     "/api/models/([^/]+/[^/]+)/commit/main": Handler.commit,
     r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": Handler.batch,
     "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": Handler.resolve,
-}  # fmt: skip
+}
 
 
 @contextmanager
 def serve():
-    """Run the server and yield it; it has .address, .repositories by name, .requests and .headers that replace its own."""
+    """Run the server and yield it; it has .address, .repositories by name, .requests and .headers
+    that replace its own.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.log_message = lambda *_: None
     server.address = f"http://127.0.0.1:{server.server_port}"
     server.repositories, server.requests, server.blobs, server.headers = {}, [], {}, {}
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     try:
         yield server
     finally:

@@ -1,4 +1,7 @@
-"""The batches of tests/golden/trajectory.pt through engine.train. Started in several processes: FOLDER KEY=VALUE..."""
+"""The batches of tests/golden/trajectory.pt through engine.train.
+
+Started in several processes: FOLDER KEY=VALUE...
+"""
 
 import sys
 from pathlib import Path
@@ -26,7 +29,8 @@ class Stop(Exception):
 
 
 class Served:
-    """A data set of `epoch_batches` batches per epoch that serves the trajectory's in their order, whatever its sampler asks.
+    """A data set of `epoch_batches` batches per epoch that serves the trajectory's in their order,
+    whatever its sampler asks.
 
     Of each, a process gets every world_size-th row. After the last one Stop is raised.
     """
@@ -43,7 +47,10 @@ class Served:
     def collate(self, samples, tokenizer):
         if self.served == self.last:
             raise Stop
-        batch = {name: value[rank() :: world_size()] for name, value in DATA["batches"][self.served].items()}
+        batch = {
+            name: value[rank() :: world_size()]
+            for name, value in DATA["batches"][self.served].items()
+        }
         self.served += 1
         self.masked = masked_text(batch["masked"], batch["labels"])
         image, text = batch["image"] / 64, Text(batch["input_ids"], batch["attention_mask"])
@@ -79,7 +86,9 @@ def follow(output_dir, served, resume_from=None, **keys):
 
     with mock.patch("models.losses.draw", most_similar):
         try:
-            train(model, served, None, noted, config, output_dir, torch.device("cpu"), 0, resume_from)
+            train(
+                model, served, None, noted, config, output_dir, torch.device("cpu"), 0, resume_from
+            )
         except Stop:
             pass
     return losses

@@ -1,4 +1,5 @@
-"""Pretrain.py, or the script SCRIPT, to which something happens that the environment says. Started by tests.
+"""Pretrain.py, or the script SCRIPT, to which something happens that the environment says. Started
+by tests.
 
 TRACE=FILE     the main process appends its process number and each iteration of the run that it begins
 FILES=PREFIX   each process appends the files of its batches to PREFIX and its rank
@@ -31,7 +32,12 @@ from utils import SIGNALS, is_main, rank, run_script
 
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
-iterate, finish_epoch, save, leave = loop.iterate, loop.finish_epoch, torch.save, loop.StopSignal.__exit__
+iterate, finish_epoch, save, leave = (
+    loop.iterate,
+    loop.finish_epoch,
+    torch.save,
+    loop.StopSignal.__exit__,
+)
 calls = itertools.count(1)
 
 
@@ -59,7 +65,13 @@ def troubled_iterate(run, batches, epoch, iteration, *others):
     if "HOLD" in trouble:
         handler = {signum: signal.getsignal(signum) for signum in SIGNALS}
         for signum in SIGNALS:
-            signal.signal(signum, lambda signum, frame: (handler[signum](signum, frame), append(trouble["TRACE"], "heard\n")))
+            signal.signal(
+                signum,
+                lambda signum, frame: (
+                    handler[signum](signum, frame),
+                    append(trouble["TRACE"], "heard\n"),
+                ),
+            )
         time.sleep(3600)
     if next(calls) == 8 and trouble.get("RANK") == "1":
         if "ERROR" in trouble:
