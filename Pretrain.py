@@ -21,9 +21,7 @@ from models.checkpoint import load_text_encoder, load_vision_encoder
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(
-        batch.image, batch.text, alpha=alpha, masked=batch.masked, update_momentum=update_momentum
-    )
+    return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
 def initialize(model, config):

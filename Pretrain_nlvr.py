@@ -14,7 +14,7 @@ from engine.task import run_task
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(batch.image, batch.text)
+    return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
 def main():

@@ -27,9 +27,7 @@ from utils import InputError
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(
-        batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum
-    )
+    return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
 def candidates(values):

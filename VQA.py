@@ -32,16 +32,7 @@ from evaluation.vqa import answer_questions, tokenize_answers
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    question, answer = batch.question, batch.answer
-    return model(
-        batch.image,
-        question,
-        answer,
-        batch.n,
-        batch.weights,
-        alpha=alpha,
-        update_momentum=update_momentum,
-    )
+    return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
 @torch.no_grad()

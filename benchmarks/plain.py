@@ -8,10 +8,10 @@ products and a softmax.
 import torch
 import torch.nn.functional as F
 
-from models.alignment import feature_similarity
+from models.contrastive import feature_similarity
 from models.losses import sample_negatives
 from models.momentum import update_momentum_
-from models.queue import enqueue_
+from models.momentum import enqueue_
 
 
 def unfuse(model):
@@ -65,7 +65,7 @@ def feature(proj, embeds):
 
 
 def pretrain_losses(model, image, text, alpha, masked):
-    """The losses of Pretrain.forward with everything on. masked: (input_ids, labels)."""
+    """The losses of Pretrain.losses with everything on. masked: (input_ids, labels)."""
     batch, mask, temp = image.shape[0], text.attention_mask, model.temp
     with torch.no_grad():
         temp.clamp_(0.001, 0.5)

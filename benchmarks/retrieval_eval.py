@@ -1,4 +1,4 @@
-"""Scores per second of re-ranking with the full-size model at 384 px, fast path (Alignment.rerank)
+"""Scores per second of re-ranking with the full-size model at 384 px, fast path (ContrastiveModel.rerank)
 against plain path.
 
 A score is one (query, candidate) pair of one direction. The plain path (benchmarks/plain.py) takes
@@ -17,7 +17,7 @@ from bench import DEVICE, MACHINE, full_size_config, random_text, seconds
 
 from dataset.text import MAX_TOKENS
 from models import build_model
-from models.alignment import NO_CANDIDATE
+from models.contrastive import NO_CANDIDATE
 
 # images, texts, k of the paper
 DATA_SETS = {"COCO 5K": (5000, 25010, 256), "Flickr30K 1K": (1000, 5000, 128)}

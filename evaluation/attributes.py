@@ -11,7 +11,7 @@ from dataset.text import SHORT_TOKENS, tokenize
 from engine import autocast
 from evaluation.divide import divide, gather
 from evaluation.metrics import require_finite
-from models.alignment import feature_similarity
+from models.contrastive import feature_similarity
 
 TEMPLATES = {  # of a prompt set: for what an object is, for what it has
     "the": (

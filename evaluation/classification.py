@@ -14,13 +14,7 @@ NAMES = {"ve": "visual entailment", "nlvr": "NLVR2"}
 
 def step(model, batch, alpha, update_momentum):
     """Return the losses of a batch by name."""
-    return model(
-        *batch.image,
-        batch.text,
-        targets=batch.targets,
-        alpha=alpha,
-        update_momentum=update_momentum,
-    )
+    return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
 @torch.no_grad()

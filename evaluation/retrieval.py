@@ -10,7 +10,7 @@ from dataset.text import MAX_TOKENS, tokenize
 from engine import autocast
 from evaluation.divide import divide, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
-from models.alignment import NO_CANDIDATE, feature_similarity, top_candidates
+from models.contrastive import NO_CANDIDATE, feature_similarity, top_candidates
 from utils import Text, is_distributed, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]

@@ -4,7 +4,10 @@ modality beside those across.
 python -m examples.tcl takes the flags of Pretrain.py; docs/extend.md explains each line.
 """
 
+from dataclasses import replace
+
 from configs.flags import task_flags
+from configs.tasks import TASKS
 from utils import begin_script, run_script
 
 flags = task_flags(__doc__, "examples/tcl.yaml", "--output_dir output/tcl")
@@ -16,7 +19,6 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from engine.task import run_task
 from evaluation.retrieval import evaluate
-from models import MODELS
 from models.losses import itc_loss, similarities
 from models.pretrain import Pretrain
 from Pretrain import initialize, step
@@ -59,7 +61,7 @@ class TCL(Pretrain):
 
 
 def main():
-    MODELS["pretrain"] = ("examples.tcl", "TCL")
+    TASKS["pretrain"] = replace(TASKS["pretrain"], model="examples.tcl:TCL")
     run_task("pretrain", flags.parse_args(), step, evaluate, initialize=initialize)
 
 

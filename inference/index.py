@@ -21,7 +21,7 @@ from evaluation.divide import divide, progress_bar
 from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
-from models.alignment import feature_similarity
+from models.contrastive import feature_similarity
 from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository, read_checkpoint
 from utils import InputError, alone, atomic_write, make_output_dir, printable
 

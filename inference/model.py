@@ -37,7 +37,7 @@ from inference.inputs import (
     read_image,
 )
 from models import ALIGNED, build_model, task_of
-from models.alignment import feature_similarity, matched
+from models.contrastive import feature_similarity, matched
 from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
 from models.gradcam import text_gradcam
 from models.tokenizer import tokenizer_of
@@ -288,7 +288,7 @@ class Inference:
     def _itm(self, images, texts, pairs, score=matched):
         """Return the score of the pairs of images and texts, float32 [NI, NT].
 
-        Arguments as Alignment.itm_scores takes them.
+        Arguments as ContrastiveModel.itm_scores takes them.
         """
         config = {**self.config, "image_embeds": "recompute"}
         image_embeds = ImageEmbeds(self.model, Images(images, self.transform), config, self.device)

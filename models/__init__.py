@@ -1,59 +1,33 @@
-"""ALBEF models by task."""
+"""ALBEF models: networks, losses and one model a task (configs/tasks.py)."""
 
-from importlib import import_module
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from configs.schema import with_defaults
-from utils import InputError
+from configs.tasks import TASKS, detect_task, find, find_task
 
-# task: module (with a dot: of this package) and class, imported when a model is built: `python -m
-# models.tokenizer --help` does not wait for torch. Another class in its place changes the method
-# for the whole framework (docs/extend.md)
-MODELS = {
-    "pretrain": (".pretrain", "Pretrain"),
-    "retrieval": (".retrieval", "Retrieval"),
-    "grounding": (".retrieval", "Retrieval"),
-    "attributes": (".retrieval", "Retrieval"),
-    "relevance": (".relevance", "Relevance"),
-    "vqa": (".vqa", "VQA"),
-    "ve": (".ve", "VE"),
-    "nlvr": (".nlvr", "NLVR"),
-    "nlvr_pretrain": (".nlvr", "TextAssignment"),
-}
-# of task_of: whose models have the projections of contrastive learning
-ALIGNED = ("pretrain", "retrieval")
+if TYPE_CHECKING:  # `python -m models.tokenizer --help` does not wait for torch
+    from models.albef import ALBEF
+
+# for callers that do not read configs/tasks.py yet
+MODELS, task_of, ALIGNED = TASKS, detect_task, ("pretrain", "retrieval")
 
 
-def build_model(task, config, tokenizer=None):
-    """Return the model of a task with its initial, random weights.
+def build_model(task: str, config: Mapping[str, Any], tokenizer: Any = None) -> "ALBEF":
+    """Build the model of a task with random weights.
 
-    task: a key of MODELS; config: the task's YAML as a dict, missing keys take their defaults,
-    bert_config is a path or a dict; tokenizer: supplies the special token ids, BERT's
-    (models.albef.SpecialIds) without one. Raises InputError.
+    Args:
+        task: A key of `configs.tasks.TASKS`.
+        config: The task's YAML as a dict. Missing keys take their defaults, `bert_config` is a
+            path or a dict.
+        tokenizer: Source of the special token ids, by default BERT's 0, 101, 103.
+
+    Returns:
+        The model, with the attribute `task`.
+
+    Raises:
+        InputError: The task is unknown or the configuration does not fit.
     """
-    if task not in MODELS:
-        raise InputError(f"task {task!r} is unknown, the tasks are {', '.join(MODELS)}")
-    module, name = MODELS[task]
-    model = getattr(import_module(module, __name__), name)(with_defaults(config), tokenizer)
+    model = find(find_task(task).model)(with_defaults(config), tokenizer)
     model.task = task
     return model
-
-
-def task_of(state):
-    """Return the task, a key of MODELS, of a checkpoint's tensors by name; for grounding it is
-    retrieval.
-
-    Raises InputError if they belong to none.
-    """
-    if any(name.startswith("text_decoder.") for name in state):
-        return "vqa"
-    if "ta_head.weight" in state:
-        return "nlvr_pretrain"
-    if "cls_head.2.weight" in state:
-        return "ve" if len(state["cls_head.2.weight"]) == 3 else "nlvr"
-    if any(name.startswith("text_encoder.bert.") for name in state):
-        return "pretrain"
-    if "itm_head.weight" in state:
-        return "retrieval" if "vision_proj.weight" in state else "relevance"
-    raise InputError(
-        "the checkpoint is of none of the tasks: it has neither text_decoder, ta_head, cls_head nor itm_head"
-    )

@@ -6,10 +6,8 @@ Parameter names are those of Hugging Face's BertModel and of the released ALBEF 
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from models.head import Head
 
 
 def compute_dtype(tensor):
@@ -31,6 +29,19 @@ def additive_mask(allowed, dtype):
         (*allowed.shape[:-1], length + -length % 64), -torch.inf, dtype=dtype, device=allowed.device
     )
     return rows[..., :length].masked_fill_(allowed.bool(), 0)
+
+
+class Head(nn.Linear):
+    """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [...,
+    C_out].
+
+    Its outputs rank candidates. Rounded to bf16, which has 8 significant bits, the scores of
+    different inputs would tie.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Embeddings(nn.Module):

@@ -5,14 +5,15 @@ And text assignment, its pre-training.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from models.albef import ALBEF
-from models.alignment import feature_similarity
-from models.bert import BertModel
+from models.bert import BertModel, Head
 from models.classification import Classifier
-from models.head import Head
+from models.contrastive import feature_similarity
 from models.losses import draw
+from models.pretrain import PretrainBatch
+from utils import Text
 
 # of the image-image similarities that negatives are drawn by; a constant, not the learned temp
 IMAGE_TEMP = 0.07
@@ -66,8 +67,10 @@ class PairBert(BertModel):
 class NLVR(Classifier):
     """Two-way classification of two images and a sentence: False 0, True 1."""
 
+    classes = 2
+
     def __init__(self, config, tokenizer=None):
-        super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer, classes=2)
+        super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
 
     def keys_values(self, bert, image_embeds):
         """As Classifier.keys_values, of the first images, then the second ones [2B, 1+N, C]."""
@@ -80,7 +83,16 @@ class NLVR(Classifier):
         """
         return self.classify(torch.cat([image0, image1]), text)
 
-    def forward(self, image0, image1, text, targets, alpha=0.4, update_momentum=True):
+    def losses(
+        self,
+        image0: Tensor,
+        image1: Tensor,
+        text: Text,
+        *,
+        targets: Tensor,
+        alpha: float = 0.4,
+        update_momentum: bool = True,
+    ) -> dict[str, Tensor]:
         """The loss of a step: images [B, 3, H, W] each, text [B, L], targets [B] classes, alpha the
         weight of distillation.
         """
@@ -150,7 +162,13 @@ class TextAssignment(ALBEF):
         second = torch.where(label == 1, own, torch.where(label == 0, one, other))
         return first, second, label
 
-    def forward(self, image, text):
+    def forward(
+        self, batch: PretrainBatch, *, alpha: float, update_momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `losses` of a batch; text assignment has no distillation."""
+        return self.losses(batch.image, batch.text)
+
+    def losses(self, image: Tensor, text: Text) -> dict[str, Tensor]:
         """The loss of a step: image [B, 3, H, W], text with input_ids and attention_mask [B, L].
 
         A batch of one has no negatives: its loss is an exact 0.

@@ -2,15 +2,26 @@
 distillation.
 """
 
-import torch
+from typing import Protocol
 
-from models.alignment import Alignment, mutual_information_bound
+import torch
+from torch import Tensor
+
 from models.bert import BertForMaskedLM
-from models.losses import itm_loss, mask_tokens, masked_text, mlm_loss
+from models.contrastive import ContrastiveModel, mutual_information_bound
+from models.losses import MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
 from utils import Text
 
 
-class Pretrain(Alignment):
+class PretrainBatch(Protocol):
+    """What `Pretrain.forward` reads of a batch of the data set."""
+
+    image: Tensor  # [B, 3, H, W]
+    text: Text  # [B, L]
+    masked: MaskedText | None
+
+
+class Pretrain(ContrastiveModel):
     """The pre-training model: contrastive learning, matching, and masked language modeling (key
     mlm_probability).
     """
@@ -48,7 +59,27 @@ class Pretrain(Alignment):
     def extra_metrics(self):
         return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}
 
-    def forward(self, image, text, alpha=0.4, masked=None, update_momentum=True):
+    def forward(
+        self, batch: PretrainBatch, *, alpha: float, update_momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `losses` of a batch."""
+        return self.losses(
+            batch.image,
+            batch.text,
+            masked=batch.masked,
+            alpha=alpha,
+            update_momentum=update_momentum,
+        )
+
+    def losses(
+        self,
+        image: Tensor,
+        text: Text,
+        alpha: float = 0.4,
+        masked: MaskedText | tuple[Tensor, Tensor] | None = None,
+        *,
+        update_momentum: bool = True,
+    ) -> dict[str, Tensor]:
         """One step's losses (Equation 5), any of loss_mlm, loss_ita, loss_itm as the configuration
         has them on.
 

@@ -2,14 +2,26 @@
 to one image.
 """
 
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
-from models.alignment import Alignment
 from models.bert import BertModel
+from models.contrastive import ContrastiveModel
 from models.losses import itm_loss
+from utils import Text
 
 
-class Retrieval(Alignment):
+class RetrievalBatch(Protocol):
+    """What `Retrieval.forward` reads of a batch of the data set."""
+
+    image: Tensor  # [B, 3, H, W]
+    text: Text  # [B, L]
+    idx: Tensor  # image ids [B]
+
+
+class Retrieval(ContrastiveModel):
     """The model of retrieval fine-tuning; a pair is positive wherever the image ids are equal, also
     in the queue.
     """
@@ -21,7 +33,27 @@ class Retrieval(Alignment):
     def extra_metrics(self):
         return {"temp": self.temp} if "itc" in self.objectives else {}
 
-    def forward(self, image, text, idx, alpha=0.4, update_momentum=True):
+    def forward(
+        self, batch: RetrievalBatch, *, alpha: float, update_momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `losses` of a batch."""
+        return self.losses(
+            batch.image,
+            batch.text,
+            idx=batch.idx,
+            alpha=alpha,
+            update_momentum=update_momentum,
+        )
+
+    def losses(
+        self,
+        image: Tensor,
+        text: Text,
+        *,
+        idx: Tensor,
+        alpha: float = 0.4,
+        update_momentum: bool = True,
+    ) -> dict[str, Tensor]:
         """One step's losses, any of loss_ita, loss_itm as the configuration has them on.
 
         image [B, 3, H, W]; text with input_ids and attention_mask [B, L]; idx [B]: image ids, none

@@ -3,15 +3,17 @@ a list.
 """
 
 import functools
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from models.albef import ALBEF, check_objectives
 from models.bert import BertModel
 from models.decoder import AnswerDecoder
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
-from utils import InputError
+from utils import InputError, Text
 
 ANSWER_TOKENS = 10  # of a generated answer unless max_answer_tokens is set, as in the released code
 # candidates that are decoded together: 1 GB of vocabulary logits for answers of 4 tokens
@@ -43,6 +45,16 @@ def length_buckets(lengths, questions, k):
         for start, end, width in zip([0, *ends], ends, widths.tolist())
         if start < end
     ]
+
+
+class VQABatch(Protocol):
+    """What `VQA.forward` reads of a batch of the data set."""
+
+    image: Tensor  # [B, 3, H, W]
+    question: Text  # [B, L]
+    answer: Text  # [A, L'], the answers of all questions in order
+    n: list[int]  # number of answers of each question
+    weights: Tensor  # [A]
 
 
 class VQA(ALBEF):
@@ -101,7 +113,31 @@ class VQA(ALBEF):
         hidden, _ = decoder(input_ids[:, :-1], keys_values, mask, question=rows)
         return decoder.cls.predictions(hidden)
 
-    def forward(self, image, question, answer, n, weights, alpha=0.4, update_momentum=True):
+    def forward(
+        self, batch: VQABatch, *, alpha: float, update_momentum: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `losses` of a batch."""
+        return self.losses(
+            batch.image,
+            batch.question,
+            batch.answer,
+            n=batch.n,
+            weights=batch.weights,
+            alpha=alpha,
+            update_momentum=update_momentum,
+        )
+
+    def losses(
+        self,
+        image: Tensor,
+        question: Text,
+        answer: Text,
+        *,
+        n: list[int] | Tensor,
+        weights: Tensor,
+        alpha: float = 0.4,
+        update_momentum: bool = True,
+    ) -> dict[str, Tensor]:
         """The loss of a step: over a question's answers the sum of weight times token losses, and
         of that the mean.
 

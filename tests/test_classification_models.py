@@ -13,7 +13,7 @@ def test_ve_loss_gradients_and_classes_are_the_released_ones(released):
         assert_close(
             "prediction", model.predict(data["image"], text), data["prediction"], 1e-4, 1e-5
         )
-    losses = model(data["image"], text, targets=data["targets"], alpha=data["alpha"])
+    losses = model.losses(data["image"], text, targets=data["targets"], alpha=data["alpha"])
     assert_released_step(model, losses, data)
 
 
@@ -24,7 +24,7 @@ def test_nlvr_loss_gradients_and_classes_are_the_released_ones(released):
         assert_close(
             "prediction", model.predict(first, second, text), data["prediction"], 1e-4, 1e-5
         )
-    losses = model(first, second, text, targets=data["targets"], alpha=data["alpha"])
+    losses = model.losses(first, second, text, targets=data["targets"], alpha=data["alpha"])
     assert_released_step(model, losses, data)
 
 
@@ -38,21 +38,23 @@ def test_text_assignment_is_the_released_one(released, monkeypatch):
     assert_close("prediction", prediction, data["prediction"], 1e-4, 1e-5)
     monkeypatch.setattr(model, "draw_pairs", lambda image_embeds: (first, second, data["labels"]))
     assert_close(
-        "loss", model(image, text)["loss"].detach(), torch.tensor(data["loss"]), 1e-4, 1e-5
+        "loss", model.losses(image, text)["loss"].detach(), torch.tensor(data["loss"]), 1e-4, 1e-5
     )
 
 
 def test_the_momentum_model_moves_once_for_an_optimizer_step(released):
     data, model, text = released("ve")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model(data["image"], text, targets=data["targets"], alpha=data["alpha"], update_momentum=False)
+    model.losses(
+        data["image"], text, targets=data["targets"], alpha=data["alpha"], update_momentum=False
+    )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_distilled_loss_without_distillation_is_the_cross_entropy(released):
     data, model, text = released("ve")
     model.config["distill"] = False
-    loss = model(data["image"], text, targets=data["targets"], alpha=data["alpha"])["loss"]
+    loss = model.losses(data["image"], text, targets=data["targets"], alpha=data["alpha"])["loss"]
     expected = torch.nn.functional.cross_entropy(
         model.predict(data["image"], text), data["targets"]
     )
@@ -123,6 +125,8 @@ def test_text_assignment_negatives_follow_image_similarity(released):
 
 def test_text_assignment_of_a_single_pair_is_an_exact_zero(released):
     data, model, text = released("nlvr_pretrain")
-    loss = model(data["image"][:1], Text(text.input_ids[:1], text.attention_mask[:1]))["loss"]
+    loss = model.losses(data["image"][:1], Text(text.input_ids[:1], text.attention_mask[:1]))[
+        "loss"
+    ]
     loss.backward()
     assert loss.item() == 0

@@ -4,6 +4,7 @@ what it says.
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from test_engine import command_line, signal_at
 
 import examples.tcl
 from configs.schema import with_defaults
-from models import MODELS, build_model
+from configs.tasks import TASKS
+from models import build_model
 from models.checkpoint import load_checkpoint
 from utils import Interrupted
 
 
 @pytest.fixture
 def run(tiny_config, tmp_path, monkeypatch):
-    """Runs examples.tcl on the tiny configuration; MODELS is as before afterwards."""
-    monkeypatch.setitem(MODELS, "pretrain", MODELS["pretrain"])
+    """Runs examples.tcl on the tiny configuration; the table of tasks is as before afterwards."""
+    monkeypatch.setitem(TASKS, "pretrain", TASKS["pretrain"])
 
     def call(output_dir, *flags):
         argv = ["tcl.py", *command_line(tiny_config, output_dir, tmp_path), *flags]
@@ -33,7 +35,8 @@ def run(tiny_config, tmp_path, monkeypatch):
 
 
 def test_tcl_averages_the_four_contrasts(released, monkeypatch):
-    monkeypatch.setitem(MODELS, "pretrain", ("examples.tcl", "TCL"))
+    tcl = replace(TASKS["pretrain"], model="examples.tcl:TCL")
+    monkeypatch.setitem(TASKS, "pretrain", tcl)
     data, model, text = released("pretrain", distill=False)
     seen, encode = [], model.encode_image
     monkeypatch.setattr(
@@ -44,7 +47,7 @@ def test_tcl_averages_the_four_contrasts(released, monkeypatch):
     images, texts = model.image_queue.clone(), model.text_queue.clone()
     entered = []
     monkeypatch.setattr(model, "enqueue", entered.append)
-    losses = model(data["image"], text, masked=(data["masked_input_ids"], data["labels"]))
+    losses = model.losses(data["image"], text, masked=(data["masked_input_ids"], data["labels"]))
 
     online, second = seen
     assert (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import build_model
-from models.alignment import feature_similarity
+from models.contrastive import feature_similarity
 from models.gradcam import text_gradcam
 from utils import Text
 

@@ -28,7 +28,7 @@ from inference import Inference, load_model
 from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
 from models import build_model
-from models.alignment import NO_CANDIDATE, feature_similarity
+from models.contrastive import NO_CANDIDATE, feature_similarity
 from models.tokenizer import tokenizer_of
 from utils import seed_everything
 from visualize.explain import explain_class, split_words

@@ -114,7 +114,7 @@ def test_every_step_of_every_process_has_a_seed_of_its_own(tiny_config, tmp_path
 
 
 def test_the_momentum_model_moves_once_an_optimizer_step(tiny_config, tmp_path):
-    with mock.patch("models.alignment.update_momentum_", wraps=update_momentum_) as update:
+    with mock.patch("models.contrastive.update_momentum_", wraps=update_momentum_) as update:
         steps, _ = trained(tiny_config, tmp_path, accumulate=2, batch_size=4, momentum=0.9)
     assert [call.args[1] for call in update.mock_calls] == [0.9] * 6 and len(steps) == 12
     assert [step.update_momentum for step in steps] == [True, False] * 6
@@ -169,7 +169,7 @@ def test_masking_and_negatives_are_those_of_the_configuration(tiny_config, tmp_p
     masked(0.3)
     for hard in (True, False):
         with mock.patch(
-            "models.alignment.sample_negatives", wraps=models.losses.sample_negatives
+            "models.contrastive.sample_negatives", wraps=models.losses.sample_negatives
         ) as draw:
             trained(tiny_config, tmp_path / str(hard), hard_negatives=hard)
         assert all(call.args[0].any() == hard for call in draw.mock_calls)

@@ -5,7 +5,7 @@ import torch
 
 from models.albef import SpecialIds
 from models.losses import itm_loss, mask_tokens, sample_negatives
-from models.queue import enqueue_
+from models.momentum import enqueue_
 
 
 def test_hard_negatives_follow_the_softmax_without_the_positives():

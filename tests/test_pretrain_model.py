@@ -24,7 +24,7 @@ def step(released):
 
 def test_losses_gradients_and_state_are_the_released_ones(step):
     data, model, text, masked = step
-    losses = model(data["image"], text, alpha=data["alpha"], masked=masked)
+    losses = model.losses(data["image"], text, alpha=data["alpha"], masked=masked)
     assert set(losses) == {"loss_mlm", "loss_ita", "loss_itm"}
     assert_released_step(model, losses, data)
 
@@ -84,7 +84,7 @@ def test_fast_step_equals_plain_step(step):
     image, text, masked = random_batch(5)
     results = []
     for losses_of in (
-        lambda *a: model(*a[:2], alpha=0.4, masked=a[2]),
+        lambda *a: model.losses(*a[:2], alpha=0.4, masked=a[2]),
         lambda *a: pretrain_losses(model, *a[:2], 0.4, a[2]),
     ):
         model.load_state_dict(data["state_dict"])
@@ -107,7 +107,7 @@ def test_gradient_checkpointing_changes_nothing(released):
         _, model, _ = released("pretrain", gradient_checkpointing=flag)
         torch.manual_seed(0)
         image, text, masked = random_batch(3)
-        results.append(gradients(model, model(image, text, masked=masked)))
+        results.append(gradients(model, model.losses(image, text, masked=masked)))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
@@ -127,7 +127,7 @@ TABLE_1 = {
 def test_rows_of_table_1_are_configurations(released, row):
     _, model, _ = released("pretrain", **TABLE_1[row])
     image, text, masked = random_batch(4)
-    losses = model(image, text, alpha=0.4, masked=masked)
+    losses = model.losses(image, text, alpha=0.4, masked=masked)
     names = {"itc": "loss_ita", "itm": "loss_itm", "mlm": "loss_mlm"}
     assert set(losses) == {names[name] for name in model.objectives}
     grads = gradients(model, losses)
@@ -149,7 +149,7 @@ def test_distillation_is_off_per_objective(released):
         torch.manual_seed(0)
         return {
             name: loss.item()
-            for name, loss in model.eval()(image, text, alpha=alpha, masked=masked).items()
+            for name, loss in model.eval().losses(image, text, alpha=alpha, masked=masked).items()
         }
 
     plain, only_itc, full = losses(0.0), losses(0.4, distill=["itc"]), losses(0.4)
@@ -163,13 +163,13 @@ def test_distillation_is_off_per_objective(released):
 def test_batch_of_one_has_no_negatives_and_one_image_twice_is_fine(step):
     data, model, _, _ = step
     image, text, masked = random_batch(1)
-    losses = model(image, text, masked=masked)
+    losses = model.losses(image, text, masked=masked)
     assert losses["loss_itm"].item() == 0.0
     grads = gradients(model, losses)
     assert all(grad.isfinite().all() for grad in grads.values())
     assert grads["itm_head.weight"].abs().max() == 0
     image, text, masked = random_batch(2)
-    losses = model(image[:1].expand(2, -1, -1, -1), text, masked=masked)
+    losses = model.losses(image[:1].expand(2, -1, -1, -1), text, masked=masked)
     assert all(loss.isfinite() for loss in losses.values())
 
 
@@ -178,7 +178,7 @@ def test_temp_is_kept_in_its_range(step):
     for start, kept in ((2.0, 0.5), (0.0, 0.001)):
         with torch.no_grad():
             model.temp.fill_(start)
-        model(data["image"], text, masked=masked)
+        model.losses(data["image"], text, masked=masked)
         assert model.temp.item() == pytest.approx(kept)
 
 
@@ -206,25 +206,27 @@ def test_random_weights_and_dropout_are_those_of_the_configuration(golden):
 def test_text_without_a_masked_token_gives_an_exact_zero(step):
     _, model, text, _ = step
     image, text, _ = random_batch(2)
-    losses = model(image, text, masked=(text.input_ids, torch.full_like(text.input_ids, -100)))
+    losses = model.losses(
+        image, text, masked=(text.input_ids, torch.full_like(text.input_ids, -100))
+    )
     assert losses["loss_mlm"].item() == 0.0
     assert all(grad.isfinite().all() for grad in gradients(model, losses).values())
 
 
 def test_mutual_information_bound_comes_from_the_onehot_loss(step):
     data, model, text, masked = step
-    onehot = model(data["image"], text, alpha=0.0, masked=masked)["loss_ita"].item()
+    onehot = model.losses(data["image"], text, alpha=0.0, masked=masked)["loss_ita"].item()
     bound = torch.log(torch.tensor(2.0 + model.image_queue.shape[1])).item() - onehot
     assert model.mi_bound.item() == pytest.approx(bound, abs=1e-5)
     model.load_state_dict(data["state_dict"])
-    model(data["image"], text, alpha=0.4, masked=masked)
+    model.losses(data["image"], text, alpha=0.4, masked=masked)
     assert model.mi_bound.item() == pytest.approx(bound, abs=1e-5)
 
 
 def test_losses_stay_in_float32_under_bf16_autocast(step):
     data, model, text, masked = step
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model(data["image"], text, alpha=0.4, masked=masked)
+        losses = model.losses(data["image"], text, alpha=0.4, masked=masked)
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(data[name], rel=0.03)

@@ -46,7 +46,7 @@ from engine.saving import (
 )
 from inference.index import read_index
 from models import build_model
-from models.alignment import Alignment
+from models.contrastive import ContrastiveModel
 from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
 from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
@@ -889,7 +889,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
 
 
 def test_features_that_are_not_finite_do_not_stay_in_the_queues(tiny_config, tmp_path, monkeypatch):
-    encode = Alignment.encode_text
+    encode = ContrastiveModel.encode_text
     calls = iter(range(1, 1000))
 
     def broken(self, text, momentum=False):
@@ -898,7 +898,7 @@ def test_features_that_are_not_finite_do_not_stay_in_the_queues(tiny_config, tmp
             feat[0, 0] = float("nan")
         return embeds, feat
 
-    monkeypatch.setattr(Alignment, "encode_text", broken)
+    monkeypatch.setattr(ContrastiveModel, "encode_text", broken)
     run({**tiny_config, "max_skipped_steps": 1}, tmp_path)
     assert [entry.get("train_skipped_steps") for entry in log(tmp_path)] == [1, None]
     assert all(value.isfinite().all() for value in read_weights(tmp_path / LAST).values())

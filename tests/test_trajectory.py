@@ -91,7 +91,7 @@ def by_hand(accumulate=1, clip_grad=None, processes=1, temp_lr_scale=1.0):
                         for name in ("image", "input_ids", "attention_mask", "masked", "labels")
                     )
                     model.zero_grad()
-                    losses = model(
+                    losses = model.losses(
                         image / 64,
                         Text(ids, attention),
                         alpha,

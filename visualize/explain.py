@@ -10,7 +10,7 @@ from tqdm import tqdm
 from dataset import nlvr, ve
 from dataset.text import tokenize, without_halves
 from evaluation.vqa import answer_questions, tokenize_answers
-from models.alignment import feature_similarity
+from models.contrastive import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
 from utils import Text
 

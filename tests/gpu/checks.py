@@ -43,7 +43,7 @@ def golden(device, size):
         }
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
         with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-            losses = model(
+            losses = model.losses(
                 moved["image"],
                 Text(moved["input_ids"], moved["attention_mask"]),
                 alpha=data["alpha"],

@@ -11,10 +11,9 @@ from torch import nn
 
 from configs.schema import KEYS, TEMP_RANGE
 from models.albef import ALBEF, check_objectives
-from models.head import Head
+from models.bert import Head
 from models.losses import itc_loss, sample_negatives, similarities
-from models.momentum import update_momentum_
-from models.queue import enqueue_
+from models.momentum import enqueue_, update_momentum_
 from utils import is_distributed, rank, world_size
 
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
@@ -25,7 +24,7 @@ def matched(logits):
     return logits[:, 1]
 
 
-class Alignment(ALBEF):
+class ContrastiveModel(ALBEF):
     """An ALBEF with projections to the contrastive space and the matching head, trained by ITC and
     ITM with hard negatives.
 
