@@ -28,14 +28,12 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from configs.flags import Flags
+from models.hashes import hash_file, hash_record, verify_hash
 from utils import (
     InputError,
     atomic_write,
-    hash_file,
-    hash_record,
     printable,
     run_script,
-    verify_hash,
 )
 
 RELEASED = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/"

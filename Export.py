@@ -49,7 +49,7 @@ from huggingface_hub import ModelCardData
 from configs.schema import ANNOTATION_KEYS, BERT_KEYS, FILE_KEYS, read_bert_config
 from engine.configuration import DEFAULTS, choose_config, task_in
 from models import task_of
-from models.checkpoint import (
+from models.weights import (
     METADATA,
     config_beside,
     is_momentum,

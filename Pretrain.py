@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from engine.task import run_task
 from evaluation.retrieval import evaluate
-from models.checkpoint import load_text_encoder, load_vision_encoder
+from models.weights import load_encoders
 
 
 def step(model, batch, alpha, update_momentum):
@@ -24,17 +24,8 @@ def step(model, batch, alpha, update_momentum):
     return model(batch, alpha=alpha, update_momentum=update_momentum)
 
 
-def initialize(model, config):
-    """Load BERT and DeiT (Section 3.1), but where the configuration says random.
-
-    Return the load reports.
-    """
-    sources = (("text_encoder", load_text_encoder), ("vision_encoder", load_vision_encoder))
-    return [load(model, config[key]) for key, load in sources if config[key] != "random"]
-
-
 def main():
-    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=initialize)
+    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=load_encoders)
 
 
 if __name__ == "__main__":

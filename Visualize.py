@@ -79,7 +79,7 @@ from engine.curves import read_curves
 from engine.processes import init_process_group
 from inference import Inference
 from models import ALIGNED, task_of
-from models.checkpoint import named_tensors, read_checkpoint
+from models.weights import named_tensors, read_checkpoint
 from utils import InputError, read_regular
 from visualize.draw import TITLES, draw_attributes, draw_curves, draw_pseudo_targets, draw_retrieval
 from visualize.explain import text_targets, unknown_words

@@ -44,7 +44,8 @@ from dataset.caption import Pair
 from dataset.images import ImageError, read_image
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.workers import in_processes, process_count
-from utils import InputError, atomic_write, hash_file, make_output_dir, read_regular
+from models.hashes import hash_file
+from utils import InputError, atomic_write, make_output_dir, read_regular
 
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied

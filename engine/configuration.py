@@ -6,7 +6,7 @@ from typing import NamedTuple
 from configs.schema import load_config, override
 from engine.saving import is_run_file, run_files
 from models import task_of
-from models.checkpoint import existing_file, is_repository, named_tensors, read_checkpoint
+from models.weights import find_checkpoint, is_repository, named_tensors, read_checkpoint
 from utils import InputError
 
 # what the weights of a checkpoint were made for, whatever the data
@@ -58,7 +58,7 @@ def choose_config(task, args, checkpoint, default=None):
     """Return the configuration of --config, else of the checkpoint, else of the file `default`,
     with the overrides of --set.
 
-    checkpoint: "" or a path that is not a file means none. If there is a default, the checkpoint's
+    checkpoint: "" or a path that does not exist means none. If there is a default, the checkpoint's
     configuration is used only if it is of the task and from this code. The released code (it writes
     schedular) saves the paths of its machine and never reads them. An evaluation of other
     checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
@@ -79,7 +79,7 @@ def choose_config(task, args, checkpoint, default=None):
         return Choice(config, args.config, args.config)
     content, saved = _saved_config(checkpoint)
     if saved and content.get("tokenizer_json"):
-        saved = {**saved, "tokenizer": str(existing_file(checkpoint))}
+        saved = {**saved, "tokenizer": str(find_checkpoint(checkpoint))}
     if saved and (
         default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)
     ):
@@ -106,7 +106,7 @@ def _saved_config(checkpoint):
     """Return the content of a checkpoint and its configuration, each {} if it is missing."""
     content = (
         read_checkpoint(checkpoint)
-        if Path(checkpoint).is_file() or is_repository(checkpoint)
+        if checkpoint and (Path(checkpoint).exists() or is_repository(checkpoint))
         else {}
     )
     return content, content.get("config") if isinstance(content.get("config"), dict) else {}

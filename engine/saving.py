@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from configs.schema import save_config, save_interval
-from models.checkpoint import check_vocabulary, load_weights, named_tensors, read_checkpoint
+from models.weights import check_vocabulary, load_weights, named_tensors, read_checkpoint
 from models.tokenizer import VOCABULARY
 from utils import (
     TEMPORARY,

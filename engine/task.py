@@ -22,8 +22,13 @@ from engine.saving import BEST, LAST, find_resume_file, run_files
 from evaluation import Report
 from evaluation.metrics import NotFinite
 from models import build_model
-from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint
 from models.tokenizer import tokenizer_of
+from models.weights import (
+    checkpoint_epoch,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+)
 from utils import InputError, TrainingStopped, is_main, make_output_dir, seed_everything
 
 
@@ -144,6 +149,8 @@ def set_up(task, args, evaluates, initialize, check):
     if args.split and not args.evaluate:
         raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
     refuse_unread(task, args.set)
+    if Path(args.checkpoint).is_dir() and args.checkpoint:
+        args.checkpoint = str(find_checkpoint(args.checkpoint))
     device = init_process_group(args.device, args.timeout)
     choice, output_dir, resume_from = find_run(task, args, args.checkpoint if initialize else "")
     if not (resume_from or args.checkpoint or initialize):

@@ -22,7 +22,7 @@ from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, check_task, most_similar
 from models import ALIGNED
 from models.contrastive import feature_similarity
-from models.checkpoint import SUFFIXES, existing_file, is_momentum, is_repository, read_checkpoint
+from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository, read_checkpoint
 from utils import InputError, alone, atomic_write, make_output_dir, printable
 
 FILE, UNUSABLE = "index.pt", "unusable.txt"
@@ -167,7 +167,7 @@ def load_model_of(index, folder, device=None, checkpoint=None):
         )
     config = index.config
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
-        config = {**config, "tokenizer": str(existing_file(source))}
+        config = {**config, "tokenizer": str(find_checkpoint(source))}
     model = Inference(index.task, config, source, find_device(device))
     check_weights(model, index, folder)
     return model

@@ -38,9 +38,9 @@ from inference.inputs import (
 )
 from models import ALIGNED, build_model, task_of
 from models.contrastive import feature_similarity, matched
-from models.checkpoint import best_file, load_checkpoint, named_tensors, read_checkpoint
 from models.gradcam import text_gradcam
 from models.tokenizer import tokenizer_of
+from models.weights import find_checkpoint, load_checkpoint, named_tensors, read_checkpoint
 from utils import InputError, alone
 from visualize.draw import draw_heat_maps
 from visualize.explain import (
@@ -103,7 +103,7 @@ def load_model(source, device=None, precision=None, config=None, overrides=()):
     --set takes them. Raises InputError.
     """
     device = find_device(device)
-    source = (best_file(source) if Path(source).is_dir() else None) or source
+    source = find_checkpoint(source) if Path(source).is_dir() else source
     content = read_checkpoint(source)
     task = task_of(named_tensors(content, source))
     overrides = [*overrides, f"precision={precision}"] if precision else list(overrides)

@@ -82,7 +82,7 @@ def build_tokenizer(source):
     remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
         if path.suffix in (".pth", ".safetensors"):
-            from models.checkpoint import read_checkpoint  # not at the top: it imports this module
+            from models.weights import read_checkpoint  # not at the top: it imports this module
 
             backend = Tokenizer.from_str(
                 read_checkpoint(path).get("tokenizer_json") or "it has none"

@@ -16,17 +16,20 @@ from configs.schema import load_config
 from engine.saving import resume
 from Export import export
 from models import build_model
-from models.checkpoint import (
+from models.conversions import interpolate_pos_embed
+from models.tokenizer import build_tokenizer
+from models.weights import (
     checkpoint_epoch,
-    interpolate_pos_embed,
+    common_rename,
+    find_checkpoint,
+    listed,
     load_checkpoint,
     load_text_encoder,
     load_vision_encoder,
     read_weights,
+    shorten,
     write_weights,
 )
-from models.load_report import common_rename, listed, shorten
-from models.tokenizer import build_tokenizer
 from utils import InputError, Text
 
 BERT = json.load(open("tests/golden/bert.json"))
@@ -274,11 +277,9 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     # each one more likely to be meant
     for name in ("checkpoint_10.pth", "checkpoint_last.pth", "checkpoint_best.pth"):
         (run / name).touch()
-        assert refusal(read_weights, f"{run}/").endswith(
-            f"is a folder: name the file, perhaps {run / name}"
-        )
+        assert find_checkpoint(f"{run}/") == run / name
     address = "https://example.org/ALBEF.pth"
-    assert "is an address: download it first" in refusal(read_weights, address)
+    assert "is a URL: download it first" in refusal(read_weights, address)
     assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
 
 
@@ -586,7 +587,7 @@ def test_no_script_reads_a_file_in_another_way():
                 path.read_text(),
             ):
                 found.setdefault(name, []).append(str(path.relative_to(ROOT)))
-    assert found.pop("torch.load") == ["models/checkpoint.py"]
+    assert found.pop("torch.load") == ["models/weights.py"]
     assert found == {
         'YAML(typ="safe").load': ["configs/schema.py"],
         "Unpickler)": ["dataset/refer.py"],

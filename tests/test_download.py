@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, exit_status
 
 import Download
-import utils
+from models import hashes
 
 CONTENT, OTHER = (random.Random(seed).randbytes(300_000) for seed in (0, 1))
 FILE = "ALBEF_4M.pth"
@@ -104,7 +104,7 @@ def download(server, tmp_path, monkeypatch, capsys):
 
     def call(*args, url=True):
         urllib.request.install_opener(None)  # urllib reads the proxies once in a process
-        monkeypatch.setattr(utils, "_verified", {})
+        monkeypatch.setattr(hashes, "_verified", {})
         argv = [
             "Download.py",
             "--to",
@@ -319,13 +319,13 @@ def test_a_file_must_fit_its_record(download, server, tmp_path, monkeypatch):
     download("ALBEF_4M")
     path, record, hashed = tmp_path / FILE, tmp_path / f"{FILE}.sha256", []
     monkeypatch.setattr(
-        utils, "hash_file", lambda path, f=utils.hash_file: (hashed.append(path), f(path))[1]
+        hashes, "hash_file", lambda path, f=hashes.hash_file: (hashed.append(path), f(path))[1]
     )
-    monkeypatch.setattr(utils, "_verified", {})
+    monkeypatch.setattr(hashes, "_verified", {})
     # once per process, or change
-    assert utils.verify_hash(path) and utils.verify_hash(path) and len(hashed) == 1
+    assert hashes.verify_hash(path) and hashes.verify_hash(path) and len(hashed) == 1
     os.utime(path, ns=(1, 1))
-    assert utils.verify_hash(path) and utils.verify_hash(path) and len(hashed) == 2
+    assert hashes.verify_hash(path) and hashes.verify_hash(path) and len(hashed) == 2
     path.write_bytes(OTHER)
     assert_error(download("ALBEF_4M"), FILE, record.name, "move it away")
     assert path.read_bytes() == OTHER and len(server.requests) == 1

@@ -19,8 +19,9 @@ from dataset.to_shards import _check_origin
 from engine.recorder import write_log
 from experiments.run import read_experiments
 from models import build_model
+from models.hashes import recorded_hash
 from models.tokenizer import captions_of
-from utils import InputError, TrainingStopped, recorded_hash
+from utils import InputError, TrainingStopped
 
 
 def write(path, content):

@@ -17,7 +17,7 @@ import examples.tcl
 from configs.schema import with_defaults
 from configs.tasks import TASKS
 from models import build_model
-from models.checkpoint import load_checkpoint
+from models.weights import load_checkpoint
 from utils import Interrupted
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import Export
 from models import build_model
-from models.checkpoint import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
+from models.weights import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
 from utils import seed_everything
 
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]

@@ -20,9 +20,9 @@ import Export
 from configs.schema import FILE_KEYS, KEYS, PATH, PATHS, TEXT, load_config
 from inference import load_model
 from models import build_model
-from models.checkpoint import read_checkpoint, write_weights
 from models.hub import fetch
 from models.tokenizer import build_tokenizer, tokenizer_of
+from models.weights import read_checkpoint, write_weights
 from utils import seed_everything
 
 IMAGE, TEXT = "images/test/000000.jpg", "a red circle"

@@ -47,8 +47,8 @@ from engine.saving import (
 from inference.index import read_index
 from models import build_model
 from models.contrastive import ContrastiveModel
-from models.checkpoint import read_checkpoint, read_weights
 from models.tokenizer import build_tokenizer
+from models.weights import read_checkpoint, read_weights
 from utils import InputError, Interrupted, TrainingStopped, atomic_write, make_output_dir
 
 # --------------------------------------------------------------------------------------------------

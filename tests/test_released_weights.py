@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, refusal
 
 from models import build_model
-from models.checkpoint import load_checkpoint
+from models.weights import load_checkpoint
 
 KEYS = json.loads((ROOT / "tests/golden/state_dict_keys.json").read_text())
 TASK = {
@@ -192,7 +192,7 @@ LOAD = """
 import json, os, sys, threading, time
 import torch
 from models import build_model
-from models.checkpoint import load_checkpoint, write_weights
+from models.weights import load_checkpoint, write_weights
 
 def memory():
     with open("/proc/self/status") as file:

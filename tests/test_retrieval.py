@@ -15,7 +15,7 @@ from test_engine import command_line, signal_at
 import Retrieval
 import Visualize
 from models import build_model
-from models.checkpoint import load_checkpoint
+from models.weights import load_checkpoint
 from utils import InputError, Interrupted, TrainingStopped
 
 

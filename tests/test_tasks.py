@@ -26,9 +26,9 @@ from evaluation.metrics import grounding_accuracy
 from evaluation.relevance import Swapped, evaluate, roc_auc
 from inference import load_model
 from models import build_model, task_of
-from models.checkpoint import load_checkpoint
 from models.tokenizer import build_tokenizer
 from models.vqa import VQA
+from models.weights import load_checkpoint
 from utils import InputError, Interrupted, TrainingStopped
 
 # script: the keys of the configuration that hold its data, by file name in the folder of shapes;

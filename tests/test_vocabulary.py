@@ -18,8 +18,8 @@ from engine.saving import resume
 from inference import load_model
 from inference.index import load_model_of, read_index
 from models import build_model
-from models.checkpoint import load_checkpoint, read_checkpoint
 from models.tokenizer import build_tokenizer, difference, tokenizer_of
+from models.weights import load_checkpoint, read_checkpoint
 from optim import create_optimizer
 
 TEXT = "a red circle left of a blue square"

@@ -10,20 +10,22 @@ import json
 import re
 import reprlib
 import zipfile
+from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from configs.schema import FILE_KEYS
+from models.conversions import bert_names, interpolate_pos_embed, task_names
+from models.hashes import verify_hash
 from models.hub import fetch, find_file
-from models.load_report import LoadReport, Record, condense, listed, shorten
 from models.momentum import copy_to_momentum_
 from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
-from utils import InputError, verify_hash
+from utils import InputError
 
 # of use together only; the last is of fine-tuning alone
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
@@ -40,18 +42,6 @@ METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in J
 # files
 
 
-def best_file(folder):
-    """Return the weight file of a folder to use, the best checkpoint of a run before its last; None
-    if it has none.
-    """
-    files = [file for file in Path(folder).iterdir() if file.suffix in SUFFIXES]
-    return max(
-        files,
-        default=None,
-        key=lambda file: (file.stem == "checkpoint_best", file.stem == "checkpoint_last", file),
-    )
-
-
 def is_repository(path):
     """Return whether a name is no existing path and has the form USER/NAME or USER/NAME@REVISION of
     a hub repository.
@@ -63,25 +53,38 @@ def is_repository(path):
     return bool(named) and not Path(path).exists()
 
 
-def existing_file(path):
-    """Return the path of a checkpoint file, in the cache for a hub repository, USER/NAME or
-    USER/NAME@REVISION.
+def find_checkpoint(source: Path | str) -> Path:
+    """Return the path of a checkpoint file.
 
-    Raises InputError with the remedy if it is a folder or an address, or does not exist.
+    Args:
+        source: A file; the folder of a run or of an export; or a hub repository, USER/NAME or
+            USER/NAME@REVISION, which is downloaded into the hub's cache. In a folder,
+            checkpoint_best is preferred to checkpoint_last, and both to other weight files.
+
+    Raises:
+        InputError: The source is missing, is a URL, or has no checkpoint.
     """
-    if str(path).startswith(("http://", "https://")):
-        raise InputError(f"checkpoint {path} is an address: download it first and name the file")
-    path = Path(path)
+    if str(source).startswith(("http://", "https://")):
+        raise InputError(f"checkpoint {source} is a URL: download it first and name the file")
+    path = Path(source)
     if path.is_dir():
-        best = best_file(path)
-        if best is None:
+        files = [file for file in path.iterdir() if file.suffix in SUFFIXES]
+        if not files:
             raise InputError(
-                f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check the path"
+                f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check"
+                " the path"
             )
-        raise InputError(f"checkpoint {path} is a folder: name the file, perhaps {best}")
-    if is_repository(path):
-        return fetch(str(path), REPOSITORY, "checkpoint")[0]
-    if not path.is_file():
+        order = ("checkpoint_last", "checkpoint_best")
+        return max(
+            files, key=lambda file: (order.index(file.stem) + 1 if file.stem in order else 0, file)
+        )
+    if is_repository(source):
+        path = fetch(str(source), REPOSITORY, "checkpoint")[0]
+        if not config_beside(path):
+            raise InputError(
+                f"checkpoint {source}: its config.json is not one of Export.py --to FOLDER/"
+            )
+    elif not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path
 
@@ -96,11 +99,9 @@ def read_checkpoint(path):
     .safetensors file gives {"model": tensors by name}, and config, epoch and tokenizer_json if its
     metadata has them, like a .pth file of a run; see write_weights.
     """
-    published, path = is_repository(path), existing_file(path)
+    path = find_checkpoint(path)
     verify_hash(path)
     beside = config_beside(path) if path.name == REPOSITORY[0][0] else {}
-    if published and not beside:
-        raise InputError(f"checkpoint {path}: its config.json is not one of Export.py --to FOLDER/")
     try:
         if path.suffix == ".safetensors":
             content = {**_read_safetensors(path), **beside}
@@ -242,18 +243,6 @@ def write_weights(file, suffix, tensors, more):
 
 # --------------------------------------------------------------------------------------------------
 # match names, check the plan, copy
-
-
-def interpolate_pos_embed(pos_embed, tokens):
-    """Position embeddings [1, 1+N, C] -> [1, tokens, C]: the square grid bicubically, the [CLS]
-    position unchanged.
-    """
-    old, new = round((pos_embed.shape[1] - 1) ** 0.5), round((tokens - 1) ** 0.5)
-    grid = pos_embed[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat(
-        [pos_embed[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1
-    )
 
 
 def _is_resizable(name, value, target):
@@ -439,6 +428,7 @@ def load_checkpoint(model, path, allow_missing=False, complete=False):
     complete, for evaluation. Returns a LoadReport; raises InputError as read_weights and
     load_weights do, also for weights of the model's encoders that it has no place for.
     """
+    path = find_checkpoint(path)
     content = read_checkpoint(path)
     check_vocabulary(model, content, path)
     weights = named_tensors(content, path)
@@ -477,79 +467,12 @@ def check_vocabulary(model, content, path):
     if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
         raise InputError(
             f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}: {where}; take the "
-            f"checkpoint's own: --set tokenizer={existing_file(path)}"
+            f"checkpoint's own: --set tokenizer={find_checkpoint(path)}"
         )
-
-
-def task_names(model, weights):
-    """Return name in the model -> name in a file of another task that its weights are to come from,
-    "" for none.
-
-    - from pre-training, where text_encoder holds the bare BERT as bert: the prefix bert. is dropped
-    - to VQA: the answer decoder's layers are the multimodal encoder's, its embeddings the text encoder's, its head the MLM
-      head, the same for momentum
-    - from one image to NLVR2: both blocks of a pair are the layer; the momentum model starts as a copy of the base
-    """
-    fusion = model.bert.fusion_layer
-    to_decoder = not any(name.startswith("text_decoder.") for name in weights)
-    last = re.compile(rf"text_encoder\..*\.layer\.{len(model.bert.encoder.layer) - 1}\.")
-    to_pairs = hasattr(model.bert, "pair_keys_values") and not any(map(last.match, weights))
-
-    def renumber(name, change):
-        return re.sub(r"(?<=\.layer\.)\d+", lambda number: str(change(int(number[0]))), name)
-
-    def source(name):
-        if to_pairs and name.split(".")[0].endswith("_m"):
-            return ""
-        if to_decoder and name.startswith("text_decoder"):
-            name = renumber(name, lambda layer: fusion + layer).replace(
-                "text_decoder", "text_encoder", 1
-            )
-        if to_pairs:
-            name = renumber(
-                name, lambda block: block if block < fusion else fusion + (block - fusion) // 2
-            )
-        with_bert = re.sub(r"^(text_encoder(_m)?\.)(bert\.)?", r"\1bert.", name)
-        without = re.sub(r"^(text_encoder(_m)?\.)bert\.", r"\1", name)
-        return next((known for known in (name, with_bert, without) if known in weights), name)
-
-    return {name: source(name) for name in model.state_dict()}
 
 
 # --------------------------------------------------------------------------------------------------
 # initialization of pre-training
-
-
-def bert_names(model, weights):
-    """Return name in the pre-training model -> name in a file of Hugging Face's BERT, with or
-    without its prefix bert.
-
-    Files from before 2019 call the weight and bias of LayerNorm gamma and beta; files may lack the
-    names of tied weights.
-    """
-    known = {}
-    for old in weights:
-        name = old.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        )
-        known[
-            "text_encoder."
-            + ("bert." if name.startswith(("embeddings.", "encoder.")) else "")
-            + name
-        ] = old
-    head = "text_encoder.cls.predictions."
-    twins = {
-        "decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight",
-        "decoder.bias": f"{head}bias",
-    }
-    for name, twin in twins.items():
-        if twin in known:
-            known.setdefault(head + name, known[twin])
-    return {
-        name: known.get(name, name)
-        for name in model.state_dict()
-        if name.startswith("text_encoder.")
-    }
 
 
 def load_text_encoder(model, source):
@@ -602,3 +525,126 @@ def load_vision_encoder(model, source):
     report = load_weights(model, weights, path, names, must_fit=must_fit)
     copy_to_momentum_(model)
     return report
+
+
+def load_encoders(model, config):
+    """Load BERT and DeiT weights (Section 3.1) unless the key is `random`; return the reports."""
+    sources = (("text_encoder", load_text_encoder), ("vision_encoder", load_vision_encoder))
+    return [load(model, config[key]) for key, load in sources if config[key] != "random"]
+
+
+# --------------------------------------------------------------------------------------------------
+# report
+
+
+class Record(NamedTuple):
+    """What became of a tensor of the model, or of one of the file that the model has no place for."""
+
+    name: str  # in the model, "" for one that is ignored
+    in_file: str  # name of the tensor in the file that it is, "" for one that is new
+    # loaded; copied: a momentum weight, from the base; new: left at its initialization; ignored
+    outcome: str
+    resized: bool = False  # a position embedding, interpolated to another image_res
+    cast: str = ""  # the precision in the file, if it is another
+
+
+class LoadReport(NamedTuple):
+    """What became of every tensor; printed, it is a line for each kind."""
+
+    source: str
+    records: list
+
+    loaded = property(lambda self: self._names("loaded"))
+    copied = property(lambda self: self._names("copied"))
+    new = property(lambda self: self._names("new"))
+    ignored = property(lambda self: [r.in_file for r in self.records if r.outcome == "ignored"])
+    resized = property(lambda self: [r.name for r in self.records if r.resized])
+    cast = property(lambda self: [f"{r.name} ({r.cast})" for r in self.records if r.cast])
+
+    @property
+    def converted(self):
+        """The tensors that are loaded under another name than in the file, as "name in file -> name
+        in model".
+        """
+        return [
+            f"{r.in_file} -> {r.name}"
+            for r in self.records
+            if r.outcome == "loaded" and r.in_file != r.name
+        ]
+
+    def _names(self, outcome):
+        return [r.name for r in self.records if r.outcome == outcome]
+
+    def __str__(self):
+        of_model, of_file = (
+            [r.name for r in self.records if r.name],
+            [r.in_file for r in self.records if r.in_file],
+        )
+        lines = [f"{self.source}: {len(self.loaded)} of {len(of_model)} tensors loaded"]
+        for kind, names, short in (
+            ("converted", self.converted, condense(map(common_rename, self.converted))),
+            ("resized", self.resized, shorten(self.resized, of_model)),
+            ("cast", self.cast, sorted({f"from {r.cast}" for r in self.records if r.cast})),
+            ("copied from the base", self.copied, shorten(self.copied, of_model)),
+            ("new", self.new, shorten(self.new, of_model)),
+            ("ignored", self.ignored, shorten(self.ignored, of_file)),
+        ):
+            if names:
+                lines.append(f"  {kind}: {listed(short)} ({len(names)})")
+        return "\n".join(lines)
+
+
+def shorten(names, among):
+    """Return names in fewer words:
+
+    "a.*" if all among the others that begin with "a." are names; the rest as condense does.
+    """
+
+    def beginnings(name):
+        return [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+
+    mixed = {beginning for name in set(among) - set(names) for beginning in beginnings(name)}
+    groups = {}
+    for name in names:
+        groups.setdefault(
+            next((beginning for beginning in beginnings(name) if beginning not in mixed), name), []
+        ).append(name)
+    return condense(
+        group[0] if len(group) == 1 else f"{beginning}.*" for beginning, group in groups.items()
+    )
+
+
+def common_rename(rename):
+    """Return "old -> new" with the part that both end with as a star: text_encoder.bert.* ->
+    text_encoder.*.
+    """
+    old, new = (name.split(".")[::-1] for name in rename.split(" -> "))
+    same = len(commonprefix([old, new]))
+    return " -> ".join(".".join((["*"] * (same > 0) + name[same:])[::-1]) for name in (old, new))
+
+
+def condense(names):
+    """Merge names that differ only in numbers into a.{0-11}.b, and names of base and momentum into
+    a[_m].b.
+    """
+    alike, pairs = {}, {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "#", name), []).append(map(int, re.findall(r"\d+", name)))
+    for pattern, numbers in alike.items():
+        for column in map(sorted, map(set, zip(*numbers))):
+            first, last = column[0], column[-1]
+            span = (
+                f"{first}-{last}" if last - first + 1 == len(column) else ",".join(map(str, column))
+            )
+            pattern = pattern.replace("#", f"{{{span}}}" if len(column) > 1 else str(first), 1)
+        pairs.setdefault(re.sub(r"_m\b", "", pattern), []).append(pattern)
+    return [
+        name[0] if len(name) == 1 else re.sub(r"_m\b", "[_m]", max(name, key=len))
+        for name in pairs.values()
+    ]
+
+
+def listed(names, most=10):
+    """Return the first of a list of names for a message."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
