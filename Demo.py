@@ -85,9 +85,7 @@ def read_test_data(models):
     data = {}
     for name, model in models.items():
         try:
-            data[name] = build_dataset(
-                f"{'retrieval' if model.task == 'pretrain' else model.task}_test", model.config
-            )
+            data[name] = build_dataset(model.task, "test", model.config)
         except InputError:  # on another machine, or of grounding
             pass
     return data

@@ -36,10 +36,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.schema import with_defaults
-from dataset import build_dataset
 from dataset import transforms as fast
-from dataset.batches import TrainBatches
+from dataset.build import build_dataset
 from dataset.images import load_image
+from dataset.loading import TrainBatches
 from dataset.to_shards import convert
 from models.tokenizer import build_tokenizer, train_vocab
 
@@ -238,7 +238,11 @@ def print_loaders(folder, photos, workers):
             }
         )
         batches = TrainBatches(
-            build_dataset("pretrain", config), tokenizer, config, torch.device("cpu"), seed=turn
+            build_dataset("pretrain", "train", config),
+            tokenizer,
+            config,
+            device=torch.device("cpu"),
+            seed=turn,
         )
         start, cpu = time.perf_counter(), cpu_seconds()
         count = sum(len(batch.files) for batch in batches)

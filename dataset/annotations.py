@@ -66,6 +66,8 @@ class Entry(msgspec.Struct):
 
     wanted: ClassVar[str]
     max_words: ClassVar[int] = MAX_WORDS  # of a text, unless the configuration has max_words
+    # ids of a text, unless the configuration has max_tokens; None: the model's limit
+    max_tokens: ClassVar[int | None] = None
 
     @property
     def root(self):
@@ -150,6 +152,8 @@ class Entries:
                 "train_file: no annotation file is given; name at least one in the config"
             )
         self.files, self.form = [os.fspath(file) for file in files], form
+        for file in self.files:
+            _refuse_shard(file)
         if names:
             self._stores = [
                 _open(name) or self._repair(file, name) for file, name in enumerate(names)
@@ -364,10 +368,7 @@ def read_json_list(path):
 
     Raises InputError if the file cannot be read, is not valid JSON, not a list or empty.
     """
-    if os.fspath(path).endswith(".tar"):
-        raise InputError(
-            f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment reads shards"
-        )
+    _refuse_shard(path)
     try:
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as file:
             yield from enumerate(_decode_list(file, path))
@@ -377,6 +378,14 @@ def read_json_list(path):
         cut_short = error.reason == "unexpected end of data"
         remedy = f"it {_CUT_SHORT}" if cut_short else "save it as UTF-8 JSON"
         raise InputError(f"{path}: this annotation file is not UTF-8 text; {remedy}") from None
+
+
+def _refuse_shard(path):
+    if os.fspath(path).endswith(".tar"):
+        raise InputError(
+            f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment"
+            " reads shards"
+        )
 
 
 def _decode_list(file, path):

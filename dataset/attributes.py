@@ -1,31 +1,32 @@
-"""Attributes of objects in boxes, as OVAD has them:
-
-COCO's images and annotations, with a label for every attribute.
-"""
+"""Attributes of objects in boxes: OVAD's labels on COCO's images and annotations."""
 
 import os
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta
+from PIL import Image
+from torch import Tensor
 
 from dataset.annotations import by_id, digest, read_json
-from dataset.base import EntryDataset
+from dataset.base import EntryDataset, test_options
 from dataset.images import ImageError, load_image
+from dataset.transforms import test_transform
 from utils import InputError
 
 FREQUENCIES = ("head", "medium", "tail")  # how often an attribute occurs, as the file says
 MIN_AREA = 50  # pixels of an object that is evaluated
 _WANTED = (
-    'a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym", type, parent_type, '
-    'freq_set, is_has_att}, ...], "annotations": [{image_id, bbox: [x, y, w, h], area, '
-    "att_vec}, ...]}: correct it"
+    'a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym",'
+    ' type, parent_type, freq_set, is_has_att}, ...], "annotations": [{image_id,'
+    " bbox: [x, y, w, h], area, att_vec}, ...]}: correct it"
 )
 
 
 class Attribute(msgspec.Struct):
-    """An attribute that an object is ("red") or has ("long hair length"); its name is
-    "type:value/synonym/...".
+    """An attribute that an object is ("red") or has ("long hair length").
+
+    The name is "type:value/synonym/...".
     """
 
     id: int
@@ -36,7 +37,7 @@ class Attribute(msgspec.Struct):
     is_has_att: Literal["is", "has"]
 
     @property
-    def values(self):
+    def values(self) -> list[str]:
         """The value and its synonyms."""
         return self.name.partition(":")[2].split("/")
 
@@ -62,96 +63,123 @@ class _Content(msgspec.Struct):
 
 
 class Box(NamedTuple):
-    """A box to evaluate: its image, whole pixels x, y, w, h, and for each attribute 1, 0 or -1 (not
-    labeled).
+    """A box to evaluate."""
+
+    image: str  # path of the image
+    size: tuple[int, int]  # height and width of the image according to the file
+    pixels: tuple[int, int, int, int]  # x, y, width and height of the box
+    labels: list[int]  # for each attribute 1, 0, or -1 (not labeled)
+    where: str  # file and number of the annotation, for messages
+
+
+def read_boxes(path: str) -> tuple[list[Attribute], list[Box]]:
+    """Read a file of attributes in boxes.
+
+    Args:
+        path: JSON file in the form of OVAD.
+
+    Returns:
+        The attributes in the order of their ids, and the boxes of at least MIN_AREA pixels, whose
+        labels are in the same order.
+
+    Raises:
+        InputError: The content has another form, a box lies outside its image, an att_vec has
+            another length than the attributes, or two images or attributes have one id. The message
+            names the annotation, counted from 0.
     """
-
-    image: str  # its path
-    size: tuple  # (height, width) of the image according to the file
-    pixels: tuple
-    labels: list
-    where: str  # in the file, for messages
-
-
-def read_boxes(path):
-    """Read a file of attributes in boxes: the Attributes, and a Box for every object of at least
-    MIN_AREA pixels.
-
-    Attributes and the labels of att_vec are in the order of the attributes' ids. Raises InputError
-    for content of another form, a box outside its image, an att_vec whose length is not the number
-    of attributes, and an id of two images or attributes. The message names the annotation, counted
-    from 0.
-    """
-    content, boxes = read_json(path, _Content, _WANTED), []
+    content = read_json(path, _Content, _WANTED)
     images = by_id(content.images, path, "image")
-    attributes = [
-        attribute for _, attribute in sorted(by_id(content.attributes, path, "attribute").items())
-    ]
+    attributes = by_id(content.attributes, path, "attribute")
+    attributes = [attributes[key] for key in sorted(attributes)]
+    boxes = []
     for number, annotation in enumerate(content.annotations):
         where = f"{path}: annotation {number} (counting from 0)"
-        image, labels = images.get(annotation.image_id), annotation.att_vec
-        if image is None:
+        pixels = _check_annotation(annotation, images, len(attributes), where)
+        if annotation.area < MIN_AREA:
+            continue
+        if min(pixels[2:]) < 1:
             raise InputError(
-                f"{where}: image_id {annotation.image_id} is not among the images: correct it or add the image"
+                f"{where}: bbox {annotation.bbox} has no whole pixel: correct it, or area"
+                f" {annotation.area}"
             )
-        if len(labels) != len(attributes):
-            raise InputError(
-                f"{where}: att_vec has {len(labels)} labels for {len(attributes)} attributes: give each "
-                "attribute one, -1 where it is not labeled"
-            )
-        x, y, w, h = pixels = tuple(map(int, annotation.bbox))
-        if min(annotation.bbox) < 0 or x + w > image.width or y + h > image.height:
-            raise InputError(
-                f"{where}: bbox {annotation.bbox} lies outside of its image of {image.width} x {image.height} "
-                "pixels: correct it"
-            )
-        if annotation.area >= MIN_AREA:
-            if min(w, h) < 1:
-                raise InputError(
-                    f"{where}: bbox {annotation.bbox} has no whole pixel: correct it, or area {annotation.area}"
-                )
-            boxes.append(Box(image.file_name, (image.height, image.width), pixels, labels, where))
+        image = images[annotation.image_id]
+        size = image.height, image.width
+        boxes.append(Box(image.file_name, size, pixels, annotation.att_vec, where))
     if not boxes:
         raise InputError(
-            f"{path}: has no annotation with an area of {MIN_AREA} pixels or more: name another file"
+            f"{path}: has no annotation with an area of {MIN_AREA} pixels or more: name another"
+            " file"
         )
     if not any(1 in box.labels for box in boxes):
         raise InputError(
-            f"{path}: no box has an attribute, a 1 in its att_vec, so that there is no average precision: correct "
-            "it"
+            f"{path}: no att_vec has a 1, so no average precision is defined: correct it"
         )
     return attributes, boxes
 
 
-class AttributeTestSet(EntryDataset):
-    """The boxes of files of attributes, all with the same attributes; item i is box i cropped and
-    resized, uint8 [3, R, R].
+def _check_annotation(
+    annotation: _Annotation, images: dict[int, _Image], attributes: int, where: str
+) -> tuple[int, int, int, int]:
+    """Check an annotation and return its box in whole pixels. Raises InputError."""
+    image, labels = images.get(annotation.image_id), len(annotation.att_vec)
+    if image is None:
+        raise InputError(
+            f"{where}: image_id {annotation.image_id} is not among the images: correct it or add"
+            " the image"
+        )
+    if labels != attributes:
+        raise InputError(
+            f"{where}: att_vec has {labels} labels for {attributes} attributes: give each attribute"
+            " one, -1 if it is not labeled"
+        )
+    x, y, w, h = pixels = tuple(map(int, annotation.bbox))
+    if min(annotation.bbox) < 0 or x + w > image.width or y + h > image.height:
+        raise InputError(
+            f"{where}: bbox {annotation.bbox} lies outside of its image of {image.width} x"
+            f" {image.height} pixels: correct it"
+        )
+    return pixels
 
-    attributes: the Attributes; entries: the Boxes. Raises InputError as read_boxes does.
+
+class AttributeTestSet(EntryDataset):
+    """Boxes of files of attributes; item i is box i cropped and resized, uint8 [3, R, R].
+
+    Args:
+        files: Files of attributes, all with the same attributes.
+        **options: Further arguments of `EntryDataset`, with the root image_root.
+
+    Attributes:
+        attributes: The attributes.
+        entries: The boxes.
+
+    Raises:
+        InputError: A file is wrong as in `read_boxes`, or two files have different attributes.
     """
 
-    def __init__(self, files, image_root, transform):
+    def __init__(self, files: list[str], **options: Any) -> None:
         read = [read_boxes(file) for file in files]
         self.attributes = read[0][0]
-        for file, (attributes, _) in zip(files, read):
+        for file, (attributes, _) in zip(files, read, strict=True):
             if attributes != self.attributes:
                 raise InputError(
                     f"{file}: has other attributes than {files[0]}: evaluate one after the other"
                 )
-        super().__init__(
-            [box for _, boxes in read for box in boxes], {"image_root": image_root}, transform
-        )
+        super().__init__([box for _, boxes in read for box in boxes], **options)
 
     def digest(self) -> str:
+        """Return a digest of the boxes in hexadecimal digits."""
         return f"{digest(self.entries):016x}"
 
-    def files(self, index):
-        return [os.path.join(self.roots["image_root"], self.entry(index).image)]
+    def files(self, index: int) -> list[str]:
+        """Return the path of a box's image."""
+        return [os.path.join(self.roots["image_root"] or "", self.entry(index).image)]
 
-    def where(self, index):
+    def where(self, index: int) -> str:
+        """Return the file and number of a box's annotation for error messages."""
         return self.entry(index).where
 
-    def read(self, index):
+    def read(self, index: int) -> Tensor:
+        """Read a box, uint8 [3, R, R]. Raises ImageError if the image has another size."""
         (file,), (x, y, w, h) = self.files(index), self.entry(index).pixels
         image, (height, width) = load_image(file), self.entry(index).size
         if image.shape[1:] != (height, width):
@@ -162,3 +190,10 @@ class AttributeTestSet(EntryDataset):
                 f"{image.shape[2]} x {image.shape[1]}: it is another image",
             )
         return self.transform(image[:, y : y + h, x : x + w])
+
+
+def test_set(config: Any, split: str) -> AttributeTestSet:
+    """Build a test set of attributes, with bilinear resizing as in the published evaluation."""
+    transform = test_transform(config["image_res"], Image.Resampling.BILINEAR)
+    options = {**test_options(config), "transform": transform}
+    return AttributeTestSet(config[f"{split}_file"], **options)

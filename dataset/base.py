@@ -1,68 +1,92 @@
-"""What every data set has: draws that can be repeated, a way with unusable samples, a check that
-its images exist.
-"""
+"""Base class: reproducible sampling, handling of unusable samples, existence checks."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from dataset.images import ImageError, no_file
-from dataset.text import Limits, is_blank
+from dataset.text import NO_LIMITS, Limits, is_blank
+from dataset.transforms import test_transform, train_transform
 from utils import InputError, seed_of
 
 MAX_ATTEMPTS = 100  # replacements tried for one unusable sample
+FINE_TUNING_SCALE = 0.5  # smallest share of the image that a crop keeps in fine-tuning
 
 
 class EntryDataset(Dataset):
-    """Samples by index, to train on if there is a seed, else to test on.
+    """Samples by index, for training if there is a seed, else for testing.
 
-    In training a sample depends on (seed, epoch, index) alone, not on the worker or on earlier
-    samples. An unusable sample is replaced by another one, because web data is noisy (Section 3.4).
-    In testing it is an InputError, because every sample counts.
+    A training sample depends on (seed, epoch, index) alone, not on the worker or on earlier
+    samples. Another sample takes the place of an unusable one, because web data is noisy (Section
+    3.4). An unusable test sample raises InputError, because every test sample counts.
 
-    entries: dataset.annotations.Entries; indices: the entries that are samples (default: all);
-    roots: image folders by configuration key; limits: of the texts. A subclass has read(index),
-    which raises ImageError or InputError for an unusable sample. In training it returns a
-    NamedTuple with a list `skipped`.
+    A subclass has read(index), which raises ImageError or InputError for an unusable sample. In
+    training it returns a NamedTuple with a list `skipped`.
+
+    Args:
+        entries: The entries, `dataset.store.Entries` or a list.
+        roots: Image folder by configuration key.
+        transform: Image transform, uint8 [3, H, W] -> uint8 [3, R, R].
+        seed: Random seed of a training set, None for a test set.
+        indices: The entries that are samples, by default all.
+        limits: Limits of the texts in place of those of the entries' form.
     """
 
-    def __init__(self, entries, roots, transform, seed=None, indices=None, limits=Limits()):
+    def __init__(
+        self,
+        entries: Sequence,
+        roots: Mapping[str, str | None],
+        transform: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        seed: int | None = None,
+        indices: Sequence[int] | None = None,
+        limits: Limits = NO_LIMITS,
+    ) -> None:
         self.entries, self.roots, self.transform, self.seed = entries, roots, transform, seed
         self.indices = range(len(entries)) if indices is None else indices
         self.limits, self.epoch = limits, 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
     def digest(self) -> str:
         """Return a digest of the entries in hexadecimal digits."""
         return self.entries.digest()
 
-    def entry(self, index):
+    def entry(self, index: int) -> Any:
+        """Return the entry of a sample."""
         return self.entries[self.indices[index]]
 
-    def files(self, index):
-        """The paths of a sample's images."""
+    def files(self, index: int) -> list[str]:
+        """Return the paths of a sample's images."""
         entry = self.entry(index)
         return [os.path.join(self.roots[entry.root] or "", image) for image in entry.images]
 
-    def clean(self, index, text):
-        """Clean up and cut a text of a sample's entry. Raises InputError if it is empty then."""
+    @property
+    def max_tokens(self) -> int | None:
+        """The most token ids of a text, None for the model's limit."""
+        return self.limits.tokens or self.entries.form.max_tokens
+
+    def clean(self, index: int, text: str) -> str:
+        """Clean up and cut a text of a sample. Raises InputError if the result is empty."""
         cleaned = self.entries.form.clean(text, self.limits.words)
-        # only if max_words is small: the entry was checked with the limit of its form
+        # happens only with a small max_words: the entry was checked with the limit of its form
         if is_blank(cleaned):
             raise InputError(
-                f"{self.where(index)}: its text is empty after clean-up and max_words {self.limits.words}"
+                f"{self.where(index)}: its text is empty after clean-up and max_words"
+                f" {self.limits.words}"
             )
         return cleaned
 
-    def where(self, index):
-        """File and number of a sample's entry, for error messages."""
+    def where(self, index: int) -> str:
+        """Return the file and number of a sample's entry for error messages."""
         return self.entries.where(self.indices[index])
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Any:
         if self.seed is None:
             try:
                 return self.read(index)
@@ -82,36 +106,73 @@ class EntryDataset(Dataset):
         raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
 
 
-def evenly(length, wanted):
-    """Indices below `length`: `wanted` of them, evenly spaced, or all (None)."""
-    return (
-        range(length)
-        if wanted is None or wanted >= length
-        else np.linspace(0, length - 1, wanted).astype(int).tolist()
-    )
+def train_options(
+    config: Any, seed: int, *, min_scale: float | None = FINE_TUNING_SCALE
+) -> dict[str, Any]:
+    """Return arguments of `EntryDataset` for the training set of a configuration.
 
+    Args:
+        config: Configuration of the task.
+        seed: Random seed.
+        min_scale: Smallest share of the image that a crop keeps unless the key min_scale is set,
+            None to resize the whole image.
 
-def check_images(dataset, sample=1000):
-    """Raise InputError unless the image folders and the images of `sample` evenly spaced samples
-    exist (None: of all).
-
-    A root may be None or empty if the annotation files hold absolute paths; those win over it.
+    Returns:
+        The arguments roots, transform, seed and limits.
     """
+    if config["min_scale"] is not None:
+        min_scale = config["min_scale"]
+    transform = train_transform(
+        config["image_res"], min_scale, hflip=config["hflip"], augment=config["randaugment"]
+    )
+    return {**test_options(config), "transform": transform, "seed": seed}
+
+
+def test_options(config: Any) -> dict[str, Any]:
+    """Return the arguments roots, transform and limits of `EntryDataset` for a test set."""
+    return {
+        "roots": {"image_root": config["image_root"]},
+        "transform": test_transform(config["image_res"]),
+        "limits": Limits(config["max_words"], config["max_tokens"]),
+    }
+
+
+def evenly(length: int, wanted: int | None) -> Sequence[int]:
+    """Return `wanted` evenly spaced indices below `length`, or all if `wanted` is None."""
+    if wanted is None or wanted >= length:
+        return range(length)
+    return np.linspace(0, length - 1, wanted).astype(int).tolist()
+
+
+def check_images(dataset: EntryDataset, *, sample: int | None = None) -> None:
+    """Check that the image folders and the images of the entries exist.
+
+    Args:
+        dataset: The data set; a root may be None or "" if the entries hold absolute paths.
+        sample: Number of evenly spaced samples to check, None for all.
+
+    Raises:
+        InputError: A folder or an image is missing.
+    """
+    listed = len(dataset.indices)  # samples of shards have no files
+    if not listed:
+        return
     for key, root in dataset.roots.items():
         if root and not os.path.isdir(root):
             raise InputError(
-                f"{key}: folder {root} does not exist; set {key} to the folder that the image paths of the "
-                "annotation files start from"
+                f"{key}: folder {root} does not exist; set {key} to the folder that the image paths"
+                " of the annotation files start from"
             )
     # many samples may share an image, which is looked up once: its first sample remains
-    checked = {path: i for i in reversed(evenly(len(dataset), sample)) for path in dataset.files(i)}
+    checked = {path: i for i in reversed(evenly(listed, sample)) for path in dataset.files(i)}
     missing = [(i, path) for path, i in checked.items() if not os.path.isfile(path)]
     if missing:
         i, path = min(missing)
-        share = f"{len(missing)} of the {len(checked)} images checked are missing, {len(missing) / len(checked):.1%}"
+        share = len(missing) / len(checked)
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
         problem, remedy = no_file(path).split(": ")
         raise InputError(
-            f"{dataset.where(i)}: image {path} {problem} ({share}); {remedy}, correct {roots}, or remove such "
-            "entries from the annotation file"
+            f"{dataset.where(i)}: image {path} {problem} ({len(missing)} of the {len(checked)}"
+            f" images checked are missing, {share:.1%}); {remedy}, correct {roots}, or remove such"
+            " entries from the annotation file"
         )

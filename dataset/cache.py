@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 from tqdm import tqdm
 
-from dataset.workers import in_processes, process_count
+from dataset.pool import in_processes, process_count
 from utils import TEMPORARY, InputError
 
 VERSION = 3  # of the formats of cached files

@@ -1,18 +1,20 @@
-"""Image-caption pairs to train on, in pre-training, retrieval and grounding."""
+"""Image-caption pairs for pre-training and text assignment, from JSON lists and shards."""
 
-import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from dataset.annotations import Entry, Texts, digest
-from dataset.base import EntryDataset
+from dataset.annotations import Entries, Entry, Texts, digest
+from dataset.base import EntryDataset, train_options
 from dataset.images import decode_image, load_image
-from dataset.shards import image_and_captions, read_sample
-from dataset.text import is_blank, tokenize, without_halves
+from dataset.shards import Shards, expand, image_and_captions, read_sample
+from dataset.text import SHORT_TOKENS, is_blank, tokenize, without_halves
 from utils import InputError, Text
 
-UNIT = 1000  # entries of JSON lists that stay together where they are mixed with shards
+UNIT = 1000  # entries of JSON lists that stay together if they are mixed with shards
+MIN_SCALE = 0.2  # smallest share of the image that a crop keeps in pre-training
 
 
 class Captioned(Entry):
@@ -22,90 +24,55 @@ class Captioned(Entry):
     caption: str | Texts
 
     @property
-    def texts(self):
+    def texts(self) -> list[str]:
+        """All captions."""
         return [self.caption] if isinstance(self.caption, str) else self.caption
 
 
 class Pair(Captioned):
-    """An image with one or several captions, of which one is drawn each time."""
+    """An image with one or several captions, of which each epoch draws one."""
 
     wanted = 'pre-training needs entries {"image": path, "caption": text or list of texts}'
+    max_tokens: ClassVar[int] = SHORT_TOKENS
     image: str
 
     @property
-    def group(self):
-        """What the entries of one image have in common, where that matters."""
+    def group(self) -> None:
+        """Key of the image: None, as every entry is an image of its own in pre-training."""
         return None
 
-    def check(self):
-        """A blank caption is replaced when it is drawn."""
+    def check(self) -> None:
+        """Accept blank captions, which are replaced when they are drawn."""
 
 
-class RetrievalPair(Entry):
-    """An image with one or several captions to train retrieval on; each epoch draws one caption."""
-
-    wanted = (
-        'retrieval trains on entries {"image": path, "caption": text or list of texts}, of which all or none have '
-        '"image_id": text or number'
-    )
-    image: str
-    caption: str | Texts
-    image_id: str | int | None = None
-
-    texts = Captioned.texts
-
-    @property
-    def group(self):
-        """Return the key that all captions of one image share:
-
-        `image_id`, or the path if the list has no ids.
-        """
-        return os.path.normpath(self.image) if self.image_id is None else self.image_id
-
-    def check_with(self, first):
-        """Raise InputError if only one of the two entries has an image_id."""
-        if (self.image_id is None) != (first.image_id is None):
-            has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
-            raise InputError(f"it has {has} 'image_id', but entry 0 {others}", "wrong 'image_id'")
-
-
-class GroundingPair(Entry):
-    """A referring expression to train on."""
-
-    wanted = 'grounding trains on entries {"image": path, "text": referring expression}'
-    image: str
-    text: str
-
-    @property
-    def texts(self):
-        return [self.text]
-
-    @property
-    def group(self):
-        return self.image
+FORMS = {"train": Pair}
 
 
 class CaptionSample(NamedTuple):
-    image: torch.Tensor  # uint8 [3, R, R]
+    """A training sample of an image and a text."""
+
+    image: Tensor  # uint8 [3, R, R]
     caption: str
     image_id: int  # equal for the captions of one image in retrieval and grounding, else -1
     file: str
-    skipped: list = []  # why each entry before this one could not be used
+    skipped: list[str] = []  # why earlier candidates for this sample could not be used
 
 
 class CaptionBatch(NamedTuple):
-    image: torch.Tensor  # uint8 [B, 3, R, R]
+    """A training batch of images and texts."""
+
+    image: Tensor  # uint8 [B, 3, R, R]
     text: Text  # [B, L]
-    idx: torch.Tensor  # image ids [B]
-    files: list
-    skipped: list
-    masked: NamedTuple = None  # the text with masked tokens, which the pre-training model adds
+    idx: Tensor  # image ids [B]
+    files: list[str]
+    skipped: list[str]
+    masked: tuple | None = None  # masked ids and labels, which the pre-training model adds
 
 
-def draw_caption(captions, where, max_words=None):
-    """Return one of an entry's captions at random, cleaned up and cut.
+def draw_caption(captions: Sequence[str], where: str, max_words: int | None = None) -> str:
+    """Draw one of several captions, clean it up and cut it.
 
-    Raises InputError if it is empty then.
+    Raises InputError, which begins with `where`, if the result is empty.
     """
     caption = Pair.clean(without_halves(captions[int(torch.randint(len(captions), ()))]), max_words)
     if is_blank(caption):
@@ -116,56 +83,65 @@ def draw_caption(captions, where, max_words=None):
 class CaptionDataset(EntryDataset):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to the limits.
 
-    entries: Entries of pairs. A pair is unusable if its image cannot be read or its caption is
-    empty after clean-up.
+    A pair is unusable if its image cannot be read or its caption is empty after clean-up. The
+    arguments are those of `EntryDataset`.
     """
 
-    def __init__(self, entries, image_root, transform, seed, limits):
-        super().__init__(entries, {"image_root": image_root}, transform, seed, limits=limits)
-
-    def read(self, index):
+    def read(self, index: int) -> CaptionSample:
+        """Read a sample, with a caption drawn by torch's generator."""
         entry, (file,) = self.entry(index), self.files(index)
         caption = draw_caption(entry.texts, self.where(index), self.limits.words)
-        image_id = -1 if entry.group is None else digest(entry.group) >> 1  # of 63 bits
+        image_id = -1 if entry.group is None else digest(entry.group) >> 1  # 63 bits
         return CaptionSample(self.transform(load_image(file)), caption, image_id, file)
 
-    def collate(self, samples, tokenizer):
-        """Samples -> CaptionBatch; captions are padded to the longest of the batch."""
-        images, captions, image_ids, files, skipped = zip(*samples)
-        text = tokenize(captions, tokenizer, self.limits.tokens)
+    def collate(self, samples: list[CaptionSample], tokenizer: Any) -> CaptionBatch:
+        """Collate samples, with captions padded to the longest one."""
+        images, captions, image_ids, files, skipped = zip(*samples, strict=True)
         return CaptionBatch(
-            torch.stack(images), text, torch.tensor(image_ids), list(files), sum(skipped, [])
+            torch.stack(images),
+            tokenize(captions, tokenizer, self.max_tokens),
+            torch.tensor(image_ids),
+            list(files),
+            sum(skipped, []),
         )
 
 
 class ShardedCaptions(CaptionDataset):
-    """The pairs of entries, which may be empty, and after them the samples of shards
-    (dataset.shards.Shards).
+    """The pairs of JSON lists, followed by the samples of shards.
 
-    shuffle_buffer: samples that are mixed with one another.
+    Args:
+        entries: Entries of JSON lists, may be empty.
+        shards: Samples of shards.
+        shuffle_buffer: Samples that are mixed with one another.
+        **options: Further arguments of `EntryDataset`.
     """
 
-    def __init__(self, entries, image_root, transform, seed, limits, shards, shuffle_buffer):
-        super().__init__(entries, image_root, transform, seed, limits)
+    max_tokens = property(lambda self: self.limits.tokens or Pair.max_tokens)
+
+    def __init__(
+        self, entries: Sequence, shards: Shards, *, shuffle_buffer: int, **options: Any
+    ) -> None:
+        super().__init__(entries, **options)
         self.listed, self.shards, self.shuffle_buffer = len(entries), shards, shuffle_buffer
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.listed + len(self.shards)
 
     def digest(self) -> str:
+        """Return a digest of the entries and of the positions of all samples."""
         return (self.entries.digest() if self.listed else "") + self.shards.digest()
 
-    def order(self, length, generator):
-        """An epoch's order: shards one after another, mixed within windows of shuffle_buffer
-        samples.
+    def order(self, length: int, generator: torch.Generator) -> Tensor:
+        """Draw the order of an epoch: shards in random order, mixed within a window.
 
-        Samples that are read at about the same time so lie near each other. The entries of lists
-        take part in units.
+        Samples that are read at about the same time thus lie near each other. Entries of lists
+        take part in units of UNIT.
+
+        Returns:
+            Indices [length].
         """
-        lists, samples = (
-            torch.randperm(self.listed, generator=generator),
-            torch.arange(self.listed, length),
-        )
+        lists = torch.randperm(self.listed, generator=generator)
+        samples = torch.arange(self.listed, length)
         units = [*lists.split(UNIT), *samples.split(self.shards.counts)]
         units = [units[i] for i in torch.randperm(len(units), generator=generator).tolist()]
         windows = torch.cat(units).split(self.shuffle_buffer)
@@ -173,21 +149,30 @@ class ShardedCaptions(CaptionDataset):
             [window[torch.randperm(len(window), generator=generator)] for window in windows]
         )
 
-    def __getitems__(self, indices):
+    def __getitems__(self, indices: list[int]) -> list[CaptionSample]:
         self.shards.prefetch(index - self.listed for index in indices if index >= self.listed)
         return [self[index] for index in indices]
 
-    def read(self, index):
+    def read(self, index: int) -> CaptionSample:
+        """Read a sample of a list or shard, with a caption drawn by torch's generator."""
         if index < self.listed:
             return super().read(index)
-        place = self.shards.place(index - self.listed)
-        sample = read_sample(place)
-        where = f"{place.path}: sample {sample['__key__']}"
+        position = self.shards.position(index - self.listed)
+        sample = read_sample(position)
+        where = f"{position.path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
         caption = draw_caption(captions, where, self.limits.words)
-        return CaptionSample(
-            self.transform(decode_image(image, where)),
-            caption,
-            -1,
-            f"{place.path}/{sample['__key__']}",
-        )
+        image = self.transform(decode_image(image, where))
+        return CaptionSample(image, caption, -1, f"{position.path}/{sample['__key__']}")
+
+
+def train_set(config: Any, seed: int) -> CaptionDataset:
+    """Build the training set of pre-training and text assignment."""
+    lists, shards = expand(config["train_file"])
+    entries = Entries(lists, Pair) if lists or not shards else []
+    options = train_options(config, seed, min_scale=MIN_SCALE)
+    if not shards:
+        return CaptionDataset(entries, **options)
+    return ShardedCaptions(
+        entries, Shards(shards), shuffle_buffer=config["shuffle_buffer"], **options
+    )

@@ -54,24 +54,25 @@ from tqdm import tqdm
 
 from configs.effects import refuse_unread
 from configs.schema import load_config, read_bert_config
+from configs.tasks import find_task
 from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
-from dataset.batches import check_length
-from dataset.build import TOKENS, build_dataset, data_sets, file_key, lists_and_shards
+from dataset.build import build_dataset
 from dataset.cache import locate
-from dataset.caption import GroundingPair, Pair, RetrievalPair
-from dataset.grounding import Expression
+from dataset.caption import Pair
+from dataset.grounding import Expression, GroundingPair
 from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
+from dataset.loading import check_length
 from dataset.nlvr import Statement
+from dataset.pool import begin_worker, in_processes
 from dataset.refer import load_detections, load_refer
 from dataset.relevance import Ad
-from dataset.retrieval import CaptionedImage
+from dataset.retrieval import CaptionedImage, RetrievalPair
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from dataset.text import is_blank, without_halves
 from dataset.ve import Entailment
 from dataset.vqa import ROOTS, Question, TrainingQuestion, load_answer_list
-from dataset.workers import begin_worker, in_processes
 from evaluation.metrics import count_vqa_formulas, describe_vqa_formulas
 from utils import InputError, atomic_write
 
@@ -103,7 +104,7 @@ STATEMENTS, ENTAILMENT = Form("NLVR2", Statement), Form("visual entailment", Ent
 ADS = Form("queries and ads", Ad)
 # by data set, as build_dataset names them; validation sets have the form of test sets
 FORMS = {
-    "pretrain": PAIRS,
+    "pretrain_train": PAIRS,
     "nlvr_pretrain_train": PAIRS,
     "retrieval_train": Form("captions for retrieval", RetrievalPair),
     "retrieval_test": IMAGES,
@@ -122,13 +123,22 @@ FORMS = {
 SHARDS = Form("WebDataset shards of image-caption pairs for pre-training", Pair)
 
 
+def data_sets(task):
+    """Return the data sets of a task, "task_split" by the key of their files."""
+    row = find_task(task)
+    names = {"train_file": f"{task}_train"} if row.trains else {}
+    for split, key in row.files.items():
+        names[key] = f"{'retrieval' if task == 'pretrain' else task}_{split}"
+    return names
+
+
 class Check:
     """The state of a check: settings that every file needs, and the problems found so far."""
 
     def __init__(self, task, config, images, compute):
         # names: the task's data sets by the key of their files; images: how many of each file to
         # look at, None for all
-        self.names = {file_key(name): name for name in data_sets(task).values()}
+        self.names = data_sets(task)
         self.task, self.config, self.images = task, config, images
         self._compute = compute  # of in_processes
         self.problems, self.notes = [], []  # problems: {file, entry, problem}
@@ -227,7 +237,7 @@ def begin():
 
 
 def look(job):
-    """Decode an image or a sample as a run does. job: (index, path), for a sample with its Place.
+    """Decode an image or a sample as a run does. job: (index, path), for a sample with its Position.
 
     Return Seen.
     """
@@ -272,7 +282,7 @@ class Tally:
     def __init__(self, check, key, file, form):
         self.check, self.form, self.training = check, form, key == "train_file"
         self.max_words = check.config["max_words"] or (form.entry and form.entry.max_words)
-        self.max_tokens = check.config["max_tokens"] or TOKENS.get(check.names[key])
+        self.max_tokens = check.config["max_tokens"] or (form.entry and form.entry.max_tokens)
         # what is printed and reported
         self.rows, self.result = [], {"key": key, "file": file, "form": form.title}
         self.entries = self.read = 0  # with --images, not all samples of shards are read
@@ -623,7 +633,7 @@ def check_shards(check, paths):
             files_in_no_sample=others,
         )
     for seen in check.look_at(
-        len(shards), lambda i: (i, (place := shards.place(i)).path, place), "shards"
+        len(shards), lambda i: (i, (position := shards.position(i)).path, position), "shards"
     ):
         tally.read += 1
         if seen.error:
@@ -647,7 +657,8 @@ def check_lists(check):
         lists, shards, questions = [], [], {}
         for file in check.config[key] or []:
             with check.noting():
-                more = lists_and_shards(name, [file]) if key == "train_file" else ([file], [])
+                shards_too = name in ("pretrain_train", "nlvr_pretrain_train")
+                more = expand([file]) if shards_too else ([file], [])
                 lists, shards = lists + more[0], shards + more[1]
         with check.noting():
             expand(shards)  # none may be named twice
@@ -751,8 +762,8 @@ def main():
     args = flags.parse_args()
     refuse_unread(args.task, args.set)
     config = load_config(args.config, args.set)
-    names = data_sets(args.task).values()
-    keys = list(dict.fromkeys(map(file_key, names)))
+    names = data_sets(args.task)
+    keys = list(names)
     if not any(config[key] for key in keys):
         raise InputError(
             f"{args.config} names no file that {args.task} reads, with none of the keys {', '.join(keys)}"
@@ -778,11 +789,12 @@ def main():
             *(f"  {key:<{TITLE_WIDTH}}{value}" for key, value in others.items()),
         )
         results = check_lists(check)
-        for name in names if not check.problems else ():
+        for key, name in names.items() if not check.problems else ():
             with check.noting():
-                if config[file_key(name)]:
-                    dataset = build_dataset(name, config)  # raises problems of whole lists
-                    if file_key(name) == "train_file":
+                if config[key]:
+                    # raises problems of whole lists
+                    dataset = build_dataset(args.task, name.rpartition("_")[2], config)
+                    if key == "train_file":
                         check_length(len(dataset), config["batch_size"], world_size=1)
         if args.report:
             found = {

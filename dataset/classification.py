@@ -1,64 +1,89 @@
-"""Sentences about one image or two with a label: what the data of VE, NLVR2 and relevance have in
-common.
-"""
+"""Sentences about one or two images with a label: data of VE, NLVR2 and relevance."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from dataset.annotations import Entries
-from dataset.base import EntryDataset
+from dataset.annotations import Entries, Entry
+from dataset.base import EntryDataset, test_options, train_options
 from dataset.images import load_image
-from dataset.text import Limits, tokenize
+from dataset.text import tokenize
 from utils import InputError, Text
 
 
 class ClassificationSample(NamedTuple):
-    image: torch.Tensor  # uint8 [images, 3, R, R]
+    """A sentence with its images and its class."""
+
+    image: Tensor  # uint8 [images, 3, R, R]
     sentence: str
     target: int
-    files: list
-    skipped: list = []
+    files: list[str]
+    skipped: list[str] = []
 
 
 class ClassificationBatch(NamedTuple):
-    image: tuple  # uint8 [B, 3, R, R] each: the images, or the first ones and the second ones
+    """A batch of sentences with their images and classes."""
+
+    image: tuple[Tensor, ...]  # uint8 [B, 3, R, R] each: the first images, then the second ones
     text: Text  # [B, L]
-    targets: torch.Tensor  # [B]
-    files: list
-    skipped: list
+    targets: Tensor  # [B]
+    files: list[str]
+    skipped: list[str]
 
 
 class ClassificationDataset(EntryDataset):
-    """Sentences with their images and their class. form: an Entry with `sentence` and `target`."""
+    """Sentences with their images and their class.
 
-    def __init__(self, files, form, image_root, transform, seed=None, limits=Limits()):
-        super().__init__(
-            Entries(files, form), {"image_root": image_root}, transform, seed, limits=limits
+    Args:
+        files: JSON lists.
+        form: Form of the entries, with `sentence` and `target`.
+        **options: Further arguments of `EntryDataset`.
+    """
+
+    def __init__(self, files: list[str], form: type[Entry], **options: Any) -> None:
+        super().__init__(Entries(files, form), **options)
+
+    def require_classes(self, count: int, key: str) -> None:
+        """Raise InputError unless `count` classes occur.
+
+        Args:
+            count: Number of classes.
+            key: Configuration key of the files, for the message.
+        """
+        classes = set()
+        for entry in self.entries:
+            classes.add(entry.target)
+            if len(classes) == count:
+                return
+        raise InputError(
+            f"{key} {self.entries.files[0]}: all labels are {classes.pop()}, the ROC AUC needs"
+            " both: add the other"
         )
 
-    def require_classes(self, count, key):
-        """Raise InputError unless `count` classes occur; key: the configuration key of the files."""
-        found = set()
-        if not any(found.add(entry.target) or len(found) == count for entry in self.entries):
-            (label,) = found
-            raise InputError(
-                f"{key} {self.entries.files[0]}: all labels are {label}, the ROC AUC needs both: add the other"
-            )
-
-    def read(self, index):
+    def read(self, index: int) -> ClassificationSample:
+        """Read a sample."""
         entry, files = self.entry(index), self.files(index)
         image = torch.stack([self.transform(load_image(file)) for file in files])
         return ClassificationSample(image, self.clean(index, entry.sentence), entry.target, files)
 
-    def collate(self, samples, tokenizer):
-        """Samples -> ClassificationBatch; sentences are padded to the longest of the batch."""
-        images, sentences, targets, files, skipped = zip(*samples)
-        text = tokenize(sentences, tokenizer, self.limits.tokens)
+    def collate(self, samples: list[ClassificationSample], tokenizer: Any) -> ClassificationBatch:
+        """Collate samples, with sentences padded to the longest one."""
+        images, sentences, targets, files, skipped = zip(*samples, strict=True)
         return ClassificationBatch(
             torch.stack(images, dim=1).unbind(),
-            text,
+            tokenize(sentences, tokenizer, self.max_tokens),
             torch.tensor(targets),
             sum(files, []),
             sum(skipped, []),
         )
+
+
+def build_train_set(form: type[Entry], config: Any, seed: int) -> ClassificationDataset:
+    """Build the training set with entries of `form`."""
+    return ClassificationDataset(config["train_file"], form, **train_options(config, seed))
+
+
+def build_test_set(form: type[Entry], config: Any, split: str) -> ClassificationDataset:
+    """Build a test set with entries of `form`."""
+    return ClassificationDataset(config[f"{split}_file"], form, **test_options(config))

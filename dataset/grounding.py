@@ -1,71 +1,120 @@
-"""Grounding data to test on: referring expressions with their images, and the boxes to choose from."""
+"""Grounding data: referring expressions, and the detected boxes to choose from in a test."""
 
+import functools
 from pathlib import PurePath
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
+from configs.schema import require
 from dataset.annotations import Entries, Entry
-from dataset.base import EntryDataset
+from dataset.base import EntryDataset, test_options, train_options
+from dataset.caption import CaptionDataset
 from dataset.images import load_image
-from dataset.text import Limits, tokenize
+from dataset.refer import Refer, load_detections, load_refer
+from dataset.text import MAX_TOKENS, tokenize
 from utils import InputError, Text
 
 
-class Expression(Entry):
-    """A referring expression to test on."""
+class GroundingPair(Entry):
+    """A referring expression for training."""
 
-    wanted = 'test_file of grounding needs entries {"image": path, "text": referring expression, "ref_id": number}'
+    wanted = 'grounding trains on entries {"image": path, "text": referring expression}'
+    max_tokens: ClassVar[int] = MAX_TOKENS
+    image: str
+    text: str
+
+    @property
+    def texts(self) -> list[str]:
+        """The expression."""
+        return [self.text]
+
+    @property
+    def group(self) -> str:
+        """Key of the image, its path."""
+        return self.image
+
+
+class Expression(Entry):
+    """A referring expression for testing."""
+
+    wanted = (
+        'test_file of grounding needs entries {"image": path, "text": referring expression,'
+        ' "ref_id": number}'
+    )
+    max_tokens: ClassVar[int] = MAX_TOKENS
     image: str
     text: str
     ref_id: int
 
-    @property
-    def texts(self):
-        return [self.text]
+    texts = GroundingPair.texts
 
-    def check_ref(self, refer):
-        """Raise InputError, without the place, if the ref is not in `refer` or has another image.
+    def check_ref(self, refer: Refer) -> None:
+        """Raise InputError, without the place, if `refer` lacks the ref or has another image of it.
 
-        An image is the same if one of the two paths ends with the other.
+        Images are equal if one of the two paths ends with the other.
         """
         if self.ref_id not in refer.refs:
             raise InputError(
                 f"ref_id {self.ref_id} is not among the refs of refcoco_data", "unknown 'ref_id'"
             )
         image = refer.images[refer.refs[self.ref_id]["image_id"]]["file_name"]
-        own, of_ref = (PurePath(path).parts for path in (self.image, image))
-        common = min(len(own), len(of_ref))
-        if own[-common:] != of_ref[-common:]:
+        parts, ref_parts = PurePath(self.image).parts, PurePath(image).parts
+        common = min(len(parts), len(ref_parts))
+        if parts[-common:] != ref_parts[-common:]:
             raise InputError(
-                f"image {self.image} is not {image}, the image of ref_id {self.ref_id}; correct the entry, or set "
-                "refer_dataset or refcoco_data to the data set of this file",
+                f"image {self.image} is not {image}, the image of ref_id {self.ref_id}; correct the"
+                " entry, or set refer_dataset or refcoco_data to the data set of this file",
                 "another image than its ref's",
             )
 
 
+FORMS = {"train": GroundingPair, "val": Expression, "test": Expression}
+
+
 class GroundingSample(NamedTuple):
-    image: torch.Tensor  # uint8 [3, R, R]
+    """A test sample of an image and a referring expression."""
+
+    image: Tensor  # uint8 [3, R, R]
     text: str
     ref_id: int
 
 
 class GroundingBatch(NamedTuple):
-    image: torch.Tensor  # uint8 [B, 3, R, R]
+    """A test batch of images and referring expressions."""
+
+    image: Tensor  # uint8 [B, 3, R, R]
     text: Text  # [B, L]
-    ref_ids: list
+    ref_ids: list[int]
 
 
 class GroundingTestSet(EntryDataset):
-    """The referring expressions of files of {image, text, ref_id} whose ref belongs to one of
-    `splits`.
+    """The referring expressions of one or several splits of REFER.
 
-    refer: from load_refer; detections: from load_detections. Raises InputError if a ref is not in
-    `refer`, if an entry's image is not the image of its ref, and if no expression belongs to these
-    splits.
+    Args:
+        files: JSON lists of {image, text, ref_id}.
+        refer: Result of `load_refer`.
+        detections: Result of `load_detections`.
+        splits: Splits of the refs, by default all but train and val.
+        **options: Further arguments of `EntryDataset`.
+
+    Raises:
+        InputError: A ref is missing in `refer` or has another image, or no expression belongs to
+            the splits.
     """
 
-    def __init__(self, files, image_root, transform, refer, detections, splits, limits=Limits()):
+    def __init__(
+        self,
+        files: list[str],
+        refer: Refer,
+        detections: dict[int, list],
+        *,
+        splits: list[str] | None = None,
+        **options: Any,
+    ) -> None:
+        if splits is None:
+            splits = sorted({ref["split"] for ref in refer.refs.values()} - {"train", "val"})
         entries, indices = Entries(files, Expression), []
         for i, entry in enumerate(entries):
             try:
@@ -74,25 +123,48 @@ class GroundingTestSet(EntryDataset):
                 raise InputError(f"{entries.where(i)}: {error}", error.kind) from None
             if refer.refs[entry.ref_id]["split"] in splits:
                 indices.append(i)
-        super().__init__(
-            entries, {"image_root": image_root}, transform, indices=indices, limits=limits
-        )
+        super().__init__(entries, indices=indices, **options)
         self.refer, self.detections = refer, detections
         if not len(self):
             raise InputError(
-                f"test_file {', '.join(files)}: has no expression of {', '.join(splits)}; name the files of all "
-                "splits"
+                f"test_file {', '.join(files)}: has no expression of {', '.join(splits)}; name the"
+                " files of all splits"
             )
 
-    def read(self, index):
+    def read(self, index: int) -> GroundingSample:
+        """Read a sample."""
         entry, (file,) = self.entry(index), self.files(index)
-        return GroundingSample(
-            self.transform(load_image(file)), self.clean(index, entry.text), entry.ref_id
-        )
+        image = self.transform(load_image(file))
+        return GroundingSample(image, self.clean(index, entry.text), entry.ref_id)
 
-    def collate(self, samples, tokenizer):
-        """Samples -> GroundingBatch; expressions are padded to the longest of the batch."""
-        images, texts, ref_ids = zip(*samples)
-        return GroundingBatch(
-            torch.stack(images), tokenize(texts, tokenizer, self.limits.tokens), list(ref_ids)
-        )
+    def collate(self, samples: list[GroundingSample], tokenizer: Any) -> GroundingBatch:
+        """Collate samples, with expressions padded to the longest one."""
+        images, texts, ref_ids = zip(*samples, strict=True)
+        text = tokenize(texts, tokenizer, self.max_tokens)
+        return GroundingBatch(torch.stack(images), text, list(ref_ids))
+
+
+@functools.lru_cache(maxsize=1)
+def load_refer_and_detections(
+    refcoco_data: str, det_file: str, refer_dataset: str
+) -> tuple[Refer, dict[int, list]]:
+    """Read a data set of REFER and the detected boxes, once for val and test."""
+    refer = load_refer(refcoco_data, refer_dataset)
+    return refer, load_detections(det_file, refer)
+
+
+def train_set(config: Any, seed: int) -> CaptionDataset:
+    """Build the training set of grounding, which resizes images instead of cropping them."""
+    entries = Entries(config["train_file"], GroundingPair)
+    return CaptionDataset(entries, **train_options(config, seed, min_scale=None))
+
+
+def test_set(config: Any, split: str) -> GroundingTestSet:
+    """Build the test set of val, or of all test splits together."""
+    require(config, "refcoco_data", "det_file")
+    keys = ("refcoco_data", "det_file", "refer_dataset")
+    refer, detections = load_refer_and_detections(*(config[key] for key in keys))
+    splits = ["val"] if split == "val" else None
+    # test_file holds all splits together
+    options = test_options(config)
+    return GroundingTestSet(config["test_file"], refer, detections, splits=splits, **options)

@@ -1,10 +1,11 @@
 """NLVR2: is the sentence true of the two images?"""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from dataset.annotations import Entry
+from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 
 LABELS = {"False": 0, "True": 1}
 
@@ -12,19 +13,38 @@ LABELS = {"False": 0, "True": 1}
 class Statement(Entry, rename={"paths": "images"}):
     """A sentence about two images."""
 
-    wanted = f'NLVR2 needs entries {{"images": [first path, second path], "sentence": text, "label": {" or ".join(LABELS)}}}'
+    wanted = (
+        'NLVR2 needs entries {"images": [first path, second path], "sentence": text, "label":'
+        f" {' or '.join(LABELS)}}}"
+    )
     paths: Annotated[list[str], Meta(min_length=2, max_length=2)]
     sentence: str
     label: Literal[*LABELS]
 
     @property
-    def images(self):
+    def images(self) -> list[str]:
+        """The paths of the two images."""
         return self.paths
 
     @property
-    def texts(self):
+    def texts(self) -> list[str]:
+        """The sentence."""
         return [self.sentence]
 
     @property
-    def target(self):
+    def target(self) -> int:
+        """The class."""
         return LABELS[self.label]
+
+
+FORMS = {"train": Statement, "val": Statement, "test": Statement}
+
+
+def train_set(config: Any, seed: int) -> ClassificationDataset:
+    """Build the training set of NLVR2."""
+    return build_train_set(Statement, config, seed)
+
+
+def test_set(config: Any, split: str) -> ClassificationDataset:
+    """Build a test set of NLVR2."""
+    return build_test_set(Statement, config, split)

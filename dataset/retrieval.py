@@ -1,58 +1,108 @@
-"""Image-text retrieval data: images with all their captions."""
+"""Image-text retrieval data: pairs for training, images with all their captions for testing."""
+
+import os
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from dataset.annotations import Entries, Entry, Texts
-from dataset.base import EntryDataset
+from dataset.base import EntryDataset, test_options, train_options
+from dataset.caption import CaptionDataset, Captioned
 from dataset.images import absolute, load_image
-from dataset.text import Limits
+from dataset.text import MAX_TOKENS
+from utils import InputError
+
+
+class RetrievalPair(Entry):
+    """An image with one or several captions, of which each epoch draws one."""
+
+    wanted = (
+        'retrieval trains on entries {"image": path, "caption": text or list of texts}, of which'
+        ' all or none have "image_id": text or number'
+    )
+    max_tokens: ClassVar[int] = MAX_TOKENS
+    image: str
+    caption: str | Texts
+    image_id: str | int | None = None
+
+    texts = Captioned.texts
+
+    @property
+    def group(self) -> str | int:
+        """Key of the image: `image_id`, or the path if the list has no ids."""
+        return os.path.normpath(self.image) if self.image_id is None else self.image_id
+
+    def check_with(self, first: "RetrievalPair") -> None:
+        """Raise InputError if only one of the two entries has an image_id."""
+        if (self.image_id is None) != (first.image_id is None):
+            has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
+            raise InputError(f"it has {has} 'image_id', but entry 0 {others}", "wrong 'image_id'")
 
 
 class CaptionedImage(Entry):
-    """An image with all its captions, to test on."""
+    """An image with all its captions, for testing."""
 
     wanted = (
         'a retrieval test needs an entry {"image": path, "caption": list of texts} for each image'
     )
+    max_tokens: ClassVar[int] = MAX_TOKENS
     image: str
     caption: Texts
 
     @property
-    def texts(self):
+    def texts(self) -> list[str]:
+        """All captions."""
         return self.caption
 
 
+FORMS = {"train": RetrievalPair, "val": CaptionedImage, "test": CaptionedImage}
+
+
 class RetrievalTestSet(EntryDataset):
-    """The images of retrieval test files, with their captions beside them; item i is uint8 [3, R,
-    R].
+    """Images of retrieval test files with their captions; item i is uint8 [3, R, R].
 
     Entries with the same absolute image path become one image with all their captions, including
     equal ones.
 
-    images: path of each image, as in its first entry; texts: all captions, cleaned up, image by
-    image; img2txt: the text indices of each image; txt2img: the image index of each text. Raises
-    InputError for an entry without image or captions.
+    Args:
+        files: JSON lists.
+        **options: Further arguments of `EntryDataset`, with the root image_root.
+
+    Attributes:
+        images: Path of each image, as in its first entry.
+        texts: All captions, cleaned up, image by image.
+        img2txt: Indices of the texts of each image.
+        txt2img: Index of the image of each text.
     """
 
-    def __init__(self, files, image_root, transform, limits=Limits()):
+    def __init__(self, files: list[str], **options: Any) -> None:
         entries, captions, first = Entries(files, CaptionedImage), {}, []
         for i, entry in enumerate(entries):
-            path = absolute(image_root, entry.image)
+            path = absolute(options["roots"]["image_root"], entry.image)
             if path not in captions:
                 first.append(i)
             captions.setdefault(path, []).extend(entry.texts)
-        super().__init__(
-            entries, {"image_root": image_root}, transform, indices=first, limits=limits
-        )
-        self.images, self.texts, self.img2txt, self.txt2img = (
-            [entries[i].image for i in first],
-            [],
-            [],
-            [],
-        )
+        super().__init__(entries, indices=first, **options)
+        self.images = [entries[i].image for i in first]
+        self.texts, self.img2txt, self.txt2img = [], [], []
         for i, texts in enumerate(captions.values()):
             self.img2txt.append(list(range(len(self.texts), len(self.texts) + len(texts))))
             self.txt2img.extend([i] * len(texts))
             self.texts.extend(self.clean(i, text) for text in texts)
 
-    def read(self, index):
+    def read(self, index: int) -> Tensor:
+        """Read an image, uint8 [3, R, R]."""
         (file,) = self.files(index)
         return self.transform(load_image(file))
+
+
+def train_set(config: Any, seed: int) -> CaptionDataset:
+    """Build the training set of retrieval."""
+    return CaptionDataset(
+        Entries(config["train_file"], RetrievalPair), **train_options(config, seed)
+    )
+
+
+def test_set(config: Any, split: str) -> RetrievalTestSet:
+    """Build a test set of retrieval, also for pre-training."""
+    return RetrievalTestSet(config[f"{split}_file"], **test_options(config))

@@ -93,7 +93,7 @@ def _expand_pattern(pattern):
     return paths
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """The position of a sample in a shard."""
 
     path: str  # of the shard
@@ -131,36 +131,36 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, index):
-        return read_sample(self.place(index))
+        return read_sample(self.position(index))
 
     def digest(self) -> str:
         """Return a digest of the positions of all samples, 16 hexadecimal digits."""
         return hash_contents(map(np.ascontiguousarray, self._kept))
 
-    def place(self, index):
-        """Return the Place of a sample."""
+    def position(self, index):
+        """Return the Position of a sample."""
         shard, number = locate(index, self._ends)
         kept = self._kept[shard]
-        return Place(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
+        return Position(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
 
     def prefetch(self, indices):
         """Have the kernel read several samples ahead."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
-            for path, start, end, _ in map(self.place, indices):
+            for path, start, end, _ in map(self.position, indices):
                 with _errors_of(path, TrainingStopped):
                     os.posix_fadvise(
                         _open(path).fileno(), start, end - start, os.POSIX_FADV_WILLNEED
                     )
 
 
-def read_sample(place):
-    """Return the sample at a Place: {"__key__": str, suffix: bytes, ...}.
+def read_sample(position):
+    """Return the sample at a Position: {"__key__": str, suffix: bytes, ...}.
 
     Suffixes are in lower case. If a sample has one twice, the first counts. A member that is
     neither image nor caption is b"". Raises TrainingStopped if the shard cannot be read or has
     changed.
     """
-    path, start, end, last_dot = place
+    path, start, end, last_dot = position
     sample = {}
     with _errors_of(path, TrainingStopped):
         # by position: data workers forked from this process share the open file

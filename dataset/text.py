@@ -18,14 +18,13 @@ MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 
 class Limits(NamedTuple):
-    """The longest text that a model reads: the keys max_words and max_tokens, or the default of the
-    task and split.
-    """
+    """Limits of a text, the keys max_words and max_tokens; None for those of the entries' form."""
 
-    words: int | None = None  # None: the limit of the form of the entries
-    tokens: int | None = None  # None: the model's limit
+    words: int | None = None
+    tokens: int | None = None
 
 
+NO_LIMITS = Limits()
 _CLEAN = str.maketrans({"-": " ", "/": " "} | dict.fromkeys(",.'!?\"()*#:;~"))
 # categories of characters that make no word: control, zero-width, private, halves of surrogate
 # pairs, combining marks, white space; uncased BERT drops all of them, and a vocabulary with accents

@@ -1,8 +1,9 @@
 """SNLI-VE: does the sentence follow from the image?"""
 
-from typing import Literal
+from typing import Any, Literal
 
 from dataset.annotations import Entry
+from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 
 LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
 
@@ -10,19 +11,38 @@ LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
 class Entailment(Entry):
     """A sentence about an image."""
 
-    wanted = f'VE needs entries {{"image": name, perhaps without .jpg, "sentence": text, "label": {" or ".join(LABELS)}}}'
+    wanted = (
+        'VE needs entries {"image": name, perhaps without .jpg, "sentence": text, "label":'
+        f" {' or '.join(LABELS)}}}"
+    )
     image: str
     sentence: str
     label: Literal[*LABELS]
 
     @property
-    def images(self):
+    def images(self) -> list[str]:
+        """The path of the image, with .jpg."""
         return [self.image if self.image.endswith(".jpg") else f"{self.image}.jpg"]
 
     @property
-    def texts(self):
+    def texts(self) -> list[str]:
+        """The sentence."""
         return [self.sentence]
 
     @property
-    def target(self):
+    def target(self) -> int:
+        """The class."""
         return LABELS[self.label]
+
+
+FORMS = {"train": Entailment, "val": Entailment, "test": Entailment}
+
+
+def train_set(config: Any, seed: int) -> ClassificationDataset:
+    """Build the training set of visual entailment."""
+    return build_train_set(Entailment, config, seed)
+
+
+def test_set(config: Any, split: str) -> ClassificationDataset:
+    """Build a test set of visual entailment."""
+    return build_test_set(Entailment, config, split)

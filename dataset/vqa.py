@@ -3,15 +3,16 @@
 import reprlib
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
+from torch import Tensor
 
 from dataset.annotations import Entries, Entry, Texts, read_json
-from dataset.base import EntryDataset
+from dataset.base import EntryDataset, test_options, train_options
 from dataset.images import load_image
-from dataset.text import MAX_QUESTION_WORDS, Limits, pre_question, tokenize, without_halves
+from dataset.text import MAX_QUESTION_WORDS, SHORT_TOKENS, pre_question, tokenize, without_halves
 from utils import InputError, Text
 
 # key of the image folder for each value of an entry's `dataset`
@@ -21,62 +22,69 @@ _Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=
 
 
 class TrainingQuestion(Entry):
-    """A question to train on, with the answers of the annotators, or the only one in Visual Genome."""
+    """A question for training, with its annotators' answers, or the only one in Visual Genome."""
 
     wanted = (
-        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and "answer": list of texts, or '
-        '"dataset": "vg" and "answer": text'
+        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and'
+        ' "answer": list of texts, or "dataset": "vg" and "answer": text'
     )
+    max_tokens: ClassVar[int] = SHORT_TOKENS
     image: str
     question: str
     dataset: Literal[*ROOTS]
     answer: str | Texts
 
     @property
-    def root(self):
+    def root(self) -> str:
+        """The configuration key of the image folder."""
         return ROOTS[self.dataset]
 
     @property
-    def texts(self):
+    def texts(self) -> list[str]:
+        """The question."""
         return [self.question]
 
     @classmethod
-    def clean(cls, text, max_words=None):
+    def clean(cls, text: str, max_words: int | None = None) -> str:
+        """Clean up a question."""
         return pre_question(text, max_words or cls.max_words)
 
-    def check(self):
+    def check(self) -> None:
+        """Raise InputError if the question is blank or the answers have the wrong form."""
         super().check()
         if isinstance(self.answer, list) != (self.dataset == "vqa"):
             raise InputError(f"'answer' is {reprlib.repr(self.answer)}", "wrong 'answer'")
 
 
 class Question(Entry):
-    """A question to test on, perhaps with the answers of the annotators."""
+    """A question for testing, with or without the answers of the annotators."""
 
     wanted = (
-        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number} with, or without, '
-        '"dataset": "vqa" or "vg" and, of vqa, "answer": list of texts'
+        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number}'
+        ' with, or without, "dataset": "vqa" or "vg" and, of vqa, "answer": list of texts'
     )
+    max_words: ClassVar[int] = MAX_QUESTION_WORDS
     image: str
     question: str
     question_id: str | int
     dataset: Literal[*ROOTS] = "vqa"
     answer: str | Texts | None = None
     answer_type: str | None = None
-    max_words: ClassVar[int] = MAX_QUESTION_WORDS
 
     root, texts = TrainingQuestion.root, TrainingQuestion.texts
 
     @classmethod
-    def clean(cls, text, max_words=None):
+    def clean(cls, text: str, max_words: int | None = None) -> str:
+        """Clean up a question."""
         return pre_question(text, max_words or cls.max_words)
 
-    def check(self):
+    def check(self) -> None:
+        """Raise InputError if the question is blank or the answers cannot be scored."""
         super().check()
         if self.dataset == "vg" and self.answer is not None:
             raise InputError(
-                "an answer of Visual Genome has one annotator and cannot be scored; leave such entries, or their "
-                "answers, out",
+                "an answer of Visual Genome has one annotator and cannot be scored; leave such"
+                " entries, or their answers, out",
                 "wrong 'answer'",
             )
         if isinstance(self.answer, str):
@@ -85,75 +93,94 @@ class Question(Entry):
             )
 
 
+FORMS = {"train": TrainingQuestion, "val": Question, "test": Question}
+
+
 class VQASample(NamedTuple):
-    image: torch.Tensor  # uint8 [3, R, R]
+    """A training sample: a question with its answers."""
+
+    image: Tensor  # uint8 [3, R, R]
     question: str
-    answers: list
-    weights: list  # of the answers
+    answers: list[str]
+    weights: list[float]  # of the answers
     file: str
-    skipped: list = []
+    skipped: list[str] = []
 
 
 class VQABatch(NamedTuple):
-    image: torch.Tensor  # uint8 [B, 3, R, R]
+    """A training batch of questions with their answers."""
+
+    image: Tensor  # uint8 [B, 3, R, R]
     question: Text  # [B, L]
     answer: Text  # [A, L'], all answers of the first question, then of the second, and so on
-    n: torch.Tensor  # number of answers of each question [B]
-    weights: torch.Tensor  # [A]
-    files: list
-    skipped: list
+    n: Tensor  # number of answers of each question [B]
+    weights: Tensor  # [A]
+    files: list[str]
+    skipped: list[str]
 
 
-def load_answer_list(path):
-    """The candidates of ranking, a JSON list of strings.
+def load_answer_list(path: str) -> list[str]:
+    """Read the candidate answers, a JSON list of strings.
 
-    Raises InputError if it is empty or has an answer twice.
+    Raises InputError if the list is empty or has an answer twice.
     """
     answers = read_json(path, _Answers, "answer_list must name a JSON list of answers")
     repeated, count = Counter(answers).most_common(1)[0]
     if count > 1:
         raise InputError(
-            f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; every answer may be there once"
+            f"answer_list: {path} has {reprlib.repr(repeated)} {count} times: keep it once"
         )
     return answers
 
 
-def reachable_answers(config):
-    """Return the answers of the key answer_list, [] where there is no such file.
-
-    Raises InputError.
-    """
+def reachable_answers(config: Any) -> list[str]:
+    """Return the candidate answers of a configuration, [] if answer_list does not exist."""
     path = config["answer_list"]
     return load_answer_list(path) if path and Path(path).is_file() else []
 
 
 class VQADataset(EntryDataset):
-    """Questions of files of {image, question, question_id, dataset: vqa or vg, answer: list (vqa)
-    or string (vg)}.
+    """Questions of JSON lists; a test item is (image uint8 [3, R, R], question).
 
-    To test on, the answers may be missing, and so may `dataset`, which then is vqa; each question
-    is an item (image uint8 [3, R, R], question). roots: vqa_root and vg_root; eos ends every
-    answer; answer_list: the candidates of ranking, if there are. Raises InputError for an entry
-    without what the task needs.
+    Args:
+        files: JSON lists.
+        roots: Image folders vqa_root and vg_root.
+        eos: Text that ends every answer.
+        answers: Candidate answers of the ranking, if any.
+        **options: Further arguments of `EntryDataset`.
+
+    Attributes:
+        answer_list: The candidate answers.
+
+    Raises:
+        InputError: A list is wrong, or a root that its entries need is missing.
     """
 
-    def __init__(self, files, roots, transform, eos, seed=None, answer_list=None, limits=Limits()):
+    def __init__(
+        self,
+        files: list[str],
+        roots: dict[str, str | None],
+        *,
+        eos: str,
+        answers: list[str] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> None:
         entries = Entries(files, Question if seed is None else TrainingQuestion)
-        used = sorted({entry.root for entry in entries})
-        super().__init__(entries, {key: roots[key] for key in used}, transform, seed, limits=limits)
-        self.eos, self.answer_list = eos, answer_list
+        roots = {key: roots[key] for key in sorted({entry.root for entry in entries})}
+        super().__init__(entries, roots, seed=seed, **options)
+        self.eos, self.answer_list = eos, answers
         for key, root in self.roots.items():
             if root is None:
                 raise InputError(
-                    f"the configuration lacks the key {key}, the folder of images that {files[0]} refers to"
+                    f"the configuration lacks the key {key}, the folder of images that {files[0]}"
+                    " refers to"
                 )
         if seed is None:
             self._check_questions()
 
-    def _check_questions(self):
-        """Raise InputError for questions with one id, and where some of them have answers and
-        others not.
-        """
+    def _check_questions(self) -> None:
+        """Raise InputError if two questions have one id, or if only some have answers."""
         ids, unanswered = set(), []
         for i, entry in enumerate(self.entries):
             if entry.question_id in ids:
@@ -165,11 +192,12 @@ class VQADataset(EntryDataset):
                 unanswered.append(i)
         if 0 < len(unanswered) < len(self):
             raise InputError(
-                f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them answers, or "
-                "none"
+                f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them"
+                " answers, or none"
             )
 
-    def read(self, index):
+    def read(self, index: int) -> VQASample | tuple[Tensor, str]:
+        """Read a sample: VQASample in training, (image, question) in testing."""
         entry, (file,) = self.entry(index), self.files(index)
         image, question = self.transform(load_image(file)), self.clean(index, entry.question)
         if self.seed is None:
@@ -177,19 +205,17 @@ class VQADataset(EntryDataset):
         if entry.dataset == "vg":
             shares = {entry.answer: VG_WEIGHT}
         else:
-            shares = {
-                answer: count / len(entry.answer) for answer, count in Counter(entry.answer).items()
-            }
-        return VQASample(
-            image, question, [answer + self.eos for answer in shares], list(shares.values()), file
-        )
+            counts = Counter(entry.answer)
+            shares = {answer: count / len(entry.answer) for answer, count in counts.items()}
+        answers = [answer + self.eos for answer in shares]
+        return VQASample(image, question, answers, list(shares.values()), file)
 
-    def collate(self, samples, tokenizer):
-        """Samples -> VQABatch; texts are padded to the longest of the batch."""
-        images, questions, answers, weights, files, skipped = zip(*samples)
+    def collate(self, samples: list[VQASample], tokenizer: Any) -> VQABatch:
+        """Collate training samples, with texts padded to the longest one."""
+        images, questions, answers, weights, files, skipped = zip(*samples, strict=True)
         return VQABatch(
             torch.stack(images),
-            tokenize(questions, tokenizer, self.limits.tokens),
+            tokenize(questions, tokenizer, self.max_tokens),
             tokenize(sum(answers, []), tokenizer),
             torch.tensor(list(map(len, answers))),
             torch.tensor(sum(weights, [])),
@@ -197,30 +223,50 @@ class VQADataset(EntryDataset):
             sum(skipped, []),
         )
 
-    def collate_questions(self, samples, tokenizer):
-        """Samples to test on -> images [B, 3, R, R] and the questions' Text [B, L]."""
-        images, questions = zip(*samples)
-        return torch.stack(images), tokenize(questions, tokenizer, self.limits.tokens)
+    def collate_questions(
+        self, samples: list[tuple[Tensor, str]], tokenizer: Any
+    ) -> tuple[Tensor, Text]:
+        """Collate test samples to images [B, 3, R, R] and questions [B, L]."""
+        images, questions = zip(*samples, strict=True)
+        return torch.stack(images), tokenize(questions, tokenizer, self.max_tokens)
 
-    def longest_answer(self, tokenizer):
-        """Return the number of word pieces of the longest answer to train on, eos included and
-        [CLS] not.
-        """
-        answers = {
-            text
-            for entry in self.entries
-            for text in ([entry.answer] if entry.dataset == "vg" else entry.answer)
-        }
-        ids = tokenizer([without_halves(answer + self.eos) for answer in answers], truncation=True)[
-            "input_ids"
-        ]
-        return max(map(len, ids)) - 1
+    def longest_answer(self, tokenizer: Any) -> int:
+        """Return the most word pieces of a training answer, with eos and without [CLS]."""
+        answers = set()
+        for entry in self.entries:
+            answers.update([entry.answer] if entry.dataset == "vg" else entry.answer)
+        texts = [without_halves(answer + self.eos) for answer in answers]
+        return max(map(len, tokenizer(texts, truncation=True)["input_ids"])) - 1
 
-    def annotations(self):
-        """The entries as metrics.vqa_accuracy takes them; [] if the files hold no answers."""
-        known = ("question_id", "answer", "answer_type")
+    def annotations(self) -> list[dict[str, Any]]:
+        """Return the entries for `metrics.vqa_accuracy`, [] if the files hold no answers."""
+        keys = ("question_id", "answer", "answer_type")
         entries = [
-            {key: value for key in known if (value := getattr(entry, key)) is not None}
+            {key: value for key in keys if (value := getattr(entry, key)) is not None}
             for entry in self.entries
         ]
         return entries if "answer" in entries[0] else []
+
+
+def train_set(config: Any, seed: int) -> VQADataset:
+    """Build the training set of VQA."""
+    options = {**train_options(config, seed), "roots": _roots(config)}
+    return VQADataset(config["train_file"], eos=config["eos"], **options)
+
+
+def test_set(config: Any, split: str) -> VQADataset:
+    """Build a test set of VQA. Raises InputError if a validation set has no answers."""
+    files, path = config[f"{split}_file"], config["answer_list"]
+    answers = load_answer_list(path) if path else None
+    options = {**test_options(config), "roots": _roots(config)}
+    dataset = VQADataset(files, eos=config["eos"], answers=answers, **options)
+    if split == "val" and not dataset.annotations():
+        raise InputError(
+            f"val_file {files[0]} has no answers to compare with: leave val_file out, the last"
+            " epoch is then the result"
+        )
+    return dataset
+
+
+def _roots(config: Any) -> dict[str, str | None]:
+    return {key: config[key] for key in ROOTS.values()}

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from dataset import to_device
-from dataset.batches import TrainBatches
+from dataset.loading import TrainBatches, to_device
 from engine.curves import Curves
 from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
 from engine.processes import StopSignal
@@ -304,7 +303,7 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
         if resume_from
         else Position()
     )
-    batches = TrainBatches(dataset, tokenizer, config, device, seed)
+    batches = TrainBatches(dataset, tokenizer, config, device=device, seed=seed)
     accumulate = config["accumulate"]
     iterations = len(batches) // accumulate
     if not iterations:

@@ -11,7 +11,8 @@ import torch
 
 from configs.effects import notes, refuse_unread
 from configs.schema import require
-from dataset import build_dataset, data_sets, file_key
+from configs.tasks import find_task
+from dataset.build import build_dataset
 from engine.agreement import check_agreement
 from engine.configuration import choose_config, default_output_dir, task_in
 from engine.device import use_device
@@ -75,7 +76,7 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
                 report,
             )
         except NotFinite as error:
-            files = ", ".join(setup.config[file_key(f"{task}_{split}")])
+            files = ", ".join(setup.config[find_task(task).files[split]])
             raise TrainingStopped(
                 f"{split} {files}: {error}; no metric is reported, evaluate another checkpoint"
             ) from None
@@ -258,20 +259,18 @@ def load_data(task, args, config, evaluates):
 
     Raises InputError.
     """
-    names = data_sets(task)
-    train_set = None if args.evaluate else build_dataset(names["train"], config, args.seed)
+    files = find_task(task).files
+    train_set = None if args.evaluate else build_dataset(task, "train", config, seed=args.seed)
     splits = [
         split
         for split in ("val", "test")
-        if evaluates and split in names and args.split in (None, split)
+        if evaluates and split in files and args.split in (None, split)
     ]
     test_sets = {
-        split: build_dataset(names[split], config)
-        for split in splits
-        if config[file_key(names[split])]
+        split: build_dataset(task, split, config) for split in splits if config[files[split]]
     }
     if args.evaluate and not test_sets:
-        keys = " or ".join(file_key(names[split]) for split in splits)
+        keys = " or ".join(files[split] for split in splits)
         raise InputError(
             f"--evaluate needs the key {keys} of the configuration"
             if keys

@@ -5,7 +5,7 @@ task.
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from dataset import test_loader, to_device
+from dataset.loading import test_loader, to_device
 from utils import gather_lists, is_main, rank, world_size
 
 
@@ -32,7 +32,7 @@ def divide(dataset, config, device, what, collate=None):
     """
     mine = range(rank(), len(dataset), world_size())
     batch_size = config["batch_size_test"]
-    loader = test_loader(Subset(dataset, mine), config, device, collate)
+    loader = test_loader(Subset(dataset, mine), config, device=device, collate=collate)
     for number, batch in enumerate(progress_bar(loader, what)):
         yield mine[number * batch_size : (number + 1) * batch_size], to_device(batch, device)
 

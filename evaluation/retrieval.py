@@ -5,7 +5,7 @@ tables.
 import torch
 import torch.distributed as dist
 
-from dataset import to_device
+from dataset.loading import to_device
 from dataset.text import MAX_TOKENS, tokenize
 from engine import autocast
 from evaluation.divide import divide, progress_bar

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy import stats
 
 from configs.flags import Flags
-from dataset import build_dataset
+from dataset.build import build_dataset
 from engine.curves import read_curves
 from evaluation.attributes import chance_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
@@ -89,7 +89,7 @@ def shown(numbers):
 
 
 def _chance_retrieval(config, split):
-    test_set = build_dataset(f"retrieval_{split}", config)
+    test_set = build_dataset("retrieval", split, config)
     recalls = chance_recall(len(test_set.images), len(test_set.texts), test_set.img2txt)
     means = {
         f"{side}_r_mean": statistics.fmean(recalls[f"{side}_r{k}"] for k in (1, 5, 10))
@@ -99,7 +99,7 @@ def _chance_retrieval(config, split):
 
 
 def _chance_vqa(config, split):
-    questions = build_dataset(f"vqa_{split}", config)
+    questions = build_dataset("vqa", split, config)
     annotations = questions.annotations()
     if not (questions.answer_list and annotations):
         return {}
@@ -111,14 +111,14 @@ def _chance_vqa(config, split):
 
 
 def _chance_grounding(config, split):
-    expressions = build_dataset(f"grounding_{split}", config)
+    expressions = build_dataset("grounding", split, config)
     refer, ref_ids = expressions.refer, [entry.ref_id for entry in expressions.entries]
     chances = chance_grounding(refer.refs, refer.boxes, expressions.detections, ref_ids)
     return {name: 100 * share for name, share in chances.items()}
 
 
 def _chance_attributes(config, split):
-    means = mean_precisions(*chance_precisions(build_dataset(f"attributes_{split}", config)))
+    means = mean_precisions(*chance_precisions(build_dataset("attributes", split, config)))
     return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}
 
 

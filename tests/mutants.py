@@ -61,7 +61,7 @@ TESTS = {
     "evaluation/relevance.py": "tasks",
     "dataset/attributes.py": "attributes",
     "evaluation/retrieval.py": "evaluation retrieval",
-    "dataset/batches.py": "data engine",
+    "dataset/loading.py": "data engine",
     "dataset/text.py": "text data",
     "dataset/transforms.py": "transforms",
     "dataset/vqa.py": "data tasks",
@@ -480,7 +480,7 @@ MUTANTS = [
     Mutant("evaluation/relevance.py", "logits[:, 1] - logits[:, 0]", "logits[:, 0] - logits[:, 1]"),
     Mutant("evaluation/relevance.py", "(index + len(self) // 2) % len(self)", "index"),
     Mutant("models/classification.py", '"itm_head", Head', '"cls_head", Head'),
-    Mutant("dataset/attributes.py", "annotation.area >= MIN_AREA", "annotation.area > MIN_AREA"),
+    Mutant("dataset/attributes.py", "annotation.area < MIN_AREA", "annotation.area <= MIN_AREA"),
     # loading
     Mutant("dataset/text.py", 'replace("<person>", "person")', 'replace("<person>", "")'),
     Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),

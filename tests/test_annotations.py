@@ -2,6 +2,7 @@
 refused.
 """
 
+import functools
 import io
 import json
 import multiprocessing
@@ -17,10 +18,9 @@ from conftest import refusal
 from dataset import annotations, cache
 from dataset.annotations import Entries, check_entry, read_json, read_json_list
 from dataset.base import check_images
-from dataset.caption import CaptionDataset, Pair, RetrievalPair
+from dataset.caption import CaptionDataset, Pair
 from dataset.nlvr import Statement
-from dataset.retrieval import CaptionedImage
-from dataset.text import Limits
+from dataset.retrieval import CaptionedImage, RetrievalPair
 from dataset.ve import Entailment
 from dataset.vqa import Question, TrainingQuestion
 from utils import TrainingStopped
@@ -598,7 +598,7 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
     loaded = load(*files)
 
     def pairs(entries, image_root):
-        return CaptionDataset(entries, image_root, None, seed=0, limits=Limits())
+        return CaptionDataset(entries, {"image_root": image_root}, None, seed=0)
 
     message = refusal(check_images, pairs(loaded, str(root)))
     assert message.startswith(
@@ -608,7 +608,9 @@ def test_missing_images_are_reported_with_entry_and_share(tmp_path):
         "(2 of the 10 images checked are missing, 20.0%)" in message
         and "correct image_root" in message
     )
-    assert "(1 of the 2 images checked" in refusal(check_images, pairs(loaded, str(root)), 2)
+    assert "(1 of the 2 images checked" in refusal(
+        functools.partial(check_images, sample=2), pairs(loaded, str(root))
+    )
     (root / "8.jpg").touch()
     (root / "9.jpg").touch()
     check_images(pairs(loaded, str(root)))

@@ -17,8 +17,8 @@ from test_engine import command_line
 
 import Attributes
 import Visualize
-from dataset import build_dataset
 from dataset.attributes import Attribute
+from dataset.build import build_dataset
 from dataset.images import from_pillow
 from evaluation.attributes import (
     attribute_scores,
@@ -112,7 +112,7 @@ def test_boxes_are_cropped_at_whole_pixels_and_resized_bilinearly(config, shapes
         content["annotations"][1]["area"] = 49.9
 
     dataset = build_dataset(
-        "attributes_test", {**config, "test_file": boxes_file(shapes, tmp_path, change)}
+        "attributes", "test", {**config, "test_file": boxes_file(shapes, tmp_path, change)}
     )
     crop = Image.open(shapes / "images/attributes/000000.jpg").convert("RGB").crop((3, 5, 43, 26))
     assert len(dataset) == 2 and dataset.entries[1].pixels[:2] == (0, 48)
@@ -120,10 +120,10 @@ def test_boxes_are_cropped_at_whole_pixels_and_resized_bilinearly(config, shapes
 
 
 def test_labels_are_in_the_order_of_the_attributes_ids(config, shapes, tmp_path):
-    plain = build_dataset("attributes_test", config)
+    plain = build_dataset("attributes", "test", config)
     changed = boxes_file(shapes, tmp_path, lambda content: content["attributes"].reverse())
     assert (
-        build_dataset("attributes_test", {**config, "test_file": changed}).attributes
+        build_dataset("attributes", "test", {**config, "test_file": changed}).attributes
         == plain.attributes
     )
 
@@ -171,7 +171,7 @@ BAD = {  # what changes, what the message says
     ),
     "no positive label": (
         lambda c: [box.update(att_vec=[0, -1, 0] * 9) for box in c["annotations"]],
-        "no box has an attribute",
+        "no att_vec has a 1",
     ),
     "image id twice": (
         lambda c: c["images"][1].update(id=c["images"][0]["id"]),
@@ -255,7 +255,7 @@ def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(
 def test_every_flag_reaches_the_scores(config, monkeypatch):
     torch.manual_seed(0)
     model, tokenizer = build_model("attributes", config).eval(), tokenizer_of(config)
-    dataset, seen = build_dataset("attributes_test", config), []
+    dataset, seen = build_dataset("attributes", "test", config), []
     text = tokenizer(["the red circle"], return_tensors="pt")
     monkeypatch.setattr(
         model,
@@ -277,7 +277,7 @@ def test_scores_labels_and_boxes_belong_together(config, monkeypatch):
     precision of 100.
     """
     model, tokenizer = build_model("attributes", config), tokenizer_of(config)
-    dataset = build_dataset("attributes_test", config)
+    dataset = build_dataset("attributes", "test", config)
     counts = torch.tensor([len(prompts_of(attribute)) for attribute in dataset.attributes])
     seen = iter(
         torch.tensor([box.labels for box in dataset.entries])

@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 from test_shards import write_tar
 
 from configs.schema import ANNOTATION_KEYS, with_defaults
+from configs.tasks import find_task
 from dataset import check
-from dataset.build import data_sets
-from dataset.workers import in_processes
+from dataset.pool import in_processes
 from engine.task import load_data
 from utils import InputError, TrainingStopped
 
@@ -127,11 +127,11 @@ def test_good_data_of_every_task(run, shapes, task):
 @pytest.mark.parametrize("task", TASKS)
 def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_config, task):
     """Check every list of every task as the training file and as the test file."""
-    sets = data_sets(task)
+    splits = {"train", *find_task(task).files}
     for key, split in (("train_file", "train"), ("test_file", "test")):
         for name in (
             {name for names in TASKS.values() for name in names[:3] if name}
-            if split in sets
+            if split in splits
             else ()
         ):
             keys = {
@@ -519,7 +519,7 @@ def test_shards(run, tmp_path, shapes):
         ],
     )
     (tmp_path / "1.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
-    assert "only pre-training" in run(task="retrieval", train_file=str(tmp_path / "0.tar"))[1]
+    assert "of pre-training" in run(task="retrieval", train_file=str(tmp_path / "0.tar"))[1]
     status, out, report = run(train_file=[str(tmp_path / "{1..2}.tar"), str(tmp_path / "0.tar")])
     assert (
         status == 1

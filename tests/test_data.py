@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from dataset import build_dataset
-from dataset.batches import EpochBatches, TrainBatches
+from dataset.build import build_dataset
+from dataset.loading import EpochBatches, TrainBatches
 from models.tokenizer import build_tokenizer
 from utils import InputError
 
@@ -15,9 +15,13 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
     tokenizer = build_tokenizer(tiny_config["tokenizer"])
     batches = []
     for workers in (0, 2):
-        dataset = build_dataset("pretrain", tiny_config, seed=3)
+        dataset = build_dataset("pretrain", "train", tiny_config, seed=3)
         loader = TrainBatches(
-            dataset, tokenizer, {**tiny_config, "num_workers": workers}, torch.device("cpu"), seed=3
+            dataset,
+            tokenizer,
+            {**tiny_config, "num_workers": workers},
+            device=torch.device("cpu"),
+            seed=3,
         )
         loader.begin(1)
         batches.append(list(loader))
@@ -27,7 +31,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
     assert batches[0][0].image.dtype == torch.uint8 and batches[0][0].image.shape == (8, 3, 32, 32)
     dataset.epoch = 2
     assert not torch.equal(
-        dataset[0].image, build_dataset("pretrain", tiny_config, seed=3)[0].image
+        dataset[0].image, build_dataset("pretrain", "train", tiny_config, seed=3)[0].image
     )
 
 
@@ -63,11 +67,11 @@ def test_processes_and_workers_see_each_sample_once(
     }
     tokenizer = build_tokenizer(config["tokenizer"])
     seen = []
-    monkeypatch.setattr("dataset.batches.world_size", lambda: processes)
+    monkeypatch.setattr("dataset.loading.world_size", lambda: processes)
     for rank in range(processes):
-        monkeypatch.setattr("dataset.batches.rank", lambda rank=rank: rank)
-        dataset = build_dataset("pretrain", config, seed=3)
-        batches = TrainBatches(dataset, tokenizer, config, torch.device("cpu"), seed=3)
+        monkeypatch.setattr("dataset.loading.rank", lambda rank=rank: rank)
+        dataset = build_dataset("pretrain", "train", config, seed=3)
+        batches = TrainBatches(dataset, tokenizer, config, device=torch.device("cpu"), seed=3)
         batches.begin(2)
         files = [batch.files for batch in batches]
         assert len(files) == len(dataset) // (5 * processes) and all(
@@ -81,13 +85,13 @@ def test_processes_and_workers_see_each_sample_once(
 def test_only_pre_training_reads_shards(tiny_config, sharded, task):
     with pytest.raises(
         InputError,
-        match=f"00000.tar is a WebDataset shard; only pre-training.*{task} needs JSON lists",
+        match=".tar: is a WebDataset shard; only train_file of pre-training",
     ):
-        build_dataset(f"{task}_train", {**tiny_config, "train_file": [sharded]})
+        build_dataset(task, "train", {**tiny_config, "train_file": [sharded]})
 
 
 def test_retrieval_test_set(tiny_config, shapes):
-    dataset = build_dataset("retrieval_test", tiny_config)
+    dataset = build_dataset("retrieval", "test", tiny_config)
     entries = json.loads((shapes / "test.json").read_text())
     assert len(dataset) == len(entries) == 12
     assert [len(texts) for texts in dataset.img2txt] == [len(entry["caption"]) for entry in entries]
@@ -123,7 +127,8 @@ def test_retrieval_entries_of_one_image_are_one_image(tiny_config, shapes, tmp_p
     for key in "test", "val":
         grouped, split = (
             build_dataset(
-                f"retrieval_{key}",
+                "retrieval",
+                key,
                 {**tiny_config, f"{key}_file": [str(paths[name]) for name in names]},
             )
             for names in (["grouped"], ["first", "others"])

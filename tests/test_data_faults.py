@@ -14,7 +14,7 @@ from conftest import ROOT, refusal
 from PIL import Image
 from test_images import declares, encoded, jpeg_of_scans
 
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.caption import draw_caption
 from dataset.text import is_blank, pre_caption, tokenize
 from models.tokenizer import build_tokenizer
@@ -100,7 +100,7 @@ def build(name, tiny_config, folder, entries, **keys):
     path.write_bytes(entries if isinstance(entries, bytes) else json.dumps(entries).encode())
     files = {key: [str(path)] for key in ("train_file", "val_file", "test_file")}
     roots = {"image_root": str(folder), "vqa_root": str(folder)}
-    return build_dataset(name, {**tiny_config, **files, **roots, **keys}, seed=4)
+    return build_dataset(*name.rsplit("_", 1), {**tiny_config, **files, **roots, **keys}, seed=4)
 
 
 def entries_of(name, images, text="a red circle"):
@@ -131,7 +131,7 @@ def entries_of(name, images, text="a red circle"):
 # images
 
 
-@pytest.mark.parametrize("name", ["pretrain", "retrieval_train", "vqa_train", "nlvr_train"])
+@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_train", "vqa_train", "nlvr_train"])
 def test_in_training_unusable_images_are_replaced_and_listed(tiny_config, folder, name):
     dataset = build(name, tiny_config, folder, entries_of(name, [*UNUSABLE, *["good.jpg"] * 20]))
     break_later(folder)
@@ -166,7 +166,7 @@ def test_unusable_images_end_a_test(tiny_config, folder, name):
         )
 
 
-@pytest.mark.parametrize("name", ["pretrain", "retrieval_test"])
+@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_test"])
 def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
     (folder / "photos").mkdir()
     break_later(folder)
@@ -185,7 +185,7 @@ def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
         )
 
 
-@pytest.mark.parametrize("name", ["pretrain", "grounding_train", "retrieval_test"])
+@pytest.mark.parametrize("name", ["pretrain_train", "grounding_train", "retrieval_test"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 1000), (1000, 1)])
 def test_thin_and_tiny_images_are_used(tiny_config, folder, name, size):
     Image.new("RGB", size, "red").save(folder / "thin.png")
@@ -202,17 +202,17 @@ def test_thin_and_tiny_images_are_used(tiny_config, folder, name, size):
 
 @pytest.mark.parametrize("caption", BLANK.values(), ids=BLANK)
 def test_in_pre_training_blank_captions_are_replaced_and_listed(tiny_config, folder, caption):
-    entries = entries_of("pretrain", ["good.jpg"] * 20)
+    entries = entries_of("pretrain_train", ["good.jpg"] * 20)
     entries[1]["caption"] = caption
-    sample = build("pretrain", tiny_config, folder, entries)[1]
+    sample = build("pretrain_train", tiny_config, folder, entries)[1]
     assert sample.caption == "a red circle" and len(sample.skipped) == 1
     assert "entry 1" in sample.skipped[0] and "empty after clean-up" in sample.skipped[0]
 
 
 def test_of_a_list_of_captions_only_the_drawn_one_matters(tiny_config, folder):
-    entries = entries_of("pretrain", ["good.jpg"] * 20)
+    entries = entries_of("pretrain_train", ["good.jpg"] * 20)
     entries[1]["caption"] = ["\u200b", "fine"]
-    dataset, skipped = build("pretrain", tiny_config, folder, entries), set()
+    dataset, skipped = build("pretrain_train", tiny_config, folder, entries), set()
     for epoch in range(20):
         dataset.epoch = epoch
         skipped.add(len(dataset[1].skipped))
@@ -234,7 +234,7 @@ NO_TEXT = {"null": None, "number": 5, "empty list": [], "list with null": ["a", 
 
 
 @pytest.mark.parametrize("fault", [*NO_TEXT, "missing key"])
-@pytest.mark.parametrize("name", ["pretrain", "retrieval_train", "retrieval_test"])
+@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_train", "retrieval_test"])
 def test_captions_that_are_no_text_are_refused_before_the_start(tiny_config, folder, name, fault):
     good, bad = entries_of(name, ["good.jpg"] * 2)
     bad = (
@@ -246,7 +246,7 @@ def test_captions_that_are_no_text_are_refused_before_the_start(tiny_config, fol
     assert "list.json: entry 1" in message and "'caption'" in message
 
 
-@pytest.mark.parametrize("name", ["pretrain", "retrieval_test", "ve_train"])
+@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_test", "ve_train"])
 def test_files_that_are_not_utf8_are_refused_before_the_start(tiny_config, folder, name):
     text = json.dumps(entries_of(name, ["good.jpg"], "a café"), ensure_ascii=False)
     assert "list.json: this annotation file is not UTF-8" in refusal(
@@ -272,9 +272,9 @@ USED = {  # caption -> what is left of it
 
 @pytest.mark.parametrize("caption", USED, ids=lambda caption: ascii(caption[:12]))
 def test_unusual_texts_are_used(tiny_config, folder, tokenizer, caption):
-    sample = build("pretrain", tiny_config, folder, entries_of("pretrain", ["good.jpg"], caption))[
-        0
-    ]
+    sample = build(
+        "pretrain_train", tiny_config, folder, entries_of("pretrain_train", ["good.jpg"], caption)
+    )[0]
     assert sample.caption == USED[caption] and not sample.skipped
     dataset = build(
         "retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"], caption)
@@ -323,7 +323,7 @@ def test_texts_with_words_beside_blank_ones_are_used():
 
 
 def test_duplicated_entries_are_used_as_they_are(tiny_config, folder):
-    for name in ("pretrain", "retrieval_train", "ve_train"):
+    for name in ("pretrain_train", "retrieval_train", "ve_train"):
         assert len(build(name, tiny_config, folder, entries_of(name, ["good.jpg"]) * 3)) == 3
     dataset = build(
         "retrieval_test", tiny_config, folder, entries_of("retrieval_test", ["good.jpg"]) * 3

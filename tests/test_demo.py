@@ -467,7 +467,7 @@ def address(page, models, photos, shapes, port):  # noqa: F811
             "test_file": [str(shapes / f"{files[task]}.json")],
             "vqa_root": str(shapes),
         }
-        data[task] = build_dataset(f"{task.replace('pretrain', 'retrieval')}_test", config)
+        data[task] = build_dataset(task, "test", config)
     features = {task: models[task].embed_images(photos) for task in page.ALIGNED}
     blocks = page.build_page(chosen, data, photos, features)
     page.launch(blocks, "127.0.0.1", port)

@@ -14,7 +14,7 @@ from conftest import log
 from ruamel.yaml import YAML
 
 import Pretrain
-from dataset import build_dataset
+from dataset.build import build_dataset
 from engine import train
 from engine.saving import find_resume_file
 from models import build_model
@@ -28,7 +28,7 @@ def run(config, output_dir, resume=False, step=None):
     """Trains as Pretrain.py does; step(step function) may wrap what a step computes."""
     output_dir.mkdir(exist_ok=True)
     tokenizer = build_tokenizer(config["tokenizer"])
-    dataset = build_dataset("pretrain", config, seed=1)
+    dataset = build_dataset("pretrain", "train", config, seed=1)
     seed_everything(1)
     model = build_model("pretrain", config, tokenizer)
     plain = Pretrain.step

@@ -7,7 +7,7 @@ import torch
 
 import evaluation.divide
 import evaluation.retrieval
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize
 from evaluation.retrieval import encode_images, encode_texts
@@ -31,7 +31,7 @@ def test_results_of_several_processes_are_in_the_order_of_the_samples(monkeypatc
 
 @pytest.mark.parametrize("processes", [1, 5])
 def test_every_sample_is_some_process_s_once(tiny_config, monkeypatch, processes):
-    dataset = build_dataset("retrieval_test", tiny_config)
+    dataset = build_dataset("retrieval", "test", tiny_config)
     seen = []
     for rank in range(processes):
         monkeypatch.setattr(evaluation.divide, "world_size", lambda: processes)
@@ -69,7 +69,7 @@ def test_texts_of_any_length_keep_their_features_and_tokens(tiny_config, model):
 
 @torch.no_grad()
 def test_images_keep_their_features_and_embeddings(tiny_config, model):
-    dataset = build_dataset("retrieval_test", tiny_config)
+    dataset = build_dataset("retrieval", "test", tiny_config)
     for where in ("host", "recompute"):
         embeds, feat = encode_images(
             model, dataset, {**tiny_config, "image_embeds": where, "batch_size_test": 5}, CPU

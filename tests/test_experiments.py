@@ -15,7 +15,7 @@ from conftest import ROOT, refusal
 from PIL import Image
 from ruamel.yaml import YAML
 
-from dataset import build_dataset
+from dataset.build import build_dataset
 from experiments import report
 from experiments.run import (
     Place,
@@ -428,7 +428,7 @@ def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_conf
 
 def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):
     boxes = build_dataset(
-        "attributes_test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}
+        "attributes", "test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}
     ).entries
     share = np.mean(
         [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configs.schema import with_defaults
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.transforms import _scale_and_offset, normalize
 from engine import Run, iterate
 from models import build_model
@@ -28,13 +28,13 @@ from utils import Text
 CUDA = torch.device("cuda")
 TASKS = {
     "Pretrain": ("pretrain", "pretrain.json"),
-    "Retrieval": ("retrieval_train", "retrieval_train.json"),
-    "VQA": ("vqa_train", "vqa_train.json"),
-    "VE": ("ve_train", "ve_train.json"),
-    "NLVR": ("nlvr_train", "nlvr_train.json"),
-    "Relevance": ("relevance_train", "relevance_train.json"),
-    "Pretrain_nlvr": ("nlvr_pretrain_train", "pretrain.json"),
-    "Grounding": ("grounding_train", "grounding_train.json"),
+    "Retrieval": ("retrieval", "retrieval_train.json"),
+    "VQA": ("vqa", "vqa_train.json"),
+    "VE": ("ve", "ve_train.json"),
+    "NLVR": ("nlvr", "nlvr_train.json"),
+    "Relevance": ("relevance", "relevance_train.json"),
+    "Pretrain_nlvr": ("nlvr_pretrain", "pretrain.json"),
+    "Grounding": ("grounding", "grounding_train.json"),
 }
 
 
@@ -90,11 +90,11 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
         "accumulate": 2,
     }
     config = with_defaults({**tiny_config, **keys})
-    tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, config)
+    tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, "train", config)
     batches = [
         dataset.collate([dataset[i] for i in part], tokenizer) for part in (range(4), range(4, 8))
     ]
-    model = build_model(name.removesuffix("_train"), config, tokenizer).train()
+    model = build_model(name, config, tokenizer).train()
     prepared = [model.prepare(batch) for batch in batches]  # on the host
     tensors = [leaf for leaf in tree_leaves(prepared) if isinstance(leaf, torch.Tensor)]
 

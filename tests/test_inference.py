@@ -20,7 +20,7 @@ from PIL import Image
 
 import Grounding
 import VQA
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.transforms import normalize
 from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
@@ -85,7 +85,7 @@ def close(left, right):
 @pytest.mark.parametrize("task", ["pretrain", "retrieval"])
 def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, batch_size):
     model = models[task]
-    dataset = build_dataset("retrieval_test", model.config)
+    dataset = build_dataset("retrieval", "test", model.config)
     config, texts = {**model.config, "image_embeds": "host", "batch_size_test": 4}, dataset.texts
     images = [str(dataset.files(i)[0]) for i in range(len(dataset))]
     embeds, image_feat = encode_images(model.model, dataset, config, CPU)
@@ -227,7 +227,7 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
         "batch_size_test": 7,
     }
     config = {**model.config, **paths}
-    dataset = build_dataset("vqa_test", config)
+    dataset = build_dataset("vqa", "test", config)
     expected = VQA.answer_all(model.model, dataset, model.tokenizer, config, CPU)
     images = [dataset.files(i)[0] for i in range(len(dataset))][::-1]
     questions = [dataset.entry(i).question for i in range(len(dataset))][::-1]
@@ -254,7 +254,7 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
 def test_classes_are_those_of_the_evaluation(models, shapes, task, method, batch_size):
     model = models[task]
     dataset = build_dataset(
-        f"{task}_test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]}
+        task, "test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]}
     )
     samples = list(dataset)
     batch = dataset.collate(samples, model.tokenizer)
@@ -282,7 +282,7 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
         "batch_size_test": 1,
         "det_file": str(shapes / "refcoco+/dets.json"),
     }
-    dataset = build_dataset("grounding_test", {**model.config, **paths})
+    dataset = build_dataset("grounding", "test", {**model.config, **paths})
     maps = Grounding.heat_maps(
         model.model, dataset, model.tokenizer, {**model.config, **paths}, CPU, mode, None
     )

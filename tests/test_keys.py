@@ -19,7 +19,7 @@ import engine.task
 import models
 from configs.effects import notes, unread_keys
 from configs.schema import KEYS, TASKS, load_config, override, read_bert_config, with_defaults
-from dataset import build_dataset
+from dataset.build import build_dataset
 from evaluation.retrieval import encode_texts
 from inference import load_model
 from models import build_model
@@ -259,7 +259,7 @@ def long_data(tiny_config, shapes, tmp_path):
 
     def config_of(name, **keys):
         entries = [dict(common)]
-        if name.startswith("nlvr_pretrain") or name == "pretrain":
+        if name.startswith("nlvr_pretrain") or name == "pretrain_train":
             entries[0]["caption"] = [words]
         elif name.startswith("nlvr"):
             entries[0] |= {"images": [image] * 2, "label": "True"}
@@ -287,7 +287,7 @@ def long_data(tiny_config, shapes, tmp_path):
 @pytest.mark.parametrize(
     "name, default",
     [
-        ("pretrain", 25),
+        ("pretrain_train", 25),
         ("nlvr_pretrain_train", 25),
         ("retrieval_train", 30),
         ("retrieval_test", 30),
@@ -306,7 +306,7 @@ def long_data(tiny_config, shapes, tmp_path):
 def test_limits_of_texts_are_keys_of_every_task(long_data, name, default):
     def length(**keys):
         config = long_data(name, **keys)
-        dataset, tokenizer = build_dataset(name, config), tokenizer_of(config)
+        dataset, tokenizer = build_dataset(*name.rsplit("_", 1), config), tokenizer_of(config)
         if name == "retrieval_test":
             model = build_model("retrieval", config)
             return encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))[
@@ -332,8 +332,8 @@ def test_texts_of_which_max_words_leaves_nothing_cannot_be_used(long_data):
     entries[0]["question"] = "  where is the circle?"
     with open(path, "w") as file:
         json.dump(entries, file)
-    assert "max_words" in refusal(build_dataset("vqa_test", config).__getitem__, 0)
-    assert build_dataset("vqa_test", {**config, "max_words": 3})[0][1].strip() == "where"
+    assert "max_words" in refusal(build_dataset("vqa", "test", config).__getitem__, 0)
+    assert build_dataset("vqa", "test", {**config, "max_words": 3})[0][1].strip() == "where"
 
 
 def test_more_ids_than_the_model_has_positions_are_refused(script):

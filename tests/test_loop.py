@@ -11,7 +11,7 @@ from test_engine import run
 
 import models.losses
 from configs.schema import with_defaults
-from dataset.workers import Loader
+from dataset.loading import Loader
 from models.momentum import update_momentum_
 
 
@@ -304,7 +304,6 @@ def test_saves_come_as_often_as_the_configuration_says(tiny_config, tmp_path):
 def test_batches_and_workers_are_those_of_the_configuration(tiny_config, tmp_path):
     steps, _ = trained(tiny_config, tmp_path / "batch", batch_size=6)
     assert [len(step.batch.image) for step in steps] == [6] * (48 // 6)
-    with mock.patch("dataset.batches.Loader", wraps=Loader) as loader:
+    with mock.patch("dataset.loading.Loader", wraps=Loader) as loader:
         trained(tiny_config, tmp_path / "workers", num_workers=1)
-    dataset, collate, workers, device = loader.mock_calls[0].args
-    assert workers == 1
+    assert loader.mock_calls[0].kwargs["workers"] == 1

@@ -19,7 +19,7 @@ from PIL import Image
 from test_engine import broken_copy, command_line, torchrun
 from torch.utils.data import Dataset
 
-from dataset.workers import Loader
+from dataset.loading import Loader
 from engine.processes import StopSignal
 
 
@@ -298,7 +298,14 @@ class Bug(Dataset):
 @pytest.mark.parametrize("error", [ValueError, EOFError, ConnectionResetError, RuntimeError])
 def test_a_bug_in_a_data_set_keeps_its_traceback_in_a_data_worker(error, workers):
     with pytest.raises(error) as caught:
-        list(Loader(Bug(error("DataLoader worker (pid")), None, workers, torch.device("cpu")))
+        list(
+            Loader(
+                Bug(error("DataLoader worker (pid")),
+                None,
+                workers=workers,
+                device=torch.device("cpu"),
+            )
+        )
     assert type(caught.value) is error and (not workers or "in __getitem__" in str(caught.value))
 
 
@@ -306,7 +313,7 @@ def test_a_data_worker_that_dies_while_the_others_start_is_noticed_at_the_next_b
     program = """
 import os, signal, time, torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
-from dataset.workers import Loader, WorkerDied
+from dataset.loading import Loader, WorkerDied
 
 start = Iterator._reset
 
@@ -317,7 +324,7 @@ def kill_one(self, *arguments, **options):
 
 Iterator._reset = kill_one
 try:
-    list(Loader(range(9), None, 2, torch.device("cpu")))
+    list(Loader(range(9), None, workers=2, device=torch.device("cpu")))
 except WorkerDied:
     print("died")
 """

@@ -29,7 +29,8 @@ from configs.schema import (
 )
 from dataset import annotations
 from dataset.annotations import Entries, digest, read_json_list
-from dataset.caption import Pair, RetrievalPair
+from dataset.caption import Pair
+from dataset.retrieval import RetrievalPair
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
 from utils import InputError

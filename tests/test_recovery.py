@@ -30,8 +30,8 @@ from conftest import ROOT, log, refusal
 from helpers.launch import launch, start
 from test_engine import CPU, at, command_line, run, signal_at, stop_at
 
-from dataset import build_dataset
-from dataset.batches import EpochBatches, TrainBatches
+from dataset.build import build_dataset
+from dataset.loading import EpochBatches, TrainBatches
 from engine import train
 from engine.saving import (
     BEST,
@@ -703,22 +703,31 @@ def dying_worker(dataset, index, times, notes):
 
 
 def batches_of(config, dataset):
-    batches = TrainBatches(dataset, build_tokenizer(config["tokenizer"]), config, CPU, seed=1)
+    batches = TrainBatches(
+        dataset, build_tokenizer(config["tokenizer"]), config, device=CPU, seed=1
+    )
     batches.begin(0)
     return batches
 
 
 def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_path, capsys):
     config = {**tiny_config, "num_workers": 2}
-    whole = [batch.files for batch in batches_of(config, build_dataset("pretrain", config, seed=1))]
-    dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=2, notes=tmp_path)
+    whole = [
+        batch.files
+        for batch in batches_of(config, build_dataset("pretrain", "train", config, seed=1))
+    ]
+    dataset = dying_worker(
+        build_dataset("pretrain", "train", config, seed=1), 7, times=2, notes=tmp_path
+    )
     assert [batch.files for batch in batches_of(config, dataset)] == whole
     assert capsys.readouterr().err.count("a data worker died") == 2
 
 
 def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
     config = {**tiny_config, "num_workers": 1}
-    dataset = dying_worker(build_dataset("pretrain", config, seed=1), 7, times=1000, notes=tmp_path)
+    dataset = dying_worker(
+        build_dataset("pretrain", "train", config, seed=1), 7, times=1000, notes=tmp_path
+    )
     with pytest.raises(
         TrainingStopped, match="4 times in a row a data worker died.*num_workers.*--shm-size"
     ):
@@ -774,7 +783,7 @@ def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(
     state = torch.load(tmp_path / "run/checkpoint_01.pth", weights_only=True)
     assert state["epoch"] == 1 and len(log(tmp_path / "run")) == 2
     # what the two processes had seen of the epoch, and what the three have
-    dataset = build_dataset("pretrain", config)
+    dataset = build_dataset("pretrain", "train", config)
     first = EpochBatches(len(dataset), 8, seed=42, order=dataset.order)
     first.begin(1)
     files = [dataset[index].file for batch in list(first)[: seen["iteration"]] for index in batch]

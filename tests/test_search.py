@@ -26,7 +26,7 @@ from test_recovery import limit
 
 import Export
 import Search
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.shapes.scenes import draw_scene, render
 from evaluation import retrieval
 from evaluation.divide import progress_bar
@@ -121,7 +121,7 @@ def test_a_text_finds_what_the_retrieval_evaluation_reports(
 ):
     index(shapes / "images/test")
     model, found = load_model(checkpoints / "model.pth", "cpu"), read_index(tmp_path / "index")
-    dataset = build_dataset("retrieval_test", model.config)
+    dataset = build_dataset("retrieval", "test", model.config)
     encode = retrieval.encode_images
 
     def encode_in_float16(*args):  # as the index has them, so that no tie is broken differently

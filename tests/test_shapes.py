@@ -15,7 +15,7 @@ from conftest import ROOT, exit_status, refusal
 from PIL import Image
 
 from configs.schema import load_config
-from dataset import build_dataset
+from dataset.build import build_dataset
 from dataset.refer import box_iou
 from dataset.shapes import (
     attributes,
@@ -46,8 +46,8 @@ from dataset.shapes.scenes import (
     render,
 )
 from dataset.text import pre_caption
-from dataset.workers import cores
 from evaluation.metrics import chance_grounding
+from utils import cores
 
 TINY = {"train": 3, "val": 2, "test": 2, "image_size": 48}
 # every word for a size, fill, color or shape -> (which of these, its name)
@@ -155,7 +155,7 @@ def test_finished_data_is_kept_and_interrupted_data_is_made_anew(tmp_path, monke
 @pytest.mark.parametrize(
     "config, names",
     [
-        ("Pretrain", {"pretrain": 48, "retrieval_test": 12}),
+        ("Pretrain", {"pretrain_train": 48, "pretrain_test": 12}),
         ("NLVR_pretrain", {"nlvr_pretrain_train": 48}),
         ("Retrieval", {"retrieval_train": None, "retrieval_val": 4, "retrieval_test": 12}),
         ("VQA", {"vqa_train": 144, "vqa_val": 8, "vqa_test": 24}),
@@ -170,7 +170,7 @@ def test_every_task_reads_its_files(shapes, tmp_path, config, names):
     text = (ROOT / f"configs/shapes/{config}.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("data/shapes", str(shapes)))
     for name, count in names.items():
-        dataset = build_dataset(name, load_config(tmp_path / "config.yaml"))
+        dataset = build_dataset(*name.rsplit("_", 1), load_config(tmp_path / "config.yaml"))
         assert dataset[len(dataset) - 1] is not None and count in (None, len(dataset))
 
 

@@ -19,10 +19,11 @@ import torch
 from conftest import exit_status, refusal
 from PIL import Image
 
-from dataset import build_dataset, shards, to_shards
+from dataset import shards, to_shards
 from dataset.annotations import Entries
-from dataset.batches import EpochBatches, TrainBatches
+from dataset.build import build_dataset
 from dataset.caption import Pair
+from dataset.loading import EpochBatches, TrainBatches
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from models.tokenizer import build_tokenizer
 from utils import InputError, TrainingStopped
@@ -301,7 +302,7 @@ def test_a_shard_that_is_not_whole_is_refused(tmp_path, damage, processes):
 def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
     path = write_tar(tmp_path / "x.tar", [(f"{'n' * 120}{i}.txt", b"text") for i in range(3)])
     content = bytearray((tmp_path / "x.tar").read_bytes())
-    places = [Shards([path]).place(i) for i in range(3)]
+    places = [Shards([path]).position(i) for i in range(3)]
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(300):
@@ -433,7 +434,7 @@ def sparse_member(kind):
 def test_sparse_members_are_refused_by_shard_and_name(tmp_path, kind):
     path = write_shard(tmp_path / "x.tar", range(1))
     content = (tmp_path / "x.tar").read_bytes()
-    end = Shards([path]).place(0).end
+    end = Shards([path]).position(0).end
     (tmp_path / "x.tar").write_bytes(content[:end] + sparse_member(kind) + content[end:])
     message = refusal(Shards, [path])
     assert message.startswith(f"{path}: ") and ("1.jpg" in message or kind == "PAX wrong")
@@ -492,7 +493,7 @@ def make(tiny_config, tmp_path, monkeypatch):
             "image_root": str(tmp_path),
         }
         return build_dataset(
-            "pretrain", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3
+            "pretrain", "train", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3
         )
 
     return dataset
@@ -503,7 +504,14 @@ def indices(dataset, epoch, seen=0, batch_size=1, world_size=1, batches=None):
     processes.
     """
     samplers = [
-        EpochBatches(len(dataset), batch_size, 3, rank, world_size, dataset.order)
+        EpochBatches(
+            len(dataset),
+            batch_size,
+            seed=3,
+            rank=rank,
+            world_size=world_size,
+            order=dataset.order,
+        )
         for rank in range(world_size)
     ]
     for sampler in samplers:
@@ -553,7 +561,7 @@ def test_any_history_leaves_what_was_not_seen(make):
 def load(dataset, config, epoch, seen=0):
     """The batches that a process has of an epoch."""
     batches = TrainBatches(
-        dataset, build_tokenizer(config["tokenizer"]), config, torch.device("cpu"), seed=3
+        dataset, build_tokenizer(config["tokenizer"]), config, device=torch.device("cpu"), seed=3
     )
     batches.begin(epoch, seen)
     return list(batches)

@@ -20,7 +20,8 @@ from conftest import contents, exit_status, log
 from helpers.launch import launch
 from test_engine import command_line, signal_at
 
-from dataset import build_dataset, file_key
+from configs.tasks import find_task
+from dataset.build import build_dataset
 from engine.configuration import default_output_dir
 from evaluation.metrics import grounding_accuracy
 from evaluation.relevance import Swapped, evaluate, roc_auc
@@ -235,9 +236,9 @@ def test_data_sets_can_be_handed_to_a_process(program, script):
     config_of, _ = program
     task = {"Pretrain_nlvr": "nlvr_pretrain"}.get(script, script.lower())
     config, tokenizer = config_of(script), build_tokenizer("tests/golden/vocab.txt")
-    for split in ["train"] if script == "Pretrain_nlvr" else ["train", "val", "test"]:
-        if config[file_key(f"{task}_{split}")]:
-            dataset = build_dataset(f"{task}_{split}", config)
+    for split in ["train", *find_task(task).files]:
+        if config[find_task(task).files.get(split, "train_file")]:
+            dataset = build_dataset(task, split, config)
             copied = pickle.loads(
                 pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))
             ).func.__self__
@@ -503,7 +504,6 @@ def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_pat
 
 
 def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
-    from dataset import build_dataset
     from models.tokenizer import tokenizer_of
 
     image = {
@@ -521,7 +521,7 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
         "vg_root": str(shapes),
     }
     config = {**tiny_config, **keys}
-    dataset, tokenizer = build_dataset("vqa_train", config), tokenizer_of(config)
+    dataset, tokenizer = build_dataset("vqa", "train", config), tokenizer_of(config)
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
     assert batch.n.tolist() == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
     assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [
@@ -531,13 +531,12 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
 
 
 def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
-    from dataset import build_dataset
 
-    for name, key, labels in (
-        ("ve_test", "ve_test.json", ["contradiction", "neutral", "entailment"]),
-        ("nlvr_test", "nlvr_test.json", ["False", "True"]),
+    for task, key, labels in (
+        ("ve", "ve_test.json", ["contradiction", "neutral", "entailment"]),
+        ("nlvr", "nlvr_test.json", ["False", "True"]),
     ):
-        dataset = build_dataset(name, {**tiny_config, "test_file": [str(shapes / key)]})
+        dataset = build_dataset(task, "test", {**tiny_config, "test_file": [str(shapes / key)]})
         entries = json.loads((shapes / key).read_text())
         for sample, entry in zip(dataset, entries, strict=True):
             assert labels[sample.target] == entry["label"]
@@ -556,7 +555,7 @@ def test_an_ad_is_read_as_query_and_words_cut_to_max_tokens(tiny_config, shapes,
     (tmp_path / "ads.json").write_text(json.dumps(entries))
     config = {**tiny_config, "test_file": [str(tmp_path / "ads.json")], "max_tokens": 9}
     dataset, tokenizer = (
-        build_dataset("relevance_test", config),
+        build_dataset("relevance", "test", config),
         build_tokenizer(config["tokenizer"]),
     )
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
@@ -591,7 +590,7 @@ def test_relevance_starts_from_the_itm_head_and_can_be_evaluated_before_training
 
 
 def test_ads_with_the_image_or_the_words_of_another(program):
-    dataset = build_dataset("relevance_test", program[0]("Relevance"))
+    dataset = build_dataset("relevance", "test", program[0]("Relevance"))
     own, other = dataset[3], dataset[15]
     image, words = (Swapped(dataset, part)[3] for part in ("image", "words"))
     assert torch.equal(image.image, other.image) and image.sentence == own.sentence
@@ -602,7 +601,7 @@ def test_ads_with_the_image_or_the_words_of_another(program):
 
 def test_the_ads_that_a_model_finds_relevant_come_first(program, monkeypatch):
     config = program[0]("Relevance")
-    dataset, model = build_dataset("relevance_test", config), build_model("relevance", config)
+    dataset, model = build_dataset("relevance", "test", config), build_model("relevance", config)
     targets = iter([entry.label for entry in dataset.entries])
     monkeypatch.setattr(
         model,

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, exit_status, log, refusal
 
-from dataset import build_dataset, to_json
+from dataset import to_json
 from dataset.annotations import read_json_list
+from dataset.build import build_dataset
 from dataset.official import recognize
 
 IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
@@ -329,13 +330,17 @@ def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_
         == 0
     )
     config = {**tiny_config, "train_file": [str(tmp_path / "train.json")], "image_root": root}
-    assert len(build_dataset("pretrain", config)) == 6
-    dataset = build_dataset("retrieval_train", config)
+    assert len(build_dataset("pretrain", "train", config)) == 6
+    dataset = build_dataset("retrieval", "train", config)
     samples = [dataset[i] for i in range(6)]
     assert len({sample.image_id for sample in samples}) == 6
     assert {sample.caption for sample in samples} <= {"a red circle", "the blue circle"}
     assert (
-        len(build_dataset("retrieval_test", {**config, "test_file": [str(tmp_path / "test.json")]}))
+        len(
+            build_dataset(
+                "retrieval", "test", {**config, "test_file": [str(tmp_path / "test.json")]}
+            )
+        )
         == 2
     )
 
@@ -567,7 +572,7 @@ def test_official_files_become_the_lists_of_their_task(official, capsys, shapes,
             "image_root": "photos",
             "vqa_root": "photos",
         }
-        assert len(build_dataset(f"{task}_{split}", config)) == len(expected[split])
+        assert len(build_dataset(task, split, config)) == len(expected[split])
     for image in list(Path("photos").rglob("*.*")):
         image.rename(Path("photos", image.name))
     status, lists = official(files)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dataset.workers import in_processes, process_count
+from dataset.pool import in_processes, process_count
 from utils import InputError, atomic_write, read_regular
 
 from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
