@@ -41,7 +41,8 @@ from dataset.build import build_dataset
 from dataset.images import load_image
 from dataset.loading import TrainBatches
 from dataset.to_shards import convert
-from models.tokenizer import build_tokenizer, train_vocab
+from models.tokenizer import build_tokenizer
+from tools.vocabulary import train_vocab
 
 PHOTOS, WIDTH, HEIGHT = 64, 500, 375
 IMAGE_RES, MIN_SCALE = 256, 0.2  # of pre-training

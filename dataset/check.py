@@ -411,7 +411,7 @@ class Tally:
             if of_words > 0.5:
                 self.check.notes.append(
                     f"{self.result['key']} {self.result['file']}: the vocabulary lacks {_percent(of_words)} of "
-                    "the words; python -m models.tokenizer makes one from captions"
+                    "the words; python -m tools.vocabulary makes one from captions"
                 )
 
     def _report_lengths(self, key, lengths, limit):

@@ -135,7 +135,7 @@ def unknown_texts(texts, tokenizer):
     texts = [
         text for text in texts if special.issuperset(tokenizer.convert_tokens_to_ids(text.split()))
     ]
-    ids = tokenizer(list(map(without_halves, texts)), verbose=False)["input_ids"] if texts else []
+    ids = tokenizer(list(map(without_halves, texts)))["input_ids"] if texts else []
     return [text for text, row in zip(texts, ids) if special.issuperset(row)]
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from configs.schema import with_defaults
 from configs.tasks import TASKS, detect_task, find, find_task
 
-if TYPE_CHECKING:  # `python -m models.tokenizer --help` does not wait for torch
+if TYPE_CHECKING:  # importing this package does not import torch
     from models.albef import ALBEF
 
 # for callers that do not read configs/tasks.py yet

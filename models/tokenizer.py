@@ -1,48 +1,27 @@
-"""WordPiece tokenization as the released checkpoints were trained with: [CLS] and word pieces, no
-[SEP].
-
-`python -m models.tokenizer` trains a vocabulary on the captions of annotation files, in any
-language. Such a vocabulary keeps the marks of letters (lower case, NFC).
-"""
-
-from configs.flags import Flags, at_least
-from utils import begin_script, run_script
-
-flags = Flags(
-    "Train a WordPiece vocabulary on the captions of annotation files.",
-    "train.json --size 5000 --output vocab.txt",
-)
-flags.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
-flags.add_argument(
-    "--output",
-    required=True,
-    help="the file to write: vocab.txt, one word piece per line, with "
-    "tokenizer_config.json beside it, or tokenizer.json, one file for both",
-)
-flags.add_argument("--overwrite", action="store_true", help="replace existing files")
-flags.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")
-if __name__ == "__main__":
-    begin_script(flags)
+"""WordPiece tokenization of the released checkpoints: [CLS] and word pieces, no [SEP]."""
 
 import json
-import os
 import sys
-from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Tokenizer, decoders, models, processors, trainers
-from tokenizers.normalizers import NFC, BertNormalizer, Sequence
+from tokenizers import AddedToken, decoders, models, processors
+from tokenizers import Tokenizer as Backend
+from tokenizers.normalizers import NFC, BertNormalizer, Normalizer, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
-from transformers import PreTrainedTokenizerFast
 
 from configs.schema import BERT_KEYS, read_bert_config
 from models.hub import find_file
-from utils import InputError, atomic_write, is_main, read_regular
+from utils import InputError, is_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 FILES = (VOCABULARY, PIECES)  # the first one in a folder is used
-# uncased BERT's values of the keys of SETTINGS that are read; strip_accents None means
+# the keys of SETTINGS that are read, with the values of uncased BERT; strip_accents None follows
 # do_lower_case
 UNCASED = {
     "do_lower_case": True,
@@ -50,13 +29,14 @@ UNCASED = {
     "tokenize_chinese_chars": True,
     "normalization": None,
 }
+# the settings of vocabularies that tools.vocabulary trains
 OWN = {
     "tokenizer_class": "BertTokenizer",
     "do_lower_case": True,
     "strip_accents": False,
     "normalization": "NFC",
 }
-# shows how a tokenizer treats case, marks, signs and punctuation
+# shows how a tokenizer treats case, accents, symbols and punctuation
 PROBE = "É E\u0301 İ パ ハ\u309a 漢字 don't"
 SPECIAL = {
     "pad_token": "[PAD]",
@@ -65,55 +45,154 @@ SPECIAL = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+REMEDY = "name a vocab.txt or tokenizer.json; python -m tools.vocabulary makes one from captions"
 
 
-def build_tokenizer(source):
-    """Return the tokenizer of a vocab file, tokenizer.json or checkpoint, of a folder with one of
-    FILES, or of a hub name.
+class Encoding(dict):
+    """Token ids and attention mask of texts, as keys and as attributes."""
 
-    tokenizer.json defines everything. A vocab.txt is read as uncased BERT's, unless a
-    tokenizer_config.json beside it has other values of do_lower_case, strip_accents and
-    tokenize_chinese_chars.
+    @property
+    def input_ids(self) -> "list | Tensor":
+        """Token ids, [B, L] as a tensor."""
+        return self["input_ids"]
 
-    It is called like any transformers tokenizer. Ids begin with [CLS] and have no [SEP]. Raises
-    InputError if there is no usable vocabulary or the hub is out of reach.
+    @property
+    def attention_mask(self) -> "list | Tensor":
+        """1 for a token, 0 for padding, [B, L] as a tensor."""
+        return self["attention_mask"]
+
+
+class Tokenizer:
+    """Convert texts to token ids, with the interface of the transformers library.
+
+    Attributes:
+        backend_tokenizer: The tokenizer of the tokenizers library, with offsets and `to_str`.
+        model_max_length: Largest number of ids that `truncation` leaves without a `max_length`.
+        pad_token_id: Id of [PAD]; likewise unk, cls, sep and mask.
+        all_special_ids: Ids of all special tokens.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
+        ids = [backend.token_to_id(token) for token in SPECIAL.values()]
+        self.pad_token_id, self.unk_token_id, self.cls_token_id, self.sep_token_id, _ = ids
+        self.mask_token_id, self.all_special_ids = ids[-1], ids
+        backend.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", self.cls_token_id)]
+        )
+        self.backend_tokenizer = backend
+        self.model_max_length = sys.maxsize
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+    def __call__(
+        self,
+        text: str | list[str],
+        *,
+        padding: bool | str = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        add_special_tokens: bool = True,
+        verbose: bool = False,
+    ) -> Encoding:
+        """Tokenize one text or a list of texts.
+
+        Args:
+            text: Texts after clean-up.
+            padding: Whether to pad all texts to the longest one.
+            truncation: Whether to cut texts after `max_length` ids.
+            max_length: Default: `model_max_length`.
+            return_tensors: "pt" for tensors [B, L] in place of lists.
+            add_special_tokens: Whether ids begin with [CLS].
+            verbose: Without effect, accepted for callers of transformers' tokenizers.
+        """
+        one = isinstance(text, str)
+        rows = self.backend_tokenizer.encode_batch_fast(
+            [text] if one else text, add_special_tokens=add_special_tokens
+        )
+        limit = (max_length or self.model_max_length) if truncation else None
+        ids = [row.ids[:limit] for row in rows]
+        length = max(map(len, ids), default=0) if padding else 0
+        masks = [[1] * len(row) + [0] * (length - len(row)) for row in ids]
+        ids = [row + [self.pad_token_id] * (length - len(row)) for row in ids]
+        if return_tensors:
+            import torch
+
+            return Encoding(input_ids=torch.tensor(ids), attention_mask=torch.tensor(masks))
+        if one:
+            return Encoding(input_ids=ids[0], attention_mask=masks[0])
+        return Encoding(input_ids=ids, attention_mask=masks)
+
+    def decode(self, ids: "Iterable[int] | Tensor", skip_special_tokens: bool = False) -> str:
+        """Return the text of token ids [L]."""
+        return self.backend_tokenizer.decode(list(map(int, ids)), skip_special_tokens)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of each word piece."""
+        return self.backend_tokenizer.get_vocab()
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
+        """Return the id of one word piece, or those of several; [UNK]'s id if it is unknown."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        found = self.backend_tokenizer.token_to_id(tokens)
+        return self.unk_token_id if found is None else found
+
+    def convert_ids_to_tokens(self, ids: "int | Iterable[int] | Tensor") -> str | list[str]:
+        """Return the word piece of one id, or those of several."""
+        if isinstance(ids, int):
+            return self.backend_tokenizer.id_to_token(ids)
+        return [self.backend_tokenizer.id_to_token(int(token)) for token in ids]
+
+
+def build_tokenizer(source: Path | str) -> Tokenizer:
+    """Load a tokenizer.
+
+    Args:
+        source: A vocab.txt, a tokenizer.json, a checkpoint with a vocabulary, a folder with one of
+            FILES, or a hub name. A tokenizer.json defines everything. A vocab.txt is read as
+            uncased BERT's unless a tokenizer_config.json beside it has other values of the keys
+            in UNCASED.
+
+    Raises:
+        InputError: There is no usable vocabulary, or the hub cannot be reached.
     """
     path = find_file(source, FILES, "tokenizer")
-    remedy = "name a vocab.txt or tokenizer.json; python -m models.tokenizer makes a vocab.txt from captions"
     try:
         if path.suffix in (".pth", ".safetensors"):
-            from models.weights import read_checkpoint  # not at the top: it imports this module
+            from models.weights import read_checkpoint  # which imports this module
 
-            backend = Tokenizer.from_str(
-                read_checkpoint(path).get("tokenizer_json") or "it has none"
-            )
+            backend = Backend.from_str(read_checkpoint(path).get("tokenizer_json") or "it has none")
         elif path.suffix == ".json":
-            backend = Tokenizer.from_file(str(path))
+            backend = Backend.from_file(str(path))
         else:
             vocab, settings = _read_vocab(path), _read_settings(source, path)
-            backend = _word_pieces(vocab, settings)
+            backend = word_pieces(vocab, settings)
             if not settings and is_main():
                 _note_unused(path, vocab, backend.normalizer)
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no other class
-        raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {remedy}") from None
+        raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {REMEDY}") from None
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     if missing:
         raise InputError(
-            f"tokenizer: {path} is not a vocabulary, it lacks {', '.join(missing)}: {remedy}"
+            f"tokenizer: {path} is not a vocabulary, it lacks {', '.join(missing)}: {REMEDY}"
         )
-    start = [("[CLS]", backend.token_to_id("[CLS]"))]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=start)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+    return Tokenizer(backend)
 
 
-def _word_pieces(vocab, settings):
-    """Return BERT's tokenizer. vocab: {piece: id}; settings: keys of tokenizer_config.json
-    (default: uncased BERT's).
+def word_pieces(vocab: dict[str, int], settings: dict[str, Any]) -> Backend:
+    """Return BERT's tokenizer.
+
+    Args:
+        vocab: Id of each word piece.
+        settings: Keys of tokenizer_config.json. Default: uncased BERT's.
     """
     keys = UNCASED | settings
-    backend = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
     bert = BertNormalizer(
         lowercase=keys["do_lower_case"],
         strip_accents=keys["strip_accents"],
@@ -125,17 +204,39 @@ def _word_pieces(vocab, settings):
     return backend
 
 
-def settings_file(vocab):
-    """Return the path of a vocab file's settings: tokenizer_config.json for vocab.txt, else
-    STEM.tokenizer_config.json.
+def settings_file(vocab: Path) -> Path:
+    """Return where the settings of a vocab file are.
+
+    The name is tokenizer_config.json for vocab.txt, else STEM.tokenizer_config.json.
     """
     return vocab.with_name(SETTINGS if vocab.name == PIECES else f"{vocab.stem}.{SETTINGS}")
 
 
-def _read_settings(source, vocab):
-    """Return the settings of a vocab file, {} if they are missing; fetch them for a hub name.
+def _read_vocab(path: Path) -> dict[str, int]:
+    """Return the word pieces of a vocab file, one a line, with their ids.
 
-    Raises ValueError.
+    Raises:
+        ValueError: A piece is repeated, or the file is not UTF-8.
+        OSError: The file cannot be read.
+    """
+    pieces = {}
+    # a piece may be a character at which splitlines would split
+    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
+    for number, piece in enumerate(lines):
+        if pieces.setdefault(piece, number) != number:
+            raise ValueError(f"line {number + 1} repeats {piece!r} of line {pieces[piece] + 1}")
+    return pieces
+
+
+def _read_settings(source: Path | str, vocab: Path) -> dict[str, Any]:
+    """Return the settings of a vocab file, {} if they are missing.
+
+    Args:
+        source: Where the vocab file is from. If it is a hub name, the settings are downloaded.
+        vocab: The vocab file.
+
+    Raises:
+        ValueError: The settings cannot be used.
     """
     path = settings_file(vocab)
     if not Path(source).exists():
@@ -153,74 +254,66 @@ def _read_settings(source, vocab):
     return settings
 
 
-def _note_unused(path, vocab, normalizer):
+def _note_unused(path: Path, vocab: dict[str, int], normalizer: Normalizer) -> None:
     """Print a note if a vocab file without settings has pieces that uncased BERT never uses."""
     words = [piece.removeprefix("##") for piece in vocab if piece not in SPECIAL.values()]
     unused = [word for word in words if normalizer.normalize_str(word).strip() != word]
     if unused:
         print(
-            f"note: tokenizer {path} drops accents and upper case; {len(unused)} of its pieces are never used, "
-            f"{unused[0]!r} for one: is {settings_file(path)} missing?",
+            f"note: tokenizer {path} drops accents and upper case; {len(unused)} of its pieces are"
+            f" never used, {unused[0]!r} for one: is {settings_file(path)} missing?",
             file=sys.stderr,
         )
 
 
-def difference(definition, other):
-    """Return the first difference between two texts of tokenizer.json, "" if their ids are equal."""
+def difference(definition: str, other: str) -> str:
+    """Return the first difference between two tokenizers, "" if their ids are equal.
+
+    Args:
+        definition: The text of a tokenizer.json.
+        other: The text of another one.
+    """
     if definition == other:
         return ""
     vocabs, words = [], []
-    for backend in map(Tokenizer.from_str, (definition, other)):
+    for backend in map(Backend.from_str, (definition, other)):
         vocabs.append({number: piece for piece, number in backend.get_vocab().items()})
         text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
-        words.append(
-            backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else text
-        )
+        split = backend.pre_tokenizer
+        words.append(split.pre_tokenize_str(text) if split else text)
     for number in sorted(vocabs[0].keys() | vocabs[1].keys()):
-        pieces = [vocab.get(number, "not used") for vocab in vocabs]
-        if pieces[0] != pieces[1]:
-            return f"id {number} is {pieces[0]!r}, here {pieces[1]!r}"
-    return (
-        "" if words[0] == words[1] else "upper case, accents or punctuation are treated differently"
-    )
+        first, second = (vocab.get(number, "not used") for vocab in vocabs)
+        if first != second:
+            return f"id {number} is {first!r}, here {second!r}"
+    return "" if words[0] == words[1] else "case, accents or punctuation are treated differently"
 
 
-def _read_vocab(path):
-    """Return the word pieces of a vocab file, one in each line, with their ids.
+def vocabulary_of(config: dict[str, Any]) -> str:
+    """Return the file, folder or hub name of a configuration's vocabulary, see `tokenizer_of`.
 
-    Raises ValueError, OSError.
-    """
-    pieces = {}
-    # a piece may be a character at which splitlines would split
-    for number, piece in enumerate(
-        path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
-    ):
-        if pieces.setdefault(piece, number) != number:
-            raise ValueError(f"line {number + 1} repeats {piece!r} of line {pieces[piece] + 1}")
-    return pieces
-
-
-def vocabulary_of(config):
-    """Return where the tokenizer of a configuration comes from, see tokenizer_of: a file, a folder
-    or a hub name.
+    Raises:
+        InputError: The configuration names none.
     """
     source, text_encoder = config["tokenizer"], config["text_encoder"]
-    if not source and text_encoder == "random":
+    if source:
+        return source
+    if text_encoder == "random":
         raise InputError(
-            "text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub name"
+            "text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub"
+            " name"
         )
-    return source or (
-        str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
-    )
+    return str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
 
 
-def tokenizer_of(config):
-    """Return the tokenizer that a task's configuration names, checked against vocab_size of its
-    bert_config.
+def tokenizer_of(config: dict[str, Any]) -> Tokenizer:
+    """Load the tokenizer that a configuration names and check that its size fits bert_config.
 
-    If the key tokenizer is missing, text_encoder names the tokenizer: the same hub name or folder,
-    or the folder of a weight file. config["bert_config"] becomes a dict with every key; the
-    vocab_size auto becomes the tokenizer's size. Raises InputError.
+    Without the key tokenizer, text_encoder names it: the same hub name or folder, or the folder of
+    a weight file. config["bert_config"] becomes a dict with every key, and its vocab_size `auto`
+    becomes the tokenizer's size.
+
+    Raises:
+        InputError: The tokenizer cannot be loaded, or it does not fit bert_config.
     """
     source = vocabulary_of(config)
     tokenizer = build_tokenizer(source)
@@ -230,112 +323,15 @@ def tokenizer_of(config):
         bert_config["vocab_size"] = size
     if bert_config["vocab_size"] != size:
         raise InputError(
-            f"tokenizer {source} has {size} word pieces and bert_config has vocab_size {bert_config['vocab_size']}: "
-            f"name the tokenizer that belongs to the config, or set vocab_size to {size}"
+            f"tokenizer {source} has {size} word pieces and bert_config has vocab_size"
+            f" {bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set"
+            f" vocab_size to {size}"
         )
     most = bert_config["max_position_embeddings"]
     if (config["max_tokens"] or 0) > most:
         raise InputError(
-            f"max_tokens is {config['max_tokens']}, and max_position_embeddings of bert_config {most}: lower it"
+            f"max_tokens is {config['max_tokens']}, and max_position_embeddings of bert_config"
+            f" {most}: lower it"
         )
     tokenizer.model_max_length = most  # unless the task has a smaller limit
     return tokenizer
-
-
-def captions_of(files):
-    """Yield every caption of annotation files whose entries have `caption`, a string or a list.
-
-    Raises InputError.
-    """
-    remedy = "python -m dataset.to_json makes one from a table, a folder or an official file"
-    for path in files:
-        try:
-            entries = json.loads(read_regular(path).decode("utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cannot be read as a JSON list ({error}); {remedy}") from None
-        if not isinstance(entries, list) or not entries:
-            raise InputError(
-                f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}}; {remedy}'
-            )
-        for index, entry in enumerate(entries):
-            found = entry.get("caption") if isinstance(entry, dict) else None
-            texts = found if isinstance(found, list) else [found]
-            if not all(isinstance(text, str) for text in texts):
-                raise InputError(
-                    f"{path}: entry {index} (counting from 0) has no 'caption' of a text or a list of texts: "
-                    "correct it"
-                )
-            # the trainer refuses halves of surrogate pairs, which JSON can hold
-            yield from (text.encode("utf-8", "ignore").decode() for text in texts)
-
-
-def train_vocab(captions, size, min_frequency=2):
-    """Train a WordPiece vocabulary of at most `size` pieces on an iterable of captions; return the
-    pieces in order.
-
-    The same captions give the same pieces. The trainer numbers letters inside of words in the order
-    of a hash table, which is another one in each process, and merges pairs of equal frequency by
-    number. So these letters are given in order.
-    """
-    backend, captions = _word_pieces({}, OWN), list(captions)
-    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
-    words = Counter(word for caption in captions for word, _ in split(normalize(caption)))
-    counts = Counter()
-    for word, count in words.items():
-        counts.update(dict.fromkeys(word, count))
-    letters = sorted(counts, key=lambda letter: (-counts[letter], letter))[: max(1000, size)]
-    inner = {letter for word in words for letter in word[1:]}
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=size,
-        min_frequency=min_frequency,
-        initial_alphabet=letters,
-        limit_alphabet=len(letters),
-        special_tokens=[
-            *SPECIAL.values(),
-            *(f"##{letter}" for letter in letters if letter in inner),
-        ],
-        show_progress=False,
-    )
-    backend.train_from_iterator(captions, trainer)
-    vocab = backend.get_vocab()
-    return sorted(vocab, key=vocab.get)
-
-
-def main():
-    """Train a vocabulary from the command line."""
-    args = flags.parse_args()
-    pieces = train_vocab(captions_of(args.files), args.size)
-    if len(pieces) == len(SPECIAL):
-        raise InputError(
-            f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
-        )
-    output = Path(args.output)
-    if output.suffix == ".json":
-        backend = _word_pieces({piece: number for number, piece in enumerate(pieces)}, OWN)
-        files = {output: backend.to_str(pretty=True)}
-    else:
-        files = {
-            settings_file(output): json.dumps(OWN, indent=1),
-            output: "".join(f"{piece}\n" for piece in pieces),
-        }
-    existing = [str(path) for path in files if path.exists()]
-    if existing and not args.overwrite:
-        raise InputError(
-            f"--output: {', '.join(existing)} exists already: name another file, or add --overwrite"
-        )
-    try:
-        os.makedirs(os.path.dirname(args.output) or ".", exist_ok=True)
-        for path, text in files.items():
-            with atomic_write(path) as file:
-                file.write(text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--output {args.output}: cannot write there ({error.strerror}), name another file"
-        ) from None
-    print(
-        f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must be {len(pieces)} or auto"
-    )
-
-
-if __name__ == "__main__":
-    run_script(main)

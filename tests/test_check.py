@@ -375,7 +375,7 @@ def test_a_vocabulary_of_other_words_is_noted(run, write, caption, noted):
     status, out, report = run(
         "--images", 0, train_file=write([{"image": GOOD, "caption": caption}])
     )
-    assert status == 0 and len(report["notes"]) == noted and ("models.tokenizer" in out) == noted
+    assert status == 0 and len(report["notes"]) == noted and ("tools.vocabulary" in out) == noted
 
 
 def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shapes):

@@ -20,7 +20,7 @@ from engine.recorder import write_log
 from experiments.run import read_experiments
 from models import build_model
 from models.hashes import recorded_hash
-from models.tokenizer import captions_of
+from tools.vocabulary import captions_of
 from utils import InputError, TrainingStopped
 
 
@@ -292,7 +292,7 @@ SCRIPTS = (
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "models.tokenizer"],
+    [*SCRIPTS, "dataset.check", "dataset.to_json", "dataset.to_shards", "tools.vocabulary"],
 )
 def test_help_does_not_wait_for_torch(script):
     command = [

@@ -15,7 +15,8 @@ from tokenizers.models import WordLevel
 from transformers import BertTokenizer
 
 from dataset.text import is_blank
-from models.tokenizer import SPECIAL, build_tokenizer, main, train_vocab
+from models.tokenizer import SPECIAL, build_tokenizer
+from tools.vocabulary import main, train_vocab
 
 GOLDEN = json.load(open("tests/golden/text.json"))
 
@@ -41,7 +42,8 @@ def test_token_ids_are_the_released_ones(tokenizer):
 def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
     (tmp_path / "a").mkdir()
     shutil.copy("tests/golden/vocab.txt", tmp_path / "a")
-    tokenizer.save_pretrained(tmp_path / "b")
+    (tmp_path / "b").mkdir()
+    tokenizer.backend_tokenizer.save(str(tmp_path / "b/tokenizer.json"))
     text = GOLDEN["tokens"][2]["text"]
     for folder in ("a", "b"):
         assert (
@@ -87,7 +89,7 @@ def test_bad_vocabularies_are_named(tmp_path, name, content, lacking):
     assert (
         f"{name} is not a vocabulary" in message
         and lacking in message
-        and "python -m models.tokenizer" in message
+        and "python -m tools.vocabulary" in message
     )
 
 
@@ -197,7 +199,8 @@ def test_what_a_folder_says_of_case_and_accents_is_done(tmp_path, capsys, settin
 
 def test_tokenizer_json_wins_over_vocab_txt(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL.values(), "a"]))
-    build_tokenizer("tests/golden/vocab.txt").save_pretrained(tmp_path)
+    backend = build_tokenizer("tests/golden/vocab.txt").backend_tokenizer
+    backend.save(str(tmp_path / "tokenizer.json"))
     assert (
         build_tokenizer(tmp_path)("a")["input_ids"]
         == build_tokenizer("tests/golden/vocab.txt")("a")["input_ids"]
@@ -320,6 +323,7 @@ def test_a_hub_without_the_file_or_the_repository(hub):
 
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
     place_hub(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     message = refusal(build_tokenizer, "some-lab/some-bert")
     assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
     assert "proxy variables" in message and "local copy of tokenizer.json or vocab.txt" in message

@@ -60,13 +60,13 @@ def split_words(text, model, tokenizer):
     """
     text = without_halves(text)
     limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
-    tokens, pieces = tokenizer([text], verbose=False), {}
-    for position, word in enumerate(tokens.word_ids(0)[:limit]):
+    encoding, pieces = tokenizer.backend_tokenizer.encode(text), {}
+    for position, word in enumerate(encoding.word_ids[:limit]):
         if word is not None:
             pieces.setdefault(word, []).append(position)
-    ids, words = tokens["input_ids"][0][:limit], []
+    ids, words = encoding.ids[:limit], []
     for word, positions in pieces.items():
-        start, end = tokens.word_to_chars(0, word)
+        start, end = encoding.word_to_chars(word)
         words.append(text[start:end] + UNKNOWN * (ids[positions[0]] == tokenizer.unk_token_id))
     ids = torch.tensor([ids], device=model.bert.embeddings.position_ids.device)
     return Phrase(text, Text(ids, torch.ones_like(ids)), words, list(pieces.values()))

@@ -1,0 +1,1 @@
+"""Commands beside the tasks: `python -m tools.NAME`."""

@@ -1,0 +1,142 @@
+"""Train a WordPiece vocabulary on the captions of annotation files, in any language.
+
+The vocabulary keeps accents and has no upper case (NFC). Name it by the key tokenizer.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from configs.flags import Flags, at_least
+from utils import InputError, atomic_write, read_regular, run_script
+
+parser = Flags(__doc__, "train.json --size 5000 --output vocab.txt")
+parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
+parser.add_argument(
+    "--output",
+    required=True,
+    type=Path,
+    help="file to write: vocab.txt, with one word piece a line and tokenizer_config.json beside it,"
+    " or tokenizer.json, one file for both",
+)
+parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+parser.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")
+
+
+def captions_of(files: Iterable[Path | str]) -> Iterator[str]:
+    """Yield the captions of annotation files whose entries have `caption`, a text or a list.
+
+    Raises:
+        InputError: A file cannot be read, or an entry has no caption.
+    """
+    remedy = "python -m dataset.to_json makes one from a table, a folder or an official file"
+    for path in files:
+        try:
+            entries = json.loads(read_regular(path).decode("utf-8-sig"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}: cannot be read as a JSON list ({error}); {remedy}") from None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(
+                f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}};'
+                f" {remedy}"
+            )
+        for index, entry in enumerate(entries):
+            caption = entry.get("caption") if isinstance(entry, dict) else None
+            texts = caption if isinstance(caption, list) else [caption]
+            if not all(isinstance(text, str) for text in texts):
+                raise InputError(
+                    f"{path}: entry {index} (counting from 0) has no 'caption' of a text or a list"
+                    " of texts: correct it"
+                )
+            # the trainer refuses halves of surrogate pairs, which JSON can hold
+            yield from (text.encode("utf-8", "ignore").decode() for text in texts)
+
+
+def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> list[str]:
+    """Train a WordPiece vocabulary.
+
+    The same captions give the same pieces. The trainer numbers the letters inside of words in the
+    order of a hash table that differs between processes, and merges pairs of equal frequency by
+    number. So the letters are passed to it in a fixed order.
+
+    Args:
+        captions: Texts to train on.
+        size: Largest number of pieces.
+        min_frequency: Smallest frequency of a pair of pieces that is merged.
+
+    Returns:
+        The pieces in the order of their ids.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+
+    from models.tokenizer import OWN, SPECIAL, word_pieces
+
+    backend, captions = word_pieces({}, OWN), list(captions)
+    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
+    words = Counter(word for caption in captions for word, _ in split(normalize(caption)))
+    counts = Counter()
+    for word, count in words.items():
+        counts.update(dict.fromkeys(word, count))
+    letters = sorted(counts, key=lambda letter: (-counts[letter], letter))[: max(1000, size)]
+    inner = {letter for word in words for letter in word[1:]}
+    trainer = WordPieceTrainer(
+        vocab_size=size,
+        min_frequency=min_frequency,
+        initial_alphabet=letters,
+        limit_alphabet=len(letters),
+        special_tokens=[
+            *SPECIAL.values(),
+            *(f"##{letter}" for letter in letters if letter in inner),
+        ],
+        show_progress=False,
+    )
+    backend.train_from_iterator(captions, trainer)
+    vocab = backend.get_vocab()
+    return sorted(vocab, key=vocab.get)
+
+
+def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
+    """Return the texts of a vocabulary's files by path; see --output."""
+    from models.tokenizer import OWN, settings_file, word_pieces
+
+    if output.suffix == ".json":
+        vocab = {piece: number for number, piece in enumerate(pieces)}
+        return {output: word_pieces(vocab, OWN).to_str(pretty=True)}
+    lines = "".join(f"{piece}\n" for piece in pieces)
+    return {settings_file(output): json.dumps(OWN, indent=1), output: lines}
+
+
+def main() -> None:
+    """Train a vocabulary from the command line."""
+    args = parser.parse_args()
+    from models.tokenizer import SPECIAL
+
+    pieces = train_vocab(captions_of(args.files), args.size)
+    if len(pieces) == len(SPECIAL):
+        raise InputError(
+            f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
+        )
+    files = vocabulary_files(pieces, args.output)
+    existing = [str(path) for path in files if path.exists()]
+    if existing and not args.overwrite:
+        raise InputError(
+            f"--output: {', '.join(existing)} exists already: name another file, or add --overwrite"
+        )
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            with atomic_write(path) as file:
+                file.write(text.encode())
+    except OSError as error:
+        raise InputError(
+            f"--output {args.output}: cannot write there ({error.strerror}), name another file"
+        ) from None
+    print(
+        f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must"
+        f" be {len(pieces)} or auto"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
