@@ -7,6 +7,12 @@ import sys
 
 from utils import TIMEOUT, InputError
 
+# help of flags whose value models.weights.find_checkpoint takes
+CHECKPOINT_HELP = (
+    "a .pth or .safetensors file, a run folder (its best epoch, else its last), or a hub repository"
+    " USER/NAME[@REVISION]"
+)
+
 
 class Help(argparse.RawDescriptionHelpFormatter):
     """Show the default of every flag that has one to show."""
@@ -163,9 +169,7 @@ def task_flags(description, config, example, trains=True):
         "--checkpoint",
         default="",
         metavar="FILE",
-        help="start from the weights of this file or hub repository, USER/NAME[@REVISION]"
-        if trains
-        else "the weights to evaluate",
+        help=f"weights to {'start from' if trains else 'evaluate'}: {CHECKPOINT_HELP}",
     )
     flags.add_argument(
         "--text_encoder",

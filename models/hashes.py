@@ -1,4 +1,4 @@
-"""SHA-256 of files, and the records of it beside them (FILE.sha256)."""
+"""SHA-256 of files, and the records of them beside the files (FILE.sha256)."""
 
 import hashlib
 import os
@@ -7,46 +7,48 @@ from pathlib import Path
 
 from utils import InputError, read_regular
 
+# path -> recorded hash, size and modification time of a file that this process has verified
+_verified = {}
 
-def hash_file(path):
+
+def hash_file(path: Path | str) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_record(path):
-    """Return where the SHA-256 of a file is recorded:
-
-    PATH.sha256, which `sha256sum --check` reads.
-    """
+def hash_record(path: Path | str) -> Path:
+    """Return the file that records the SHA-256 of `path`, as `sha256sum --check` reads it."""
     return Path(f"{path}.sha256")
 
 
-def recorded_hash(path):
+def recorded_hash(path: Path | str) -> str | None:
     """Return the recorded SHA-256 of a file in hexadecimal, None without a record.
 
-    Raises InputError.
+    Raises:
+        InputError: The record cannot be read or holds no SHA-256.
     """
     record = hash_record(path)
     try:
-        found = re.search(r"^\\?([0-9a-fA-F]{64})\b", read_regular(record).decode(), re.MULTILINE)
+        text = read_regular(record).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{record}: cannot be read ({error}), remove it or repair it") from None
-    if not found:
+    digest = re.search(r"^\\?([0-9a-fA-F]{64})\b", text, re.MULTILINE)
+    if not digest:
         raise InputError(f"{record}: holds no SHA-256; remove it, or write it anew with sha256sum")
-    return found[1].lower()
+    return digest[1].lower()
 
 
-# path -> recorded hash, size and time of change of a file that this process has read whole
-_verified = {}
+def verify_hash(path: Path | str) -> bool:
+    """Compare a file with its recorded SHA-256. The file is read once per process.
 
+    Returns:
+        Whether there is a record.
 
-def verify_hash(path):
-    """Return whether a file has a recorded SHA-256.
-
-    It is read for it once per process. Raises InputError if it has another.
+    Raises:
+        InputError: The hashes differ, or a file cannot be read.
     """
     expected = recorded_hash(path)
     if expected is None:
@@ -59,8 +61,9 @@ def verify_hash(path):
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if differs:
         raise InputError(
-            f"{path}: its SHA-256 is not the one in {hash_record(path)}, so it was damaged or changed: move it away and "
-            f"download it again (Download.py), or remove {hash_record(path)} if the change is meant"
+            f"{path}: its SHA-256 is not the one in {hash_record(path)}, so it was damaged or changed:"
+            f" move it away and download it again, or remove {hash_record(path)} if the change is"
+            " meant"
         )
     _verified[str(path)] = state
     return True

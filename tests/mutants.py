@@ -287,19 +287,19 @@ MUTANTS = [
     Mutant("models/conversions.py", 'mode="bicubic"', 'mode="bilinear"'),
     Mutant("models/weights.py", " and name in QUEUES and not keep_queues:", " and False:"),
     Mutant("models/weights.py", "allow_missing or module not in in_file", "True"),
-    Mutant("models/weights.py", "may_be_new(name) or name in made_anew", "may_be_new(name)"),
-    Mutant("models/weights.py", "    elif unplaced:\n", "    elif False:\n"),
+    Mutant("models/weights.py", "may_be_new(name) or name in optional", "may_be_new(name)"),
+    Mutant("models/weights.py", "    if unused:\n", "    if False:\n"),
     Mutant("models/weights.py", "elif twin != in_file:", "elif False:"),
     Mutant(
         "models/weights.py",
         "if target.is_floating_point() and not target.isfinite().all():",
         "if False:",
     ),
-    Mutant("models/weights.py", "if complete and lacking", "if False and lacking"),
+    Mutant("models/weights.py", "if complete and module", "if False and module"),
     Mutant(
         "models/conversions.py", 'if to_pairs and name.split(".")[0].endswith("_m"):', "if False:"
     ),
-    Mutant("models/conversions.py", "lambda layer: fusion + layer)", "lambda layer: layer)"),
+    Mutant("models/conversions.py", "lambda layer: fusion + layer", "lambda layer: layer"),
     Mutant("models/conversions.py", "fusion + (block - fusion) // 2", "block // 2"),
     Mutant(
         "models/conversions.py",
@@ -308,7 +308,6 @@ MUTANTS = [
     ),
     Mutant("models/conversions.py", "known.setdefault(head + name, known[twin])", "pass"),
     Mutant("models/weights.py", " and not has_head", ""),
-    Mutant("models/weights.py", "if beginning not in mixed", "if True"),
     Mutant("models/weights.py", "r.in_file != r.name", "True"),
     # optimizer and schedule
     Mutant(

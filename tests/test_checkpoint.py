@@ -20,14 +20,12 @@ from models.conversions import interpolate_pos_embed
 from models.tokenizer import build_tokenizer
 from models.weights import (
     checkpoint_epoch,
-    common_rename,
     find_checkpoint,
-    listed,
     load_checkpoint,
     load_text_encoder,
     load_vision_encoder,
     read_weights,
-    shorten,
+    summarize_names,
     write_weights,
 )
 from utils import InputError, Text
@@ -187,9 +185,7 @@ def test_another_kind_of_vit_is_refused(model, tmp_path):
         img_size=48, patch_size=16, embed_dim=16, depth=2, num_heads=2, init_values=1.0
     )
     torch.save(vit.state_dict(), tmp_path / "scaled.pth")
-    with pytest.raises(
-        InputError, match=r"no place for: blocks.{0-1}.ls{1-2}.gamma; .*another kind"
-    ):
+    with pytest.raises(InputError, match=r"no place for: blocks.0.ls1.gamma, .*another kind"):
         load_vision_encoder(model, tmp_path / "scaled.pth")
     torch.save({**vit.state_dict(), "dist_token": vit.cls_token}, tmp_path / "distilled.pth")
     assert "use the plain DeiT" in refusal(load_vision_encoder, model, tmp_path / "distilled.pth")
@@ -226,11 +222,8 @@ def test_missing_weights_are_an_error_unless_allowed(model, state, load):
     ]:
         del state[name]
     message = refusal(load, model, {"model": state})
-    assert (
-        "lacks 14 tensors of the model: text_encoder[_m].bert.encoder.layer.1.attention.self.*, itm_head.*; "
-        in message
-    )
-    assert "--allow_missing" in message
+    assert "lacks 14 tensors of the model: text_encoder.bert.encoder.layer.1.attention" in message
+    assert " and 9 more; " in message and "--allow_missing" in message
     # a refused file changes nothing
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "itm_head.weight" in load(model, {"model": state}, allow_missing=True).new
@@ -238,7 +231,8 @@ def test_missing_weights_are_an_error_unless_allowed(model, state, load):
 
 def test_a_fine_tuned_file_lacks_the_vocabulary_head_alone(model, golden, load):
     message = refusal(load, model, golden("retrieval.pt")["state_dict"])
-    assert "tensors of the model: text_encoder[_m].cls.*; is it the right file?" in message
+    names = message.partition("tensors of the model: ")[2].partition(" and ")[0].split(", ")
+    assert len(names) == 5 and all(name.startswith("text_encoder.cls.") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -283,35 +277,18 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
 
 
-def test_a_report_names_modules_layers_and_momentum_in_one_line_each(build, state, load, tmp_path):
+def test_a_report_counts_and_names_each_kind(build, state, load, tmp_path):
     state["visual_encoder.cls_token"] = state["visual_encoder.cls_token"].half()
-    assert str(load(build("ve"), state)).splitlines() == [
-        f"{tmp_path / 'file.pth'}: 240 of 248 tensors loaded",
-        "  converted: text_encoder[_m].bert.* -> text_encoder[_m].* (180)",
-        "  cast: from float16 (1)",
-        "  new: cls_head[_m].* (8)",
-        "  ignored: temp, image_queue, text_queue, queue_ptr, text_encoder[_m].cls.*, vision_proj[_m].*, text_proj[_m].*, "
-        "itm_head.* (28)",
-    ]
-
-
-def test_names_are_shortened_to_what_they_have_in_common_alone():
-    layers = [f"layer.{i}.{part}.weight" for i in range(12) for part in ("query", "key")]
-    names = [
-        name for name in layers if "query" in name or name.startswith(("layer.3.", "layer.7."))
-    ] + ["temp", "a.b.c", "a.d"]
-    assert shorten(names, [*layers, *names, "a.b.x", "temper"]) == [
-        "layer.{0,1,2,4,5,6,8,9,10,11}.query.weight",
-        "layer.{3,7}.*",
-        "temp",
-        "a.b.c",
-        "a.d",
-    ]
-    renames = [
-        common_rename(rename) for rename in ("x.a.weight -> y.a.weight", "x.gamma -> x.weight")
-    ]
-    assert renames == ["x.* -> y.*", "x.gamma -> x.weight"]
-    assert listed([str(i) for i in range(12)]) == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more"
+    report = load(build("ve"), state)
+    first, *lines = str(report).splitlines()
+    assert first == f"{tmp_path / 'file.pth'}: 240 of 248 tensors loaded"
+    counts = {"converted": 180, "cast": 1, "new": 8, "ignored": 28}
+    assert [line.split(" (")[0] for line in lines] == [f"  {k}: {n}" for k, n in counts.items()]
+    assert "temp, image_queue, text_queue, queue_ptr, " in lines[-1] and "and 23 more" in lines[-1]
+    assert "text_encoder.bert.embeddings.word_embeddings.weight -> text_encoder." in lines[0]
+    assert all(len(getattr(report, kind)) == count for kind, count in counts.items())
+    assert summarize_names(["a", "b", "c"], 2) == "a, b and 1 more"
+    assert summarize_names(["a", "b"], 2) == "a, b"
 
 
 def first_parts(names):
@@ -501,14 +478,12 @@ def test_weights_without_a_place_are_an_error(build, load):
     """They would be left out silently: layers of a pair would stand for layers, cross-attention
     would be lost.
     """
-    with pytest.raises(
-        InputError, match=r"no place for: text_encoder.encoder.layer.{4-5}.*two images"
-    ):
+    with pytest.raises(InputError, match=r"no place for: text_encoder.encoder.layer.4.*two images"):
         load(build("ve"), build("nlvr_pretrain").state_dict())
     earlier = build("ve", bert_config={**BERT, "fusion_layer": 1}).state_dict()
     with pytest.raises(
         InputError,
-        match=r"no place for: text_encoder\[_m\].encoder.layer.1.crossattention.*fusion_layer",
+        match=r"no place for: text_encoder.encoder.layer.1.crossattention.*fusion_layer",
     ):
         load(build("ve"), earlier)
     assert load(build("ve"), earlier, allow_missing=True).ignored

@@ -138,7 +138,7 @@ def test_a_released_file_is_taken_whole(released, name, task):
     }
     assert all(resized.endswith("pos_embed") for resized in report.resized)
     assert ("visual_encoder.pos_embed" in report.resized) == (len(resolutions) == 2)
-    assert all(len(line) < 300 for line in str(report).splitlines()), report
+    assert all(len(line) < 400 for line in str(report).splitlines()), report
     if TASK[name] == task:
         assert not report.ignored and not report.converted and not report.cast
 
@@ -150,11 +150,11 @@ def test_a_released_file_of_no_use_is_refused_by_name(released, name, task):
     if "cls_head" in first_parts(KEYS[name]) and task in ("ve", "nlvr"):
         message = r"cls_head.2.weight has shape .*head of another task"
     elif (name, task) == ("Pretrain_nlvr", "ve"):
-        message = r"no place for: text_encoder.encoder.layer.{12-17}.* two images"
+        message = r"no place for: text_encoder.encoder.layer.12.* two images"
     else:
-        message = r"lacks \d+ tensors of the model: .*(itm_head|text_(en|de)coder\[_m\].cls|vision_proj|temp)"
+        message = r"lacks \d+ tensors of the model: .*(itm_head|text_(en|de)coder.cls|proj|temp)"
     found = refusal(load_checkpoint, model_of(task), released(name))
-    assert re.search(message, found) and len(found) < 500
+    assert re.search(message, found) and len(found) < 600
 
 
 @pytest.mark.parametrize("name", TASK)
