@@ -164,7 +164,7 @@ def export_folder(args):
         if key in BERT_KEYS
     }
     # without paths of this machine
-    config = {key: value for key, value in config.items() if key not in FILE_KEYS}
+    config = {key: value for key, value in config.to_dict().items() if key not in FILE_KEYS}
     config |= {"bert_config": bert_config, "tokenizer": VOCABULARY}
     epoch = content.get("epoch")
     metrics = metrics_of(Path(args.checkpoint).parent / "log.txt", epoch)

@@ -4,7 +4,10 @@ them in a note.
 
 from collections.abc import Iterator
 
-from configs.schema import KEYS, VALIDATED, parse_override
+from configs.config import FIELDS as KEYS
+from configs.config import as_config
+from configs.load import parse_override
+from configs.tasks import TASKS
 from utils import InputError
 
 # keys of released files that no code reads: no note names them
@@ -29,6 +32,7 @@ def unread_keys(task: str, config: dict) -> list[str]:
     """Return the keys of a complete configuration that the task does not read and that differ from
     their default.
     """
+    config = as_config(config)
     return [
         name
         for name, key in KEYS.items()
@@ -50,7 +54,7 @@ def idle_keys(
         given = [key for key in given if not KEYS[key].training]
     objectives, answers = config["objectives"], config["answer_list"]
     shards = any(name.endswith(".tar") for name in config["train_file"] or [])
-    validates = (task in VALIDATED and config["val_file"]) or (
+    validates = ("validates" in TASKS[task].traits and config["val_file"]) or (
         task == "grounding" and config["test_file"]
     )
     for idle, reason, keys in (

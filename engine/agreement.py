@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from configs.schema import FILE_KEYS
+from configs.config import FILE_KEYS, as_config
 from utils import InputError, gather_lists, hash_contents, is_distributed
 
 # nodes may have different paths and numbers of cores
@@ -26,7 +26,11 @@ def check_agreement(config: dict, seed: int, tokenizer, data_sets: dict) -> None
     """
     if not is_distributed():
         return
-    own = {f"the key {key}": value for key, value in config.items() if key not in OF_A_NODE}
+    own = {
+        f"the key {key}": value
+        for key, value in as_config(config).to_dict().items()
+        if key not in OF_A_NODE
+    }
     own["--seed"] = seed
     own |= {
         key: f"{len(data_set)} samples ({data_set.digest()})" for key, data_set in data_sets.items()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.config import as_config
 from dataset.loading import TrainBatches, to_device
 from engine.curves import Curves
 from engine.device import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
@@ -311,7 +312,7 @@ def prepare(model, dataset, tokenizer, step, config, output_dir, device, seed, r
             f"accumulate {accumulate}: an epoch has only {len(batches)} batches, lower it"
         )
     # one rate, also where a caller changed only this one
-    schedule = {**config["scheduler"], "lr": config["optimizer"]["lr"]}
+    schedule = {**as_config(config).scheduler.to_dict(), "lr": config["optimizer"]["lr"]}
     scheduler = scaled(
         schedule, config["batch_size"] * world_size() * accumulate, config["reference_batch"]
     )

@@ -21,7 +21,8 @@ from typing import BinaryIO
 import torch
 from tqdm import tqdm
 
-from configs.schema import save_config, save_interval
+from configs.config import as_config
+from configs.load import save_config, save_interval
 from models.weights import check_vocabulary, load_weights, named_tensors, read_checkpoint
 from models.tokenizer import VOCABULARY
 from utils import (
@@ -94,7 +95,7 @@ def save_settings(model, config, folder):
     Raises TrainingStopped.
     """
     if model.vocabulary:
-        config = {**config, "tokenizer": VOCABULARY}
+        config = {**as_config(config).to_dict(), "tokenizer": VOCABULARY}
         with writing(folder / VOCABULARY), atomic_write(folder / VOCABULARY) as file:
             file.write(model.vocabulary.encode())
     with writing(folder / "config.yaml"):
@@ -169,7 +170,7 @@ class Saver:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "lr_scheduler": {"lr": lr},
-            "config": config,
+            "config": as_config(config).to_dict(),
             "epoch": position.epoch - 1 if done else position.epoch,
             "resume": {**asdict(position), **own},
             **({"tokenizer_json": model.vocabulary} if model.vocabulary else {}),
@@ -478,6 +479,7 @@ def resume(path, model, optimizer, config, seed, entries=None):
             "its weights"
         )
     saved, saved_config = state["resume"], state["config"]
+    config = as_config(config).to_dict()
     if saved_config["optimizer"]["opt"].lower() != config["optimizer"]["opt"].lower():
         raise _other_optimizer(path)
     check_vocabulary(model, state, path)

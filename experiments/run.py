@@ -272,7 +272,9 @@ def settings(row, rows):
     Raises InputError where the configuration is not valid.
     """
     output = str(row.folder).removesuffix(row.name)
-    config = load_config(row.keys["config"], overrides(row)) if "config" in row.keys else {}
+    config = (
+        load_config(row.keys["config"], overrides(row)).to_dict() if "config" in row.keys else {}
+    )
     return {
         "command": [part.removeprefix(output) for part in row.command],  # results may be moved
         "config": config,
@@ -307,7 +309,7 @@ def changes(now, then):
     if now["command"] != then["command"]:
         yield f"its command was: {shlex.join(then['command'])}"
     # a key that has come since then has its default
-    before = with_defaults(then["config"]) if then["config"] else {}
+    before = with_defaults(then["config"]).to_dict() if then["config"] else {}
     yield from (
         f"{key} was {before.get(key)}"
         for key, value in now["config"].items()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from configs.config import as_config
 from dataset.images import FORMATS, ImageError, load_image
 from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.device import autocast
@@ -307,7 +308,7 @@ def update_index(folder, index, model, images, problems, prune=False):
                 checkpoint,
                 weights,
                 model.task,
-                model.config,
+                as_config(model.config).to_dict(),
                 left,
             )
             write_index(folder, made, unusable)

@@ -318,9 +318,10 @@ def tokenizer_of(config: dict[str, Any]) -> Tokenizer:
     source = vocabulary_of(config)
     tokenizer = build_tokenizer(source)
     bert_config, size = read_bert_config(config["bert_config"]), len(tokenizer)
-    config["bert_config"] = bert_config = {key: bert_config[key] for key in BERT_KEYS}
+    bert_config = {key: bert_config[key] for key in BERT_KEYS}
     if bert_config["vocab_size"] == "auto":
         bert_config["vocab_size"] = size
+    config["bert_config"] = bert_config
     if bert_config["vocab_size"] != size:
         raise InputError(
             f"tokenizer {source} has {size} word pieces and bert_config has vocab_size"

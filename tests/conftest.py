@@ -128,7 +128,7 @@ def sharded(shapes, tmp_path_factory):
 
 def tiny(shapes):
     """A configuration that trains a tiny model on the data set of shapes in a folder in a second."""
-    from configs.schema import with_defaults
+    from configs.config import as_config
 
     vocab = (shapes / "vocab.txt").read_text().splitlines()
     bert = {
@@ -147,7 +147,7 @@ def tiny(shapes):
         "fusion_layer": 2,
         "encoder_width": 16,
     }
-    return with_defaults(
+    return as_config(
         {
             "train_file": str(shapes / "pretrain.json"),
             "test_file": str(shapes / "test.json"),
@@ -168,7 +168,7 @@ def tiny(shapes):
             "k_test": 4,
             "scheduler": {"lr": 1e-3, "epochs": 2, "warmup_iters": 2},
         }
-    )
+    ).to_dict()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import ExifTags, Image
 from ruamel.yaml import YAML
 from test_shards import write_tar
 
-from configs.schema import ANNOTATION_KEYS, with_defaults
+from configs.config import ANNOTATION_KEYS, as_config
 from configs.tasks import find_task
 from dataset import check
 from dataset.pool import in_processes
@@ -139,7 +139,7 @@ def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_co
                 **keys_of(task, shapes),
                 key: str(shapes / f"{name}.json"),
             }
-            config = with_defaults({**tiny_config, **keys})
+            config = as_config({**tiny_config, **keys})
             try:
                 load_data(
                     task,

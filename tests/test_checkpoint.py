@@ -564,6 +564,6 @@ def test_no_script_reads_a_file_in_another_way():
                 found.setdefault(name, []).append(str(path.relative_to(ROOT)))
     assert found.pop("torch.load") == ["models/weights.py"]
     assert found == {
-        'YAML(typ="safe").load': ["configs/schema.py"],
+        'YAML(typ="safe").load': ["configs/load.py"],
         "Unpickler)": ["dataset/refer.py"],
     }

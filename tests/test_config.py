@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refusal
+from msgspec.structs import replace
 from ruamel.yaml import YAML
 
-from configs.schema import load_config, override, read_bert_config, save_config, with_defaults
+from configs.config import Config, as_config, read_bert_config
+from configs.load import load_config, override, save_config
 from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import distillation_weight, learning_rate
@@ -48,9 +50,9 @@ def test_pretraining_config_is_the_papers_recipe():
         "opt_eps": None,
         "opt_betas": None,
     }
-    assert config["optimizer"] == expected
+    assert config.optimizer.to_dict() == expected
     rates = [
-        learning_rate(config["scheduler"], epoch, i, 3000)
+        learning_rate(config.to_dict()["scheduler"], epoch, i, 3000)
         for epoch, i in ((0, 0), (0, 1001), (29, 0))
     ]
     assert rates == pytest.approx([1e-5, 1e-4, 1.02465e-5], rel=1e-4)
@@ -83,7 +85,7 @@ def test_eps_and_betas_reach_the_optimizer(pretrain, tmp_path):
 @pytest.mark.parametrize("task", json.load(open("tests/golden/lr.json")))
 def test_learning_rates_are_the_released_ones(task):
     golden = json.load(open("tests/golden/lr.json"))[task]
-    scheduler = with_defaults({"scheduler": golden["schedular"]})["scheduler"]
+    scheduler = as_config({"scheduler": golden["schedular"]}).to_dict()["scheduler"]
     iterations, epochs = golden["iterations_per_epoch"], golden["schedular"]["epochs"]
     changes, last = [], None
     for epoch in range(epochs):
@@ -97,7 +99,7 @@ def test_learning_rates_are_the_released_ones(task):
 
 
 def test_smooth_schedule_warms_up_and_ends_at_the_minimum():
-    scheduler = with_defaults(
+    scheduler = as_config(
         {
             "scheduler": {
                 "lr": 1e-3,
@@ -107,7 +109,7 @@ def test_smooth_schedule_warms_up_and_ends_at_the_minimum():
                 "warmup_iters": 10,
             }
         }
-    )
+    ).to_dict()
     rates = [learning_rate(scheduler["scheduler"], t // 50, t % 50, 50) for t in range(150)]
     assert rates[0] == 0 and rates[5] == pytest.approx(5e-4) and rates[10] == pytest.approx(1e-3)
     assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(
@@ -117,12 +119,12 @@ def test_smooth_schedule_warms_up_and_ends_at_the_minimum():
 
 
 def test_alpha_ramps_within_the_first_epoch():
-    config = with_defaults({})
+    config = as_config({})
     assert [distillation_weight(config, 0, i, 4) for i in range(4)] == pytest.approx(
         [0, 0.1, 0.2, 0.3]
     )
     assert distillation_weight(config, 1, 0, 4) == 0.4
-    assert distillation_weight({**config, "warm_up": False}, 0, 0, 4) == 0.4
+    assert distillation_weight(replace(config, warm_up=False), 0, 0, 4) == 0.4
 
 
 def test_released_spelling_and_overrides(tmp_path):
@@ -163,9 +165,9 @@ def test_released_spelling_and_overrides(tmp_path):
 def test_two_names_of_a_key_are_one_key(keys, flags):
     config = override(keys, flags, "config")
     if "optimizer" in keys:
-        assert config["optimizer"]["lr"] == config["scheduler"]["lr"] == 2e-3
+        assert config.optimizer.lr == config.to_dict()["scheduler"]["lr"] == 2e-3
     else:
-        assert config["batch_size"] == 16 and "batch_size_train" not in config
+        assert config.batch_size == 16 and "batch_size_train" not in config.to_dict()
 
 
 def saved(folder):
@@ -221,17 +223,20 @@ def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(
         build_model("pretrain", {**tiny_config, "bert_config": bert})
 
 
-def test_a_configuration_is_a_copy_of_its_defaults_and_of_what_it_is_made_from():
-    given = {"distill": ["itc"], "bert_config": {"hidden_size": 1}}
-    config = with_defaults(given)
-    config["objectives"].append("more")
-    config["distill"].append("more")
-    config["optimizer"]["lr"] = config["bert_config"]["hidden_size"] = None
-    assert (
-        with_defaults({})["objectives"] == ["itc", "mlm", "itm"]
-        and with_defaults({})["optimizer"]["lr"] == 1e-4
-    )
-    assert given == {"distill": ["itc"], "bert_config": {"hidden_size": 1}}
+def test_a_configuration_is_a_value():
+    given = {"distill": ["itc"], "scheduler": {"epochs": 3}}
+    config = as_config(given)
+    given["distill"].append("mlm")
+    assert config.distill == ("itc",) and as_config(config) is config
+    with pytest.raises(AttributeError):
+        config.batch_size = 8
+    with pytest.raises(AttributeError):
+        config.optimizer.lr = 8
+    changed = replace(config, batch_size=8)
+    assert (config.batch_size, changed.batch_size, changed.scheduler.epochs) == (None, 8, 3)
+    again = as_config(changed.to_dict())
+    assert again == changed and hash(again) == hash(changed) and again != config
+    assert Config() == as_config({}) == as_config({"scheduler": None})
 
 
 @pytest.mark.parametrize(
@@ -332,4 +337,5 @@ def test_snapshot_can_be_loaded_again(tmp_path):
     config = load_config("configs/Pretrain.yaml")
     save_config(config, tmp_path)
     assert load_config(tmp_path / "config.yaml") == config
+    assert YAML(typ="safe").load(tmp_path / "config.yaml")["bert_config"]["hidden_size"] == 768
     assert YAML(typ="safe").load(tmp_path / "config.yaml")["scheduler"]["epochs"] == 30

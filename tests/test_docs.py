@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import ROOT
 
-from configs.schema import KEYS
+from configs.config import FIELDS as KEYS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from test_engine import command_line, signal_at
 
 import examples.tcl
-from configs.schema import with_defaults
+from configs.config import as_config
 from configs.tasks import TASKS
 from models import build_model
 from models.weights import load_checkpoint
@@ -112,4 +112,4 @@ def test_the_configuration_is_the_quickstarts():
         YAML(typ="safe").load(open(path))
         for path in ("examples/tcl.yaml", "configs/shapes/Pretrain.yaml")
     )
-    assert with_defaults(ours) == with_defaults(quickstart)
+    assert as_config(ours) == as_config(quickstart)

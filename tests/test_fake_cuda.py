@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.schema import with_defaults
+from configs.config import as_config
 from dataset.build import build_dataset
 from dataset.transforms import _scale_and_offset, normalize
 from engine import Run, iterate
@@ -89,7 +89,7 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
         "precision": precision,
         "accumulate": 2,
     }
-    config = with_defaults({**tiny_config, **keys})
+    config = as_config({**tiny_config, **keys})
     tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, "train", config)
     batches = [
         dataset.collate([dataset[i] for i in part], tokenizer) for part in (range(4), range(4, 8))

@@ -15,7 +15,8 @@ from conftest import ROOT, contents, exit_status, refusal, tiny
 from helpers.hub import serve
 
 import Export
-from configs.schema import FILE_KEYS, KEYS, PATH, PATHS, TEXT, load_config
+from configs.config import FIELDS, FILE_KEYS
+from configs.load import load_config
 from inference import load_model
 from models import build_model
 from models.hub import fetch
@@ -339,11 +340,8 @@ def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shap
 def test_the_configuration_of_a_repository_opens_nothing_else(
     run_folder, export, hub, shapes, tmp_path
 ):
-    assert {name for name, key in KEYS.items() if key.kind in (TEXT, PATH, PATHS)} <= {
-        *FILE_KEYS,
-        "eos",
-        "optimizer.opt",
-    }
+    texts = {name for name, field in FIELDS.items() if field.accepts("any text")}
+    assert texts <= {*FILE_KEYS, "eos", "optimizer.opt"}
     export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]

@@ -51,7 +51,7 @@ def files(shapes, tmp_path_factory):
         for parameter in model.parameters():
             parameter.data.mul_(2.5)
         torch.save(
-            {"model": model.state_dict(), "config": model.config, "epoch": 3},
+            {"model": model.state_dict(), "config": model.config.to_dict(), "epoch": 3},
             folder / f"{task}.pth",
         )
     return {task: folder / f"{task}.pth" for task in TASKS}

@@ -1,11 +1,10 @@
-"""The tasks that read each key, in configs/schema.py, and the notes of a run on keys without
+"""The tasks that read each key, in configs/config.py, and the notes of a run on keys without
 effect.
 """
 
 import importlib
 import json
 import sys
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -18,7 +17,16 @@ import engine.saving
 import engine.task
 import models
 from configs.effects import notes, unread_keys
-from configs.schema import KEYS, TASKS, load_config, override, read_bert_config, with_defaults
+from configs.config import (
+    FIELDS,
+    Config,
+    OptimizerConfig,
+    SchedulerConfig,
+    as_config,
+    read_bert_config,
+)
+from configs.load import load_config, override
+from configs.tasks import TASKS
 from dataset.build import build_dataset
 from evaluation.retrieval import encode_texts
 from inference import load_model
@@ -65,29 +73,39 @@ READ_IN_VAIN = {
 READ_ELSEWHERE = {"scheduler.sched", "log_every", "scheduler.min_lr", "max_skipped_steps"}
 
 
-class Recorder(dict):
-    """Configuration that records the keys that are read, as section.key within a section."""
+def record_reads(monkeypatch):
+    """Record the keys of configurations that are read from now on, as section.key in a section."""
+    read = set()
 
-    def __init__(self, config, read, prefix=""):
-        super().__init__(
-            {
-                key: Recorder(value, read, f"{key}.")
-                if key in ("optimizer", "scheduler")
-                else value
-                for key, value in config.items()
-            }
+    def recorder(fields, prefix):
+        def get(section, name):
+            if name in fields:
+                read.add(prefix + name)
+            return object.__getattribute__(section, name)
+
+        return get
+
+    for section, prefix in (
+        (Config, ""),
+        (OptimizerConfig, "optimizer."),
+        (SchedulerConfig, "scheduler."),
+    ):
+        monkeypatch.setattr(
+            section, "__getattribute__", recorder(section.__struct_fields__, prefix), raising=False
         )
-        self.read, self.prefix = read, prefix
+    return read
+
+
+class ScheduleRecorder(dict):
+    """Schedule that records the keys that are read."""
+
+    def __init__(self, schedule, read):
+        super().__init__(schedule)
+        self.read = read
 
     def __getitem__(self, key):
-        self.read.add(self.prefix + key)
+        self.read.add(f"scheduler.{key}")
         return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-    def __reduce__(self):  # checkpoints hold plain containers
-        return OrderedDict, (), None, None, iter(self.items())
 
 
 @pytest.fixture
@@ -129,22 +147,24 @@ def script(tiny_config, shapes, tmp_path, monkeypatch, capsys):
 def test_the_table_says_which_task_reads_a_key(
     script, pretrained, sharded, shapes, monkeypatch, task
 ):
-    read = set()
-    choose, scaled = engine.task.choose_config, engine.loop.scaled
+    read, choose, scaled = (
+        record_reads(monkeypatch),
+        engine.task.choose_config,
+        engine.loop.scaled,
+    )
 
-    def record(*args):
+    def choose_config(*args):
         choice = choose(*args)
-        return choice._replace(config=Recorder(choice.config, read))
+        read.clear()  # checks read every key
+        return choice
 
-    monkeypatch.setattr(engine.task, "choose_config", record)
+    monkeypatch.setattr(engine.task, "choose_config", choose_config)
     monkeypatch.setattr(engine.task, "notes", lambda *args: [])
-    monkeypatch.setattr(models, "with_defaults", lambda config: config)
     monkeypatch.setattr(
         engine.loop,
         "scaled",
-        lambda schedule, *args: Recorder(scaled(schedule, *args), read, "scheduler."),
+        lambda schedule, *args: ScheduleRecorder(scaled(schedule, *args), read),
     )
-    monkeypatch.setattr(engine.saving, "save_config", lambda *args: None)
     keys = {}
     if task in ("pretrain", "nlvr_pretrain"):  # of lists and shards
         keys = {"train_file": [str(shapes / "pretrain.json"), sharded]}
@@ -152,19 +172,22 @@ def test_the_table_says_which_task_reads_a_key(
         script(task, *(["--checkpoint", pretrained] if task == "attributes" else []), **keys)[0]
         == 0
     )
+    first = set(read)
     if task == "vqa":
         assert (
             script(task, "--output_dir", pretrained.parent / "generated", answer_list=None)[0] == 0
         )
-    table = {name for name, key in KEYS.items() if task in key.tasks}
-    read &= KEYS.keys()
+    table = {name for name, field in FIELDS.items() if task in field.tasks}
+    read = (first | read) & FIELDS.keys()
     assert read - table == READ_IN_VAIN.get(task, set())
     assert table - read <= READ_ELSEWHERE
-    assert not any(KEYS[name].training for name in table) or task != "attributes"
+    assert not any(FIELDS[name].training for name in table) or task != "attributes"
 
 
 def test_the_table_has_every_task():
-    assert set(TASKS) == set(models.MODELS) == set().union(*(key.tasks for key in KEYS.values()))
+    assert (
+        set(TASKS) == set(models.MODELS) == set().union(*(field.tasks for field in FIELDS.values()))
+    )
 
 
 def test_configurations_of_the_repository_have_no_key_in_vain():
@@ -217,7 +240,7 @@ def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_pa
 )
 def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
     config = {**tiny_config, "val_file": ["val.json"], "answer_list": "a.json"}
-    config = with_defaults(
+    config = as_config(
         {key: value for key, value in config.items() if key not in unread_keys(task, config)}
     )
     (line,) = notes(task, override(config, flags, "config"), flags, False)
@@ -279,7 +302,7 @@ def long_data(tiny_config, shapes, tmp_path):
             "refcoco_data": str(shapes),
             "det_file": str(shapes / "refcoco+/dets.json"),
         }
-        return with_defaults({**tiny_config, **paths, **more, "bert_config": bert, **keys})
+        return as_config({**tiny_config, **paths, **more, "bert_config": bert, **keys})
 
     return config_of
 
@@ -355,7 +378,9 @@ def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(
 ):
     config = {**tiny_config, **limit}
     model = build_model(task, config, tokenizer_of(config))
-    torch.save({"model": model.state_dict(), "config": model.config}, tmp_path / "model.pth")
+    torch.save(
+        {"model": model.state_dict(), "config": model.config.to_dict()}, tmp_path / "model.pth"
+    )
     model, image = load_model(tmp_path / "model.pth", "cpu"), str(shapes / "images/test/000000.jpg")
     method = {"retrieval": model.match, "ve": model.entails, "vqa": model.answer}[task]
     assert method(image, "a red circle and more") == method(image, "a red circle")

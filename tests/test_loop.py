@@ -10,7 +10,7 @@ from conftest import log
 from test_engine import run
 
 import models.losses
-from configs.schema import with_defaults
+from configs.config import as_config
 from dataset.loading import Loader
 from models.momentum import update_momentum_
 
@@ -40,7 +40,7 @@ def trained(config, folder, epochs=1, **keys):
 
         return stepped
 
-    return steps, run(with_defaults({**config, **keys}), folder, step=noted)
+    return steps, run(as_config({**config, **keys}), folder, step=noted)
 
 
 def first_image(config, folder, **keys):

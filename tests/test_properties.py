@@ -18,15 +18,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from configs.schema import (
-    KEYS,
-    OTHER_NAMES,
-    SECTIONS,
-    load_config,
-    override,
-    save_config,
-    with_defaults,
-)
+from configs.config import FIELDS, OTHER_NAMES, SECTIONS, as_config
+from configs.load import load_config, override, save_config
 from dataset import annotations
 from dataset.annotations import Entries, digest, read_json_list
 from dataset.caption import Pair
@@ -172,7 +165,7 @@ VALUES = nested(
     st.none() | st.booleans() | st.integers(-1, 10**6) | st.floats() | st.floats(0, 1) | WORDS,
     WORDS,
 )
-NAMES = st.sampled_from([*KEYS, *SECTIONS, *OTHER_NAMES, "bert_config.vocab_size"])
+NAMES = st.sampled_from([*FIELDS, *SECTIONS, *OTHER_NAMES, "bert_config.vocab_size"])
 YAML_PIECES = st.lists(
     st.sampled_from([*"[]{}:,.=#&*'\"|>-~!\n\x00\ufeff", ": ", "- ", ".nan", "2020-02-30"]) | WORDS,
     max_size=8,
@@ -188,7 +181,7 @@ def assert_complete_or_refused(start, function, *arguments):
     except InputError as error:
         one_line(error, start)
         return
-    assert config.keys() == with_defaults({}).keys() and with_defaults(config) == config
+    assert as_config(config.to_dict()) == config
     with tempfile.TemporaryDirectory() as folder:
         save_config(config, folder)
         assert load_config(f"{folder}/config.yaml") == config
@@ -204,7 +197,7 @@ def assert_complete_or_refused(start, function, *arguments):
 @example({"scheduler": {"lr": 1}, "schedular": {"lr": 2}})
 def test_any_values_are_refused_in_a_line_or_complete(config):
     before = copy.deepcopy(config)
-    assert_complete_or_refused("where", with_defaults, config, "where")
+    assert_complete_or_refused("where", as_config, config, "where")
     assert repr(config) == repr(before)
 
 
@@ -230,7 +223,7 @@ def test_any_slip_in_a_file_is_refused_in_a_line_or_a_complete_configuration(fol
 @example(["optimizer.lr.lr=1"])
 @example(["=1"])
 def test_any_overrides_are_refused_in_a_line_or_a_complete_configuration(overrides):
-    config = {"bert_config": {"nested": {"key": 1}}, "scheduler": {"lr": 1}}
+    config = {"bert_config": "configs/config_bert.json", "scheduler": {"lr": 1}}
     before = copy.deepcopy(config)
     assert_complete_or_refused("--set", override, config, overrides, "--set")
     assert config == before

@@ -53,7 +53,7 @@ def checkpoints(shapes, tmp_path_factory):
         for parameter in model.parameters():
             parameter.data.mul_(2.5)
         torch.save(
-            {"model": model.state_dict(), "config": model.config, "epoch": 3},
+            {"model": model.state_dict(), "config": model.config.to_dict(), "epoch": 3},
             folder / f"{name}.pth",
         )
     return folder

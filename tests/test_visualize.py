@@ -81,7 +81,7 @@ def visualize(make, pictures, tmp_path, monkeypatch, capsys):
     def call(task, *flags, images=None, keys=(), checkpoint=None):
         if checkpoint is None:
             model = make(task, **dict(keys))
-            checkpoint = {"model": model.state_dict(), "config": model.config}
+            checkpoint = {"model": model.state_dict(), "config": model.config.to_dict()}
         torch.save(checkpoint, tmp_path / f"{task}.pth")
         images = pictures[: 2 if "nlvr" in task else 1] if images is None else images
         argv = [
@@ -136,7 +136,7 @@ def test_a_bare_state_dict_needs_a_configuration(visualize, make, tmp_path):
     state = make("retrieval").state_dict()
     status, _, err = visualize("retrieval", "--text", "dog", checkpoint=state)
     assert status == 2 and "holds no configuration" in err and "--config" in err
-    (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config))  # JSON is YAML
+    (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config.to_dict()))  # JSON is YAML
     status, _, err = visualize(
         "retrieval", "--text", "dog", "--config", "config.yaml", checkpoint=state
     )
@@ -533,7 +533,7 @@ def test_bad_input_is_one_line(visualize, tmp_path, monkeypatch, case):
 def test_pseudo_targets_need_momentum_weights(visualize, make):
     model = make("pretrain")
     state = {name: value for name, value in model.state_dict().items() if "_m." not in name}
-    checkpoint = {"model": state, "config": model.config}
+    checkpoint = {"model": state, "config": model.config.to_dict()}
     status, _, err = visualize(
         "pretrain", "--text", "dog", "--pseudo_targets", checkpoint=checkpoint
     )
