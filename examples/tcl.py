@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import RandomResizedCrop
 
 from engine.task import run_task
 from evaluation.retrieval import evaluate
-from models.losses import itc_loss, similarities
+from models.losses import Features, itc_loss, similarities
 from models.pretrain import Pretrain
 from Pretrain import initialize, step
 
@@ -43,15 +43,12 @@ class TCL(Pretrain):
             torch.stack([self.second_view(one) for one in image]), *others
         )
 
-    def contrastive(self, image_feat, text_feat, features_m, targets, alpha):
-        cross, onehot, contrast = super().contrastive(
-            image_feat, text_feat, features_m, targets, alpha
-        )
-        image_feat_m, text_feat_m = features_m
-        queues = self.text_queue.clone(), self.image_queue.clone()
-        # with the momentum features of the two modalities exchanged, the rows are image to image
-        # and text to text
-        within = similarities(image_feat, text_feat, text_feat_m, image_feat_m, *queues, self.temp)
+    def contrastive(self, features, features_m, targets, alpha):
+        cross, onehot, contrast = super().contrastive(features, features_m, targets, alpha)
+        # exchanged, so that the rows are image to image and text to text
+        others = Features(features_m.text, features_m.image)
+        queues = Features(self.text_queue.clone(), self.image_queue.clone())
+        within = similarities(features, others, queues, self.temp)
         intra, _ = itc_loss(within, targets)
         self.intra.copy_(intra.detach())
         return (cross + intra) / 2, onehot, contrast

@@ -296,7 +296,10 @@ class Inference:
             self.model, texts, self.tokenizer, self.config, self.device
         )
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score, progress).cpu()
+        scores = self.model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, score=score, progress=progress
+        )
+        return scores.cpu()
 
     @serves(*ALIGNED)
     def ground(self, images, texts, boxes=None, mode="itm", block_num=None):

@@ -1,49 +1,62 @@
-"""What every ALBEF model shares (Section 3.1): image, text and multimodal encoders, and their
-momentum copies.
-"""
+"""Base class of all models: image, text and multimodal encoders, momentum copies (Section 3)."""
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from configs.schema import read_bert_config
+from models.bert import BertModel
 from models.momentum import copy_to_momentum_
 from models.vit import build_vit
 from utils import InputError
 
 
 class SpecialIds(NamedTuple):
-    """Token ids that the models need to know; the defaults are BERT's."""
+    """Ids of special tokens, by default BERT's."""
 
     pad: int = 0
     cls: int = 101
     mask: int = 103
-    eos: int = 102  # what ends an answer
+    eos: int = 102  # end of an answer
 
 
-def check_objectives(key: str, named: bool | list[str], known: list[str]) -> None:
-    """Raise InputError for objectives that a task does not have. key: the configuration key that
-    names them.
-    """
-    others = [name for name in named if name not in known] if isinstance(named, list) else []
-    if others:
-        remedy = (
-            f"in this task it may name {', '.join(known)}"
-            if known
-            else "this task has one loss, set true or false"
-        )
-        raise InputError(f"{key} names {', '.join(others)}: {remedy}")
+def check_objectives(key: str, named: bool | Sequence[str], known: Sequence[str]) -> None:
+    """Raise InputError if the configuration key names an objective that the task does not have."""
+    unknown = [] if isinstance(named, bool) else [name for name in named if name not in known]
+    if unknown:
+        remedy = "this task has one loss, set true or false"
+        if known:
+            remedy = f"in this task it may name {', '.join(known)}"
+        raise InputError(f"{key} names {', '.join(unknown)}: {remedy}")
 
 
 class ALBEF(nn.Module):
     """Image encoder, text encoder and multimodal encoder.
 
-    config: the task's YAML as a dict; bert: the class of text_encoder, a BertModel or a module that
-    holds one as .bert.
+    `forward(batch, alpha=..., update_momentum=...)` of a model takes a batch of its data set, and
+    `losses` the tensors of a batch. Both return losses by name.
     """
 
-    def __init__(self, config, bert, tokenizer=None):
+    task: str  # set by build_model
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        bert: Callable[[Mapping[str, Any]], nn.Module],
+        tokenizer: Any = None,
+    ) -> None:
+        """Build the encoders with random weights.
+
+        Args:
+            config: Configuration of the task.
+            bert: Class of the text encoder, BertModel or BertForMaskedLM.
+            tokenizer: Source of the special token ids, by default BERT's.
+
+        Raises:
+            InputError: The configuration does not fit.
+        """
         super().__init__()
         self.config = config
         self.bert_config = read_bert_config(config["bert_config"])
@@ -51,60 +64,66 @@ class ALBEF(nn.Module):
             raise InputError(
                 "bert_config: vocab_size is auto: let models.tokenizer.tokenizer_of(config) set it"
             )
-        vision_width = config["vision_width"]
-        if self.bert_config["encoder_width"] != vision_width:
+        vision_width, encoder_width = config["vision_width"], self.bert_config["encoder_width"]
+        if encoder_width != vision_width:
             raise InputError(
-                f"vision_width {vision_width} differs from encoder_width {self.bert_config['encoder_width']} of "
+                f"vision_width {vision_width} differs from encoder_width {encoder_width} of "
                 "bert_config: both are the width of the image embeddings, make them equal"
             )
         self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:
-            self.vocabulary = tokenizer.backend_tokenizer.to_str()  # goes into checkpoints
+            self.vocabulary = tokenizer.backend_tokenizer.to_str()  # saved in checkpoints
             self.special_ids = SpecialIds(
                 tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
             )
         self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
         self.text_encoder = bert(self.bert_config)
-        if config.get("gradient_checkpointing"):
+        if config["gradient_checkpointing"]:
             self.visual_encoder.set_grad_checkpointing()
             self.bert.gradient_checkpointing = True
 
     @property
-    def bert(self):
-        """The BertModel inside text_encoder."""
-        return getattr(self.text_encoder, "bert", self.text_encoder)
+    def bert(self) -> BertModel:
+        """The BertModel of text_encoder."""
+        return self.text_encoder.bert
 
     @property
-    def bert_m(self):
-        """The BertModel inside text_encoder_m."""
-        return getattr(self.text_encoder_m, "bert", self.text_encoder_m)
+    def bert_m(self) -> BertModel:
+        """The BertModel of text_encoder_m."""
+        return self.text_encoder_m.bert
 
-    def add_momentum(self, *names):
-        """Give each named module a momentum copy `name_m` (Section 3.3)."""
+    def add_momentum(self, *names: str) -> None:
+        """Give each named module X a momentum copy X_m (Section 3.3)."""
         for name in names:
             self.add_module(f"{name}_m", copy.deepcopy(getattr(self, name)))
         copy_to_momentum_(self)
 
-    def fuse(self, text_embeds, attention_mask, image_embeds):
-        """Multimodal encoder: text_embeds [B, L, C], attention_mask [B, L], image_embeds [B, 1+N,
-        C] -> [B, L, C].
-        """
-        return self.bert.fuse(
-            text_embeds, attention_mask, self.bert.image_keys_values(image_embeds)
-        )
+    def fuse(self, text_embeds: Tensor, attention_mask: Tensor, image_embeds: Tensor) -> Tensor:
+        """Fuse texts with their images by the multimodal encoder.
 
-    def idle_parameters(self):
-        """Return parameters that no loss reaches; training leaves them out, so that data
-        parallelism does not wait for them.
+        Args:
+            text_embeds: Text embeddings [B, L, C].
+            attention_mask: Mask of the tokens [B, L].
+            image_embeds: Image embeddings [B, 1+N, C].
+
+        Returns:
+            Fused states [B, L, C].
+        """
+        keys_values = self.bert.image_keys_values(image_embeds)
+        return self.bert.fuse(text_embeds, attention_mask, keys_values)
+
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that no loss reaches.
+
+        They are not trained, because DistributedDataParallel waits for the gradient of every
+        trained parameter.
         """
         return []
 
-    def prepare(self, batch):
-        """A batch of the data set with what a step draws on the host: there the number of masked
-        tokens asks no device.
-        """
+    def prepare(self, batch: Any) -> Any:
+        """Add to a batch what a step draws on the host, so that the device is not waited for."""
         return batch
 
-    def extra_metrics(self):
-        """Return tensors worth logging beside the losses, by name, of the last step."""
+    def extra_metrics(self) -> dict[str, Tensor]:
+        """Return tensors of the last step to log beside the losses, by name."""
         return {}

@@ -1,28 +1,38 @@
-"""BERT as ALBEF uses it (Section 3.1): the lower layers encode text, the upper ones fuse it with an
-image by cross-attention.
+"""BERT with cross-attention to an image in its upper layers (Section 3.1, Figure 1).
 
 Parameter names are those of Hugging Face's BertModel and of the released ALBEF checkpoints.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+KeysValues = tuple[Tensor, Tensor]  # keys and values of attention, each [B, h, N, d]
 
-def compute_dtype(tensor):
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype of a tensor's matrix products: autocast's if it is on, else the tensor's."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
-def additive_mask(allowed, dtype):
-    """What attention adds to its scores: allowed [..., N], bool or 0 and 1 -> 0 where allowed and
-    -inf elsewhere.
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a mask of 0 and 1 to the mask that attention adds to its scores.
 
-    Built once for all layers: fused kernels on a GPU would convert a bool mask in every layer, and
-    copy one whose rows do not begin at multiples of 8 numbers. Compiled layers would be compiled
-    again for rows at another distance: up to 63 tokens it is the same.
+    Fused kernels on a GPU convert a bool mask in every layer and copy a mask whose rows do not
+    begin at multiples of 8 numbers. Compiled layers are compiled again for another row stride.
+    Therefore rows are allocated in multiples of 64 numbers.
+
+    Args:
+        allowed: Mask [..., N], bool or 0 and 1.
+        dtype: Dtype of the scores.
+
+    Returns:
+        Mask [..., N], 0 where allowed and -inf elsewhere.
     """
     length = allowed.shape[-1]
     rows = torch.full(
@@ -32,24 +42,21 @@ def additive_mask(allowed, dtype):
 
 
 class Head(nn.Linear):
-    """Compute a linear layer in the dtype of its weights, also under autocast: [..., C_in] -> [...,
-    C_out].
+    """Linear layer [..., C_in] -> [..., C_out] in the dtype of its weights, also under autocast.
 
-    Its outputs rank candidates. Rounded to bf16, which has 8 significant bits, the scores of
-    different inputs would tie.
+    The outputs rank candidates. In bf16, with 8 significant bits, different inputs would tie.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the layer."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Embeddings(nn.Module):
-    """Word, position and token-type embeddings: input_ids [B, L], the first at position `start` ->
-    [B, L, C].
-    """
+    """Sum of word, position and token type embeddings."""
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         width = config["hidden_size"]
         self.word_embeddings = nn.Embedding(
@@ -61,18 +68,17 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
         self.register_buffer("position_ids", torch.arange(config["max_position_embeddings"])[None])
 
-    def forward(self, input_ids, start=0):
+    def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """Embed input_ids [B, L], the first one at position `start` -> [B, L, C]."""
         positions = self.position_embeddings.weight[start : start + input_ids.shape[1]]  # [L, C]
         embeds = self.word_embeddings(input_ids) + positions + self.token_type_embeddings.weight[0]
         return self.dropout(self.LayerNorm(embeds))
 
 
 class MultiHeadAttention(nn.Module):
-    """Query, key and value projections around fused attention; keys and values may come from
-    another width.
-    """
+    """Projections to queries, keys and values, and fused attention."""
 
-    def __init__(self, config, source_width):
+    def __init__(self, config: Mapping[str, Any], source_width: int) -> None:
         super().__init__()
         width = config["hidden_size"]
         self.num_heads = config["num_attention_heads"]
@@ -81,142 +87,174 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(source_width, width)
         self.dropout_prob = config["attention_probs_dropout_prob"]
 
-    def _heads(self, x):
+    def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, C] -> [B, h, L, d]
 
-    def keys_values(self, source):
-        """source [B, N, source_width] -> keys and values, each [B, h, N, d]."""
+    def keys_values(self, source: Tensor) -> KeysValues:
+        """Project source [B, N, source_width] to keys and values, each [B, h, N, d]."""
         return self._heads(self.key(source)), self._heads(self.value(source))
 
-    def attend(self, query, keys, values, mask=None):
-        """query [B, h, L, d], keys and values [B, h, N, d], additive mask broadcastable to [B, h,
-        L, N] -> [B, h, L, d].
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """Compute softmax(query keys^T / sqrt(d) + mask) values.
+
+        Args:
+            query: Queries [B, h, L, d].
+            keys: Keys [B, h, N, d].
+            values: Values [B, h, N, d].
+            mask: Additive mask, broadcastable to [B, h, L, N].
+
+        Returns:
+            Context [B, h, L, d].
         """
         dropout = self.dropout_prob if self.training else 0.0
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, dropout_p=dropout
         )
 
-    def forward(self, hidden, mask, queries=None, keys_values=None):
-        """Self-attention of the first `queries` positions, all by default -> [B, queries, C].
 
-        hidden [B, L, C]; mask additive, broadcastable to [B, h, queries, L]; keys_values: of a
-        longer text that hidden ends, by default hidden's own.
+class SelfAttention(MultiHeadAttention):
+    """Attention of a text's tokens to each other."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, config["hidden_size"])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        queries: int | None = None,
+        keys_values: KeysValues | None = None,
+    ) -> Tensor:
+        """Attend from the first `queries` positions of hidden [B, L, C], by default all.
+
+        Args:
+            hidden: Hidden states [B, L, C].
+            mask: Additive mask, broadcastable to [B, h, queries, L].
+            queries: Number of positions to compute.
+            keys_values: Keys and values of a longer text that ends with `hidden`. Default: those
+                of `hidden`.
+
+        Returns:
+            Context [B, queries, C].
         """
         keys, values = keys_values or self.keys_values(hidden)
         context = self.attend(self._heads(self.query(hidden[:, :queries])), keys, values, mask)
         return context.transpose(1, 2).flatten(2)
 
-    def cross(self, hidden, keys, values, extra_index, mask=None):
-        """Cross-attention of R text rows to B sources (images) without copying a source's keys and
-        values for its rows.
 
-        hidden [R, L, C]; keys, values [B, h, N, d]. The last len(extra_index) rows attend to the
-        sources that extra_index names. The rows before them are whole groups of B, row i of a group
-        attending to source i: their queries are laid side by side, so that each source is visited
-        once for all its rows. mask: additive, where all rows are of one kind: [B, 1, 1, N] for
-        groups, [R, 1, 1, N] for rows that extra_index names.
-        """
+class Source(NamedTuple):
+    """What the rows of a text attend to by cross-attention: images, or the states of questions.
+
+    The last rows, as many as `index` has, attend to the sources that `index` names. The rows before
+    them are groups of B rows, row i of each group attending to source i.
+    """
+
+    keys: Tensor  # [B, h, N, d]
+    values: Tensor  # [B, h, N, d]
+    index: Tensor | None = None  # [R']
+    # additive; [B, 1, 1, N] if no row has an index, [R, 1, 1, N] if every row has one
+    mask: Tensor | None = None
+
+
+class CrossAttention(MultiHeadAttention):
+    """Attention of texts to their sources, each of which serves several texts without a copy."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config, config["encoder_width"])
+
+    def forward(self, hidden: Tensor, source: Source) -> Tensor:
+        """Attend from hidden [R, L, C] to the source of each row -> [R, L, C]."""
         query = self._heads(self.query(hidden))
+        keys, values, index, mask = source
         rows, heads, length, dim = query.shape
-        sources = keys.shape[0]
-        extra = 0 if extra_index is None else extra_index.shape[0]
-        groups = (rows - extra) // sources
+        sources, indexed = keys.shape[0], 0 if index is None else index.shape[0]
+        groups = (rows - indexed) // sources
         contexts = []
         if groups:
-            side_by_side = (
-                query[: rows - extra]
-                .unflatten(0, (groups, sources))
-                .permute(1, 2, 0, 3, 4)
-                .flatten(2, 3)
-            )
+            # queries of one source side by side, so that its keys and values are visited once
+            grouped = query[: rows - indexed].unflatten(0, (groups, sources))
+            side_by_side = grouped.permute(1, 2, 0, 3, 4).flatten(2, 3)
             context = self.attend(side_by_side, keys, values, mask)  # [B, h, G * L, d]
             context = context.unflatten(2, (groups, length)).permute(2, 0, 3, 1, 4)
             contexts.append(context.reshape(-1, length, heads * dim))
-        if extra:
-            # index_select: its gradient is the same in every run on a CPU, and faster than that of
-            # indexing
-            keys, values = keys.index_select(0, extra_index), values.index_select(0, extra_index)
-            context = self.attend(query[rows - extra :], keys, values, mask)
+        if indexed:
+            # the gradient of index_select is the same in every run on a CPU, and it is faster
+            keys, values = keys.index_select(0, index), values.index_select(0, index)
+            context = self.attend(query[rows - indexed :], keys, values, mask)
             contexts.append(context.transpose(1, 2).flatten(2))
         return torch.cat(contexts)
 
 
 class ResidualOutput(nn.Module):
-    """Dense, dropout, then LayerNorm of the sum with the residual (BERT normalizes after the sum)."""
+    """Dense layer and dropout, then LayerNorm of the sum with the residual."""
 
-    def __init__(self, config, width_in):
+    def __init__(self, config: Mapping[str, Any], width_in: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width_in, config["hidden_size"])
         self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
 
-    def forward(self, hidden, residual):
+    def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Normalize dense(hidden) [..., width_in] + residual [..., C] -> [..., C]."""
         return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
 
 
 class Attention(nn.Module):
-    """Attention and what follows it, under the names of Hugging Face's BERT: self, output."""
+    """Attention and its output layer, under the names of Hugging Face's BERT."""
 
-    def __init__(self, config, source_width):
+    def __init__(self, config: Mapping[str, Any], attention: MultiHeadAttention) -> None:
         super().__init__()
-        self.self = MultiHeadAttention(config, source_width)
+        self.self = attention
         self.output = ResidualOutput(config, config["hidden_size"])
 
 
 class Intermediate(nn.Module):
-    """The first half of the feed-forward part: hidden [..., C] -> [..., intermediate_size]."""
+    """First half of the feed-forward part: hidden [..., C] -> [..., intermediate_size]."""
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the dense layer and GELU."""
         return F.gelu(self.dense(hidden))
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention to an image in the multimodal layers, feed-forward (Figure
-    1).
+    """Self-attention, cross-attention in the multimodal layers, feed-forward (Figure 1)."""
 
-    In the answer decoder cross-attention is to the states of a question.
-    """
-
-    def __init__(self, config, cross_attention):
+    def __init__(self, config: Mapping[str, Any], cross_attention: bool) -> None:
         super().__init__()
-        self.attention = Attention(config, config["hidden_size"])
+        self.attention = Attention(config, SelfAttention(config))
         if cross_attention:
-            self.crossattention = Attention(config, config["encoder_width"])
+            self.crossattention = Attention(config, CrossAttention(config))
         self.intermediate = Intermediate(config)
         self.output = ResidualOutput(config, config["intermediate_size"])
 
     def forward(
         self,
-        hidden,
-        mask,
-        queries=None,
-        cross_keys=None,
-        cross_values=None,
-        extra_index=None,
-        cross_mask=None,
-        keys_values=None,
-    ):
-        """hidden [R, L, C] -> [R, L, C], or [R, queries, C] where only the first `queries`
-        positions are wanted.
-        """
-        hidden = self.attention.output(
-            self.attention.self(hidden, mask, queries, keys_values), hidden[:, :queries]
-        )
-        if cross_keys is not None:
-            context = self.crossattention.self.cross(
-                hidden, cross_keys, cross_values, extra_index, cross_mask
-            )
+        hidden: Tensor,
+        mask: Tensor,
+        *,
+        queries: int | None = None,
+        keys_values: KeysValues | None = None,
+        source: Source | None = None,
+    ) -> Tensor:
+        """Compute hidden [R, L, C] -> [R, queries, C]; arguments as in both kinds of attention."""
+        context = self.attention.self(hidden, mask, queries, keys_values)
+        hidden = self.attention.output(context, hidden[:, :queries])
+        if source is not None:
+            context = self.crossattention.self(hidden, source)
             hidden = self.crossattention.output(context, hidden)
         return self.output(self.intermediate(hidden), hidden)
 
 
 class Encoder(nn.Module):
-    def __init__(self, config):
+    """The layers, under the name of Hugging Face's BERT."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
             Layer(config, cross_attention=i >= config["fusion_layer"])
@@ -224,14 +262,35 @@ class Encoder(nn.Module):
         )
 
 
-class BertModel(nn.Module):
-    """Layers 0 .. fusion_layer - 1 are the text encoder, the rest the multimodal encoder.
+class TextRows(NamedTuple):
+    """Texts for a pass of the multimodal encoder, each with its image.
 
-    config: the Hugging Face keys plus fusion_layer and encoder_width (the width of the image
-    embeddings).
+    Attributes:
+        text_embeds: Text embeddings [R, L, C].
+        attention_mask: Mask of the tokens [R, L].
+        image_index: Image of each text [R]. Default: text i has image i, or all texts have the
+            only image.
+        cls_only: Whether to compute the last layer for [CLS] alone.
     """
 
-    def __init__(self, config):
+    text_embeds: Tensor
+    attention_mask: Tensor
+    image_index: Tensor | None = None
+    cls_only: bool = False
+
+
+class BertModel(nn.Module):
+    """Text encoder, layers 0 .. fusion_layer - 1, and multimodal encoder, the other layers."""
+
+    images_per_text = 1
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Build the layers with random weights.
+
+        Args:
+            config: Hugging Face's keys of BERT, fusion_layer, and encoder_width, the width of the
+                image embeddings.
+        """
         super().__init__()
         self.fusion_layer = config["fusion_layer"]
         self.gradient_checkpointing = False
@@ -239,25 +298,28 @@ class BertModel(nn.Module):
         self.encoder = Encoder(config)
         self.apply(lambda module: init_weights(module, config["initializer_range"]))
 
-    def run(self, layer, *inputs):
-        """layer(*inputs), without keeping its activations where gradient checkpointing is on."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    @property
+    def bert(self) -> "BertModel":
+        """The model itself, under the name that it has in BertForMaskedLM."""
+        return self
 
-    def encode_text(self, input_ids, attention_mask):
-        """input_ids, attention_mask [B, L] -> text_embeds [B, L, C]."""
+    def run(self, layer: nn.Module, *inputs: Any, **options: Any) -> Tensor:
+        """Call a layer, without keeping its activations if gradient checkpointing is on."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False, **options)
+        return layer(*inputs, **options)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Encode input_ids [B, L] with attention_mask [B, L] -> text_embeds [B, L, C]."""
         hidden = self.embeddings(input_ids)
         mask = additive_mask(attention_mask[:, None, None], compute_dtype(hidden))
         for layer in self.encoder.layer[: self.fusion_layer]:
             hidden = self.run(layer, hidden, mask)
         return hidden
 
-    def image_keys_values(self, image_embeds):
-        """image_embeds [B, 1+N, C] -> for each multimodal layer the image's keys and values, each
-        [B, h, 1+N, d].
-        """
-        # or every layer would cast them anew and keep its own copy
+    def image_keys_values(self, image_embeds: Tensor) -> list[KeysValues]:
+        """Project image_embeds [B, 1+N, C] to the keys and values of each multimodal layer."""
+        # cast once, or every layer would cast the embeddings and keep its own copy
         image_embeds = image_embeds.to(compute_dtype(image_embeds))
         return [
             layer.crossattention.self.keys_values(image_embeds)
@@ -265,75 +327,95 @@ class BertModel(nn.Module):
         ]
 
     def fuse(
-        self, text_embeds, attention_mask, image_keys_values, extra_index=None, cls_only=False
-    ):
-        """The multimodal encoder over R text rows and B images.
+        self,
+        text_embeds: Tensor,
+        attention_mask: Tensor,
+        image_keys_values: Sequence[KeysValues],
+        *,
+        image_index: Tensor | None = None,
+        cls_only: bool = False,
+    ) -> Tensor:
+        """Fuse texts with their images by the multimodal encoder.
 
-        text_embeds [R, L, C], attention_mask [R, L], image_keys_values from `image_keys_values`.
-        The last len(extra_index) rows attend to the images that extra_index [R'] names, the rows
-        before them are whole groups of B rows, row i of each group with image i. Returns [R, L, C];
-        with cls_only [R, 1, C], the last layer being computed for [CLS] alone.
+        Args:
+            text_embeds: Text embeddings [R, L, C].
+            attention_mask: Mask of the tokens [R, L].
+            image_keys_values: Keys and values of the images, from `image_keys_values`.
+            image_index: Image of each text [R]. Default: text i has image i, or all texts have the
+                only image.
+            cls_only: Whether to compute the last layer for [CLS] alone.
+
+        Returns:
+            Fused states [R, L, C], or [R, 1, C] if `cls_only`.
+        """
+        rows = TextRows(text_embeds, attention_mask, image_index, cls_only)
+        return self.fuse_all([rows], image_keys_values)[0]
+
+    def fuse_all(
+        self, parts: Sequence[TextRows], image_keys_values: Sequence[KeysValues]
+    ) -> list[Tensor]:
+        """Fuse several sets of texts of equal length in one pass; see `fuse`.
+
+        Args:
+            parts: The sets of texts.
+            image_keys_values: Keys and values of the images, from `image_keys_values`.
+
+        Returns:
+            Fused states of each set, as `fuse` returns them.
         """
         layers = self.encoder.layer[self.fusion_layer :]
-        return self._fuse(
-            layers,
-            text_embeds,
-            attention_mask,
-            image_keys_values,
-            extra_index,
-            1 if cls_only else None,
-        )
+        *lower, last = zip(layers, image_keys_values, strict=True)
+        # in the order of Source: rows with an index after the others
+        order = sorted(range(len(parts)), key=lambda number: parts[number].image_index is not None)
+        hidden = self._run_fusion(lower, [parts[number] for number in order], None)
+        outputs: dict[int, Tensor] = {}
+        for cls_only in (True, False):
+            chosen = {
+                number: parts[number]._replace(text_embeds=rows)
+                for number, rows in zip(order, hidden, strict=True)
+                if parts[number].cls_only == cls_only
+            }
+            if chosen:
+                queries = 1 if cls_only else None
+                fused = self._run_fusion([last], list(chosen.values()), queries)
+                outputs.update(zip(chosen, fused, strict=True))
+        return [outputs[number] for number in range(len(parts))]
 
-    def _fuse(self, layers, hidden, attention_mask, image_keys_values, extra_index, last_queries):
-        mask = additive_mask(attention_mask[:, None, None], compute_dtype(hidden))
-        for number, (layer, (keys, values)) in enumerate(
-            zip(layers, image_keys_values, strict=True), 1
-        ):
-            queries = last_queries if number == len(layers) else None
-            hidden = self.run(layer, hidden, mask, queries, keys, values, extra_index)
-        return hidden
-
-    def fuse_matched_and_masked(
-        self, matched, matched_mask, masked, masked_mask, image_keys_values, extra_index
-    ):
-        """One pass of the multimodal encoder for rows of which only [CLS] is wanted (matched) and
-        rows wanted whole (masked).
-
-        matched [R, L, C] as in `fuse` with extra_index; masked [B, L, C], row i with image i, or no
-        rows at all. The two part ways in the last layer alone. Returns [R, C] and [B, L, C].
-        """
-        *lower, last = self.encoder.layer[self.fusion_layer :]
-        extra = extra_index.shape[0]
-        split = [len(matched) - extra, len(masked), extra]
-        rows = torch.cat([matched[: split[0]], masked, matched[split[0] :]])
-        masks = torch.cat([matched_mask[: split[0]], masked_mask, matched_mask[split[0] :]])
-        hidden = self._fuse(lower, rows, masks, image_keys_values[:-1], extra_index, None)
-        grouped, masked, extra_rows = hidden.split(split)
-        matched = torch.cat([grouped, extra_rows])
-        matched = self._fuse([last], matched, matched_mask, image_keys_values[-1:], extra_index, 1)
-        if len(masked):
-            masked = self._fuse([last], masked, masked_mask, image_keys_values[-1:], None, None)
-        return matched[:, 0], masked
+    def _run_fusion(
+        self,
+        layers: Sequence[tuple[nn.Module, KeysValues]],
+        parts: Sequence[TextRows],
+        queries: int | None,
+    ) -> tuple[Tensor, ...]:
+        """Run multimodal layers, with the images' keys and values, over all sets of texts."""
+        hidden = torch.cat([part.text_embeds for part in parts])
+        allowed = torch.cat([part.attention_mask for part in parts])
+        mask = additive_mask(allowed[:, None, None], compute_dtype(hidden))
+        indices = [part.image_index for part in parts if part.image_index is not None]
+        index = torch.cat(indices) if indices else None
+        for layer, keys_values in layers:
+            source = Source(*keys_values, index)
+            hidden = self.run(layer, hidden, mask, queries=queries, source=source)
+        return hidden.split([len(part.text_embeds) for part in parts])
 
 
 class PredictionTransform(nn.Module):
-    """Dense, GELU, LayerNorm before the vocabulary: hidden [..., C] -> [..., C]."""
+    """Dense layer, GELU and LayerNorm before the vocabulary: hidden [..., C] -> [..., C]."""
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.dense = Head(config["hidden_size"], config["hidden_size"])
         self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Apply the three layers."""
         return self.LayerNorm(F.gelu(self.dense(hidden)))
 
 
 class PredictionHead(nn.Module):
-    """Compute vocabulary logits [..., V] in float32 from hidden [..., C]; the decoder's weight is
-    the word embedding.
-    """
+    """Vocabulary head, tied to the word embeddings: hidden [..., C] -> logits [..., V], float32."""
 
-    def __init__(self, config, word_embeddings):
+    def __init__(self, config: Mapping[str, Any], word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(config["vocab_size"]))
         self.transform = PredictionTransform(config)
@@ -342,14 +424,15 @@ class PredictionHead(nn.Module):
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Compute the logits."""
         return self.decoder(self.transform(hidden))
 
 
 class MaskedLMHead(nn.Module):
-    """The vocabulary head under the name of Hugging Face's BERT: predictions."""
+    """The vocabulary head, under the name of Hugging Face's BERT."""
 
-    def __init__(self, config, word_embeddings):
+    def __init__(self, config: Mapping[str, Any], word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.predictions = PredictionHead(config, word_embeddings)
 
@@ -357,14 +440,14 @@ class MaskedLMHead(nn.Module):
 class BertForMaskedLM(nn.Module):
     """BertModel with the vocabulary head of masked language modeling."""
 
-    def __init__(self, config):
+    def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.bert = BertModel(config)
         self.cls = MaskedLMHead(config, self.bert.embeddings.word_embeddings)
 
 
-def init_weights(module, std):
-    """BERT's initialization: normal weights, zero biases, unit LayerNorm."""
+def init_weights(module: nn.Module, std: float) -> None:
+    """Initialize as BERT: normal weights with standard deviation `std`, zero biases."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):

@@ -1,6 +1,7 @@
-"""Classification from the multimodal [CLS] position under momentum distillation (Section 5)."""
+"""Classification by the multimodal [CLS] under momentum distillation (Section 5)."""
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from utils import Text
 
 
 class ClassificationBatch(Protocol):
-    """What `Classifier.forward` reads of a batch of the data set."""
+    """Fields of a batch that `Classifier.forward` reads."""
 
     image: tuple[Tensor, ...]  # the images [B, 3, H, W] of each sentence, one or two
     text: Text  # [B, L]
@@ -21,17 +22,21 @@ class ClassificationBatch(Protocol):
 
 
 class Classifier(ALBEF):
-    """An ALBEF with a head over `classes` classes and, if the configuration distills, momentum
-    copies of it all.
+    """ALBEF with a classifier, and momentum copies if the configuration distills.
 
-    A subclass has `losses` and `predict`, sets `classes`, and may have another head: the name of
-    its module and `build_head`.
+    A subclass defines `classes`, `predict` and `losses`. It may define another head by `head_name`
+    and `build_head`.
     """
 
     classes: int
     head_name = "cls_head"
 
-    def __init__(self, config, bert, tokenizer):
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        bert: Callable[[Mapping[str, Any]], nn.Module],
+        tokenizer: Any = None,
+    ) -> None:
         super().__init__(config, bert, tokenizer)
         width = self.bert_config["hidden_size"]
         self.add_module(self.head_name, self.build_head(width, self.classes))
@@ -40,25 +45,25 @@ class Classifier(ALBEF):
             self.add_momentum("visual_encoder", "text_encoder", self.head_name)
 
     @staticmethod
-    def build_head(width, classes):
+    def build_head(width: int, classes: int) -> nn.Module:
+        """Build the head [B, width] -> [B, classes]."""
         return nn.Sequential(Head(width, width), nn.ReLU(), Head(width, classes))
 
-    def keys_values(self, bert, image_embeds):
-        """The images' keys and values for each multimodal layer of bert, from the embeddings of all
-        images.
-        """
-        return bert.image_keys_values(image_embeds)
+    def classify(self, image: Tensor, text: Text, momentum: bool = False) -> Tensor:
+        """Compute logits.
 
-    def classify(self, image, text):
-        """image: all images of a batch; text with input_ids and attention_mask [B, L] -> logits [B,
-        classes].
-        """
-        return self._classify(
-            self.visual_encoder, self.bert, getattr(self, self.head_name), image, text
-        )
+        Args:
+            image: Images [B, 3, H, W]; for pairs [2B, 3, H, W], the first images, then the second.
+            text: Texts [B, L].
+            momentum: Whether to use the momentum model.
 
-    def _classify(self, visual_encoder, bert, head, image, text):
-        keys_values = self.keys_values(bert, visual_encoder.forward_features(image))
+        Returns:
+            Logits [B, classes].
+        """
+        bert = self.bert_m if momentum else self.bert
+        encoder = self.visual_encoder_m if momentum else self.visual_encoder
+        head = self.get_submodule(f"{self.head_name}_m" if momentum else self.head_name)
+        keys_values = bert.image_keys_values(encoder.forward_features(image))
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
         return head(bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0])
 
@@ -66,41 +71,41 @@ class Classifier(ALBEF):
         self, batch: ClassificationBatch, *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
-        return self.losses(
-            *batch.image,
-            batch.text,
-            targets=batch.targets,
-            alpha=alpha,
-            update_momentum=update_momentum,
-        )
+        options = {"alpha": alpha, "update_momentum": update_momentum}
+        return self.losses(*batch.image, batch.text, targets=batch.targets, **options)
 
-    def distilled_loss(self, image, text, targets, alpha, update_momentum):
-        """Cross-entropy with the targets [B] mixed with the momentum model's classes by alpha
-        (Section 3.3), a scalar.
+    def distilled_loss(
+        self, image: Tensor, text: Text, *, targets: Tensor, alpha: float, update_momentum: bool
+    ) -> dict[str, Tensor]:
+        """Compute the cross-entropy with the targets and the momentum model's classes.
+
+        Args:
+            image: As in `classify`.
+            text: Texts [B, L].
+            targets: Classes [B].
+            alpha: Weight of distillation.
+            update_momentum: Whether to update the momentum model, once in an optimizer step.
+
+        Returns:
+            loss, a scalar.
         """
         logits, logits_m = self.classify(image, text), None
         if self.config["distill"]:
             with torch.no_grad():
                 if update_momentum:
                     update_momentum_(self, self.config["momentum"])
-                logits_m = self._classify(
-                    self.visual_encoder_m,
-                    self.bert_m,
-                    getattr(self, f"{self.head_name}_m"),
-                    image,
-                    text,
-                )
-        return distilled_cross_entropy(logits, targets, logits_m, alpha)[0].mean()
+                logits_m = self.classify(image, text, momentum=True)
+        return {"loss": distilled_cross_entropy(logits, targets, logits_m, alpha)[0].mean()}
 
 
 class SingleImageClassifier(Classifier):
-    """Classifier of one image and one text."""
+    """Classifier of an image and a text."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
         super().__init__(config, BertModel, tokenizer)
 
     def predict(self, image: Tensor, text: Text) -> Tensor:
-        """image [B, 3, H, W], text with input_ids and attention_mask [B, L] -> logits [B, classes]."""
+        """Classify images [B, 3, H, W] with texts [B, L] -> logits [B, classes]."""
         return self.classify(image, text)
 
     def losses(
@@ -112,10 +117,9 @@ class SingleImageClassifier(Classifier):
         alpha: float = 0.4,
         update_momentum: bool = True,
     ) -> dict[str, Tensor]:
-        """The loss of a step: image [B, 3, H, W], text [B, L], targets [B] classes, alpha the
-        weight of distillation.
-        """
-        return {"loss": self.distilled_loss(image, text, targets, alpha, update_momentum)}
+        """Return the `distilled_loss` of images [B, 3, H, W] with texts [B, L]."""
+        options = {"alpha": alpha, "update_momentum": update_momentum}
+        return self.distilled_loss(image, text, targets=targets, **options)
 
 
 class VE(SingleImageClassifier):
@@ -125,9 +129,10 @@ class VE(SingleImageClassifier):
 
 
 class Relevance(SingleImageClassifier):
-    """Relevance of an ad, its image and "query [SEP] words of the ad": irrelevant 0, relevant 1.
+    """Relevance of an image and its words to a query: irrelevant 0, relevant 1.
 
-    The classifier is the ITM head, which pre-training has taught whether an image and a text match.
+    The text is "query [SEP] words". The classifier is the ITM head, which pre-training has taught
+    whether an image and a text match.
     """
 
     classes = 2

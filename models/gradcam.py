@@ -1,22 +1,24 @@
-"""Grad-CAM: where in the image a score comes from, by attention maps times their gradients (Section
-6, Figures 4 to 6).
+"""Grad-CAM: where in the image a score comes from (Section 6, Figures 4 to 6).
 
 A heat map is the mean over heads of an attention map times the positive part of the score's
-gradient with respect to it, on the patch grid of the image, [h, w], rows first. Only the block that
-is asked for computes its attention unfused.
+gradient with respect to it. It has the grid of patches, [h, w], rows first.
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from utils import InputError
+from models.albef import ALBEF
+from models.bert import BertModel, KeysValues
+from models.contrastive import ContrastiveModel
+from utils import InputError, Text
 
 
-def _copy(module, **replaced):
-    """Copy a module that shares its weights and submodules with the original, except for replaced
-    submodules.
+def _copy(module: Any, **replaced: nn.Module) -> Any:
+    """Copy a module with other submodules; it shares all weights with the original.
 
     Grad-CAM changes copies, so that other threads can use the model meanwhile. A copy is not
     compiled.
@@ -29,22 +31,20 @@ def _copy(module, **replaced):
 class _Recorder(nn.Module):
     """Append attention maps [B, heads, L, 1+N] to a list and return them, with gradients."""
 
-    def __init__(self, maps):
+    def __init__(self, maps: list[Tensor]) -> None:
         super().__init__()
         self.maps = maps
 
-    def forward(self, probs):
+    def forward(self, probs: Tensor) -> Tensor:
         self.maps.append(probs if probs.requires_grad else probs.requires_grad_())
         return probs
 
 
-def _recording_bert(bert, blocks, maps):
-    """Copy a multimodal encoder so that the cross-attentions of `blocks` append their maps to the
-    list `maps`.
-    """
+def _recording_bert(bert: BertModel, blocks: Sequence[int], maps: list[Tensor]) -> BertModel:
+    """Copy a BERT so that the cross-attentions of `blocks` append their maps to `maps`."""
     record = _Recorder(maps)
 
-    def attend(query, keys, values, mask=None):
+    def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         scores = query @ keys.transpose(2, 3) / query.shape[-1] ** 0.5
         return record(scores.softmax(dim=-1)) @ values
 
@@ -57,10 +57,10 @@ def _recording_bert(bert, blocks, maps):
     return _copy(bert, encoder=_copy(bert.encoder, layer=nn.ModuleList(layers)))
 
 
-def _recording_model(model, block_num, maps):
-    """Copy a model so that a block of its image encoder appends its self-attention maps to the list
-    `maps`.
-    """
+def _recording_model(
+    model: ContrastiveModel, block_num: int, maps: list[Tensor]
+) -> ContrastiveModel:
+    """Copy a model so that a block of the image encoder appends its attention map to `maps`."""
     encoder = model.visual_encoder
     blocks = [copy.copy(block) for block in encoder.blocks]
     attention = _copy(blocks[block_num].attn, attn_drop=_Recorder(maps))
@@ -69,49 +69,67 @@ def _recording_model(model, block_num, maps):
     return _copy(model, visual_encoder=_copy(encoder, blocks=nn.Sequential(*blocks)))
 
 
-def _heat(attention, gradient, grid):
-    """Compute heat maps [B, ..., h, w] from attention and its gradient [B, heads, ..., 1+N], in
-    float32 to rank boxes.
-    """
+def _heat(attention: Tensor, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Compute heat maps [B, ..., h, w] in float32 from maps [B, heads, ..., 1+N] and gradients."""
     return (attention.float() * gradient.clamp(min=0))[..., 1:].mean(dim=1).unflatten(-1, grid)
 
 
-def default_block(model, mode="itm", words=False):
-    """For itm the third multimodal layer (8 of 12), the last where there are fewer; for itc the
-    last block of the ViT.
+def default_block(model: ALBEF, mode: str = "itm", words: bool = False) -> int:
+    """Return the block whose attention is shown by default.
 
-    words: there has to be heat for words. In the last layer only what [CLS] attends to reaches the
-    score, so it is left out.
+    Args:
+        model: The model.
+        mode: "itm" for the third multimodal layer (8 of 12) or the last one if there are fewer,
+            "itc" for the last block of the image encoder.
+        words: Whether single words need heat. In the last layer only [CLS] reaches the score, so
+            that this layer is left out.
     """
     if mode == "itc":
         return len(model.visual_encoder.blocks) - 1
-    pair = 2 if hasattr(model.bert, "pair_keys_values") else 1
-    first, last = model.bert.fusion_layer, len(model.bert.encoder.layer) - pair
-    return max(first, min(first + 2 * pair, last - pair * words))
+    step = model.bert.images_per_text
+    first, last = model.bert.fusion_layer, len(model.bert.encoder.layer) - step
+    return max(first, min(first + 2 * step, last - step * words))
 
 
-def check_block(model, block_num, mode="itm"):
-    """Raise InputError unless the model has such a block: for itm with cross-attention, for itc in
-    the image encoder.
+def check_block(model: ALBEF, block_num: int, mode: str = "itm") -> None:
+    """Raise InputError unless a block has the attention that Grad-CAM reads.
+
+    Args:
+        model: The model.
+        block_num: Index of the block.
+        mode: "itm" for cross-attention, "itc" for the image encoder.
     """
     first, end, what = 0, len(model.visual_encoder.blocks), "those of the image encoder"
     if mode == "itm":
-        first, end, what = (
-            model.bert.fusion_layer,
-            len(model.bert.encoder.layer),
-            "those with cross-attention",
-        )
+        first, end = model.bert.fusion_layer, len(model.bert.encoder.layer)
+        what = "those with cross-attention"
     if not first <= block_num < end:
         raise InputError(
             f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0"
         )
 
 
-def text_gradcam(model, image, text, mode="itm", block_num=None):
-    """Heat maps [B, h, w] of the whole texts, as grounding takes them: itm, the mean over tokens,
-    or itc.
+def text_gradcam(
+    model: ContrastiveModel,
+    image: Tensor,
+    text: Text,
+    mode: str = "itm",
+    block_num: int | None = None,
+) -> Tensor:
+    """Compute heat maps of whole texts, as grounding reads them.
 
-    block_num: the layer, by default default_block's; other arguments as in itm_gradcam.
+    Args:
+        model: Model in eval mode.
+        image: Images [B, 3, H, W].
+        text: Texts [B, L].
+        mode: "itm" for the mean over tokens of `itm_gradcam`, or "itc" for `itc_gradcam`.
+        block_num: Index of the block, by default of `default_block`.
+
+    Returns:
+        Heat maps [B, h, w].
+
+    Raises:
+        InputError: The model has no such block.
     """
     block_num = default_block(model, mode) if block_num is None else block_num
     if mode == "itm":
@@ -119,44 +137,61 @@ def text_gradcam(model, image, text, mode="itm", block_num=None):
     return itc_gradcam(model, image, text, block_num)
 
 
-def cross_gradcam(model, keys_values, text, block_num, score):
-    """Heat maps of a score on the cross-attention of one block, or of a pair of blocks, of the
-    multimodal encoder.
+def cross_gradcam(
+    model: ALBEF,
+    keys_values: Sequence[KeysValues],
+    text: Text,
+    block_num: int,
+    score: Callable[[Tensor], Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """Compute heat maps of a score on the cross-attention of a multimodal block.
 
-    keys_values: of the images, as the encoder's `fuse` takes them; text with input_ids and
-    attention_mask [B, L]; block_num: a layer from fusion_layer on, in NLVR2 the first of a pair;
-    score(fused [B, L, C]) -> a scalar. Returns (list of [B, L, h, w], one for each image, 0 at
-    padding; the score). Raises InputError if there is no such block.
+    Args:
+        model: Model in eval mode.
+        keys_values: Keys and values of the images, from `bert.image_keys_values`.
+        text: Texts [B, L].
+        block_num: Index of the layer, in NLVR2 of either layer of a pair.
+        score: Function of the fused states [B, L, C] that returns a scalar.
+
+    Returns:
+        One map [B, L, h, w] for each image of a text, 0 at padding, and the score.
+
+    Raises:
+        InputError: The model has no such block.
     """
     bert = model.bert
     check_block(model, block_num)
-    blocks = [block_num]
-    if hasattr(bert, "pair_keys_values"):
-        first = block_num - (block_num - bert.fusion_layer) % 2
-        blocks = [first, first + 1]
+    first = block_num - (block_num - bert.fusion_layer) % bert.images_per_text
+    blocks = range(first, first + bert.images_per_text)
     with torch.no_grad():  # the gradient ends at the attention map
         text_embeds = bert.encode_text(text.input_ids, text.attention_mask)
-    maps = []
+    maps: list[Tensor] = []
     with torch.enable_grad():
-        value = score(
-            _recording_bert(bert, blocks, maps).fuse(text_embeds, text.attention_mask, keys_values)
-        )
+        recording = _recording_bert(bert, blocks, maps)
+        value = score(recording.fuse(text_embeds, text.attention_mask, keys_values))
         gradients = torch.autograd.grad(value, maps)
-    # at padding the gradient is 0: nothing attends to it
+    # the gradient is 0 at padding, because no token attends to it
     grid = model.visual_encoder.patch_embed.grid_size
-    return [
-        _heat(attention.detach(), gradient, grid) for attention, gradient in zip(maps, gradients)
-    ], value.detach()
+    pairs = zip(maps, gradients, strict=True)
+    return [_heat(attention.detach(), gradient, grid) for attention, gradient in pairs], (
+        value.detach()
+    )
 
 
-def itm_gradcam(model, image, text, block_num):
-    """Heat maps of the matching score on the cross-attention of one multimodal layer, for each
-    token.
+def itm_gradcam(model: ContrastiveModel, image: Tensor, text: Text, block_num: int) -> Tensor:
+    """Compute heat maps of the matching score on cross-attention, for each token.
 
-    model: of pre-training or retrieval, in eval mode; image [B, 3, H, W]; text with input_ids and
-    attention_mask [B, L]; block_num: the layer, from fusion_layer on. Returns [B, L, h, w], 0 at
-    padding; the mean over all L positions is the map of the whole text. Raises InputError if there
-    is no such layer.
+    Args:
+        model: Model in eval mode.
+        image: Images [B, 3, H, W].
+        text: Texts [B, L].
+        block_num: Index of the layer, from `fusion_layer` on.
+
+    Returns:
+        Heat maps [B, L, h, w], 0 at padding. The mean over L is the map of the whole text.
+
+    Raises:
+        InputError: The model has no such layer.
     """
     with torch.no_grad():
         keys_values = model.bert.image_keys_values(model.visual_encoder.forward_features(image))
@@ -166,15 +201,23 @@ def itm_gradcam(model, image, text, block_num):
     return heat
 
 
-def itc_gradcam(model, image, text, block_num):
-    """Heat maps of the contrastive similarity on the self-attention of [CLS] in one block of the
-    ViT.
+def itc_gradcam(model: ContrastiveModel, image: Tensor, text: Text, block_num: int) -> Tensor:
+    """Compute heat maps of the contrastive similarity on the self-attention of the image's [CLS].
 
-    Arguments as in itm_gradcam, block_num from 0. Returns [B, h, w]. Raises InputError if there is
-    no such block.
+    Args:
+        model: Model in eval mode.
+        image: Images [B, 3, H, W].
+        text: Texts [B, L].
+        block_num: Index of the block of the image encoder.
+
+    Returns:
+        Heat maps [B, h, w].
+
+    Raises:
+        InputError: The model has no such block.
     """
     check_block(model, block_num, "itc")
-    maps = []
+    maps: list[Tensor] = []
     with torch.no_grad():
         _, text_feat = model.encode_text(text)
     with torch.enable_grad():

@@ -1,35 +1,52 @@
-"""The objectives of Section 3.2 and their distilled forms of Section 3.3, on plain tensors."""
+"""Objectives (Section 3.2) and their distilled forms (Section 3.3) on plain tensors."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """Projected, normalized features of images and texts, [B, D] each, or queues, [D, Q] each."""
+
+    image: Tensor
+    text: Tensor
 
 
 class MaskedText(NamedTuple):
-    """A text with masked tokens. positions holds the flat indices (into [B * L]) of the labels that
-    are not -100.
-    """
+    """A text with masked tokens."""
 
-    input_ids: torch.Tensor  # [B, L]
-    labels: torch.Tensor  # [B, L]
-    positions: torch.Tensor  # [M]
+    input_ids: Tensor  # [B, L]
+    labels: Tensor  # [B, L], the token at masked positions and -100 elsewhere
+    positions: Tensor  # [M], flat indices into [B * L] of the masked positions
 
 
-def masked_text(input_ids, labels):
-    """Find the masked positions.
+class TokenIds(Protocol):
+    """Ids of the tokens that masking treats specially."""
 
-    On a GPU this waits for the device; in the training loop it runs on the host.
-    """
+    pad: int
+    cls: int
+    mask: int
+
+
+def masked_text(input_ids: Tensor, labels: Tensor) -> MaskedText:
+    """Find the masked positions; on a GPU this waits for the device."""
     return MaskedText(input_ids, labels, (labels.flatten() != -100).nonzero().squeeze(1))
 
 
-def mask_tokens(input_ids, vocab_size, special_ids, probability=0.15):
-    """Mask tokens as BERT does (Section 3.2): of the chosen 15%, 80% become [MASK], 10% random, 10%
-    stay.
+def mask_tokens(
+    input_ids: Tensor, vocab_size: int, special_ids: TokenIds, probability: float = 0.15
+) -> MaskedText:
+    """Mask tokens as BERT does (Section 3.2).
 
-    input_ids: [B, L]; special_ids has pad, cls and mask. [CLS] and padding are never chosen.
-    Returns a MaskedText.
+    Of the chosen tokens 80% become [MASK], 10% a random token, and 10% stay.
+
+    Args:
+        input_ids: Tokens [B, L].
+        vocab_size: Number of word pieces.
+        special_ids: Ids of padding and [CLS], which are never chosen, and of [MASK].
+        probability: Probability of a token to be chosen.
     """
     draw = torch.rand(input_ids.shape, device=input_ids.device)
     chosen = (draw < probability) & (input_ids != special_ids.pad) & (input_ids != special_ids.cls)
@@ -41,13 +58,21 @@ def mask_tokens(input_ids, vocab_size, special_ids, probability=0.15):
     return masked_text(masked, labels)
 
 
-def distilled_cross_entropy(logits, targets, logits_m=None, alpha=0.0):
-    """(1 - alpha) H(y, p) + alpha H(q, p) for every row (Equations 6 and 7, up to the constant
-    entropy of q).
+def distilled_cross_entropy(
+    logits: Tensor, targets: Tensor, logits_m: Tensor | None = None, alpha: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Compute (1 - alpha) H(y, p) + alpha H(q, p) of each row in float32.
 
-    logits, logits_m: [R, K]; targets: class indices [R] or distributions [R, K]; q =
-    softmax(logits_m), or no distillation when logits_m is None. Computed in float32. Returns (loss
-    [R], H(y, p) [R]).
+    This is Equations 6 and 7 up to the constant entropy of q.
+
+    Args:
+        logits: Logits of p [R, K].
+        targets: y, class indices [R] or distributions [R, K].
+        logits_m: Logits of q, of the momentum model [R, K]. Default: no distillation.
+        alpha: Weight of distillation.
+
+    Returns:
+        The loss [R] and H(y, p) [R].
     """
     log_p = logits.float().log_softmax(dim=-1)  # shared by both terms
     if targets.is_floating_point():
@@ -61,31 +86,44 @@ def distilled_cross_entropy(logits, targets, logits_m=None, alpha=0.0):
 
 
 class Contrast(NamedTuple):
-    """Similarities of a batch with [this batch's momentum features, then the queue], divided by
-    temp.
+    """Similarities, divided by temp, with this batch's momentum features, then the queue."""
+
+    i2t: Tensor  # [B, B + Q]
+    t2i: Tensor  # [B, B + Q]
+
+
+def similarities(
+    features: Features, features_m: Features, queues: Features, temp: Tensor
+) -> Contrast:
+    """Compute s(I, T) / temp and s(T, I) / temp (Equation 1) in float32.
+
+    With the momentum features as `features` these are the s' of Section 3.3.
+
+    Args:
+        features: Features [B, D].
+        features_m: Momentum features [B, D].
+        queues: Queues of momentum features [D, Q].
+        temp: Temperature.
     """
-
-    i2t: torch.Tensor  # [B, B + Q]
-    t2i: torch.Tensor  # [B, B + Q]
-
-
-def similarities(image_feat, text_feat, image_feat_m, text_feat_m, image_queue, text_queue, temp):
-    """s(I, T) / temp and s(T, I) / temp of Equation 1. Features [B, D], queues [D, Q]; returns a
-    Contrast in float32.
-
-    With the momentum features in place of image_feat and text_feat these are the s' of Section 3.3.
-    """
-    with torch.autocast(image_feat.device.type, enabled=False):
-        i2t = torch.cat([image_feat @ text_feat_m.T, image_feat @ text_queue], dim=1) / temp
-        t2i = torch.cat([text_feat @ image_feat_m.T, text_feat @ image_queue], dim=1) / temp
-    return Contrast(i2t, t2i)
+    with torch.autocast(features.image.device.type, enabled=False):
+        i2t = torch.cat([features.image @ features_m.text.T, features.image @ queues.text], dim=1)
+        t2i = torch.cat([features.text @ features_m.image.T, features.text @ queues.image], dim=1)
+        return Contrast(i2t / temp, t2i / temp)
 
 
-def itc_loss(contrast, targets, contrast_m=None, alpha=0.0):
-    """Image-text contrastive loss (Equation 2), distilled where contrast_m is given (Equation 6).
+def itc_loss(
+    contrast: Contrast, targets: Tensor, contrast_m: Contrast | None = None, alpha: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Compute the image-text contrastive loss (Equations 2 and 6).
 
-    targets: class indices [B] or distributions [B, B + Q]. Returns (loss, the one-hot loss of
-    Equation 2).
+    Args:
+        contrast: Similarities of the features.
+        targets: Class indices [B] or distributions [B, B + Q].
+        contrast_m: Similarities of the momentum features. Default: no distillation.
+        alpha: Weight of distillation.
+
+    Returns:
+        The loss, and the one-hot loss of Equation 2.
     """
     soft_i2t, soft_t2i = contrast_m or (None, None)
     i2t, i2t_hard = distilled_cross_entropy(contrast.i2t, targets, soft_i2t, alpha)
@@ -94,35 +132,46 @@ def itc_loss(contrast, targets, contrast_m=None, alpha=0.0):
 
 
 @torch.no_grad()
-def draw(log_weights, count):
-    """Draw `count` different columns of each row: log_weights [R, K], -inf for never -> indices [R,
-    count].
+def draw(log_weights: Tensor, count: int) -> Tensor:
+    """Draw different columns of each row, without a loop over rows or a wait for the device.
 
-    The columns with the largest sums of log weight and Gumbel noise: without a loop over rows or a
-    wait for the device.
+    The columns with the largest sums of log weight and Gumbel noise are such a sample.
+
+    Args:
+        log_weights: Logarithms of weights [R, K], -inf for never.
+        count: Number of columns to draw.
+
+    Returns:
+        Indices [R, count].
     """
     gumbel = -torch.empty_like(log_weights).exponential_().log()
     return (log_weights + gumbel).topk(count, dim=1).indices
 
 
 @torch.no_grad()
-def sample_negatives(sim, positives):
-    """Draw one hard negative per row from softmax(sim) without the positives (Section 3.2).
+def sample_negatives(sim: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a hard negative for each row from softmax(sim) without the positives (Section 3.2).
 
-    sim: [B, B] similarities divided by temp (all equal for uniform negatives); positives: bool [B,
-    B]. Returns (index [B], valid [B]): a row without any negative is not valid and its index means
-    nothing.
+    Args:
+        sim: Similarities divided by temp [B, B], all equal for uniform negatives.
+        positives: Pairs that match, bool [B, B].
+
+    Returns:
+        Indices [B] and validity, bool [B]: the index of a row without any negative is not valid.
     """
     index = draw(sim.float().masked_fill(positives, -torch.inf), count=1)
     return index[:, 0], ~positives.all(dim=1)
 
 
-def itm_loss(logits, valid):
-    """Image-text matching loss (Equation 4): the mean over the samples that have a negative, an
-    exact 0 without any.
+def itm_loss(logits: Tensor, valid: Tensor) -> Tensor:
+    """Compute the image-text matching loss (Equation 4), the mean over valid samples.
 
-    logits: [3B, 2], first the B matched pairs, then two times B negatives in the same order; valid:
-    bool [B].
+    Args:
+        logits: Logits [3B, 2] of B matched pairs, then of B negatives twice, in the same order.
+        valid: Whether a sample has a negative, bool [B].
+
+    Returns:
+        The loss, an exact 0 if no sample is valid.
     """
     batch = valid.shape[0]
     labels = torch.cat([valid.new_ones(batch), valid.new_zeros(2 * batch)]).long()
@@ -131,11 +180,19 @@ def itm_loss(logits, valid):
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
 
-def mlm_loss(logits, labels, logits_m=None, alpha=0.0):
-    """Masked language modeling loss (Equation 3), distilled where logits_m is given (Equation 7).
+def mlm_loss(
+    logits: Tensor, labels: Tensor, logits_m: Tensor | None = None, alpha: float = 0.0
+) -> Tensor:
+    """Compute the masked language modeling loss (Equations 3 and 7).
 
-    logits, logits_m: [M, V] at the masked positions; labels: [M]. An exact 0 without a masked
-    token.
+    Args:
+        logits: Logits at the masked positions [M, V].
+        labels: Tokens at the masked positions [M].
+        logits_m: Logits of the momentum model [M, V]. Default: no distillation.
+        alpha: Weight of distillation.
+
+    Returns:
+        The loss, an exact 0 without a masked token.
     """
     loss, _ = distilled_cross_entropy(logits, labels, logits_m, alpha)
     return loss.sum() / max(1, labels.shape[0])

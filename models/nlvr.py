@@ -1,86 +1,88 @@
-"""NLVR2 (Section 5): is the sentence true of the two images?
+"""NLVR2, whether a sentence is true of two images, and text assignment, its pre-training."""
 
-And text assignment, its pre-training.
-"""
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.albef import ALBEF
-from models.bert import BertModel, Head
+from models.bert import BertModel, Head, KeysValues
 from models.classification import Classifier
 from models.contrastive import feature_similarity
 from models.losses import draw
 from models.pretrain import PretrainBatch
 from utils import Text
 
-# of the image-image similarities that negatives are drawn by; a constant, not the learned temp
+# divisor of the image-image similarities that negatives are drawn by; not the learned temp
 IMAGE_TEMP = 0.07
 
 
 class PairBert(BertModel):
-    """BERT with two consecutive blocks in place of each multimodal layer, one for the first image,
-    one for the second.
+    """BERT with two consecutive blocks in place of each multimodal layer, one for each image."""
 
-    config counts the layers of the single-image model. share: what the two blocks of a pair have in
-    common (Table 7), cross_attention (the projections to keys and values), all or none.
-    """
+    images_per_text = 2
 
-    def __init__(self, config, share):
+    def __init__(self, config: Mapping[str, Any], share: str) -> None:
+        """Build the layers with random weights.
+
+        Args:
+            config: BERT configuration of the single-image model.
+            share: What the blocks of a pair share (Table 7): "cross_attention" for the projections
+                to keys and values, "all" or "none".
+        """
         fusion = config["fusion_layer"]
-        super().__init__(
-            {**config, "num_hidden_layers": fusion + 2 * (config["num_hidden_layers"] - fusion)}
-        )
+        depth = fusion + 2 * (config["num_hidden_layers"] - fusion)
+        super().__init__({**config, "num_hidden_layers": depth})
         self.share = share
         layers = self.encoder.layer
-        for first in range(fusion, len(layers), 2):
+        for number in range(fusion, depth, 2):
             if share == "all":
-                layers[first + 1] = layers[first]
+                layers[number + 1] = layers[number]
             elif share == "cross_attention":
-                one, other = (
-                    layers[first].crossattention.self,
-                    layers[first + 1].crossattention.self,
-                )
-                other.key, other.value = one.key, one.value
+                first, second = (layers[number + i].crossattention.self for i in (0, 1))
+                second.key, second.value = first.key, first.value
 
-    def pair_keys_values(self, image_embeds, first, second):
-        """Return keys and values, each [B, h, 1+N, d], for every block, even ones of the images
-        `first`, odd ones of `second`.
+    def image_keys_values(
+        self, image_embeds: Tensor, pairs: tuple[Tensor, Tensor] | None = None
+    ) -> list[KeysValues]:
+        """Project images to the keys and values of each multimodal block.
 
-        image_embeds [I, 1+N, C] of any number of images; first, second: slices or indices [B] of
-        them.
+        Args:
+            image_embeds: Image embeddings [I, 1+N, C].
+            pairs: Indices of the first and of the second images, [B] each. Default: the first
+                images are the first half of `image_embeds`.
+
+        Returns:
+            Keys and values [B, h, 1+N, d], of the first images for even blocks and of the second
+            images for odd blocks.
         """
+
+        def split(values: Tensor) -> list[Tensor]:
+            return [*values.chunk(2)] if pairs is None else [values[index] for index in pairs]
+
         layers, keys_values = self.encoder.layer[self.fusion_layer :], []
-        for even, odd in zip(layers[::2], layers[1::2]):
+        for even, odd in zip(layers[::2], layers[1::2], strict=True):
             if self.share == "none":
-                sources = (even, image_embeds[first]), (odd, image_embeds[second])
-                keys_values += [
-                    block.crossattention.self.keys_values(embeds) for block, embeds in sources
-                ]
+                for block, embeds in zip((even, odd), split(image_embeds), strict=True):
+                    keys_values.append(block.crossattention.self.keys_values(embeds))
             else:
                 keys, values = even.crossattention.self.keys_values(image_embeds)
-                keys_values += [(keys[images], values[images]) for images in (first, second)]
+                keys_values += zip(split(keys), split(values), strict=True)
         return keys_values
 
 
 class NLVR(Classifier):
-    """Two-way classification of two images and a sentence: False 0, True 1."""
+    """NLVR2: the sentence is false 0, true 1."""
 
     classes = 2
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
 
-    def keys_values(self, bert, image_embeds):
-        """As Classifier.keys_values, of the first images, then the second ones [2B, 1+N, C]."""
-        half = len(image_embeds) // 2
-        return bert.pair_keys_values(image_embeds, slice(half), slice(half, None))
-
-    def predict(self, image0, image1, text):
-        """First and second images [B, 3, H, W], text with input_ids and attention_mask [B, L] ->
-        logits [B, 2].
-        """
+    def predict(self, image0: Tensor, image1: Tensor, text: Text) -> Tensor:
+        """Classify pairs of images [B, 3, H, W] with texts [B, L] -> logits [B, 2]."""
         return self.classify(torch.cat([image0, image1]), text)
 
     def losses(
@@ -93,22 +95,15 @@ class NLVR(Classifier):
         alpha: float = 0.4,
         update_momentum: bool = True,
     ) -> dict[str, Tensor]:
-        """The loss of a step: images [B, 3, H, W] each, text [B, L], targets [B] classes, alpha the
-        weight of distillation.
-        """
-        return {
-            "loss": self.distilled_loss(
-                torch.cat([image0, image1]), text, targets, alpha, update_momentum
-            )
-        }
+        """Return the `distilled_loss` of pairs of images [B, 3, H, W] with texts [B, L]."""
+        options = {"alpha": alpha, "update_momentum": update_momentum}
+        return self.distilled_loss(torch.cat([image0, image1]), text, targets=targets, **options)
 
 
 class TextAssignment(ALBEF):
-    """Pre-training of the pair model (Section 5): is the first image (0), the second (1) or neither
-    (2) the text's?
-    """
+    """Text assignment (Section 5): the text is of the first image 0, the second 1, or neither 2."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
         width = self.bert_config["hidden_size"]
         self.vision_proj = Head(config["vision_width"], config["embed_dim"])
@@ -116,65 +111,72 @@ class TextAssignment(ALBEF):
         self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
         self.ta_head = Head(width, 3)
 
-    def idle_parameters(self):
-        # in the released checkpoints, but only image features are used here, to draw negatives
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Return the projections: image features alone are read, to draw negatives."""
         return [self.temp, *self.vision_proj.parameters(), *self.text_proj.parameters()]
 
     @torch.no_grad()
-    def negative_weights(self, image_embeds):
-        """How likely each image is to be a negative of another: image_embeds [B, 1+N, C] -> [B, B],
-        0 on the diagonal.
+    def negative_weights(self, image_embeds: Tensor) -> Tensor:
+        """Compute how likely an image is a negative of another one.
 
-        The softmax of image-image similarity / 0.07, a row's own image then set to 0 without
-        scaling up the others.
+        The softmax of image-image similarity / 0.07, after which an image's weight for itself is
+        set to 0 without scaling the others.
+
+        Args:
+            image_embeds: Image embeddings [B, 1+N, C].
+
+        Returns:
+            Weights [B, B], 0 on the diagonal.
         """
         feat = F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1)
         return (feature_similarity(feat, feat) / IMAGE_TEMP).softmax(dim=1).fill_diagonal_(0)
 
-    def _classify(self, image_embeds, first, second, text):
-        keys_values = self.bert.pair_keys_values(image_embeds, first, second)
+    def _classify(
+        self, image_embeds: Tensor, text: Text, pairs: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        keys_values = self.bert.image_keys_values(image_embeds, pairs)
         text_embeds = self.bert.encode_text(text.input_ids, text.attention_mask)
-        return self.ta_head(
-            self.bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0]
-        )
+        fused = self.bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)
+        return self.ta_head(fused[:, 0])
 
-    def predict(self, image0, image1, text):
-        """First and second images [B, 3, H, W], text with input_ids and attention_mask [B, L] ->
-        logits [B, 3].
-        """
-        image_embeds = self.visual_encoder.forward_features(torch.cat([image0, image1]))
-        return self._classify(image_embeds, slice(len(image0)), slice(len(image0), None), text)
+    def predict(self, image0: Tensor, image1: Tensor, text: Text) -> Tensor:
+        """Classify pairs of images [B, 3, H, W] with texts [B, L] -> logits [B, 3]."""
+        images = torch.cat([image0, image1])
+        return self._classify(self.visual_encoder.forward_features(images), text)
 
     @torch.no_grad()
-    def draw_pairs(self, image_embeds):
-        """For each text of a batch a first and a second image and the class: three tensors of
-        indices [B].
+    def draw_pairs(self, image_embeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw a pair of images and a class for each text of a batch.
 
-        The classes are equally likely. "Neither" needs two other images: a batch of fewer than 3
-        goes without.
+        The classes are equally likely. "Neither" needs two other images, so that a batch of fewer
+        than 3 leaves it out.
+
+        Args:
+            image_embeds: Image embeddings [B, 1+N, C].
+
+        Returns:
+            Indices of the first images, indices of the second images and classes, [B] each.
         """
         batch, device = len(image_embeds), image_embeds.device
-        own = torch.arange(batch, device=device)
+        itself = torch.arange(batch, device=device)
         negatives = draw(self.negative_weights(image_embeds).log(), count=min(2, batch))  # [B, 2]
-        one, other = negatives[:, 0], negatives[:, -1]
         label = torch.randint(3 if batch > 2 else 2, (batch,), device=device)
-        first = torch.where(label == 0, own, one)
-        second = torch.where(label == 1, own, torch.where(label == 0, one, other))
-        return first, second, label
+        first = torch.where(label == 0, itself, negatives[:, 0])
+        second = torch.where(label == 0, negatives[:, 0], negatives[:, -1])
+        return first, torch.where(label == 1, itself, second), label
 
     def forward(
-        self, batch: PretrainBatch, *, alpha: float, update_momentum: bool = True
+        self, batch: PretrainBatch, *, alpha: float = 0.0, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch; text assignment has no distillation."""
         return self.losses(batch.image, batch.text)
 
     def losses(self, image: Tensor, text: Text) -> dict[str, Tensor]:
-        """The loss of a step: image [B, 3, H, W], text with input_ids and attention_mask [B, L].
+        """Compute the loss of images [B, 3, H, W] with their texts [B, L].
 
-        A batch of one has no negatives: its loss is an exact 0.
+        A batch of one has no negatives, so that its loss is an exact 0.
         """
         image_embeds = self.visual_encoder.forward_features(image)
         first, second, label = self.draw_pairs(image_embeds)
-        logits = self._classify(image_embeds, first, second, text)
-        loss = F.cross_entropy(logits, label)
+        loss = F.cross_entropy(self._classify(image_embeds, text, (first, second)), label)
         return {"loss": loss if len(image) > 1 else 0 * loss}

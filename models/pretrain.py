@@ -1,20 +1,19 @@
-"""ALBEF pre-training (Section 3): contrastive learning, matching and masked language modeling under
-distillation.
-"""
+"""ALBEF pre-training (Section 3): contrastive learning, matching and masked language modeling."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.bert import BertForMaskedLM
 from models.contrastive import ContrastiveModel, mutual_information_bound
-from models.losses import MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
+from models.losses import Features, MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
 from utils import Text
 
 
 class PretrainBatch(Protocol):
-    """What `Pretrain.forward` reads of a batch of the data set."""
+    """Fields of a batch that `Pretrain.forward` reads."""
 
     image: Tensor  # [B, 3, H, W]
     text: Text  # [B, L]
@@ -22,41 +21,38 @@ class PretrainBatch(Protocol):
 
 
 class Pretrain(ContrastiveModel):
-    """The pre-training model: contrastive learning, matching, and masked language modeling (key
-    mlm_probability).
-    """
+    """Pre-training model: contrastive learning, matching and masked language modeling."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
         super().__init__(config, BertForMaskedLM, tokenizer, known=("itc", "mlm", "itm"))
         # Section 4, of the last step
         self.register_buffer("mi_bound", torch.zeros(()), persistent=False)
 
-    def mlm_logits(self, fused):
-        """fused [..., C] -> vocabulary logits [..., V]."""
+    def mlm_logits(self, fused: Tensor) -> Tensor:
+        """Compute vocabulary logits [..., V] of fused states [..., C]."""
         return self.text_encoder.cls.predictions(fused)
 
-    def mask(self, input_ids):
-        """Mask a batch of texts for MLM: input_ids [B, L] -> MaskedText."""
+    def mask(self, input_ids: Tensor) -> MaskedText:
+        """Mask texts [B, L] at random."""
         vocab_size, probability = self.bert_config["vocab_size"], self.config["mlm_probability"]
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 
-    def idle_parameters(self):
+    def idle_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that no objective reaches."""
         idle = super().idle_parameters()
         if "mlm" not in self.objectives:
-            idle += [
-                self.text_encoder.cls.predictions.bias,
-                *self.text_encoder.cls.predictions.transform.parameters(),
-            ]
+            head = self.text_encoder.cls.predictions
+            idle += [head.bias, *head.transform.parameters()]
         return idle
 
-    def prepare(self, batch):
-        return (
-            batch._replace(masked=self.mask(batch.text.input_ids))
-            if "mlm" in self.objectives
-            else batch
-        )
+    def prepare(self, batch: Any) -> Any:
+        """Mask the texts of a batch on the host."""
+        if "mlm" not in self.objectives:
+            return batch
+        return batch._replace(masked=self.mask(batch.text.input_ids))
 
-    def extra_metrics(self):
+    def extra_metrics(self) -> dict[str, Tensor]:
+        """Return the temperature and the bound of mutual information."""
         return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}
 
     def forward(
@@ -64,11 +60,7 @@ class Pretrain(ContrastiveModel):
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         return self.losses(
-            batch.image,
-            batch.text,
-            masked=batch.masked,
-            alpha=alpha,
-            update_momentum=update_momentum,
+            batch.image, batch.text, alpha, batch.masked, update_momentum=update_momentum
         )
 
     def losses(
@@ -80,80 +72,92 @@ class Pretrain(ContrastiveModel):
         *,
         update_momentum: bool = True,
     ) -> dict[str, Tensor]:
-        """One step's losses (Equation 5), any of loss_mlm, loss_ita, loss_itm as the configuration
-        has them on.
+        """Compute the losses of the objectives that are on (Equation 5).
 
-        image [B, 3, H, W]; text with input_ids and attention_mask [B, L]; alpha: the weight of
-        distillation; masked: (input_ids, labels) or a MaskedText, drawn here if not given;
-        update_momentum is False in all but one of the batches that share an optimizer step.
+        Args:
+            image: Images [B, 3, H, W].
+            text: Texts [B, L].
+            alpha: Weight of distillation.
+            masked: Masked texts, or input_ids and labels [B, L] of them. Default: masked here.
+            update_momentum: Whether to update the momentum model, once in an optimizer step.
+
+        Returns:
+            loss_ita, loss_itm and loss_mlm, scalars.
         """
-        batch = image.shape[0]
+        batch = len(image)
         self.begin_step(update_momentum)
-        if "mlm" in self.objectives:
-            masked = self.mask(text.input_ids) if masked is None else masked
-            masked = masked_text(*masked) if len(masked) == 2 else masked
-            # the text and its masked version go through the text encoder together
-            text_all = Text(
-                torch.cat([text.input_ids, masked.input_ids]), text.attention_mask.repeat(2, 1)
-            )
-        else:
-            text_all = text
-
+        texts, masked = self._append_masked(text, masked)
         image_embeds, image_feat = self.encode_image(image)  # [B, 1+N, C], [B, D]
-        text_embeds, text_feat = self.encode_text(text_all)  # [B or 2B, L, C], [B or 2B, D]
-        text_embeds, text_embeds_masked = text_embeds[:batch], text_embeds[batch:]
-        text_feat = text_feat[:batch]
+        text_embeds, text_feat = self.encode_text(texts)  # [B or 2B, L, C], [B or 2B, D]
         with torch.no_grad():
-            features_m, mlm_logits_m = self.momentum_forward(image, text, text_all, masked)
+            features_m, mlm_logits_m = self.momentum_forward(image, texts, masked)
 
         losses, contrast = {}, None
-        if "itc" in self.objectives:
-            # a sample's own pair, in the batch's part of the candidates
-            targets = torch.arange(batch, device=image.device)
-            losses["loss_ita"], onehot, contrast = self.contrastive(
-                image_feat, text_feat, features_m, targets, alpha
-            )
+        if "itc" in self.objectives:  # Equations 1, 2 and 6
+            features = Features(image_feat, text_feat[:batch])
+            targets = torch.arange(batch, device=image.device)  # the pair itself, in the batch
+            loss, onehot, contrast = self.contrastive(features, features_m, targets, alpha)
+            losses["loss_ita"] = loss
             self.mi_bound.copy_(mutual_information_bound(onehot, contrast.i2t.shape[1]))
             self.enqueue(features_m)
-        if "itm" in self.objectives or "mlm" in self.objectives:
-            keys_values = self.bert.image_keys_values(image_embeds)  # once for all rows of the step
-            if "itm" in self.objectives:
-                itself = torch.eye(batch, dtype=torch.bool, device=image.device)
-                cls, fused, valid = self.match(
-                    text_embeds,
-                    text.attention_mask,
-                    keys_values,
-                    contrast,
-                    itself,
-                    text_embeds_masked,
-                )
-                losses["loss_itm"] = itm_loss(self.itm_head(cls), valid)
-            else:
-                fused = self.bert.fuse(text_embeds_masked, text.attention_mask, keys_values)
-            if "mlm" in self.objectives:
-                # [M, V]
-                logits = self.mlm_logits(fused.flatten(0, 1).index_select(0, masked.positions))
-                labels = masked.labels.flatten()[masked.positions]
-                losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
+        if self.objectives != ["itc"]:
+            match = self.match(
+                image_embeds,
+                text_embeds[:batch],
+                text.attention_mask,
+                contrast=contrast,
+                positives=torch.eye(batch, dtype=torch.bool, device=image.device),
+                masked_embeds=None if masked is None else text_embeds[batch:],
+            )
+        if "itm" in self.objectives:  # Equation 4
+            losses["loss_itm"] = itm_loss(self.itm_head(match.cls), match.valid)
+        if "mlm" in self.objectives:  # Equations 3 and 7
+            logits = self.mlm_logits(at_masked(match.masked, masked))
+            labels = masked.labels.flatten()[masked.positions]
+            losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
         return losses
 
-    def momentum_forward(self, image, text, text_all, masked):
-        """The momentum model's features (image_feat_m, text_feat_m) and its MLM logits at the
-        masked positions [M, V].
+    def _append_masked(
+        self, text: Text, masked: MaskedText | tuple[Tensor, Tensor] | None
+    ) -> tuple[Text, MaskedText | None]:
+        """Append the masked versions to texts [B, L] -> [2B, L], to encode both in one pass."""
+        if "mlm" not in self.objectives:
+            return text, None
+        masked = self.mask(text.input_ids) if masked is None else masked
+        masked = masked if isinstance(masked, MaskedText) else masked_text(*masked)
+        input_ids = torch.cat([text.input_ids, masked.input_ids])
+        return Text(input_ids, text.attention_mask.repeat(2, 1)), masked
+
+    def momentum_forward(
+        self, image: Tensor, texts: Text, masked: MaskedText | None
+    ) -> tuple[Features | None, Tensor | None]:
+        """Compute what distillation and the queues need of the momentum model.
+
+        Args:
+            image: Images [B, 3, H, W].
+            texts: Texts, and after them their masked versions if MLM is on [B or 2B, L].
+            masked: The masked texts.
+
+        Returns:
+            Momentum features [B, D], and MLM logits [M, V] at the masked positions.
         """
         distill_mlm = "mlm" in self.objectives and "mlm" in self.distilled
         if "itc" not in self.objectives and not distill_mlm:
             return None, None
-        batch = image.shape[0]
+        batch = len(image)
         image_embeds_m, image_feat_m = self.encode_image(image, momentum=True)
-        text_embeds_m, text_feat_m = self.encode_text(
-            text_all if distill_mlm else text, momentum=True
-        )
-        features_m = image_feat_m, text_feat_m[:batch]
+        if not distill_mlm:
+            texts = Text(texts.input_ids[:batch], texts.attention_mask[:batch])
+        text_embeds_m, text_feat_m = self.encode_text(texts, momentum=True)
+        features_m = Features(image_feat_m, text_feat_m[:batch])
         if not distill_mlm:
             return features_m, None
         keys_values = self.bert_m.image_keys_values(image_embeds_m)
-        fused_m = self.bert_m.fuse(text_embeds_m[batch:], text.attention_mask, keys_values)
-        return features_m, self.text_encoder_m.cls.predictions(
-            fused_m.flatten(0, 1).index_select(0, masked.positions)
-        )
+        mask = texts.attention_mask[batch:]
+        fused_m = self.bert_m.fuse(text_embeds_m[batch:], mask, keys_values)
+        return features_m, self.text_encoder_m.cls.predictions(at_masked(fused_m, masked))
+
+
+def at_masked(fused: Tensor, masked: MaskedText) -> Tensor:
+    """Select the masked positions of fused states [B, L, C] -> [M, C]."""
+    return fused.flatten(0, 1).index_select(0, masked.positions)

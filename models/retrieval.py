@@ -1,20 +1,19 @@
-"""Image-text retrieval (Section 5): contrastive learning and matching, where several texts belong
-to one image.
-"""
+"""Image-text retrieval (Section 5): contrastive learning and matching with equal image ids."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.bert import BertModel
 from models.contrastive import ContrastiveModel
-from models.losses import itm_loss
+from models.losses import Features, itm_loss
 from utils import Text
 
 
 class RetrievalBatch(Protocol):
-    """What `Retrieval.forward` reads of a batch of the data set."""
+    """Fields of a batch that `Retrieval.forward` reads."""
 
     image: Tensor  # [B, 3, H, W]
     text: Text  # [B, L]
@@ -22,15 +21,14 @@ class RetrievalBatch(Protocol):
 
 
 class Retrieval(ContrastiveModel):
-    """The model of retrieval fine-tuning; a pair is positive wherever the image ids are equal, also
-    in the queue.
-    """
+    """Model of retrieval and grounding: pairs with equal image ids are positive."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
         self.register_buffer("idx_queue", torch.full((1, config["queue_size"]), -100))
 
-    def extra_metrics(self):
+    def extra_metrics(self) -> dict[str, Tensor]:
+        """Return the temperature."""
         return {"temp": self.temp} if "itc" in self.objectives else {}
 
     def forward(
@@ -38,11 +36,7 @@ class Retrieval(ContrastiveModel):
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         return self.losses(
-            batch.image,
-            batch.text,
-            idx=batch.idx,
-            alpha=alpha,
-            update_momentum=update_momentum,
+            batch.image, batch.text, idx=batch.idx, alpha=alpha, update_momentum=update_momentum
         )
 
     def losses(
@@ -54,11 +48,17 @@ class Retrieval(ContrastiveModel):
         alpha: float = 0.4,
         update_momentum: bool = True,
     ) -> dict[str, Tensor]:
-        """One step's losses, any of loss_ita, loss_itm as the configuration has them on.
+        """Compute the losses of the objectives that are on.
 
-        image [B, 3, H, W]; text with input_ids and attention_mask [B, L]; idx [B]: image ids, none
-        negative; alpha: the weight of distillation; update_momentum is False in all but one of the
-        batches that share an optimizer step.
+        Args:
+            image: Images [B, 3, H, W].
+            text: Texts [B, L].
+            idx: Image ids [B], not negative.
+            alpha: Weight of distillation.
+            update_momentum: Whether to update the momentum model, once in an optimizer step.
+
+        Returns:
+            loss_ita and loss_itm, scalars.
         """
         self.begin_step(update_momentum)
         positives = idx[:, None] == idx  # [B, B]
@@ -66,9 +66,9 @@ class Retrieval(ContrastiveModel):
         text_embeds, text_feat = self.encode_text(text)
 
         losses, contrast = {}, None
-        if "itc" in self.objectives:
+        if "itc" in self.objectives:  # Equations 1, 2 and 6
             with torch.no_grad():
-                features_m = (
+                features_m = Features(
                     self.encode_image(image, momentum=True)[1],
                     self.encode_text(text, momentum=True)[1],
                 )
@@ -76,13 +76,16 @@ class Retrieval(ContrastiveModel):
                 matches = torch.cat([positives, idx[:, None] == self.idx_queue], dim=1).float()
                 targets = matches / matches.sum(dim=1, keepdim=True)
             losses["loss_ita"], _, contrast = self.contrastive(
-                image_feat, text_feat, features_m, targets, alpha
+                Features(image_feat, text_feat), features_m, targets, alpha
             )
             self.enqueue(features_m, idx_queue=idx[:, None])
-        if "itm" in self.objectives:
-            keys_values = self.bert.image_keys_values(image_embeds)
-            cls, _, valid = self.match(
-                text_embeds, text.attention_mask, keys_values, contrast, positives
+        if "itm" in self.objectives:  # Equation 4
+            match = self.match(
+                image_embeds,
+                text_embeds,
+                text.attention_mask,
+                contrast=contrast,
+                positives=positives,
             )
-            losses["loss_itm"] = itm_loss(self.itm_head(cls), valid)
+            losses["loss_itm"] = itm_loss(self.itm_head(match.cls), match.valid)
         return losses

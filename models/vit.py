@@ -1,17 +1,25 @@
-"""The image encoder (Section 3.1): timm's VisionTransformer without its classification head."""
+"""Image encoder (Section 3.1): timm's VisionTransformer without its classification head."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 
-def build_vit(config, initializer_range=0.02):
-    """Build a ViT from the keys image_res, patch_size, vision_width, vision_depth, vision_heads.
+def build_vit(config: Mapping[str, Any], initializer_range: float = 0.02) -> VisionTransformer:
+    """Build a ViT whose `forward_features` maps images to embeddings, [CLS] first.
 
-    The model maps images [B, 3, image_res, image_res] to image_embeds [B, 1+N, vision_width], [CLS]
-    first, by `forward_features`. initializer_range: standard deviation of the linear layers' random
-    weights, half the standard deviation of patch and position embeddings. 0.02 suits a width of
-    768. A small model from random weights learns much faster with about 1 / sqrt(width), and hardly
-    at all if its patch embedding starts small.
+    An initializer range of 0.02 suits a width of 768. A small model from random weights learns much
+    faster with about 1 / sqrt(width), and hardly at all if its patch embedding starts small.
+
+    Args:
+        config: The keys image_res, patch_size, vision_width, vision_depth and vision_heads.
+        initializer_range: Standard deviation of the linear layers' random weights, half that of
+            patch and position embeddings.
+
+    Returns:
+        Model from [B, 3, image_res, image_res] to [B, 1+N, vision_width].
     """
     vit = VisionTransformer(
         img_size=config["image_res"],

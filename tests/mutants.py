@@ -117,13 +117,13 @@ MUTANTS = [
     ),
     Mutant(
         "models/contrastive.py",
-        'else distillable * config["distill"]',
-        "else distillable",
+        "distillable * distilled if isinstance",
+        "distillable if isinstance",
     ),
     Mutant("models/contrastive.py", 'if "itc" in self.distilled:', "if self.distilled:"),
     Mutant("models/contrastive.py", "self.temp.clamp_(*TEMP_RANGE)", "pass"),
     Mutant("models/contrastive.py", "        if update_momentum:\n", "        if True:\n"),
-    Mutant("models/contrastive.py", 'config["queue_size"]))', "65536))"),
+    Mutant("models/contrastive.py", 'config["queue_size"])', "65536)"),
     Mutant(
         "models/contrastive.py",
         "self.image_queue.clone(), self.text_queue.clone()",
@@ -131,13 +131,13 @@ MUTANTS = [
     ),
     Mutant(
         "models/contrastive.py",
-        "negative_image, _ = sample_negatives(t2i, positives)",
-        "negative_image, _ = sample_negatives(i2t, positives)",
+        "negative_image, _ = sample_negatives(t2i[:, :batch], positives)",
+        "negative_image, _ = sample_negatives(i2t[:, :batch], positives)",
     ),
     Mutant(
         "models/contrastive.py",
-        "masks = torch.cat([attention_mask, attention_mask[negative_text], attention_mask])",
-        "masks = torch.cat([attention_mask, attention_mask, attention_mask])",
+        "TextRows(negative_embeds, attention_mask[negative_text], cls_only=True)",
+        "TextRows(negative_embeds, attention_mask, cls_only=True)",
     ),
     Mutant(
         "models/contrastive.py",
@@ -228,6 +228,12 @@ MUTANTS = [
     Mutant("models/bert.py", "[start : start + input_ids.shape[1]]", "[: input_ids.shape[1]]"),
     Mutant(
         "models/bert.py",
+        "key=lambda number: parts[number].image_index is not None",
+        "key=lambda number: 0",
+    ),
+    Mutant("models/bert.py", "queries = 1 if cls_only else None", "queries = None"),
+    Mutant(
+        "models/bert.py",
         "if self.gradient_checkpointing and self.training and torch.is_grad_enabled():",
         "if False:",
     ),
@@ -272,7 +278,11 @@ MUTANTS = [
     Mutant("models/nlvr.py", "fill_diagonal_(0)", "contiguous()"),
     Mutant("models/nlvr.py", "torch.randint(3 if batch > 2 else 2,", "torch.randint(2,"),
     Mutant("models/nlvr.py", "loss if len(image) > 1 else 0 * loss", "loss"),
-    Mutant("models/nlvr.py", "torch.where(label == 0, one, other)", "one"),
+    Mutant(
+        "models/nlvr.py",
+        "torch.where(label == 0, negatives[:, 0], negatives[:, -1])",
+        "negatives[:, 0]",
+    ),
     Mutant("models/gradcam.py", "gradient.clamp(min=0)", "gradient"),
     Mutant("models/gradcam.py", "/ model.temp, maps)", ", maps)"),
     # weights in and out

@@ -60,9 +60,8 @@ def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(released, shar
     models[1].load_state_dict(models[0].state_dict())
     heats = []
     for model in models:
-        keys_values = model.keys_values(
-            model.bert, model.visual_encoder.forward_features(data["image"])
-        )
+        image_embeds = model.visual_encoder.forward_features(data["image"])
+        keys_values = model.bert.image_keys_values(image_embeds)
         heats.append(
             cross_gradcam(
                 model, keys_values, text, 8, lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
@@ -79,9 +78,8 @@ def test_a_pair_of_blocks_has_a_map_for_each_image(released):
 
     def maps(images, block_num):
         with torch.enable_grad():
-            keys_values = model.keys_values(
-                model.bert, model.visual_encoder.forward_features(images)
-            )
+            image_embeds = model.visual_encoder.forward_features(images)
+            keys_values = model.bert.image_keys_values(image_embeds)
         score = lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
         return cross_gradcam(model, keys_values, text, block_num, score)
 

@@ -145,7 +145,7 @@ def test_what_no_objective_reaches_is_not_trained(tiny_config, tmp_path):
 
 
 def test_dropout_of_1_leaves_nothing(tiny_config):
-    from models.bert import Embeddings, MultiHeadAttention, ResidualOutput
+    from models.bert import Embeddings, ResidualOutput, SelfAttention
 
     config = {
         **tiny_config["bert_config"],
@@ -153,7 +153,7 @@ def test_dropout_of_1_leaves_nothing(tiny_config):
         "attention_probs_dropout_prob": 1.0,
     }
     hidden = torch.randn(2, 3, 16)
-    output, attention = ResidualOutput(config, 16), MultiHeadAttention(config, 16)
+    output, attention = ResidualOutput(config, 16), SelfAttention(config)
     assert not Embeddings(config)(torch.ones(2, 3, dtype=torch.long)).any()
     assert torch.equal(output(hidden, hidden), output.LayerNorm(hidden))
     assert not attention(hidden, None).any() and attention.eval()(hidden, None).any()
@@ -269,7 +269,9 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
         mock.patch("engine.loop.compile_layers") as compiled,
         mock.patch("models.bert.checkpoint") as checkpoint,
     ):
-        checkpoint.side_effect = lambda layer, *inputs, use_reentrant: layer(*inputs)
+        checkpoint.side_effect = lambda layer, *inputs, use_reentrant, **options: layer(
+            *inputs, **options
+        )
         trained(tiny_config, tmp_path / "plain")
         assert not compiled.called and not checkpoint.called
         _, model = trained(

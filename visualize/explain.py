@@ -91,10 +91,7 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
     word; and the score.
     """
     image_embeds = model.visual_encoder.forward_features(image)
-    if len(image) == 2:
-        keys_values = model.bert.pair_keys_values(image_embeds, slice(1), slice(1, 2))
-    else:
-        keys_values = model.bert.image_keys_values(image_embeds)
+    keys_values = model.bert.image_keys_values(image_embeds)
     block_num = default_block(model, words=True) if block_num is None else block_num
     maps, value = cross_gradcam(model, keys_values, phrase.tokens, block_num, score)
     heat = torch.cat(maps)  # [I, L, h, w]
