@@ -1,5 +1,4 @@
-"""Triple contrastive learning (TCL; Yang et al., CVPR 2022) on ALBEF: contrasts within each
-modality beside those across.
+"""Triple contrastive learning (TCL; Yang et al., CVPR 2022): contrast within each modality too.
 
 python -m examples.tcl takes the flags of Pretrain.py; docs/extend.md explains each line.
 """
@@ -15,51 +14,57 @@ if __name__ == "__main__":
     begin_script(flags)
 
 import torch
+from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from engine.task import run_task
 from evaluation.retrieval import evaluate
-from models.losses import Features, itc_loss, similarities
+from models.losses import Contrast, Features, MaskedText, itc_loss, similarities
 from models.pretrain import Pretrain
-from Pretrain import initialize, step
+from models.tokenizer import Tokenizer
+from models.weights import load_encoders
+from Pretrain import step
+from utils import Text
 
 
 class TCL(Pretrain):
-    """Pre-training whose contrastive loss is TCL's: the mean of image-text, text-image, image-image
-    and text-text.
-    """
+    """Pre-training with the mean of image-text, text-image, image-image and text-text contrast."""
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config: dict, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, tokenizer)
         self.second_view = RandomResizedCrop(config["image_res"], scale=(0.5, 1.0))
         # the intra-modal loss of the last step
         self.register_buffer("intra", torch.zeros(()), persistent=False)
 
-    def momentum_forward(self, image, *others):
-        """Show the momentum model another view of each image [B, 3, H, W]; a text's other view is
-        its other dropout.
-        """
-        return super().momentum_forward(
-            torch.stack([self.second_view(one) for one in image]), *others
-        )
+    def momentum_forward(
+        self, image: Tensor, texts: Text, masked: MaskedText | None
+    ) -> tuple[Features | None, Tensor | None]:
+        """Show the momentum model another crop of each image; dropout changes a text."""
+        second = torch.stack([self.second_view(one) for one in image])
+        return super().momentum_forward(second, texts, masked)
 
-    def contrastive(self, features, features_m, targets, alpha):
+    def contrastive(
+        self, features: Features, features_m: Features, targets: Tensor, alpha: float
+    ) -> tuple[Tensor, Tensor, Contrast]:
+        """Compute the mean of the four contrasts."""
         cross, onehot, contrast = super().contrastive(features, features_m, targets, alpha)
         # exchanged, so that the rows are image to image and text to text
-        others = Features(features_m.text, features_m.image)
+        exchanged = Features(features_m.text, features_m.image)
         queues = Features(self.text_queue.clone(), self.image_queue.clone())
-        within = similarities(features, others, queues, self.temp)
+        within = similarities(features, exchanged, queues, self.temp)
         intra, _ = itc_loss(within, targets)
         self.intra.copy_(intra.detach())
         return (cross + intra) / 2, onehot, contrast
 
-    def extra_metrics(self):
+    def extra_metrics(self) -> dict[str, Tensor]:
+        """Return the intra-modal loss beside the metrics of pre-training."""
         return {**super().extra_metrics(), "intra": self.intra}
 
 
-def main():
+def main() -> None:
+    """Train TCL in place of ALBEF."""
     TASKS["pretrain"] = replace(TASKS["pretrain"], model="examples.tcl:TCL")
-    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=initialize)
+    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=load_encoders)
 
 
 if __name__ == "__main__":

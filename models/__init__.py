@@ -8,12 +8,15 @@ from configs.tasks import TASKS, detect_task, find, find_task
 
 if TYPE_CHECKING:  # importing this package does not import torch
     from models.albef import ALBEF
+    from models.tokenizer import Tokenizer
 
 # for callers that do not read configs/tasks.py yet
 MODELS, task_of, ALIGNED = TASKS, detect_task, ("pretrain", "retrieval")
 
 
-def build_model(task: str, config: Mapping[str, Any], tokenizer: Any = None) -> "ALBEF":
+def build_model(
+    task: str, config: Mapping[str, Any], tokenizer: "Tokenizer | None" = None
+) -> "ALBEF":
     """Build the model of a task with random weights.
 
     Args:

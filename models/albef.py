@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from configs.schema import read_bert_config
 from models.bert import BertModel
 from models.momentum import copy_to_momentum_
+from models.tokenizer import Tokenizer
 from models.vit import build_vit
 from utils import InputError
 
@@ -45,7 +46,7 @@ class ALBEF(nn.Module):
         self,
         config: Mapping[str, Any],
         bert: Callable[[Mapping[str, Any]], nn.Module],
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         """Build the encoders with random weights.
 

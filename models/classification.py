@@ -10,6 +10,7 @@ from models.albef import ALBEF, check_objectives
 from models.bert import BertModel, Head
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
+from models.tokenizer import Tokenizer
 from utils import Text
 
 
@@ -35,7 +36,7 @@ class Classifier(ALBEF):
         self,
         config: Mapping[str, Any],
         bert: Callable[[Mapping[str, Any]], nn.Module],
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(config, bert, tokenizer)
         width = self.bert_config["hidden_size"]
@@ -101,7 +102,7 @@ class Classifier(ALBEF):
 class SingleImageClassifier(Classifier):
     """Classifier of an image and a text."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer)
 
     def predict(self, image: Tensor, text: Text) -> Tensor:

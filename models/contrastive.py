@@ -14,6 +14,7 @@ from models.albef import ALBEF, check_objectives
 from models.bert import Head, TextRows
 from models.losses import Contrast, Features, itc_loss, sample_negatives, similarities
 from models.momentum import enqueue_, update_momentum_
+from models.tokenizer import Tokenizer
 from utils import Text, is_distributed, rank, world_size
 
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
@@ -46,7 +47,7 @@ class ContrastiveModel(ALBEF):
         self,
         config: Mapping[str, Any],
         bert: Callable[[Mapping[str, Any]], nn.Module],
-        tokenizer: Any,
+        tokenizer: Tokenizer | None,
         known: Sequence[str],
     ) -> None:
         """Build the model with random weights.
@@ -179,7 +180,7 @@ class ContrastiveModel(ALBEF):
         attention_mask: Tensor,
         *,
         contrast: Contrast | None,
-        positives: Tensor,
+        positives: Tensor | None = None,
         masked_embeds: Tensor | None = None,
     ) -> MatchOutput:
         """Fuse matched pairs, their hard negatives and masked texts in one pass.
@@ -189,11 +190,13 @@ class ContrastiveModel(ALBEF):
             text_embeds: Text embeddings [B, L, C].
             attention_mask: Mask of the tokens [B, L].
             contrast: Similarities of the batch, not read if negatives are uniform.
-            positives: Pairs that match, bool [B, B], symmetric.
+            positives: Pairs that match, bool [B, B], symmetric. Default: a text and its own image.
             masked_embeds: Embeddings of the masked texts [B, L, C].
         """
         parts, valid, cls, masked = [], None, None, None
         if "itm" in self.objectives:
+            if positives is None:
+                positives = torch.eye(len(text_embeds), dtype=torch.bool, device=text_embeds.device)
             negative_text, negative_image, valid = self.negatives(contrast, positives)
             # the gradient of index_select is the same in every run on a CPU
             negative_embeds = text_embeds.index_select(0, negative_text)

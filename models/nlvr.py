@@ -13,6 +13,7 @@ from models.classification import Classifier
 from models.contrastive import feature_similarity
 from models.losses import draw
 from models.pretrain import PretrainBatch
+from models.tokenizer import Tokenizer
 from utils import Text
 
 # divisor of the image-image similarities that negatives are drawn by; not the learned temp
@@ -78,7 +79,7 @@ class NLVR(Classifier):
 
     classes = 2
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
 
     def predict(self, image0: Tensor, image1: Tensor, text: Text) -> Tensor:
@@ -103,7 +104,7 @@ class NLVR(Classifier):
 class TextAssignment(ALBEF):
     """Text assignment (Section 5): the text is of the first image 0, the second 1, or neither 2."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
         width = self.bert_config["hidden_size"]
         self.vision_proj = Head(config["vision_width"], config["embed_dim"])

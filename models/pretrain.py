@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from models.bert import BertForMaskedLM
 from models.contrastive import ContrastiveModel, mutual_information_bound
 from models.losses import Features, MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
+from models.tokenizer import Tokenizer
 from utils import Text
 
 
@@ -23,7 +24,7 @@ class PretrainBatch(Protocol):
 class Pretrain(ContrastiveModel):
     """Pre-training model: contrastive learning, matching and masked language modeling."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertForMaskedLM, tokenizer, known=("itc", "mlm", "itm"))
         # Section 4, of the last step
         self.register_buffer("mi_bound", torch.zeros(()), persistent=False)
@@ -89,9 +90,7 @@ class Pretrain(ContrastiveModel):
         texts, masked = self._append_masked(text, masked)
         image_embeds, image_feat = self.encode_image(image)  # [B, 1+N, C], [B, D]
         text_embeds, text_feat = self.encode_text(texts)  # [B or 2B, L, C], [B or 2B, D]
-        with torch.no_grad():
-            features_m, mlm_logits_m = self.momentum_forward(image, texts, masked)
-
+        features_m, mlm_logits_m = self.momentum_forward(image, texts, masked)
         losses, contrast = {}, None
         if "itc" in self.objectives:  # Equations 1, 2 and 6
             features = Features(image_feat, text_feat[:batch])
@@ -106,7 +105,6 @@ class Pretrain(ContrastiveModel):
                 text_embeds[:batch],
                 text.attention_mask,
                 contrast=contrast,
-                positives=torch.eye(batch, dtype=torch.bool, device=image.device),
                 masked_embeds=None if masked is None else text_embeds[batch:],
             )
         if "itm" in self.objectives:  # Equation 4
@@ -128,6 +126,7 @@ class Pretrain(ContrastiveModel):
         input_ids = torch.cat([text.input_ids, masked.input_ids])
         return Text(input_ids, text.attention_mask.repeat(2, 1)), masked
 
+    @torch.no_grad()
     def momentum_forward(
         self, image: Tensor, texts: Text, masked: MaskedText | None
     ) -> tuple[Features | None, Tensor | None]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from models.bert import BertModel
 from models.contrastive import ContrastiveModel
 from models.losses import Features, itm_loss
+from models.tokenizer import Tokenizer
 from utils import Text
 
 
@@ -23,7 +24,7 @@ class RetrievalBatch(Protocol):
 class Retrieval(ContrastiveModel):
     """Model of retrieval and grounding: pairs with equal image ids are positive."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
         self.register_buffer("idx_queue", torch.full((1, config["queue_size"]), -100))
 

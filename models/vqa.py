@@ -12,6 +12,7 @@ from models.bert import BertModel, KeysValues
 from models.decoder import AnswerDecoder
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
+from models.tokenizer import Tokenizer
 from utils import InputError, Text
 
 ANSWER_TOKENS = 10  # of a generated answer unless max_answer_tokens is set, as in the released code
@@ -67,7 +68,7 @@ def length_buckets(lengths: Tensor, questions: int, k: int) -> list[tuple[int, i
 class VQA(ALBEF):
     """Question encoder and answer decoder, with momentum copies if the configuration distills."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Any = None) -> None:
+    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer)
         if tokenizer is not None:
             eos = tokenizer.convert_tokens_to_ids(config["eos"])

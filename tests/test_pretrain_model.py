@@ -11,6 +11,7 @@ from conftest import assert_close, assert_released_step
 
 from benchmarks.plain import pretrain_losses, unfuse
 from models import build_model
+from models.bert import TextRows
 from utils import Text
 
 BERT = "tests/golden/bert.json"
@@ -99,6 +100,32 @@ def test_fast_step_equals_plain_step(step):
     for name in plain_grads:
         assert_close(name, fast_grads[name], plain_grads[name], 1e-4, 1e-6)
     assert_close("image_queue", fast_queue, plain_queue, 1e-5, 1e-6)
+
+
+@torch.no_grad()
+def test_texts_attend_to_the_images_that_are_named_whatever_their_order(step):
+    model = step[1].eval()
+    bert, (image, text, _) = model.bert, random_batch(3)
+    embeds, mask = model.encode_text(text)[0], text.attention_mask
+    image_embeds = model.encode_image(image)[0]
+    keys_values, index = bert.image_keys_values(image_embeds), torch.tensor([2, 0, 0])
+    named = bert.fuse(embeds, mask, keys_values, image_index=index)
+    expected = model.fuse(embeds, mask, image_embeds[index])
+    assert_close("named", named, expected, 1e-5, 1e-6)
+    one_image = bert.fuse(embeds, mask, bert.image_keys_values(image_embeds[:1]))
+    assert_close("one image", one_image[1:], expected[1:], 1e-5, 1e-6)
+    parts = [
+        TextRows(embeds, mask, index),
+        TextRows(embeds, mask),
+        TextRows(embeds.flip(0), mask.flip(0), index.flip(0), cls_only=True),
+        TextRows(embeds, mask, cls_only=True),
+    ]
+    paired = model.fuse(embeds, mask, image_embeds)
+    results = [expected, paired, expected.flip(0)[:, :1], paired[:, :1]]
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2]):
+        fused = bert.fuse_all([parts[number] for number in order], keys_values)
+        for number, states in zip(order, fused, strict=True):
+            assert_close(f"part {number}", states, results[number], 1e-5, 1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(released):
