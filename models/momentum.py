@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils import is_distributed, world_size
+
 
 def _pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     children = dict(model.named_children())
@@ -35,26 +37,13 @@ def update_momentum_(model: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(momentum_params, base, 1 - momentum)
 
 
-def all_gather_rows(rows: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Gather the rows of all ranks in one message for each dtype, without a gradient.
-
-    Args:
-        rows: Tensors [n, w] of this rank.
-
-    Returns:
-        Tensors [world size * n, w] in the order of the ranks.
-    """
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Gather rows [n, w] of all ranks -> [world size * n, w], rank by rank, without a gradient."""
+    if not is_distributed():
         return rows
-    gathered: dict[int, Tensor] = {}
-    for dtype in dict.fromkeys(new.dtype for new in rows):
-        numbers = [i for i, new in enumerate(rows) if new.dtype == dtype]
-        of_rank = torch.cat([rows[i] for i in numbers], dim=1)
-        of_all = of_rank.new_empty(dist.get_world_size() * len(of_rank), of_rank.shape[1])
-        dist.all_gather_into_tensor(of_all, of_rank)
-        widths = [rows[i].shape[1] for i in numbers]
-        gathered |= zip(numbers, of_all.split(widths, dim=1), strict=True)
-    return [gathered[i] for i in range(len(rows))]
+    gathered = rows.new_empty(world_size() * len(rows), rows.shape[1])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
 
 
 @torch.no_grad()
@@ -69,7 +58,7 @@ def enqueue_(queues: Sequence[Tensor], rows: Sequence[Tensor], ptr: Tensor) -> N
         rows: For each queue the rows [n, D] of this rank.
         ptr: Position of the oldest entry, int64 [1], moved in place.
     """
-    size, rows = queues[0].shape[1], all_gather_rows(rows)
+    size, rows = queues[0].shape[1], [all_gather_rows(new) for new in rows]
     count = len(rows[0])
     slots = ((ptr + torch.arange(count, device=ptr.device)) % size)[-size:]
     finite = torch.stack([new[-size:].isfinite().all(dim=1) for new in rows]).all(dim=0)
