@@ -60,10 +60,10 @@ def verify_hash(path: Path | str) -> bool:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     if differs:
+        record = hash_record(path)
         raise InputError(
-            f"{path}: its SHA-256 is not the one in {hash_record(path)}, so it was damaged or changed:"
-            f" move it away and download it again, or remove {hash_record(path)} if the change is"
-            " meant"
+            f"{path}: its SHA-256 is not the one in {record}, so it was damaged or changed: move it"
+            f" away and download it again, or remove {record} if the change is meant"
         )
     _verified[str(path)] = state
     return True

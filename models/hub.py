@@ -5,13 +5,11 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download
 
 from utils import InputError, printable
-
-if TYPE_CHECKING:
-    from httpx import Response
-    from huggingface_hub import HfApi
 
 # huggingface_hub makes file names of these headers
 FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
@@ -54,8 +52,6 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         InputError: The files cannot be downloaded. Its kind is "network" if the hub cannot be
             reached, in which case the name may still be right.
     """
-    from huggingface_hub import errors
-
     name, _, revision = source.partition("@")
     revision, paths, choices = revision or "main", [], filenames[0]
     wanted = f"{key}: {source} is not a local file or folder, and"
@@ -85,8 +81,6 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
 
 def _download(name: str, choices: tuple[str, ...], revision: str) -> Path:
     """Return the cached path of the first of `choices` that a repository has."""
-    from huggingface_hub import errors, hf_hub_download
-
     *others, last = choices
     for filename in others:
         with suppress(errors.EntryNotFoundError):
@@ -96,14 +90,12 @@ def _download(name: str, choices: tuple[str, ...], revision: str) -> Path:
 
 def _check_responses() -> None:
     """Make the hub's client refuse responses that would make it write outside of its cache."""
-    from huggingface_hub import get_session
-
     hooks = get_session().event_hooks["response"]
     if _check_headers not in hooks:
         hooks.append(_check_headers)
 
 
-def _check_headers(response: "Response") -> None:
+def _check_headers(response: Any) -> None:
     for header in FILE_NAMES if response.request.method == "HEAD" else ():
         value = response.headers.get(header, "x")
         if not re.fullmatch(r'(W/)?"?[\w-]{1,200}"?', value):
@@ -114,10 +106,8 @@ def _check_headers(response: "Response") -> None:
 
 
 @contextmanager
-def _pushing(name: str) -> "Iterator[HfApi]":
+def _pushing(name: str) -> Iterator[HfApi]:
     """Raise InputError if the hub refuses or cannot be reached."""
-    from huggingface_hub import HfApi, errors
-
     try:
         yield HfApi()
     except errors.HFValidationError:
@@ -166,15 +156,11 @@ def upload(folder: Path | str, filenames: list[str], name: str, public: bool = F
 
 def _refuses(error: BaseException) -> bool:
     """Return whether the hub refuses a request, so that another attempt would fail too."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+    return isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
 
 
 def _explain(error: BaseException) -> str:
     """Return the message of an error of the hub's client, with the remedy."""
-    from huggingface_hub import constants, errors
-
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE"
     text = printable((str(error).strip().splitlines() or [type(error).__name__])[0])

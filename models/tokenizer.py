@@ -94,7 +94,6 @@ class Tokenizer:
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: str | None = None,
-        add_special_tokens: bool = True,
         verbose: bool = False,
     ) -> Encoding:
         """Tokenize one text or a list of texts.
@@ -105,13 +104,10 @@ class Tokenizer:
             truncation: Whether to cut texts after `max_length` ids.
             max_length: Default: `model_max_length`.
             return_tensors: "pt" for tensors [B, L] in place of lists.
-            add_special_tokens: Whether ids begin with [CLS].
             verbose: Without effect, accepted for callers of transformers' tokenizers.
         """
         one = isinstance(text, str)
-        rows = self.backend_tokenizer.encode_batch_fast(
-            [text] if one else text, add_special_tokens=add_special_tokens
-        )
+        rows = self.backend_tokenizer.encode_batch_fast([text] if one else text)
         limit = (max_length or self.model_max_length) if truncation else None
         ids = [row.ids[:limit] for row in rows]
         length = max(map(len, ids), default=0) if padding else 0
@@ -121,8 +117,7 @@ class Tokenizer:
             import torch
 
             return Encoding(input_ids=torch.tensor(ids), attention_mask=torch.tensor(masks))
-        if one:
-            return Encoding(input_ids=ids[0], attention_mask=masks[0])
+        ids, masks = (ids[0], masks[0]) if one else (ids, masks)
         return Encoding(input_ids=ids, attention_mask=masks)
 
     def decode(self, ids: "Iterable[int] | Tensor", skip_special_tokens: bool = False) -> str:

@@ -8,9 +8,10 @@ import json
 import re
 import reprlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -79,11 +80,11 @@ def load_checkpoint(
     check_vocabulary(model, content, path)
     weights, names = named_tensors(content, path), model.state_dict()
     modules, in_file = ({name.split(".")[0] for name in state} for state in (names, weights))
-    for module, owner in NEEDED.items():
-        if complete and module in modules - in_file:
-            raise InputError(
-                f"{path} has no {module}, which this task evaluates with: name a checkpoint {owner}"
-            )
+    for module in modules & NEEDED.keys() - in_file if complete else ():
+        raise InputError(
+            f"{path} has no {module}, which this task evaluates with: name a checkpoint"
+            f" {NEEDED[module]}"
+        )
     names = task_names(model, weights)
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
 
@@ -225,15 +226,14 @@ def load_weights(
     state = model.state_dict(keep_vars=True)
     names = names or {name: name for name in state}
     targets = {name: state[name] for name in names}
-    records = _match(targets, weights, names, may_be_new, bool(allow_missing))
-    _check_shapes(records, targets, weights, source)
+    plan, report = _match(targets, weights, names, source, bool(allow_missing))
+    _check_shapes(report, plan, targets, weights)
     if not allow_missing:
-        hint = "" if allow_missing is None else " --allow_missing accepts this"
-        _check_complete(records, must_fit, source, hint)
-    _copy(records, targets, weights, source)
-    return LoadReport(
-        str(source), [r._replace(outcome="new") if r.outcome == "missing" else r for r in records]
-    )
+        missing = [name for name in report.new if not (_is_optional(name) or may_be_new(name))]
+        unused = [name for name in report.ignored if must_fit(name)]
+        _check_complete(source, missing, unused, has_flag=allow_missing is not None)
+    _copy(plan, targets, weights, source)
+    return report
 
 
 def _module(name: str) -> str:
@@ -246,60 +246,68 @@ def is_momentum(name: str) -> bool:
     return name.split(".")[0].endswith("_m") or name in QUEUES
 
 
+def _is_optional(name: str) -> bool:
+    """Return whether every file may lack a tensor."""
+    return name.endswith("position_ids") or name in QUEUES
+
+
 def _match(
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     names: Mapping[str, str],
-    may_be_new: Callable[[str], bool],
+    source: Path | str,
     allow_missing: bool,
-) -> list["Record"]:
-    """Plan what becomes of each tensor of the model and of the file."""
-    optional = {name for name in targets if name.endswith("position_ids") or name in QUEUES}
+) -> tuple[dict[str, str], "LoadReport"]:
+    """Return the name in the file of each tensor to copy, by name in the model, and a report."""
+    plan, report = {}, LoadReport(str(source))
     in_file = {
-        name.split(".")[0] for name in targets if names[name] in weights and name not in optional
+        name.split(".")[0] for name in targets if names[name] in weights and not _is_optional(name)
     }
     keep_queues = all(
         names[queue] in weights and weights[names[queue]].shape == targets[queue].shape
         for queue in QUEUES[:3]
         if queue in targets
     )
-    records = []
     for name, target in targets.items():
         old, value = names[name], weights.get(names[name])
         module, _, rest = name.partition(".")
         base = names.get(f"{module.removesuffix('_m')}.{rest}")
-        if value is not None and name in QUEUES and not keep_queues:
-            records.append(Record(name, old, "new"))
-        elif value is not None:
-            cast = "" if value.dtype == target.dtype else str(value.dtype).removeprefix("torch.")
-            records.append(Record(name, old, "loaded", value.shape != target.shape, cast))
-        elif base in weights and (allow_missing or module not in in_file):
-            records.append(Record(name, base, "copied"))
+        if value is not None and (keep_queues or name not in QUEUES):
+            plan[name] = old
+            report.loaded.append(name)
+            if old != name:
+                report.converted.append(f"{old} -> {name}")
+            if value.shape != target.shape:
+                report.resized.append(name)
+            if value.dtype != target.dtype:
+                report.cast.append(f"{name} ({str(value.dtype).removeprefix('torch.')})")
+        elif value is None and base in weights and (allow_missing or module not in in_file):
+            plan[name] = base
+            report.copied.append(name)
         else:
-            is_new = may_be_new(name) or name in optional
-            records.append(Record(name, "", "new" if is_new else "missing"))
-    used = {record.in_file for record in records}
-    return records + [Record("", name, "ignored") for name in weights if name not in used]
+            report.new.append(name)
+    used = {*plan.values(), *(names.get(queue) for queue in QUEUES)}
+    report.ignored.extend(name for name in weights if name not in used)
+    return plan, report
 
 
 def _check_shapes(
-    records: Iterable["Record"],
+    report: "LoadReport",
+    plan: Mapping[str, str],
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-    source: Path | str,
 ) -> None:
     """Raise InputError for tensors of another shape, dtype or layout than the model's."""
     misfits = {}
-    for name, in_file, outcome, *_ in records:
-        if outcome != "loaded":
-            continue
-        value, target = weights[in_file], targets[name]
+    for name in report.loaded:
+        value, target = weights[plan[name]], targets[name]
         if value.shape != target.shape and not can_interpolate(name, value, target):
-            misfits[in_file] = f"has shape {list(value.shape)} instead of {list(target.shape)}"
+            shapes = f"{list(value.shape)} instead of {list(target.shape)}"
+            misfits[plan[name]] = f"has shape {shapes}"
         elif value.is_floating_point() != target.is_floating_point() or (
             value.layout != target.layout
         ):
-            misfits[in_file] = (
+            misfits[plan[name]] = (
                 f"is {value.layout} {value.dtype} instead of {target.layout} {target.dtype}"
             )
     if not misfits:
@@ -314,15 +322,14 @@ def _check_shapes(
             " of this task"
         )
     shown = summarize_names([f"{name} {why}" for name, why in misfits.items()], 3)
-    raise InputError(f"{source}: {shown}: {hint}")
+    raise InputError(f"{report.source}: {shown}: {hint}")
 
 
 def _check_complete(
-    records: Iterable["Record"], must_fit: Callable[[str], bool], source: Path | str, hint: str
+    source: Path | str, missing: list[str], unused: list[str], *, has_flag: bool
 ) -> None:
-    """Raise InputError for missing tensors, and for unused tensors that must fit."""
-    missing = [record.name for record in records if record.outcome == "missing"]
-    unused = [r.in_file for r in records if r.outcome == "ignored" and must_fit(r.in_file)]
+    """Raise InputError for missing and unused tensors. has_flag: the user has --allow_missing."""
+    hint = " --allow_missing accepts this" if has_flag else ""
     if missing:
         instead = f"it has {summarize_names(unused, 2)} instead; " if unused else ""
         raise InputError(
@@ -338,7 +345,7 @@ def _check_complete(
 
 
 def _copy(
-    records: Iterable["Record"],
+    plan: Mapping[str, str],
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     source: Path | str,
@@ -349,11 +356,10 @@ def _copy(
         InputError: Values are not finite, or tied tensors differ.
     """
     filled, untied, broken = {}, [], []
-    for name, in_file, outcome, *_ in records:
-        # a target on the meta device has no values
-        if outcome not in ("loaded", "copied") or targets[name].is_meta:
-            continue
+    for name, in_file in plan.items():
         target, value = targets[name], weights[in_file]
+        if target.is_meta:  # it has no values
+            continue
         if value.shape != target.shape:
             value = interpolate_pos_embed(value, target.shape[1])
         twin = filled.setdefault(id(target), in_file)
@@ -382,75 +388,36 @@ def _copy(
 # report
 
 
-class Record(NamedTuple):
-    """What became of a tensor of the model or of the file.
+def _names() -> Any:
+    return field(default_factory=list)
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor, by names. Its text has one line for each kind.
 
     Attributes:
-        name: Name in the model, "" if the tensor is ignored.
-        in_file: Name in the file, "" if the tensor is new.
-        outcome: loaded; copied, a momentum weight from the base; new, left at its initialization;
-            missing, unexpectedly new; or ignored.
-        resized: Whether it is a position embedding that is interpolated.
-        cast: The dtype in the file if it differs from the model's, else "".
+        source: The file.
+        loaded: Tensors of the model that come from the file under any name.
+        converted: Loaded tensors with another name in the file, "name in file -> name in model".
+        resized: Position embeddings that are interpolated to another image_res.
+        cast: Loaded tensors with another dtype in the file, "name (dtype)".
+        copied: Momentum weights that are copied from the base.
+        new: Tensors of the model that are left at their initialization.
+        ignored: Tensors of the file that the model has no place for.
     """
 
-    name: str
-    in_file: str
-    outcome: str
-    resized: bool = False
-    cast: str = ""
-
-
-class LoadReport(NamedTuple):
-    """What became of each tensor. Its text has one line for each kind."""
-
     source: str
-    records: list[Record]
-
-    @property
-    def loaded(self) -> list[str]:
-        """Tensors of the model that the file has."""
-        return self._names("loaded")
-
-    @property
-    def copied(self) -> list[str]:
-        """Momentum weights of the model that are copied from the base."""
-        return self._names("copied")
-
-    @property
-    def new(self) -> list[str]:
-        """Tensors of the model that are left at their initialization."""
-        return self._names("new")
-
-    @property
-    def ignored(self) -> list[str]:
-        """Tensors of the file that the model has no place for."""
-        return [r.in_file for r in self.records if r.outcome == "ignored"]
-
-    @property
-    def resized(self) -> list[str]:
-        """Position embeddings that are interpolated to another image_res."""
-        return [r.name for r in self.records if r.resized]
-
-    @property
-    def cast(self) -> list[str]:
-        """Tensors with another dtype in the file, as "name (dtype)"."""
-        return [f"{r.name} ({r.cast})" for r in self.records if r.cast]
-
-    @property
-    def converted(self) -> list[str]:
-        """Tensors with another name in the file, as "name in file -> name in model"."""
-        return [
-            f"{r.in_file} -> {r.name}"
-            for r in self.records
-            if r.outcome == "loaded" and r.in_file != r.name
-        ]
-
-    def _names(self, outcome: str) -> list[str]:
-        return [r.name for r in self.records if r.outcome == outcome]
+    loaded: list[str] = _names()
+    converted: list[str] = _names()
+    resized: list[str] = _names()
+    cast: list[str] = _names()
+    copied: list[str] = _names()
+    new: list[str] = _names()
+    ignored: list[str] = _names()
 
     def __str__(self) -> str:
-        tensors = sum(bool(r.name) for r in self.records)
+        tensors = len(self.loaded) + len(self.copied) + len(self.new)
         lines = [f"{self.source}: {len(self.loaded)} of {tensors} tensors loaded"]
         for kind in ("converted", "resized", "cast", "copied", "new", "ignored"):
             if names := getattr(self, kind):

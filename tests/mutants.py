@@ -295,9 +295,9 @@ MUTANTS = [
     Mutant("models/weights.py", "weights_only=True, mmap", "weights_only=False, mmap"),
     Mutant("models/weights.py", "    verify_hash(path)\n", ""),
     Mutant("models/conversions.py", 'mode="bicubic"', 'mode="bilinear"'),
-    Mutant("models/weights.py", " and name in QUEUES and not keep_queues:", " and False:"),
+    Mutant("models/weights.py", " and (keep_queues or name not in QUEUES)", ""),
     Mutant("models/weights.py", "allow_missing or module not in in_file", "True"),
-    Mutant("models/weights.py", "may_be_new(name) or name in optional", "may_be_new(name)"),
+    Mutant("models/weights.py", "_is_optional(name) or may_be_new(name)", "may_be_new(name)"),
     Mutant("models/weights.py", "    if unused:\n", "    if False:\n"),
     Mutant("models/weights.py", "elif twin != in_file:", "elif False:"),
     Mutant(
@@ -305,7 +305,7 @@ MUTANTS = [
         "if target.is_floating_point() and not target.isfinite().all():",
         "if False:",
     ),
-    Mutant("models/weights.py", "if complete and module", "if False and module"),
+    Mutant("models/weights.py", "if complete else ()", "if False else ()"),
     Mutant(
         "models/conversions.py", 'if to_pairs and name.split(".")[0].endswith("_m"):', "if False:"
     ),
@@ -318,7 +318,7 @@ MUTANTS = [
     ),
     Mutant("models/conversions.py", "known.setdefault(head + name, known[twin])", "pass"),
     Mutant("models/weights.py", " and not has_head", ""),
-    Mutant("models/weights.py", "r.in_file != r.name", "True"),
+    Mutant("models/weights.py", "if old != name:", "if True:"),
     # optimizer and schedule
     Mutant(
         "optim/__init__.py", 'param.ndim == 1 or name.endswith(".bias")', 'name.endswith(".bias")'

@@ -20,7 +20,6 @@ from engine.recorder import write_log
 from experiments.run import read_experiments
 from models import build_model
 from models.hashes import recorded_hash
-from tools.vocabulary import captions_of
 from utils import InputError, TrainingStopped
 
 
@@ -238,14 +237,13 @@ def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda null: list(captions_of([null])),
         read_experiments,
         recorded_hash,
         lambda null: Visualize.read_texts(null, 30),
         lambda null: write_log(null.parent, 0, loss=1.0),
         lambda null: _check_origin(null.parent, {}),
     ],
-    ids=["captions", "experiments", "record", "texts", "log", "shards"],
+    ids=["experiments", "record", "texts", "log", "shards"],
 )
 def test_only_regular_files_are_read(read, tmp_path):
     """A FIFO would block, and a device without an end fill the memory."""

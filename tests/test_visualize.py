@@ -249,7 +249,7 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
     assert maps.verdict == f"answer: two dogs, log p {log_p:.2f}"
 
     model.generate = lambda image, question, beams: (
-        [tokenizer("blue", add_special_tokens=False)["input_ids"]],
+        [tokenizer("blue")["input_ids"][1:]],
         torch.zeros(1),
     )
     answer, ids = find_answer(model, image, question, [], tokenizer)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from configs.flags import Flags, at_least
-from utils import InputError, atomic_write, read_regular, run_script
+from utils import InputError, atomic_write, run_script
 
 parser = Flags(__doc__, "train.json --size 5000 --output vocab.txt")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
@@ -24,33 +24,14 @@ parser.add_argument("--overwrite", action="store_true", help="replace existing f
 parser.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")
 
 
-def captions_of(files: Iterable[Path | str]) -> Iterator[str]:
-    """Yield the captions of annotation files whose entries have `caption`, a text or a list.
+def captions_of(files: list[str]) -> Iterator[str]:
+    """Yield the captions of annotation files. Raises InputError if an entry has none."""
+    from dataset.annotations import Entries
+    from dataset.caption import Pair
+    from dataset.text import without_halves
 
-    Raises:
-        InputError: A file cannot be read, or an entry has no caption.
-    """
-    remedy = "python -m dataset.to_json makes one from a table, a folder or an official file"
-    for path in files:
-        try:
-            entries = json.loads(read_regular(path).decode("utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: cannot be read as a JSON list ({error}); {remedy}") from None
-        if not isinstance(entries, list) or not entries:
-            raise InputError(
-                f'{path}: is not a JSON list with entries {{"image": ..., "caption": ...}};'
-                f" {remedy}"
-            )
-        for index, entry in enumerate(entries):
-            caption = entry.get("caption") if isinstance(entry, dict) else None
-            texts = caption if isinstance(caption, list) else [caption]
-            if not all(isinstance(text, str) for text in texts):
-                raise InputError(
-                    f"{path}: entry {index} (counting from 0) has no 'caption' of a text or a list"
-                    " of texts: correct it"
-                )
-            # the trainer refuses halves of surrogate pairs, which JSON can hold
-            yield from (text.encode("utf-8", "ignore").decode() for text in texts)
+    for entry in Entries(files, Pair):
+        yield from map(without_halves, entry.texts)
 
 
 def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> list[str]:
