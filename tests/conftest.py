@@ -224,3 +224,25 @@ def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
         return exit_status(Pretrain.main), capsys.readouterr().err
 
     return call
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server in the place of the Hugging Face hub, and an empty cache."""
+    import huggingface_hub
+    from helpers.hub import place, serve
+
+    from models.hub import fetch
+
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with serve() as server:
+        place(monkeypatch, server.address)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_x")
+        fetch.cache_clear()
+        yield server
+    fetch.cache_clear()
+    huggingface_hub.close_session()

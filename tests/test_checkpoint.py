@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -262,6 +263,18 @@ def test_unreadable_files_are_one_line(tmp_path, state):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     for name in ("text.pth", "cut.safetensors", "changed.pth", "empty.pth", "absent.pth"):
         assert name in refusal(read_weights, tmp_path / name)
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    torch.save({"model": {"a": torch.zeros(10)}}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for record in plain.namelist():
+            bomb.writestr(record, plain.read(record))
+    monkeypatch.setattr("torch.load", lambda *_, **__: pytest.fail("read"))
+    assert "compressed records" in refusal(read_weights, tmp_path / "bomb.pth")
 
 
 def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):

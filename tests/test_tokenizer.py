@@ -2,14 +2,12 @@
 
 import json
 import shutil
-import threading
 import unicodedata
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from conftest import refusal
+from helpers.hub import place
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import BertTokenizer
@@ -152,7 +150,7 @@ def test_own_vocabularies_keep_marks_in_any_composition_and_no_case(tmp_path, mo
     tokenizer = vocabulary(tmp_path, monkeypatch, captions, output)
     ids = [tokenizer(caption)["input_ids"] for caption in captions]
     assert len(set(map(tuple, ids))) == len(captions)
-    for caption, expected in zip(captions, ids):
+    for caption, expected in zip(captions, ids, strict=True):
         assert tokenizer.unk_token_id not in expected
         for form in ("NFC", "NFD"):
             assert tokenizer(unicodedata.normalize(form, caption))["input_ids"] == expected
@@ -268,63 +266,22 @@ def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, exi
 # the hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does where a file, or with server.error another thing, does not exist."""
-
-    def do_HEAD(self):
-        self.send_response(404)
-        self.send_header("X-Error-Code", self.server.error)
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-def place_hub(monkeypatch, address):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-        address + "/{repo_id}/{revision}/{filename}",
-    )
-    huggingface_hub.close_session()  # the client keeps its proxies
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A server in the place of the hub."""
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-        monkeypatch.delenv(name.upper(), raising=False)
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    server.error = "EntryNotFound"
-    threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
-    ).start()
-    place_hub(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-    yield server
-    server.shutdown()
-    server.server_close()
-    huggingface_hub.close_session()
-
-
 def test_a_hub_without_the_file_or_the_repository(hub):
-    assert "the hub repository has no tokenizer.json or vocab.txt" in refusal(
-        build_tokenizer, "some-lab/some-bert"
-    )
-    hub.error = "RepoNotFound"
-    assert "the hub does not give it" in refusal(build_tokenizer, "some-lab/some-bert")
+    hub.repositories["lab/bert"] = {"commits": {"0" * 40: {}}, "main": "0" * 40}
+    message = refusal(build_tokenizer, "lab/bert")
+    assert "the hub repository has no tokenizer.json or vocab.txt" in message
+    assert "the hub does not give it" in refusal(build_tokenizer, "lab/other")
 
 
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
-    place_hub(monkeypatch, "http://127.0.0.1:9")
+    place(monkeypatch, "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
-    message = refusal(build_tokenizer, "some-lab/some-bert")
+    message = refusal(build_tokenizer, "lab/bert")
     assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
     assert "proxy variables" in message and "local copy of tokenizer.json or vocab.txt" in message
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "unset HF_HUB_OFFLINE, or name a local copy of tokenizer.json" in refusal(
-        build_tokenizer, "some-lab/some-bert"
-    )
+    message = refusal(build_tokenizer, "lab/bert")
+    assert "unset HF_HUB_OFFLINE, or name a local copy of tokenizer.json" in message
 
 
 def test_an_address_is_not_a_hub_name():
