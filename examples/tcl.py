@@ -21,10 +21,8 @@ from engine.task import run_task
 from evaluation.retrieval import evaluate
 from models.losses import Contrast, Features, MaskedText, itc_loss, similarities
 from models.pretrain import Pretrain
-from models.tokenizer import Tokenizer
 from models.weights import load_encoders
 from Pretrain import step
-from utils import Text
 
 
 class TCL(Pretrain):

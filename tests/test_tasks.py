@@ -183,7 +183,7 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(
         "num_beams": 1,
     }
     config |= {"val_file": None, "scheduler": {**config["scheduler"], "epochs": 1}}
-    length = len(tokenizer.tokenize(answer)) + 1
+    length = len(tokenizer(answer + "[SEP]")["input_ids"]) - 1  # without [CLS]
     assert length > 11
     run("VQA", config, tmp_path / "run")
     file = tmp_path / "run/checkpoint_00.pth"
@@ -193,7 +193,7 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(
         state["model"][
             f"text_decoder.cls.predictions.{'transform.LayerNorm.' * (name == 'weight')}{name}"
         ].zero_()
-    state["model"]["text_decoder.cls.predictions.bias"][tokenizer.vocab["red"]] = 99
+    state["model"]["text_decoder.cls.predictions.bias"][tokenizer.convert_tokens_to_ids("red")] = 99
     torch.save(state, file)
     # --config names a file without the key
     for flags, expected in (([], length), (["--set", "max_answer_tokens=4"], 4)):
