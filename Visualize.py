@@ -68,8 +68,8 @@ from pathlib import Path
 
 import torch
 
-from dataset.annotations import check_entry, read_json_list
 from dataset.caption import Captioned
+from dataset.entries import read_entries
 from dataset.images import ImageError, load_image
 from dataset.text import MAX_WORDS, is_blank, pre_caption
 from dataset.transforms import normalize
@@ -185,11 +185,7 @@ def load(args):
 def read_texts(path, max_words):
     """Read the texts of a file, cleaned up, each once: captions of a JSON list, else the lines."""
     if Path(path).suffix == ".json":
-        texts = [
-            text
-            for number, entry in read_json_list(path)
-            for text in check_entry(entry, Captioned, path, number).texts
-        ]
+        texts = [text for entry in read_entries(path, Captioned) for text in entry.texts]
     else:
         try:
             texts = read_regular(path).decode().splitlines()

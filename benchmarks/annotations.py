@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dataset.annotations import Entries
 from dataset.caption import Pair
+from dataset.store import Entries
 
 FORK = multiprocessing.get_context("fork")
 # entries that a process reads at most, enough to touch nearly every page of their memory

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from models.contrastive import feature_similarity
 from models.losses import sample_negatives
-from models.momentum import update_momentum_
-from models.momentum import enqueue_
+from models.momentum import enqueue_, update_momentum_
 
 
 def unfuse(model):

@@ -8,8 +8,8 @@ from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
-from dataset.annotations import by_id, digest, read_json
 from dataset.base import EntryDataset, test_options
+from dataset.entries import by_id, digest, read_json
 from dataset.images import ImageError, load_image
 from dataset.transforms import test_transform
 from utils import InputError

@@ -9,70 +9,108 @@ import re
 import stat
 import sys
 import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from tqdm import tqdm
 
+from dataset.entries import unreadable
 from dataset.pool import in_processes, process_count
 from utils import TEMPORARY, InputError
 
-VERSION = 3  # of the formats of cached files
+T = TypeVar("T")
+VERSION = 4  # of the formats of cached files
 _INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TEMPORARY)}")
 
 
-def load_cached(paths, kind, build, load, version=None, processes=None):
-    """Return load(name) for each path; the name is a path in the cache folder that changes with the
-    file.
+def load_cached(
+    paths: Sequence[str],
+    kind: str,
+    build: Callable[[tuple[str, str]], None],
+    load: Callable[[str], T | None],
+    *,
+    version: Any = None,
+    processes: int | None = None,
+) -> list[T]:
+    """Load what the cache holds for each file, and build what it lacks.
 
-    If load returns None, build((path, name)) writes the cached file. Builds run in `processes`
-    processes (default: the cores, 8 at most). If several runs start together, one builds for all.
-    It also removes the cached files of earlier versions of these paths. kind: prefix of the names;
-    version: a JSON value on which the content depends. Raises InputError if a file is missing or
-    the cache cannot be written, and every exception of build.
+    If several runs start together, one builds for all. It also removes the cached files of earlier
+    versions of these paths.
+
+    Args:
+        paths: The files.
+        kind: Prefix of the names of cached files.
+        build: Function of (path, name) that writes the cached file.
+        load: Function of a name, a path in the cache folder that changes with the file. It returns
+            None if the cached file is missing or damaged.
+        version: JSON value on which the cached content depends.
+        processes: Processes that build, by default the number of cores, 8 at most.
+
+    Returns:
+        The result of `load` for each path.
+
+    Raises:
+        InputError: A file is missing, the cache cannot be written, or `build` raises it.
     """
     folder = cache_folder()
     names = [os.path.join(folder, _name(path, kind, version)) for path in paths]
     loaded = [load(name) for name in names]
-    if any(found is None for found in loaded):
+    if any(content is None for content in loaded):
         with _locked(folder) as locked:
             # another process may have built it meanwhile
-            jobs = [job for job in zip(paths, names) if load(job[1]) is None]
+            jobs = [job for job in zip(paths, names, strict=True) if load(job[1]) is None]
             _remove_old(folder, [name for _, name in jobs], locked)
-            with in_processes(process_count(len(jobs), processes)) as run:
-                try:
-                    for _ in tqdm(
-                        run(build, jobs),
-                        desc="reading the data",
-                        total=len(jobs),
-                        unit="file",
-                        file=sys.stdout,
-                        disable=len(jobs) == 1,
-                        delay=1,
-                        mininterval=1,
-                        leave=False,
-                        dynamic_ncols=True,
-                    ):
-                        pass
-                except OSError as error:
-                    raise InputError(
-                        f"{folder}: cannot write the cache ({error.strerror}); free some space, or set the "
-                        "environment variable ALBEF_CACHE to another folder"
-                    ) from None
+            try:
+                _build_all(build, jobs, process_count(len(jobs), processes))
+            except OSError as error:
+                raise InputError(
+                    f"{folder}: cannot write the cache ({error.strerror}); free some space, or set"
+                    " the environment variable ALBEF_CACHE to another folder"
+                ) from None
             # inside the lock, so that no process removes the files
             loaded = [load(name) for name in names]
-        if any(found is None for found in loaded):
+        if any(content is None for content in loaded):
             raise InputError(
-                f"{folder}: the cache does not hold what was written to it; set the environment variable "
-                "ALBEF_CACHE to a folder on another disk"
+                f"{folder}: the cache does not hold what was written to it; set the environment"
+                " variable ALBEF_CACHE to a folder on another disk"
             )
     return loaded
 
 
-def locate(index, ends):
-    """Return (file, index in it) of an index in joined files. ends: cumulative lengths.
+def _build_all(
+    build: Callable[[tuple[str, str]], None], jobs: list[tuple[str, str]], processes: int
+) -> None:
+    """Run `build` on the jobs, with a progress bar if there are several."""
+    with in_processes(processes) as run:
+        bar = tqdm(
+            run(build, jobs),
+            desc="reading the data",
+            total=len(jobs),
+            unit="file",
+            file=sys.stderr,
+            disable=True if len(jobs) == 1 else None,
+            delay=1,
+            leave=False,
+            dynamic_ncols=True,
+        )
+        for _ in bar:
+            pass
 
-    Raises IndexError.
+
+def locate(index: int, ends: Sequence[int]) -> tuple[int, int]:
+    """Locate an index of joined files.
+
+    Args:
+        index: Index in all files together.
+        ends: Cumulative lengths of the files.
+
+    Returns:
+        The file and the index in it.
+
+    Raises:
+        IndexError: The index is negative or too large.
     """
     if not 0 <= index < ends[-1]:
         raise IndexError(f"index {index} of {ends[-1]}")
@@ -80,12 +118,15 @@ def locate(index, ends):
     return file, index - (ends[file - 1] if file else 0)
 
 
-def cache_folder():
-    """Return ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the
-    temporary folder.
+def cache_folder() -> str:
+    """Return the cache folder, and create it if it does not exist.
 
-    Raises InputError if none of them can be written, and for a folder that another user may have
-    made or filled.
+    Returns:
+        ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the
+        temporary folder.
+
+    Raises:
+        InputError: None of them can be written, or another user may have made or filled the folder.
     """
     wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef"
@@ -103,11 +144,11 @@ def cache_folder():
     )
 
 
-def _check_owner(folder, private):
+def _check_owner(folder: str, private: bool) -> None:
     """Raise InputError if another user may have made a cache folder or written to it.
 
-    private: only its owner may access it, and it is no link. Otherwise a group may share it, but
-    not everyone.
+    A private folder is no link, and only its owner has access to it. Another one may be shared with
+    a group, but not with everyone.
     """
     for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
         shared = False  # whether everyone may write to a parent folder
@@ -126,34 +167,35 @@ def _check_owner(folder, private):
         _refuse(folder, "belongs to another user")
 
 
-def _refuse(path, problem):
+def _refuse(path: Path | str, problem: str) -> None:
     raise InputError(
-        f"{path}: {problem}, but annotations and compiled code are read from this cache folder: remove it, or set "
-        "the environment variable ALBEF_CACHE to a folder of your own"
+        f"{path}: {problem}, but annotations and compiled code are read from this cache folder:"
+        " remove it, or set the environment variable ALBEF_CACHE to a folder of your own"
     )
 
 
-def _name(path, kind, version):
-    """Return the name of a file in the cache: kind, hash of its path, hash of its version, size and
-    date.
-    """
+def _name(path: str, kind: str, version: Any) -> str:
+    """Return a name in the cache: kind, hash of the path, hash of version, size and date."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise unreadable(path, error) from None
     path = os.path.abspath(path)
-    return f"{kind}-{_hash(path)[:16]}-{_hash([VERSION, version, path, status.st_size, status.st_mtime_ns])}"
+    state = [VERSION, version, path, status.st_size, status.st_mtime_ns]
+    return f"{kind}-{_hash(path)[:16]}-{_hash(state)}"
 
 
-def _hash(value):
+def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
 
 
-def _remove_old(folder, names, locked):
-    """Remove cached files of earlier versions of the same files, and incomplete files of killed
-    processes.
+def _remove_old(folder: str, names: Iterable[str], locked: bool) -> None:
+    """Remove earlier versions of cached files, and incomplete files of killed processes.
 
-    names: cached files that are built next; locked: no other process of this machine is building.
+    Args:
+        folder: The cache folder.
+        names: Cached files that are built next.
+        locked: Whether no other process of this machine builds.
     """
     names = set(map(os.path.basename, names))
     files = {name.rpartition("-")[0] for name in names}
@@ -165,19 +207,9 @@ def _remove_old(folder, names, locked):
                 os.remove(os.path.join(folder, entry))
 
 
-def unreadable(path, error):
-    """Return the InputError for an OSError of a data file."""
-    return InputError(
-        f"{path}: cannot read this file ({error.strerror}); correct its path in the config (relative paths start "
-        "at the folder you run in)"
-    )
-
-
 @contextlib.contextmanager
-def _locked(folder):
-    """Lock the cache folder against the machine's other processes; yield whether the file system
-    can lock.
-    """
+def _locked(folder: str) -> Iterator[bool]:
+    """Lock the cache folder against other processes. Yield whether the file system can lock."""
     lock = FileLock(os.path.join(folder, ".lock"), fallback_to_soft=False)
     # some network file systems cannot lock; then each process builds all files
     with contextlib.suppress(OSError):

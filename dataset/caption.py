@@ -6,10 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.annotations import Entries, Entry, Texts, digest
 from dataset.base import EntryDataset, train_options
+from dataset.entries import Entry, Texts, digest
 from dataset.images import decode_image, load_image
 from dataset.shards import Shards, expand, image_and_captions, read_sample
+from dataset.store import Entries
 from dataset.text import SHORT_TOKENS, is_blank, tokenize, without_halves
 from utils import InputError, Text
 

@@ -55,12 +55,12 @@ from tqdm import tqdm
 from configs.effects import refuse_unread
 from configs.schema import load_config, read_bert_config
 from configs.tasks import find_task
-from dataset.annotations import check_entry, digest, read_json_list, where
 from dataset.attributes import read_boxes
 from dataset.base import evenly
 from dataset.build import build_dataset
 from dataset.cache import locate
 from dataset.caption import Pair
+from dataset.entries import check_entry, digest, read_json_list, where
 from dataset.grounding import Expression, GroundingPair
 from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
 from dataset.loading import check_length
@@ -580,11 +580,11 @@ def _count_entries(tally, path, questions):
     check, images, first = tally.check, {}, None
     with check.noting(path):
         for index, entry in tqdm(
-            read_json_list(path), desc=os.path.basename(path), unit=" entries", **BAR
+            enumerate(read_json_list(path)), desc=os.path.basename(path), unit=" entries", **BAR
         ):
             tally.entries, tally.read = tally.entries + 1, tally.read + 1
             try:
-                checked = check_entry(entry, tally.form.entry, path, index, first)
+                checked = check_entry(entry, tally.form.entry, path, index, first=first)
                 if isinstance(checked, Expression) and check.refer:
                     checked.check_ref(check.refer)
             except InputError as error:

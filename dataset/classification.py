@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.annotations import Entries, Entry
 from dataset.base import EntryDataset, test_options, train_options
+from dataset.entries import Entry
 from dataset.images import load_image
+from dataset.store import Entries
 from dataset.text import tokenize
 from utils import InputError, Text
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from configs.schema import require
-from dataset.annotations import Entries, Entry
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset
+from dataset.entries import Entry
 from dataset.images import load_image
 from dataset.refer import Refer, load_detections, load_refer
+from dataset.store import Entries
 from dataset.text import MAX_TOKENS, tokenize
 from utils import InputError, Text
 

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from dataset.annotations import Entry
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
+from dataset.entries import Entry
 
 LABELS = {"False": 0, "True": 1}
 

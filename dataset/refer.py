@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from configs.schema import REFER
-from dataset.annotations import as_form, by_id, read_json
+from dataset.entries import as_form, by_id, read_json
 from utils import InputError, open_regular
 
 _NOT_RELEASED = "this is not the released file of REFER, download it again"

@@ -3,8 +3,8 @@
 import reprlib
 from typing import Any, ClassVar, Literal
 
-from dataset.annotations import Entry
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
+from dataset.entries import Entry
 from dataset.text import is_blank, pre_caption
 from utils import InputError
 

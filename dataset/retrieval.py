@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from dataset.annotations import Entries, Entry, Texts
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset, Captioned
+from dataset.entries import Entry, Texts
 from dataset.images import absolute, load_image
+from dataset.store import Entries
 from dataset.text import MAX_TOKENS
 from utils import InputError
 

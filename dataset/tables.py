@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dataset.annotations import read_json_list
+from dataset.entries import read_json_list
 from dataset.images import FORMATS, SUFFIXES
 from dataset.shards import CAPTION_SUFFIXES, image_and_captions
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
@@ -204,7 +204,8 @@ def read_table(
 
     if text.lstrip().startswith("["):
         rows = (
-            (f"entry {number} (counting from 0)", entry) for number, entry in read_json_list(path)
+            (f"entry {number} (counting from 0)", entry)
+            for number, entry in enumerate(read_json_list(path))
         )
     else:
         rows = (

@@ -38,12 +38,12 @@ import tarfile
 
 from tqdm import tqdm
 
-from dataset.annotations import Entries
 from dataset.base import evenly
 from dataset.caption import Pair
 from dataset.images import ImageError, read_image
 from dataset.pool import in_processes, process_count
 from dataset.shards import IMAGE_SUFFIXES
+from dataset.store import Entries
 from models.hashes import hash_file
 from utils import InputError, atomic_write, make_output_dir, read_regular
 

@@ -2,8 +2,8 @@
 
 from typing import Any, Literal
 
-from dataset.annotations import Entry
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
+from dataset.entries import Entry
 
 LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
 

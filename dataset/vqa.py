@@ -9,9 +9,10 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from dataset.annotations import Entries, Entry, Texts, read_json
 from dataset.base import EntryDataset, test_options, train_options
+from dataset.entries import Entry, Texts, read_json
 from dataset.images import load_image
+from dataset.store import Entries
 from dataset.text import MAX_QUESTION_WORDS, SHORT_TOKENS, pre_question, tokenize, without_halves
 from utils import InputError, Text
 

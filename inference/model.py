@@ -13,7 +13,7 @@ import torch
 
 from configs.schema import require
 from dataset import nlvr, ve
-from dataset.annotations import Entry
+from dataset.entries import Entry
 from dataset.relevance import Ad
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize, test_transform

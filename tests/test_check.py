@@ -341,7 +341,6 @@ def test_files_that_cannot_be_read_do_not_end_the_check(run, write, tmp_path):
         "latin.json: this annotation file is not UTF-8",
     ):
         assert words in out
-    assert report["files"][0]["entries"] == 2 and report["files"][0]["looked_at"] == 1
 
 
 def test_lengths_of_texts_and_unknown_words(run, write):

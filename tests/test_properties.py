@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from configs.config import FIELDS, OTHER_NAMES, SECTIONS, as_config
 from configs.load import load_config, override, save_config
-from dataset import annotations
-from dataset.annotations import Entries, digest, read_json_list
 from dataset.caption import Pair
+from dataset.entries import digest, read_json_list, where
 from dataset.retrieval import RetrievalPair
+from dataset.store import Entries
 from dataset.text import pre_caption, pre_question, tokenize
 from models.tokenizer import build_tokenizer
 from utils import InputError
@@ -241,7 +241,6 @@ def test_a_key_of_optimizer_or_scheduler_without_its_prefix_is_recognized(overri
 # --------------------------------------------------------------------------------------------------
 # annotation files
 
-CHUNKS = st.sampled_from([1, 2, 3, 7, 16, 17, 64, 1 << 22])
 LAYOUTS = st.sampled_from(
     [
         {},
@@ -321,43 +320,41 @@ def reference(content):
     return entries if isinstance(entries, list) and entries else None
 
 
-def assert_read_as_by_json(folder, content, chunk):
+def assert_read_as_by_json(folder, content):
     path = new_file(folder, content)
     expected = reference(content)
-    with mock.patch.object(annotations, "_CHUNK", chunk):
-        if expected is None:
-            with pytest.raises(InputError) as caught:
-                list(read_json_list(path))
-            one_line(caught.value, path)
-        else:
-            # as text, in which nan equals nan
-            assert repr(list(read_json_list(path))) == repr(list(enumerate(expected)))
+    if expected is None:
+        with pytest.raises(InputError) as caught:
+            read_json_list(path)
+        one_line(caught.value, path)
+    else:
+        # as text, in which nan equals nan
+        assert repr(read_json_list(path)) == repr(expected)
     path.unlink()
 
 
-@given(st.binary() | JSON_TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")), CHUNKS)
-@example(b"[" * 100_000, 1 << 22)
-@example(b'[{"a": ' + b"[" * 100_000, 1 << 22)
-@example(b'[{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}]", 64)
-@example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 1 << 22)
-@example(b'[{"question_id": ' + b"9" * 5000 + b"}]", 64)
-@example("\xa0[{}]".encode(), 1)
-@example(b"\x0c[{}]", 1)
-@example("[\u2003{}]".encode(), 1)
-@example("[\u2003]".encode(), 1)
-@example("[{}]\u2003".encode(), 1)
-@example(b'\xef\xbb\xbf[{"a": NaN, "b": -Infinity}]', 1)
-def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content, chunk):
-    assert_read_as_by_json(folder, content, chunk)
+@given(st.binary() | JSON_TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@example(b"[" * 100_000)
+@example(b'[{"a": ' + b"[" * 100_000)
+@example(b'[{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}]")
+@example(b'[{"question_id": ' + b"9" * 5000 + b"}]")
+@example("\xa0[{}]".encode())
+@example(b"\x0c[{}]")
+@example("[\u2003{}]".encode())
+@example("[\u2003]".encode())
+@example("[{}]\u2003".encode())
+@example(b'\xef\xbb\xbf[{"a": NaN, "b": -Infinity}]')
+def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content):
+    assert_read_as_by_json(folder, content)
 
 
-@given(PAIRS, LAYOUTS, CHUNKS, st.booleans(), st.data())
+@given(PAIRS, LAYOUTS, st.booleans(), st.data())
 def test_any_list_and_any_slip_in_one_is_read_as_by_json_or_refused(
-    folder, entries, layout, chunk, ascii_only, data
+    folder, entries, layout, ascii_only, data
 ):
     content = as_bytes(entries, {**layout, "ensure_ascii": ascii_only})
-    assert_read_as_by_json(folder, content, chunk)
-    assert_read_as_by_json(folder, nearly(content, data), chunk)
+    assert_read_as_by_json(folder, content)
+    assert_read_as_by_json(folder, nearly(content, data))
 
 
 def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
@@ -366,15 +363,11 @@ def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
         {"image": "b"},
     ]
     content = as_bytes(entries, {"ensure_ascii": False})
-    for chunk in 1, 1 << 22:
-        for end in range(1, len(content)):
-            path = new_file(folder, content[:end])
-            with (
-                mock.patch.object(annotations, "_CHUNK", chunk),
-                pytest.raises(InputError) as caught,
-            ):
-                list(read_json_list(path))
-            assert "cut short" in one_line(caught.value, path)
+    for end in range(1, len(content)):
+        path = new_file(folder, content[:end])
+        with pytest.raises(InputError) as caught:
+            Entries([path], Pair)
+        assert "cut short" in one_line(caught.value, path)
 
 
 def as_pairs(entries):
@@ -386,17 +379,15 @@ def contents(loaded):
     return [(entry.image, entry.texts) for entry in loaded]
 
 
-@given(st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, CHUNKS, st.sampled_from([1, 3, 1 << 14]))
-def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, chunk, batch):
+@given(st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, st.sampled_from([16, 32, 1 << 14]))
+def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, batch):
     files = [new_file(folder, as_bytes(entries, layout)) for entries in lists]
-    with mock.patch.multiple(annotations, _CHUNK=chunk, _BATCH=batch):
+    with mock.patch("dataset.store._BATCH", batch):
         loaded = Entries(files, Pair)
     expected = as_pairs([entry for entries in lists for entry in json.loads(json.dumps(entries))])
     assert contents(loaded) == contents(Entries(files, Pair)) == expected
     places = [
-        annotations.where(file, number)
-        for file, entries in zip(files, lists)
-        for number in range(len(entries))
+        where(file, number) for file, entries in zip(files, lists) for number in range(len(entries))
     ]
     assert [loaded.where(i) for i in range(len(loaded))] == places
 
@@ -415,20 +406,19 @@ def is_right(entry):
     )
 
 
-@given(PAIRS, LAYOUTS, CHUNKS, st.data())
+@given(PAIRS, LAYOUTS, st.data())
 def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(
-    folder, entries, layout, chunk, data
+    folder, entries, layout, data
 ):
     content = nearly(as_bytes(entries, layout), data)
     path, expected = new_file(folder, content), reference(content)
-    with mock.patch.object(annotations, "_CHUNK", chunk):
-        try:
-            loaded = Entries([path], Pair)
-        except InputError as error:
-            assert expected is None or not all(map(is_right, expected))
-            one_line(error, path)
-        else:
-            assert contents(loaded) == as_pairs(expected)
+    try:
+        loaded = Entries([path], Pair)
+    except InputError as error:
+        assert expected is None or not all(map(is_right, expected))
+        one_line(error, path)
+    else:
+        assert contents(loaded) == as_pairs(expected)
 
 
 IDS = st.integers() | st.text(st.characters()) | st.sampled_from([0, "0", 10**40])

@@ -20,11 +20,11 @@ from conftest import exit_status, refusal
 from PIL import Image
 
 from dataset import shards, to_shards
-from dataset.annotations import Entries
 from dataset.build import build_dataset
 from dataset.caption import Pair
 from dataset.loading import EpochBatches, TrainBatches
 from dataset.shards import Shards, expand, image_and_captions, read_sample
+from dataset.store import Entries
 from models.tokenizer import build_tokenizer
 from utils import InputError, TrainingStopped
 

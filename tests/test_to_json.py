@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, exit_status, log, refusal
 
 from dataset import to_json
-from dataset.annotations import read_json_list
 from dataset.build import build_dataset
+from dataset.entries import read_json_list
 from dataset.official import recognize
 
 IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
@@ -586,7 +586,7 @@ def test_a_script_that_gets_an_official_file_names_the_command(tmp_path, name):
     for file, content in files.items():
         path = tmp_path / file
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        message = refusal(next, read_json_list(path))
+        message = refusal(read_json_list, path)
         assert message.startswith(f"{path}: ") and recognize(path.read_bytes()).title in message
         assert "python -m dataset.to_json" in message and "jq" not in message
 

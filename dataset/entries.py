@@ -1,0 +1,292 @@
+"""Annotation files: the forms of their entries, checks, and messages that name file and entry."""
+
+import codecs
+import hashlib
+import json
+import os
+import re
+import reprlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import msgspec
+
+from dataset.official import advice
+from dataset.text import MAX_WORDS, is_blank, pre_caption
+from utils import InputError, read_regular
+
+T = TypeVar("T")
+E = TypeVar("E", bound="Entry")
+Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
+
+_SPACE = " \t\n\r"  # JSON's white space
+
+
+class Entry(msgspec.Struct, gc=False):
+    """Base class of the forms of entries: fields, their types, and checks.
+
+    A subclass has `texts`, all texts of an entry, and `wanted`, the form in the words of messages.
+    No text may be blank.
+    """
+
+    wanted: ClassVar[str]
+    max_words: ClassVar[int] = MAX_WORDS  # of a text, unless the configuration has max_words
+    # ids of a text, unless the configuration has max_tokens; None: the model's limit
+    max_tokens: ClassVar[int | None] = None
+
+    @property
+    def root(self) -> str:
+        """The configuration key of the folder that the image paths start from."""
+        return "image_root"
+
+    @property
+    def images(self) -> list[str]:
+        """The paths of the images."""
+        return [self.image]
+
+    @classmethod
+    def clean(cls, text: str, max_words: int | None = None) -> str:
+        """Clean up one of `texts` as a model reads it."""
+        return pre_caption(text, max_words or cls.max_words)
+
+    def check(self) -> None:
+        """Raise InputError, without the place, if a text is blank. Subclasses may check more."""
+        for text in self.texts:
+            if is_blank(self.clean(text)):
+                raise InputError(
+                    f"its text {reprlib.repr(text)} is empty after clean-up", "empty text"
+                )
+
+    def check_with(self, first: "Entry") -> None:
+        """Raise InputError, without the place, if a list cannot hold both this entry and `first`.
+
+        `first` is the first entry of the list.
+        """
+
+
+def check_entry(
+    value: Any, form: type[E], path: str, number: int, *, first: Entry | None = None
+) -> E:
+    """Convert a JSON value to an entry and check it.
+
+    Args:
+        value: Value of a JSON list.
+        form: Class of the entry.
+        path: File of the list, for messages.
+        number: Index of the value in the list.
+        first: First entry of the list, with which the entry is compared.
+
+    Returns:
+        The entry.
+
+    Raises:
+        InputError: The value has another form; the message names the entry and the wrong field.
+    """
+    try:
+        entry = msgspec.convert(value, form)
+        entry.check()
+        if first is not None:
+            entry.check_with(first)
+        return entry
+    except msgspec.ValidationError as error:
+        problem = _without_ticks(error).replace("'$.", "'")
+        kind = _kind(problem) if isinstance(value, dict) else "no object"
+    except InputError as error:
+        problem, kind = str(error), error.kind
+    shown = reprlib.repr(value)
+    raise InputError(
+        f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry",
+        kind,
+    )
+
+
+def _kind(problem: str) -> str:
+    """Return the kind of a validation error, such as "no 'image'", from its message."""
+    field = re.search(r"'(\w+)((?:\[\d+\])?)'$", problem)
+    if not field:
+        return "no object"
+    if problem.startswith("Object missing"):
+        return f"no '{field[1]}'"
+    if "got 'null'" in problem and not field[2]:
+        return f"'{field[1]}' is null"
+    return f"wrong '{field[1]}'"
+
+
+def where(path: str, number: int) -> str:
+    """Return the name of an entry of an annotation file for error messages."""
+    return f"{path}: entry {number} (counting from 0)"
+
+
+def read_entries(path: str | os.PathLike, form: type[E]) -> list[E]:
+    """Read a JSON list and check all of its entries.
+
+    Args:
+        path: File of the list.
+        form: Class of the entries.
+
+    Returns:
+        The entries.
+
+    Raises:
+        InputError: The file cannot be read, is not a JSON list, is empty, or has a wrong entry.
+    """
+    data = _read_list(path)
+    try:
+        entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=list[form])
+        for entry in entries:
+            entry.check()
+        if form.check_with is not Entry.check_with:
+            for entry in entries:
+                entry.check_with(entries[0])
+        if entries:
+            return entries
+    # a mistake, or what only Python's json reads, such as NaN and halves of surrogate pairs
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InputError):
+        pass
+    values = _decode_list(data, path)
+    first = check_entry(values[0], form, path, 0)
+    return [
+        check_entry(value, form, path, number, first=first) for number, value in enumerate(values)
+    ]
+
+
+def read_json_list(path: str | os.PathLike) -> list:
+    """Read the values of a JSON list.
+
+    Raises InputError if the file cannot be read, is not a JSON list or is empty.
+    """
+    return _decode_list(_read_list(path), path)
+
+
+def _read_list(path: str | os.PathLike) -> bytes:
+    """Return the bytes of an annotation file. Raises InputError."""
+    refuse_shard(path)
+    try:
+        return read_regular(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
+def _decode_list(data: bytes, path: str | os.PathLike) -> list:
+    """Return the values of a JSON list by Python's json. Raises InputError, which says where."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        cut_short = error.reason == "unexpected end of data"
+        remedy = "it seems cut short: copy it again" if cut_short else "save it as UTF-8 JSON"
+        raise InputError(f"{path}: this annotation file is not UTF-8 text; {remedy}") from None
+    start = text.lstrip(_SPACE)[:1]
+    values = []
+    if start == "[":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            cut_short = not text.rstrip(_SPACE).endswith("]")
+            remedy = "the file seems cut short: copy it again" if cut_short else "correct it there"
+            raise InputError(
+                f"{path}: invalid JSON at line {error.lineno} column {error.colno} ({error.msg});"
+                f" {remedy}"
+            ) from None
+        # nested too deeply, or a number of thousands of digits
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{path}: invalid JSON ({error}); correct it") from None
+    if not values:
+        _refuse_content(path, start)
+    return values
+
+
+def _refuse_content(path: str | os.PathLike, start: str) -> None:
+    """Raise InputError for a file that begins with `start` and holds no list, or an empty one."""
+    if start == "{":
+        lines = (
+            "holds a JSON object, not a list of entries; if it is JSON lines (an object a line),"
+            f" convert it: jq -s . {path} > list.json"
+        )
+        raise InputError(f"{path}: {advice(path) or lines}")
+    problem = {"": "is empty", "[": "is an empty list"}.get(start, "is not a JSON list")
+    raise InputError(
+        f'{path}: {problem}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...].'
+        " python -m dataset.to_json converts tables, folders and official files"
+    )
+
+
+def refuse_shard(path: str | os.PathLike) -> None:
+    """Raise InputError if the name of a list is that of a WebDataset shard."""
+    if os.fspath(path).endswith(".tar"):
+        raise InputError(
+            f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment"
+            " reads shards"
+        )
+
+
+def unreadable(path: str | os.PathLike, error: OSError) -> InputError:
+    """Return the InputError for an OSError of a data file."""
+    return InputError(
+        f"{path}: cannot read this file ({error.strerror}); correct its path in the config"
+        " (relative paths start at the folder you run in)"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# small JSON files
+
+
+def read_json(path: str | os.PathLike, form: type[T], remedy: str) -> T:
+    """Read a small JSON file.
+
+    Args:
+        path: The file.
+        form: Type of the content, one that msgspec knows.
+        remedy: End of the error message.
+
+    Returns:
+        The content as an object of `form`.
+
+    Raises:
+        InputError: The file cannot be read or has another form.
+    """
+    try:
+        content = msgspec.json.decode(read_regular(path).removeprefix(codecs.BOM_UTF8))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    return as_form(content, form, path, remedy)
+
+
+def as_form(value: Any, form: type[T], where: str | Path, remedy: str) -> T:
+    """Convert a value of a file to `form`, a type that msgspec knows.
+
+    Raises InputError, which begins with `where`.
+    """
+    try:
+        return msgspec.convert(value, form)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{where}: {_without_ticks(error)}; {remedy}") from None
+
+
+def by_id(values: Iterable[T], path: str | os.PathLike, what: str) -> dict[Any, T]:
+    """Return values by their attribute `id`.
+
+    Raises InputError if two different values have one id; `what` names a value in the message.
+    """
+    found = {}
+    for value in values:
+        if found.setdefault(value.id, value) != value:
+            raise InputError(
+                f"{path}: {what} {value.id} occurs twice, with different content: correct one of"
+                " them"
+            )
+    return found
+
+
+def _without_ticks(error: Exception) -> str:
+    """Return a message of msgspec with quotes in place of backticks."""
+    return str(error).replace("`", "'")
+
+
+def digest(value: Any) -> int:
+    """Return 64 bits that stand for a value."""
+    content = repr(value).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
