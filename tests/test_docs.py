@@ -30,6 +30,7 @@ FOLDERS = (
     "inference",
     "examples",
     "demo",
+    "tools",
 )
 OTHERS = {  # flags of other programs
     "--nproc_per_node",
@@ -72,7 +73,7 @@ def test_files_exist(page):
         named |= {
             f"{name.replace('.', '/')}.py"
             for name in re.findall(
-                r"python -m ((?:dataset|models|experiments|examples)\.\w+)", piece
+                r"python -m ((?:dataset|models|experiments|examples|tools)\.\w+)", piece
             )
         }
     missing = {
