@@ -408,7 +408,7 @@ def _saves_of(folder):
                 continue
             raise InputError(
                 f"--output_dir {folder}: {path} has the weights but not the state of a run, as other code and "
-                "Export.py write it; a run here would overwrite it. To start from its weights: --checkpoint "
+                "tools.export write it; a run here would overwrite it. To start from its weights: --checkpoint "
                 f"{path} --output_dir OTHER"
             )
         # by samples, because the size of an iteration may have changed

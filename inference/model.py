@@ -449,7 +449,7 @@ class Inference:
         if any(name.startswith("text_encoder_m.") for name in self.report.copied):
             raise InputError(
                 f"fill_in: {self.source} has no momentum model (text_encoder_m.*): load that of the run, or one "
-                "that Export.py --momentum has written"
+                "that tools.export --momentum has written"
             )
         items, texts, one = self._pairs(images, self._captions(texts))
         found = []

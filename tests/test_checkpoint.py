@@ -15,7 +15,6 @@ from transformers import BertConfig, BertForMaskedLM
 
 from configs.schema import load_config
 from engine.saving import resume
-from Export import export
 from models import build_model
 from models.conversions import interpolate_pos_embed
 from models.tokenizer import build_tokenizer
@@ -29,6 +28,7 @@ from models.weights import (
     summarize_names,
     write_weights,
 )
+from tools.export import export_file
 from utils import InputError, Text
 
 BERT = json.load(open("tests/golden/bert.json"))
@@ -552,7 +552,7 @@ def test_malicious_files_are_not_run_by_any_reader(model, tmp_path, name, zipped
         lambda: load_vision_encoder(model, path),
         lambda: load_vision_encoder(model, folder),
         lambda: resume(path, model, None, {}, 0),
-        lambda: export(path, tmp_path / "out.safetensors"),
+        lambda: export_file(path, tmp_path / "out.safetensors"),
         lambda: build_tokenizer(str(path)),
         lambda: load_config(tmp_path / "evil.yaml"),
     ):

@@ -1,4 +1,4 @@
-"""Export.py: weights and configuration out to .safetensors and back, in the released names, and its
+"""tools.export: weights and configuration out to .safetensors and back, in the released names, and its
 errors.
 """
 
@@ -11,9 +11,9 @@ from conftest import exit_status
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import Export
 from models import build_model
 from models.weights import checkpoint_epoch, load_checkpoint, read_checkpoint, read_weights
+from tools import export as tool
 from utils import seed_everything
 
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
@@ -52,13 +52,13 @@ def checkpoint(make, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs Export.py; returns (exit status, stdout, stderr)."""
+    """Runs the tool; returns (exit status, stdout, stderr)."""
 
     def call(source, target, *flags):
         monkeypatch.setattr(
-            sys, "argv", ["Export.py", "--checkpoint", str(source), "--to", str(target), *flags]
+            sys, "argv", ["export", "--checkpoint", str(source), "--output", str(target), *flags]
         )
-        return exit_status(Export.main), *capsys.readouterr()
+        return exit_status(tool.main), *capsys.readouterr()
 
     return call
 
@@ -157,13 +157,13 @@ def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path,
     before = sorted(tmp_path.iterdir())
     for source, target, message in (
         (tmp_path / "absent.pth", "model.pth", "absent.pth does not exist"),
-        (path, "model.onnx", "model.onnx: the name of a weight file ends in .safetensors or .pth"),
+        (path, "model.onnx", "model.onnx: a weight file ends in .safetensors or .pth"),
         (path, "model", "ends in .safetensors or .pth"),
         (tmp_path / "empty.pth", "model.pth", "empty.pth holds no named tensors"),
         (
             tmp_path / "bytes.pth",
             "model.safetensors",
-            "bytes.pth: its config cannot be written as JSON",
+            "bytes.pth: its config is not JSON",
         ),
         (path, "absent/model.pth", "absent/model.pth: cannot write there"),
         (path, "folder.pth", "folder.pth: cannot write there"),
@@ -171,7 +171,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path,
         status, out, err = run(source, tmp_path / target)
         assert status == 2 and message in err and err.count("\n") == 1 and not out
     monkeypatch.setattr(
-        Export, "write_weights", lambda file, *_: [file.write(b"half"), file.seek(-9)]
+        "models.weights.write_weights", lambda file, *_: [file.write(b"half"), file.seek(-9)]
     )
     status, _, err = run(path, tmp_path / "model.pth")
     assert status == 2 and "model.pth: cannot write it" in err

@@ -1,4 +1,4 @@
-"""Export.py to a folder and to the hub, and load_model and --checkpoint from there, on a local
+"""tools.export to a folder and to the hub, and load_model and --checkpoint from there, on a local
 server (tests/helpers/hub.py).
 """
 
@@ -13,7 +13,6 @@ import torch
 from conftest import ROOT, contents, exit_status, refusal, tiny
 from helpers.hub import place
 
-import Export
 from configs.config import FIELDS, FILE_KEYS
 from configs.load import load_config
 from inference import load_model
@@ -21,6 +20,7 @@ from models import build_model
 from models.hub import fetch
 from models.tokenizer import build_tokenizer, tokenizer_of
 from models.weights import read_checkpoint, write_weights
+from tools import export as tool
 from utils import seed_everything
 
 IMAGE, CAPTION = "images/test/000000.jpg", "a red circle"
@@ -53,13 +53,11 @@ def run_folder(shapes, tmp_path_factory):
 
 @pytest.fixture
 def export(monkeypatch, capsys):
-    """Runs Export.py; returns (exit status, stdout, the one line of stderr)."""
+    """Runs the tool; returns (exit status, stdout, the one line of stderr)."""
 
     def call(source, *flags):
-        monkeypatch.setattr(
-            sys, "argv", list(map(str, ["Export.py", "--checkpoint", source, *flags]))
-        )
-        status, (out, err) = exit_status(Export.main), capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", list(map(str, ["export", "--checkpoint", source, *flags])))
+        status, (out, err) = exit_status(tool.main), capsys.readouterr()
         assert status == 0 or err.count("\n") == 1, err
         return status, out, err.strip()
 
@@ -82,7 +80,7 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
     run_folder, export, shapes, tmp_path
 ):
     folder = tmp_path / "hub/retriever"
-    status, out, err = export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/")
+    status, out, err = export(run_folder / "checkpoint_best.pth", "--output", f"{folder}/")
     assert status == 0 and f"wrote {folder}/" in out, err
     assert {path.name for path in folder.iterdir()} == {
         "model.safetensors",
@@ -123,7 +121,7 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
     assert same(outputs(load_model(moved / "model.safetensors", "cpu"), shapes), before)
 
     left = contents(moved)
-    status, _, err = export(run_folder / "checkpoint_best.pth", "--to", f"{moved}/")
+    status, _, err = export(run_folder / "checkpoint_best.pth", "--output", f"{moved}/")
     assert (
         status == 2
         and "moved/ exists already" in err
@@ -132,7 +130,7 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
     )
     assert (
         export(
-            run_folder / "checkpoint_best.pth", "--to", f"{moved}/", "--overwrite", "--momentum"
+            run_folder / "checkpoint_best.pth", "--output", f"{moved}/", "--overwrite", "--momentum"
         )[0]
         == 0
     )
@@ -144,7 +142,7 @@ def test_round_trip_through_the_hub_is_bit_for_bit(
 ):
     before, folder = outputs(load_model(run_folder, "cpu"), shapes), tmp_path / "out"
     status, out, err = export(
-        run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/retriever"
+        run_folder / "checkpoint_best.pth", "--output", f"{folder}/", "--push", "lab/retriever"
     )
     assert status == 0 and f"published {hub.address}/lab/retriever/commit/" in out, err
     repository = hub.repositories["lab/retriever"]
@@ -179,14 +177,16 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
     run_folder, export, hub, shapes, tmp_path
 ):
     folder = tmp_path / "out"
-    export(run_folder / "checkpoint_best.pth", "--to", f"{folder}/", "--push", "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{folder}/", "--push", "lab/a")
     first, before = hub.repositories["lab/a"]["main"], outputs(load_model("lab/a", "cpu"), shapes)
     hub.repositories["lab/a"]["v1"] = first
     content = torch.load(run_folder / "checkpoint_best.pth", weights_only=True)
     content["model"]["vision_proj.weight"] *= -2
     torch.save(content, tmp_path / "other.pth")
     assert (
-        export(tmp_path / "other.pth", "--to", f"{folder}/", "--push", "lab/a", "--overwrite")[0]
+        export(tmp_path / "other.pth", "--output", f"{folder}/", "--push", "lab/a", "--overwrite")[
+            0
+        ]
         == 0
     )
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)  # a process sees one version
@@ -204,7 +204,7 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
 def test_offline_and_without_a_network_the_cache_serves(
     run_folder, export, hub, shapes, tmp_path, monkeypatch
 ):
-    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     before = outputs(load_model("lab/a", "cpu"), shapes)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -235,10 +235,10 @@ def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
     )
     checkpoint = run_folder / "checkpoint_best.pth"
     for flags, words in (
-        (["--push", "lab/a"], "add --to FOLDER/"),
-        (["--push", "lab/a", "--to", "a.pth"], "end --to a.pth with"),
-        ([], "--to is missing"),
-        (["--push", "a b", "--to", f"{tmp_path}/x/"], "write USER/NAME"),
+        (["--push", "lab/a"], "add --output FOLDER/"),
+        (["--push", "lab/a", "--output", "a.pth"], "end --output a.pth with"),
+        ([], "--output is missing"),
+        (["--push", "a b", "--output", f"{tmp_path}/x/"], "write USER/NAME"),
     ):
         status, _, err = export(checkpoint, *flags)
         assert status == 2 and words in err
@@ -248,7 +248,7 @@ def test_scripts_take_a_repository_and_a_run_folder_as_checkpoint(
     run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     found = {}
     for source in ("lab/a", run_folder / "checkpoint_best.pth", run_folder):
         data = ["--set", f"test_file={shapes / 'test.json'}", f"image_root={shapes}"]
@@ -288,7 +288,7 @@ def test_scripts_take_a_repository_and_a_run_folder_as_checkpoint(
 
 
 def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shapes, tmp_path):
-    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     outside = tmp_path / "outside"
     before = set(tmp_path.rglob("*"))
     for header in ("ETag", "X_Linked_ETag", "X_Repo_Commit", "X_Xet_Hash"):
@@ -325,7 +325,7 @@ def test_the_configuration_of_a_repository_opens_nothing_else(
 ):
     texts = {name for name, field in FIELDS.items() if field.accepts("any text")}
     assert texts <= {*FILE_KEYS, "eos", "optimizer.opt"}
-    export(run_folder / "checkpoint_best.pth", "--to", f"{tmp_path}/out/", "--push", "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]
     good = json.loads(files["config.json"])
@@ -374,7 +374,7 @@ def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(
 ):
     folder = tmp_path / "out"
     checkpoint = run_folder / "checkpoint_best.pth"
-    assert export(checkpoint, "--to", f"{folder}/")[0] == 0
+    assert export(checkpoint, "--output", f"{folder}/")[0] == 0
     for name in ("secret.txt", "optimizer.pth", "sub/vocab.txt", "README.md.bak", ".env"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
@@ -386,11 +386,11 @@ def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(
         "README.md",
         "tokenizer.json",
     }
-    status, _, err = export(checkpoint, "--to", f"{tmp_path}/new/", "--push", "lab/a")
+    status, _, err = export(checkpoint, "--output", f"{tmp_path}/new/", "--push", "lab/a")
     assert (
         status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
     )
-    status, _, err = export(checkpoint, "--to", f"{folder}/", "--push", "lab/b")
+    status, _, err = export(checkpoint, "--output", f"{folder}/", "--push", "lab/b")
     assert (
         status == 2
         and str(folder) in err

@@ -24,7 +24,6 @@ from conftest import ROOT, contents, exit_status, refusal, tiny
 from PIL import Image
 from test_recovery import limit
 
-import Export
 import Search
 from dataset.build import build_dataset
 from dataset.shapes.scenes import draw_scene, render
@@ -35,6 +34,7 @@ from inference import load_model
 from inference.index import FILE, UNUSABLE, Index, find_images, near_copies, read_index, search
 from models import build_model
 from models.tokenizer import tokenizer_of
+from tools.export import export_file
 from utils import seed_everything
 
 CPU = torch.device("cpu")
@@ -423,7 +423,7 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
     run, index, photos, checkpoints, tmp_path
 ):
     index(photos / "0")
-    Export.export(checkpoints / "model.pth", tmp_path / "model.safetensors")
+    export_file(checkpoints / "model.pth", tmp_path / "model.safetensors")
     status, out, err = run(
         "index",
         photos / "0",

@@ -10,7 +10,6 @@ import torch
 from conftest import exit_status, refusal
 from ruamel.yaml import YAML
 
-import Export
 import Pretrain
 import Retrieval
 import Search
@@ -21,6 +20,7 @@ from models import build_model
 from models.tokenizer import build_tokenizer, difference, tokenizer_of
 from models.weights import load_checkpoint, read_checkpoint
 from optim import create_optimizer
+from tools import export
 
 TEXT = "a red circle left of a blue square"
 
@@ -174,9 +174,9 @@ def test_exports_hold_the_vocabulary(trained, own, tmp_path, monkeypatch):
     folder, image, similarity = trained
     shutil.rmtree(tmp_path / "data")
     for target in ("one.safetensors", "one.pth", "whole/"):
-        flags = ["--checkpoint", folder / "checkpoint_last.pth", "--to", f"{tmp_path}/{target}"]
-        monkeypatch.setattr(sys, "argv", list(map(str, ["Export.py", *flags])))
-        assert exit_status(Export.main) == 0
+        flags = ["--checkpoint", folder / "checkpoint_last.pth", "--output", f"{tmp_path}/{target}"]
+        monkeypatch.setattr(sys, "argv", list(map(str, ["export", *flags])))
+        assert exit_status(export.main) == 0
         assert load_model(tmp_path / target, "cpu").similarity(image, TEXT) == similarity
     model = load_model(tmp_path / "one.pth", "cpu")
     other = json.loads((tmp_path / "whole/tokenizer.json").read_text())

@@ -1,0 +1,306 @@
+"""Export the weights and configuration of a checkpoint, without the state of training.
+
+--output FILE writes a .safetensors or .pth file with the names of the released checkpoints, which
+every script accepts as a checkpoint. --output FOLDER/ writes the files of a hub repository, with
+the vocabulary and a model card. --push uploads the folder.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.flags import Flags
+from utils import InputError, begin_script, run_script
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pth")
+PUBLISHED = ("model.safetensors", "config.json", "README.md")  # and the vocabulary
+CARD = """---
+{metadata}
+---
+
+# {name}
+
+ALBEF ([Align before Fuse](https://arxiv.org/abs/2107.07651), Li et al., NeurIPS 2021), task {task}{epoch}.
+
+```python
+from inference import load_model
+
+model = load_model("{name}")
+```
+
+## Data
+
+{data}
+
+## Metrics
+
+{metrics}
+"""  # noqa: E501, lines of Markdown
+
+parser = Flags(__doc__, "--checkpoint output/VE --output ve.safetensors")
+parser.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="SOURCE",
+    help="weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
+)
+parser.add_argument(
+    "--output", metavar="FILE", help="file to write, .safetensors or .pth, or FOLDER/ for the hub"
+)
+parser.add_argument(
+    "--push", metavar="USER/NAME", help="upload FOLDER/, or the exported folder --checkpoint"
+)
+parser.add_argument("--public", action="store_true", help="make a new repository of --push public")
+parser.add_argument(
+    "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
+)
+parser.add_argument(
+    "--momentum", action="store_true", help="keep the momentum model and its queues, to train on"
+)
+parser.add_argument(
+    "--overwrite", action="store_true", help="replace an existing file, folder or repository"
+)
+parser.add_set()
+
+
+def released_names(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    """Return tensors by name, with the position_ids that released checkpoints have."""
+    import torch
+
+    positions = ".position_embeddings.weight"
+    embeddings = [name.removesuffix(positions) for name in tensors if name.endswith(positions)]
+    ids = {
+        f"{name}.position_ids": torch.arange(len(tensors[name + positions]))[None]
+        for name in embeddings
+    }
+    return {**tensors, **{name: value for name, value in ids.items() if name not in tensors}}
+
+
+def read_weights(
+    source: str, momentum: bool
+) -> tuple[dict[str, Any], dict[str, "Tensor"], list[str]]:
+    """Read a checkpoint.
+
+    Args:
+        source: Weight file, folder of a run or hub repository.
+        momentum: Whether to keep the momentum model and the queues, which hold its features.
+
+    Returns:
+        The content of the file, its tensors by released name, and the modules left out.
+
+    Raises:
+        InputError: The checkpoint cannot be read.
+    """
+    from models.weights import is_momentum, named_tensors, read_checkpoint
+
+    content = read_checkpoint(source)
+    tensors = released_names(named_tensors(content, source))
+    left_out = [name for name in tensors if is_momentum(name) and not momentum]
+    kept = {name: value for name, value in tensors.items() if name not in left_out}
+    return content, kept, list(dict.fromkeys(name.split(".")[0] for name in left_out))
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Raise InputError if a file cannot be written, exists already or has another suffix."""
+    if path.suffix not in SUFFIXES:
+        raise InputError(
+            f"--output {path}: a weight file ends in {' or '.join(SUFFIXES)}, a folder in /"
+        )
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"--output {path}: cannot write there, name a file in an existing folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"--output {path} exists already: name another file or add --overwrite")
+
+
+def export_file(
+    source: str | Path, target: str | Path, momentum: bool = False, overwrite: bool = False
+) -> str:
+    """Write the weights of a checkpoint, its config and its epoch to a file, atomically.
+
+    Args:
+        source: Weight file, folder of a run or hub repository.
+        target: File to write, .safetensors or .pth.
+        momentum: Whether to keep the momentum model and the queues.
+        overwrite: Whether to replace an existing file.
+
+    Returns:
+        A description of the file.
+
+    Raises:
+        InputError: The checkpoint cannot be read or the file cannot be written.
+    """
+    from models.weights import METADATA, write_weights
+    from utils import atomic_write
+
+    target = Path(target)
+    check_target(target, overwrite)
+    content, tensors, left_out = read_weights(str(source), momentum)
+    metadata = {key: content[key] for key in METADATA if key in content}
+    try:
+        with atomic_write(target) as file:
+            write_weights(file, target.suffix, tensors, metadata)
+    except TypeError as error:
+        raise InputError(f"checkpoint {source}: its config is not JSON: {error}") from None
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--output {target}: cannot write it, is the disk full? ({error})"
+        ) from None
+    text = f"wrote {target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB,"
+    text += f" with {' and '.join(metadata) or 'no config'}"
+    return text + f"\n  left out: {', '.join(left_out)}; --momentum keeps them" * bool(left_out)
+
+
+def published_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without paths of this machine, with the keys of BERT in it."""
+    from configs.schema import BERT_KEYS, FILE_KEYS, read_bert_config
+    from models.tokenizer import VOCABULARY
+
+    bert = read_bert_config(config["bert_config"])
+    return {
+        **{key: value for key, value in config.items() if key not in FILE_KEYS},
+        "bert_config": {key: bert[key] for key in BERT_KEYS if key in bert},
+        "tokenizer": VOCABULARY,
+    }
+
+
+def export_folder(args: argparse.Namespace) -> str:
+    """Write the files of a hub repository and return a description. Raises InputError.
+
+    model.safetensors has no configuration of its own, so that config.json is the only one.
+    """
+    from configs.schema import ANNOTATION_KEYS
+    from configs.tasks import detect_task, find_task
+    from engine.configuration import choose_config, task_in
+    from models.tokenizer import VOCABULARY, tokenizer_of
+    from models.weights import find_checkpoint, write_weights
+    from utils import atomic_write, make_output_dir
+
+    folder = Path(args.output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.overwrite:
+        raise InputError(f"--output {folder}/ exists already: name another one or add --overwrite")
+    content, tensors, _ = read_weights(args.checkpoint, args.momentum)
+    task = task_in(content, detect_task(tensors), args.checkpoint)
+    args.evaluate, epoch = True, content.get("epoch")
+    config = choose_config(task, args, args.checkpoint, find_task(task).config).config
+    card = model_card(
+        args.push or folder.name,
+        task,
+        epoch=epoch,
+        data={key: config[key] for key in ANNOTATION_KEYS if config[key]},
+        metrics=read_metrics(find_checkpoint(args.checkpoint).with_name("log.txt"), epoch),
+    )
+    files = {
+        VOCABULARY: tokenizer_of(config).backend_tokenizer.to_str(),
+        "config.json": json.dumps(published_config(config), indent=2, ensure_ascii=False),
+        "README.md": card,
+    }
+    make_output_dir(folder, writes=False, flag="--output")
+    try:
+        with atomic_write(folder / "model.safetensors") as file:
+            metadata = {"epoch": epoch} if isinstance(epoch, int) else {}
+            write_weights(file, ".safetensors", tensors, metadata)
+        for name, text in files.items():
+            with atomic_write(folder / name) as file:
+                file.write(text.encode())
+    except OSError as error:
+        raise InputError(
+            f"--output {folder}/: cannot write it, is the disk full? ({error})"
+        ) from None
+    return f"wrote {folder}/: {', '.join(files)}, {len(tensors)} tensors; add the license"
+
+
+def read_metrics(log: Path, epoch: int | None) -> dict[str, float]:
+    """Return the validation and test metrics of an epoch from a run's log.txt, by name."""
+    from utils import read_regular
+
+    try:
+        entries = [json.loads(line) for line in read_regular(log).splitlines()]
+    except (OSError, ValueError):
+        return {}
+    return {
+        key: value
+        for entry in entries
+        if entry.get("epoch") == epoch
+        for key, value in entry.items()
+        if isinstance(value, int | float) and not key.startswith(("train_", "epoch"))
+    }
+
+
+def model_card(
+    name: str,
+    task: str,
+    *,
+    epoch: int | None,
+    data: Mapping[str, list[str]],
+    metrics: Mapping[str, float],
+) -> str:
+    """Return the README.md of a repository, in Markdown; the license is left to the owner.
+
+    Args:
+        name: Name of the repository.
+        task: Task of the checkpoint.
+        epoch: Epoch of the checkpoint, if known.
+        data: Paths of annotation files by configuration key; the card has the names of the files.
+        metrics: Validation and test metrics by name.
+    """
+    from huggingface_hub import ModelCardData
+
+    files = {key: ", ".join(Path(path).name for path in paths) for key, paths in data.items()}
+    rows = [f"| {key} | {value:.4g} |" for key, value in metrics.items()]
+    table = "\n".join(["| metric | value |", "| --- | --- |", *rows])
+    return CARD.format(
+        metadata=ModelCardData(tags=["albef", "vision-language"]).to_yaml(),
+        name=name,
+        task=task,
+        epoch=f", epoch {epoch}" if isinstance(epoch, int) else "",
+        data="\n".join(f"- `{key}`: {names}" for key, names in files.items()) or "Not configured.",
+        metrics=table if rows else "The run's log.txt has no metrics of this epoch.",
+    )
+
+
+def published_files(folder: Path) -> list[str]:
+    """Return the names of the files to upload. Raises InputError if one is missing."""
+    from models.tokenizer import VOCABULARY
+    from models.weights import config_beside
+
+    config = config_beside(folder / "model.safetensors").get("config", {})
+    names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(
+            f"--push: {folder} lacks {', '.join(missing)}: add --output FOLDER/ to write them first"
+        )
+    return names
+
+
+def main() -> None:
+    """Export and upload what the command line names."""
+    args = parser.parse_args()
+    to_folder = bool(args.output) and args.output.endswith("/")
+    if not (args.push or args.output):
+        raise InputError("--output is missing: name the file or the FOLDER/ to write")
+    if args.push and args.output and not to_folder:
+        raise InputError(f"--push needs a folder: end --output {args.output} with a slash")
+    from models.hub import check_repository, upload
+
+    folder = Path(args.output or args.checkpoint)
+    if args.push and not to_folder:
+        published_files(folder)
+    if args.push and not args.overwrite:
+        check_repository(args.push)
+    if to_folder:
+        print(export_folder(args))
+    elif args.output:
+        print(export_file(args.checkpoint, args.output, args.momentum, args.overwrite))
+    if args.push:
+        print(f"published {upload(folder, published_files(folder), args.push, args.public)}")
+
+
+if __name__ == "__main__":
+    begin_script(parser)
+    run_script(main)
