@@ -177,7 +177,7 @@ def load(args):
     del file, state  # load_checkpoint reads the file again
     config, _, text = choose_config(task, args, args.checkpoint)
     print(f"configuration: {text}")
-    model = Inference(task, config, args.checkpoint, device, args.allow_missing)
+    model = Inference(task, config, args.checkpoint, device, allow_missing=args.allow_missing)
     print(model.report)
     return model
 
@@ -271,7 +271,9 @@ def picture_model(args):
             images if len(images) == 2 else images[0],
             args.question if model.task == "vqa" else args.text,
         )
-        model.heat_map(images, text, answers, args.gradcam_mode, args.block_num).draw(args.to)
+        model.heat_map(
+            images, text, answers, mode=args.gradcam_mode, block_num=args.block_num
+        ).draw(args.to)
     print(f"wrote {args.to}")
 
 

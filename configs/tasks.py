@@ -31,6 +31,8 @@ class Task:
         detect: Whether tensors by name are the weights of this task; None if another task has the
             same weights.
         methods: Methods of `inference.Inference` that models of this task have.
+        head: Attribute of the model that decides on the multimodal [CLS], which heat maps explain.
+        classes: Names of the head's classes.
         traits: Words that the configuration keys use to say which tasks read them.
     """
 
@@ -47,6 +49,8 @@ class Task:
     score: str = ""
     detect: Callable[[Mapping[str, Any]], bool] | None = None
     methods: tuple[str, ...] = ()
+    head: str = ""
+    classes: tuple[str, ...] = ()
     traits: frozenset[str] = frozenset()
 
     @property
@@ -71,7 +75,9 @@ def _classes(state: Mapping[str, Any]) -> int:
 
 
 VAL_TEST = {"val": "val_file", "test": "test_file"}
-ALIGNED = ("embed_images", "embed_texts", "similarity", "match", "rank", "ground", "heat_map")
+EMBEDDING = ("embed_images", "embed_texts", "similarity")
+ALIGNED = (*EMBEDDING, "match", "match_logits", "rank", "ground", "heat_map")
+MATCHING = {"head": "itm_head", "classes": ("no match", "match")}
 CONTRASTIVE = frozenset({"contrastive", "distills", "projects"})
 
 # detect is tried from the first row to the last
@@ -100,6 +106,8 @@ TASKS: dict[str, Task] = {
             train_data="dataset.caption:train_set",
             detect=_has("ta_head."),
             methods=("heat_map",),
+            head="ta_head",
+            classes=("first", "second", "neither"),
             traits=frozenset({"captions", "pairs", "projects"}),
         ),
         Task(
@@ -114,6 +122,8 @@ TASKS: dict[str, Task] = {
             score="acc",
             detect=lambda state: _classes(state) == 3,
             methods=("entails", "heat_map"),
+            head="cls_head",
+            classes=("contradiction", "neutral", "entailment"),
             traits=frozenset({"distills", "validates"}),
         ),
         Task(
@@ -128,6 +138,8 @@ TASKS: dict[str, Task] = {
             score="acc",
             detect=lambda state: _classes(state) == 2,
             methods=("true_of", "heat_map"),
+            head="cls_head",
+            classes=("False", "True"),
             traits=frozenset({"distills", "validates", "pairs"}),
         ),
         Task(
@@ -142,6 +154,7 @@ TASKS: dict[str, Task] = {
             initialize="models.weights:load_encoders",
             detect=_has("text_encoder.bert."),
             methods=(*ALIGNED, "fill_in"),
+            **MATCHING,
             traits=CONTRASTIVE | {"captions"},
         ),
         Task(
@@ -156,6 +169,7 @@ TASKS: dict[str, Task] = {
             score="r_mean",
             detect=_has("itm_head.", "vision_proj."),
             methods=ALIGNED,
+            **MATCHING,
             traits=CONTRASTIVE | {"validates"},
         ),
         Task(
@@ -170,6 +184,8 @@ TASKS: dict[str, Task] = {
             score="auc",
             detect=_has("itm_head."),
             methods=("heat_map",),
+            head="itm_head",
+            classes=("irrelevant", "relevant"),
             traits=frozenset({"distills", "validates"}),
         ),
         Task(
@@ -185,6 +201,7 @@ TASKS: dict[str, Task] = {
             check="evaluation.grounding:check_options",
             score="val_d",
             methods=ALIGNED,
+            **MATCHING,
             traits=CONTRASTIVE,
         ),
         Task(
@@ -196,6 +213,7 @@ TASKS: dict[str, Task] = {
             files=VAL_TEST,
             evaluate="evaluation.attributes:evaluate",
             methods=ALIGNED,
+            **MATCHING,
             traits=frozenset({"projects"}),
         ),
     )

@@ -20,8 +20,7 @@ from engine.processes import find_device
 from engine.saving import writing
 from evaluation.divide import divide, progress_bar
 from inference.inputs import Images, check_number
-from inference.model import Inference, as_float, check_task, most_similar
-from models import ALIGNED
+from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository, read_checkpoint
 from utils import InputError, alone, atomic_write, make_output_dir, printable
@@ -274,7 +273,7 @@ def update_index(folder, index, model, images, problems, prune=False):
     signal or an error ends the call. Raises InputError if the model is not the model of the index
     or no image is usable, and TrainingStopped if the index cannot be written.
     """
-    check_task(model, ALIGNED, "index")
+    model.require("embed_images")
     weights, checkpoint = check_weights(model, index, folder), model.source
     checkpoint = str(checkpoint) if is_repository(checkpoint) else os.path.abspath(checkpoint)
     if index and not prune:

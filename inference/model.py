@@ -1,24 +1,24 @@
-"""One object for what a trained model can do: features, similarity, matching, ranking, answers,
-heat maps, pseudo-targets.
-"""
+"""A trained model as one object: features, ranking, answers, heat maps, pseudo-targets."""
 
 import argparse
 import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs.schema import require
-from dataset import nlvr, ve
+from configs.tasks import TASKS, detect_task, find_task
 from dataset.entries import Entry
 from dataset.relevance import Ad
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import Question, load_answer_list
-from engine.configuration import DEFAULTS, choose_config, task_in
+from engine.configuration import choose_config, task_in
 from engine.device import autocast, use_device
 from engine.processes import find_device
 from evaluation.divide import progress_bar
@@ -36,14 +36,19 @@ from inference.inputs import (
     is_features,
     read_image,
 )
-from models import ALIGNED, build_model, task_of
+from models import build_model
 from models.contrastive import feature_similarity, matched
 from models.gradcam import text_gradcam
 from models.tokenizer import tokenizer_of
-from models.weights import find_checkpoint, load_checkpoint, named_tensors, read_checkpoint
-from utils import InputError, alone
-from visualize.draw import draw_heat_maps
+from models.weights import (
+    find_checkpoint,
+    load_checkpoint,
+    named_tensors,
+    read_checkpoint,
+)
+from utils import InputError, Text, alone
 from visualize.explain import (
+    Candidate,
     explain_answer,
     explain_class,
     explain_similarity,
@@ -52,89 +57,97 @@ from visualize.explain import (
     word_targets,
 )
 
-TEXTS = 4096  # that are encoded at a time; of which the features alone are kept
-# of candidates: their features as float32 stay in the cache of a core, which is several times
-# faster
-BLOCK = 2048
-PAIRS = ("nlvr", "nlvr_pretrain")  # tasks with two images for each text
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = 4096  # encoded at a time; only their features are kept
+BLOCK = 2048  # candidates at a time: their float32 features stay in the cache of a core
 
 
 class HeatMap(NamedTuple):
-    """Where in an image a decision comes from, on the grid of patches; with two images both have a
-    map, [2, ...].
+    """Where in an image a decision comes from, on the grid of patches.
+
+    Attributes:
+        whole: Map of the text as a whole [h, w]; of two images [2, h, w].
+        by_word: Maps of the W words [W, h, w]; of two images [2, W, h, w].
+        words: The W words of the text, " [UNK]" after each that the vocabulary lacks.
+        verdict: The decision and its score.
+        text: The text after clean-up.
+        pictures: The images, uint8 [H, W, 3].
+        kind: "text" or "question".
     """
 
-    whole: np.ndarray  # [h, w], the text as a whole
-    by_word: np.ndarray  # [W, h, w]
-    words: list  # the W words of the text, " [UNK]" after those that the vocabulary lacks
-    verdict: str  # the decision and its score
-    text: str  # after clean-up
-    pictures: list  # the images, uint8 [H, W, 3]
-    kind: str  # text or question
+    whole: np.ndarray
+    by_word: np.ndarray
+    words: list[str]
+    verdict: str
+    text: str
+    pictures: list[np.ndarray]
+    kind: str
 
     @property
-    def panels(self):
-        """The maps as `visualize.draw` takes them: (label, [1 or 2, h, w]) of the whole text and of
-        each word.
-        """
+    def panels(self) -> list[tuple[str, np.ndarray]]:
+        """Maps [1 or 2, h, w] with labels, as `visualize.draw` takes them."""
         whole, by_word = (
             maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word)
         )
-        return [(f"whole {self.kind}", whole), *zip(self.words, by_word.swapaxes(0, 1))]
+        words = zip(self.words, by_word.swapaxes(0, 1), strict=True) if self.words else ()
+        return [(f"whole {self.kind}", whole), *words]
 
-    def draw(self, to):
-        """Draw the maps over the image to a file, .png, .jpg, .pdf or .svg."""
-        draw_heat_maps(
-            self.pictures,
-            self.panels,
-            [self.text.strip(), self.verdict, *unknown_words(self.words)],
-            to,
-        )
+    def draw(self, path: str | Path) -> None:
+        """Draw the maps over the image to a .png, .jpg, .pdf or .svg file."""
+        from visualize.draw import draw_heat_maps
+
+        title = [self.text.strip(), self.verdict, *unknown_words(self.words)]
+        draw_heat_maps(self.pictures, self.panels, title, path)
 
 
-def load_model(source, device=None, precision=None, config=None, overrides=()):
-    """Return the Inference model of a checkpoint, in eval mode.
+def load_model(
+    source: str | Path,
+    device: str | None = None,
+    precision: str | None = None,
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    allow_missing: bool = False,
+) -> "Inference":
+    """Load a checkpoint in eval mode.
 
-    source: a .pth or .safetensors file, released or ours, the folder of a run (its best checkpoint,
-    else its last) or of an export, or a repository of the hub, USER/NAME or USER/NAME@REVISION.
-    device: cuda, cuda:1, ... or cpu, by default cuda where there is a GPU. precision: fp32 or bf16,
-    by default the configuration's. config: the YAML file of the training, where the checkpoint has
-    no configuration and the default of its task does not fit. overrides: KEY=VALUE of more keys, as
-    --set takes them. Raises InputError.
+    Args:
+        source: A .pth or .safetensors file, the folder of a run (its best checkpoint, else its
+            last) or of an export, or a hub repository USER/NAME or USER/NAME@REVISION.
+        device: cuda, cuda:1, ... or cpu. Default: cuda if there is a GPU.
+        precision: fp32 or bf16. Default: the configuration's.
+        config: YAML file of the training, for a checkpoint without a configuration.
+            Default: the configuration of the task in configs/.
+        overrides: Changes of the configuration, KEY=VALUE as `--set` takes them.
+        allow_missing: Whether missing weights stay random.
+
+    Raises:
+        InputError: The checkpoint cannot be read, or belongs to no task or another one.
     """
-    device = find_device(device)
+    found = find_device(device)
     source = find_checkpoint(source) if Path(source).is_dir() else source
     content = read_checkpoint(source)
-    task = task_of(named_tensors(content, source))
-    overrides = [*overrides, f"precision={precision}"] if precision else list(overrides)
+    task = detect_task(named_tensors(content, source))
+    overrides = [*overrides, *[f"precision={precision}"] * bool(precision)]
     args = argparse.Namespace(config=config, set=overrides, evaluate=True)
-    choice = choose_config(task_in(content, task, source), args, source, DEFAULTS[task])
-    return Inference(task, choice.config, source, device)
+    name = task_in(content, task, source)
+    choice = choose_config(name, args, source, str(ROOT / find_task(name).config))
+    return Inference(task, choice.config, source, found, allow_missing=allow_missing)
 
 
-def check_task(model, tasks, what):
-    """Raise InputError unless the task of an Inference model is one of `tasks`."""
-    if model.task not in tasks:
-        raise InputError(
-            f"{what}: {model.source} is of task {model.task}, which cannot do it: load a checkpoint of "
-            f"{' or '.join(tasks)}"
-        )
+def serves(*, exact: bool = False) -> Callable:
+    """Decorate a method so that it runs alone, without gradients, for tasks that list it.
 
-
-def serves(*tasks, exact=False):
-    """Make a method one of checkpoints of these tasks: for others it raises InputError. exact: in
-    float32 whatever the key.
+    Args:
+        exact: Whether to compute in float32 even if `precision` is bf16.
     """
 
-    def decorate(method):
+    def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
-        def call(self, *args, **kwargs):
-            check_task(self, tasks, method.__name__)
-            with (
-                alone(),
-                torch.no_grad(),
-                nullcontext() if exact else autocast(self.config, self.device),
-            ):
+        def call(self: "Inference", *args: Any, **kwargs: Any) -> Any:
+            self.require(method.__name__)
+            precision = nullcontext() if exact else autocast(self.config, self.device)
+            with alone(), torch.no_grad(), precision:
                 return method(self, *args, **kwargs)
 
         return call
@@ -143,16 +156,34 @@ def serves(*tasks, exact=False):
 
 
 class Inference:
-    """A model in eval mode with all it needs: .model, .config, .tokenizer, .transform, .task,
-    .device, .report of its loading.
+    """A model in eval mode with its tokenizer and transform.
 
-    Images are paths, pictures of Pillow, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W], one or
-    a list of them; texts are strings, one or a list. Results for one alone lack that dimension.
-    Methods compute batch by batch, of batch_size_test images (`model.config["batch_size_test"] =
-    8`), and raise InputError, one line, for what they cannot use.
+    Images are paths, pictures of Pillow, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W]; texts
+    are strings. A method takes one or a list. Its result for a single one lacks that dimension.
+    Methods raise InputError for unusable input, and if the task of the checkpoint does not list
+    them in configs/tasks.py.
+
+    Attributes:
+        task: Task of the weights.
+        source: File or hub repository of the weights.
+        model: The network.
+        config: The configuration.
+        tokenizer: The tokenizer.
+        transform: Function uint8 [3, H, W] -> uint8 [3, R, R].
+        device: Device of the network.
+        report: Report of loading the weights.
+        batch_size: Images and pairs that are computed at a time.
     """
 
-    def __init__(self, task, config, source, device, allow_missing=False):
+    def __init__(
+        self,
+        task: str,
+        config: Mapping[str, Any],
+        source: str | Path,
+        device: torch.device,
+        *,
+        allow_missing: bool = False,
+    ) -> None:
         require(config, "bert_config", "image_res")
         self.task, self.source, self.device = task, source, device
         self.tokenizer = tokenizer_of(config)
@@ -160,79 +191,116 @@ class Inference:
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
         self.model.to(device).eval()
         self.config = self.model.config
-        self.transform = test_transform(config["image_res"])  # uint8 [3, H, W] -> uint8 [3, R, R]
+        self.transform = test_transform(config["image_res"])
+        self.batch_size = config["batch_size_test"]
         if device.type == "cuda":
             use_device(self.config, device)
 
+    def can(self, method: str) -> bool:
+        """Return whether the task of the checkpoint has a method."""
+        return method in find_task(self.task).methods
+
+    def require(self, method: str) -> None:
+        """Raise InputError unless the task of the checkpoint has a method."""
+        if not self.can(method):
+            others = [task.name for task in TASKS.values() if method in task.methods]
+            raise InputError(
+                f"{method}: {self.source} is of task {self.task}, which cannot do it: load a"
+                f" checkpoint of {' or '.join(others)}"
+            )
+
     # ----------------------------------------------------------------------------------------------
-    # images and texts by themselves and together: pre-training, retrieval, grounding
+    # images and texts together: pre-training, retrieval, grounding
 
-    @serves(*ALIGNED)
-    def embed_images(self, images, workers=0):
-        """Return the features of images, normalized, float32 [N, D] on the CPU; of one alone [D].
+    @serves()
+    def embed_images(self, images: Any, workers: int = 0) -> Tensor:
+        """Return the normalized features of images, float32 [N, D] on the CPU.
 
-        A hundred thousand paths take no more memory than a batch and the features. workers:
-        processes that read and resize them, 0 for this one.
+        A hundred thousand paths take no more memory than a batch and the features.
+
+        Args:
+            images: Images to embed.
+            workers: Processes that read and resize the images, 0 for this one.
         """
         images, one = as_images(images)
-        config = {
-            **self.config,
-            "image_embeds": "recompute",
-            "num_workers": check_number(workers, "workers", 0),
-        }
+        config = self._batch_config(num_workers=check_number(workers, "workers", 0))
         _, features = encode_images(self.model, Images(images, self.transform), config, self.device)
         return features.cpu()[0] if one else features.cpu()
 
-    @serves(*ALIGNED)
-    def embed_texts(self, texts):
-        """Return the features of texts, normalized, float32 [N, D] on the CPU; of one alone [D]."""
-        texts, one = self._captions(texts)
+    @serves()
+    def embed_texts(self, texts: Any) -> Tensor:
+        """Return the normalized features of texts, float32 [N, D] on the CPU."""
+        texts, one = self._clean(texts)
         parts = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
-        encoded = (
-            encode_texts(self.model, part, self.tokenizer, self.config, self.device)
-            for part in parts
-        )
-        features = torch.cat([text_feat.cpu() for _, text_feat, _ in encoded])
+        features = torch.cat([self._encode_texts(part)[1].cpu() for part in parts])
         return features[0] if one else features
 
-    @serves(*ALIGNED)
-    def similarity(self, images, texts):
-        """Return the contrastive similarities (ITC) of all images with all texts, from -1 to 1:
-        [NI, NT], one pair a float.
+    @serves()
+    def similarity(self, images: Any, texts: Any) -> Tensor | float:
+        """Return the contrastive similarities (ITC) of all pairs, from -1 to 1: [NI, NT].
 
-        Either may be given as features, from embed_images and embed_texts.
+        Args:
+            images: Images, or their features from `embed_images`.
+            texts: Texts, or their features from `embed_texts`.
         """
-        image_feat, text_feat = (
-            _features(images, self.embed_images),
-            _features(texts, self.embed_texts),
-        )
+        image_feat = _features(images, self.embed_images)
+        text_feat = _features(texts, self.embed_texts)
         _check_widths(image_feat, text_feat)
         sim = _check_finite(feature_similarity(_matrix(image_feat), _matrix(text_feat)))
         return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
 
-    @serves(*ALIGNED)
-    def match(self, images, texts):
-        """Return the probabilities that images and texts belong together (ITM), of all pairs: [NI,
-        NT], one pair a float.
-        """
-        (images, one_image), (texts, one_text) = as_images(images), self._captions(texts)
+    @serves()
+    def match(self, images: Any, texts: Any) -> Tensor | float:
+        """Return the probabilities that images and texts match (ITM), of all pairs: [NI, NT]."""
+        (images, one_image), (texts, one_text) = as_images(images), self._clean(texts)
         pairs = torch.ones(len(images), len(texts), dtype=torch.bool)
         probs = self._itm(images, texts, pairs, lambda logits: logits.softmax(dim=1)[:, 1])
         return _unwrap(probs, one_image, one_text)
 
-    @serves(*ALIGNED)
-    def rank(
-        self, images, texts, k=10, rerank=None, of="images", image_features=None, text_features=None
-    ):
-        """Return the k best images for each text, [(index, score), ...], the best first; with
-        of="texts" texts for each image.
+    @serves()
+    def match_logits(self, images: Any, text: str) -> tuple[Tensor, Tensor]:
+        """Return the ITM logits of images and a text, and the probabilities of a match, [N] each.
 
-        As in the evaluation (Section 5), the `rerank` candidates with the highest similarity
-        (default: k_test) are ranked by their ITM logit, which is their score. The others follow by
-        similarity, which is their score. image_features, text_features: from embed_images and
-        embed_texts, arrays of any float type, perhaps memory-mapped. With features, images and
-        texts are read for the candidates only, and the ranked ones may be None if `rerank` is 0. A
-        single query gives a single list.
+        The evaluation ranks by the logits of the class "match" (Section 5).
+        """
+        (images, _), (texts, _), probs = as_images(images), self._clean([text]), []
+
+        def score(logits: Tensor) -> Tensor:  # called for one image after the other
+            probs.append(logits.softmax(dim=1)[:, 1].float().cpu())
+            return matched(logits)
+
+        pairs = torch.ones(len(images), 1, dtype=torch.bool)
+        return self._itm(images, texts, pairs, score)[:, 0], torch.cat(probs)
+
+    @serves()
+    def rank(
+        self,
+        images: Any,
+        texts: Any,
+        k: int = 10,
+        rerank: int | None = None,
+        *,
+        of: str = "images",
+        image_features: Any = None,
+        text_features: Any = None,
+    ) -> list:
+        """Return the k best images for each text, or the k best texts for each image.
+
+        As in the evaluation (Section 5), the `rerank` most similar candidates are ranked by their
+        ITM logit, which is their score. The others follow, and their similarity is their score.
+
+        Args:
+            images: Images; None if `image_features` are given and `rerank` is 0. With features,
+                only the candidates are read.
+            texts: Texts; None if `text_features` are given and `rerank` is 0.
+            k: Number of results.
+            rerank: Number of candidates. Default: the key k_test.
+            of: What is ranked, "images" or "texts".
+            image_features: Features from `embed_images`, perhaps a memory-mapped array.
+            text_features: Features from `embed_texts`.
+
+        Returns:
+            A list [(index, score), ...] for each query, the best first.
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
@@ -240,258 +308,265 @@ class Inference:
         rerank = self.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
         if rerank and (images is None or texts is None):
             raise InputError(
-                "rank: re-ranking reads images and texts themselves: give them beside their features, or rerank=0"
+                "rank: re-ranking reads images and texts, give them beside the features or rerank=0"
             )
-        (images, one_image) = (
-            (None, np.ndim(image_features) == 1) if images is None else as_images(images)
+        images, image_feat, one_image = _rankable(
+            "image", images, image_features, as_images, self.embed_images
         )
-        (texts, one_text) = (
-            (None, np.ndim(text_features) == 1) if texts is None else self._captions(texts)
-        )
-        image_feat = (
-            self.embed_images(images)
-            if image_features is None
-            else check_features(image_features, "image_features")
-        )
-        text_feat = (
-            self.embed_texts(texts)
-            if text_features is None
-            else check_features(text_features, "text_features")
+        texts, text_feat, one_text = _rankable(
+            "text", texts, text_features, self._clean, self.embed_texts
         )
         _check_widths(image_feat, text_feat)
-        for what, values, features in (("images", images, image_feat), ("texts", texts, text_feat)):
-            if values is not None and len(values) != len(_matrix(features)):
-                raise InputError(
-                    f"rank: {len(values)} {what} and {len(_matrix(features))} features: give one for each"
-                )
         by_text = of == "images"
         queries, others = (text_feat, image_feat) if by_text else (image_feat, text_feat)
-        # [Q, K]
         scores, best = most_similar(_matrix(queries), _matrix(others), max(k, rerank), self.device)
         if rerank:
             candidates = best[:, :rerank]
             query = torch.arange(len(best))[:, None].expand_as(candidates)
             image, text = (candidates, query) if by_text else (query, candidates)
-            (own_images, i), (own_texts, t) = (
-                numbers.unique(return_inverse=True) for numbers in (image, text)
-            )
-            pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
-            pairs[i, t] = True
-            matching = self._itm(
-                [images[n] for n in own_images], [texts[n] for n in own_texts], pairs
-            )[i, t]
+            matching = self._match_pairs(images, texts, image, text)
             scores[:, :rerank], order = matching.sort(dim=1, descending=True, stable=True)
             best[:, :rerank] = candidates.gather(1, order)
-        rows = [list(zip(*row)) for row in zip(best[:, :k].tolist(), scores[:, :k].tolist())]
+        rows = zip(best[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
+        rows = [list(zip(*row, strict=True)) for row in rows]
         return rows[0] if (one_text if by_text else one_image) else rows
 
-    def _itm(self, images, texts, pairs, score=matched):
-        """Return the score of the pairs of images and texts, float32 [NI, NT].
+    @serves()
+    def ground(
+        self,
+        images: Any,
+        texts: Any,
+        boxes: Any = None,
+        *,
+        mode: str = "itm",
+        block_num: int | None = None,
+    ) -> list:
+        """Return the boxes of referring expressions in their images, the best first.
 
-        Arguments as ContrastiveModel.itm_scores takes them.
+        The score of a box is Section 5's: the sum of the heat map in it, divided by the root of its
+        area.
+
+        Args:
+            images: Images, in pairs with `texts` as in `answer`.
+            texts: Referring expressions.
+            boxes: Candidates [[x, y, w, h], ...] in pixels; a list of such lists for several pairs.
+                Default: the best rectangle of whole patches.
+            mode: Heat map of the matching head, "itm", or of the similarity, "itc".
+            block_num: Layer of the heat map. Default: the third multimodal one.
+
+        Returns:
+            A list [([x, y, w, h], score), ...] for each pair.
         """
-        config = {**self.config, "image_embeds": "recompute"}
-        image_embeds = ImageEmbeds(self.model, Images(images, self.transform), config, self.device)
-        text_embeds, _, mask = encode_texts(
-            self.model, texts, self.tokenizer, self.config, self.device
-        )
-        pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        scores = self.model.itm_scores(
-            image_embeds, text_embeds, mask, pairs, score=score, progress=progress
-        )
-        return scores.cpu()
-
-    @serves(*ALIGNED)
-    def ground(self, images, texts, boxes=None, mode="itm", block_num=None):
-        """Return the boxes of a referring expression in its image, [([x, y, w, h], score), ...] in
-        pixels, the best first.
-
-        The score is Section 5's: the sum of the heat map in a box, divided by the root of its area.
-        boxes: the candidates, as a detector finds them, for several pairs a list of such lists;
-        without, the result is the best rectangle of whole patches. mode: itm or itc; block_num: the
-        layer, by default the third multimodal one. Pairs as in `answer`.
-        """
-        items, texts, one = self._pairs(images, self._captions(texts))
+        items, texts, one = self._pairs(images, self._clean(texts))
         _check_explanation(mode, block_num)
-        boxes = (
-            [boxes] * len(items) if one or boxes is None else as_list(boxes, "lists of boxes", 0)
-        )
-        if len(boxes) != len(items):
-            raise InputError(
-                f"ground: {len(boxes)} lists of boxes for {len(items)} pairs of image and text: give one for each"
-            )
-        boxes = [
-            None if candidates is None else as_list(candidates, "boxes", 0) for candidates in boxes
-        ]
-        for box in (box for candidates in boxes if candidates is not None for box in candidates):
-            check_box(box)
-        found, maps, sizes = [], [], []
-        for part, image, part_sizes in self._batches(items):
-            tokens = tokenize(
-                texts[part], self.tokenizer, self.config["max_tokens"] or MAX_TOKENS
-            ).to(self.device)
+        boxes = _box_lists(boxes, len(items), one)
+        found = []
+        for part, image, sizes in self._batches(items):
+            tokens = self._tokenize(texts[part], MAX_TOKENS)
             heat = text_gradcam(self.model, *image, tokens, mode, block_num)
-            # the mean over its own tokens, however many the longest text of the batch has
+            # the mean over a text's own tokens, however many the longest text of the batch has
             if mode == "itm":
-                heat *= (tokens.attention_mask.shape[1] / tokens.attention_mask.sum(dim=1))[
-                    :, None, None
-                ]
-            maps += heat.cpu()
-            sizes += part_sizes
-        for heat, size, candidates in zip(maps, sizes, boxes):
-            candidates = [best_rectangle(heat.numpy(), *size)] if candidates is None else candidates
-            scored = zip(candidates, box_scores(heat, *size, candidates))
-            found.append(sorted(scored, key=lambda box: -box[1]))
+                lengths = tokens.attention_mask.sum(dim=1)
+                heat *= (tokens.attention_mask.shape[1] / lengths)[:, None, None]
+            for values, size, given in zip(heat.cpu(), sizes, boxes[part], strict=True):
+                candidates = [best_rectangle(values.numpy(), *size)] if given is None else given
+                scored = zip(candidates, box_scores(values, *size, candidates), strict=True)
+                found.append(sorted(scored, key=lambda box: -box[1]))
         return found[0] if one else found
 
     # ----------------------------------------------------------------------------------------------
     # the fine-tuned tasks
 
-    @serves("vqa")
-    def answer(self, images, questions, answers=None):
-        """Return the answers to a question about an image with probabilities, [(text, p), ...], the
-        best first.
+    @serves()
+    def answer(self, images: Any, questions: Any, answers: Any = None) -> list:
+        """Return the answers to questions with probabilities, the best first.
 
-        answers: a list to choose from, or the JSON file of one; p is the softmax over the k_test
-        candidates with the likeliest first token, as in the evaluation. Without, the one answer
-        that beam search finds, with its own probability. Several images and questions go in pairs;
-        a single one goes with each of the others. The result is then a list of such lists.
+        Args:
+            images: Images, as many as questions; a single one goes with every question.
+            questions: Questions; a single one goes with every image.
+            answers: List of answers to choose from, or its JSON file. Their probabilities are the
+                softmax over the k_test candidates with the likeliest first token, as in the
+                evaluation. Default: the answer that beam search finds, with its own probability.
+
+        Returns:
+            A list [(text, probability), ...] for each pair.
         """
-        items, questions, one = self._pairs(images, self._questions(questions))
+        items, questions, one = self._pairs(images, self._clean(questions))
         answers = _answer_list(answers)
         tokens = tokenize_answers(answers, self.model, self.tokenizer) if answers else None
         found = []
         for part, (image,), _ in self._batches(items):
-            question = tokenize(questions[part], self.tokenizer, self.config["max_tokens"]).to(
-                self.device
-            )
+            question = self._tokenize(questions[part])
             found += answer_questions(self.model, image, question, answers, tokens, self.tokenizer)
         return found[0] if one else found
 
-    @serves("ve")
-    def entails(self, images, texts):
-        """Return whether a text follows from an image: {"contradiction": p, "neutral": p,
-        "entailment": p}. Pairs: `answer`.
-        """
+    @serves()
+    def entails(self, images: Any, texts: Any) -> dict[str, float] | list[dict[str, float]]:
+        """Return the probabilities of contradiction, neutral and entailment, for each pair."""
         probs, one = self._predict(images, texts)
-        found = [dict(zip(ve.LABELS, row)) for row in probs]
+        found = [dict(zip(find_task(self.task).classes, row, strict=True)) for row in probs]
         return found[0] if one else found
 
-    @serves("nlvr")
-    def true_of(self, images, texts):
-        """Return the probability that a text is true of a pair of images; for a list of texts, and
-        of pairs, a list.
+    @serves()
+    def true_of(self, images: Any, texts: Any) -> float | list[float]:
+        """Return the probability that a text is true of two images, for each pair.
+
+        Args:
+            images: A list of two images, or a list of such lists for several texts.
+            texts: Texts.
         """
         probs, one = self._predict(images, texts)
-        found = [row[nlvr.LABELS["True"]] for row in probs]
+        found = [row[find_task(self.task).classes.index("True")] for row in probs]
         return found[0] if one else found
 
-    def _predict(self, images, texts):
-        """Return the probabilities of the classes of every pair of image and text, and whether
-        there was one alone.
-        """
-        items, texts, one = self._pairs(images, self._captions(texts))
+    def _predict(self, images: Any, texts: Any) -> tuple[list[list[float]], bool]:
+        """Return the probabilities of the classes of each pair, and whether there is one pair."""
+        items, texts, one = self._pairs(images, self._clean(texts))
         probs = []
         for part, image, _ in self._batches(items):
-            tokens = tokenize(texts[part], self.tokenizer, self.config["max_tokens"]).to(
-                self.device
-            )
-            probs += self.model.predict(*image, tokens).softmax(dim=1).tolist()
+            logits = self.model.predict(*image, self._tokenize(texts[part]))
+            probs += logits.softmax(dim=1).tolist()
         return probs, one
 
     # ----------------------------------------------------------------------------------------------
-    # what the model looks at and expects
+    # explanations
 
-    @serves(*ALIGNED, "vqa", "ve", "nlvr", "relevance", "nlvr_pretrain", exact=True)
-    def heat_map(self, images, texts, answers=None, mode="itm", block_num=None):
-        """Return the HeatMap of the decision on an image and a text or question, by Grad-CAM
-        (Figures 4 to 6).
+    @serves(exact=True)
+    def heat_map(
+        self,
+        images: Any,
+        texts: Any,
+        answers: Any = None,
+        *,
+        mode: str = "itm",
+        block_num: int | None = None,
+    ) -> HeatMap | list[HeatMap]:
+        """Return heat maps of the decisions on images and texts by Grad-CAM (Figures 4 to 6).
 
-        The decision is "match" in pre-training and retrieval, else the class or answer that the
-        model finds; answers: as in `answer`. mode: itm, or itc for the contrastive similarity,
-        which has no words. block_num: the layer, by default the third with cross-attention but
-        never the last. Pairs as in `answer`, of two images as in `true_of`.
+        The decision is "match" for models that match images and texts, else the most probable
+        class or answer.
+
+        Args:
+            images: Images, in pairs with `texts` as in `answer` or `true_of`.
+            texts: Texts or questions.
+            answers: Answers to choose from, as in `answer`.
+            mode: "itm", or "itc" for the contrastive similarity, which has no words.
+            block_num: Layer of the map. Default: the third with cross-attention, but not the last.
         """
         _check_explanation(mode, block_num)
-        if mode == "itc" and self.task not in ALIGNED:
-            raise InputError(
-                f"heat_map: mode itc explains a contrastive similarity, which task {self.task} has none of"
-            )
-        vqa, answers = self.task == "vqa", _answer_list(answers)
-        items, texts, one = self._pairs(
-            images, self._questions(texts) if vqa else self._captions(texts)
-        )
+        if mode == "itc" and not self.can("similarity"):
+            raise InputError(f"heat_map: task {self.task} has no similarity for mode itc")
+        answers = _answer_list(answers)
+        items, texts, one = self._pairs(images, self._clean(texts))
         found = []
-        for (part, image, _), item, text in zip(self._batches(items, 1), items, texts):
-            image, phrase = torch.cat(image), split_words(text, self.model, self.tokenizer)
+        for (_, columns, _), item, text in zip(self._batches(items, 1), items, texts, strict=True):
+            image, phrase = torch.cat(columns), split_words(text, self.model, self.tokenizer)
             if mode == "itc":
                 maps = explain_similarity(self.model, image, phrase, block_num)
-            elif vqa:
-                maps = explain_answer(self.model, image, phrase, answers, self.tokenizer, block_num)
+            elif self.can("answer"):
+                maps = explain_answer(
+                    self.model, image, phrase, answers, self.tokenizer, block_num=block_num
+                )
             else:
-                maps = explain_class(self.task, self.model, image, phrase, block_num)
-            whole, by_word = (values.cpu().numpy() for values in (maps.whole, maps.by_word))
-            whole, by_word = (whole, by_word) if len(item) == 2 else (whole[0], by_word[0])
-            pictures = [read_image(picture).permute(1, 2, 0).numpy() for picture in item]
-            words = phrase.words if mode == "itm" else []
-            kind = "question" if vqa else "text"
-            found.append(HeatMap(whole, by_word, words, maps.verdict, phrase.text, pictures, kind))
-        return found[0] if one else found
-
-    @serves("pretrain", exact=True)
-    def fill_in(self, images, texts):
-        """Return what the momentum model expects for each word of a caption (Figure 2), [(word,
-        candidates), ...].
-
-        A candidate for a word, which is masked, has text, score (its probability) and hit. Pairs as
-        in `answer`.
-        """
-        if any(name.startswith("text_encoder_m.") for name in self.report.copied):
-            raise InputError(
-                f"fill_in: {self.source} has no momentum model (text_encoder_m.*): load that of the run, or one "
-                "that tools.export --momentum has written"
-            )
-        items, texts, one = self._pairs(images, self._captions(texts))
-        found = []
-        for (part, (image,), _), text in zip(self._batches(items, 1), texts):
-            phrase = split_words(text, self.model, self.tokenizer)
-            image_embeds, _ = self.model.encode_image(image, momentum=True)
+                maps = explain_class(self.task, self.model, image, phrase, block_num=block_num)
+            values = maps.whole, maps.by_word
             found.append(
-                list(
-                    zip(
-                        phrase.words, word_targets(self.model, image_embeds, phrase, self.tokenizer)
-                    )
+                HeatMap(
+                    *(
+                        value.cpu().numpy() if len(item) == 2 else value[0].cpu().numpy()
+                        for value in values
+                    ),
+                    phrase.words if mode == "itm" else [],
+                    maps.verdict,
+                    phrase.text,
+                    [read_image(picture).permute(1, 2, 0).numpy() for picture in item],
+                    "question" if self.can("answer") else "text",
                 )
             )
         return found[0] if one else found
 
+    @serves(exact=True)
+    def fill_in(self, images: Any, texts: Any) -> list:
+        """Return the words that the momentum model expects in place of each word (Figure 2).
+
+        Returns:
+            A list [(word, candidates), ...] for each pair of image and caption. A candidate has
+            text, score (its probability) and hit (whether the caption has it).
+        """
+        if any(name.startswith("text_encoder_m.") for name in self.report.copied):
+            raise InputError(
+                f"fill_in: {self.source} has no momentum model (text_encoder_m.*), load the"
+                " checkpoint of the run or an export with --momentum"
+            )
+        items, texts, one = self._pairs(images, self._clean(texts))
+        found: list[list[tuple[str, list[Candidate]]]] = []
+        for (_, (image,), _), text in zip(self._batches(items, 1), texts, strict=True):
+            phrase = split_words(text, self.model, self.tokenizer)
+            image_embeds, _ = self.model.encode_image(image, momentum=True)
+            candidates = word_targets(self.model, image_embeds, phrase, self.tokenizer)
+            found.append(list(zip(phrase.words, candidates, strict=True)))
+        return found[0] if one else found
+
     # ----------------------------------------------------------------------------------------------
-    # what the methods are given
+    # inputs of the methods
 
-    def _captions(self, texts):
-        return self._cleaned(texts, Ad if self.task == "relevance" else Entry)
+    def _clean(self, texts: Any) -> tuple[list[str], bool]:
+        """Return cleaned-up texts, and whether a single one was given."""
+        form = {"relevance": Ad, "vqa": Question}.get(self.task, Entry)
+        clean = functools.partial(form.clean, max_words=self.config["max_words"])
+        return as_texts(texts, clean, self.tokenizer)
 
-    def _questions(self, texts):
-        return self._cleaned(texts, Question)
+    def _tokenize(self, texts: list[str], limit: int | None = None) -> Text:
+        return tokenize(texts, self.tokenizer, self.config["max_tokens"] or limit).to(self.device)
 
-    def _cleaned(self, texts, form):
-        return as_texts(
-            texts, functools.partial(form.clean, max_words=self.config["max_words"]), self.tokenizer
-        )
+    def _batch_config(self, **keys: Any) -> dict[str, Any]:
+        keys = {"image_embeds": "recompute", "batch_size_test": self.batch_size, **keys}
+        return {**self.config, **keys}
 
-    def _pairs(self, images, texts):
-        """Return (the images of each pair of image and text, a list of one or two; the texts;
-        whether there is one pair alone).
+    def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        return encode_texts(self.model, texts, self.tokenizer, self._batch_config(), self.device)
 
-        texts: from as_texts. Raises InputError where they do not pair up.
+    def _itm(
+        self,
+        images: list,
+        texts: list[str],
+        pairs: Tensor,
+        score: Callable[[Tensor], Tensor] = matched,
+    ) -> Tensor:
+        """Return the score of pairs of images and texts, float32 [NI, NT].
+
+        Arguments as in `itm_scores` of the models.
+        """
+        data = Images(images, self.transform)
+        image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device)
+        text_embeds, _, mask = self._encode_texts(texts)
+        pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
+        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score, progress).cpu()
+
+    def _match_pairs(self, images: list, texts: list[str], image: Tensor, text: Tensor) -> Tensor:
+        """Return the ITM logits [Q, K] of images and texts with the numbers [Q, K]."""
+        own_images, i = image.unique(return_inverse=True)
+        own_texts, t = text.unique(return_inverse=True)
+        pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
+        pairs[i, t] = True
+        return self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)[
+            i, t
+        ]
+
+    def _pairs(self, images: Any, texts: tuple[list[str], bool]) -> tuple[list, list[str], bool]:
+        """Return the one or two images of each pair, the texts, and whether there is one pair.
+
+        Args:
+            images: As a method takes them.
+            texts: From `_clean`.
         """
         texts, one = texts
-        if self.task in PAIRS:
+        if "pairs" in find_task(self.task).traits:
             items = [images] if one else as_list(images, "pairs of images")
-            if any(not isinstance(item, (list, tuple)) or len(item) != 2 for item in items):
+            if any(not isinstance(item, list | tuple) or len(item) != 2 for item in items):
                 raise InputError(
-                    f"task {self.task} takes two images for each text: give a list of both, for several texts a "
-                    "list of such lists"
+                    f"task {self.task} takes two images for each text: give a list of both, or a"
+                    " list of such lists for several texts"
                 )
         else:
             images, one_image = as_images(images)
@@ -500,25 +575,35 @@ class Inference:
         items, texts = (values * count if len(values) == 1 else values for values in (items, texts))
         if len(items) != len(texts):
             raise InputError(
-                f"{len(items)} images and {len(texts)} texts are not pairs: give as many of each, or one of one"
+                f"{len(items)} images and {len(texts)} texts are not pairs: give as many of each,"
+                " or one of one"
             )
         return items, texts, one
 
-    def _batches(self, items, size=None):
-        """Yield (slice of items; their first and perhaps second images [B, 3, R, R]; the first
-        ones' (height, width)).
+    def _batches(
+        self, items: list, size: int | None = None
+    ) -> Iterator[tuple[slice, list[Tensor], list[tuple[int, int]]]]:
+        """Yield batches of items, each of one or two images.
+
+        Yields:
+            The slice of items, their first and perhaps second images [B, 3, R, R] on the device,
+            and (height, width) of the first images.
         """
-        size = size or self.config["batch_size_test"]
+        size = size or self.batch_size
         for start in range(0, len(items), size):
-            part, sizes, columns = slice(start, start + size), [], []
-            for number, item in enumerate(items[part], start):
-                pictures = [read_image(image, f"image {number}") for image in item]
-                sizes.append(tuple(pictures[0].shape[1:]))
-                columns.append([self.transform(picture) for picture in pictures])
+            part = slice(start, start + size)
+            pictures = [
+                [read_image(image, f"image {number}") for image in item]
+                for number, item in enumerate(items[part], start)
+            ]
+            columns = [
+                torch.stack([self.transform(picture) for picture in column])
+                for column in zip(*pictures, strict=True)
+            ]
             yield (
                 part,
-                [normalize(torch.stack(column).to(self.device)) for column in zip(*columns)],
-                sizes,
+                [normalize(column.to(self.device)) for column in columns],
+                [tuple(first.shape[1:]) for first, *_ in pictures],
             )
 
 
@@ -526,20 +611,26 @@ class Inference:
 # without a model
 
 
-def most_similar(queries, candidates, k, device="cpu"):
-    """Return similarities and indices [Q, min(k, N)] of the candidates most similar to each query,
-    the best first.
+def most_similar(
+    queries: Any, candidates: Any, k: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Find the candidates that are most similar to each query, block by block.
 
-    queries [Q, D], candidates [N, D]: tensors or arrays of any float type, perhaps memory-mapped;
-    they are read block by block.
+    Args:
+        queries: Features [Q, D], a tensor or array of any float type.
+        candidates: Features [N, D], perhaps memory-mapped.
+        k: Number of candidates.
+        device: Device of the computation.
+
+    Returns:
+        Similarities and indices [Q, min(k, N)] on the CPU, the best first.
     """
     queries = as_float(queries).to(device)
     values = torch.empty(len(queries), 0, device=device)
     best = torch.empty(len(queries), 0, dtype=torch.long, device=device)
     for start in range(0, len(candidates), BLOCK):
-        sim = _check_finite(
-            feature_similarity(queries, as_float(candidates[start : start + BLOCK]).to(device))
-        )
+        block = as_float(candidates[start : start + BLOCK]).to(device)
+        sim = _check_finite(feature_similarity(queries, block))
         numbers = torch.arange(start, start + sim.shape[1], device=device).expand_as(sim)
         values, best = torch.cat([values, sim], dim=1), torch.cat([best, numbers], dim=1)
         values, order = values.topk(min(k, values.shape[1]), dim=1)
@@ -547,9 +638,13 @@ def most_similar(queries, candidates, k, device="cpu"):
     return values.cpu(), best.cpu()
 
 
-def best_rectangle(heat, height, width):
-    """Return the box [x, y, w, h] in pixels, of whole patches, with the most heat [h, w] over the
-    root of its area.
+def best_rectangle(heat: np.ndarray, height: int, width: int) -> list[float]:
+    """Return the box [x, y, w, h] of whole patches with the most heat over the root of its area.
+
+    Args:
+        heat: Heat map [h, w].
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
     """
     rows, columns = heat.shape
     # above and left of each corner
@@ -575,58 +670,83 @@ def best_rectangle(heat, height, width):
     ]
 
 
-def as_float(values):
-    """Return features, an array or tensor of any float type, as a tensor float32."""
-    return (
-        values if isinstance(values, torch.Tensor) else torch.from_numpy(np.array(values))
-    ).float()
+def as_float(values: Any) -> Tensor:
+    """Return features, an array or tensor of any float type, as a float32 tensor."""
+    values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+    return values.float()
 
 
-def _matrix(features):
-    """Features of one alone [D] as [1, D], others as they are."""
+def _matrix(features: Any) -> Any:
+    """Return the features of a single input [D] as [1, D]."""
     return features if features.ndim == 2 else features[None]
 
 
-def _features(values, embed):
-    """Return values as float32 if they are features, else `embed` of them."""
+def _features(values: Any, embed: Callable[[Any], Tensor]) -> Tensor:
+    """Return values as float32 if they are features, else embed them."""
     return as_float(check_features(values, "features")) if is_features(values) else embed(values)
 
 
-def _check_finite(similarities):
+def _rankable(
+    what: str, values: Any, features: Any, read: Callable, embed: Callable
+) -> tuple[list | None, Any, bool]:
+    """Return values as a list, their features, and whether a single one was given."""
+    values, one = (None, np.ndim(features) == 1) if values is None else read(values)
+    found = embed(values) if features is None else check_features(features, f"{what}_features")
+    if values is not None and len(values) != len(_matrix(found)):
+        raise InputError(
+            f"rank: {len(values)} {what}s and {len(_matrix(found))} features: give one for each"
+        )
+    return values, found, one
+
+
+def _check_finite(similarities: Tensor) -> Tensor:
     """Return similarities. Raises InputError if features are NaN or infinite."""
     if not similarities.isfinite().all():
         raise InputError("features of images or texts are not finite: embed them anew")
     return similarities
 
 
-def _check_widths(image_feat, text_feat):
+def _check_widths(image_feat: Any, text_feat: Any) -> None:
     """Raise InputError if image and text features have different widths."""
     if image_feat.shape[-1] != text_feat.shape[-1]:
         raise InputError(
-            f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]} for texts do not "
-            "compare: take both from one model; an array that is an image is uint8"
+            f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]}"
+            " for texts do not compare: take both from one model; an array that is an image is"
+            " uint8"
         )
 
 
-def _check_explanation(mode, block_num):
-    """Raise InputError for wrong arguments of a heat map; whether the model has the block is not
-    checked.
-    """
+def _check_explanation(mode: str, block_num: int | None) -> None:
+    """Raise InputError for a wrong mode or number of a block."""
     if mode not in ("itm", "itc"):
         raise InputError(f"mode={mode!r}, it is itm or itc")
     if block_num is not None:
         check_number(block_num, "block_num", 0)
 
 
-def _unwrap(matrix, one_row, one_column):
-    """Return [NI, NT] without the dimension of a single image or text; a float for a single pair."""
+def _box_lists(boxes: Any, count: int, one: bool) -> list[list | None]:
+    """Return the candidate boxes of each pair, None for the pairs without candidates."""
+    boxes = [boxes] * count if one or boxes is None else as_list(boxes, "lists of boxes", 0)
+    if len(boxes) != count:
+        raise InputError(
+            f"ground: {len(boxes)} lists of boxes for {count} pairs of image and text: give one for"
+            " each"
+        )
+    boxes = [None if given is None else as_list(given, "boxes", 0) for given in boxes]
+    for box in (box for given in boxes if given is not None for box in given):
+        check_box(box)
+    return boxes
+
+
+def _unwrap(matrix: Tensor, one_row: bool, one_column: bool) -> Tensor | float:
+    """Return [NI, NT] without the dimension of a single image or text."""
     matrix = matrix[0] if one_row else matrix
     matrix = matrix[..., 0] if one_column else matrix
     return matrix if matrix.ndim else matrix.item()
 
 
-def _answer_list(answers):
-    if isinstance(answers, (str, Path)):
+def _answer_list(answers: Any) -> list[str]:
+    if isinstance(answers, str | Path):
         return load_answer_list(answers)
     answers = [] if answers is None else as_list(answers, "answers", 0)
     if other := [answer for answer in answers if not isinstance(answer, str)]:

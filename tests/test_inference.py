@@ -71,10 +71,10 @@ def photos(shapes):
 @pytest.fixture(params=[1, 5])
 def batch_size(request, models):
     for model in models.values():
-        model.config["batch_size_test"] = request.param
+        model.batch_size = request.param
     yield
     for model in models.values():
-        model.config["batch_size_test"] = 4
+        model.batch_size = 4
 
 
 def close(left, right):
@@ -289,7 +289,7 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
     images = [dataset.files(i)[0] for i in range(len(dataset))]
     texts = [dataset.entry(i).text for i in range(len(dataset))]
     boxes = [dataset.detections[dataset.refer.refs[ref_id]["image_id"]] for ref_id, _ in maps]
-    found = model.ground(images, texts, boxes, mode)
+    found = model.ground(images, texts, boxes, mode=mode)
     for row, (_, heat), own, image in zip(found, maps, boxes, images):
         expected = box_scores(heat, *Image.open(image).size[::-1], own)
         assert close(sorted(expected, reverse=True), [score for _, score in row])
@@ -483,7 +483,7 @@ BAD = {
     ),
     "other task": (
         lambda m, f: m["ve"].rank(["a.jpg"], "a"),
-        "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval",
+        "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval or grounding",
     ),
     "answer": (lambda m, f: m["pretrain"].answer("a.jpg", "a"), "checkpoint of vqa"),
     "empty text": (
@@ -512,7 +512,7 @@ BAD = {
         lambda m, f: m["ve"].entails(["a.jpg"] * 2, ["a"] * 3),
         "2 images and 3 texts are not pairs",
     ),
-    "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "mode itc"),
+    "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "no similarity for mode itc"),
     "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "answers that are no text": (
@@ -711,7 +711,7 @@ def test_the_examples_of_the_docs_run(python, capsys, tmp_path):
     assert len(capsys.readouterr().out.splitlines()) > 10 and (tmp_path / "heat.png").exists()
     methods = {name for name in dir(Inference) if not name.startswith("_")}
     page = (ROOT / "docs/python.md").read_text().partition("## Images")[2]
-    assert len(methods) == 11 and all(f".{name}(" in page for name in methods)
+    assert len(methods) == 14 and all(f".{name}(" in page for name in methods)
 
 
 def test_the_example_of_the_readme_has_five_lines_and_prints_a_similarity_and_a_match(

@@ -1,65 +1,79 @@
-"""What a trained model makes of a picture and a text: heat maps of its decision, pseudo-targets of
-its momentum model.
-"""
+"""Explain a model's decision on an image and a text: heat maps, and pseudo-targets of MoD."""
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import nlvr, ve
+from configs.tasks import find_task
 from dataset.text import tokenize, without_halves
 from evaluation.vqa import answer_questions, tokenize_answers
 from models.contrastive import feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
 from utils import Text
 
-# the head on the multimodal [CLS] and its classes in order, of matching only the one that is shown
-HEADS = {
-    "pretrain": ("itm_head", (None, "match")),
-    "retrieval": ("itm_head", (None, "match")),
-    "relevance": ("itm_head", (None, "relevant")),
-    "ve": ("cls_head", tuple(ve.LABELS)),
-    "nlvr": ("cls_head", tuple(nlvr.LABELS)),
-    "nlvr_pretrain": ("ta_head", ("first", "second", "neither")),
-}
 UNKNOWN = " [UNK]"  # follows a word that the vocabulary lacks
 TOP = 5  # candidates that pseudo-targets show, as in Figure 2
 BATCH = 256  # texts encoded at a time
 
 
 class Phrase(NamedTuple):
-    """A text as a model reads it, and its words."""
+    """A tokenized text and its words.
 
-    text: str  # after clean-up
-    tokens: Text  # [1, L]: [CLS] and word pieces
-    words: list  # the W words of the text, UNKNOWN after those that the vocabulary lacks
-    pieces: list  # for each word the positions of its pieces, in 1 .. L-1
+    Attributes:
+        text: The text after clean-up.
+        tokens: [CLS] and word pieces [1, L].
+        words: The W words of the text, UNKNOWN after each that the vocabulary lacks.
+        pieces: Positions of each word's pieces, in 1 .. L-1.
+    """
+
+    text: str
+    tokens: Text
+    words: list[str]
+    pieces: list[list[int]]
 
 
 class HeatMaps(NamedTuple):
-    """Where in I images a decision comes from, on their patch grids."""
+    """Where in I images a decision comes from, on their patch grids.
 
-    whole: torch.Tensor  # [I, h, w], the text as a whole
-    by_word: torch.Tensor  # [I, W, h, w]
-    verdict: str  # the decision and its score
+    Attributes:
+        whole: Maps of the text as a whole [I, h, w].
+        by_word: Maps of the words [I, W, h, w].
+        verdict: The decision and its score.
+    """
+
+    whole: Tensor
+    by_word: Tensor
+    verdict: str
 
 
 class Candidate(NamedTuple):
-    """A word or text that the momentum model proposes."""
+    """A word or text that the momentum model proposes.
+
+    Attributes:
+        text: The word or text.
+        score: Probability of a word, similarity of a text.
+        hit: Whether the caption has it.
+    """
 
     text: str
-    score: float  # probability of a word, similarity of a text
-    hit: bool  # it is what the caption has
+    score: float
+    hit: bool
 
 
-def split_words(text, model, tokenizer):
-    """Return the Phrase of a cleaned-up text, on the model's device, cut at the model's positions.
+def token_limit(model: nn.Module) -> int:
+    """Return the number of tokens that a model reads at most."""
+    return model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
+
+
+def split_words(text: str, model: nn.Module, tokenizer: Callable) -> Phrase:
+    """Tokenize a cleaned-up text into a Phrase on the model's device.
 
     BERT's pre-tokenizer splits words at blanks, and makes each symbol that clean-up keeps a word.
     """
-    text = without_halves(text)
-    limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
+    text, limit = without_halves(text), token_limit(model)
     encoding, pieces = tokenizer.backend_tokenizer.encode(text), {}
     for position, word in enumerate(encoding.word_ids[:limit]):
         if word is not None:
@@ -72,24 +86,26 @@ def split_words(text, model, tokenizer):
     return Phrase(text, Text(ids, torch.ones_like(ids)), words, list(pieces.values()))
 
 
-def unknown_words(words):
-    """Return a line on the words of a Phrase that the vocabulary lacks, in a list; [] where there
-    are none.
-    """
+def unknown_words(words: Iterable[str]) -> list[str]:
+    """Return a line that names the words with UNKNOWN, or no line if there are none."""
     lacking = ", ".join(word.removesuffix(UNKNOWN) for word in words if word.endswith(UNKNOWN))
     return [f"not in the vocabulary, all the same to the model: {lacking}"] if lacking else []
 
 
-def join_pieces(heat, pieces):
+def join_pieces(heat: Tensor, pieces: list[list[int]]) -> Tensor:
     """Average heat maps of tokens [I, L, h, w] over the pieces of each word -> [I, W, h, w]."""
     return torch.stack([heat[:, positions].mean(dim=1) for positions in pieces], dim=1)
 
 
 @torch.no_grad()
-def _cross_attention_maps(model, image, phrase, block_num, score):
-    """Return heat maps of score(fused [1, L, C]) on I images [I, 3, H, W]: of the whole text and by
-    word; and the score.
-    """
+def _cross_attention_maps(
+    model: nn.Module,
+    image: Tensor,
+    phrase: Phrase,
+    block_num: int | None,
+    score: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the heat maps of score(fused [1, L, C]), whole and by word, and the score."""
     image_embeds = model.visual_encoder.forward_features(image)
     keys_values = model.bert.image_keys_values(image_embeds)
     block_num = default_block(model, words=True) if block_num is None else block_num
@@ -98,21 +114,31 @@ def _cross_attention_maps(model, image, phrase, block_num, score):
     return heat.mean(dim=1), join_pieces(heat, phrase.pieces), value
 
 
-def explain_class(task, model, image, phrase, block_num=None):
-    """Return the HeatMaps of the most probable class, in pre-training and retrieval of the class
-    "match".
+def explain_class(
+    task: str,
+    model: nn.Module,
+    image: Tensor,
+    phrase: Phrase,
+    *,
+    block_num: int | None = None,
+) -> HeatMaps:
+    """Explain the most probable class, or "match" of a model that matches images and texts.
 
-    model: in eval mode, of a task in HEADS; image [I, 3, H, W], two for pairs, else one; block_num:
-    as cross_gradcam takes it.
+    Args:
+        task: Task of the model, with a `head` in configs/tasks.py.
+        model: Model in eval mode.
+        image: One image, or two for a task with pairs: [I, 3, H, W].
+        phrase: The text.
+        block_num: Layer with cross-attention. Default: the third, but not the last.
     """
-    head, names = HEADS[task]
+    row = find_task(task)
     verdict = ""
 
-    def score(fused):
+    def score(fused: Tensor) -> Tensor:
         nonlocal verdict
-        logits = getattr(model, head)(fused[0, 0])
-        shown = 1 if head == "itm_head" else int(logits.argmax())
-        verdict = f"{names[shown]} {100 * logits.softmax(dim=0)[shown].item():.1f}%"
+        logits = getattr(model, row.head)(fused[0, 0])
+        shown = 1 if row.head == "itm_head" else int(logits.argmax())
+        verdict = f"{row.classes[shown]} {100 * logits.softmax(dim=0)[shown].item():.1f}%"
         return logits[shown]
 
     whole, by_word, _ = _cross_attention_maps(model, image, phrase, block_num, score)
@@ -120,11 +146,16 @@ def explain_class(task, model, image, phrase, block_num=None):
 
 
 @torch.no_grad()
-def explain_similarity(model, image, phrase, block_num=None):
-    """Return the HeatMaps, without words, of the contrastive similarity on a block of the ViT, by
-    default the last.
+def explain_similarity(
+    model: nn.Module, image: Tensor, phrase: Phrase, block_num: int | None = None
+) -> HeatMaps:
+    """Explain the contrastive similarity; the maps have no words.
 
-    model: of pre-training or retrieval, in eval mode; image [1, 3, H, W].
+    Args:
+        model: Model of a contrastive task in eval mode.
+        image: The image [1, 3, H, W].
+        phrase: The text.
+        block_num: Block of the ViT. Default: the last.
     """
     block_num = default_block(model, "itc") if block_num is None else block_num
     heat = itc_gradcam(model, image, phrase.tokens, block_num)
@@ -134,11 +165,20 @@ def explain_similarity(model, image, phrase, block_num=None):
     return HeatMaps(heat, heat.new_zeros(1, 0, *heat.shape[1:]), f"similarity {similarity:.3f}")
 
 
-def find_answer(model, image, phrase, answers, tokenizer):
-    """Return the most probable answer of a list, without a list the one that beam search finds, and
-    its token ids [1, L'].
+def find_answer(
+    model: nn.Module, image: Tensor, phrase: Phrase, answers: list[str], tokenizer: Callable
+) -> tuple[str, Tensor]:
+    """Return the most probable answer and its token ids.
 
-    model: of VQA, in eval mode; image [1, 3, H, W]. The ids begin with [CLS] and end with eos.
+    Args:
+        model: Model of VQA in eval mode.
+        image: The image [1, 3, H, W].
+        phrase: The question.
+        answers: Answers to choose from; beam search finds one if the list is empty.
+        tokenizer: Tokenizer of the model.
+
+    Returns:
+        The answer, and its token ids [1, L'] from [CLS] to eos.
     """
     if answers:
         tokens = tokenize_answers(answers, model, tokenizer)
@@ -153,14 +193,19 @@ def find_answer(model, image, phrase, answers, tokenizer):
     )
 
 
-def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
-    """Return the HeatMaps of the log p of an answer's tokens, the answer of find_answer.
-
-    Arguments as there.
-    """
+def explain_answer(
+    model: nn.Module,
+    image: Tensor,
+    phrase: Phrase,
+    answers: list[str],
+    tokenizer: Callable,
+    *,
+    block_num: int | None = None,
+) -> HeatMaps:
+    """Explain the log-probability of the answer that `find_answer` returns for these arguments."""
     answer, ids = find_answer(model, image, phrase, answers, tokenizer)
 
-    def score(fused):
+    def score(fused: Tensor) -> Tensor:
         states = model.text_decoder.bert.image_keys_values(fused), phrase.tokens.attention_mask
         log_probs = model.answer_logits(states, ids, ids.new_zeros(1)).log_softmax(
             dim=-1
@@ -172,17 +217,22 @@ def explain_answer(model, image, phrase, answers, tokenizer, block_num=None):
 
 
 @torch.no_grad()
-def word_targets(model, image_embeds, phrase, tokenizer):
-    """Return the momentum model's candidates for each word of a caption, with all pieces of the
-    word masked.
+def word_targets(
+    model: nn.Module, image_embeds: Tensor, phrase: Phrase, tokenizer: Callable
+) -> list[list[Candidate]]:
+    """Return the momentum model's TOP candidates for each word of a caption, the best first.
 
-    model: of pre-training, in eval mode; image_embeds [1, 1+N, C]: of the momentum image encoder.
-    The first piece is predicted. Returns for each word a list of TOP Candidates, the most probable
-    first.
+    All pieces of a word are masked, and the first one is predicted.
+
+    Args:
+        model: Model of pre-training in eval mode.
+        image_embeds: Embeddings of the momentum image encoder [1, 1+N, C].
+        phrase: The caption.
+        tokenizer: Tokenizer of the model.
     """
     ids, rows = phrase.tokens.input_ids, len(phrase.words)
     masked, mask = ids.repeat(rows, 1), phrase.tokens.attention_mask.expand(rows, -1)
-    for row, positions in zip(masked, phrase.pieces):
+    for row, positions in zip(masked, phrase.pieces, strict=True):
         row[positions] = model.special_ids.mask
     bert = model.bert_m
     # [W, L, C]
@@ -192,29 +242,37 @@ def word_targets(model, image_embeds, phrase, tokenizer):
     # [W, TOP]
     probs, best = model.text_encoder_m.cls.predictions(hidden).softmax(dim=1).topk(TOP, dim=1)
     return [
-        [Candidate(tokenizer.convert_ids_to_tokens(i), p, i == true) for i, p in zip(*candidates)]
-        for true, *candidates in zip(ids[0, first].tolist(), best.tolist(), probs.tolist())
+        [
+            Candidate(tokenizer.convert_ids_to_tokens(i), p, i == true)
+            for i, p in zip(*candidates, strict=True)
+        ]
+        for true, *candidates in zip(
+            ids[0, first].tolist(), best.tolist(), probs.tolist(), strict=True
+        )
     ]
 
 
 @torch.no_grad()
-def text_targets(model, image_feat, texts, caption, tokenizer):
-    """Return the TOP texts of a list that the momentum model finds most similar to an image, a list
-    of Candidates.
+def text_targets(
+    model: nn.Module, image_feat: Tensor, texts: list[str], caption: str, tokenizer: Callable
+) -> list[Candidate]:
+    """Return the TOP texts that are most similar to an image for the momentum model.
 
-    model: of pre-training, in eval mode; image_feat [1, D]: of the momentum image encoder; texts:
-    cleaned up, none twice.
+    Args:
+        model: Model of pre-training in eval mode.
+        image_feat: Feature of the momentum image encoder [1, D].
+        texts: Distinct texts after clean-up.
+        caption: Caption of the image, which is a hit.
+        tokenizer: Tokenizer of the model.
     """
     similarities = []
     for start in tqdm(range(0, len(texts), BATCH), desc="texts", leave=False, disable=None):
         batch = texts[start : start + BATCH]
-        limit = model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
-        tokens = tokenize(batch, tokenizer, limit).to(image_feat.device)
-        similarities.append(
-            feature_similarity(image_feat, model.encode_text(tokens, momentum=True)[1])[0]
-        )
+        tokens = tokenize(batch, tokenizer, token_limit(model)).to(image_feat.device)
+        _, text_feat = model.encode_text(tokens, momentum=True)
+        similarities.append(feature_similarity(image_feat, text_feat)[0])
     values, best = torch.cat(similarities).topk(min(TOP, len(texts)))
     return [
         Candidate(texts[i], value, texts[i] == caption)
-        for value, i in zip(values.tolist(), best.tolist())
+        for value, i in zip(values.tolist(), best.tolist(), strict=True)
     ]
