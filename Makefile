@@ -48,7 +48,6 @@ benchmarks: .venv/installed  ## print the tables of time and memory
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
 	$(BIN)/python benchmarks/saving.py
-	$(BIN)/python benchmarks/search.py
 
 gpu: .venv/installed  ## check and measure this machine's GPUs
 	$(BIN)/python tests/gpu/report.py

@@ -1,16 +1,23 @@
-"""An index of images: features by path, kept up to date with folders, searched by a text or an
-example (docs/search.md).
+"""An index of images that is kept up to date with folders and searched by a text or an example.
+
+An index is a folder of three files. features.npy has the features, float16 [N, D]; images.jsonl
+has the path, size and time of change of the image of each row; index.json has the digests of the
+model and its vocabulary, the configuration and the counts.
 """
 
-import hashlib
-import itertools
+import contextlib
+import json
 import os
+import secrets
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from configs.config import as_config
 from dataset.images import FORMATS, ImageError, load_image
@@ -22,154 +29,233 @@ from evaluation.divide import divide, progress_bar
 from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
-from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository, read_checkpoint
-from utils import InputError, alone, atomic_write, make_output_dir, printable
+from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
+from utils import InputError, alone, atomic_write, hash_contents, make_output_dir, printable
 
-FILE, UNUSABLE = "index.pt", "unusable.txt"
-# seconds from one save to the next, at least; of the time that goes into saves, at most
-SAVE_EVERY, SAVE_SHARE = 10, 0.05
-COUNTED = 8  # suffixes that messages name
-ROWS = 4096  # that near_copies compares with as many others at a time
+FORMAT = 1  # of the files below
+INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
+SAVE_EVERY = 30  # seconds
+ROWS = 256  # that near_copies compares with all others at a time
 
 
 class Index(NamedTuple):
-    """Images in the order of their paths, and the model that their features are of."""
+    """Images in the order of their paths, and the model of their features.
 
-    paths: list  # absolute
-    # float16 [N, D], normalized; read from a file they lie in a mapping of it
-    features: torch.Tensor
-    sizes: torch.Tensor  # int64 [N], bytes of the file
-    dates: torch.Tensor  # int64 [N], when the file was changed, in nanoseconds
-    checkpoint: str  # absolute path or hub repository
-    weights: str  # SHA-256 of the weights
+    Attributes:
+        paths: Absolute paths.
+        states: Size of each file in bytes and its time of change in nanoseconds.
+        features: Normalized features, float16 [N, D], memory-mapped if they are read from a file.
+        checkpoint: Absolute path or hub repository of the model.
+        weights: Digest of the weights.
+        vocabulary: Digest of the vocabulary.
+        task: Task of the weights.
+        config: Configuration of the model.
+        left: Number of images that an interrupted update has not indexed.
+    """
+
+    paths: list[str]
+    states: list[tuple[int, int]]
+    features: np.ndarray
+    checkpoint: str
+    weights: str
+    vocabulary: str
     task: str
-    config: dict
-    left: int  # images that an interrupted update has not come to
+    config: dict[str, Any]
+    left: int
 
 
 class Changes(NamedTuple):
-    """What an update did, in images."""
+    """Numbers of images that an update kept, embedded and removed, and the unusable ones."""
 
-    total: int  # that the index has now
     kept: int
     embedded: int
     removed: int
-    unusable: list  # [(path, problem), ...]
+    unusable: list[tuple[str, str]]
+
+
+class Hit(NamedTuple):
+    """An image that a search found.
+
+    Attributes:
+        path: Absolute path.
+        similarity: Similarity to the query (ITC), from -1 to 1.
+        match: Probability that image and text match (ITM), None if the image was not re-ranked.
+    """
+
+    path: str
+    similarity: float
+    match: float | None = None
 
 
 # --------------------------------------------------------------------------------------------------
 # files
 
 
-def read_index(folder):
-    """Return the Index in a folder. Raises InputError."""
-    path = Path(folder) / FILE
-    if not path.is_file():
-        raise InputError(f"{folder}: no index there, it lacks {FILE}: Search.py index makes one")
+def read_index(folder: str | Path) -> Index:
+    """Read the index in a folder. Raises InputError if it is missing or damaged."""
+    folder = Path(folder)
+    while True:
+        about = _read_about(folder)
+        try:
+            return _read_files(folder, about)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if about == _read_about(folder):  # else an update has just replaced the files
+                raise InputError(
+                    f"{folder}: damaged ({error}), remove it and index the images again"
+                ) from None
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Return the content of index.json. Raises InputError."""
     try:
-        content = read_checkpoint(path)
-        index = Index(
-            content.pop("paths").numpy().tobytes().decode("utf-8", "surrogateescape").split("\0"),
-            **content,
-        )
-        if any(
-            len(part) != len(index.paths) for part in (index.features, index.sizes, index.dates)
-        ):
-            raise ValueError("parts of different lengths")
-    except Exception as error:  # whatever torch and pickle raise for a damaged file
-        reason = " ".join(str(error).split())[:200]
+        return json.loads((folder / INDEX).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{path}: cannot be read as an index ({reason}): remove {folder} and index anew"
+            f"{folder}: no index there, it lacks {INDEX}: tools.search index makes one"
         ) from None
-    return index
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / INDEX}: cannot be read ({error})") from None
 
 
-def write_index(folder, index, unusable):
-    """Write an Index and a list of unusable images, [(path, problem), ...]. Raises TrainingStopped
-    if it cannot be written.
+def _read_files(folder: Path, about: dict[str, Any]) -> Index:
+    lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
+    features = _read_file(
+        folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
+    )
+    images = [json.loads(line) for line in lines]
+    if about["format"] != FORMAT or not len(images) == len(features) == about["images"]:
+        raise ValueError("its files do not belong together")
+    return Index(
+        [image["path"] for image in images],
+        [(image["size"], image["mtime_ns"]) for image in images],
+        features,
+        **{key: about[key] for key in Index._fields[3:]},
+    )
 
-    The file is replaced by a rename, so a reader finds either the old or the new one, even after a
-    failure.
+
+def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
+    """Read a file of the index that index.json with this token belongs to."""
+    with contextlib.suppress(FileNotFoundError):
+        return read(folder / f".{token}.{name}")
+    return read(folder / name)
+
+
+def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, str]]) -> None:
+    """Write an index and the list of unusable images.
+
+    The rename of index.json replaces the whole index: readers look for files with its token first.
+    So an interrupted call leaves the index before or the new one.
+
+    Args:
+        folder: Folder of the index.
+        index: The index.
+        unusable: Paths and problems of images.
+
+    Raises:
+        TrainingStopped: The disk is full or cannot be written.
     """
-    path, names = Path(folder) / FILE, "\0".join(index.paths).encode("utf-8", "surrogateescape")
-    with writing(path, "what was saved before is untouched", (OSError, RuntimeError)):
-        with atomic_write(path) as file:
-            torch.save(
-                {**index._asdict(), "paths": torch.frombuffer(bytearray(names), dtype=torch.uint8)},
-                file,
-            )
-        with atomic_write(path.with_name(UNUSABLE)) as file:
-            file.write(
-                "".join(
-                    f"{printable(path)}: {problem}\n" for path, problem in sorted(unusable)
-                ).encode()
-            )
+    folder, token = Path(folder), secrets.token_hex(4)
+    about = {"format": FORMAT, "token": token, "images": len(index.paths)}
+    about |= dict(zip(Index._fields[3:], index[3:], strict=True))
+    images = [
+        json.dumps({"path": path, "size": size, "mtime_ns": date})
+        for path, (size, date) in zip(index.paths, index.states, strict=True)
+    ]
+    problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
+    with writing(folder / INDEX, "what was saved before is untouched"):
+        with atomic_write(folder / f".{token}.{FEATURES}") as file:
+            header = np.lib.format.header_data_from_array_1_0(index.features)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(index.features))
+        for name, lines in (
+            (f".{token}.{IMAGES}", images),
+            (INDEX, [json.dumps(about, indent=2)]),
+            (UNUSABLE, problems),
+        ):
+            with atomic_write(folder / name) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        _finish(folder, token)
 
 
-def open_index(folder):
-    """Make the folder of an index, hold it until this process ends, and return the Index there,
-    None if there is none yet.
+def _finish(folder: Path, token: str) -> None:
+    """Give the files with a token their names, and remove those of interrupted calls."""
+    for name in (FEATURES, IMAGES):
+        for path in folder.glob(f".????????.{name}"):
+            if path.name == f".{token}.{name}":
+                os.replace(path, folder / name)
+            else:
+                path.unlink()
 
-    Raises InputError where another process holds it, it cannot be written to, or has other files.
+
+def open_index(folder: str | Path) -> Index | None:
+    """Create the folder of an index and lock it until this process ends.
+
+    Returns:
+        The index in the folder, None if there is none yet.
+
+    Raises:
+        InputError: Another process has the lock, the folder cannot be written to, or it has other
+            files.
     """
     folder = Path(folder)
-    made = (folder / FILE).is_file()
-    if (
-        not made
-        and folder.is_dir()
-        and any(not path.name.startswith(".") for path in folder.iterdir())
-    ):
-        raise InputError(f"--to {folder}: has other files, but no index: name a folder of its own")
-    make_output_dir(folder, patience=1, flag="--to")
-    return read_index(folder) if made else None
+    exists = (folder / INDEX).is_file()
+    if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
+        raise InputError(f"--output {folder}: has files, but no index: name a folder of its own")
+    make_output_dir(folder, patience=1, flag="--output")
+    if not exists:
+        return None
+    _finish(folder, _read_about(folder)["token"])
+    return read_index(folder)
 
 
 # --------------------------------------------------------------------------------------------------
 # the model
 
 
-def hash_weights(model):
-    """Return the SHA-256 of the weights of an Inference model, the same whatever file they come
-    from.
+def model_digests(model: Inference, index: Index | None, folder: str | Path) -> tuple[str, str]:
+    """Return the digests of a model's weights and vocabulary, the same whatever its file.
+
+    Raises:
+        InputError: The index in the folder was made with another model.
     """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.model.state_dict().items()):
-        if not is_momentum(name):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def check_weights(model, index, folder):
-    """Return hash_weights(model).
-
-    Raises InputError where the index in a folder, None for no index, is of other weights.
-    """
-    weights = hash_weights(model)
-    if index and weights != index.weights:
+    weights = hash_contents(
+        content
+        for name, value in sorted(model.model.state_dict().items())
+        if not is_momentum(name)
+        for content in (name.encode(), value.cpu().flatten().view(torch.uint8).numpy())
+    )
+    digests = weights, hash_contents([model.model.vocabulary.encode()])
+    if index and digests != (index.weights, index.vocabulary):
+        part = "weights" if weights != index.weights else "vocabulary"
         raise InputError(
-            f"{folder}: made with weights {index.weights[:12]} of {index.checkpoint}, and {model.source} has "
-            f"{weights[:12]}: name the checkpoint it was made with, or make another index with this one"
+            f"{folder}: made with other {part} than those of {model.source}: name the checkpoint"
+            f" {index.checkpoint}, or make another index"
         )
-    return weights
+    return digests
 
 
-def load_model_of(index, folder, device=None, checkpoint=None):
-    """Return the Inference model that an index, in a folder, was made with. Raises InputError.
+def load_model_of(
+    index: Index, folder: str | Path, device: str | None = None, checkpoint: str | None = None
+) -> Inference:
+    """Load the model of an index.
 
-    checkpoint: where its weights lie now, by default where they lay then. device: as load_model
-    takes it.
+    Args:
+        index: The index.
+        folder: Folder of the index, for messages.
+        device: Device as `load_model` takes it.
+        checkpoint: Path of the checkpoint. Default: its path when the index was made.
+
+    Raises:
+        InputError: The checkpoint is missing or another one.
     """
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
-        raise InputError(
-            f"{folder}: its checkpoint {source} is gone: say by --checkpoint where it lies now"
-        )
+        raise InputError(f"{folder}: its checkpoint {source} is gone, name it by --checkpoint")
     config = index.config
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
         config = {**config, "tokenizer": str(find_checkpoint(source))}
     model = Inference(index.task, config, source, find_device(device))
-    check_weights(model, index, folder)
+    model_digests(model, index, folder)
     return model
 
 
@@ -177,265 +263,241 @@ def load_model_of(index, folder, device=None, checkpoint=None):
 # indexing
 
 
-def find_images(folders):
-    """Find the images in folders and their subfolders by suffix.
+def find_images(
+    folders: Sequence[str | Path],
+) -> tuple[dict[str, tuple[int, int]], list[tuple[str, str]], Counter]:
+    """Find the images in folders at any depth, by suffix.
 
-    Names that begin with a dot are skipped, links are followed. Returns {path: (size, date)} sorted
-    by path, [(path, problem), ...] for unreadable links and folders, and a Counter of the suffixes
-    of all other files. Raises InputError if one of `folders` cannot be read or has no image.
+    Names that begin with a dot are skipped, links are followed.
+
+    Returns:
+        Size and time of change by path, in the order of the paths; unreadable links and folders
+        with their problems; and a count of the suffixes of other files.
+
+    Raises:
+        InputError: A folder cannot be read or has no image.
     """
-    # taken: real path of a folder -> path by which it was visited
-    found, problems, others, taken = {}, [], {}, {}
+    found, others, problems = {}, {}, {}
     for root in folders:
         if not os.path.isdir(root):
-            raise InputError(
-                f"{root}: {'is a file' if os.path.exists(root) else 'does not exist'}, name a folder of images"
-            )
+            raise InputError(f"{root}: not an existing folder, name a folder of images")
         errors, images = [], 0
-        for folder, own, names in _folders_below(os.path.abspath(root), errors.append):
-            kinds = {
-                os.path.join(folder, name): os.path.splitext(name)[1].lower()
-                for name in names
-                if name[0] != "."
-            }
-            paths = [path for path, suffix in kinds.items() if suffix in IMAGE_SUFFIXES]
-            if taken.setdefault(own, folder) != folder:
-                images += len(paths)  # the same folder was visited before
+        for path, real in _files_below(os.path.abspath(root), errors.append):
+            suffix = os.path.splitext(path)[1].lower()
+            if suffix not in IMAGE_SUFFIXES:
+                others[real] = suffix
                 continue
-            others.update(
-                (path, suffix) for path, suffix in kinds.items() if suffix not in IMAGE_SUFFIXES
-            )
-            for path in paths:
-                try:
-                    state = os.stat(path)
-                except OSError as error:
-                    errors.append(error)
-                    continue
-                found[path], images = (state.st_size, state.st_mtime_ns), images + 1
-        problems += [(error.filename, error.strerror) for error in errors]
+            try:
+                state = os.stat(path)
+                found.setdefault(real, (path, (state.st_size, state.st_mtime_ns)))
+                images += 1
+            except OSError as error:
+                errors.append(error)
+        problems |= {error.filename: error.strerror for error in errors}
         if not images:
-            why = f"by the suffixes of {', '.join(FORMATS)}"
-            if errors:
-                why = f"{errors[0].filename}: {errors[0].strerror}"
-            elif others:
-                why += f"; other files: {count_others(Counter(others.values()))}"
-            raise InputError(f"{root}: no image in it or below ({why})")
-    return dict(sorted(found.items())), problems, Counter(others.values())
+            reason = f"{errors[0].filename}: {errors[0].strerror}" if errors else ""
+            reason = reason or f"other files: {count_suffixes(Counter(others.values()))}"
+            raise InputError(f"{root}: no {', '.join(FORMATS)} image in it or below ({reason})")
+    return dict(sorted(found.values())), list(problems.items()), Counter(others.values())
 
 
-def count_others(others):
-    """Describe the Counter of other files' suffixes that find_images returns."""
-    most = sorted(others.items(), key=lambda row: (-row[1], row[0]))[:COUNTED]
-    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in most]
-    return ", ".join([*counts, *["..."] * (len(others) > COUNTED)])
-
-
-def _folders_below(root, onerror):
-    """Yield (path, path without links, names of files) of a folder and those below, each once."""
+def _files_below(root: str, onerror: Callable[[OSError], None]) -> Iterator[tuple[str, str]]:
+    """Yield the path of each file, and its path without links to folders."""
     seen = set()
     for folder, subfolders, names in os.walk(root, onerror=onerror, followlinks=True):
-        own = os.path.realpath(folder)
-        if own in seen:
-            subfolders.clear()
-            continue
-        seen.add(own)
-        subfolders[:] = [name for name in subfolders if name[0] != "."]
-        yield folder, own, names
+        real = os.path.realpath(folder)
+        subfolders[:] = [name for name in subfolders if name[0] != "." and real not in seen]
+        for name in names if real not in seen else ():
+            if name[0] != ".":
+                yield os.path.join(folder, name), os.path.join(real, name)
+        seen.add(real)
+
+
+def count_suffixes(others: Counter) -> str:
+    """Describe a count of suffixes."""
+    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(8)]
+    return ", ".join([*counts, *["..."] * (len(others) > 8)]) or "none"
 
 
 class _Files(Images):
-    """Image files as a data set: (uint8 [3, R, R], ""), or (None, problem) of one that cannot be
-    used.
-    """
+    """Image files as pairs of values and problem; one of the two is empty."""
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
             return self.transform(load_image(self.images[index])), ""
         except ImageError as error:
             return None, error.problem
 
 
-def _collate(samples):
-    """Samples of _Files -> (the usable images uint8 [B, 3, R, R], None if there are none; the
-    problems of all samples).
-    """
-    images, problems = zip(*samples)
-    usable = [image for image in images if image is not None]
-    return torch.stack(usable) if usable else None, problems
+def _collate(samples: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
+    """Return the usable images uint8 [B, 3, R, R], None if there are none, and all problems."""
+    usable = [image for image, _ in samples if image is not None]
+    return torch.stack(usable) if usable else None, [problem for _, problem in samples]
 
 
 @alone()
-def update_index(folder, index, model, images, problems, prune=False):
-    """Add images and problems, both from find_images, to the index of a folder. Return the Changes.
+def update_index(
+    folder: str | Path,
+    index: Index | None,
+    model: Inference,
+    images: dict[str, tuple[int, int]],
+    problems: Sequence[tuple[str, str]],
+    *,
+    prune: bool = False,
+) -> Changes:
+    """Embed images that are new or have changed, and write the index.
 
-    index: from open_index. Images that are new or have another size or date are embedded. prune:
-    remove indexed images that are not among `images`. Progress is saved from time to time, and if a
-    signal or an error ends the call. Raises InputError if the model is not the model of the index
-    or no image is usable, and TrainingStopped if the index cannot be written.
+    Progress is saved from time to time, and if a signal or an error ends the call.
+
+    Args:
+        folder: Folder of the index.
+        index: From `open_index`.
+        model: Model of the index.
+        images: From `find_images`.
+        problems: From `find_images`.
+        prune: Whether to remove indexed images that are not in `images`.
+
+    Raises:
+        InputError: The index was made with another model, or no image is usable.
+        TrainingStopped: The index cannot be written.
     """
     model.require("embed_images")
-    weights, checkpoint = check_weights(model, index, folder), model.source
-    checkpoint = str(checkpoint) if is_repository(checkpoint) else os.path.abspath(checkpoint)
-    if index and not prune:
-        known = dict(zip(index.paths, zip(index.sizes.tolist(), index.dates.tolist())))
-        images = dict(sorted({**known, **images}.items()))
-    paths, states, rows = (
-        list(images),
-        torch.tensor(list(images.values())),
-        _unchanged(index, images),
-    )
-    features, done = (
-        torch.empty(len(paths), model.config["embed_dim"], dtype=torch.float16),
-        rows >= 0,
-    )
+    digests = model_digests(model, index, folder)
+    source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
+    before, features = {}, {}
     if index:
-        features[done] = index.features[rows[done]]
-    todo, unusable, waits = (~done).nonzero().squeeze(1), list(problems), 0
-    kept, left, saved = len(paths) - len(todo), len(todo), time.monotonic()
+        before = dict(zip(index.paths, index.states, strict=True))
+        features = dict(zip(index.paths, index.features, strict=True))
+    images = images if prune else dict(sorted({**before, **images}.items()))
+    features = {path: features[path] for path in images if images[path] == before.get(path)}
+    todo = [path for path in images if path not in features]
+    kept, left, unusable, saved = len(features), len(todo), list(problems), time.monotonic()
 
-    def save():
-        if done.any():
-            names, (sizes, dates) = (
-                [path for path, usable in zip(paths, done.tolist()) if usable],
-                states[done].T.contiguous(),
-            )
-            made = Index(
-                names,
-                features[done],
-                sizes,
-                dates,
-                checkpoint,
-                weights,
-                model.task,
-                as_config(model.config).to_dict(),
-                left,
-            )
-            write_index(folder, made, unusable)
-        return time.monotonic()
+    def save() -> None:
+        paths = [path for path in images if path in features]
+        if paths:
+            states, values = [images[path] for path in paths], [features[path] for path in paths]
+            about = source, *digests, model.task, model.config, left
+            write_index(folder, Index(paths, states, np.stack(values), *about), unusable)
 
     try:
-        for part, usable, values, failures in _embed(model, [paths[i] for i in todo.tolist()]):
-            features[todo[usable]], done[todo[usable]] = values, True
+        for count, embedded, failures in _embed(model, todo):
+            features |= embedded
             unusable += failures
-            left -= len(part)
-            if (now := time.monotonic()) - saved > max(SAVE_EVERY, waits):
-                saved = save()
-                waits = (saved - now) / SAVE_SHARE
+            left -= count
+            if time.monotonic() - saved > SAVE_EVERY:
+                save()
+                saved = time.monotonic()
     finally:
         save()
-    if not done.any():
-        raise InputError(
-            f"none of {len(paths)} images can be used, such as {': '.join(unusable[-1])}"
-        )
-    removed = len(set(index.paths) - images.keys()) if index else 0
-    return Changes(int(done.sum()), kept, int(done.sum()) - kept, removed, unusable)
-
-
-def _unchanged(index, images):
-    """Return the rows of images in an Index, int64 [M], -1 for one that it lacks or that has
-    changed since.
-    """
-    known = {}
-    if index:
-        known = dict(
-            zip(
-                index.paths,
-                zip(zip(index.sizes.tolist(), index.dates.tolist()), range(len(index.paths))),
-            )
-        )
-    found = (known.get(path, (None, -1)) for path in images)
-    return torch.tensor(
-        [row if then == now else -1 for (then, row), now in zip(found, images.values())]
-    )
+    if not features:
+        raise InputError(f"none of {len(images)} images can be used: {': '.join(unusable[-1])}")
+    embedded = len(features) - kept
+    return Changes(kept, embedded, len(before.keys() - images.keys()), unusable)
 
 
 @torch.no_grad()
-def _embed(model, paths):
-    """Yield for each batch (all indices, indices of usable images, their features float16 [U, D],
-    [(path, problem), ...]).
-    """
+def _embed(
+    model: Inference, paths: list[str]
+) -> Iterator[tuple[int, dict[str, np.ndarray], list[tuple[str, str]]]]:
+    """Yield for each batch the number of images, features [D] by path, and paths with problems."""
+    data = _Files(paths, model.transform)
     with autocast(model.config, model.device):
         for part, (pixels, problems) in divide(
-            _Files(paths, model.transform), model.config, model.device, "images", _collate
+            data, model.config, model.device, "images", _collate
         ):
-            usable = [i for i, problem in zip(part, problems) if not problem]
-            values = (
-                model.model.encode_image(pixels)[1]
-                if usable
-                else torch.empty(0, model.config["embed_dim"])
-            )
-            yield (
-                part,
-                usable,
-                values.half().cpu(),
-                [(paths[i], problem) for i, problem in zip(part, problems) if problem],
-            )
+            rows = [(paths[i], problem) for i, problem in zip(part, problems, strict=True)]
+            usable = [path for path, problem in rows if not problem]
+            values = model.model.encode_image(pixels)[1].half().cpu().numpy() if usable else []
+            embedded = dict(zip(usable, values, strict=True))
+            yield len(part), embedded, [row for row in rows if row[1]]
 
 
 # --------------------------------------------------------------------------------------------------
 # searching
 
 
-def search(index, model, text=None, image=None, k=20, rerank=None):
-    """Return the k best existing images of an Index, [(path, score), ...], the best first.
+def search(
+    index: Index,
+    model: Inference,
+    text: str | None = None,
+    image: Any = None,
+    *,
+    k: int = 20,
+    rerank: int | None = None,
+    threshold: float | None = None,
+) -> list[Hit]:
+    """Return the best existing images of an index for a text, an example or both.
 
-    text: a description; image: an example, as for Inference.embed_images. With both, candidates are
-    ranked by the mean of the similarities. rerank: number of candidates (default: k_test) that are
-    ranked by the text's matching logit (ITM), which is their score. The others follow by
-    similarity, which is their score. Without a text, similarity ranks all. Raises InputError.
+    The `rerank` most similar images are ranked by their ITM logit, as in the evaluation, and the
+    others follow by similarity. Without a text, similarity ranks all.
+
+    Args:
+        index: The index.
+        model: Its model, from `load_model_of`.
+        text: Description of the images.
+        image: Example, as `Inference.embed_images` takes it. With a text, the similarity is the
+            mean of both.
+        k: Number of hits.
+        rerank: Number of candidates to re-rank. Default: the key k_test.
+        threshold: Smallest probability of a match, or similarity if nothing is re-ranked.
+
+    Raises:
+        InputError: There is nothing to search for, or all images are gone.
     """
     if text is None and image is None:
         raise InputError("nothing to search for: give a text, an image or both")
     check_number(k, "k", 1)
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
-    query = torch.stack(features).mean(dim=0)
-    rerank = (
-        0
-        if text is None
-        else model.config["k_test"]
-        if rerank is None
-        else check_number(rerank, "rerank", 0)
-    )
-    scores, (best,) = most_similar(query[None], index.features, max(k, rerank), model.device)
-    found = [(index.paths[i], score) for i, score in zip(best.tolist(), scores[0].tolist())]
-    here = [os.path.isfile(path) for path, _ in found]
-    if not any(here):
+    rerank = model.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
+    rerank = 0 if text is None else rerank
+    query = torch.stack(features).mean(dim=0, keepdim=True)
+    scores, best = most_similar(query, index.features, max(k, rerank), model.device)
+    hits = [
+        Hit(index.paths[i], score)
+        for i, score in zip(best[0].tolist(), scores[0].tolist(), strict=True)
+    ]
+    existing = [hit for hit in hits if os.path.isfile(hit.path)]
+    if not existing:
         raise InputError(
-            f"{found[0][0]}: gone, as are all images that fit: index anew, or see to the disk they are on"
+            f"{hits[0].path}: gone, as are all images that fit: index the images again"
         )
-    found, features = list(itertools.compress(found, here)), index.features[best[here]]
     if rerank:
-        paths = [path for path, _ in found]
-        ranked = model.rank(paths, text, k, rerank, image_features=features, text_features=query)
-        found = [(paths[i], score) for i, score in ranked]
-    return found[:k]
+        candidates = existing[:rerank]
+        logits, probs = model.match_logits([hit.path for hit in candidates], text)
+        existing[:rerank] = [
+            candidates[i]._replace(match=probs[i].item())
+            for i in logits.argsort(descending=True, stable=True).tolist()
+        ]
+    if threshold is not None:
+        score = 2 if rerank else 1
+        existing = [hit for hit in existing if hit[score] is not None and hit[score] >= threshold]
+    return existing[:k]
 
 
-def near_copies(index, threshold, device):
-    """Return groups of images that look alike, [[(path, similarity), ...], ...].
+def near_copies(index: Index, threshold: float, device: torch.device) -> list[list[Hit]]:
+    """Return groups of images that look alike, with similarities.
 
-    An image belongs to the group of the earlier image most similar to it, if the similarity reaches
-    the threshold, above 0; the first of a group has 1.
+    An image joins the group of the earlier image that is most similar to it.
+
+    Args:
+        index: The index.
+        threshold: Smallest similarity, above 0.
+        device: Device of the computation.
+
+    Returns:
+        The images of each group; the similarity of the first one is 1.
     """
-    features, groups = index.features, {}
-    nearest, highest = torch.arange(len(features)), torch.ones(len(features))
+    features, roots, groups = as_float(index.features).to(device), [], {}
     for start in progress_bar(range(0, len(features), ROWS), "comparing"):
-        part = slice(start, start + ROWS)
-        rows = as_float(features[part]).to(device)
-        values, best = (
-            torch.zeros(len(rows), device=device),
-            torch.zeros(len(rows), dtype=torch.long, device=device),
-        )
-        for first in range(0, start + 1, ROWS):
-            sim = feature_similarity(rows, as_float(features[first : first + ROWS]).to(device))
-            sim = sim.tril(-1) if first == start else sim  # with earlier ones alone
-            more, column = sim.max(dim=1)
-            values, best = values.maximum(more), torch.where(more > values, first + column, best)
-        close = (values >= threshold).cpu()
-        nearest[part][close], highest[part][close] = best.cpu()[close], values.cpu()[close]
-    roots = nearest.tolist()
-    for i, similarity in enumerate(highest.tolist()):
-        roots[i] = roots[roots[i]]  # an earlier image is already the root of its group
-        groups.setdefault(roots[i], []).append((index.paths[i], similarity))
+        stop = start + ROWS
+        # only the similarities with earlier images
+        sim = feature_similarity(features[start:stop], features[:stop]).tril(start - 1)
+        for value, nearest in zip(*map(Tensor.tolist, sim.max(dim=1)), strict=True):
+            number, close = len(roots), value >= threshold
+            # an earlier image is already the root of its group
+            roots.append(roots[nearest] if close else number)
+            hit = Hit(index.paths[number], value if close else 1.0)
+            groups.setdefault(roots[number], []).append(hit)
     return [group for group in groups.values() if len(group) > 1]

@@ -541,7 +541,7 @@ class Inference:
         image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device)
         text_embeds, _, mask = self._encode_texts(texts)
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score, progress).cpu()
+        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score=score, progress=progress).cpu()
 
     def _match_pairs(self, images: list, texts: list[str], image: Tensor, text: Tensor) -> Tensor:
         """Return the ITM logits [Q, K] of images and texts with the numbers [Q, K]."""

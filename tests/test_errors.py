@@ -281,12 +281,11 @@ SCRIPTS = (
     "Attributes",
     "Relevance",
     "Visualize",
-    "Search",
     "Demo",
 )
 
 
-TOOLS = ("tools.download", "tools.export")
+TOOLS = ("tools.download", "tools.export", "tools.search")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
 
 def test_overrides_reach_the_saved_configuration(visualize):
     status, out, err = visualize("ve", *TEXT["ve"], "--set", "image_res=48")
-    assert status == 0 and "resized: visual_encoder" in out, err
+    assert status == 0 and "resized: 2 (visual_encoder" in out, err
     status, _, err = visualize("ve", *TEXT["ve"], "--set", "image_rse=48")
     assert status == 2 and "--set image_rse" in err and "did you mean image_res?" in err
 

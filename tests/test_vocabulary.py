@@ -12,7 +12,6 @@ from ruamel.yaml import YAML
 
 import Pretrain
 import Retrieval
-import Search
 from engine.saving import resume
 from inference import load_model
 from inference.index import load_model_of, read_index
@@ -20,7 +19,7 @@ from models import build_model
 from models.tokenizer import build_tokenizer, difference, tokenizer_of
 from models.weights import load_checkpoint, read_checkpoint
 from optim import create_optimizer
-from tools import export
+from tools import export, search
 
 TEXT = "a red circle left of a blue square"
 
@@ -196,12 +195,12 @@ def test_an_index_finds_the_vocabulary_in_its_checkpoint(trained, tmp_path, monk
     assert (
         script(
             monkeypatch,
-            Search.main,
+            search.main,
             "index",
             Path(image).parent,
             "--checkpoint",
             "out",
-            "--to",
+            "--output",
             "index",
         )
         == 0

@@ -1,6 +1,4 @@
-"""The page of a search: thumbnails of the images found, in one HTML file that a browser opens from
-disk.
-"""
+"""Write the results of a search as one HTML file with thumbnails."""
 
 import base64
 import io
@@ -20,8 +18,10 @@ PAGE = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-:root {{ color-scheme: light dark; --line: light-dark(#ddd, #3a3a3a); --dim: light-dark(#666, #999); }}
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem; max-width: 90rem; }}
+:root {{ color-scheme: light dark; --line: light-dark(#ddd, #3a3a3a);
+         --dim: light-dark(#666, #999); }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; padding: 0 1.5rem;
+        max-width: 90rem; }}
 header {{ display: flex; gap: 1.25rem; align-items: center; margin-bottom: 1.5rem; }}
 header img {{ max-width: 9rem; max-height: 7rem; border-radius: 6px; }}
 h1 {{ font-size: 1.5rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }}
@@ -31,7 +31,8 @@ figure {{ margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow
 figure a {{ display: flex; aspect-ratio: 4 / 3; align-items: center; justify-content: center;
             background: light-dark(#f3f3f3, #1c1c1c); color: var(--dim); }}
 figure img {{ width: 100%; height: 100%; object-fit: contain; }}
-figcaption {{ padding: .5rem .75rem .6rem; display: grid; grid-template-columns: 1fr auto; column-gap: .5rem; }}
+figcaption {{ padding: .5rem .75rem .6rem; display: grid; grid-template-columns: 1fr auto;
+              column-gap: .5rem; }}
 figcaption > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 </style>
 <header>{example}<div><h1>{title}</h1><p>{summary}</p></div></header>
@@ -41,35 +42,46 @@ figcaption > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap
 </html>
 """
 FIGURE = """<figure><a href="{link}">{picture}</a>
-<figcaption title="{path}"><span>{rank}. {name}</span><span>{score:.3f}</span><small>{folder}</small></figcaption></figure>"""
+<figcaption title="{path}"><span>{rank}. {name}</span><span>{score}</span>
+<small>{folder}</small></figcaption></figure>"""
 
 
-def check_page(path):
-    """Raise InputError where the page of a search cannot be written."""
+def check_page(path: str | Path) -> None:
+    """Raise InputError if the page of a search cannot be written."""
     path = Path(path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"--html {path}: cannot write there, name a file in a folder that exists")
 
 
-def write_page(path, results, total, ranked_by, text=None, image=None):
-    """Write the page of what was found, [(absolute path, score), ...], among `total` images by a
-    text, an example or both.
+def write_page(
+    path: str | Path, hits: list, total: int, text: str | None = None, image: str | None = None
+) -> None:
+    """Write the page of a search; nothing on it is loaded from elsewhere.
 
-    Nothing on it is loaded from elsewhere; a thumbnail links to its image on this machine.
+    Args:
+        path: File to write.
+        hits: Images with absolute path, similarity and perhaps match.
+        total: Number of images in the index.
+        text: Text of the query.
+        image: Path of the query's example.
     """
-    common, figures = os.path.commonpath([os.path.dirname(file) for file, _ in results]), []
-    for rank, (file, score) in enumerate(results, 1):
-        folder, name = os.path.split(os.path.relpath(file, common))
+    folders = [os.path.dirname(hit.path) for hit in hits]
+    common, figures = os.path.commonpath(folders) if hits else os.sep, []
+    for rank, hit in enumerate(hits, 1):
+        folder, name = os.path.split(os.path.relpath(hit.path, common))
         shown = {
-            "path": printable(file),
+            "path": printable(hit.path),
             "name": printable(name),
             "folder": printable(folder),
-            "link": Path(file).as_uri(),
+            "link": Path(hit.path).as_uri(),
+            "score": f"{hit.similarity:.3f}" if hit.match is None else f"{hit.match:.1%}",
         }
         shown = {key: escape(value) for key, value in shown.items()}
-        figures.append(FIGURE.format(picture=_thumbnail(file), rank=rank, score=score, **shown))
+        figures.append(FIGURE.format(picture=_thumbnail(hit.path), rank=rank, **shown))
     title = text or printable(os.path.basename(image))
-    summary = f"{len(results)} of {total:,} images, ranked by {ranked_by}, in {printable(common)}"
+    matched = any(hit.match is not None for hit in hits)
+    ranking = "matching (ITM), then by similarity (ITC)" if matched else "similarity (ITC)"
+    summary = f"{len(hits)} of {total:,} images, ranked by {ranking}, in {printable(common)}"
     page = PAGE.format(
         title=escape(title),
         example=_thumbnail(image) if image else "",
@@ -80,10 +92,8 @@ def write_page(path, results, total, ranked_by, text=None, image=None):
         file.write(page.encode("utf-8", "replace"))
 
 
-def _thumbnail(path):
-    """Return an image file as an <img> with embedded pixels, turned by EXIF; the problem as text if
-    it is unreadable.
-    """
+def _thumbnail(path: str) -> str:
+    """Return an image file as an <img> with embedded pixels, or a text if it is unreadable."""
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded
@@ -94,7 +104,7 @@ def _thumbnail(path):
     return f'<img alt="" src="{image_source(image)}">'
 
 
-def image_source(picture):
+def image_source(picture: Image.Image) -> str:
     """Return an RGB picture of Pillow as the source of an HTML image, with its pixels in it."""
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=88)

@@ -1,0 +1,220 @@
+"""Search folders of images by a text or an example, and list near-copies.
+
+`index` adds the images of folders to an index, and embeds changed images again. `query` and
+`duplicates` read the index. Results go to standard output, notes to standard error.
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from configs.flags import Flags, at_least
+from utils import InputError, begin_script, interruptible, printable, run_script
+
+SHOWN = 5  # unusable images that are printed
+
+parser = Flags(__doc__, "index photos --checkpoint flickr30k.pth --output output/photos")
+index = parser.add_command(
+    "index",
+    "Embed the images of folders and add them to an index.",
+    "photos --checkpoint flickr30k.pth --output output/photos",
+)
+index.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of images, at any depth")
+index.add_argument(
+    "--prune", action="store_true", help="remove indexed images that are not in a FOLDER"
+)
+index.add_argument(
+    "--checkpoint",
+    required=True,
+    metavar="SOURCE",
+    help="checkpoint of pre-training, retrieval or grounding: weight file, folder of a run, or hub"
+    " repository USER/NAME[@REVISION]",
+)
+index.add_argument("--output", required=True, metavar="INDEX", help="folder of the index")
+index.add_argument(
+    "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
+)
+index.add_set()
+query = parser.add_command(
+    "query",
+    "Print the images that fit a text or an example best, with scores.",
+    'output/photos "two dogs in the snow" --html dogs.html',
+)
+query.add_argument("index", metavar="INDEX", help="folder of the index")
+query.add_argument("text", nargs="?", metavar="TEXT", help="description of the images")
+query.add_argument(
+    "--image", metavar="FILE", help="example image; with a text, images similar to both"
+)
+query.add_argument("--queries", metavar="FILE", help="file with a text in each line")
+query.add_argument("-k", type=at_least(1), default=20, help="images to print")
+query.add_argument(
+    "--rerank",
+    type=at_least(0),
+    metavar="N",
+    help="rank the N most similar images by their match with the text (ITM), 0 for none (default:"
+    " the checkpoint's k_test)",
+)
+query.add_argument(
+    "--threshold",
+    type=float,
+    help="smallest probability of a match, or smallest similarity if nothing is re-ranked",
+)
+query.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
+query.add_argument(
+    "--checkpoint", metavar="SOURCE", help="new path of the index's checkpoint, if it has moved"
+)
+copies = parser.add_command(
+    "duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99"
+)
+copies.add_argument("index", metavar="INDEX", help="folder of the index")
+copies.add_argument(
+    "--threshold", type=float, default=0.98, help="smallest similarity of near-copies, at most 1"
+)
+for command in (index, query, copies):
+    command.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
+for command in (query, copies):
+    command.add_argument("--json", action="store_true", help="print JSON, an object in each line")
+
+
+def show(path: str) -> str:
+    """Return a printable path, relative if it is below the working directory."""
+    return printable(path.removeprefix(os.path.join(os.getcwd(), "")))
+
+
+def note(text: str) -> None:
+    """Print a note to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_results(lines: Iterable[str]) -> None:
+    """Print lines to standard output, which a reader such as head may close early."""
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # otherwise Python reports the error at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def make_index(args: argparse.Namespace) -> None:
+    """Create or update an index, and print the number of images."""
+    from inference import load_model
+    from inference.index import UNUSABLE, count_suffixes, find_images, open_index, update_index
+
+    images, problems, others = find_images(args.folders)
+    before = open_index(args.output)
+    model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
+    with interruptible(f"{args.output} has the images embedded so far; the same command continues"):
+        changes = update_index(args.output, before, model, images, problems, prune=args.prune)
+    print_results(
+        [
+            f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} as before,"
+            f" {changes.embedded} embedded, {changes.removed} removed"
+        ]
+    )
+    if others:
+        note(f"left out: files that are no images by suffix: {count_suffixes(others)}")
+    for path, problem in changes.unusable[:SHOWN]:
+        note(f"left out: {show(path)}: {problem}")
+    if (count := len(changes.unusable)) > SHOWN:
+        note(f"left out: {count} images in all, listed in {Path(args.output, UNUSABLE)}")
+
+
+def open_for_reading(folder: str) -> Any:
+    """Read an index and note if it is incomplete. Raises InputError."""
+    from inference.index import read_index
+
+    found = read_index(folder)
+    if found.left:
+        note(f"note: {folder} is incomplete, {found.left} images are not indexed yet")
+    return found
+
+
+def read_queries(args: argparse.Namespace) -> list[str | None]:
+    """Return the texts to search for, [None] for an example alone. Raises InputError."""
+    from dataset.images import SUFFIXES
+    from utils import read_regular
+
+    if Path(args.text or "").suffix.lower() in SUFFIXES and os.path.isfile(args.text):
+        raise InputError(f"TEXT {args.text} is an image file, write --image {args.text}")
+    if not args.queries:
+        return [args.text]
+    if args.text is not None or args.html:
+        raise InputError("--queries: takes neither TEXT nor --html")
+    try:
+        lines = read_regular(args.queries).decode().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--queries {args.queries}: cannot be read ({error})") from None
+    return [line for line in lines if line.strip()]
+
+
+def answer_queries(args: argparse.Namespace) -> None:
+    """Print the images that fit best, and write the page."""
+    from engine.saving import writing
+    from inference.index import load_model_of, search
+    from inference.inputs import UnknownWords
+    from visualize.page import check_page, write_page
+
+    texts = read_queries(args)
+    if args.html:
+        check_page(args.html)
+    index = open_for_reading(args.index)
+    model = load_model_of(index, args.index, args.device, args.checkpoint)
+    options = {"k": args.k, "rerank": args.rerank, "threshold": args.threshold}
+    for number, text in enumerate(texts):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default", UnknownWords)
+            hits = search(index, model, text, args.image, **options)
+        for warning in caught:
+            note(f"note: {warning.message}")
+        if not (number or args.json):
+            note("   match  similarity  image")
+        print_results(format_hits(args, text, hits))
+    if args.html:
+        with writing(Path(args.html)):
+            write_page(args.html, hits, len(index.paths), text, args.image)
+        note(f"wrote {args.html}")
+
+
+def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[str]:
+    """Return the lines of the hits of a query."""
+    if args.json:
+        about = {"query": text, "image": args.image}
+        rows = [{**about, "rank": rank, **hit._asdict()} for rank, hit in enumerate(hits, 1)]
+        return list(map(json.dumps, rows))
+    lines = [
+        f"{'-' if hit.match is None else f'{hit.match:.1%}':>8}{hit.similarity:12.3f}"
+        f"  {show(hit.path)}"
+        for hit in hits
+    ]
+    return [f"{printable(text)}:", *lines, ""] if args.queries else lines
+
+
+def list_copies(args: argparse.Namespace) -> None:
+    """Print groups of near-copies, each image with its similarity to an earlier one."""
+    from engine.processes import find_device
+    from inference.index import near_copies
+
+    if not 0 < args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
+    groups = near_copies(open_for_reading(args.index), args.threshold, find_device(args.device))
+    for group in groups:
+        lines = [*(f"{hit.similarity:8.3f}  {show(hit.path)}" for hit in group), ""]
+        print_results([json.dumps([hit._asdict() for hit in group])] if args.json else lines)
+    note(f"{len(groups)} groups of {sum(map(len, groups))} images")
+
+
+def main() -> None:
+    """Run the command on the command line."""
+    args = parser.parse_args()
+    {"index": make_index, "query": answer_queries, "duplicates": list_copies}[args.command](args)
+
+
+if __name__ == "__main__":
+    begin_script(parser)
+    run_script(main)
