@@ -20,7 +20,7 @@ help:  ## list the targets
 quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500: 6 GB of disk, 7 min on two cores
 	$(BIN)/python -m dataset.shapes --output data/shapes
 	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --output_dir output/quickstart --resume
-	$(BIN)/python Visualize.py --output_dir output/quickstart
+	$(BIN)/python -m tools.visualize --run output/quickstart
 
 shapes: .venv/installed  ## train every task on the drawn scenes: hours on two cores
 	$(RUN) experiments/shapes.yaml $(DRY)

@@ -128,7 +128,7 @@ def run_task(task, args, step, evaluate=None, score=None, initialize=None, check
         print(f"{which}: epoch {kept['epoch']}, {file}{use}; next:")
         if setup.test_sets:
             print(f"    {command_line(Path(sys.argv[0]).name, '--evaluate', '--checkpoint', file)}")
-        print(f"    {command_line('Visualize.py', '--output_dir', setup.output_dir)}")
+        print(f"    python -m tools.visualize --run {shlex.quote(str(setup.output_dir))}")
 
 
 def prefixed(split, name):

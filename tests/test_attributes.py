@@ -16,7 +16,6 @@ from PIL import Image
 from test_engine import command_line
 
 import Attributes
-import Visualize
 from dataset.attributes import Attribute
 from dataset.build import build_dataset
 from dataset.images import from_pillow
@@ -30,6 +29,7 @@ from evaluation.attributes import (
 )
 from models import build_model
 from models.tokenizer import tokenizer_of
+from tools import visualize
 
 GOLDEN = json.loads((ROOT / "tests/golden/attributes.json").read_text())
 
@@ -247,8 +247,8 @@ def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(
     )
     assert two.returncode == 0, two.stderr
     assert log(tmp_path / "two")[0] == pytest.approx(entry)
-    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path / "two")])
-    Visualize.main()
+    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path / "two")])
+    visualize.main()
     assert (tmp_path / "two/attributes.png").stat().st_size > 10_000
 
 

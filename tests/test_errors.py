@@ -14,12 +14,12 @@ import torch.distributed as dist
 from conftest import ROOT, contents, exit_status, log
 from PIL import Image
 
-import Visualize
 from dataset.to_shards import _check_origin
 from engine.recorder import write_log
 from experiments.run import read_experiments
 from models import build_model
 from models.hashes import recorded_hash
+from tools import visualize
 from utils import InputError, TrainingStopped
 
 
@@ -162,8 +162,8 @@ def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(
         sum(result["hit"] for query in rankings["text_to_image"] for result in query["results"]) > 0
     )
     assert (out / "config.yaml").exists()
-    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(out)])
-    Visualize.main()
+    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(out)])
+    visualize.main()
     for name in ("curves.png", "retrieval.png"):
         assert min(Image.open(out / name).size) > 300
     before = torch.load(out / "checkpoint_last.pth", weights_only=True)["model"]
@@ -239,7 +239,7 @@ def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
     [
         read_experiments,
         recorded_hash,
-        lambda null: Visualize.read_texts(null, 30),
+        lambda null: visualize.read_texts(null, 30),
         lambda null: write_log(null.parent, 0, loss=1.0),
         lambda null: _check_origin(null.parent, {}),
     ],
@@ -280,12 +280,11 @@ SCRIPTS = (
     "Grounding",
     "Attributes",
     "Relevance",
-    "Visualize",
     "Demo",
 )
 
 
-TOOLS = ("tools.download", "tools.export", "tools.search")
+TOOLS = ("tools.download", "tools.export", "tools.search", "tools.visualize")
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_tcl_as_a_program_says_how_to_evaluate(tiny_config, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (
         " -m examples.tcl --evaluate --checkpoint " in done.stdout
-        and " Visualize.py --output_dir " in done.stdout
+        and " -m tools.visualize --run " in done.stdout
     )
 
 

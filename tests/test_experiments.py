@@ -266,7 +266,7 @@ PAGE = {
         "a": {"script": "VE.py", "config": "config.yaml", "seeds": [0, 1]},
         "b": {"script": "VE.py", "seeds": [0, 1]},
         "c": {"script": "NLVR.py"},
-        "picture": {"script": "Visualize.py", "flags": "--to {folder}/figure.png"},
+        "picture": {"script": "tools.visualize", "flags": "--output {folder}/figure.png"},
     },
     "tables": {
         "one": {

@@ -273,17 +273,9 @@ def test_scripts_take_a_repository_and_a_run_folder_as_checkpoint(
     monkeypatch.setattr(
         sys,
         "argv",
-        [
-            "Visualize.py",
-            "--checkpoint",
-            "lab/a",
-            "--image",
-            str(shapes / IMAGE),
-            "--text",
-            CAPTION,
-        ],
+        ["visualize", "--checkpoint", "lab/a", "--image", str(shapes / IMAGE), "--text", CAPTION],
     )
-    assert exit_status(importlib.import_module("Visualize").main) == 0
+    assert exit_status(importlib.import_module("tools.visualize").main) == 0
     assert (tmp_path / "heatmap.png").exists()
 
 

@@ -13,9 +13,9 @@ from helpers.launch import launch
 from test_engine import command_line, signal_at
 
 import Retrieval
-import Visualize
 from models import build_model
 from models.weights import load_checkpoint
+from tools import visualize
 from utils import InputError, Interrupted, TrainingStopped
 
 
@@ -168,8 +168,8 @@ def test_several_k_in_one_run_are_those_of_single_runs(
     out = capsys.readouterr().out
     assert all(f"ITC + ITM, k {k} " in out for k in (2, 12, 100))
     many = log(tmp_path / "many")[-1]
-    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path / "many")])
-    Visualize.main()
+    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path / "many")])
+    visualize.main()
     assert (tmp_path / "many/retrieval.png").stat().st_size > 10_000
     for k, prefix in ((2, "k2_"), (100, "")):
         run(monkeypatch, config, tmp_path / str(k), tmp_path, *flags, str(k))

@@ -1,6 +1,4 @@
-"""Visualize.py on checkpoints: a picture for every task, words and pieces, candidates of the
-momentum model, bad input.
-"""
+"""tools.visualize: a picture for every task, words, candidates of the momentum model, bad input."""
 
 import json
 import sys
@@ -15,12 +13,12 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
-import Visualize
-from models import build_model, task_of
+from configs.tasks import detect_task
+from models import build_model
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
+from tools import visualize as tool
 from utils import InputError, Text, seed_everything
-from visualize import draw as draw_module
 from visualize.draw import draw_heat_maps
 from visualize.explain import (
     explain_answer,
@@ -74,8 +72,9 @@ def pictures(tmp_path):
 
 @pytest.fixture
 def visualize(make, pictures, tmp_path, monkeypatch, capsys):
-    """Runs Visualize.py on a task's checkpoint and fitting images; returns (exit status, stdout,
-    stderr).
+    """Runs the tool on a task's checkpoint and fitting images.
+
+    Returns (exit status, stdout, stderr).
     """
 
     def call(task, *flags, images=None, keys=(), checkpoint=None):
@@ -84,19 +83,11 @@ def visualize(make, pictures, tmp_path, monkeypatch, capsys):
             checkpoint = {"model": model.state_dict(), "config": model.config.to_dict()}
         torch.save(checkpoint, tmp_path / f"{task}.pth")
         images = pictures[: 2 if "nlvr" in task else 1] if images is None else images
-        argv = [
-            "Visualize.py",
-            "--checkpoint",
-            tmp_path / f"{task}.pth",
-            "--image",
-            *images,
-            "--device",
-            "cpu",
-            *flags,
-        ]
+        argv = ["visualize", "--checkpoint", tmp_path / f"{task}.pth", "--image", *images]
+        argv += ["--device", "cpu", *flags]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         monkeypatch.chdir(tmp_path)
-        return exit_status(Visualize.main), *capsys.readouterr()
+        return exit_status(tool.main), *capsys.readouterr()
 
     return call
 
@@ -118,7 +109,7 @@ def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
         "itc",
         "--block_num",
         "0",
-        "--to",
+        "--output",
         "itc.pdf",
     )
     assert status == 0, err
@@ -127,45 +118,41 @@ def test_contrastive_maps_and_another_block_and_name(visualize, tmp_path):
 
 def test_overrides_reach_the_saved_configuration(visualize):
     status, out, err = visualize("ve", *TEXT["ve"], "--set", "image_res=48")
-    assert status == 0 and "resized: 2 (visual_encoder" in out, err
+    assert status == 0 and "resized: 2 (visual_encoder" in err
     status, _, err = visualize("ve", *TEXT["ve"], "--set", "image_rse=48")
     assert status == 2 and "--set image_rse" in err and "did you mean image_res?" in err
 
 
-def test_a_bare_state_dict_needs_a_configuration(visualize, make, tmp_path):
+def test_a_bare_state_dict_takes_a_configuration(visualize, make, tmp_path):
     state = make("retrieval").state_dict()
-    status, _, err = visualize("retrieval", "--text", "dog", checkpoint=state)
-    assert status == 2 and "holds no configuration" in err and "--config" in err
     (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config.to_dict()))  # JSON is YAML
-    status, _, err = visualize(
-        "retrieval", "--text", "dog", "--config", "config.yaml", checkpoint=state
-    )
-    assert status == 0, err
+    flags = ["--text", "dog", "--config", "config.yaml"]
+    assert visualize("retrieval", *flags, checkpoint=state)[0] == 0
 
 
 def test_pictures_of_pseudo_targets(visualize, tmp_path):
     status, out, err = visualize("pretrain", "--pseudo_targets", "--text", "two red dogs")
     assert (
-        status == 0 and out.splitlines()[-1] == "wrote pseudo_targets.png" and "note" not in out
+        status == 0 and out.splitlines()[-1] == "wrote pseudo_targets.png" and "note" not in err
     ), err
     with_texts = Image.open(tmp_path / "pseudo_targets.png").size
     status, out, err = visualize(
         "pretrain", "--pseudo_targets", "--text", "two red dogs", keys={"test_file": None}
     )
-    assert status == 0 and "note: no texts" in out, err
+    assert status == 0 and "note: no texts" in err
     assert Image.open(tmp_path / "pseudo_targets.png").height < with_texts[1]
 
 
 def test_texts_are_lines_or_captions(tmp_path):
     (tmp_path / "texts.txt").write_text("A red dog!\n\n ?\na red dog\ntwo cats\n")
-    assert Visualize.read_texts(tmp_path / "texts.txt", 30) == ["a red dog", "two cats"]
+    assert tool.read_texts(tmp_path / "texts.txt", 30) == ["a red dog", "two cats"]
     (tmp_path / "texts.json").write_text(
         json.dumps([{"caption": ["A dog", "a cat"]}, {"caption": "a dog."}])
     )
-    assert Visualize.read_texts(tmp_path / "texts.json", 30) == ["a dog", "a cat"]
+    assert tool.read_texts(tmp_path / "texts.json", 30) == ["a dog", "a cat"]
     (tmp_path / "texts.json").write_text(json.dumps([{"text": "a dog"}]))
     with pytest.raises(InputError, match="texts.json: entry 0 .* missing required field 'caption'"):
-        Visualize.read_texts(tmp_path / "texts.json", 30)
+        tool.read_texts(tmp_path / "texts.json", 30)
 
 
 def test_the_pieces_of_a_word_are_joined(make, tokenizer):
@@ -263,9 +250,9 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
 def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
     (tmp_path / "answers.json").write_text('["red", "blue"]')
     answers = {"answer_list": str(tmp_path / "answers.json")}
-    assert "generated" in visualize("vqa", "--question", "what color")[1]
-    assert "generated" not in visualize("vqa", "--question", "what color", keys=answers)[1]
-    assert "generated" not in visualize("vqa", "--question", "what color", "--answer", "red")[1]
+    assert "generated" in visualize("vqa", "--question", "what color")[2]
+    assert "generated" not in visualize("vqa", "--question", "what color", keys=answers)[2]
+    assert "generated" not in visualize("vqa", "--question", "what color", "--answer", "red")[2]
     (tmp_path / "answers.json").write_text('{"red": 1}')
     status, _, err = visualize("vqa", "--question", "what color", keys=answers)
     assert status == 2 and "answers.json" in err and "answer_list" in err
@@ -359,7 +346,8 @@ def test_heat_maps_share_a_scale_and_a_color_bar_and_show_the_image(figures, tmp
         "dog",
     ]
     # over all of its image
-    for heat, (width, height) in zip(maps, [(80, 40), (80, 40), (40, 80), (40, 80)]):
+    sizes = [(80, 40), (80, 40), (40, 80), (40, 80)]
+    for heat, (width, height) in zip(maps, sizes, strict=True):
         assert heat.get_extent() == [0, width, height, 0] == heat.axes.images[0].get_extent()
         opacity = heat.to_rgba(np.array([0, 3.5, 7]))[:, 3]
         assert opacity[0] == 0 < opacity[1] < opacity[2] < 0.7
@@ -401,28 +389,16 @@ def font(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(
-    figures, font, monkeypatch, tmp_path, capsys
-):
+def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, font, tmp_path, capsys):
     def draw():
-        draw_heat_maps(
-            [np.zeros((40, 80, 3), np.uint8)],
-            [("赤", np.zeros((1, 2, 2)))],
-            ["赤 ด $5 $6 é"],
-            tmp_path / "a.png",
-        )
+        image, panels = np.zeros((40, 80, 3), np.uint8), [("赤", np.zeros((1, 2, 2)))]
+        draw_heat_maps([image], panels, ["赤 ด $5 $6 é"], tmp_path / "a.png")
         return figures[-1].get_suptitle(), figures[-1].axes[1].get_title(), capsys.readouterr().err
 
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     without, with_box, err = draw()
-    assert (
-        (without, with_box) == ("□ □ $5 $6 é", "□")
-        and err.count("\n") == 1
-        and "CJK" in err
-        and "THAI" in err
-    )
-    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(font)])  # installed meanwhile
-    draw_module._add_new_fonts.cache_clear()
+    assert (without, with_box) == ("□ □ $5 $6 é", "□")
+    assert err.count("\n") == 1 and "CJK" in err and "THAI" in err
+    font_manager.fontManager.addfont(font)
     with_font, label, err = draw()
     assert (with_font, label) == ("赤 □ $5 $6 é", "赤") and "CJK" not in err and "THAI" in err
     assert "Test Red" in figures[-1].axes[1].title.get_fontfamily()
@@ -443,78 +419,37 @@ def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, to
 
 def test_the_task_is_read_from_the_tensors(make):
     for task in TASKS:
-        assert task_of(make(task).state_dict()) == task
+        assert detect_task(make(task).state_dict()) == task
     with pytest.raises(InputError, match="none of the tasks"):
-        task_of({"cls_token": torch.zeros(1)})
+        detect_task({"cls_token": torch.zeros(1)})
 
 
+DOG = ["--text", "dog"]
 CASES = {
-    "missing image": (
-        "ve",
-        ["--text", "dog"],
-        {"images": ["no.jpg"]},
-        ["--image: no.jpg: does not exist"],
-    ),
-    "folder": (
-        "ve",
-        ["--text", "dog"],
-        {"images": ["."]},
-        ["--image: .: is a folder: name an image file in it"],
-    ),
-    "URL": (
-        "ve",
-        ["--text", "dog"],
-        {"images": ["https://host/a.jpg"]},
-        ["https://host/a.jpg: is a URL: download the image"],
-    ),
-    "unknown block": ("ve", ["--text", "dog", "--block_num", "1"], {}, ["--block_num 1", "2 to 3"]),
+    "missing image": ("ve", DOG, ["no.jpg"], ["--image: no.jpg: does not exist"]),
+    "folder": ("ve", DOG, ["."], ["--image: .: is a folder: name an image file in it"]),
+    "URL": ("ve", DOG, ["https://host/a.jpg"], ["https://host/a.jpg: is a URL"]),
+    "unknown block": ("ve", [*DOG, "--block_num", "1"], None, ["--block_num 1", "2 to 3"]),
     "unknown block of the ViT": (
         "pretrain",
-        ["--text", "dog", "--gradcam_mode", "itc", "--block_num", "2"],
-        {},
+        [*DOG, "--gradcam_mode", "itc", "--block_num", "2"],
+        None,
         ["0 to 1"],
     ),
-    "question for VE": (
-        "ve",
-        ["--question", "dog?"],
-        {},
-        ["--question", "task ve", "--text instead"],
-    ),
-    "text for VQA": ("vqa", ["--text", "dog"], {}, ["--text", "task vqa", "--question instead"]),
-    "no text": ("retrieval", [], {}, ["--text is missing"]),
-    "answer for VE": ("ve", ["--text", "dog", "--answer", "cat"], {}, ["--answer", "only VQA"]),
-    "one image for NLVR2": (
-        "nlvr",
-        ["--text", "dog"],
-        {"images": ["wide.jpg"]},
-        ["task nlvr", "takes 2 images", "1 given"],
-    ),
-    "two images for VE": (
-        "ve",
-        ["--text", "dog"],
-        {"images": ["wide.jpg", "tall.jpg"]},
-        ["takes 1 image;", "2 given"],
-    ),
-    "pseudo-targets of VE": (
-        "ve",
-        ["--text", "dog", "--pseudo_targets"],
-        {},
-        ["--pseudo_targets", "task ve"],
-    ),
-    "similarity of VE": (
-        "ve",
-        ["--text", "dog", "--gradcam_mode", "itc"],
-        {},
-        ["--gradcam_mode itc", "only pre-training and"],
-    ),
-    "empty text": ("ve", ["--text", " ?! "], {}, ["--text ' ?! '", "nothing is left"]),
-    "empty question": ("vqa", ["--question", "?"], {}, ["--question '?'", "nothing is left"]),
-    "nowhere to write": ("ve", ["--text", "dog", "--to", "no/x.png"], {}, ["--to no/x.png"]),
-    "no picture format": ("ve", ["--text", "dog", "--to", "x.txt"], {}, ["--to x.txt", ".png"]),
+    "no text": ("retrieval", [], None, ["--text is missing"]),
+    "answer for VE": ("ve", [*DOG, "--answer", "cat"], None, ["--answer", "only VQA"]),
+    "one image for NLVR2": ("nlvr", DOG, ["wide.jpg"], ["--image: task nlvr takes 2, 1 given"]),
+    "two images for VE": ("ve", DOG, ["wide.jpg", "tall.jpg"], ["takes 1, 2 given"]),
+    "pseudo-targets of VE": ("ve", [*DOG, "--pseudo_targets"], None, ["fill_in", "task ve"]),
+    "similarity of VE": ("ve", [*DOG, "--gradcam_mode", "itc"], None, ["no similarity"]),
+    "empty text": ("ve", ["--text", " ?! "], None, ["text ' ?! '", "nothing is left"]),
+    "empty question": ("vqa", ["--question", "?"], None, ["text '?'", "nothing is left"]),
+    "nowhere to write": ("ve", [*DOG, "--output", "no/x.png"], None, ["--output no/x.png"]),
+    "no picture format": ("ve", [*DOG, "--output", "x.txt"], None, ["--output x.txt", ".png"]),
     "missing texts": (
         "pretrain",
-        ["--text", "dog", "--pseudo_targets", "--texts", "no.txt"],
-        {},
+        [*DOG, "--pseudo_targets", "--texts", "no.txt"],
+        None,
         ["--texts no.txt"],
     ),
 }
@@ -523,10 +458,10 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line(visualize, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    task, flags, more, words = CASES[case]
-    status, _, err = visualize(task, *flags, **more)
-    assert status == 2 and len(err.splitlines()) == 1, err
-    assert all(word in err for word in words), err
+    task, flags, images, words = CASES[case]
+    status, _, err = visualize(task, *flags, images=images)
+    last = err.splitlines()[-1]
+    assert status == 2 and last.startswith("error: ") and all(word in last for word in words), err
     assert not (tmp_path / "heatmap.png").exists()
 
 
@@ -541,8 +476,8 @@ def test_pseudo_targets_need_momentum_weights(visualize, make):
 
 
 def test_a_run_or_a_checkpoint_must_be_named(visualize):
-    status, _, err = visualize("ve", "--text", "dog", "--output_dir", "run")
-    assert status == 2 and "either --output_dir" in err
+    status, _, err = visualize("ve", "--text", "dog", "--run", "run")
+    assert status == 2 and "either --run" in err
 
 
 @pytest.mark.parametrize(
@@ -554,11 +489,11 @@ def test_results_that_no_evaluation_has_written_are_one_line(
     (tmp_path / "result").mkdir()
     for name in ("retrieval", "attributes"):
         (tmp_path / f"result/{name}.json").write_text(content)
-        monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
-        assert exit_status(Visualize.main) == 2
+        monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path)])
+        assert exit_status(tool.main) == 2
         said = capsys.readouterr().err
         assert (
-            said.count("\n") == 1 and f"result/{name}.json: not what an evaluation writes" in said
+            said.count("\n") == 1 and f"result/{name}.json: not the result of an evaluation" in said
         )
         (tmp_path / f"result/{name}.json").unlink()
 
@@ -583,8 +518,8 @@ def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, caps
     (tmp_path / "result").mkdir()
     rankings = {"image_root": "gone", "text_to_image": [query], "image_to_text": [query]}
     (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
-    monkeypatch.setattr(sys, "argv", ["Visualize.py", "--output_dir", str(tmp_path)])
-    assert exit_status(Visualize.main) == 2
+    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path)])
+    assert exit_status(tool.main) == 2
     assert (
         "result/retrieval.json: image gone/a.jpg: does not exist: check its path"
         in capsys.readouterr().err

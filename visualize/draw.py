@@ -1,29 +1,26 @@
-"""Drawing: curves of a run, rankings, attributes, heat maps and pseudo-targets, each from arrays
-and text to a file.
-"""
+"""Draw curves, rankings, attributes, heat maps and pseudo-targets to files."""
 
-import contextlib
-import functools
 import math
 import os
 import sys
 import textwrap
-import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import font_manager
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.text import Text
 from PIL import Image
 
 from dataset.images import load_image
 from utils import InputError, atomic_write
+from visualize.fonts import set_fonts
 
 DPI = 110
 WIDTH = 12  # inches of a full row of panels
@@ -37,93 +34,21 @@ TITLES = {
     "temp": "temperature",
     "lr": "learning rate",
 }
-# of a heat map, the same in every panel and in the color bar: cold is clear, and the hottest lets
-# the object shine through
+# the colors of heat maps: cold is clear, and the hottest lets the object shine through
 HEAT = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
 HEAT[:, 3] = np.linspace(0, 0.65, 256)
 HEAT = ListedColormap(HEAT, "heat")
 
 
-@functools.cache
-def _characters_of(font):
-    """Return the characters of a font file, an empty set if it cannot be read."""
-    try:
-        return set(map(chr, FT2Font(font).get_charmap()))
-    except (OSError, RuntimeError):
-        return set()
+Panels = Sequence[tuple[str, np.ndarray]]
 
 
-@functools.cache
-def _add_new_fonts():
-    """Add fonts that were installed after matplotlib cached its list."""
-    for font in set(font_manager.findSystemFonts()) - {
-        entry.fname for entry in font_manager.fontManager.ttflist
-    }:
-        with contextlib.suppress(Exception):  # matplotlib also skips unusable fonts
-            font_manager.fontManager.addfont(font)
-
-
-def _find_fonts(characters):
-    """Return families of installed fonts that together cover as many characters as possible."""
-    families, lacking = [], set(characters)
-    fonts = [
-        font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")
-    ]
-    while True:
-        gained, *_, font = max(
-            (
-                (
-                    len(lacking & _characters_of(font.fname)),
-                    font.style == "normal",
-                    font.weight == 400,
-                    "Sans" in font.name,
-                    font,
-                )
-                for font in fonts
-            ),
-            key=lambda row: row[:-1],
-        )
-        if not gained:
-            return families
-        families.append(font.name)
-        lacking -= _characters_of(font.fname)
-
-
-def _set_font(text):
-    """Choose fonts for the characters of a matplotlib text. Return the characters that no installed
-    font has.
-
-    A box replaces each of them. A $ does not begin a formula.
-    """
-    text.set_parse_math(False)
-    lacking = (
-        set(text.get_text())
-        - {"\n"}
-        - _characters_of(font_manager.findfont(text.get_fontproperties()))
-    )
-    if not lacking:
-        return set()
-    _add_new_fonts()
-    for family in _find_fonts(lacking):
-        properties = text.get_fontproperties().copy()
-        text.set_fontfamily([*text.get_fontfamily(), family])
-        properties.set_family(family)
-        lacking -= _characters_of(font_manager.findfont(properties))
-    text.set_text(
-        "".join(c if c not in lacking else "□" if c.isprintable() else " " for c in text.get_text())
-    )
-    return {c for c in lacking if c.isprintable()}
-
-
-def _save(figure, path):
+def _save(figure: Figure, path: str | Path) -> None:
     """Write a figure in the format of its file name. Raises InputError."""
-    if lacking := set().union(*map(_set_font, figure.findobj(Text))):
-        scripts = {
-            unicodedata.name(c, "unknown").split()[0] if c.isalpha() else "symbols" for c in lacking
-        }
+    if missing := set_fonts(figure):
         print(
-            f"note: {path}: no installed font has {', '.join(sorted(scripts))}, such as {min(lacking)}; install one, "
-            "such as Noto (Debian: fonts-noto-core, fonts-noto-cjk)",
+            f"note: {path}: no installed font has {missing}; install one, such as Noto"
+            " (Debian: fonts-noto-core, fonts-noto-cjk)",
             file=sys.stderr,
         )
     try:
@@ -131,22 +56,24 @@ def _save(figure, path):
             figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror}): make room, or name another place"
+            f"{path}: cannot be written ({error.strerror}), make room or name another place"
         ) from None
     except ValueError as error:  # a format that matplotlib does not know
         raise InputError(f"{path}: {error}") from None
 
 
-def _average(values):
+def _average(values: np.ndarray) -> np.ndarray:
     """Return the moving average [N] of values [N] over a fortieth of them."""
     window = np.ones(len(values) // 80 * 2 + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def draw_curves(curves, path):
-    """Draw one panel per scalar that TITLES knows, the raw values pale behind their moving average.
+def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: str | Path) -> None:
+    """Draw a panel for each scalar in TITLES: raw values and their moving average.
 
-    curves: name -> (steps, values, ...), arrays [N], at least one of them a name that TITLES knows.
+    Args:
+        curves: Steps and values [N] by name; one of the names is in TITLES.
+        path: File to write.
     """
     names = [name for name in TITLES if name in curves]
     rows = math.ceil(len(names) / 3)
@@ -163,9 +90,13 @@ def draw_curves(curves, path):
     _save(figure, path)
 
 
-def draw_lines(curves, name, path):
-    """Draw a scalar that TITLES knows of several runs in one panel. curves: run -> (steps, values,
-    ...), arrays [N].
+def draw_lines(curves: Mapping[str, Sequence[np.ndarray]], name: str, path: str | Path) -> None:
+    """Draw a scalar of several runs in one panel.
+
+    Args:
+        curves: Steps and values [N] by run.
+        name: Name of the scalar in TITLES.
+        path: File to write.
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot(title=TITLES[name], xlabel="iteration")
@@ -176,130 +107,121 @@ def draw_lines(curves, name, path):
     _save(figure, path)
 
 
-def draw_retrieval(rankings, path, queries=5, top=5):
-    """Draw text queries with their best images, then image queries with their best captions; green
-    is a hit, red a miss.
+def _spread(rows: Sequence, count: int) -> list:
+    """Return at most `count` rows, spread over all of them."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
-    rankings: the content of result/retrieval.json; queries: how many of each direction, spread over
-    all of them.
+
+def _show_texts(axis: Axes, lines: Sequence[tuple[str, str]], **style: Any) -> None:
+    """Show lines of text with their colors, evenly spaced over an empty panel."""
+    axis.axis("off")
+    for i, (text, color) in enumerate(lines):
+        axis.text(y=1 - (i + 0.5) / len(lines), s=text, color=color, va="center", **style)
+
+
+def _show_image(axis: Axes, *path: str) -> None:
+    axis.imshow(load_image(os.path.join(*path)).permute(1, 2, 0).numpy())
+
+
+def draw_retrieval(
+    rankings: Mapping[str, Any], path: str | Path, queries: int = 5, top: int = 5
+) -> None:
+    """Draw texts with their best images, and images with their best captions.
+
+    Args:
+        rankings: Content of result/retrieval.json.
+        path: File to write.
+        queries: Number of queries of each direction, spread over all of them.
+        top: Number of results of each query.
     """
-    texts, images = (
-        [rows[i] for i in np.linspace(0, len(rows) - 1, min(queries, len(rows))).astype(int)]
-        for rows in (rankings["text_to_image"], rankings["image_to_text"])
-    )
+    root = rankings["image_root"]
+    texts = _spread(rankings["text_to_image"], queries)
+    images = _spread(rankings["image_to_text"], queries)
     rows = len(texts) + len(images)
     figure = Figure(figsize=(13, 2.05 * rows + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows, top + 1, width_ratios=[1.6] + [1] * top)
-
-    def show_text(cell, *lines, **place):
-        axis = figure.add_subplot(cell)
-        axis.axis("off")
-        for i, (text, color) in enumerate(lines):
-            axis.text(y=1 - (i + 0.5) / len(lines), s=text, color=color, va="center", **place)
-
-    def show_image(cell, name, **style):
-        axis = figure.add_subplot(cell, xticks=[], yticks=[], **style)
-        axis.imshow(load_image(os.path.join(rankings["image_root"], name)).permute(1, 2, 0).numpy())
-        return axis
-
     for row, query in enumerate(texts):
-        show_text(
-            grid[row, 0],
-            (textwrap.fill(query["caption"], 28), "black"),
-            x=0.5,
-            ha="center",
-            fontsize=11,
-        )
+        caption = textwrap.fill(query["caption"], 28), "black"
+        _show_texts(figure.add_subplot(grid[row, 0]), [caption], x=0.5, ha="center", fontsize=11)
         for place, result in enumerate(query["results"][:top], 1):
-            axis = show_image(grid[row, place], result["image"])
+            axis = figure.add_subplot(grid[row, place], xticks=[], yticks=[])
+            _show_image(axis, root, result["image"])
             color = HIT if result["hit"] else MISS
             axis.set_title(f"{place}: {result['score']:.1f}", fontsize=9, color=color)
             axis.spines[:].set(color=color, linewidth=3.5)
     for row, query in enumerate(images, len(texts)):
-        show_image(grid[row, 0], query["image"], frame_on=False)
-        lines = [
-            (
-                f"{result['score']:5.1f}  {textwrap.shorten(result['caption'], 110, placeholder=' ...')}",
-                HIT if result["hit"] else MISS,
-            )
-            for result in query["results"][:top]
-        ]
-        show_text(grid[row, 1:], *lines, x=0, fontsize=10)
+        axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
+        _show_image(axis, root, query["image"])
+        lines = []
+        for result in query["results"][:top]:
+            caption = textwrap.shorten(result["caption"], 110, placeholder=" ...")
+            lines.append((f"{result['score']:5.1f}  {caption}", HIT if result["hit"] else MISS))
+        _show_texts(figure.add_subplot(grid[row, 1:]), lines, x=0, fontsize=10)
     figure.suptitle(
         "queries and their best results with ITM scores: green is right, red is wrong", fontsize=13
     )
     _save(figure, path)
 
 
-def draw_attributes(result, path, count=5):
-    """Draw boxes in their images with their best and worst attributes; green is right, red is
-    wrong, gray is not labeled.
+def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5) -> None:
+    """Draw boxes in their images with their best and worst attributes.
 
-    result: the content of result/attributes.json; count: how many boxes, spread over all of them.
+    Args:
+        result: Content of result/attributes.json.
+        path: File to write.
+        count: Number of boxes, spread over all of them.
     """
-    boxes, attributes = result["boxes"], result["attributes"]
-    chosen = [boxes[i] for i in np.linspace(0, len(boxes) - 1, min(count, len(boxes))).astype(int)]
+    chosen = _spread(result["boxes"], count)
     figure = Figure(figsize=(13, 2.05 * len(chosen) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(chosen), 3, width_ratios=[1, 2, 2])
     for row, box in enumerate(chosen):
         axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
-        axis.imshow(
-            load_image(os.path.join(result["image_root"], box["image"])).permute(1, 2, 0).numpy()
-        )
+        _show_image(axis, result["image_root"], box["image"])
         x, y, w, h = box["box"]
-        axis.add_patch(
-            Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor="#ff2d9b", linewidth=2.5)
-        )
+        style = {"fill": False, "edgecolor": "#ff2d9b", "linewidth": 2.5}
+        axis.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, **style))
         for column, (kind, right) in enumerate((("best", 1), ("worst", 0)), 1):
             axis = figure.add_subplot(grid[row, column], title=kind if row == 0 else None)
-            axis.axis("off")
-            for i, (number, score, label) in enumerate(box[kind]):
-                text = textwrap.shorten(
-                    f"{score:.3f}  {attributes[number]['name']}", 60, placeholder=" ..."
-                )
+            lines = []
+            for number, score, label in box[kind]:
+                text = f"{score:.3f}  {result['attributes'][number]['name']}"
                 color = "#888888" if label < 0 else HIT if label == right else MISS
-                axis.text(
-                    0, 1 - (i + 0.5) / len(box[kind]), text, color=color, va="center", fontsize=10
-                )
+                lines.append((textwrap.shorten(text, 60, placeholder=" ..."), color))
+            _show_texts(axis, lines, x=0, fontsize=10)
     figure.suptitle(
-        "boxes with their best and worst attributes: green is right, red is wrong, gray not labeled",
+        "boxes with their best and worst attributes: green is right, red is wrong, gray not"
+        " labeled",
         fontsize=13,
     )
     _save(figure, path)
 
 
-def _small(image):
+def _small(image: np.ndarray) -> np.ndarray:
     """Return an image uint8 [H, W, 3] with no more pixels than a panel can show."""
     picture = Image.fromarray(image)
     picture.thumbnail((600, 600))
     return np.asarray(picture)
 
 
-def _pale(image):
-    """Return an image [H, W, 3] with less color and contrast, on which the colors of heat stand
-    out; uint8.
-    """
+def _pale(image: np.ndarray) -> np.ndarray:
+    """Return an image uint8 [H, W, 3] with less color and contrast."""
     gray = image.mean(axis=2, keepdims=True)
     return (51 + 0.4 * (image + gray)).astype(np.uint8)
 
 
-def _fit(text, inches, size):
-    """Return a text, a very long one cut, and the largest font size up to `size` at which it fits
-    into so many inches.
-    """
+def _fit(text: str, inches: float, size: float) -> tuple[str, float]:
+    """Return a text of at most 36 characters and the font size up to `size` at which it fits."""
     text = text if len(text) <= 36 else f"{text[:35]}…"
     # a wide letter takes 0.6 of the font size
     return text, min(size, inches * 72 / (0.6 * len(text)))
 
 
-def _heat_scale(panels):
-    """Return the scale that all heat maps of some panels share, of the square root, so that weak
-    ones are seen.
-    """
+def _heat_scale(panels: Panels) -> PowerNorm:
+    """Return the common scale of heat maps, a square root that shows weak ones."""
     return PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
 
 
-def _show_heat(axis, image, heat, scale):
+def _show_heat(axis: Axes, image: np.ndarray, heat: np.ndarray, scale: PowerNorm) -> AxesImage:
     """Show a heat map [h, w] over a pale image [H, W, 3] and return its artist."""
     extent = 0, image.shape[1], image.shape[0], 0
     axis.imshow(_pale(image), extent=extent)
@@ -308,11 +230,15 @@ def _show_heat(axis, image, heat, scale):
     )
 
 
-def paint_heat_maps(images, panels, height):
-    """Return the panels of draw_heat_maps as pictures by themselves, [(label, the pictures of its
-    images), ...].
+def paint_heat_maps(
+    images: Sequence[np.ndarray], panels: Panels, height: int
+) -> list[tuple[str, list[np.ndarray]]]:
+    """Return each label with the pictures of its heat maps, uint8 [height, W, 3].
 
-    A picture is uint8 [height, W, 3]; images and panels: as for draw_heat_maps.
+    Args:
+        images: One or two images, as in `draw_heat_maps`.
+        panels: Labels and heat maps, as in `draw_heat_maps`.
+        height: Height of the pictures in pixels.
     """
     scale, columns = _heat_scale(panels), []
     for number, image in enumerate(map(_small, images)):
@@ -327,16 +253,21 @@ def paint_heat_maps(images, panels, height):
             canvas.draw()
             column.append(np.array(canvas.buffer_rgba())[..., :3])
         columns.append(column)
-    return [(label, pictures) for (label, _), *pictures in zip(panels, *columns)]
+    return [(label, pictures) for (label, _), *pictures in zip(panels, *columns, strict=True)]
 
 
-def draw_heat_maps(images, panels, title, path):
-    """Draw the image and one panel per heat map, in rows as Figures 4 to 6; of two images the
-    second is below the first.
+def draw_heat_maps(
+    images: Sequence[np.ndarray], panels: Panels, title: Sequence[str], path: str | Path
+) -> None:
+    """Draw the image and a panel for each heat map, as in Figures 4 to 6.
 
-    All heat maps share one scale, from 0 to their largest value. images: one or two, uint8 [H, W,
-    3]; panels: list of (label, heat maps [h, w] of the images), the whole text first; title: lines
-    of text.
+    All heat maps share one scale, from 0 to their largest value.
+
+    Args:
+        images: One or two images, uint8 [H, W, 3]; the second is drawn below the first.
+        panels: Labels and heat maps [h, w] of each image, the whole text first.
+        title: Lines of text.
+        path: File to write.
     """
     rows, count = len(images), 1 + len(panels)
     aspects = [image.shape[1] / image.shape[0] for image in images]
@@ -356,21 +287,14 @@ def draw_heat_maps(images, panels, title, path):
         style = {"style": "italic", "color": "#555555"} if number < 2 else {}
         label, size = _fit(label, width, 12)
         column[0].set_title(label, fontsize=size, pad=4, **style)
-        for i, (axis, image) in enumerate(zip(column, images)):
+        for i, (axis, image) in enumerate(zip(column, images, strict=False)):
             if heats is None:
                 axis.imshow(image, extent=(0, image.shape[1], image.shape[0], 0))
             else:
                 heat = _show_heat(axis, image, heats[i], scale)
             if rows > 1 and number % columns == 0:
-                axis.text(
-                    -0.03,
-                    0.5,
-                    ("first", "second")[i],
-                    transform=axis.transAxes,
-                    rotation=90,
-                    ha="right",
-                    va="center",
-                )
+                place = {"transform": axis.transAxes, "rotation": 90, "ha": "right", "va": "center"}
+                axis.text(-0.03, 0.5, ("first", "second")[i], **place)
     figure.colorbar(
         heat, ax=axes, label="attention × gradient", format="%.2g", aspect=25, fraction=0.05
     )
@@ -378,10 +302,10 @@ def draw_heat_maps(images, panels, title, path):
     _save(figure, path)
 
 
-def _draw_candidates(axis, title, candidates, score, inches):
-    """Draw up to five candidates in `inches`, their scores as bars and as numbers in the format
-    `score`; green is a hit.
-    """
+def _draw_candidates(
+    axis: Axes, title: str, candidates: Sequence[Any], score: str, inches: float
+) -> None:
+    """Draw candidates with bars and scores in a format; green is a hit."""
     axis.set(xlim=(0, 1), ylim=(4.5, -0.5))
     axis.axis("off")
     title, size = _fit(title, inches, 12)
@@ -399,13 +323,23 @@ def _draw_candidates(axis, title, candidates, score, inches):
         )
 
 
-def draw_pseudo_targets(image, words, texts, title, texts_title, path):
-    """Draw Figure 2: beside the image the candidates for each masked word of its caption, below
-    them the candidate texts.
+def draw_pseudo_targets(
+    image: np.ndarray,
+    words: Sequence[tuple[str, Sequence[Any]]],
+    texts: Sequence[Any],
+    title: Sequence[str],
+    texts_title: str,
+    path: str | Path,
+) -> None:
+    """Draw Figure 2: an image, and candidates for each masked word and for the whole caption.
 
-    image uint8 [H, W, 3]; words: list of (word, its candidates); texts: the candidates for the
-    whole caption, perhaps none. A candidate has text, score (a probability for words) and hit, true
-    if the caption has this text.
+    Args:
+        image: The image, uint8 [H, W, 3].
+        words: Words and their candidates, as `visualize.explain.word_targets` returns them.
+        texts: Candidates for the whole caption, perhaps none.
+        title: Lines of text.
+        texts_title: Title of `texts`.
+        path: File to write.
     """
     columns = min(max(3, len(words)), 5)  # of words; the image takes two more
     width = WIDTH / 7

@@ -1,0 +1,235 @@
+"""Draw the curves and results of a run, or what a model sees in an image.
+
+--run draws curves.png of the TensorBoard files, retrieval.png and attributes.png of the results.
+--checkpoint draws heat maps of the model's decision on an image and a text (Figures 4 to 6 of the
+paper). --pseudo_targets draws the words and texts that the momentum model proposes (Figure 2).
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs.flags import Flags, at_least
+from utils import InputError, begin_script, run_script
+
+parser = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
+parser.add_argument("--run", metavar="DIR", help="folder of a run to draw")
+parser.add_argument(
+    "--queries",
+    type=at_least(1),
+    default=5,
+    help="queries of retrieval.png, boxes of attributes.png",
+)
+parser.add_argument(
+    "--checkpoint",
+    metavar="SOURCE",
+    help="model of any task: weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
+)
+parser.add_argument(
+    "--image", nargs="+", metavar="FILE", help="image, two for NLVR2 and text assignment"
+)
+parser.add_argument(
+    "--text", "--question", help="text, caption or question; of relevance QUERY [SEP] WORDS"
+)
+parser.add_argument(
+    "--answer", help="answer to explain (default: the best of answer_list, else a generated one)"
+)
+parser.add_argument(
+    "--gradcam_mode",
+    choices=["itm", "itc"],
+    default="itm",
+    help="itm: cross-attention, a map for each word; itc: self-attention of the image encoder",
+)
+parser.add_argument(
+    "--block_num",
+    type=int,
+    help="layer, counted from 0 (default: of itm the third with cross-attention but not the last,"
+    " of itc the last)",
+)
+parser.add_argument(
+    "--pseudo_targets", action="store_true", help="draw the proposals of the momentum model"
+)
+parser.add_argument(
+    "--texts",
+    metavar="FILE",
+    help="texts for --pseudo_targets, one a line or a JSON list with captions (default: test_file)",
+)
+parser.add_argument(
+    "--output",
+    type=Path,
+    metavar="PATH",
+    help="folder of --run (default: the run), else the picture (default: heatmap.png or"
+    " pseudo_targets.png)",
+)
+parser.add_argument(
+    "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
+)
+parser.add_set()
+parser.add_argument(
+    "--allow_missing", action="store_true", help="leave weights random that --checkpoint lacks"
+)
+parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
+
+
+def draw_run(folder: Path, output: Path, queries: int) -> None:
+    """Draw curves.png, retrieval.png and attributes.png of a run, each if the run has its data."""
+    from engine.curves import read_curves
+    from visualize.draw import TITLES, draw_attributes, draw_curves, draw_retrieval
+
+    tensorboard = folder / "tensorboard"
+    results = {"retrieval": draw_retrieval, "attributes": draw_attributes}
+    results = {folder / f"result/{name}.json": draw for name, draw in results.items()}
+    results = {path: draw for path, draw in results.items() if path.exists()}
+    if not (tensorboard.is_dir() or results):
+        raise InputError(f"--run {folder}: no run there, it has neither tensorboard nor result")
+    if tensorboard.is_dir():
+        curves = read_curves(tensorboard)
+        if not TITLES.keys() & curves.keys():
+            raise InputError(f"{tensorboard}: no curves there yet, train first")
+        draw_curves(curves, output / "curves.png")
+        print(f"wrote {output / 'curves.png'}")
+    for path, draw in results.items():
+        draw_result(path, output / f"{path.stem}.png", draw, queries)
+
+
+def draw_result(result: Path, picture: Path, draw: Any, queries: int) -> None:
+    """Draw a result of an evaluation. Raises InputError if the file is not one."""
+    import json
+
+    from dataset.images import ImageError
+    from utils import read_regular
+
+    try:
+        draw(json.loads(read_regular(result)), picture, queries)
+    except ImageError as error:
+        raise InputError(f"{result}: image {error}") from None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{result}: not the result of an evaluation ({what})") from None
+    print(f"wrote {picture}")
+
+
+def read_texts(path: str | Path, max_words: int) -> list[str]:
+    """Return distinct cleaned-up texts: captions of a JSON list, else lines. Raises InputError."""
+    from dataset.annotations import check_entry, read_json_list
+    from dataset.caption import Captioned
+    from dataset.text import pre_caption
+    from utils import read_regular
+
+    if Path(path).suffix == ".json":
+        texts = [
+            text
+            for number, entry in read_json_list(path)
+            for text in check_entry(entry, Captioned, path, number).texts
+        ]
+    else:
+        try:
+            texts = read_regular(path).decode().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--texts {path}: cannot be read as text: {error}") from None
+    return [text for text in dict.fromkeys(pre_caption(text, max_words) for text in texts) if text]
+
+
+def draw_pseudo_targets(args: argparse.Namespace, model: Any, picture: Any) -> None:
+    """Draw the momentum model's words and texts for an image and its caption.
+
+    Args:
+        args: The command line.
+        model: Inference model of pre-training.
+        picture: The image, uint8 [3, H, W].
+    """
+    import torch
+
+    from dataset.text import MAX_WORDS, pre_caption
+    from dataset.transforms import normalize
+    from visualize import draw
+    from visualize.explain import text_targets, unknown_words
+
+    words, max_words = model.fill_in(picture, args.text), model.config["max_words"] or MAX_WORDS
+    files = [path for path in model.config["test_file"] or [] if os.path.isfile(path)]
+    files = [args.texts] if args.texts else files
+    texts = [text for path in files for text in read_texts(path, max_words)]
+    texts, caption, best = list(dict.fromkeys(texts)), pre_caption(args.text, max_words), []
+    if texts:
+        image = normalize(model.transform(picture)[None].to(model.device))
+        with torch.no_grad():
+            _, image_feat = model.model.encode_image(image, momentum=True)
+        best = text_targets(model.model, image_feat, texts, caption, model.tokenizer)
+    elif args.texts:
+        raise InputError(f"--texts {args.texts}: no text in it")
+    else:
+        print("note: no texts to compare with, test_file is missing: name --texts", file=sys.stderr)
+    title = [f"caption: {caption}", *unknown_words(word for word, _ in words)]
+    title.append("what the momentum model expects in place of each word:")
+    texts_title = f"the most similar of {len(texts)} texts:"
+    image = picture.permute(1, 2, 0).numpy()
+    draw.draw_pseudo_targets(image, words, best, title, texts_title, args.output)
+
+
+def draw_heat_map(args: argparse.Namespace, model: Any, pictures: list) -> None:
+    """Draw the heat maps of a model's decision on one or two images."""
+    from dataset.vqa import reachable_answers
+
+    answers = [args.answer] if args.answer else None
+    if model.can("answer"):
+        answers = answers or reachable_answers(model.config)
+        if not answers:
+            print(
+                "note: the answer is generated, answer_list is missing: name --answer",
+                file=sys.stderr,
+            )
+    elif answers:
+        raise InputError(f"--answer: task {model.task} has no answers, only VQA has")
+    images = pictures if len(pictures) == 2 else pictures[0]
+    options = {"mode": args.gradcam_mode, "block_num": args.block_num}
+    model.heat_map(images, args.text, answers, **options).draw(args.output)
+
+
+def draw_model(args: argparse.Namespace) -> None:
+    """Draw what a checkpoint computes for an image and a text. Raises InputError."""
+    name = "pseudo_targets.png" if args.pseudo_targets else "heatmap.png"
+    args.output = args.output or Path(name)
+    if args.output.suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        raise InputError(f"--output {args.output}: a picture ends in .png, .jpg, .pdf or .svg")
+    if args.output.is_dir() or not os.access(args.output.parent, os.W_OK):
+        raise InputError(f"--output {args.output}: cannot write there, name a file")
+    if not args.image or args.text is None:
+        raise InputError("--image or --text is missing: name an image and a text")
+    from configs.tasks import find_task
+    from dataset.images import load_image
+    from inference import load_model
+
+    try:
+        pictures = [load_image(path) for path in args.image]
+    except OSError as error:
+        raise InputError(f"--image: {error}") from None
+    model = load_model(
+        args.checkpoint, args.device, None, args.config, args.set, allow_missing=args.allow_missing
+    )
+    print(model.report, file=sys.stderr)
+    count = 2 if "pairs" in find_task(model.task).traits else 1
+    if len(pictures) != count:
+        raise InputError(f"--image: task {model.task} takes {count}, {len(pictures)} given")
+    if args.pseudo_targets:
+        draw_pseudo_targets(args, model, pictures[0])
+    else:
+        draw_heat_map(args, model, pictures)
+    print(f"wrote {args.output}")
+
+
+def main() -> None:
+    """Draw what the command line names."""
+    args = parser.parse_args()
+    if bool(args.run) == bool(args.checkpoint):
+        raise InputError("name either --run, a run to draw, or --checkpoint, a model to explain")
+    if args.run:
+        draw_run(Path(args.run), args.output or Path(args.run), args.queries)
+    else:
+        draw_model(args)
+
+
+if __name__ == "__main__":
+    begin_script(parser)
+    run_script(main)
