@@ -1,42 +1,35 @@
-"""Evaluates attributes of objects in boxes zero-shot (OVAD): which boxes are "red", which "made of
-wood"?
+"""Evaluate attributes of objects in boxes zero-shot (OVAD), such as "red" or "made of wood".
 
---checkpoint is any model with the contrastive projections: pre-trained, or fine-tuned for retrieval
-or grounding.
+--checkpoint is any model with the contrastive projections: of pre-training, retrieval or grounding.
 """
 
-from configs.flags import task_flags
-from utils import begin_script, run_script
+from configs.flags import task_flags as task_parser
+from engine.launch import run_script
 
-flags = task_flags(__doc__, "configs/Attributes.yaml", "--checkpoint refcoco.pth", trains=False)
-flags.add_argument(
+parser = task_parser(__doc__, "configs/Attributes.yaml", "--checkpoint refcoco.pth", trains=False)
+parser.add_argument(
     "--prompts",
     choices=["the", "a", "none", "photo", "all"],
     default="the",
-    help="the templates to ask with",
+    help="templates of the prompts",
 )
-flags.add_argument(
-    "--noun", default="", help="what the prompts call an object, such as object (default: nothing)"
+parser.add_argument(
+    "--noun", default="", help="noun for every object in the prompts, such as object"
 )
-flags.add_argument(
+parser.add_argument(
     "--score",
     choices=["mean", "max"],
     default="mean",
-    help="over the synonyms and templates of an attribute",
+    help="score of an attribute over its synonyms and templates",
 )
-if __name__ == "__main__":
-    begin_script(flags)
-
-import functools
-
-from engine.task import run_task
-from evaluation.attributes import evaluate
 
 
-def main():
-    args = flags.parse_args()
-    how = {"prompts": args.prompts, "noun": args.noun, "score": args.score}
-    run_task("attributes", args, None, functools.partial(evaluate, **how))
+def main() -> None:
+    """Parse the flags and run."""
+    args = parser.parse_args()
+    from engine.run import run_task
+
+    run_task("attributes", args, prompts=args.prompts, noun=args.noun, score=args.score)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import os
 import socket
 
 from configs.flags import Flags
-from utils import InputError, begin_script, interruptible, printable, run_script
+from engine.launch import begin_script, interruptible, run_script
+from utils import InputError, printable
 
 flags = Flags(__doc__, "output/quickstart output/shapes/VQA --images photos/")
 HOST = "127.0.0.1"

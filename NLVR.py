@@ -1,22 +1,20 @@
-"""Fine-tunes ALBEF for NLVR2 (Section 5) and evaluates it: is the sentence true of the two images?
+"""Fine-tune ALBEF for NLVR2 (Section 5): is a sentence true of two images?
 
---checkpoint is a model after text assignment (Pretrain_nlvr.py) or, "w/o TA", a plain pre-trained
-one.
+--checkpoint is a model after text assignment (Pretrain_nlvr.py) or a pre-trained one ("w/o TA").
 """
 
-from configs.flags import task_flags
-from utils import begin_script, run_script
+from configs.flags import task_flags as task_parser
+from engine.launch import run_script
 
-flags = task_flags(__doc__, "configs/NLVR.yaml", "--checkpoint pretrain_model_nlvr.pth")
-if __name__ == "__main__":
-    begin_script(flags)
-
-from engine.task import run_task
-from evaluation.classification import evaluate, step
+parser = task_parser(__doc__, "configs/NLVR.yaml", "--checkpoint pretrain_model_nlvr.pth")
 
 
-def main():
-    run_task("nlvr", flags.parse_args(), step, evaluate, "acc")
+def main() -> None:
+    """Parse the flags and run."""
+    args = parser.parse_args()
+    from engine.run import run_task
+
+    run_task("nlvr", args)
 
 
 if __name__ == "__main__":

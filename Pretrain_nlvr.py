@@ -1,24 +1,20 @@
-"""Pre-trains ALBEF for NLVR2 by text assignment (Section 5): is the first image the text's, the
-second, or neither?
+"""Pre-train ALBEF for NLVR2 by text assignment (Section 5).
+
+Is the text of the first image, of the second, or of neither?
 """
 
-from configs.flags import task_flags
-from utils import begin_script, run_script
+from configs.flags import task_flags as task_parser
+from engine.launch import run_script
 
-flags = task_flags(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint ALBEF.pth")
-if __name__ == "__main__":
-    begin_script(flags)
-
-from engine.task import run_task
+parser = task_parser(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint ALBEF.pth")
 
 
-def step(model, batch, alpha, update_momentum):
-    """Return the losses of a batch by name."""
-    return model(batch, alpha=alpha, update_momentum=update_momentum)
+def main() -> None:
+    """Parse the flags and run."""
+    args = parser.parse_args()
+    from engine.run import run_task
 
-
-def main():
-    run_task("nlvr_pretrain", flags.parse_args(), step)
+    run_task("nlvr_pretrain", args)
 
 
 if __name__ == "__main__":

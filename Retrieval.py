@@ -1,53 +1,27 @@
-"""Fine-tunes ALBEF for image-text retrieval (Section 5) and evaluates it:
+"""Fine-tune ALBEF for image-text retrieval (Section 5): ITC ranking, then ITM re-ranking."""
 
-ITC ranking, then ITM re-ranking.
-"""
+from configs.flags import at_least
+from configs.flags import task_flags as task_parser
+from engine.launch import run_script
 
-from configs.flags import task_flags
-from utils import begin_script, run_script
-
-flags = task_flags(
+parser = task_parser(
     __doc__, "configs/Retrieval_flickr.yaml", "--checkpoint ALBEF.pth --k_test 16 128"
 )
-flags.add_argument(
+parser.add_argument(
     "--k_test",
     nargs="+",
+    type=at_least(1),
     metavar="K",
-    help="numbers of candidates to re-rank, each gives a row of the table",
+    help="numbers of candidates to re-rank, each is a row of the table (default: key k_test)",
 )
-if __name__ == "__main__":
-    begin_script(flags)
-
-import functools
-
-from engine.task import run_task
-from evaluation.retrieval import evaluate
-from utils import InputError
 
 
-def step(model, batch, alpha, update_momentum):
-    """Return the losses of a batch by name."""
-    return model(batch, alpha=alpha, update_momentum=update_momentum)
+def main() -> None:
+    """Parse the flags and run."""
+    args = parser.parse_args()
+    from engine.run import run_task
 
-
-def candidates(values):
-    """Return --k_test as whole numbers, None if the flag is not given. Raises InputError."""
-    try:
-        ks = values and [int(value) for value in values]
-    except ValueError:
-        ks = [0]
-    if ks and min(ks) < 1:
-        raise InputError(
-            f"--k_test {' '.join(values)}: give whole numbers from 1, the candidates that ITM ranks again"
-        )
-    return ks
-
-
-def main():
-    args = flags.parse_args()
-    run_task(
-        "retrieval", args, step, functools.partial(evaluate, ks=candidates(args.k_test)), "r_mean"
-    )
+    run_task("retrieval", args, ks=args.k_test)
 
 
 if __name__ == "__main__":

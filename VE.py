@@ -1,20 +1,17 @@
-"""Fine-tunes ALBEF for visual entailment (Section 5) and evaluates it: does the sentence follow
-from the image?
-"""
+"""Fine-tune ALBEF for visual entailment (Section 5): does a sentence follow from an image?"""
 
-from configs.flags import task_flags
-from utils import begin_script, run_script
+from configs.flags import task_flags as task_parser
+from engine.launch import run_script
 
-flags = task_flags(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
-if __name__ == "__main__":
-    begin_script(flags)
-
-from engine.task import run_task
-from evaluation.classification import evaluate, step
+parser = task_parser(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
 
 
-def main():
-    run_task("ve", flags.parse_args(), step, evaluate, "acc")
+def main() -> None:
+    """Parse the flags and run."""
+    args = parser.parse_args()
+    from engine.run import run_task
+
+    run_task("ve", args)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ and measures the machine's matrix-product peak before and after.
 """
 
 import argparse
+import functools
 import json
 import resource
 import subprocess
@@ -20,11 +21,10 @@ from bench import DEVICE, MACHINE, full_size_config, random_text, seconds, secon
 from plain import pretrain_losses, unfuse
 from torch.utils.flop_counter import FlopCounterMode
 
-import Pretrain
 from dataset.caption import CaptionBatch
-from engine import Run, compile_layers, iterate
+from engine.precision import compile_layers
+from engine.trainer import create_train_state, train_step
 from models import build_model
-from optim import create_optimizer
 from utils import Text
 
 GPU = DEVICE.type == "cuda"
@@ -66,48 +66,37 @@ def measure(path, precision, mode, batch_size, steps):
     """Build the model, take steps and return what they cost."""
     compiled = mode == "compiled"
     config = full_size_config(
-        "Pretrain", f"batch_size={batch_size}", f"precision={precision}", f"compile={compiled}"
+        "Pretrain", f"batch_size={batch_size}", f"precision={precision}", "compile=false"
     )
     torch.manual_seed(0)
     model = build_model("pretrain", config).to(DEVICE).train()
-    optimizer = create_optimizer(config["optimizer"], model)
     batch = make_batch(batch_size, config["image_res"])
-    step = Pretrain.step if path == "fast" else plain_step
     if path == "plain":
         unfuse(model)
-    run = Run(
-        model,
-        model,
-        optimizer,
-        step,
-        config,
-        config["scheduler"],
-        DEVICE,
-        seed=0,
-        output_dir=None,
-        iterations=1,
-    )
+        model.forward = functools.partial(plain_step, model)
+    state = create_train_state(model, range(1), config, device=DEVICE, seed=0)
 
-    def train_step(number):
-        return iterate(run, iter([batch]), 0, number, 0.4)
+    def step(number):
+        state.iteration = number
+        train_step(state, iter([batch]), 0.4)
 
     # before compiling: the counter sees single operations
     with FlopCounterMode(display=False) as counter:
-        train_step(0)
+        step(0)
     flops = counter.get_total_flops()
     if compiled:
         compile_layers(model)
     for number in range(WARM_UP):  # compilation, and on a CPU the first touch of fresh memory
-        train_step(number)
+        step(number)
     if GPU:
         # the fast step waits for nothing
         torch.cuda.set_sync_debug_mode("warn" if path == "fast" else "default")
-        train_step(0)
+        step(0)
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     before = matmul_peak(dtype)
-    time = seconds_in_a_row(lambda: train_step(1), steps)
+    time = seconds_in_a_row(lambda: step(1), steps)
     peak = max(before, matmul_peak(dtype))
     memory = (
         torch.cuda.max_memory_allocated()

@@ -18,7 +18,7 @@ import torch
 from bench import DEVICE, MACHINE, ROOT, full_size_config, seconds
 
 from configs.schema import load_config
-from engine.saving import LAST, Position, Saver
+from engine.checkpointing import LAST, Position, Saver
 from models import build_model
 from optim import create_optimizer
 
@@ -44,7 +44,10 @@ def measure(name, config, folder, saves):
     def save(saver):
         saver.save(path, model, optimizer, config, Position(1), seed=0, lr=0.1)
 
-    with Saver(0) as saver, mock.patch("engine.saving.copy_to_host", lambda state, *_: state):
+    with (
+        Saver(0) as saver,
+        mock.patch("engine.checkpointing.copy_to_host", lambda state, *_: state),
+    ):
         save(saver)
         saver.finish()
         waited = seconds(lambda: (save(saver), saver.finish()), saves)

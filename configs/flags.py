@@ -5,7 +5,9 @@ import difflib
 import os
 import sys
 
-from utils import TIMEOUT, InputError
+from utils import InputError
+
+TIMEOUT = 1800  # seconds that a process waits for other ranks
 
 # help of flags whose value models.weights.find_checkpoint takes
 CHECKPOINT_HELP = (

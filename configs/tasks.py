@@ -24,7 +24,8 @@ class Task:
         train_data: Function (config, seed) -> training set, "" if the task does not train.
         test_data: Function (config, split) -> test set, "" if the task has nothing to evaluate.
         files: For each split that can be evaluated, the configuration key of its files.
-        evaluate: Function (model, dataset, tokenizer, config, device, report, **options) -> metrics.
+        evaluate: Function (model, dataset, tokenizer, config, device, report, **options) -> metrics
+            in percent by name.
         check: Function (model, **options) that raises InputError if options do not fit the model.
         initialize: Function (model, config) -> load reports, for a run without --checkpoint.
         score: Metric that selects the best epoch, "" to keep the last epoch.

@@ -8,8 +8,9 @@ no problem, it also builds the data sets of the task's script, so the script acc
 """
 
 from configs.flags import Flags, at_least
+from engine.launch import begin_script, run_script
 from models import MODELS
-from utils import begin_script, cores, run_script
+from utils import cores
 
 flags = Flags(
     "Check all files that a task reads.", "pretrain configs/Pretrain.yaml --report report.json"

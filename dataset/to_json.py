@@ -15,7 +15,7 @@ out and listed in skipped.txt.
 from pathlib import Path
 
 from configs.flags import Flags, at_least
-from utils import begin_script, run_script
+from engine.launch import begin_script, run_script
 
 flags = Flags(
     __doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100"
@@ -59,7 +59,8 @@ import random
 
 from dataset.official import CaptionedFile, ImageFinder, convert, recognize
 from dataset.tables import read_folder, read_table
-from utils import InputError, atomic_write, make_output_dir, read_regular
+from engine.output_dir import make_output_dir
+from utils import InputError, atomic_write, read_regular
 
 SHOWN = 5  # problems that are printed
 SKIPPED = "skipped.txt"
@@ -170,7 +171,7 @@ def write(output: Path, files: dict[str, list[str]], overwrite: bool) -> None:
         raise InputError(
             f"{', '.join(existing)}: exists already; name another --output, or add --overwrite"
         )
-    make_output_dir(output, writes=False, flag="--output")
+    make_output_dir(output, lock=False, flag="--output")
     for name, lines in files.items():
         try:
             with atomic_write(output / name) as file:

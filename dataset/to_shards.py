@@ -10,7 +10,7 @@ continues.
 from pathlib import Path
 
 from configs.flags import Flags, at_least
-from utils import begin_script, run_script
+from engine.launch import begin_script, run_script
 
 flags = Flags(__doc__.splitlines()[0])
 flags.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
@@ -44,8 +44,9 @@ from dataset.images import ImageError, read_image
 from dataset.pool import in_processes, process_count
 from dataset.shards import IMAGE_SUFFIXES
 from dataset.store import Entries
+from engine.output_dir import make_output_dir
 from models.hashes import hash_file
-from utils import InputError, atomic_write, make_output_dir, read_regular
+from utils import InputError, atomic_write, read_regular
 
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied

@@ -1,15 +1,17 @@
-"""Choose the configuration and the output folder of a script from its flags."""
+"""Choose the configuration and the output folder of a run."""
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from configs.schema import load_config, override
-from engine.saving import is_run_file, run_files
-from models import task_of
+from configs.config import Config
+from configs.load import load_config, override
+from configs.tasks import detect_task, find_task
+from engine.checkpointing import is_run_file, run_files
 from models.weights import find_checkpoint, is_repository, named_tensors, read_checkpoint
-from utils import InputError
 
-# what the weights of a checkpoint were made for, whatever the data
+# keys that the weights of a checkpoint depend on, whatever the data
 MODEL_KEYS = (
     "bert_config",
     "text_encoder",
@@ -23,106 +25,108 @@ MODEL_KEYS = (
     "max_answer_tokens",
 )
 
-DEFAULTS = {  # task: the configuration where a checkpoint to load has none
-    "pretrain": "configs/Pretrain.yaml",
-    "retrieval": "configs/Retrieval_flickr.yaml",
-    "grounding": "configs/Grounding.yaml",
-    "vqa": "configs/VQA.yaml",
-    "ve": "configs/VE.yaml",
-    "nlvr": "configs/NLVR.yaml",
-    "nlvr_pretrain": "configs/NLVR_pretrain.yaml",
-    "relevance": "configs/Relevance.yaml",
-}
+log = logging.getLogger(__name__)
 
 
-class Choice(NamedTuple):
-    """A configuration, the YAML file or checkpoint that it comes from, and how to say that."""
+def task_of_checkpoint(content: dict[str, Any], task: str, path: Path | str) -> str:
+    """Return the task of a checkpoint's content.
 
-    config: dict
-    source: str
-    text: str
+    Args:
+        content: What `read_checkpoint` returned.
+        task: The task that it is loaded for. It is the answer if its models have these weights.
+        path: Path of the checkpoint, for messages.
 
-
-def task_in(content, task, path):
-    """The task that the content of a checkpoint file says it is of; `task` where the weights,
-    grounding's, fit it as well.
+    Raises:
+        InputError: The weights belong to no task.
     """
     resume = content.get("resume")
     if isinstance(resume, dict) and resume.get("task"):
         return resume["task"]
-    found = task_of(named_tensors(content, path))
-    return task if (found, task) == ("retrieval", "grounding") else found
+    detected = detect_task(named_tensors(content, path))
+    return task if find_task(task).model == find_task(detected).model else detected
 
 
-def choose_config(task, args, checkpoint, default=None):
-    """Return the configuration of --config, else of the checkpoint, else of the file `default`,
-    with the overrides of --set.
+def choose_config(
+    task: str,
+    checkpoint: str,
+    *,
+    file: str | None = None,
+    overrides: Sequence[str] = (),
+    evaluate: bool = True,
+) -> tuple[Config, str]:
+    """Return the configuration of a run and the file that it comes from.
 
-    checkpoint: "" or a path that does not exist means none. If there is a default, the checkpoint's
-    configuration is used only if it is of the task and from this code. The released code (it writes
-    schedular) saves the paths of its machine and never reads them. An evaluation of other
-    checkpoints uses the default with their MODEL_KEYS. An evaluation with --config takes
-    max_answer_tokens from the checkpoint unless it is set. Raises InputError if there is no
-    configuration.
+    It is the first of these, with the overrides:
+
+    1. `file`. An evaluation takes max_answer_tokens from the checkpoint unless it is set.
+    2. The checkpoint's configuration, if it is of the task and from this code. The released code
+       saves the paths of its machine and never reads them.
+    3. The default of the task. An evaluation takes the checkpoint's MODEL_KEYS.
+
+    Args:
+        task: Name of the task.
+        checkpoint: Path of a checkpoint, or "".
+        file: A YAML file, the flag --config.
+        overrides: KEY=VALUE, the flag --set.
+        evaluate: Whether the run only evaluates.
+
+    Raises:
+        InputError: A file cannot be read or has a wrong key or value.
     """
-    if args.config:
-        config = load_config(args.config, args.set)
-        if (
-            task == "vqa"
-            and config["max_answer_tokens"] is None
-            and getattr(args, "evaluate", True)
-        ):
-            length = _saved_config(checkpoint)[1].get("max_answer_tokens")
-            config = override(
-                config, [f"max_answer_tokens={length}"] if length else [], args.config
-            )
-        return Choice(config, args.config, args.config)
     content, saved = _saved_config(checkpoint)
-    if saved and content.get("tokenizer_json"):
-        saved = {**saved, "tokenizer": str(find_checkpoint(checkpoint))}
-    if saved and (
-        default is None or ("schedular" not in saved and task_in(content, task, checkpoint) == task)
-    ):
-        config = override(saved, args.set, f"configuration of {checkpoint}")
-        return Choice(config, checkpoint, f"that of {checkpoint} (another: --config FILE)")
-    if default is None:
-        raise InputError(
-            f"checkpoint {checkpoint} holds no configuration: name the YAML file of its training by --config"
-        )
-    if saved and args.evaluate:
-        model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
-        config = override(
-            {**load_config(default), **model}, args.set, f"configuration of {checkpoint}"
-        )
-        return Choice(
-            config,
-            default,
-            f"{default}, with the model and tokenizer of {checkpoint} (another: --config FILE)",
-        )
-    return Choice(load_config(default, args.set), default, f"{default} (another: --config FILE)")
-
-
-def _saved_config(checkpoint):
-    """Return the content of a checkpoint and its configuration, each {} if it is missing."""
-    content = (
-        read_checkpoint(checkpoint)
-        if checkpoint and (Path(checkpoint).exists() or is_repository(checkpoint))
-        else {}
+    if file:
+        config = load_config(file, overrides)
+        if task == "vqa" and config.max_answer_tokens is None and evaluate:
+            length = saved.get("max_answer_tokens")
+            more = [f"max_answer_tokens={length}"] if length else []
+            config = override(config.to_dict(), more, file)
+        log.info("configuration: %s", file)
+        return config, file
+    where = f"configuration of {checkpoint}"
+    # the released code writes schedular
+    if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:
+        log.info("configuration: that of %s (another: --config FILE)", checkpoint)
+        return override(saved, overrides, where), checkpoint
+    default = find_task(task).config
+    if not (saved and evaluate):
+        log.info("configuration: %s (another: --config FILE)", default)
+        return load_config(default, overrides), default
+    model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
+    log.info(
+        "configuration: %s, with the model and tokenizer of %s (another: --config FILE)",
+        default,
+        checkpoint,
     )
-    return content, content.get("config") if isinstance(content.get("config"), dict) else {}
+    return override({**load_config(default).to_dict(), **model}, overrides, where), default
 
 
-def default_output_dir(task, source, evaluate):
-    """Return the folder of a task's results if --output_dir is missing: output/ and the name of the
-    configuration.
+def _saved_config(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the content of a checkpoint and its configuration, each {} if it is missing."""
+    if not (checkpoint and (Path(checkpoint).exists() or is_repository(checkpoint))):
+        return {}, {}
+    content = read_checkpoint(checkpoint)
+    saved = content.get("config")
+    if not isinstance(saved, dict):
+        return content, {}
+    if content.get("tokenizer_json"):
+        saved = {**saved, "tokenizer": str(find_checkpoint(checkpoint))}
+    return content, saved
 
-    source: the YAML file, named by its path after configs, or the checkpoint of the configuration.
-    A file of a run has the name of its folder, and evaluations with it are written there.
+
+def default_output_dir(task: str, source: str, evaluate: bool) -> Path:
+    """Return the folder of results if --output_dir is missing: output/ and a name.
+
+    Args:
+        task: Name of the task.
+        source: File of the configuration. The name is that of a YAML file, or of the folder of a
+            run's file.
+        evaluate: Whether the run only evaluates. With a file of a run it writes to the run's
+            folder.
     """
     path = Path(source)
-    of_run = path.name == "config.yaml" or is_run_file(path)
-    if evaluate and of_run and run_files(path.parent):
+    in_run = path.name == "config.yaml" or is_run_file(path)
+    if evaluate and in_run and run_files(path.parent):
         return path.parent
-    name = (path.parent.name if of_run else "") or path.stem
+    name = (path.parent.name if in_run else "") or path.stem
     folders = path.parts[path.parts.index("configs") + 1 : -1] if "configs" in path.parts else ()
     return Path("output", *folders, name if name.lower().startswith(task) else f"{task}_{name}")

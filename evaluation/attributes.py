@@ -1,16 +1,19 @@
-"""Zero-shot attributes in boxes (OVAD): the similarity of a box's image with prompts that name an
-attribute, and precision.
-"""
+"""Zero-shot attributes in boxes (OVAD): similarity with prompts, average precision."""
+
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
+from torch import Tensor, nn
 
-from dataset.attributes import FREQUENCIES
+from configs.config import Config, as_config
+from dataset.attributes import FREQUENCIES, Attribute, Box
 from dataset.text import SHORT_TOKENS, tokenize
-from engine import autocast
-from evaluation.divide import divide, gather
+from engine.precision import autocast
+from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import require_finite
+from evaluation.report import Report
 from models.contrastive import feature_similarity
 
 TEMPLATES = {  # of a prompt set: for what an object is, for what it has
@@ -46,9 +49,13 @@ MORE_VALUES = {  # that stand for an attribute of these values, as in OVAD
 TOP = 5  # best and worst attributes of each box in result/attributes.json
 
 
-def prompts_of(attribute, prompts="the", noun=""):
-    """Return the prompts of an Attribute: for each of its values every template of a set, a key of
-    PROMPT_SETS.
+def prompts_of(attribute: Attribute, prompts: str = "the", noun: str = "") -> list[str]:
+    """Return the prompts of an attribute, for each of its values every template of a set.
+
+    Args:
+        attribute: The attribute.
+        prompts: A key of PROMPT_SETS.
+        noun: Noun for every object.
     """
     has, values = attribute.is_has_att == "has", attribute.values
     words = {"type": attribute.type.replace(" tone", ""), "noun": noun}
@@ -60,123 +67,173 @@ def prompts_of(attribute, prompts="the", noun=""):
     ]
 
 
-def attribute_scores(similarities, counts, score="mean"):
+def attribute_scores(similarities: Tensor, counts: list[int], score: str = "mean") -> Tensor:
     """Return scores [B, A], the mean or max over an attribute's prompts, at least 0.
 
-    similarities [B, P]: with the prompts of all attributes; counts: how many prompts each has.
+    Args:
+        similarities: Similarities with the prompts of all attributes, [B, P].
+        counts: Number of prompts of each attribute.
+        score: "mean" or "max".
     """
     parts = similarities.split(counts, dim=1)
-    return torch.stack(
-        [part.mean(dim=1) if score == "mean" else part.amax(dim=1) for part in parts], dim=1
-    ).clamp(min=0)
+    scores = [part.mean(dim=1) if score == "mean" else part.amax(dim=1) for part in parts]
+    return torch.stack(scores, dim=1).clamp(min=0)
 
 
-def average_precisions(scores, labels):
-    """Return each attribute's average precision over the boxes labeled 1 or 0, in percent; None
-    without a positive.
+def average_precisions(scores: np.ndarray, labels: np.ndarray) -> list[float | None]:
+    """Return each attribute's average precision in percent, None without a positive.
 
-    scores, labels: arrays [N, A], labels 1, 0 or -1 for unlabeled. Raises NotFinite.
+    Args:
+        scores: Scores [N, A] of N boxes.
+        labels: 1, 0, or -1 for unlabeled, [N, A]. Unlabeled boxes do not count.
+
+    Raises:
+        NotFinite: A score is not finite.
     """
     require_finite(scores, "box {} (counting from 0)".format)
-    precisions = []
-    for score, label in zip(np.transpose(scores), np.transpose(labels)):
-        known = label >= 0
-        positive = (label == 1).any()
-        precisions.append(
-            100 * float(average_precision_score(label[known], score[known])) if positive else None
-        )
+    precisions: list[float | None] = []
+    for score, label in zip(np.transpose(scores), np.transpose(labels), strict=True):
+        if (label == 1).any():
+            known = label >= 0
+            precisions.append(100 * float(average_precision_score(label[known], score[known])))
+        else:
+            precisions.append(None)
     return precisions
 
 
-def mean_precisions(precisions, attributes):
-    """Return the mean over all attributes with an average precision, over frequency sets and over
-    parent types, by name.
-    """
-    groups = {"all": [], **{name: [] for name in FREQUENCIES}}
-    for value, attribute in zip(precisions, attributes):
+def mean_precisions(
+    precisions: list[float | None], attributes: list[Attribute]
+) -> dict[str, float]:
+    """Return the mean average precision over all attributes, frequency sets and parent types."""
+    groups: dict[str, list[float]] = {"all": [], **{name: [] for name in FREQUENCIES}}
+    for value, attribute in zip(precisions, attributes, strict=True):
         if value is not None:
             for name in ("all", attribute.freq_set, attribute.parent_type):
                 groups.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in groups.items() if values}
 
 
-def chance_precisions(dataset):
-    """Return the average precisions on an AttributeTestSet where all scores are equal, shares of
-    positives; its attributes.
-    """
+def chance_precisions(dataset: Any) -> tuple[list[float | None], list[Attribute]]:
+    """Return the average precisions of equal scores, the shares of positives; the attributes."""
     labels = np.array([box.labels for box in dataset.entries])
     return average_precisions(np.zeros(labels.shape), labels), dataset.attributes
 
 
 @torch.no_grad()
-def score_boxes(model, dataset, tokenizer, config, device, prompts="the", noun="", score="mean"):
-    """Return the scores [N, A] of the N boxes of an AttributeTestSet, an array, on all processes.
+def score_boxes(
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    config: Config,
+    device: torch.device,
+    *,
+    prompts: str = "the",
+    noun: str = "",
+    score: str = "mean",
+) -> np.ndarray:
+    """Return the scores [N, A] of the N boxes of an AttributeTestSet, on all ranks.
 
-    Raises NotFinite.
+    Args:
+        model: A model with the contrastive projections.
+        dataset: The data set.
+        tokenizer: The tokenizer.
+        config: The configuration.
+        device: Device of the model.
+        prompts: As in `prompts_of`.
+        noun: As in `prompts_of`.
+        score: As in `attribute_scores`.
+
+    Raises:
+        NotFinite: A score is not finite.
     """
     model.eval()
     texts = [prompts_of(attribute, prompts, noun) for attribute in dataset.attributes]
-    counts, found = [len(own) for own in texts], {}
+    counts, results = [len(own) for own in texts], {}
     with autocast(config, device):
-        text = tokenize(sum(texts, []), tokenizer, config["max_tokens"] or SHORT_TOKENS).to(device)
+        text = tokenize(sum(texts, []), tokenizer, config.max_tokens or SHORT_TOKENS).to(device)
         text_feat = model.encode_text(text)[1]
-        for indices, image in divide(dataset, config, device, "boxes"):
+        for indices, image in iter_rank_share(dataset, config, device, "boxes"):
             similarities = feature_similarity(model.encode_image(image)[1], text_feat)
-            found.update(zip(indices, attribute_scores(similarities, counts, score).cpu().numpy()))
-    scores = np.stack(gather(found))
+            rows = attribute_scores(similarities, counts, score).cpu().numpy()
+            results.update(zip(indices, rows, strict=True))
+    scores = np.stack(merge_results(results))
     require_finite(scores, dataset.where)
     return scores
 
 
-def evaluate(model, dataset, tokenizer, config, device, report=None, **how):
-    """Return the mean average precision in percent: "map" over all attributes, "map_NAME" of
-    frequency sets and parent types.
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    config: Config | dict[str, Any],
+    device: torch.device,
+    report: Report | None = None,
+    **options: str,
+) -> dict[str, float]:
+    """Evaluate attributes of boxes zero-shot.
 
-    how: as score_boxes takes it. Report a table beside chance and result/attributes.json.
+    The report is a table beside chance, and result/attributes.json.
+
+    Args:
+        model: A model with the contrastive projections.
+        dataset: An AttributeTestSet.
+        tokenizer: The tokenizer.
+        config: The configuration.
+        device: Device of the model.
+        report: Where to report, None for no report.
+        options: `prompts`, `noun` and `score` of `score_boxes`.
+
+    Returns:
+        The mean average precision in percent: "map" over all attributes, "map_NAME" of frequency
+        sets and parent types.
+
+    Raises:
+        NotFinite: A score is not finite.
     """
-    scores = score_boxes(model, dataset, tokenizer, config, device, **how)
+    scores = score_boxes(model, dataset, tokenizer, as_config(config), device, **options)
     attributes, labels = dataset.attributes, np.array([box.labels for box in dataset.entries])
     precisions = average_precisions(scores, labels)
     means = mean_precisions(precisions, attributes)
     if report:
         chance, _ = chance_precisions(dataset)
+        mean_chance = mean_precisions(chance, attributes)
         print(
-            f"zero-shot attributes, {report.title}: {len(labels)} boxes, {len(attributes)} attributes, "
-            f"{len(attributes) - precisions.count(None)} with a positive; mean average precision, percent"
+            f"zero-shot attributes, {report.title}: {len(labels)} boxes, {len(attributes)}"
+            f" attributes, {len(attributes) - precisions.count(None)} with a positive; mean average"
+            " precision, percent"
         )
-        by_chance = mean_precisions(chance, attributes)
         print(f"{'':24}{'mAP':>9}{'chance':>9}")
         for name, value in means.items():
-            print(f"{name:24}{value:9.2f}{by_chance[name]:9.2f}")
-        report.write(
-            "attributes.json",
-            {
-                "image_root": dataset.roots["image_root"],
-                **how,
-                "map": means,
-                "chance": by_chance,
-                "attributes": [
-                    {
-                        "id": attribute.id,
-                        "name": attribute.name,
-                        "average_precision": precision,
-                        "chance": share,
-                    }
-                    for attribute, precision, share in zip(attributes, precisions, chance)
-                ],
-                "boxes": [extremes(box, row) for box, row in zip(dataset.entries, scores)],
-            },
-        )
+            print(f"{name:24}{value:9.2f}{mean_chance[name]:9.2f}")
+        rows = zip(attributes, precisions, chance, strict=True)
+        content = {
+            "image_root": dataset.roots["image_root"],
+            **options,
+            "map": means,
+            "chance": mean_chance,
+            "attributes": [
+                {"id": a.id, "name": a.name, "average_precision": precision, "chance": share}
+                for a, precision, share in rows
+            ],
+            "boxes": [extremes(box, row) for box, row in zip(dataset.entries, scores, strict=True)],
+        }
+        report.write("attributes.json", content)
     return {"map" if name == "all" else f"map_{name}": value for name, value in means.items()}
 
 
-def extremes(box, scores):
-    """Return a Box with its best and worst attributes, [index, score, label] each, as
-    result/attributes.json has it.
+def extremes(box: Box, scores: np.ndarray) -> dict[str, Any]:
+    """Return a box with its best and worst attributes, as result/attributes.json has it.
+
+    Args:
+        box: The box.
+        scores: Its scores [A].
+
+    Returns:
+        The image, the box, and [index, score, label] of the best and of the worst attributes.
     """
     order = np.argsort(-scores, kind="stable").tolist()
 
-    def listed(indices):
+    def listed(indices: list[int]) -> list[list[Any]]:
         return [[i, round(float(scores[i]), 4), box.labels[i]] for i in indices]
 
     return {

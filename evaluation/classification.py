@@ -1,47 +1,75 @@
-"""What VE.py and NLVR.py share: sentences about one image or two, and their classes."""
+"""Visual entailment and NLVR2: the class of a sentence about one image or two; accuracy."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from engine import autocast
-from evaluation.divide import divide, gather
+from configs.config import Config, as_config
+from configs.tasks import TASKS
+from engine.precision import autocast
+from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import require_finite
-
-NAMES = {"ve": "visual entailment", "nlvr": "NLVR2"}
-
-
-def step(model, batch, alpha, update_momentum):
-    """Return the losses of a batch by name."""
-    return model(batch, alpha=alpha, update_momentum=update_momentum)
+from evaluation.report import Report
 
 
 @torch.no_grad()
-def classify(model, dataset, tokenizer, config, device):
-    """Return the logits [N, classes], float32, and targets [N] of a ClassificationDataset, arrays
-    on all processes.
+def classify(
+    model: nn.Module, dataset: Any, tokenizer: Any, config: Config, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the logits and targets of a ClassificationDataset, on all ranks.
 
-    Raises NotFinite.
+    Returns:
+        Logits [N, classes], float32, and targets [N].
+
+    Raises:
+        NotFinite: Logits are not finite.
     """
     model.eval()
-    found, collate = {}, functools.partial(dataset.collate, tokenizer=tokenizer)
+    results: dict[int, tuple[np.ndarray, int]] = {}
+    collate = functools.partial(dataset.collate, tokenizer=tokenizer)
     with autocast(config, device):
-        for indices, batch in divide(dataset, config, device, "sentences", collate):
+        for indices, batch in iter_rank_share(dataset, config, device, "sentences", collate):
             logits = model.predict(*batch.image, batch.text).float().cpu().numpy()
-            found.update(zip(indices, zip(logits, batch.targets.tolist())))
-    logits, targets = map(np.array, zip(*gather(found)))
+            rows = zip(logits, batch.targets.tolist(), strict=True)
+            results.update(zip(indices, rows, strict=True))
+    logits, targets = map(np.array, zip(*merge_results(results), strict=True))
     require_finite(logits, dataset.where)
     return logits, targets
 
 
-def evaluate(model, dataset, tokenizer, config, device, report=None):
-    """Return the accuracy on a ClassificationDataset in percent, {"acc"}; report it in one line."""
-    logits, targets = classify(model, dataset, tokenizer, config, device)
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    config: Config | dict[str, Any],
+    device: torch.device,
+    report: Report | None = None,
+) -> dict[str, float]:
+    """Evaluate a model of visual entailment or NLVR2.
+
+    Args:
+        model: The model.
+        dataset: A ClassificationDataset.
+        tokenizer: The tokenizer.
+        config: The configuration.
+        device: Device of the model.
+        report: Where to report one line, None for no report.
+
+    Returns:
+        The accuracy in percent, "acc".
+
+    Raises:
+        NotFinite: Logits are not finite.
+    """
+    logits, targets = classify(model, dataset, tokenizer, as_config(config), device)
     accuracy = 100 * float(np.mean(logits.argmax(axis=1) == targets))
     if report:
         chance = 100 / model.classes
         print(
-            f"{NAMES[model.task]}, {report.title}: accuracy {accuracy:.2f}% of {len(targets)} sentences (chance {chance:.1f}%)"
+            f"{TASKS[model.task].title}, {report.title}: accuracy {accuracy:.2f}% of"
+            f" {len(targets)} sentences (chance {chance:.1f}%)"
         )
     return {"acc": accuracy}

@@ -1,44 +1,55 @@
 """Query-ad relevance: ROC AUC of the probability that an ad is relevant."""
 
+from typing import Any
+
+import numpy as np
+import torch
 from sklearn.metrics import roc_auc_score
+from torch import nn
 from torch.utils.data import Dataset
 
+from configs.config import Config, as_config
 from dataset.relevance import SEPARATOR
 from evaluation.classification import classify
 from evaluation.metrics import require_finite
+from evaluation.report import Report
 from utils import InputError
 
 
 class Swapped(Dataset):
-    """A ClassificationDataset of ads in which each ad has the image, or the words, of one far from
-    it in the file.
+    """A ClassificationDataset of ads in which each ad has a part of an ad far from it in the file.
+
+    Args:
+        dataset: The ads.
+        part: "image" or "words".
     """
 
-    def __init__(self, dataset, part):
-        self.dataset, self.part, self.collate, self.where = (
-            dataset,
-            part,
-            dataset.collate,
-            dataset.where,
-        )
+    def __init__(self, dataset: Any, part: str) -> None:
+        self.dataset, self.part = dataset, part
+        self.collate, self.where = dataset.collate, dataset.where
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index):
-        own, other = self.dataset[index], self.dataset[(index + len(self) // 2) % len(self)]
+    def __getitem__(self, index: int) -> Any:
+        ad, distant = self.dataset[index], self.dataset[(index + len(self) // 2) % len(self)]
         if self.part == "image":
-            return own._replace(image=other.image)
-        query, words = (
-            sample.sentence.split(SEPARATOR)[i] for i, sample in enumerate((own, other))
-        )
-        return own._replace(sentence=query + SEPARATOR + words)
+            return ad._replace(image=distant.image)
+        query, _ = ad.sentence.split(SEPARATOR)
+        _, words = distant.sentence.split(SEPARATOR)
+        return ad._replace(sentence=query + SEPARATOR + words)
 
 
-def roc_auc(labels, scores):
+def roc_auc(labels: list[int], scores: np.ndarray) -> float:
     """Return the area under the ROC curve in percent.
 
-    labels: 0 and 1. Raises InputError unless both occur, and NotFinite for a score.
+    Args:
+        labels: 0 and 1, [N].
+        scores: Scores [N].
+
+    Raises:
+        InputError: Not both labels occur.
+        NotFinite: A score is not finite.
     """
     require_finite(scores, "pair {} (counting from 0)".format)
     if len(set(labels)) < 2:
@@ -48,33 +59,50 @@ def roc_auc(labels, scores):
     return 100 * float(roc_auc_score(labels, scores))
 
 
-def evaluate(model, dataset, tokenizer, config, device, report=None, alone=False):
-    """Return the ROC AUC on a ClassificationDataset of ads in percent, {"auc"}; report it in one
-    line.
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    config: Config | dict[str, Any],
+    device: torch.device,
+    report: Report | None = None,
+    *,
+    alone: bool = False,
+) -> dict[str, float]:
+    """Evaluate a relevance model.
 
-    alone: also "auc_other_image" and "auc_other_words", with the image or the words of another ad
-    in place of the own: what the model makes of text alone and of image alone.
+    Args:
+        model: The model.
+        dataset: A ClassificationDataset of ads.
+        tokenizer: The tokenizer.
+        config: The configuration.
+        device: Device of the model.
+        report: Where to report one line, None for no report.
+        alone: Also measure what the model makes of text alone and of image alone.
+
+    Returns:
+        The ROC AUC in percent, "auc". With `alone` also "auc_other_image" and "auc_other_words",
+        where each ad has the image or the words of another ad.
+
+    Raises:
+        InputError: Not both labels occur.
+        NotFinite: Logits are not finite.
     """
+    config = as_config(config)
 
-    def auc_of(data):
+    def auc_of(data: Any) -> float:
         logits, targets = classify(model, data, tokenizer, config, device)
         return roc_auc(targets.tolist(), logits[:, 1] - logits[:, 0])
 
     metrics = {"auc": auc_of(dataset)}
-    if alone:
-        metrics |= {
-            f"auc_other_{part}": auc_of(Swapped(dataset, part)) for part in ("image", "words")
-        }
+    parts = ("image", "words") if alone else ()
+    metrics |= {f"auc_other_{part}": auc_of(Swapped(dataset, part)) for part in parts}
     if report:
-        others = {
-            name.removeprefix("auc_other_"): value
-            for name, value in metrics.items()
-            if name != "auc"
-        }
-        swapped = "".join(
-            f", with the {part} of another ad {value:.2f}%" for part, value in others.items()
-        )
+        swapped = [
+            f", with the {part} of another ad {metrics[f'auc_other_{part}']:.2f}%" for part in parts
+        ]
         print(
-            f"relevance, {report.title}: ROC AUC {metrics['auc']:.2f}% of {len(dataset)} pairs (chance 50.00%){swapped}"
+            f"relevance, {report.title}: ROC AUC {metrics['auc']:.2f}% of {len(dataset)} pairs"
+            f" (chance 50.00%){''.join(swapped)}"
         )
     return metrics

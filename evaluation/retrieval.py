@@ -1,54 +1,71 @@
-"""Image-text retrieval with a trained model (Section 5): encoding, re-ranking, recall, rankings,
-tables.
-"""
+"""Image-text retrieval (Section 5): encode, rank by ITC, re-rank by ITM, recall, rankings."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from configs.config import Config, as_config
+from configs.tasks import TASKS
 from dataset.loading import to_device
 from dataset.text import MAX_TOKENS, tokenize
-from engine import autocast
-from evaluation.divide import divide, progress_bar
+from engine.precision import autocast
+from evaluation.distributed import iter_rank_share, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
+from evaluation.report import Report
 from models.contrastive import NO_CANDIDATE, feature_similarity, top_candidates
 from utils import Text, is_distributed, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
+TOP = 10  # candidates of a query in result/retrieval.json
+BATCH = 256  # texts that are encoded together
 
 
 class ImageEmbeds:
-    """The embeddings of this process's images, every world_size-th of a data set, as model.rerank
-    slices them.
+    """The embeddings of this rank's images, every world_size-th, as `model.rerank` slices them.
 
-    They wait in the host's memory, or with keep=False are computed anew, a batch at a time.
+    Args:
+        model: A model with `encode_image`.
+        dataset: The images, uint8 [3, H, W].
+        config: The configuration.
+        device: Device of the model.
+        keep: Keep the embeddings in host memory; if False they are computed again batch by batch.
     """
 
-    def __init__(self, model, dataset, config, device):
-        self.keep = config["image_embeds"] == "host"
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        config: Config,
+        device: torch.device,
+        *,
+        keep: bool,
+    ) -> None:
+        self.keep = keep
         self._model, self._dataset, self._device = model, dataset, device
-        self._kept, self._batch_size = [], config["batch_size_test"]
-        self._recomputed = None, None  # number of a batch, its embeddings
+        self._kept: list[Tensor] = []
+        self._batch_size = config.batch_size_test
+        self._recomputed: tuple[int, Tensor] | None = None  # number of a batch, its embeddings
 
-    def encode(self, image):
-        """image [B, 3, H, W] on the device -> embeddings and features there; keeps the embeddings
-        on the host.
-        """
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings [B, 1+N, C] and features [B, D] of images [B, 3, H, W]."""
         embeds, feat = self._model.encode_image(image)
         if torch.is_autocast_enabled(self._device.type):
-            # as the keys and values take them anyway
+            # keys and values are computed in this dtype
             embeds = embeds.to(torch.get_autocast_dtype(self._device.type))
         if self.keep:
             self._kept.append(embeds.cpu())
         return embeds, feat
 
-    def __getitem__(self, key):
-        """The embeddings [1, 1+N, C] of one image, key a slice of one number; on the host or the
-        device.
-        """
+    def __getitem__(self, key: slice) -> Tensor:
+        """Return the embeddings [1, 1+N, C] of the image `key.start`."""
         batch, place = divmod(key.start // world_size(), self._batch_size)
         if self.keep:
             return self._kept[batch][place : place + 1]
-        if self._recomputed[0] != batch:
+        if self._recomputed is None or self._recomputed[0] != batch:
             first = key.start - place * world_size()
             numbers = range(first, len(self._dataset), world_size())[: self._batch_size]
             image = torch.stack([self._dataset[number] for number in numbers])
@@ -57,35 +74,46 @@ class ImageEmbeds:
 
 
 @torch.no_grad()
-def encode_images(model, dataset, config, device):
-    """A data set's images, divided over the processes -> ImageEmbeds and the image_feat [NI, D] of
-    all.
+def encode_images(
+    model: nn.Module, dataset: Dataset, config: Config, device: torch.device, *, keep: bool
+) -> tuple[ImageEmbeds, Tensor]:
+    """Encode a data set's images, divided over the ranks.
+
+    Returns:
+        The embeddings of this rank's images, and the features [NI, D] of all.
     """
-    image_embeds = ImageEmbeds(model, dataset, config, device)
-    image_feat = torch.zeros(len(dataset), config["embed_dim"], device=device)
-    for indices, image in divide(dataset, config, device, "images"):
-        image_feat[indices] = image_embeds.encode(image)[1]
+    embeds = ImageEmbeds(model, dataset, config, device, keep=keep)
+    features = torch.zeros(len(dataset), config.embed_dim, device=device)
+    for indices, image in iter_rank_share(dataset, config, device, "images"):
+        features[indices] = embeds.encode(image)[1]
     if is_distributed():
-        dist.all_reduce(image_feat)
-    return image_embeds, image_feat
+        dist.all_reduce(features)
+    return embeds, features
 
 
 @torch.no_grad()
-def encode_texts(model, texts, tokenizer, config, device):
-    """Encode texts -> text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L] on the
-    device.
+def encode_texts(
+    model: nn.Module,
+    texts: Sequence[str],
+    tokenizer: Any,
+    config: Config,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode texts.
+
+    Returns:
+        text_embeds [NT, L, C], text_feat [NT, D] and attention_mask [NT, L] on the device.
     """
-    tokens = tokenize(texts, tokenizer, config["max_tokens"] or MAX_TOKENS).to(device)
+    tokens = tokenize(texts, tokenizer, config.max_tokens or MAX_TOKENS).to(device)
     lengths = tokens.attention_mask.sum(dim=1)
-    # texts of one length go together, so that padding costs next to nothing
+    # texts of similar length are a batch, so that there is almost no padding
     order = lengths.argsort(stable=True)
-    text_embeds, text_feat = None, torch.empty(len(texts), config["embed_dim"], device=device)
-    for start in progress_bar(range(0, len(texts), 256), "texts"):
-        part = order[start : start + 256]
+    text_embeds, text_feat = None, torch.empty(len(texts), config.embed_dim, device=device)
+    for start in progress_bar(range(0, len(texts), BATCH), "texts"):
+        part = order[start : start + BATCH]
         length = int(lengths[part[-1]])
-        embeds, feat = model.encode_text(
-            Text(tokens.input_ids[part, :length], tokens.attention_mask[part, :length])
-        )
+        text = Text(tokens.input_ids[part, :length], tokens.attention_mask[part, :length])
+        embeds, feat = model.encode_text(text)
         if text_embeds is None:
             text_embeds = embeds.new_zeros(*tokens.input_ids.shape, embeds.shape[-1])
         text_embeds[part, :length] = embeds
@@ -94,19 +122,42 @@ def encode_texts(model, texts, tokenizer, config, device):
 
 
 @torch.no_grad()
-def evaluate(model, dataset, tokenizer, config, device, report=None, ks=None):
-    """Rank a RetrievalTestSet by ITC, then the k best candidates of each query by ITM, for every k
-    of ks (Table 6).
+def evaluate(
+    model: nn.Module,
+    dataset: Any,
+    tokenizer: Any,
+    config: Config | dict[str, Any],
+    device: torch.device,
+    report: Report | None = None,
+    *,
+    ks: Sequence[int] | None = None,
+) -> dict[str, float]:
+    """Rank by ITC, then the k best candidates of each query by ITM (Table 6).
 
-    ks: default [k_test]; several values share all encodings and scores. Return the metrics of
-    recall_at_k after re-ranking: for the largest k without prefix, for another k with a prefix such
-    as k16_, and for ITC alone with itc_. Report a table and, for the largest k,
-    result/retrieval.json. Raises NotFinite, on all processes.
+    The report is a table and, for the largest k, result/retrieval.json.
+
+    Args:
+        model: A model with the contrastive projections and the matching head.
+        dataset: A RetrievalTestSet.
+        tokenizer: The tokenizer.
+        config: The configuration.
+        device: Device of the model.
+        report: Where to report, None for no report.
+        ks: Numbers of candidates to re-rank, by default k_test. All share encodings and scores.
+
+    Returns:
+        The metrics of `recall_at_k` in percent: for the largest k without prefix, for another k
+        with a prefix such as k16_, and for ITC alone with itc_.
+
+    Raises:
+        NotFinite: Scores are not finite.
     """
+    config = as_config(config)
     model.eval()
-    ks = sorted(ks or [config["k_test"]])
+    ks = sorted(ks or [config.k_test])
+    keep = config.image_embeds == "host"
     with autocast(config, device):
-        image_embeds, image_feat = encode_images(model, dataset, config, device)
+        image_embeds, image_feat = encode_images(model, dataset, config, device, keep=keep)
         text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
         sim = feature_similarity(image_feat, text_feat)
         metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
@@ -125,58 +176,62 @@ def evaluate(model, dataset, tokenizer, config, device, report=None, ks=None):
         metrics[k] = recall_at_k(i2t.cpu(), t2i.cpu(), dataset.txt2img, dataset.img2txt)
     if report:
         report.write("retrieval.json", rankings(scores_i2t, scores_t2i, dataset))
-        kind = "zero-shot retrieval" if model.task == "pretrain" else "retrieval"
-        print_table(f"{kind}, {report.title}", metrics, dataset)
+        print_table(f"{TASKS[model.task].title}, {report.title}", metrics, dataset)
     prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
-    return {
-        prefixes[k] + name: value for k, values in metrics.items() for name, value in values.items()
-    }
+    return {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
 
 
-def print_table(title, metrics, dataset):
-    """Print the recall of ITC alone, metrics[0], and after ITM re-ranking, by k, beside what chance
-    would give.
+def print_table(title: str, metrics: dict[int, dict[str, float]], dataset: Any) -> None:
+    """Print the recall of ITC, of re-ranking, and of chance.
+
+    Args:
+        title: Title of the table.
+        metrics: Metrics by k, those of ITC alone under 0.
+        dataset: The RetrievalTestSet.
     """
-    print(f"{title}, {len(dataset.images)} images and {len(dataset.texts)} texts, percent")
+    images, texts = len(dataset.images), len(dataset.texts)
+    print(f"{title}, {images} images and {texts} texts, percent")
     print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
-    chance = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
-    rows = {
-        "ITC": metrics[0],
-        **{f"ITC + ITM, k {k}": metrics[k] for k in metrics if k},
-        "chance": chance,
-    }
-    for label, values in rows.items():
+    reranked = {f"ITC + ITM, k {k}": values for k, values in metrics.items() if k}
+    chance = chance_recall(images, texts, dataset.img2txt)
+    for label, values in {"ITC": metrics[0], **reranked, "chance": chance}.items():
         print(f"{label:16}" + "".join(f"{values[name]:9.1f}" for name in TABLE))
 
 
-def rankings(scores_i2t, scores_t2i, dataset, top=10):
-    """For each query of both directions its `top` best re-ranked candidates with scores, as
-    result/retrieval.json has them.
+def rankings(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, Any]:
+    """Return the best re-ranked candidates of each query, as result/retrieval.json has them.
+
+    Args:
+        scores_i2t: [NI, NT].
+        scores_t2i: [NT, NI].
+        dataset: The RetrievalTestSet.
     """
 
-    def best(scores, key, names, is_hit):
-        values, indices = scores.topk(min(top, scores.shape[1]), dim=1)
+    def rank(
+        scores: Tensor, key: str, names: Sequence[str], is_hit: Callable[[int, int], bool]
+    ) -> list[list[dict[str, Any]]]:
+        values, indices = scores.topk(min(TOP, scores.shape[1]), dim=1)
+        rows = zip(values.tolist(), indices.tolist(), strict=True)
         return [
             [
-                {key: names[i], "score": round(v, 4), "hit": is_hit(query, i)}
-                for i, v in zip(row_i, row_v)
-                if v > NO_CANDIDATE
+                {key: names[i], "score": round(value, 4), "hit": is_hit(query, i)}
+                for value, i in zip(*row, strict=True)
+                if value > NO_CANDIDATE
             ]
-            for query, (row_i, row_v) in enumerate(zip(indices.tolist(), values.tolist()))
+            for query, row in enumerate(rows)
         ]
 
-    texts = best(
-        scores_i2t, "caption", dataset.texts, lambda image, text: dataset.txt2img[text] == image
-    )
-    images = best(
-        scores_t2i, "image", dataset.images, lambda text, image: dataset.txt2img[text] == image
-    )
+    txt2img = dataset.txt2img
+    texts = rank(scores_i2t, "caption", dataset.texts, lambda image, text: txt2img[text] == image)
+    images = rank(scores_t2i, "image", dataset.images, lambda text, image: txt2img[text] == image)
     return {
         "image_root": dataset.roots["image_root"],
         "image_to_text": [
-            {"image": image, "results": row} for image, row in zip(dataset.images, texts)
+            {"image": image, "results": row}
+            for image, row in zip(dataset.images, texts, strict=True)
         ],
         "text_to_image": [
-            {"caption": text, "results": row} for text, row in zip(dataset.texts, images)
+            {"caption": text, "results": row}
+            for text, row in zip(dataset.texts, images, strict=True)
         ],
     }

@@ -5,24 +5,20 @@ python -m examples.tcl takes the flags of Pretrain.py; docs/extend.md explains e
 
 from dataclasses import replace
 
-from configs.flags import task_flags
-from configs.tasks import TASKS
-from utils import begin_script, run_script
-
-flags = task_flags(__doc__, "examples/tcl.yaml", "--output_dir output/tcl")
-if __name__ == "__main__":
-    begin_script(flags)
-
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from engine.task import run_task
-from evaluation.retrieval import evaluate
+from configs.flags import task_flags as task_parser
+from configs.tasks import TASKS
+from engine.launch import run_script
+from engine.run import run_task
 from models.losses import Contrast, Features, MaskedText, itc_loss, similarities
 from models.pretrain import Pretrain
-from models.weights import load_encoders
-from Pretrain import step
+from models.tokenizer import Tokenizer
+from utils import Text
+
+parser = task_parser(__doc__, "examples/tcl.yaml", "--output_dir output/tcl")
 
 
 class TCL(Pretrain):
@@ -60,9 +56,10 @@ class TCL(Pretrain):
 
 
 def main() -> None:
-    """Train TCL in place of ALBEF."""
+    """Parse the flags and pre-train."""
+    args = parser.parse_args()
     TASKS["pretrain"] = replace(TASKS["pretrain"], model="examples.tcl:TCL")
-    run_task("pretrain", flags.parse_args(), step, evaluate, initialize=load_encoders)
+    run_task("pretrain", args)
 
 
 if __name__ == "__main__":

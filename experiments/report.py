@@ -23,7 +23,8 @@ from scipy import stats
 
 from configs.flags import Flags
 from dataset.build import build_dataset
-from engine.curves import read_curves
+from engine.launch import run_script
+from engine.metric_logger import read_curves
 from evaluation.attributes import chance_precisions, mean_precisions
 from evaluation.metrics import chance_grounding, chance_recall, vqa_accuracy
 from experiments.run import (
@@ -36,7 +37,7 @@ from experiments.run import (
     rows_of,
     with_needs,
 )
-from utils import InputError, atomic_write, run_script
+from utils import InputError, atomic_write
 from visualize.draw import draw_lines
 
 PICTURE_WIDTH = 1100  # pixels of the pictures beside the page

@@ -36,15 +36,9 @@ import msgspec
 
 from configs.flags import Flags, at_least
 from configs.schema import load_config, override, parse_yaml, with_defaults
-from utils import (
-    InputError,
-    Interrupted,
-    atomic_write,
-    cores,
-    make_output_dir,
-    read_regular,
-    run_script,
-)
+from engine.launch import Interrupted, run_script
+from engine.output_dir import make_output_dir
+from utils import InputError, atomic_write, cores, read_regular
 
 # in a row's folder: its settings, seconds and machine, and whether it is complete
 RECORD = "experiment.json"

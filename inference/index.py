@@ -19,18 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.config import as_config
 from dataset.images import FORMATS, ImageError, load_image
 from dataset.images import SUFFIXES as IMAGE_SUFFIXES
-from engine.device import autocast
-from engine.processes import find_device
-from engine.saving import writing
-from evaluation.divide import divide, progress_bar
+from engine.output_dir import make_output_dir, writing
+from engine.precision import autocast, find_device
+from evaluation.distributed import iter_rank_share, progress_bar
 from inference.inputs import Images, check_number
 from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
-from utils import InputError, alone, atomic_write, hash_contents, make_output_dir, printable
+from utils import InputError, alone, atomic_write, hash_contents, printable
 
 FORMAT = 1  # of the files below
 INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
@@ -201,7 +199,7 @@ def open_index(folder: str | Path) -> Index | None:
     exists = (folder / INDEX).is_file()
     if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
         raise InputError(f"--output {folder}: has files, but no index: name a folder of its own")
-    make_output_dir(folder, patience=1, flag="--output")
+    make_output_dir(folder, flag="--output")
     if not exists:
         return None
     _finish(folder, _read_about(folder)["token"])
@@ -377,7 +375,7 @@ def update_index(
         paths = [path for path in images if path in features]
         if paths:
             states, values = [images[path] for path in paths], [features[path] for path in paths]
-            about = source, *digests, model.task, model.config, left
+            about = source, *digests, model.task, model.config.to_dict(), left
             write_index(folder, Index(paths, states, np.stack(values), *about), unusable)
 
     try:
@@ -403,7 +401,7 @@ def _embed(
     """Yield for each batch the number of images, features [D] by path, and paths with problems."""
     data = _Files(paths, model.transform)
     with autocast(model.config, model.device):
-        for part, (pixels, problems) in divide(
+        for part, (pixels, problems) in iter_rank_share(
             data, model.config, model.device, "images", _collate
         ):
             rows = [(paths[i], problem) for i, problem in zip(part, problems, strict=True)]

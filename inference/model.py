@@ -1,27 +1,27 @@
 """A trained model as one object: features, ranking, answers, heat maps, pseudo-targets."""
 
-import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import require
+from configs.config import Config
+from configs.load import require
 from configs.tasks import TASKS, detect_task, find_task
 from dataset.entries import Entry
 from dataset.relevance import Ad
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize, test_transform
 from dataset.vqa import Question, load_answer_list
-from engine.configuration import choose_config, task_in
-from engine.device import autocast, use_device
-from engine.processes import find_device
-from evaluation.divide import progress_bar
+from engine.configuration import choose_config, task_of_checkpoint
+from engine.precision import autocast, find_device, use_device
+from evaluation.distributed import progress_bar
 from evaluation.metrics import box_scores
 from evaluation.retrieval import ImageEmbeds, encode_images, encode_texts
 from evaluation.vqa import answer_questions, tokenize_answers
@@ -129,10 +129,9 @@ def load_model(
     content = read_checkpoint(source)
     task = detect_task(named_tensors(content, source))
     overrides = [*overrides, *[f"precision={precision}"] * bool(precision)]
-    args = argparse.Namespace(config=config, set=overrides, evaluate=True)
-    name = task_in(content, task, source)
-    choice = choose_config(name, args, source, str(ROOT / find_task(name).config))
-    return Inference(task, choice.config, source, found, allow_missing=allow_missing)
+    name = task_of_checkpoint(content, task, source)
+    chosen, _ = choose_config(name, str(source), file=config, overrides=overrides)
+    return Inference(task, chosen, source, found, allow_missing=allow_missing)
 
 
 def serves(*, exact: bool = False) -> Callable:
@@ -224,7 +223,8 @@ class Inference:
         """
         images, one = as_images(images)
         config = self._batch_config(num_workers=check_number(workers, "workers", 0))
-        _, features = encode_images(self.model, Images(images, self.transform), config, self.device)
+        data = Images(images, self.transform)
+        _, features = encode_images(self.model, data, config, self.device, keep=False)
         return features.cpu()[0] if one else features.cpu()
 
     @serves()
@@ -519,9 +519,8 @@ class Inference:
     def _tokenize(self, texts: list[str], limit: int | None = None) -> Text:
         return tokenize(texts, self.tokenizer, self.config["max_tokens"] or limit).to(self.device)
 
-    def _batch_config(self, **keys: Any) -> dict[str, Any]:
-        keys = {"image_embeds": "recompute", "batch_size_test": self.batch_size, **keys}
-        return {**self.config, **keys}
+    def _batch_config(self, **keys: Any) -> Config:
+        return msgspec.structs.replace(self.config, batch_size_test=self.batch_size, **keys)
 
     def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         return encode_texts(self.model, texts, self.tokenizer, self._batch_config(), self.device)
@@ -538,10 +537,12 @@ class Inference:
         Arguments as in `itm_scores` of the models.
         """
         data = Images(images, self.transform)
-        image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device)
+        image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device, keep=False)
         text_embeds, _, mask = self._encode_texts(texts)
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        return self.model.itm_scores(image_embeds, text_embeds, mask, pairs, score=score, progress=progress).cpu()
+        return self.model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, score=score, progress=progress
+        ).cpu()
 
     def _match_pairs(self, images: list, texts: list[str], image: Tensor, text: Tensor) -> Tensor:
         """Return the ITM logits [Q, K] of images and texts with the numbers [Q, K]."""

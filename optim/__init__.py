@@ -1,18 +1,29 @@
 """Optimizers over torch.optim and timm."""
 
+from typing import Any
+
+import msgspec
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
 
+from configs.config import OptimizerConfig
 from utils import InputError
 
 
-def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
-    """Return two groups: biases and one-dimensional parameters without weight decay, then all
-    others with it.
+def parameter_groups(
+    model: nn.Module, weight_decay: float, temp_lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer.
 
-    temp gets a third group if its learning rate is scaled: Adam moves it by about the learning rate
-    in every step, which at rates far above the paper's 1e-4 makes it collapse before the features
-    have learned anything.
+    Biases and one-dimensional parameters have no weight decay, all others have it. If its learning
+    rate is scaled, temp has a group of its own: Adam moves it by about the learning rate in every
+    step, and at rates far above the paper's 1e-4 it collapses before the features are learned.
+
+    Args:
+        model: The model. Parameters without gradients are left out.
+        weight_decay: Weight decay.
+        temp_lr_scale: Factor on the learning rate of temp.
     """
     plain, decayed, temp = [], [], []
     for name, param in model.named_parameters():
@@ -31,36 +42,43 @@ def parameter_groups(model, weight_decay, temp_lr_scale=1.0):
     return groups
 
 
-def create_optimizer(config, model):
+def create_optimizer(
+    config: OptimizerConfig | dict[str, Any], model: nn.Module
+) -> torch.optim.Optimizer:
     """Return the optimizer of the key `optimizer`: fused AdamW, others from timm's factory.
 
-    config: {opt, lr, weight_decay, temp_lr_scale}; opt_eps and opt_betas default to the
-    optimizer's. Raises InputError.
+    Args:
+        config: The keys of `optimizer`. Without opt_eps and opt_betas the optimizer's defaults
+            hold.
+        model: The model.
+
+    Raises:
+        InputError: There is no optimizer of that name, or it has no option that is set.
     """
-    groups = parameter_groups(model, config["weight_decay"], config["temp_lr_scale"])
-    name = config["opt"].lower()
-    options = {
-        key: config[f"opt_{key}"]
-        for key in ("eps", "betas")
-        if config.get(f"opt_{key}") is not None
-    }
+    if not isinstance(config, OptimizerConfig):
+        config = msgspec.convert(config, OptimizerConfig)
+    groups = parameter_groups(model, config.weight_decay, config.temp_lr_scale)
+    options = {"eps": config.opt_eps, "betas": config.opt_betas}
+    options = {name: value for name, value in options.items() if value is not None}
+    name = config.opt.lower()
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=config["lr"], fused=True, **options)
+        return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
     if name not in list_optimizers():
         raise InputError(
-            f"optimizer: opt is {config['opt']!r}, neither adamW nor a name that timm knows"
+            f"optimizer: opt is {config.opt!r}, neither adamW nor a name that timm knows"
         )
     optimizer = create_optimizer_v2(
-        groups, opt=name, lr=config["lr"], weight_decay=config["weight_decay"], **options
+        groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options
     )
-    for key in options.keys() - optimizer.defaults.keys():
-        raise InputError(f"optimizer: {config['opt']} has no {key}, remove opt_{key}")
+    for option in options.keys() - optimizer.defaults.keys():
+        raise InputError(f"optimizer: {config.opt} has no {option}, remove opt_{option}")
     return optimizer
 
 
-def step_if_finite(optimizer, norm):
-    """optimizer.step(), or nothing at all if norm, of all gradients, is not finite; fused AdamW is
-    not waited for.
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+    """Take an optimizer step unless the norm of all gradients is not finite.
+
+    Fused AdamW takes the decision on the device, so that the host does not wait.
     """
     if optimizer.defaults.get("fused"):
         # as in gradient scaling: the kernel skips the step

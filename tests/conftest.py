@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,10 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from ruamel.yaml import YAML
+
+from engine.launch import configure_logging
+
+configure_logging()  # as a script: notes are on stderr
 
 
 def assert_close(name, ours, theirs, relative, absolute):
@@ -49,7 +54,7 @@ def refusal(function, *arguments):
 
 def exit_status(main):
     """The exit status of a script's main function, run as the script does."""
-    from utils import run_script
+    from engine.launch import run_script
 
     try:
         run_script(main)
@@ -180,7 +185,7 @@ def tiny_config(shapes):
 @pytest.fixture(scope="session")
 def whole(shapes, tmp_path_factory):
     """The folder of an undisturbed run of the tiny configuration."""
-    from test_engine import run
+    from helpers.training import run
 
     folder = tmp_path_factory.mktemp("whole")
     run(tiny(shapes), folder)
@@ -200,9 +205,9 @@ def pretrained(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
-    """Runs Pretrain.py with some keys of the tiny configuration changed; returns (exit status,
-    stderr).
+def pretrain(tiny_config, tmp_path, monkeypatch, capsys, caplog):
+    """Runs Pretrain.py with changed keys of the tiny configuration; returns (exit status, errors
+    and notes on stderr).
     """
     import Pretrain
 
@@ -221,7 +226,8 @@ def pretrain(tiny_config, tmp_path, monkeypatch, capsys):
             *flags,
         ]
         monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        return exit_status(Pretrain.main), capsys.readouterr().err
+        with caplog.at_level(logging.WARNING):
+            return exit_status(Pretrain.main), capsys.readouterr().err
 
     return call
 

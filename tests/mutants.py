@@ -49,14 +49,15 @@ TESTS = {
     "models/conversions.py": "checkpoint released_weights",
     "optim/__init__.py": "config trajectory loop recovery",
     "scheduler/__init__.py": "config trajectory loop",
-    "engine/device.py": "device compile loop",
-    "engine/loop.py": "trajectory loop engine retrieval recovery",
-    "engine/recorder.py": "trajectory loop engine recovery",
-    "engine/saving.py": "retrieval errors engine recovery tasks",
-    "engine/task.py": "retrieval tasks",
+    "engine/precision.py": "device compile loop",
+    "engine/trainer.py": "trajectory loop engine retrieval recovery",
+    "engine/metric_logger.py": "trajectory loop engine recovery",
+    "engine/checkpointing.py": "retrieval errors engine recovery tasks",
+    "engine/distributed.py": "recovery",
+    "engine/run.py": "retrieval tasks",
     "engine/configuration.py": "tasks",
     "evaluation/metrics.py": "metrics",
-    "evaluation/divide.py": "evaluation",
+    "evaluation/distributed.py": "evaluation",
     "evaluation/attributes.py": "attributes",
     "evaluation/relevance.py": "tasks",
     "dataset/attributes.py": "attributes",
@@ -71,7 +72,6 @@ TESTS = {
 }
 
 MUTANTS = [
-    # the objectives
     Mutant(
         "models/losses.py",
         "return (1 - alpha) * hard + alpha * soft, hard",
@@ -109,7 +109,6 @@ MUTANTS = [
         "torch.cat([valid.new_ones(batch), valid.new_zeros(2 * batch)])",
         "torch.cat([valid.new_zeros(batch), valid.new_ones(2 * batch)])",
     ),
-    # contrastive learning and matching
     Mutant(
         "models/contrastive.py",
         'self.hard_negatives = config["hard_negatives"] and',
@@ -191,7 +190,6 @@ MUTANTS = [
         "ptr.copy_((ptr + count).clamp(max=size - 1))",
     ),
     Mutant("models/momentum.py", ".isfinite().all(dim=1)", ".isnan().all(dim=1).logical_not()"),
-    # networks
     Mutant(
         "models/bert.py", "enabled=False", "enabled=torch.is_autocast_enabled(hidden.device.type)"
     ),
@@ -285,12 +283,9 @@ MUTANTS = [
     ),
     Mutant("models/gradcam.py", "gradient.clamp(min=0)", "gradient"),
     Mutant("models/gradcam.py", "/ model.temp, maps)", ", maps)"),
-    # weights in and out
     Mutant("models/weights.py", "mmap=is_zip", "mmap=False"),
     Mutant(
-        "models/weights.py",
-        "                _refuse_compressed(path)\n",
-        "                pass\n",
+        "models/weights.py", "                _refuse_compressed(path)\n", "                pass\n"
     ),
     Mutant("models/weights.py", "weights_only=True, mmap", "weights_only=False, mmap"),
     Mutant("models/weights.py", "    verify_hash(path)\n", ""),
@@ -326,144 +321,144 @@ MUTANTS = [
     Mutant("optim/__init__.py", 'if name == "temp" and temp_lr_scale != 1:', "if False:"),
     Mutant("optim/__init__.py", "optimizer.found_inf = (~norm.isfinite()).float()", "pass"),
     Mutant("optim/__init__.py", "    elif norm.isfinite():\n", "    else:\n"),
-    Mutant(
-        "scheduler/__init__.py", 'epoch / scheduler["epochs"]', '(epoch + 1) / scheduler["epochs"]'
-    ),
+    Mutant("scheduler/__init__.py", "epoch / schedule.epochs", "(epoch + 1) / schedule.epochs"),
     Mutant(
         "scheduler/__init__.py", "max(0, iteration - 1) // WARMUP_STEP", "iteration // WARMUP_STEP"
     ),
+    Mutant("scheduler/__init__.py", "done = epoch * iterations + iteration", "done = iteration"),
     Mutant(
-        "scheduler/__init__.py",
-        "            epoch * iterations + iteration,\n",
-        "            iteration,\n",
+        "scheduler/__init__.py", "config.alpha * min(1.0, iteration / iterations)", "config.alpha"
+    ),
+    Mutant("scheduler/__init__.py", "if config.warm_up and epoch == 0:", "if epoch == 0:"),
+    Mutant(
+        "scheduler/__init__.py", "math.sqrt(global_batch / reference)", "global_batch / reference"
     ),
     Mutant(
-        "scheduler/__init__.py",
-        'config["alpha"] * min(1.0, iteration / iterations)',
-        'config["alpha"]',
-    ),
-    Mutant("scheduler/__init__.py", 'if config["warm_up"] and epoch == 0:', "if epoch == 0:"),
-    Mutant(
-        "scheduler/__init__.py", "math.sqrt(batch / reference_batch)", "batch / reference_batch"
-    ),
-    # the loop
-    Mutant(
-        "engine/loop.py",
-        "(sum(losses.values()) / accumulate).backward()",
+        "engine/trainer.py",
+        "(sum(losses.values()) / config.accumulate).backward()",
         "sum(losses.values()).backward()",
     ),
-    Mutant("engine/loop.py", "value.detach() / accumulate", "value.detach()"),
-    Mutant("engine/loop.py", "    if clip_grad:\n", "    if False:\n"),
-    Mutant("engine/loop.py", "alpha, micro == 0)", "alpha, True)"),
+    Mutant("engine/trainer.py", "value.detach() / config.accumulate", "value.detach()"),
+    Mutant("engine/trainer.py", "    if config.clip_grad:\n", "    if False:\n"),
+    Mutant("engine/trainer.py", "update_momentum=micro == 0)", "update_momentum=True)"),
     Mutant(
-        "engine/loop.py",
-        "distillation_weight(config, epoch, iteration, iterations)",
-        'config["alpha"]',
+        "engine/trainer.py",
+        "distillation_weight(state.config, state.epoch, state.iteration, state.iterations)",
+        "state.config.alpha",
     ),
     Mutant(
-        "engine/loop.py",
-        "lr = learning_rate(run.scheduler, epoch, iteration, iterations)\n        alpha",
-        "lr = learning_rate(run.scheduler, epoch + 1, iteration, iterations)\n        alpha",
+        "engine/trainer.py",
+        "lr = learning_rate(state.schedule, state.epoch, state.iteration, state.iterations)",
+        "lr = learning_rate(state.schedule, state.epoch + 1, state.iteration, state.iterations)",
     ),
-    Mutant("engine/loop.py", 'lr * group.get("lr_scale", 1)', "lr"),
+    Mutant("engine/trainer.py", 'lr * group.get("lr_scale", 1)', "lr"),
     Mutant(
-        "engine/loop.py",
-        "seed_everything(run.seed, epoch, iteration, micro, rank())",
-        "seed_everything(run.seed, epoch, iteration, micro)",
-    ),
-    Mutant(
-        "engine/loop.py",
-        "seed_everything(run.seed, epoch, iteration, micro, rank())",
-        "seed_everything(run.seed, epoch, iteration, 0, rank())",
+        "engine/trainer.py",
+        "seed_everything(state.seed, state.epoch, state.iteration, micro, rank())",
+        "seed_everything(state.seed, state.epoch, state.iteration, micro)",
     ),
     Mutant(
-        "engine/loop.py",
-        "seed_everything(run.seed, epoch, iteration, micro, rank())",
-        "seed_everything(run.seed, epoch, micro, rank())",
+        "engine/trainer.py",
+        "seed_everything(state.seed, state.epoch, state.iteration, micro, rank())",
+        "seed_everything(state.seed, state.epoch, state.iteration, 0, rank())",
     ),
-    Mutant("engine/loop.py", "last = micro == accumulate - 1", "last = False"),
     Mutant(
-        "engine/loop.py",
-        "    run.optimizer.zero_grad(set_to_none=True)\n    return {",
-        "    return {",
+        "engine/trainer.py",
+        "seed_everything(state.seed, state.epoch, state.iteration, micro, rank())",
+        "seed_everything(state.seed, state.epoch, micro, rank())",
     ),
-    Mutant("engine/loop.py", "        buffer.copy_(value)\n", "        pass\n"),
-    Mutant("engine/loop.py", "            model.train()\n", ""),
-    Mutant("engine/device.py", '"highest" if config["deterministic"] else "high"', '"high"'),
-    Mutant("engine/device.py", "optimize_ddp = False", "optimize_ddp = True"),
-    Mutant("engine/device.py", "use_duck_shape = False", "use_duck_shape = True"),
-    Mutant("engine/device.py", "module.compile(dynamic=True, ", "module.compile("),
-    Mutant("engine/device.py", 'and not config["deterministic"] if automatic', "if automatic"),
-    Mutant("engine/device.py", "suppress_errors = automatic", "suppress_errors = False"),
+    Mutant("engine/trainer.py", "last = micro == config.accumulate - 1", "last = False"),
+    Mutant(
+        "engine/trainer.py",
+        "    state.optimizer.zero_grad(set_to_none=True)\n    return Step",
+        "    return Step",
+    ),
+    Mutant("engine/distributed.py", "        buffer.copy_(value)\n", "        pass\n"),
+    Mutant("engine/trainer.py", "    state.model.train()\n", ""),
+    Mutant("engine/precision.py", '"highest" if config.deterministic else "high"', '"high"'),
+    Mutant("engine/precision.py", "optimize_ddp = False", "optimize_ddp = True"),
+    Mutant("engine/precision.py", "use_duck_shape = False", "use_duck_shape = True"),
+    Mutant("engine/precision.py", "module.compile(dynamic=True, ", "module.compile("),
+    Mutant("engine/precision.py", "and not config.deterministic if automatic", "if automatic"),
+    Mutant("engine/precision.py", "suppress_errors = automatic", "suppress_errors = False"),
     Mutant("models/bert.py", "length + -length % 64", "length + -length % 8"),
-    Mutant("engine/device.py", "enable_cudnn_sdp(False)", "enable_cudnn_sdp(True)"),
-    Mutant("engine/device.py", 'enabled=config["precision"] == "bf16" and', "enabled=False and"),
-    Mutant("engine/loop.py", "        param.requires_grad_(False)\n", "        pass\n"),
-    Mutant("engine/loop.py", "scheduler = scaled(", "scheduler = (lambda schedule, *_: schedule)("),
+    Mutant("engine/precision.py", "enable_cudnn_sdp(False)", "enable_cudnn_sdp(True)"),
     Mutant(
-        "engine/loop.py",
-        'metrics[name] > position.best.get("score", float("-inf"))',
-        'metrics[name] >= position.best.get("score", float("-inf"))',
+        "engine/precision.py", 'enabled = config.precision == "bf16" and', "enabled = False and"
     ),
-    Mutant("engine/loop.py", 'metrics[name] > position.best.get("score", float("-inf"))', "True"),
-    Mutant("engine/recorder.py", "            mean /= world_size()\n", ""),
-    Mutant("engine/recorder.py", "total / max(1, position.counted)", "total"),
+    Mutant("engine/trainer.py", "        param.requires_grad_(False)\n", "        pass\n"),
+    Mutant("scheduler/__init__.py", "if reference else 1", "if False else 1"),
+    Mutant("engine/trainer.py", "score > state.best.score", "score >= state.best.score"),
+    Mutant("engine/trainer.py", "state.best is None or score > state.best.score", "True"),
+    Mutant("engine/metric_logger.py", "            mean /= world_size()\n", ""),
+    Mutant("engine/metric_logger.py", "total / max(1, progress.counted)", "total"),
     Mutant(
-        "engine/saving.py", "    return position\n", "    position.best = {}\n    return position\n"
-    ),
-    Mutant("engine/saving.py", "best=self.best)", "best={})"),
-    Mutant(
-        "engine/saving.py",
-        "self.skipped_steps_before + self.skipped_steps",
-        "self.skipped_steps_before",
+        "engine/checkpointing.py",
+        '    state.best = saved["best"] and Best(**saved["best"])\n',
+        "    state.best = None\n",
     ),
     Mutant(
-        "engine/saving.py",
-        '        group |= {name: value for name, value in own.items() if name != "params"}',
+        "engine/checkpointing.py",
+        "self.skipped_steps_before += self.skipped_steps",
+        "self.skipped_steps_before += self.skipped_steps; self.best = None",
+    ),
+    Mutant("engine/checkpointing.py", "self.skipped_steps_before += self.skipped_steps", "pass"),
+    Mutant(
+        "engine/checkpointing.py",
+        '        group |= {name: value for name, value in options.items() if name != "params"}',
         "        pass",
     ),
-    Mutant("engine/saving.py", "int(number[1]) <= epoch - keep", "int(number[1]) < epoch - keep"),
-    Mutant("engine/saving.py", "sorted(saves, reverse=True)", "sorted(saves)"),
-    Mutant("engine/saving.py", "= buffer.copy_(value, non_blocking=True)", "= value"),
     Mutant(
-        "engine/loop.py",
-        "signum, late, failed = stop.agree(saver.late(), saver.failed())",
-        "(signum, failed), late = stop.agree(saver.failed()), saver.late()",
+        "engine/checkpointing.py", "int(number[1]) <= epoch - keep", "int(number[1]) < epoch - keep"
+    ),
+    Mutant("engine/checkpointing.py", "sorted(saves, reverse=True)", "sorted(saves)"),
+    Mutant("engine/checkpointing.py", "= buffer.copy_(value, non_blocking=True)", "= value"),
+    Mutant(
+        "engine/trainer.py",
+        "signum, late, failed = stop.agree(checkpointer.is_late(), checkpointer.has_failed())",
+        "(signum, failed), late = stop.agree(checkpointer.has_failed()), checkpointer.is_late()",
     ),
     Mutant(
-        "engine/saving.py",
-        "        self.thread.shutdown()\n        if failure := self.wait():",
+        "engine/checkpointing.py",
+        "        if failure := self._wait():",
         '        if failure := "":',
     ),
-    Mutant("engine/loop.py", "        if failed:\n            saver.finish()\n", ""),
+    Mutant("engine/trainer.py", "    if failed:\n        checkpointer.finish()\n", ""),
     Mutant(
-        "engine/saving.py",
-        '        if not isinstance(resume, dict) or not {"epoch", "seen"} <= resume.keys():\n',
+        "engine/checkpointing.py",
+        '        if not isinstance(resume, dict) or not {"epoch", "samples_seen"} <= resume.keys():\n',
         "        if False:\n",
     ),
-    Mutant("engine/saving.py", '    if saved["seed"] != seed:\n', "    if False:\n"),
-    Mutant("engine/saving.py", '"" if digest == content[-DIGEST_SIZE:] else', '"" if True else'),
-    Mutant("engine/task.py", "        load_checkpoint(setup.model, file)\n", ""),
-    Mutant("engine/task.py", "    if found != task:\n", "    if False:\n"),
+    Mutant("engine/checkpointing.py", '    if saved["seed"] != state.seed:\n', "    if False:\n"),
+    Mutant("engine/checkpointing.py", "return digest == content[-DIGEST_SIZE:]", "return True"),
+    Mutant("engine/run.py", "        load_checkpoint(model, file)\n", ""),
+    Mutant("engine/run.py", "        if found != task.name:\n", "        if False:\n"),
     Mutant(
-        "engine/task.py",
-        '        output_dir /= "evaluation"\n',
-        "        output_dir = output_dir\n",
+        "engine/run.py", '        output_dir /= "evaluation"\n', "        output_dir = output_dir\n"
     ),
-    Mutant("engine/task.py", " and args.split in (None, split)", ""),
+    Mutant(
+        "engine/run.py",
+        "for split in task.files if args.split in (None, split)",
+        "for split in task.files",
+    ),
     Mutant("engine/configuration.py", '"schedular" not in saved and ', ""),
-    Mutant("engine/configuration.py", "task_in(content, task, checkpoint) == task", "True"),
-    Mutant("engine/configuration.py", "{**load_config(default), **model}", "load_config(default)"),
-    # evaluation
     Mutant(
-        "evaluation/divide.py",
-        "[results[index] for index in sorted(results)]",
-        "[results[index] for index in results]",
+        "engine/configuration.py", "task_of_checkpoint(content, task, checkpoint) == task", "True"
     ),
     Mutant(
-        "evaluation/divide.py",
-        "mine = range(rank(), len(dataset), world_size())",
-        "mine = range(rank(), len(dataset) - len(dataset) % world_size(), world_size())",
+        "engine/configuration.py",
+        "{**load_config(default).to_dict(), **model}",
+        "load_config(default).to_dict()",
+    ),
+    Mutant(
+        "evaluation/distributed.py",
+        "[merged[index] for index in sorted(merged)]",
+        "[merged[index] for index in merged]",
+    ),
+    Mutant(
+        "evaluation/distributed.py",
+        "indices = range(rank(), len(dataset), world_size())",
+        "indices = range(rank(), len(dataset) - len(dataset) % world_size(), world_size())",
     ),
     Mutant(
         "evaluation/retrieval.py", "text_feat[part] = feat", "text_feat[start : start + 256] = feat"
@@ -473,7 +468,7 @@ MUTANTS = [
         "text_embeds[part, :length] = embeds",
         "text_embeds[start : start + 256, :length] = embeds",
     ),
-    Mutant("evaluation/retrieval.py", "image_feat[indices] = ", "image_feat[: len(indices)] = "),
+    Mutant("evaluation/retrieval.py", "features[indices] = ", "features[: len(indices)] = "),
     Mutant("evaluation/retrieval.py", "    model.eval()\n", ""),
     Mutant("evaluation/metrics.py", "int((others == best).sum())", "0"),
     Mutant(
@@ -490,7 +485,6 @@ MUTANTS = [
     Mutant("evaluation/relevance.py", "(index + len(self) // 2) % len(self)", "index"),
     Mutant("models/classification.py", '"itm_head", Head', '"cls_head", Head'),
     Mutant("dataset/attributes.py", "annotation.area < MIN_AREA", "annotation.area <= MIN_AREA"),
-    # loading
     Mutant("dataset/text.py", 'replace("<person>", "person")', 'replace("<person>", "")'),
     Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
     Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),

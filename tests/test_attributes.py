@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, exit_status, log
 from helpers.launch import launch
+from helpers.training import command_line
 from PIL import Image
-from test_engine import command_line
 
 import Attributes
+from configs.config import as_config
 from dataset.attributes import Attribute
 from dataset.build import build_dataset
 from dataset.images import from_pillow
@@ -262,9 +263,9 @@ def test_every_flag_reaches_the_scores(config, monkeypatch):
         "encode_image",
         lambda image: (None, model.encode_text(text)[1].expand(len(image), -1)),
     )
-    given = model, dataset, tokenizer, config, torch.device("cpu")
+    given = model, dataset, tokenizer, as_config(config), torch.device("cpu")
     monkeypatch.setattr(
-        Attributes, "run_task", lambda *args: seen.append(score_boxes(*given, **args[-1].keywords))
+        "engine.run.run_task", lambda *args, **options: seen.append(score_boxes(*given, **options))
     )
     for flags in ([], ["--prompts", "photo"], ["--noun", "object"], ["--score", "max"]):
         monkeypatch.setattr(sys, "argv", ["Attributes.py", *flags])

@@ -15,7 +15,7 @@ from configs.config import ANNOTATION_KEYS, as_config
 from configs.tasks import find_task
 from dataset import check
 from dataset.pool import in_processes
-from engine.task import load_data
+from engine.run import build_datasets
 from utils import InputError, TrainingStopped
 
 GOOD = "images/train/000000.jpg"
@@ -141,11 +141,8 @@ def test_what_is_approved_the_script_takes_and_nothing_else(run, shapes, tiny_co
             }
             config = as_config({**tiny_config, **keys})
             try:
-                load_data(
-                    task,
-                    argparse.Namespace(evaluate=False, split=None, seed=0),
-                    config,
-                    evaluates=True,
+                build_datasets(
+                    find_task(task), argparse.Namespace(evaluate=False, split=None, seed=0), config
                 )
                 taken = True
             except InputError:
@@ -464,13 +461,11 @@ def test_retrieval_entries_that_are_joined_are_counted(run, write, shapes):
 
 
 def test_other_files(run, write, tmp_path):
-    keys = {"train_file": write(pairs(2)), "image_root": "absent", "bert_config": "absent.json"}
+    keys = {"train_file": write(pairs(2)), "image_root": "absent"}
     status, out, report = run(**keys)
-    assert status == 1 and report["count"] == 2
-    assert (
-        "image_root: folder absent does not exist" in out
-        and "bert_config: cannot read absent.json" in out
-    )
+    assert status == 1 and report["count"] == 1
+    assert "image_root: folder absent does not exist" in out
+    assert run(**keys, bert_config="absent.json")[0] == 2
     assert "images           not looked at" in out and report["files"][0]["looked_at"] == 0
     report = run(
         task="vqa",
@@ -575,7 +570,7 @@ def leave(_):
 
 
 def test_a_process_that_dies_is_named_with_its_images():
-    with in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--processes"):
+    with in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--workers"):
         list(jobs(leave, [[(0, "a.jpg")], [(1, "b.jpg")]]))
 
 

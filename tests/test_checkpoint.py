@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
 from configs.schema import load_config
-from engine.saving import resume
+from engine.checkpointing import resume
 from models import build_model
 from models.conversions import interpolate_pos_embed
 from models.tokenizer import build_tokenizer

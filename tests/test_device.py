@@ -1,7 +1,8 @@
 """What a GPU would compute with, on a device of which there is only the name."""
 
-import contextlib
 import datetime
+from dataclasses import asdict
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from conftest import refusal
 
-from engine.device import device_peak, use_device
-from engine.processes import init_process_group
-from engine.recorder import Recorder
-from engine.saving import Position
+from configs.config import as_config
+from engine.checkpointing import Progress
+from engine.distributed import init_process_group
+from engine.metric_logger import MetricLogger
+from engine.precision import device_peak, use_device
+from engine.trainer import StepOutput
 
 CUDA = torch.device("cuda")
 
@@ -22,7 +25,7 @@ def test_float32_is_tf32_on_a_gpu_but_not_where_results_must_repeat_and_attentio
     try:
         for deterministic, precision in ((False, "high"), (True, "highest")):
             torch.backends.cuda.enable_cudnn_sdp(True)
-            use_device({"deterministic": deterministic}, CUDA)
+            use_device(as_config({"deterministic": deterministic}), CUDA)
             assert (
                 torch.get_float32_matmul_precision() == precision
                 and not torch.backends.cuda.cudnn_sdp_enabled()
@@ -31,7 +34,7 @@ def test_float32_is_tf32_on_a_gpu_but_not_where_results_must_repeat_and_attentio
                 torch.backends.cuda.flash_sdp_enabled()
                 and torch.backends.cuda.mem_efficient_sdp_enabled()
             )
-        use_device({"deterministic": False}, torch.device("cpu"))
+        use_device(as_config({"deterministic": False}), torch.device("cpu"))
         assert (
             torch.are_deterministic_algorithms_enabled()
             and torch.get_float32_matmul_precision() == "highest"
@@ -60,59 +63,63 @@ def test_float32_is_tf32_on_a_gpu_but_not_where_results_must_repeat_and_attentio
 )
 def test_the_peak_is_that_of_the_very_device(name, peak):
     with mock.patch("torch.cuda.get_device_name", lambda device: name):
-        assert device_peak(CUDA, {"precision": "bf16"}) == (peak and peak * 1e12)
-        assert device_peak(CUDA, {"precision": "fp32"}) is None
+        assert device_peak(CUDA, as_config({"precision": "bf16"})) == (peak and peak * 1e12)
+        assert device_peak(CUDA, as_config({"precision": "fp32"})) is None
+
+
+def metric_logger(config, folder, device, **keys):
+    """A MetricLogger at the beginning of an epoch, and the state of its run."""
+    logger = MetricLogger(folder, as_config({**config, **keys}), device)
+    state = SimpleNamespace(**asdict(Progress()), iterations=8)
+    logger.begin_epoch(state, 8)
+    return logger, state
+
+
+def output(**losses):
+    return StepOutput(losses, torch.tensor(1.0), [], [])
 
 
 def test_operations_are_counted_once_a_run_also_of_compiled_layers(tiny_config, tmp_path):
-    run = mock.Mock(config=tiny_config, device=torch.device("cpu"), output_dir=tmp_path)
     weight, x = torch.ones(4, 8), torch.ones(2, 4)
     kernel = lambda *arguments: [torch.zeros(2, 8)]  # into which no counter sees
     layer = torch.compile(lambda x: x @ weight, backend=lambda graph, inputs: kernel)
     assert not layer(x).any()
-    with mock.patch("engine.recorder.device_peak", lambda device, config: 1e12):
-        for flops, counted in ((None, 2 * 2 * 4 * 8), (7, 7)):
-            with contextlib.closing(Recorder(run, Position(), 6, None, flops)) as recorder:
-                with recorder.count_flops():
-                    layer(x)
-                assert recorder.flops == counted
+    with mock.patch("engine.metric_logger.device_peak", lambda device, config: 1e12):
+        logger, _ = metric_logger(tiny_config, tmp_path, torch.device("cpu"))
+    for flops, counted in ((None, 2 * 2 * 4 * 8), (7, 7)):
+        logger.flops = flops
+        with logger.count_flops():
+            layer(x)
+        assert logger.flops == counted
 
 
 def test_a_gpu_is_asked_for_its_losses_every_log_every_iterations(tiny_config, tmp_path):
-    run = mock.Mock(config={**tiny_config, "log_every": 3}, device=CUDA, output_dir=tmp_path)
+    logger, state = metric_logger(tiny_config, tmp_path, CUDA, log_every=3)
     asked = []
-    with contextlib.closing(Recorder(run, Position(), 8, None)) as recorder:
 
-        def fetch():
-            asked.append(len(recorder.pending))
-            recorder.now.iteration += len(recorder.pending)
-            recorder.pending = []
+    def flush(state):
+        asked.append(len(logger.pending))
+        logger.pending = []
 
-        with mock.patch.object(recorder, "fetch", fetch):
-            for _ in range(8):
-                recorder.add({}, 0.1, [], [])
+    with mock.patch.object(logger, "flush", flush):
+        for state.iteration in range(8):
+            logger.add(state, output(), 0.1)
     assert asked == [3, 3, 2]
 
 
 def test_a_gpu_whose_peak_is_known_shows_its_mfu(tiny_config, tmp_path):
-    run = mock.Mock(
-        config={**tiny_config, "precision": "bf16"}, device=CUDA, output_dir=tmp_path, iterations=6
-    )
-    drawn = mock.Mock()
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA GeForce RTX 4090", None)):
-        drawn.reset_mock()
-        with mock.patch("torch.cuda.get_device_name", lambda device: name):
-            recorder = Recorder(run, Position(), 6, drawn, flops=1e9 if peak else None)
-        run.device = torch.device("cpu")  # where the losses of this test are
-        with contextlib.closing(recorder):
-            recorder.add({"loss_a": torch.tensor(1.0), "grad_norm": torch.tensor(1.0)}, 0.1, [], [])
-            recorder.fetch()
-        run.device = CUDA
-        shown = drawn.add.call_args.args[0]
-        assert recorder.peak == peak and ("MFU" in recorder.bar.postfix) == bool(peak)
+        with mock.patch("torch.cuda.get_device_name", lambda device, name=name: name):
+            logger, state = metric_logger(tiny_config, tmp_path, CUDA, precision="bf16")
+        logger.flops, logger.device = 1e9 if peak else None, torch.device("cpu")
+        with mock.patch.object(logger, "_draw") as draw:
+            logger.add(state, output(loss_a=torch.tensor(1.0)), 0.1)
+            logger.flush(state)
+        shown = draw.call_args.args[0]
+        assert logger.peak == peak and ("MFU" in logger._bar.postfix) == bool(peak)
         if peak:
-            steps_per_s = shown["train/samples_per_s"] / tiny_config["batch_size"]
-            assert shown["train/mfu"] == pytest.approx(1e9 * steps_per_s / 989e12)
+            steps_per_s = shown["samples_per_s"] / tiny_config["batch_size"]
+            assert shown["mfu"] == pytest.approx(1e9 * steps_per_s / 989e12)
 
 
 @pytest.fixture
@@ -127,11 +134,8 @@ def joined(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
         monkeypatch.setattr(dist, "init_process_group", calls.init_process_group)
-        monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
-        meeting = mock.Mock(
-            rank=5, **{"store.return_value": "store", "wait_for_first.return_value": "start"}
-        )
-        monkeypatch.setattr("engine.processes._Meeting", lambda *_: meeting)
+        rendezvous = mock.Mock(rank=5, **{"meet.return_value": "store"})
+        monkeypatch.setattr("engine.distributed.Rendezvous", lambda *_: rendezvous)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
@@ -155,7 +159,7 @@ def test_each_process_joins_with_a_gpu_of_its_own(joined, gpus, environment, num
     calls.init_process_group.assert_called_once_with(
         backend="cpu:gloo,cuda:nccl",
         device_id=device,
-        store=("start", "store"),
+        store="store",
         rank=5,
         world_size=8,
         timeout=datetime.timedelta(seconds=900),

@@ -1,103 +1,17 @@
-"""The training loop: exact resuming, stopping, broken data; and how tests run it."""
+"""The training loop: exact resuming, stopping, broken data."""
 
-import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from chaos import assert_same_run
 from conftest import log
-from ruamel.yaml import YAML
+from helpers.training import broken_copy, run, signal_at
 
-import Pretrain
-from dataset.build import build_dataset
-from engine import train
-from engine.saving import find_resume_file
-from models import build_model
-from models.tokenizer import build_tokenizer
-from utils import InputError, Interrupted, TrainingStopped, seed_everything
-
-CPU = torch.device("cpu")
-
-
-def run(config, output_dir, resume=False, step=None):
-    """Trains as Pretrain.py does; step(step function) may wrap what a step computes."""
-    output_dir.mkdir(exist_ok=True)
-    tokenizer = build_tokenizer(config["tokenizer"])
-    dataset = build_dataset("pretrain", "train", config, seed=1)
-    seed_everything(1)
-    model = build_model("pretrain", config, tokenizer)
-    plain = Pretrain.step
-    resume_from = find_resume_file(output_dir, "", resume)
-    train(
-        model,
-        dataset,
-        tokenizer,
-        step(plain) if step else plain,
-        config,
-        output_dir,
-        CPU,
-        1,
-        resume_from,
-    )
-    return model
-
-
-def at(number, act):
-    """Wraps a step so that act() comes before its number-th call."""
-
-    def wrap(step):
-        calls = iter(range(1, 1000))
-
-        def stepped(*args, **options):
-            if next(calls) == number:
-                act()
-            return step(*args, **options)
-
-        return stepped
-
-    return wrap
-
-
-def signal_at(number, signum=signal.SIGTERM):
-    """Wraps a step so that the process gets a signal in its number-th call."""
-    return at(number, lambda: os.kill(os.getpid(), signum))
-
-
-def stop_at(number, config, folder):
-    """Runs until a signal in the number-th step."""
-    with pytest.raises(Interrupted):
-        run(config, folder, step=signal_at(number))
-
-
-def torchrun(script, *arguments, processes=2, **environment):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        script,
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [*command, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-
-
-def command_line(config, output_dir, tmp_path):
-    path = tmp_path / "config.yaml"
-    (tmp_path / "bert.json").write_text(json.dumps(config["bert_config"]))
-    YAML(typ="safe").dump({**config, "bert_config": str(tmp_path / "bert.json")}, path)
-    return ["--config", path, "--output_dir", output_dir, "--device", "cpu"]
+from engine.launch import Interrupted
+from utils import InputError, TrainingStopped
 
 
 @pytest.mark.parametrize(
@@ -116,7 +30,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         config["train_file"] = [sharded]
     run(config, tmp_path / "whole")
     with pytest.raises(Interrupted):  # in the middle of epoch 1: 6 batches an epoch
-        run(config, tmp_path / "parts", step=signal_at(9 if accumulate == 1 else 7, signum))
+        run(config, tmp_path / "parts", forward=signal_at(9 if accumulate == 1 else 7, signum))
     saved = torch.load(tmp_path / "parts/checkpoint_last.pth", weights_only=True)
     assert saved["resume"]["epoch"] == 1 and 0 < saved["resume"]["iteration"] < 6
     run(config, tmp_path / "parts", resume=True)
@@ -160,19 +74,6 @@ def test_checkpoint_has_the_released_keys_and_a_finished_run_is_not_overwritten(
     with pytest.raises(InputError, match="--resume"):
         run(tiny_config, tmp_path)
     assert (tmp_path / "checkpoint_last.pth").stat().st_mtime_ns == before
-
-
-def broken_copy(shapes, folder, how_many):
-    """The shapes' pre-training images with the first ones cut off; the others are links."""
-    for entry in json.loads((shapes / "pretrain.json").read_text()):
-        target = folder / entry["image"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if how_many > 0:
-            target.write_bytes((shapes / entry["image"]).read_bytes()[:400])
-            how_many -= 1
-        else:
-            target.symlink_to(shapes / entry["image"])
-    return str(folder)
 
 
 def test_broken_images_are_skipped_counted_and_listed(tiny_config, shapes, tmp_path):

@@ -15,7 +15,7 @@ from conftest import ROOT, contents, exit_status, log
 from PIL import Image
 
 from dataset.to_shards import _check_origin
-from engine.recorder import write_log
+from engine.metric_logger import write_log
 from experiments.run import read_experiments
 from models import build_model
 from models.hashes import recorded_hash

@@ -5,8 +5,9 @@ it came from.
 import pytest
 import torch
 
-import evaluation.divide
+import evaluation.distributed
 import evaluation.retrieval
+from configs.config import as_config
 from dataset.build import build_dataset
 from dataset.text import MAX_TOKENS, tokenize
 from dataset.transforms import normalize
@@ -25,8 +26,10 @@ def model(tiny_config):
 
 
 def test_results_of_several_processes_are_in_the_order_of_the_samples(monkeypatch):
-    monkeypatch.setattr(evaluation.divide, "gather_lists", lambda mine: [*mine, (1, "b"), (3, "d")])
-    assert evaluation.divide.gather({0: "a", 2: "c", 4: "e"}) == list("abcde")
+    monkeypatch.setattr(
+        evaluation.distributed, "gather_lists", lambda mine: [*mine, (1, "b"), (3, "d")]
+    )
+    assert evaluation.distributed.merge_results({0: "a", 2: "c", 4: "e"}) == list("abcde")
 
 
 @pytest.mark.parametrize("processes", [1, 5])
@@ -34,10 +37,10 @@ def test_every_sample_is_some_process_s_once(tiny_config, monkeypatch, processes
     dataset = build_dataset("retrieval", "test", tiny_config)
     seen = []
     for rank in range(processes):
-        monkeypatch.setattr(evaluation.divide, "world_size", lambda: processes)
-        monkeypatch.setattr(evaluation.divide, "rank", lambda rank=rank: rank)
-        for numbers, images in evaluation.divide.divide(
-            dataset, {**tiny_config, "batch_size_test": 5}, CPU, "images"
+        monkeypatch.setattr(evaluation.distributed, "world_size", lambda: processes)
+        monkeypatch.setattr(evaluation.distributed, "rank", lambda rank=rank: rank)
+        for numbers, images in evaluation.distributed.iter_rank_share(
+            dataset, as_config({**tiny_config, "batch_size_test": 5}), CPU, "images"
         ):
             seen += numbers
             assert all(
@@ -57,7 +60,7 @@ def test_texts_of_any_length_keep_their_features_and_tokens(tiny_config, model):
         "a blue star",
         "green",
     ]
-    embeds, feat, mask = encode_texts(model, texts, tokenizer, tiny_config, CPU)
+    embeds, feat, mask = encode_texts(model, texts, tokenizer, as_config(tiny_config), CPU)
     for text, *found, own in zip(texts, embeds, feat, mask):
         alone, alone_feat = model.encode_text(tokenize([text], tokenizer, MAX_TOKENS))
         length = alone.shape[1]
@@ -71,9 +74,8 @@ def test_texts_of_any_length_keep_their_features_and_tokens(tiny_config, model):
 def test_images_keep_their_features_and_embeddings(tiny_config, model):
     dataset = build_dataset("retrieval", "test", tiny_config)
     for where in ("host", "recompute"):
-        embeds, feat = encode_images(
-            model, dataset, {**tiny_config, "image_embeds": where, "batch_size_test": 5}, CPU
-        )
+        config = as_config({**tiny_config, "batch_size_test": 5})
+        embeds, feat = encode_images(model, dataset, config, CPU, keep=where == "host")
         for i in (0, 4, 5, 11):
             alone = model.encode_image(normalize(dataset[i][None]))
             assert torch.allclose(embeds[i : i + 1], alone[0], atol=1e-5) and torch.allclose(

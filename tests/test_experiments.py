@@ -96,7 +96,7 @@ def test_a_failing_row_is_reported_and_the_others_go_on(fake, capsys):
 
 DRIVER = """
 from experiments.run import Place, expand, run
-from utils import run_script
+from engine.launch import run_script
 keys = {"script": "fake.py", "flags": "--to {folder}"}
 rows = {"a": keys, "b": {**keys, "flags": "--to {folder} --slow", "needs": ["a"]}}
 run_script(lambda: run(expand({"rows": rows}, "out"), [Place("one core of a test", {}, None)]))

@@ -6,7 +6,6 @@ raise an error here. The backward pass needs a real device; its gradients are ma
 """
 
 import contextlib
-import importlib
 from unittest import mock
 
 import pytest
@@ -18,11 +17,10 @@ from torch.utils._pytree import tree_leaves
 from configs.config import as_config
 from dataset.build import build_dataset
 from dataset.transforms import _scale_and_offset, normalize
-from engine import Run, iterate
+from engine.trainer import create_train_state, train_step
 from models import build_model
 from models.tokenizer import build_tokenizer
 from models.vqa import length_buckets
-from optim import create_optimizer
 from utils import Text
 
 CUDA = torch.device("cuda")
@@ -88,6 +86,7 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
         "vqa_root": str(shapes),
         "precision": precision,
         "accumulate": 2,
+        "compile": False,
     }
     config = as_config({**tiny_config, **keys})
     tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, "train", config)
@@ -109,12 +108,10 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
         torch.Tensor, "pin_memory", lambda tensor: (pinned.append(tuple(tensor.shape)), tensor)[1]
     )
     with fake_gpu(model):
-        optimizer = create_optimizer(config["optimizer"], model)
-        step = importlib.import_module(script).step
-        run = Run(model, model, optimizer, step, config, config["scheduler"], CUDA, 0, None, 1)
+        state = create_train_state(model, range(2), config, device=CUDA, seed=0)
         with Launches() as launches:
-            values, *_ = iterate(run, iter(prepared), 0, 0, 0.4)
-    assert all(value.device.type == "cuda" for value in values.values())
+            output = train_step(state, iter(prepared), 0.4)
+    assert all(value.device.type == "cuda" for value in output.losses.values())
     assert (
         sorted(launches.copies)
         == sorted(pinned)

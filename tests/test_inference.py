@@ -512,7 +512,10 @@ BAD = {
         lambda m, f: m["ve"].entails(["a.jpg"] * 2, ["a"] * 3),
         "2 images and 3 texts are not pairs",
     ),
-    "itc of VE": (lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"), "no similarity for mode itc"),
+    "itc of VE": (
+        lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"),
+        "no similarity for mode itc",
+    ),
     "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "answers that are no text": (

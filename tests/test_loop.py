@@ -1,16 +1,16 @@
 """Configuration keys through the whole training loop: what a step sees, computes and leaves."""
 
 import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 import torch
 from conftest import log
-from test_engine import run
+from helpers.training import run
 
 import models.losses
-from configs.config import as_config
 from dataset.loading import Loader
 from models.momentum import update_momentum_
 
@@ -31,16 +31,16 @@ def trained(config, folder, epochs=1, **keys):
     config = {**config, "scheduler": {**config["scheduler"], "epochs": epochs}}
     steps = []
 
-    def noted(step):
-        def stepped(model, batch, alpha, update_momentum):
-            seed = torch.initial_seed()
-            losses = step(model, batch, alpha, update_momentum)
-            steps.append(Step(batch, alpha, update_momentum, losses, seed, model.training))
+    def noted(forward):
+        def stepped(batch, *, alpha, update_momentum):
+            seed, training = torch.initial_seed(), forward.__self__.training
+            losses = forward(batch, alpha=alpha, update_momentum=update_momentum)
+            steps.append(Step(batch, alpha, update_momentum, losses, seed, training))
             return losses
 
         return stepped
 
-    return steps, run(as_config({**config, **keys}), folder, step=noted)
+    return steps, run({**config, **keys}, folder, forward=noted)
 
 
 def first_image(config, folder, **keys):
@@ -108,7 +108,7 @@ def test_weight_of_distillation_and_its_ramp(tiny_config, tmp_path):
 def test_every_step_of_every_process_has_a_seed_of_its_own(tiny_config, tmp_path, monkeypatch):
     keys = {"accumulate": 2, "batch_size": 4}
     seeds = [step.seed for step in trained(tiny_config, tmp_path / "0", 2, **keys)[0]]
-    monkeypatch.setattr("engine.loop.rank", lambda: 1)
+    monkeypatch.setattr("engine.trainer.rank", lambda: 1)
     seeds += [step.seed for step in trained(tiny_config, tmp_path / "1", 2, **keys)[0]]
     assert len(seeds) == len(set(seeds)) == 2 * 2 * 12
 
@@ -248,25 +248,25 @@ def test_rates_temperature_and_decay_are_those_of_the_configuration(tiny_config,
 def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
     tiny_config, tmp_path
 ):
-    def dtypes(step):
-        def noted(*args):
+    def dtypes(forward):
+        def noted(*args, **options):
             found.add(
                 torch.get_autocast_dtype("cpu")
                 if torch.is_autocast_enabled("cpu")
                 else torch.float32
             )
-            return step(*args)
+            return forward(*args, **options)
 
         return noted
 
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         found = set()
-        run({**tiny_config, "precision": precision}, tmp_path / precision, step=dtypes)
+        run({**tiny_config, "precision": precision}, tmp_path / precision, forward=dtypes)
         assert found == {dtype}
-    compiling = mock.patch("engine.loop.compiles", lambda config, device: config["compile"] is True)
+    compiling = mock.patch("engine.trainer.compiles", lambda config, device: config.compile is True)
     with (
         compiling,
-        mock.patch("engine.loop.compile_layers") as compiled,
+        mock.patch("engine.trainer.compile_layers") as compiled,
         mock.patch("models.bert.checkpoint") as checkpoint,
     ):
         checkpoint.side_effect = lambda layer, *inputs, use_reentrant, **options: layer(
@@ -284,12 +284,13 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
 def test_saves_come_as_often_as_the_configuration_says(tiny_config, tmp_path):
     def saves(**keys):
         hours = itertools.count(step=0.25)
+        clock = lambda: 3600 * next(hours)
         with (
-            mock.patch("engine.saving.monotonic", lambda: 3600 * next(hours)),
-            mock.patch("engine.loop.Saver.save") as save,
+            mock.patch("engine.checkpointing.time", SimpleNamespace(monotonic=clock)),
+            mock.patch("engine.checkpointing.Checkpointer.save") as save,
         ):
             trained(tiny_config, tmp_path / f"{len(list(tmp_path.iterdir()))}", **keys)
-        return [call.args[0].name for call in save.mock_calls].count("checkpoint_last.pth")
+        return [call.args[1] for call in save.mock_calls].count("checkpoint_last.pth")
 
     assert (
         saves(save_every=2) == saves(save_every="2 iterations") == 2

@@ -14,7 +14,7 @@ import pytest
 from chaos import assert_same_run
 from conftest import log
 
-from engine.processes import _slurm_to_environment
+from engine.rendezvous import slurm_to_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERATIONS = 24
@@ -106,7 +106,7 @@ def undisturbed(config, slurm, tmp_path_factory):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("global batch 8: 2 processes x batch_size 4") == 1, result.stdout
+    assert result.stderr.count("global batch 8: 2 processes x batch_size 4") == 1, result.stderr
     return folder / "run"
 
 
@@ -133,7 +133,7 @@ def test_the_first_node_of_a_step_is_the_master(monkeypatch, nodes, first):
         "SLURM_JOB_ID": "5",
     }
     monkeypatch.setattr("os.environ", environment := dict(step))
-    _slurm_to_environment()
+    slurm_to_environment()
     ours = {
         "RANK": "1",
         "WORLD_SIZE": "2",
@@ -147,7 +147,7 @@ def test_the_first_node_of_a_step_is_the_master(monkeypatch, nodes, first):
 def test_a_batch_script_without_srun_is_one_process(monkeypatch):
     batch = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "5"}
     monkeypatch.setattr("os.environ", environment := dict(batch))
-    _slurm_to_environment()
+    slurm_to_environment()
     assert environment == batch
 
 

@@ -15,12 +15,12 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT
+from helpers.training import broken_copy, command_line, torchrun
 from PIL import Image
-from test_engine import broken_copy, command_line, torchrun
 from torch.utils.data import Dataset
 
 from dataset.loading import Loader
-from engine.processes import StopSignal
+from engine.distributed import StopSignal
 
 
 def processes(session):
@@ -184,7 +184,7 @@ def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_pat
 
 def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch):
     ended = mock.Mock()
-    monkeypatch.setattr("engine.processes.end_at_once", ended)
+    monkeypatch.setattr("engine.distributed.end_at_once", ended)
     with StopSignal() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -249,10 +249,11 @@ def test_scripts_choose_how_openmp_waits_before_torch_is_loaded_unless_the_envir
     given, found, spins
 ):
     program = """
-import argparse, os, sys, utils
+import os, sys
+from engine.launch import run_script
 before = os.environ.get("OMP_WAIT_POLICY")
-utils.begin_script(argparse.ArgumentParser())
-print(before, os.environ["OMP_WAIT_POLICY"], os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules)
+names = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+run_script(lambda: print(before, *map(os.environ.get, names), "torch" in sys.modules))
 """
     kept = {
         key: value
@@ -272,7 +273,7 @@ def test_a_name_that_is_not_utf8_can_be_printed():
     program = [
         sys.executable,
         "-c",
-        "from utils import run_script; run_script(lambda: print('a\\udcff'))",
+        "from engine.launch import run_script; run_script(lambda: print('a\\udcff'))",
     ]
     assert (
         subprocess.run(program, cwd=ROOT, capture_output=True, check=True).stdout == b"a\\udcff\n"

@@ -10,13 +10,16 @@ import torch
 from chaos import assert_same_run
 from conftest import log
 from helpers.launch import launch
-from test_engine import command_line, signal_at
+from helpers.training import command_line, signal_at
 
+import engine.trainer
+import evaluation.retrieval
 import Retrieval
+from engine.launch import Interrupted
 from models import build_model
 from models.weights import load_checkpoint
 from tools import visualize
-from utils import InputError, Interrupted, TrainingStopped
+from utils import InputError, TrainingStopped
 
 
 @pytest.fixture
@@ -41,13 +44,13 @@ def scores(monkeypatch):
     """Scores that the evaluations return one after the other, in place of what they find; and the
     weights that they saw.
     """
-    given, seen, real = [], [], Retrieval.evaluate
+    given, seen, real = [], [], evaluation.retrieval.evaluate
 
     def evaluate(model, *args, **options):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return {**real(model, *args, **options), "r_mean": given.pop(0)}
 
-    monkeypatch.setattr(Retrieval, "evaluate", evaluate)
+    monkeypatch.setattr(evaluation.retrieval, "evaluate", evaluate)
     return given, seen
 
 
@@ -56,11 +59,11 @@ def test_best_epoch_by_validation_is_kept_and_tested(
 ):
     given, seen = scores
     given += [20.0, 30.0, 30.0, 99.0, 99.0]
-    folder, step, training = tmp_path / "run", Retrieval.step, []
+    folder, step, training = tmp_path / "run", engine.trainer.train_step, []
     monkeypatch.setattr(
-        Retrieval,
-        "step",
-        lambda model, *others: training.append(model.training) or step(model, *others),
+        engine.trainer,
+        "train_step",
+        lambda state, *others: training.append(state.model.training) or step(state, *others),
     )
     run(monkeypatch, config, folder, tmp_path, "--checkpoint", pretrained)
     assert all(training)  # also after a validation
@@ -84,15 +87,15 @@ def test_best_epoch_by_validation_is_kept_and_tested(
     tested = seen[-1]
     assert all(torch.equal(value, best["model"][name]) for name, value in tested.items())
     assert not torch.equal(tested["itm_head.weight"], last["model"]["itm_head.weight"])
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert [
-        line for line in out.splitlines() if line.startswith("epoch ") and "r_mean" in line
+        line for line in err.splitlines() if line.startswith("epoch ") and "r_mean" in line
     ] == [
         "epoch 0: val r_mean 20, best 20 (epoch 0)",
         "epoch 1: val r_mean 30, best 30 (epoch 1)",
         "epoch 2: val r_mean 30, best 30 (epoch 1)",
     ]
-    assert f"best epoch by val r_mean 30: epoch 1, {folder / 'checkpoint_best.pth'}; next:" in out
+    assert f"best epoch by val_r_mean 30: epoch 1, {folder / 'checkpoint_best.pth'}" in out
     results = json.loads((folder / "result/retrieval.json").read_text())
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
     assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
@@ -152,9 +155,12 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     config, pretrained, tmp_path, monkeypatch, where
 ):
     run(monkeypatch, config, tmp_path / "whole", tmp_path, "--checkpoint", pretrained)
-    name, number = {"in an epoch": ("step", 9), "in a validation": ("evaluate", 2)}[where]
+    module, name, number = {
+        "in an epoch": (engine.trainer, "train_step", 9),
+        "in a validation": (evaluation.retrieval, "evaluate", 2),
+    }[where]
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Retrieval, name, signal_at(number)(getattr(Retrieval, name)))
+        patch.setattr(module, name, signal_at(number)(getattr(module, name)))
         run(patch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained)
     run(monkeypatch, config, tmp_path / "parts", tmp_path, "--checkpoint", pretrained, "--resume")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
@@ -256,8 +262,8 @@ def test_pre_trained_weights_load_by_their_names(tiny_config, pretrained):
 
 
 BAD_INPUT = {
-    "k_test 0": ({}, ["--k_test", "0"], "--k_test 0"),
-    "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test 16 many"),
+    "k_test 0": ({}, ["--k_test", "0"], "--k_test: 0 is out of range"),
+    "k_test a word": ({}, ["--k_test", "16", "many"], "--k_test: invalid int value: 'many'"),
     "k_test 0 in the configuration": (
         {"k_test": 0},
         [],

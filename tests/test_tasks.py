@@ -7,7 +7,6 @@ import importlib
 import json
 import pickle
 import re
-import shlex
 import sys
 from pathlib import Path
 from unittest import mock
@@ -18,19 +17,21 @@ import torch
 from chaos import assert_same_run
 from conftest import contents, exit_status, log
 from helpers.launch import launch
-from test_engine import command_line, signal_at
+from helpers.training import command_line, signal_at
 
-from configs.tasks import find_task
+import engine.trainer
+from configs.tasks import detect_task, find_task
 from dataset.build import build_dataset
 from engine.configuration import default_output_dir
+from engine.launch import Interrupted
 from evaluation.metrics import grounding_accuracy
 from evaluation.relevance import Swapped, evaluate, roc_auc
 from inference import load_model
-from models import build_model, task_of
+from models import build_model
 from models.tokenizer import build_tokenizer
 from models.vqa import VQA
 from models.weights import load_checkpoint
-from utils import InputError, Interrupted, TrainingStopped
+from utils import InputError, TrainingStopped
 
 # script: the keys of the configuration that hold its data, by file name in the folder of shapes;
 # metrics of its log
@@ -128,14 +129,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     program, tmp_path, monkeypatch, capsys, script
 ):
     config_of, run = program
-    config, module = config_of(script), importlib.import_module(script)
+    config = config_of(script)
     run(script, config, tmp_path / "whole")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(module, "step", signal_at(4)(module.step))
+        patch.setattr(engine.trainer, "train_step", signal_at(4)(engine.trainer.train_step))
         run(script, config, tmp_path / "parts")
     run(script, config, tmp_path / "parts", "--resume", "True")
     assert re.search(
-        r"resuming from .*checkpoint_last.pth: epoch \d, iteration [1-9]", capsys.readouterr().out
+        r"resuming from .*checkpoint_last.pth: epoch \d, iteration [1-9]", capsys.readouterr().err
     )
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -236,8 +237,8 @@ def test_data_sets_can_be_handed_to_a_process(program, script):
     config_of, _ = program
     task = {"Pretrain_nlvr": "nlvr_pretrain"}.get(script, script.lower())
     config, tokenizer = config_of(script), build_tokenizer("tests/golden/vocab.txt")
-    for split in ["train", *find_task(task).files]:
-        if config[find_task(task).files.get(split, "train_file")]:
+    for split, key in {"train": "train_file", **find_task(task).files}.items():
+        if config[key]:
             dataset = build_dataset(task, split, config)
             copied = pickle.loads(
                 pickle.dumps(functools.partial(dataset.collate, tokenizer=tokenizer))
@@ -258,9 +259,8 @@ UNFIT = {
 
 def test_a_refused_resume_changes_no_file(program, shapes, tmp_path, monkeypatch):
     config_of, run = program
-    VE = importlib.import_module("VE")
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(VE, "step", signal_at(3)(VE.step))
+        patch.setattr(engine.trainer, "train_step", signal_at(3)(engine.trainer.train_step))
         run("VE", config_of("VE"), tmp_path / "run")
     before = contents(tmp_path / "run")
     for script, keys, message in UNFIT.values():
@@ -275,19 +275,13 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
     config_of, run = program
     folder = tmp_path / "run"
     run("VE", config_of("VE"), folder, "--resume")
-    out = capsys.readouterr().out
-    assert f"note: --resume: {folder} holds no checkpoint yet, so a new run starts" in out
-    assert re.findall(r"epoch \d: val acc \S+, best \S+ \(epoch \d\)", out)
-    (best,) = re.findall(r"^best epoch by val acc .*: epoch (\d), (.*); next:$", out, re.MULTILINE)
+    out, err = capsys.readouterr()
+    assert f"note: --resume: {folder} has no checkpoint yet, a new run starts" in err
+    assert re.findall(r"epoch \d: val acc \S+, best \S+ \(epoch \d\)", err)
+    (best,) = re.findall(r"^best epoch by val_acc .*: epoch (\d), (.*)$", out, re.MULTILINE)
     assert best[1] == str(folder / "checkpoint_best.pth")
     tested = next(entry["test_acc"] for entry in log(folder) if entry["epoch"] == int(best[0]))
-    commands = [
-        shlex.split(line)[1:]
-        for line in out.splitlines()
-        if line.startswith("    ") and line.strip()
-    ]
-    assert commands[0][0] == "VE.py" and commands[1][:2] == ["-m", "tools.visualize"]
-    call(*commands[0])
+    call("VE.py", "--evaluate", "--checkpoint", folder, "--device", "cpu")
     assert log(folder / "evaluation")[-1]["test_acc"] == tested
     capsys.readouterr()
     # more epochs, with the run's own configuration, and then fewer than there are
@@ -301,9 +295,9 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
         "--set",
         "scheduler.epochs=3",
     )
-    out = capsys.readouterr().out
+    err = capsys.readouterr().err
     assert (
-        f"configuration: that of {folder / 'checkpoint_'}" in out and "epoch 2, iteration 0" in out
+        f"configuration: that of {folder / 'checkpoint_'}" in err and "epoch 2, iteration 0" in err
     )
     call(
         "VE.py",
@@ -315,10 +309,10 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
         "--set",
         "scheduler.epochs=1",
     )
-    out = capsys.readouterr().out
+    err = capsys.readouterr().err
     assert (
-        "the run is complete, it has 3 epochs and scheduler.epochs is 1" in out
-        and "global batch" not in out
+        "the run is complete, it has 3 epochs and scheduler.epochs is 1" in err
+        and "global batch" not in err
     )
     assert [entry["epoch"] for entry in log(folder)] == [0, 1, 2]
 
@@ -341,7 +335,7 @@ def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
             checkpoint=tmp_path / "run/checkpoint_best.pth",
         )
         assert {name.split("_")[0] for name in log(results)[-1]} == {split, "checkpoint", "epoch"}
-    assert "holds a run" in capsys.readouterr().out
+    assert "holds a run" in capsys.readouterr().err
     after = contents(tmp_path / "run")
     assert {path: after[path] for path in before} == before
     assert {path.relative_to(results).as_posix() for path in after.keys() - before.keys()} == {
@@ -405,7 +399,7 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
     def said():
         (line,) = (
             line
-            for line in capsys.readouterr().out.splitlines()
+            for line in capsys.readouterr().err.splitlines()
             if line.startswith("configuration: ")
         )
         return line.removeprefix("configuration: ")
@@ -529,12 +523,11 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
 
 
 def test_labels_of_entailment_and_nlvr(tiny_config, shapes):
-
-    for task, key, labels in (
+    for name, key, labels in (
         ("ve", "ve_test.json", ["contradiction", "neutral", "entailment"]),
         ("nlvr", "nlvr_test.json", ["False", "True"]),
     ):
-        dataset = build_dataset(task, "test", {**tiny_config, "test_file": [str(shapes / key)]})
+        dataset = build_dataset(name, "test", {**tiny_config, "test_file": [str(shapes / key)]})
         entries = json.loads((shapes / key).read_text())
         for sample, entry in zip(dataset, entries, strict=True):
             assert labels[sample.target] == entry["label"]
@@ -573,7 +566,7 @@ def test_relevance_starts_from_the_itm_head_and_can_be_evaluated_before_training
         assert torch.equal(head.weight, weights["itm_head.weight"]) and torch.equal(
             head.bias, weights["itm_head.bias"]
         )
-    assert task_of(model.state_dict()) == "relevance" and task_of(weights) == "pretrain"
+    assert detect_task(model.state_dict()) == "relevance" and detect_task(weights) == "pretrain"
     run(
         "Relevance",
         config_of("Relevance"),
@@ -625,7 +618,7 @@ RIGHT = {  # script: what makes a quarter of its test data right
     "VE": ("evaluation.classification.classify", quarter_right),
     "NLVR": ("evaluation.classification.classify", quarter_right),
     "Grounding": (
-        "Grounding.grounding_accuracy",
+        "evaluation.grounding.grounding_accuracy",
         lambda *data: dict.fromkeys(grounding_accuracy(*data), 0.25),
     ),
 }
@@ -747,9 +740,7 @@ def test_scores_that_are_not_finite_end_an_evaluation(
     status = exit_status(
         lambda: program[1](script, config, tmp_path / "out", "--evaluate", checkpoint=checkpoint)
     )
-    (line,) = (
-        line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")
-    )
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     split, key = (
         ("test", "test_file")
         if config["val_file"] is None and script != "Grounding"

@@ -125,7 +125,9 @@ def test_overrides_reach_the_saved_configuration(visualize):
 
 def test_a_bare_state_dict_takes_a_configuration(visualize, make, tmp_path):
     state = make("retrieval").state_dict()
-    (tmp_path / "config.yaml").write_text(json.dumps(make("retrieval").config.to_dict()))  # JSON is YAML
+    (tmp_path / "config.yaml").write_text(
+        json.dumps(make("retrieval").config.to_dict())
+    )  # JSON is YAML
     flags = ["--text", "dog", "--config", "config.yaml"]
     assert visualize("retrieval", *flags, checkpoint=state)[0] == 0
 

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 import Pretrain
 import Retrieval
-from engine.saving import resume
+from engine.checkpointing import resume
 from inference import load_model
 from inference.index import load_model_of, read_index
 from models import build_model

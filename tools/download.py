@@ -20,7 +20,8 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from configs.flags import Flags
-from utils import InputError, begin_script, run_script
+from engine.launch import begin_script, run_script
+from utils import InputError
 
 RELEASED = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/"
 FILES = {

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.flags import Flags
-from utils import InputError, begin_script, run_script
+from engine.launch import begin_script, run_script
+from utils import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from configs.config import Config
 
 SUFFIXES = (".safetensors", ".pth")
 PUBLISHED = ("model.safetensors", "config.json", "README.md")  # and the vocabulary
@@ -156,17 +159,14 @@ def export_file(
     return text + f"\n  left out: {', '.join(left_out)}; --momentum keeps them" * bool(left_out)
 
 
-def published_config(config: Mapping[str, Any]) -> dict[str, Any]:
+def published_config(config: "Config") -> dict[str, Any]:
     """Return a configuration without paths of this machine, with the keys of BERT in it."""
-    from configs.schema import BERT_KEYS, FILE_KEYS, read_bert_config
+    from configs.config import FILE_KEYS
     from models.tokenizer import VOCABULARY
 
-    bert = read_bert_config(config["bert_config"])
-    return {
-        **{key: value for key, value in config.items() if key not in FILE_KEYS},
-        "bert_config": {key: bert[key] for key in BERT_KEYS if key in bert},
-        "tokenizer": VOCABULARY,
-    }
+    values = config.to_dict()
+    kept = {key: value for key, value in values.items() if key not in FILE_KEYS}
+    return {**kept, "bert_config": values["bert_config"], "tokenizer": VOCABULARY}
 
 
 def export_folder(args: argparse.Namespace) -> str:
@@ -174,20 +174,21 @@ def export_folder(args: argparse.Namespace) -> str:
 
     model.safetensors has no configuration of its own, so that config.json is the only one.
     """
-    from configs.schema import ANNOTATION_KEYS
-    from configs.tasks import detect_task, find_task
-    from engine.configuration import choose_config, task_in
+    from configs.config import ANNOTATION_KEYS
+    from configs.tasks import detect_task
+    from engine.configuration import choose_config, task_of_checkpoint
+    from engine.output_dir import make_output_dir
     from models.tokenizer import VOCABULARY, tokenizer_of
     from models.weights import find_checkpoint, write_weights
-    from utils import atomic_write, make_output_dir
+    from utils import atomic_write
 
     folder = Path(args.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.overwrite:
         raise InputError(f"--output {folder}/ exists already: name another one or add --overwrite")
     content, tensors, _ = read_weights(args.checkpoint, args.momentum)
-    task = task_in(content, detect_task(tensors), args.checkpoint)
-    args.evaluate, epoch = True, content.get("epoch")
-    config = choose_config(task, args, args.checkpoint, find_task(task).config).config
+    task = task_of_checkpoint(content, detect_task(tensors), args.checkpoint)
+    epoch = content.get("epoch")
+    config, _ = choose_config(task, args.checkpoint, file=args.config, overrides=args.set)
     card = model_card(
         args.push or folder.name,
         task,
@@ -200,7 +201,7 @@ def export_folder(args: argparse.Namespace) -> str:
         "config.json": json.dumps(published_config(config), indent=2, ensure_ascii=False),
         "README.md": card,
     }
-    make_output_dir(folder, writes=False, flag="--output")
+    make_output_dir(folder, lock=False, flag="--output")
     try:
         with atomic_write(folder / "model.safetensors") as file:
             metadata = {"epoch": epoch} if isinstance(epoch, int) else {}

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.flags import Flags, at_least
-from utils import InputError, begin_script, interruptible, printable, run_script
+from engine.launch import begin_script, interruptible, run_script
+from utils import InputError, printable
 
 SHOWN = 5  # unusable images that are printed
 
@@ -155,7 +156,7 @@ def read_queries(args: argparse.Namespace) -> list[str | None]:
 
 def answer_queries(args: argparse.Namespace) -> None:
     """Print the images that fit best, and write the page."""
-    from engine.saving import writing
+    from engine.output_dir import writing
     from inference.index import load_model_of, search
     from inference.inputs import UnknownWords
     from visualize.page import check_page, write_page
@@ -197,7 +198,7 @@ def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[
 
 def list_copies(args: argparse.Namespace) -> None:
     """Print groups of near-copies, each image with its similarity to an earlier one."""
-    from engine.processes import find_device
+    from engine.precision import find_device
     from inference.index import near_copies
 
     if not 0 < args.threshold <= 1:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.flags import Flags, at_least
-from utils import InputError, begin_script, run_script
+from engine.launch import begin_script, run_script
+from utils import InputError
 
 parser = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
 parser.add_argument("--run", metavar="DIR", help="folder of a run to draw")
@@ -75,7 +76,7 @@ parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if
 
 def draw_run(folder: Path, output: Path, queries: int) -> None:
     """Draw curves.png, retrieval.png and attributes.png of a run, each if the run has its data."""
-    from engine.curves import read_curves
+    from engine.metric_logger import read_curves
     from visualize.draw import TITLES, draw_attributes, draw_curves, draw_retrieval
 
     tensorboard = folder / "tensorboard"
@@ -113,17 +114,13 @@ def draw_result(result: Path, picture: Path, draw: Any, queries: int) -> None:
 
 def read_texts(path: str | Path, max_words: int) -> list[str]:
     """Return distinct cleaned-up texts: captions of a JSON list, else lines. Raises InputError."""
-    from dataset.annotations import check_entry, read_json_list
     from dataset.caption import Captioned
+    from dataset.entries import read_entries
     from dataset.text import pre_caption
     from utils import read_regular
 
     if Path(path).suffix == ".json":
-        texts = [
-            text
-            for number, entry in read_json_list(path)
-            for text in check_entry(entry, Captioned, path, number).texts
-        ]
+        texts = [text for entry in read_entries(path, Captioned) for text in entry.texts]
     else:
         try:
             texts = read_regular(path).decode().splitlines()

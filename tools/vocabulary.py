@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from configs.flags import Flags, at_least
-from utils import InputError, atomic_write, run_script
+from engine.launch import run_script
+from utils import InputError, atomic_write
 
 parser = Flags(__doc__, "train.json --size 5000 --output vocab.txt")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
@@ -26,8 +27,8 @@ parser.add_argument("--size", type=at_least(1), default=30522, help="largest num
 
 def captions_of(files: list[str]) -> Iterator[str]:
     """Yield the captions of annotation files. Raises InputError if an entry has none."""
-    from dataset.annotations import Entries
     from dataset.caption import Pair
+    from dataset.store import Entries
     from dataset.text import without_halves
 
     for entry in Entries(files, Pair):

@@ -1,7 +1,7 @@
 """The command line of the shapes data set."""
 
 from configs.flags import Flags, at_least
-from utils import run_script
+from engine.launch import run_script
 
 from .files import TASKS, vocabulary, write_dataset
 

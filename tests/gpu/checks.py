@@ -13,11 +13,10 @@ from pathlib import Path
 import pretrain_step
 import torch
 
-import Pretrain
 from dataset.shapes import write_dataset
-from engine import Run, compile_layers, iterate
+from engine.precision import compile_layers
+from engine.trainer import create_train_state, train_step
 from models import build_model
-from optim import create_optimizer
 from utils import Text, seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,41 +62,34 @@ def golden(device, size):
 
 
 def new_run(device, size, batch_size):
-    """Return a Run of pre-training in bf16 and its batch."""
-    config = size.config(f"batch_size={batch_size}", "precision=bf16")
+    """Return the state of a pre-training run in bf16, and its batch."""
+    config = size.config(f"batch_size={batch_size}", "precision=bf16", "compile=false")
     seed_everything(0)
     model = build_model("pretrain", config).to(device).train()
-    for param in model.idle_parameters():
-        param.requires_grad_(False)
-    run = Run(
-        model,
-        model,
-        create_optimizer(config["optimizer"], model),
-        Pretrain.step,
-        config,
-        config["scheduler"],
-        device,
-        0,
-        None,
-        1,
-    )
-    return run, pretrain_step.make_batch(batch_size, config["image_res"])
+    state = create_train_state(model, range(1), config, device=device, seed=0)
+    return state, pretrain_step.make_batch(batch_size, config["image_res"])
+
+
+def take_step(state, batch, iteration):
+    """Take the optimizer step of an iteration. Return its StepOutput."""
+    state.iteration = iteration
+    return train_step(state, iter([batch]), 0.4)
 
 
 def step_without_waits(device, size):
     """A step waits for the device nowhere, and its attention runs in fused kernels."""
-    run, batch = new_run(device, size, size.batches[0])
-    iterate(run, iter([batch]), 0, 0, 0.4)
+    state, batch = new_run(device, size, size.batches[0])
+    take_step(state, batch, 0)
     watched = device.type == "cuda"
     if watched:
         torch.cuda.set_sync_debug_mode("error")
     try:
-        iterate(run, iter([batch]), 0, 1, 0.4)
+        take_step(state, batch, 1)
     finally:
         if watched:
             torch.cuda.set_sync_debug_mode("default")
     with torch.profiler.profile() as profiler:
-        iterate(run, iter([batch]), 0, 2, 0.4)
+        take_step(state, batch, 2)
     names = {
         event.key.removeprefix("aten::_scaled_dot_product_")
         for event in profiler.key_averages()
@@ -115,17 +107,15 @@ def compiled_as_eager(device, size):
     """
     values, graphs = [], 0
     for compiled in (False, True):
-        run, batch = new_run(device, size, size.batches[0])
+        state, batch = new_run(device, size, size.batches[0])
         if compiled:
             torch._dynamo.reset()
-            compile_layers(run.model, **size.compile_options)
-        values.append(
-            [value.item() for value in iterate(run, iter([batch]), 0, 0, 0.4)[0].values()]
-        )
+            compile_layers(state.model, **size.compile_options)
+        values.append([value.item() for value in take_step(state, batch, 0).losses.values()])
     for number in range(1, pretrain_step.WARM_UP + 2):
         if number == pretrain_step.WARM_UP:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        iterate(run, iter([batch]), 0, number, 0.4)
+        take_step(state, batch, number)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, (
         "a graph is compiled after the first steps"
     )

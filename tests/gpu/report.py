@@ -24,8 +24,9 @@ import pretrain_step
 import torch
 
 from configs.schema import read_bert_config, save_config
-from engine.curves import read_curves
-from utils import InputError, run_script
+from engine.launch import run_script
+from engine.metric_logger import read_curves
+from utils import InputError
 
 
 class Size(NamedTuple):

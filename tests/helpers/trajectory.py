@@ -1,24 +1,25 @@
-"""The batches of tests/golden/trajectory.pt through engine.train.
+"""The batches of tests/golden/trajectory.pt through the training loop.
 
 Started in several processes: FOLDER KEY=VALUE...
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[level]) for level in (1, 2)]
 
 import torch
+from helpers.training import fit
 
-import Pretrain
-from configs.schema import override
+from configs.load import override
 from dataset.caption import CaptionBatch
-from engine import train
-from engine.processes import init_process_group
+from engine.distributed import init_process_group
+from engine.launch import run_script
 from models import build_model
 from models.losses import masked_text
-from utils import Text, rank, run_script, world_size
+from utils import Text, rank, world_size
 
 DATA = torch.load(Path(__file__).parents[1] / "golden/trajectory.pt", weights_only=True)
 BATCH_SIZE = 4
@@ -77,25 +78,21 @@ def follow(output_dir, served, resume_from=None, **keys):
     config, model = build(**keys)
     model.mask = lambda input_ids: served.masked
     output_dir.mkdir(exist_ok=True)
-    losses = []
+    losses, forward = [], model.forward
 
-    def noted(*args):
-        values = Pretrain.step(*args)
+    def noted(*args, **options):
+        values = forward(*args, **options)
         losses.append({name: value.item() for name, value in values.items()})
         return values
 
-    with mock.patch("models.losses.draw", most_similar):
-        try:
-            train(
-                model, served, None, noted, config, output_dir, torch.device("cpu"), 0, resume_from
-            )
-        except Stop:
-            pass
+    model.forward = noted
+    with mock.patch("models.losses.draw", most_similar), contextlib.suppress(Stop):
+        fit(model, served, None, config, output_dir, seed=0, resume_from=resume_from)
     return losses
 
 
 def main():
-    init_process_group("cpu")
+    init_process_group("cpu", 60)
     keys = dict(text.split("=") for text in sys.argv[2:])
     follow(Path(sys.argv[1]), Served(len(DATA["batches"]) // 2), **keys)
 

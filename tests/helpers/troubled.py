@@ -22,22 +22,20 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from engine import loop, saving
-from utils import SIGNALS, is_main, rank, run_script
+from engine import checkpointing, trainer
+from engine.launch import SIGNALS, run_script
+from utils import is_main, rank
 
 script, trouble = importlib.import_module(os.environ.get("SCRIPT", "Pretrain")), os.environ
 first_start = not Path(trouble.get("TRACE", "")).is_file()
-iterate, finish_epoch, save, leave = (
-    loop.iterate,
-    loop.finish_epoch,
-    torch.save,
-    loop.StopSignal.__exit__,
-)
+train_step, end_epoch, save = trainer.train_step, trainer.end_epoch, torch.save
+leave = trainer.StopSignal.__exit__
 calls = itertools.count(1)
 
 
@@ -58,8 +56,8 @@ def meet_mishap():
     time.sleep(0.5)  # so that the other process has to wait for this one
 
 
-def troubled_iterate(run, batches, epoch, iteration, *others):
-    number = epoch * run.iterations + iteration
+def troubled_step(state, batches, alpha):
+    number = state.epoch * state.iterations + state.iteration
     if "TRACE" in trouble and is_main():
         append(trouble["TRACE"], f"{os.getpid()} {number}\n")
     if "HOLD" in trouble:
@@ -80,10 +78,10 @@ def troubled_iterate(run, batches, epoch, iteration, *others):
             os.kill(os.getpid(), signal.SIGTERM)
     if "MISHAP" in trouble and number == 14 and first_start:
         meet_mishap()
-    result = iterate(run, batches, epoch, iteration, *others)
+    output = train_step(state, batches, alpha)
     if "FILES" in trouble:
-        append(f"{trouble['FILES']}{rank()}", "".join(f"{name}\n" for name in result[1]))
-    return result
+        append(f"{trouble['FILES']}{rank()}", "".join(f"{name}\n" for name in output.files))
+    return output
 
 
 def slow_save(state, file):
@@ -97,28 +95,28 @@ def slow_leave(stop, *error):
 
 
 def save_to_full_disk(state, file):
-    if state.get("resume", {}).get("iteration") == 0:  # a sharded optimizer sends with torch.save
+    if state["resume"]["iteration"] == 0:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     save(state, file)
 
 
-def interrupted_finish_epoch(*args):
+def interrupted_end_epoch(*args):
     if rank() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
-    return finish_epoch(*args)
+    return end_epoch(*args)
 
 
 if "OTHER" in trouble and trouble["RANK"] == "1":
     sys.argv[sys.argv.index("--config") + 1] = trouble["OTHER"]
-loop.iterate = troubled_iterate
+trainer.train_step = troubled_step
 if "INTERRUPT" in trouble and trouble["RANK"] == "0":
-    loop.StopSignal.__exit__ = slow_leave
+    trainer.StopSignal.__exit__ = slow_leave
 if "SLOW" in trouble:
     torch.save = slow_save
 if "FULL" in trouble:
     torch.save = save_to_full_disk
     if trouble["RANK"] == "1":
-        saving.monotonic = lambda: 0.0
+        checkpointing.time = SimpleNamespace(monotonic=lambda: 0.0)
 if "SIGNAL" in trouble:
-    loop.finish_epoch = interrupted_finish_epoch
+    trainer.end_epoch = interrupted_end_epoch
 run_script(script.main)

@@ -1,0 +1,82 @@
+"""Output folders: create, check and lock them, and write files there."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils import TEMPORARY, InputError, TrainingStopped, is_main
+
+LOCK_TIMEOUT = 10  # seconds that an earlier process may take to end
+
+_locks: dict[str, FileLock] = {}  # held until this process ends, however it ends
+
+
+def make_output_dir(path: Path | str, *, lock: bool = True, flag: str = "--output_dir") -> None:
+    """Create a folder and check that it can be written to, before anything expensive.
+
+    Args:
+        path: The folder.
+        lock: Lock the folder until this process ends, and remove the temporary files of a killed
+            process. In a process group rank 0 holds the lock.
+        flag: Flag or key that names the folder, for messages.
+
+    Raises:
+        InputError: The folder cannot be written to, or another process holds its lock.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{flag} {path}: cannot write there ({error.strerror}), name another folder"
+        ) from None
+    if lock and is_main():
+        _hold(path, flag)
+        for leftover in path.glob(f".*{TEMPORARY}"):
+            leftover.unlink(missing_ok=True)
+
+
+def _hold(folder: Path, flag: str) -> None:
+    # filelock takes it from forked processes: data workers that outlive this one do not keep it
+    lock = _locks.setdefault(
+        str(folder.resolve()), FileLock(folder / ".lock", fallback_to_soft=False)
+    )
+    try:
+        if not lock.is_locked:
+            lock.acquire(timeout=LOCK_TIMEOUT)
+    except Timeout:
+        raise InputError(
+            f"{flag} {folder}: another process is writing there, name another folder or end it"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path, kept: str = "", failures: type[Exception] | tuple[type[Exception], ...] = OSError
+) -> Iterator[None]:
+    """Context that writes a file of a run.
+
+    Args:
+        path: The file, for the message.
+        kept: Part of the message that names the unharmed files.
+        failures: Errors that mean that the file cannot be written.
+
+    Raises:
+        TrainingStopped: One of `failures` occurred.
+    """
+    try:
+        yield
+    except failures as error:
+        # torch.save says that a position is not the expected one, and the operating system why
+        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
+        reason = reason or (
+            f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error
+        )
+        raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None

@@ -1,0 +1,311 @@
+"""A run of a task: check all inputs, train, test the best epoch; or evaluate alone."""
+
+import argparse
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from torch import nn
+
+from configs.config import Config
+from configs.effects import notes, refuse_unread
+from configs.load import require, save_config
+from configs.tasks import Task, find, find_task
+from dataset.build import build_dataset
+from dataset.loading import TrainBatches
+from engine.checkpointing import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    Checkpointer,
+    find_resume_file,
+    resume,
+    run_files,
+)
+from engine.configuration import choose_config, default_output_dir, task_of_checkpoint
+from engine.distributed import check_agreement, init_process_group
+from engine.metric_logger import MetricLogger, write_log
+from engine.output_dir import make_output_dir, writing
+from engine.precision import use_device
+from engine.trainer import create_train_state, train
+from evaluation.metrics import NotFinite
+from evaluation.report import Report
+from models import build_model
+from models.tokenizer import VOCABULARY, tokenizer_of
+from models.weights import checkpoint_epoch, find_checkpoint, load_checkpoint, read_checkpoint
+from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
+
+log = logging.getLogger(__name__)
+
+
+def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
+    """Run a task script: training and a test of its best epoch, or an evaluation alone.
+
+    Metrics are logged to log.txt as `{split}_{name}`, or as `name` if it starts with the split.
+
+    Args:
+        name: Name of the task in the table of tasks.
+        args: Flags of `configs.cli.task_parser`.
+        options: Options of the task's `evaluate`.
+
+    Raises:
+        InputError: An input is wrong. Nothing of a run is written before all inputs are checked.
+        TrainingStopped: The run cannot go on.
+    """
+    task = find_task(name)
+    check_flags(task, args)
+    if args.checkpoint not in ("", "random"):
+        args.checkpoint = str(find_checkpoint(args.checkpoint))
+    device = init_process_group(args.device, args.timeout)
+    config, output_dir, resume_from = find_run(task, args)
+    tokenizer = tokenizer_of(config)
+    train_set, test_sets = build_datasets(task, args, config)
+    if name == "vqa" and train_set and config.max_answer_tokens is None:
+        length = train_set.longest_answer(tokenizer)
+        config = msgspec.structs.replace(config, max_answer_tokens=length)
+    data_sets = {f"{split}_file": data for split, data in test_sets.items()}
+    if train_set is not None:
+        data_sets["train_file"] = train_set
+    check_agreement(config, args.seed, tokenizer, data_sets)
+
+    seed_everything(args.seed)
+    model = build_model(name, config, tokenizer)
+    if train_set is not None:
+        warn_without_negatives(model, train_set, config)
+    if task.check:
+        find(task.check)(model, **options)
+    if not resume_from:
+        load_initial_weights(task, args, model)
+    evaluator = Evaluator(task, model.to(device), tokenizer, config, test_sets, output_dir, options)
+    if args.evaluate:
+        use_device(config, device)
+        epoch = checkpoint_epoch(args.checkpoint)
+        for split in test_sets:
+            evaluator.test(split, args.checkpoint, epoch, checkpoint=args.checkpoint)
+        return
+    data = TrainBatches(train_set, tokenizer, config, device=device, seed=args.seed)
+    state = create_train_state(model, data, config, device=device, seed=args.seed)
+    if resume_from:
+        resume(resume_from, state, len(train_set))
+        log.info(
+            "resuming from %s: epoch %d, iteration %d", resume_from, state.epoch, state.iteration
+        )
+    if is_main():
+        save_settings(model, config, output_dir)
+    validate = evaluator.validate if "val" in test_sets else None
+    with (
+        Checkpointer(output_dir, config.save_every, len(train_set)) as checkpointer,
+        MetricLogger(output_dir, config, device) as logger,
+    ):
+        best = train(state, data, checkpointer, logger, validate=validate)
+    if is_main():
+        # of use only while the last one may be incomplete
+        (output_dir / PREVIOUS).unlink(missing_ok=True)
+    epoch, file = state.epoch - 1, output_dir / LAST
+    if best:
+        epoch, file = best.epoch, output_dir / BEST
+        load_checkpoint(model, file)
+    if "test" in test_sets:
+        evaluator.test("test", f"epoch {epoch}", epoch)
+    if is_main():
+        which = f"best epoch by {evaluator.score} {best.score:.4g}" if best else "last epoch"
+        print(f"{which}: epoch {epoch}, {file}")
+
+
+@dataclass
+class Evaluator:
+    """Evaluates a model on the splits of its task."""
+
+    task: Task
+    model: nn.Module
+    tokenizer: Any
+    config: Config
+    test_sets: Mapping[str, Any]
+    output_dir: Path
+    options: Mapping[str, Any]
+
+    @property
+    def score(self) -> str:
+        """Name in log.txt of the metric that selects the best epoch."""
+        return prefixed("val", self.task.score)
+
+    def measure(self, split: str, report: Report | None = None) -> dict[str, float]:
+        """Return the metrics of a split by their names in log.txt.
+
+        Raises:
+            TrainingStopped: The model's scores are not finite.
+        """
+        device = next(self.model.parameters()).device
+        evaluate, dataset = find(self.task.evaluate), self.test_sets[split]
+        try:
+            metrics = evaluate(
+                self.model, dataset, self.tokenizer, self.config, device, report, **self.options
+            )
+        except NotFinite as error:
+            files = ", ".join(getattr(self.config, self.task.files[split]))
+            raise TrainingStopped(
+                f"{split} {files}: {error}; no metric is reported, evaluate another checkpoint"
+            ) from None
+        return {prefixed(split, name): value for name, value in metrics.items()}
+
+    def validate(self) -> tuple[dict[str, float], str]:
+        """Return the metrics of the validation data and the name of the score."""
+        return self.measure("val"), self.score
+
+    def test(self, split: str, weights: str, epoch: int, **source: str) -> None:
+        """Evaluate a split, print the report and add the metrics to log.txt.
+
+        Args:
+            split: The split.
+            weights: What the report calls the weights.
+            epoch: Epoch of the weights. Its object in log.txt takes the metrics.
+            source: Origin of the weights; it gets an object of its own in log.txt.
+        """
+        report = None
+        if is_main():
+            report = Report(f"{weights}, {split}", split, epoch, self.output_dir / "result")
+        metrics = self.measure(split, report)
+        write_log(self.output_dir, None if source else epoch, **source, **metrics)
+
+
+def prefixed(split: str, name: str) -> str:
+    """Return a metric's name in log.txt."""
+    return name if name.startswith(split) else f"{split}_{name}"
+
+
+def check_flags(task: Task, args: argparse.Namespace) -> None:
+    """Raise InputError if flags contradict each other or the task."""
+    if args.evaluate and args.checkpoint in ("", "random"):
+        raise InputError("an evaluation needs --checkpoint, the weights to evaluate")
+    if args.resume and args.evaluate:
+        raise InputError(
+            "--resume continues a training, and --evaluate does not train: leave one of them out"
+        )
+    if args.split and not args.evaluate:
+        raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
+    if args.evaluate and args.split not in (None, *task.files) or args.evaluate and not task.files:
+        raise InputError(
+            f"--evaluate{' --split ' * bool(args.split)}{args.split or ''}: this task has nothing"
+            " to evaluate"
+        )
+    refuse_unread(task.name, args.set)
+
+
+def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path | None]:
+    """Return the configuration, the folder to write to, and the checkpoint to resume from.
+
+    Raises:
+        InputError: The folder cannot be written to or belongs to another run, a file cannot be
+            read, or a required key is missing.
+    """
+    choose = {"file": args.config, "overrides": args.set, "evaluate": args.evaluate}
+    output_dir, config = args.output_dir, None
+    if not (args.resume and output_dir):  # a resumed run has its configuration in its checkpoint
+        config, source = choose_config(task.name, args.checkpoint, **choose)
+        output_dir = output_dir or default_output_dir(task.name, source, args.evaluate)
+    output_dir = Path(output_dir)
+    if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):
+        output_dir /= "evaluation"
+        log.warning(
+            "%s holds a run, the results of this evaluation go to %s", output_dir.parent, output_dir
+        )
+    make_output_dir(output_dir, lock=not args.evaluate)
+    resume_from = None
+    if not args.evaluate:
+        # --resume --checkpoint continues another run only where a task can start without weights
+        run = args.checkpoint if task.initialize else ""
+        resume_from = find_resume_file(output_dir, run, args.resume)
+    if resume_from:
+        found = task_of_checkpoint(read_checkpoint(resume_from), task.name, resume_from)
+        if found != task.name:
+            raise InputError(
+                f"--resume: {resume_from} is of task {found}, this script's is {task.name}: name"
+                " another --output_dir"
+            )
+        config, _ = choose_config(task.name, str(resume_from), **choose)
+    elif not (args.checkpoint or task.initialize):
+        raise InputError(
+            "--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or"
+            " random"
+        )
+    if config is None:
+        config, _ = choose_config(task.name, args.checkpoint, **choose)
+    for line in notes(task.name, config, args.set, args.evaluate):
+        log.warning("%s", line.removeprefix("note: "))
+    flags = ("text_encoder", "vision_encoder", "tokenizer")
+    given = {key: value for key in flags if (value := getattr(args, key, None))}
+    config = msgspec.structs.replace(config, **given)
+    require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
+    return config, output_dir, resume_from
+
+
+def build_datasets(
+    task: Task, args: argparse.Namespace, config: Config
+) -> tuple[Any, dict[str, Any]]:
+    """Return the training set, None with --evaluate, and the test sets by split.
+
+    Raises:
+        InputError: The data is wrong, or there is nothing to evaluate.
+    """
+    train_set = None
+    if not args.evaluate:
+        train_set = build_dataset(task.name, "train", config, seed=args.seed)
+    splits = [split for split in task.files if args.split in (None, split)]
+    test_sets = {
+        split: build_dataset(task.name, split, config)
+        for split in splits
+        if getattr(config, task.files[split])
+    }
+    if args.evaluate and not test_sets:
+        keys = " or ".join(dict.fromkeys(task.files[split] for split in splits))
+        raise InputError(f"--evaluate needs the key {keys} of the configuration")
+    return train_set, test_sets
+
+
+def load_initial_weights(task: Task, args: argparse.Namespace, model: nn.Module) -> None:
+    """Load --checkpoint, or the encoders of a task that starts without one; log the reports."""
+    reports = []
+    if args.checkpoint == "random":
+        return
+    if args.checkpoint:
+        complete = args.evaluate
+        reports = [load_checkpoint(model, args.checkpoint, args.allow_missing, complete=complete)]
+    else:
+        reports = find(task.initialize)(model, model.config)
+    for report in reports:
+        log.info("%s", report)
+
+
+def warn_without_negatives(model: nn.Module, train_set: Any, config: Config) -> None:
+    """Warn if a model needs negatives and no batch of a rank can have one."""
+    if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
+        return
+    # entries of one image have one group; None: each is its own; shards have no entries
+    entries = train_set.entries
+    first = entries[0].group if len(entries) else None
+    one_image = first is not None and all(entries[i].group == first for i in range(len(entries)))
+    if config.batch_size == 1 or one_image:
+        what = "text assignment" if model.task == "nlvr_pretrain" else "matching"
+        log.warning(
+            "%s is not trained, no batch has a negative: set batch_size from 2, and train on two"
+            " images or more",
+            what,
+        )
+
+
+def save_settings(model: nn.Module, config: Config, folder: Path) -> None:
+    """Write config.yaml and tokenizer.json, so that the run folder is complete in itself.
+
+    Raises:
+        TrainingStopped: A file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if model.vocabulary:
+        config = msgspec.structs.replace(config, tokenizer=VOCABULARY)
+        with writing(folder / VOCABULARY), atomic_write(folder / VOCABULARY) as file:
+            file.write(model.vocabulary.encode())
+    with writing(folder / "config.yaml"):
+        save_config(config, folder)
