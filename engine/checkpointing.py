@@ -13,7 +13,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
@@ -213,7 +213,7 @@ class Checkpointer:
 
     def _wait(self) -> str:
         """Wait for the pending write of this process. Return why it failed, "" if it did not."""
-        error = self._pending and self._pending.exception()
+        error = self._pending.exception() if self._pending else None
         if error and not isinstance(error, TrainingStopped):
             raise error
         return str(error or "")
@@ -290,7 +290,7 @@ def _writing_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
     return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))
 
 
-def add_digest(file: BinaryIO) -> None:
+def add_digest(file: IO[Any]) -> None:
     """Append the SHA-256 of a zip file as its comment. The file is open to read and write."""
     file.seek(-2, os.SEEK_END)
     file.write(COMMENT_LENGTH)

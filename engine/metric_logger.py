@@ -63,15 +63,14 @@ class MetricLogger:
         self.every = config.log_every if device.type == "cuda" else 1
         self.batch_samples = config.batch_size * config.accumulate * world_size()
         self.peak, self.flops = device_peak(device, config), None
-        self._writer, self._bar = None, None
+        self._writer, self._bar = None, tqdm(disable=True)
         self._line_at = time.monotonic()
 
     def __enter__(self) -> "MetricLogger":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.close()
+        self._bar.close()
         if self._writer:
             # lost points of a curve are no reason to fail a run that is complete
             with contextlib.suppress(OSError):
@@ -266,7 +265,9 @@ def read_curves(folder: Path) -> dict[str, tuple[Any, ...]]:
 
 def summarize(progress: "Progress") -> dict[str, Any]:
     """Return a finished epoch's means and counts for log.txt, keys train_*."""
-    means = {f"train_{n}": total / max(1, progress.counted) for n, total in progress.sums.items()}
+    means: dict[str, Any] = {
+        f"train_{n}": total / max(1, progress.counted) for n, total in progress.sums.items()
+    }
     counts = {"skipped": len(progress.skipped), "skipped_steps": progress.skipped_steps}
     means |= {f"train_{name}": count for name, count in counts.items() if count}
     if progress.skipped:

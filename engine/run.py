@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from torch import nn
 
 from configs.config import Config
 from configs.effects import notes, refuse_unread
@@ -34,7 +33,8 @@ from engine.trainer import create_train_state, train
 from evaluation.metrics import NotFinite
 from evaluation.report import Report
 from models import build_model
-from models.tokenizer import VOCABULARY, tokenizer_of
+from models.albef import ALBEF
+from models.tokenizer import VOCABULARY, Tokenizer, tokenizer_of
 from models.weights import checkpoint_epoch, find_checkpoint, load_checkpoint, read_checkpoint
 from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
 
@@ -120,8 +120,8 @@ class Evaluator:
     """Evaluates a model on the splits of its task."""
 
     task: Task
-    model: nn.Module
-    tokenizer: Any
+    model: ALBEF
+    tokenizer: Tokenizer
     config: Config
     test_sets: Mapping[str, Any]
     output_dir: Path
@@ -265,7 +265,7 @@ def build_datasets(
     return train_set, test_sets
 
 
-def load_initial_weights(task: Task, args: argparse.Namespace, model: nn.Module) -> None:
+def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> None:
     """Load --checkpoint, or the encoders of a task that starts without one; log the reports."""
     reports = []
     if args.checkpoint == "random":
@@ -279,7 +279,7 @@ def load_initial_weights(task: Task, args: argparse.Namespace, model: nn.Module)
         log.info("%s", report)
 
 
-def warn_without_negatives(model: nn.Module, train_set: Any, config: Config) -> None:
+def warn_without_negatives(model: ALBEF, train_set: Any, config: Config) -> None:
     """Warn if a model needs negatives and no batch of a rank can have one."""
     if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
         return
@@ -296,7 +296,7 @@ def warn_without_negatives(model: nn.Module, train_set: Any, config: Config) -> 
         )
 
 
-def save_settings(model: nn.Module, config: Config, folder: Path) -> None:
+def save_settings(model: ALBEF, config: Config, folder: Path) -> None:
     """Write config.yaml and tokenizer.json, so that the run folder is complete in itself.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.config import Config, as_config
 from dataset.loading import TrainBatches, to_device
@@ -17,6 +17,7 @@ from engine.distributed import StopSignal, settle_buckets, wrap_ddp
 from engine.launch import interruptible
 from engine.metric_logger import MetricLogger, summarize, write_log
 from engine.precision import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
+from models.albef import ALBEF
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, Schedule, create_schedule, distillation_weight, learning_rate
 from utils import (
@@ -49,8 +50,8 @@ class TrainState(Progress):
         iterations: Optimizer steps of a whole epoch.
     """
 
-    model: nn.Module
-    ddp_model: nn.Module
+    model: ALBEF
+    ddp_model: ALBEF
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     config: Config
@@ -82,7 +83,7 @@ class StepOutput(NamedTuple):
 
 
 def create_train_state(
-    model: nn.Module,
+    model: ALBEF,
     data: TrainBatches,
     config: Config | dict[str, Any],
     *,
@@ -321,7 +322,7 @@ def validate_epoch(state: TrainState, checkpointer: Checkpointer, validate: Vali
     write_log(folder, state.epoch, **metrics)
     # the best one may have been moved away; rank 0 decides, because scores may differ in rounding
     better = state.best is None or score > state.best.score or not (folder / BEST).exists()
-    if gather_lists([better])[0]:
+    if gather_lists([better])[0] or state.best is None:
         state.best = Best(score, state.epoch)
     log.info(
         "epoch %d: %s %.4g, best %.4g (epoch %d)",

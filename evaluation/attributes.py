@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.config import Config, as_config
 from dataset.attributes import FREQUENCIES, Attribute, Box
@@ -14,7 +14,8 @@ from engine.precision import autocast
 from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import require_finite
 from evaluation.report import Report
-from models.contrastive import feature_similarity
+from models.contrastive import ContrastiveModel, feature_similarity
+from models.tokenizer import Tokenizer
 
 TEMPLATES = {  # of a prompt set: for what an object is, for what it has
     "the": (
@@ -121,9 +122,9 @@ def chance_precisions(dataset: Any) -> tuple[list[float | None], list[Attribute]
 
 @torch.no_grad()
 def score_boxes(
-    model: nn.Module,
+    model: ContrastiveModel,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config,
     device: torch.device,
     *,
@@ -162,9 +163,9 @@ def score_boxes(
 
 
 def evaluate(
-    model: nn.Module,
+    model: ContrastiveModel,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from configs.config import Config, as_config
 from configs.tasks import TASKS
@@ -13,11 +12,13 @@ from engine.precision import autocast
 from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import require_finite
 from evaluation.report import Report
+from models.classification import Classifier
+from models.tokenizer import Tokenizer
 
 
 @torch.no_grad()
 def classify(
-    model: nn.Module, dataset: Any, tokenizer: Any, config: Config, device: torch.device
+    model: Classifier, dataset: Any, tokenizer: Tokenizer, config: Config, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits and targets of a ClassificationDataset, on all ranks.
 
@@ -41,9 +42,9 @@ def classify(
 
 
 def evaluate(
-    model: nn.Module,
+    model: Classifier,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

@@ -5,26 +5,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from configs.config import Config, as_config
 from engine.precision import autocast
 from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from evaluation.report import Report
+from models.contrastive import ContrastiveModel
 from models.gradcam import check_block, text_gradcam
+from models.tokenizer import Tokenizer
 
 
-def check_options(model: nn.Module, *, mode: str = "itm", block_num: int | None = None) -> None:
+def check_options(
+    model: ContrastiveModel, *, mode: str = "itm", block_num: int | None = None
+) -> None:
     """Raise InputError if the model has no block `block_num`."""
     if block_num is not None:
         check_block(model, block_num, mode)
 
 
 def heat_maps(
-    model: nn.Module,
+    model: ContrastiveModel,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config,
     device: torch.device,
     *,
@@ -54,9 +57,9 @@ def heat_maps(
 
 
 def evaluate(
-    model: nn.Module,
+    model: ContrastiveModel,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

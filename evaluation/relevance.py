@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import nn
 from torch.utils.data import Dataset
 
 from configs.config import Config, as_config
@@ -13,6 +12,8 @@ from dataset.relevance import SEPARATOR
 from evaluation.classification import classify
 from evaluation.metrics import require_finite
 from evaluation.report import Report
+from models.classification import Classifier
+from models.tokenizer import Tokenizer
 from utils import InputError
 
 
@@ -60,9 +61,9 @@ def roc_auc(labels: list[int], scores: np.ndarray) -> float:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Classifier,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from configs.config import Config, as_config
@@ -16,7 +16,13 @@ from engine.precision import autocast
 from evaluation.distributed import iter_rank_share, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
 from evaluation.report import Report
-from models.contrastive import NO_CANDIDATE, feature_similarity, top_candidates
+from models.contrastive import (
+    NO_CANDIDATE,
+    ContrastiveModel,
+    feature_similarity,
+    top_candidates,
+)
+from models.tokenizer import Tokenizer
 from utils import Text, is_distributed, world_size
 
 TABLE = ["txt_r1", "txt_r5", "txt_r10", "img_r1", "img_r5", "img_r10"]
@@ -37,7 +43,7 @@ class ImageEmbeds:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ContrastiveModel,
         dataset: Dataset,
         config: Config,
         device: torch.device,
@@ -75,7 +81,7 @@ class ImageEmbeds:
 
 @torch.no_grad()
 def encode_images(
-    model: nn.Module, dataset: Dataset, config: Config, device: torch.device, *, keep: bool
+    model: ContrastiveModel, dataset: Dataset, config: Config, device: torch.device, *, keep: bool
 ) -> tuple[ImageEmbeds, Tensor]:
     """Encode a data set's images, divided over the ranks.
 
@@ -93,9 +99,9 @@ def encode_images(
 
 @torch.no_grad()
 def encode_texts(
-    model: nn.Module,
+    model: ContrastiveModel,
     texts: Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,9 +129,9 @@ def encode_texts(
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
+    model: ContrastiveModel,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.config import Config, as_config
 from dataset.text import tokenize
@@ -17,22 +17,24 @@ from evaluation.metrics import (
     vqa_accuracy,
 )
 from evaluation.report import Report
+from models.tokenizer import Tokenizer
+from models.vqa import VQA
 from utils import Text
 
 
-def tokenize_answers(answers: list[str], model: nn.Module, tokenizer: Any) -> Text:
+def tokenize_answers(answers: list[str], model: VQA, tokenizer: Tokenizer) -> Text:
     """Tokenize candidate answers, each with eos, to input_ids [A, L] on the model's device."""
     device = model.bert.embeddings.position_ids.device
     return tokenize([answer + model.config.eos for answer in answers], tokenizer).to(device)
 
 
 def answer_questions(
-    model: nn.Module,
+    model: VQA,
     image: Tensor,
     question: Text,
     answers: list[str] | None,
     tokens: Text | None,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
 ) -> list[list[tuple[str, float]]]:
     """Answer the questions of a batch.
 
@@ -60,7 +62,7 @@ def answer_questions(
 
 @torch.no_grad()
 def answer_all(
-    model: nn.Module, dataset: Any, tokenizer: Any, config: Config, device: torch.device
+    model: VQA, dataset: Any, tokenizer: Tokenizer, config: Config, device: torch.device
 ) -> list[str]:
     """Return the best answer to every question of a VQADataset, on all ranks.
 
@@ -81,9 +83,9 @@ def answer_all(
 
 
 def evaluate(
-    model: nn.Module,
+    model: VQA,
     dataset: Any,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     config: Config | dict[str, Any],
     device: torch.device,
     report: Report | None = None,

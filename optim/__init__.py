@@ -58,7 +58,7 @@ def create_optimizer(
     if not isinstance(config, OptimizerConfig):
         config = msgspec.convert(config, OptimizerConfig)
     groups = parameter_groups(model, config.weight_decay, config.temp_lr_scale)
-    options = {"eps": config.opt_eps, "betas": config.opt_betas}
+    options: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
     options = {name: value for name, value in options.items() if value is not None}
     name = config.opt.lower()
     if name == "adamw":
