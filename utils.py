@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-# NumPy and torch are imported inside functions: they take seconds, and --help must not wait for them
+# NumPy and torch are imported inside functions: they take seconds, and --help must not wait
 if TYPE_CHECKING:
     import torch
 

@@ -56,12 +56,8 @@ def choose_config(
 ) -> tuple[Config, str]:
     """Return the configuration of a run and the file that it comes from.
 
-    It is the first of these, with the overrides:
-
-    1. `file`. An evaluation takes max_answer_tokens from the checkpoint unless it is set.
-    2. The checkpoint's configuration, if it is of the task and from this code. The released code
-       saves the paths of its machine and never reads them.
-    3. The default of the task. An evaluation takes the checkpoint's MODEL_KEYS.
+    It is `file`, else that of a checkpoint of the task, else the default of the task. An evaluation
+    with the default takes MODEL_KEYS from the checkpoint, with `file` max_answer_tokens.
 
     Args:
         task: Name of the task.
@@ -83,7 +79,7 @@ def choose_config(
         log.info("configuration: %s", file)
         return config, file
     where = f"configuration of {checkpoint}"
-    # the released code writes schedular
+    # released code writes schedular; it saves the paths of its machine and never reads them
     if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:
         log.info("configuration: that of %s (another: --config FILE)", checkpoint)
         return override(saved, overrides, where), checkpoint

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from configs.config import Config
 from configs.effects import notes, refuse_unread
@@ -80,38 +81,52 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     if not resume_from:
         load_initial_weights(task, args, model)
     evaluator = Evaluator(task, model.to(device), tokenizer, config, test_sets, output_dir, options)
-    if args.evaluate:
+    if train_set is None:
         use_device(config, device)
         epoch = checkpoint_epoch(args.checkpoint)
         for split in test_sets:
             evaluator.test(split, args.checkpoint, epoch, checkpoint=args.checkpoint)
-        return
-    data = TrainBatches(train_set, tokenizer, config, device=device, seed=args.seed)
-    state = create_train_state(model, data, config, device=device, seed=args.seed)
+    else:
+        train_and_test(evaluator, train_set, seed=args.seed, resume_from=resume_from)
+
+
+def train_and_test(
+    evaluator: "Evaluator", train_set: Any, *, seed: int, resume_from: Path | None
+) -> None:
+    """Train the evaluator's model, then test its best epoch or, without validation, its last.
+
+    Args:
+        evaluator: The model with its test sets and output folder.
+        train_set: The training set.
+        seed: The flag --seed.
+        resume_from: Checkpoint to resume from, None for a new run.
+    """
+    model, config, output_dir = evaluator.model, evaluator.config, evaluator.output_dir
+    device, entries = evaluator.device, len(train_set)
+    data = TrainBatches(train_set, evaluator.tokenizer, config, device=device, seed=seed)
+    state = create_train_state(model, data, config, device=device, seed=seed)
     if resume_from:
-        resume(resume_from, state, len(train_set))
-        log.info(
-            "resuming from %s: epoch %d, iteration %d", resume_from, state.epoch, state.iteration
-        )
+        resume(resume_from, state, entries)
+        where = state.epoch, state.iteration
+        log.info("resuming from %s: epoch %d, iteration %d", resume_from, *where)
     if is_main():
         save_settings(model, config, output_dir)
-    validate = evaluator.validate if "val" in test_sets else None
+    validate = evaluator.validate if "val" in evaluator.test_sets else None
     with (
-        Checkpointer(output_dir, config.save_every, len(train_set)) as checkpointer,
+        Checkpointer(output_dir, config.save_every, entries) as checkpointer,
         MetricLogger(output_dir, config, device) as logger,
     ):
         best = train(state, data, checkpointer, logger, validate=validate)
+    epoch, file, which = state.epoch - 1, output_dir / LAST, "last epoch"
+    if best:
+        epoch, file = best.epoch, output_dir / BEST
+        which = f"best epoch by {evaluator.score} {best.score:.4g}"
+        load_checkpoint(model, file)
+    if "test" in evaluator.test_sets:
+        evaluator.test("test", f"epoch {epoch}", epoch)
     if is_main():
         # of use only while the last one may be incomplete
         (output_dir / PREVIOUS).unlink(missing_ok=True)
-    epoch, file = state.epoch - 1, output_dir / LAST
-    if best:
-        epoch, file = best.epoch, output_dir / BEST
-        load_checkpoint(model, file)
-    if "test" in test_sets:
-        evaluator.test("test", f"epoch {epoch}", epoch)
-    if is_main():
-        which = f"best epoch by {evaluator.score} {best.score:.4g}" if best else "last epoch"
         print(f"{which}: epoch {epoch}, {file}")
 
 
@@ -128,6 +143,11 @@ class Evaluator:
     options: Mapping[str, Any]
 
     @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.model.parameters()).device
+
+    @property
     def score(self) -> str:
         """Name in log.txt of the metric that selects the best epoch."""
         return prefixed("val", self.task.score)
@@ -138,12 +158,9 @@ class Evaluator:
         Raises:
             TrainingStopped: The model's scores are not finite.
         """
-        device = next(self.model.parameters()).device
-        evaluate, dataset = find(self.task.evaluate), self.test_sets[split]
+        inputs = self.test_sets[split], self.tokenizer, self.config, self.device
         try:
-            metrics = evaluate(
-                self.model, dataset, self.tokenizer, self.config, device, report, **self.options
-            )
+            metrics = find(self.task.evaluate)(self.model, *inputs, report, **self.options)
         except NotFinite as error:
             files = ", ".join(getattr(self.config, self.task.files[split]))
             raise TrainingStopped(

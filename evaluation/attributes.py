@@ -196,30 +196,51 @@ def evaluate(
     precisions = average_precisions(scores, labels)
     means = mean_precisions(precisions, attributes)
     if report:
-        chance, _ = chance_precisions(dataset)
-        mean_chance = mean_precisions(chance, attributes)
-        print(
-            f"zero-shot attributes, {report.title}: {len(labels)} boxes, {len(attributes)}"
-            f" attributes, {len(attributes) - precisions.count(None)} with a positive; mean average"
-            " precision, percent"
-        )
-        print(f"{'':24}{'mAP':>9}{'chance':>9}")
-        for name, value in means.items():
-            print(f"{name:24}{value:9.2f}{mean_chance[name]:9.2f}")
-        rows = zip(attributes, precisions, chance, strict=True)
-        content = {
-            "image_root": dataset.roots["image_root"],
-            **options,
-            "map": means,
-            "chance": mean_chance,
-            "attributes": [
-                {"id": a.id, "name": a.name, "average_precision": precision, "chance": share}
-                for a, precision, share in rows
-            ],
-            "boxes": [extremes(box, row) for box, row in zip(dataset.entries, scores, strict=True)],
-        }
-        report.write("attributes.json", content)
+        write_report(report, dataset, scores, precisions, options)
     return {"map" if name == "all" else f"map_{name}": value for name, value in means.items()}
+
+
+def write_report(
+    report: Report,
+    dataset: Any,
+    scores: np.ndarray,
+    precisions: list[float | None],
+    options: dict[str, str],
+) -> None:
+    """Print the means beside chance, and write result/attributes.json.
+
+    Args:
+        report: Where to report.
+        dataset: The AttributeTestSet.
+        scores: Scores of its boxes [N, A].
+        precisions: Average precision of each attribute.
+        options: Options of `score_boxes`.
+    """
+    boxes, attributes = dataset.entries, dataset.attributes
+    chance, _ = chance_precisions(dataset)
+    means = mean_precisions(precisions, attributes)
+    mean_chance = mean_precisions(chance, attributes)
+    print(
+        f"zero-shot attributes, {report.title}: {len(boxes)} boxes, {len(attributes)} attributes,"
+        f" {len(attributes) - precisions.count(None)} with a positive; mean average precision,"
+        " percent"
+    )
+    print(f"{'':24}{'mAP':>9}{'chance':>9}")
+    for name, value in means.items():
+        print(f"{name:24}{value:9.2f}{mean_chance[name]:9.2f}")
+    rows = zip(attributes, precisions, chance, strict=True)
+    content = {
+        "image_root": dataset.roots["image_root"],
+        **options,
+        "map": means,
+        "chance": mean_chance,
+        "attributes": [
+            {"id": a.id, "name": a.name, "average_precision": precision, "chance": share}
+            for a, precision, share in rows
+        ],
+        "boxes": [extremes(box, row) for box, row in zip(boxes, scores, strict=True)],
+    }
+    report.write("attributes.json", content)
 
 
 def extremes(box: Box, scores: np.ndarray) -> dict[str, Any]:

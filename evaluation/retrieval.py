@@ -1,5 +1,6 @@
 """Image-text retrieval (Section 5): encode, rank by ITC, re-rank by ITM, recall, rankings."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -149,7 +150,7 @@ def evaluate(
         config: The configuration.
         device: Device of the model.
         report: Where to report, None for no report.
-        ks: Numbers of candidates to re-rank, by default k_test. All share encodings and scores.
+        ks: Numbers of candidates to re-rank, by default k_test.
 
     Returns:
         The metrics of `recall_at_k` in percent: for the largest k without prefix, for another k
@@ -162,29 +163,28 @@ def evaluate(
     model.eval()
     ks = sorted(ks or [config.k_test])
     keep = config.image_embeds == "host"
+    bar = functools.partial(progress_bar, what="re-ranking")
     with autocast(config, device):
         image_embeds, image_feat = encode_images(model, dataset, config, device, keep=keep)
         text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
-        sim = feature_similarity(image_feat, text_feat)
-        metrics = {0: recall_at_k(sim.cpu(), sim.T.cpu(), dataset.txt2img, dataset.img2txt)}
-        scores_i2t, scores_t2i = model.rerank(
-            image_embeds,
-            image_feat,
-            text_embeds,
-            text_feat,
-            mask,
-            ks[-1],
-            progress=lambda images: progress_bar(images, "re-ranking"),
-        )
+        inputs = image_embeds, image_feat, text_embeds, text_feat, mask
+        scores_i2t, scores_t2i = model.rerank(*inputs, ks[-1], progress=bar)
+    sim = feature_similarity(image_feat, text_feat)
+    metrics = {0: recall_of(sim, sim.T, dataset)}
     for k in ks:
         i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
         t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
-        metrics[k] = recall_at_k(i2t.cpu(), t2i.cpu(), dataset.txt2img, dataset.img2txt)
+        metrics[k] = recall_of(i2t, t2i, dataset)
     if report:
         report.write("retrieval.json", rankings(scores_i2t, scores_t2i, dataset))
         print_table(f"{TASKS[model.task].title}, {report.title}", metrics, dataset)
     prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
     return {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
+
+
+def recall_of(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, float]:
+    """Return `recall_at_k` on a RetrievalTestSet of scores [NI, NT] and [NT, NI]."""
+    return recall_at_k(scores_i2t.cpu(), scores_t2i.cpu(), dataset.txt2img, dataset.img2txt)
 
 
 def print_table(title: str, metrics: dict[int, dict[str, float]], dataset: Any) -> None:
