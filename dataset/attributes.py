@@ -16,6 +16,7 @@ from utils import InputError
 
 FREQUENCIES = ("head", "medium", "tail")  # how often an attribute occurs, as the file says
 MIN_AREA = 50  # pixels of an object that is evaluated
+FORMS = {}  # the files are no lists of entries
 _WANTED = (
     'a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym",'
     ' type, parent_type, freq_set, is_has_att}, ...], "annotations": [{image_id,'

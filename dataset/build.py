@@ -3,8 +3,9 @@
 from typing import Any
 
 from configs.schema import require
-from configs.tasks import find, find_task
+from configs.tasks import Task, find, find_task
 from dataset.base import EntryDataset, check_images
+from dataset.entries import Entry
 from utils import InputError
 
 
@@ -26,6 +27,13 @@ def build_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> Entry
         InputError: The task lacks the split, the configuration lacks a key, or a file is missing or
             wrong.
     """
+    dataset = construct_dataset(task, split, config, seed=seed)
+    check_images(dataset, sample=1000 if split == "train" else None)
+    return dataset
+
+
+def construct_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> EntryDataset:
+    """Build a data set as `build_dataset` does, but do not check its images."""
     row = find_task(task)
     files = {"train": "train_file"} if row.trains else {}
     files |= row.files
@@ -33,9 +41,11 @@ def build_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> Entry
         raise InputError(f"task {task} has no split {split!r}, only {', '.join(files) or 'none'}")
     require(config, "image_res", files[split])
     if split == "train":
-        dataset = find(row.train_data)(config, seed)
-        check_images(dataset, sample=1000)
-    else:
-        dataset = find(row.test_data)(config, split)
-        check_images(dataset)
-    return dataset
+        return find(row.train_data)(config, seed)
+    return find(row.test_data)(config, split)
+
+
+def find_form(task: Task, split: str) -> type[Entry] | None:
+    """Return the form of the entries of a split, None for files that are no lists of entries."""
+    path = task.train_data if split == "train" else task.test_data
+    return find(f"{path.partition(':')[0]}:FORMS").get(split)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -118,12 +118,19 @@ def where(path: str, number: int) -> str:
     return f"{path}: entry {number} (counting from 0)"
 
 
-def read_entries(path: str | os.PathLike, form: type[E]) -> list[E]:
+def read_entries(
+    path: str | os.PathLike,
+    form: type[E],
+    *,
+    refuse: Callable[[int, InputError], None] | None = None,
+) -> list[E]:
     """Read a JSON list and check all of its entries.
 
     Args:
         path: File of the list.
         form: Class of the entries.
+        refuse: Function that is called with the number and the error of each wrong entry, whose
+            place in the result is then None. By default the first error is raised.
 
     Returns:
         The entries.
@@ -144,11 +151,18 @@ def read_entries(path: str | os.PathLike, form: type[E]) -> list[E]:
     # a mistake, or what only Python's json reads, such as NaN and halves of surrogate pairs
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InputError):
         pass
-    values = _decode_list(data, path)
-    first = check_entry(values[0], form, path, 0)
-    return [
-        check_entry(value, form, path, number, first=first) for number, value in enumerate(values)
-    ]
+    entries, first = [], None
+    for number, value in enumerate(_decode_list(data, path)):
+        try:
+            entry = check_entry(value, form, path, number, first=first)
+        except InputError as error:
+            if refuse is None:
+                raise
+            refuse(number, error)
+            entry = None
+        entries.append(entry)
+        first = first or entry
+    return entries
 
 
 def read_json_list(path: str | os.PathLike) -> list:

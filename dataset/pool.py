@@ -98,6 +98,6 @@ def in_processes(
         for process in multiprocessing.active_children():
             if process not in others:
                 process.kill()  # its results are not needed any more
+        pool.shutdown(wait=False)  # its thread may not have started yet
         raise
-    finally:
-        pool.shutdown()
+    pool.shutdown()

@@ -289,7 +289,7 @@ TOOLS = ("tools.download", "tools.export", "tools.search", "tools.visualize")
 
 @pytest.mark.parametrize(
     "script",
-    [*SCRIPTS, *TOOLS, "dataset.check", "dataset.to_json", "dataset.to_shards", "tools.vocabulary"],
+    [*SCRIPTS, *TOOLS, "tools.check", "dataset.to_json", "dataset.to_shards", "tools.vocabulary"],
 )
 def test_help_does_not_wait_for_torch(script):
     command = [

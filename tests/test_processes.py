@@ -229,7 +229,7 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
     )
     config = {**tiny_config, "train_file": str(tmp_path / "train.json"), "test_file": None}
     _, path, *_ = command_line(config, tmp_path / "run", tmp_path)
-    check = start("-m", "dataset.check", "pretrain", path, "--processes", 2)
+    check = start("-m", "tools.check", "pretrain", path, "--workers", 2)
     until(lambda: len(processes(check.pid)) == 3)
     check.terminate()
     status, said = ending(check)

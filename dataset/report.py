@@ -1,0 +1,374 @@
+"""Reports on annotation files: problems, repeated entries, lengths of texts, sizes of images."""
+
+import contextlib
+import io
+import itertools
+import os
+import sys
+import warnings
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from configs.tasks import find_task
+from dataset.attributes import read_boxes
+from dataset.base import evenly
+from dataset.build import construct_dataset, find_form
+from dataset.cache import locate
+from dataset.caption import Pair
+from dataset.entries import Entry, digest, read_entries, where
+from dataset.grounding import Expression
+from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
+from dataset.loading import check_length
+from dataset.pool import begin_worker
+from dataset.shards import Shards, expand, image_and_captions, read_sample
+from dataset.text import is_blank, without_halves
+from dataset.vqa import ROOTS, Question
+from evaluation.metrics import count_vqa_formulas
+from utils import InputError
+
+EXAMPLES, UNKNOWN_SHOWN = 3, 10  # repeated entries and unknown words in a report
+IMAGES_AT_A_TIME = 16  # per job of a process
+SIDES = (0, 64, 128, 256, 512, 1024)  # first values of the bins of the shorter side in pixels
+BINS = ("<64", "64-127", "128-255", "256-511", "512-1023", ">=1024")
+
+
+def name_entry(path: str | None, entry: int | str | None) -> str:
+    """Return the name of an entry of a list, a sample of a shard, or a file for messages."""
+    if entry is None:
+        return path or ""
+    return where(path, entry) if isinstance(entry, int) else f"{path}: sample {entry}"
+
+
+def begin() -> None:
+    """Initialize a process that decodes images."""
+    begin_worker()
+    warnings.simplefilter("ignore")  # Pillow warns often of damaged files
+    torch.set_num_threads(1)
+
+
+def decode_all(jobs: tuple[str, list[tuple]]) -> list[dict[str, Any]]:
+    """Decode several images. jobs: path of the first one, and the arguments of `decode`."""
+    return [decode(*job) for job in jobs[1]]
+
+
+def decode(index: int, path: str, *position: Any) -> dict[str, Any]:
+    """Decode an image of a list, or the sample at a position of a shard, as a run does."""
+    seen = {"index": index, "path": path, "format": "other"}
+    try:
+        if position:
+            sample = read_sample(*position)
+            seen["key"] = sample["__key__"]
+            data, seen["texts"] = image_and_captions(sample, name_entry(path, seen["key"]))
+            seen["digest"] = digest((data, seen["texts"]))
+        else:
+            data = read_image(path)
+        seen["side"] = min(decode_image(data, path).shape[1:])
+        # the pixels are readable, but the other data of the file may be damaged
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+            animated = getattr(image, "is_animated", False)
+            seen |= {"exif_rotated": rotated, "animated": animated}
+            seen["format"] = f"{image.format} {image.mode}"
+    except InputError as error:
+        seen["error"] = error
+    except ImageError as error:
+        seen |= {"kind": error.kind, "problem": error.problem}
+    return seen
+
+
+class Check:
+    """A check of all files that a task reads.
+
+    Args:
+        task: Name of the task.
+        config: Configuration of the task.
+        images: Number of evenly spaced images of each file to decode, None for all.
+        run: Function of `in_processes` that runs jobs.
+
+    Attributes:
+        problems: Problems of entries, files and keys, as {file, entry, problem}.
+        notes: Remarks that do not stop a run.
+        tokenizer: Tokenizer that counts word pieces, None to count none.
+        refer: Data set of REFER that expressions are compared with, if any.
+    """
+
+    def __init__(self, task: str, config: Any, images: int | None, run: Callable) -> None:
+        self.task, self.config, self.images, self.run = find_task(task), config, images, run
+        self.problems, self.notes, self.trained_images = [], [], set()
+        self.tokenizer = self.refer = None
+        files = {"train": "train_file"} if self.task.trains else {}
+        self.files = {**files, **self.task.files}  # key by split
+        roots = ROOTS.values() if task == "vqa" else ["image_root"]
+        self.roots = {root: config[root] for root in roots}
+        self.missing_roots = {
+            root for root, folder in self.roots.items() if not os.path.isdir(folder or os.curdir)
+        }
+
+    def add(
+        self, problem: InputError | str, path: str | None = None, entry: int | str | None = None
+    ) -> None:
+        """Add a problem of an entry, of a file, or without `path` of the configuration."""
+        problem = str(problem).removeprefix(name_entry(path, entry)).lstrip(": ")
+        self.problems.append({"file": path, "entry": entry, "problem": problem})
+
+    @contextlib.contextmanager
+    def noting(self, path: str | None = None) -> Iterator[None]:
+        """Turn an InputError into a problem, which ends the block."""
+        try:
+            yield
+        except InputError as error:
+            self.add(error, path)
+
+    def report_files(self) -> list[dict[str, Any]]:
+        """Check the annotation files of all splits and return a report on each."""
+        reports = []
+        # grounding validates and tests on one file
+        for key, split in {key: split for split, key in self.files.items()}.items():
+            before, form, shards = len(self.problems), find_form(self.task, split), []
+            for path in self.config[key] or ():
+                with self.noting(path):
+                    if form is Pair and (paths := expand([path])[1]):
+                        shards += [shard for shard in paths if self._is_readable(shard)]
+                    else:
+                        reports.append(FileReport(self, key, path, form).read())
+            if shards:
+                file = " ... ".join(dict.fromkeys((shards[0], shards[-1])))
+                shards = list(dict.fromkeys(shards))
+                reports.append(FileReport(self, key, file, form).read_shards(shards))
+            images = sum(sum(of["unusable"].values()) for of in reports if of["key"] == key)
+            if len(self.problems) == before + images and self.config[key]:
+                self._construct([split for split in self.files if self.files[split] == key])
+        return reports
+
+    def _is_readable(self, shard: str) -> bool:
+        """Return whether a shard can be read. If not, it is a problem."""
+        with self.noting(shard):
+            return bool(Shards([shard], 1))
+        return False
+
+    def _construct(self, splits: list[str]) -> None:
+        """Build data sets as a script does, which finds problems of whole lists."""
+        for split in splits:
+            with self.noting():
+                dataset = construct_dataset(self.task.name, split, self.config)
+                if split == "train":
+                    check_length(len(dataset), self.config["batch_size"], world_size=1)
+
+
+class FileReport:
+    """The report on a list, or on all shards together.
+
+    Args:
+        check: The check that the file belongs to.
+        key: Configuration key that names the file.
+        file: Name of the file.
+        form: Form of its entries, None for boxes with attributes.
+    """
+
+    def __init__(self, check: Check, key: str, file: str, form: type[Entry] | None) -> None:
+        self.check, self.form, self.path = check, form, file
+        self.report = {"key": key, "file": file, "form": form.__name__ if form else "Box"}
+        self.counts = defaultdict(Counter)
+        self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
+        self.words, self.pieces, self.all_words = array("L"), array("L"), 0  # of each text
+
+    def read(self) -> dict[str, Any]:
+        """Read a list or a file of boxes, and its images."""
+
+        def refuse(number: int, error: InputError) -> None:
+            self._refuse(error, self.path, number)
+
+        if self.form is None:
+            entries = read_boxes(self.path)[1]
+        else:
+            entries = read_entries(self.path, self.form, refuse=refuse)
+        images, config = {}, self.check.config
+        for index, entry in enumerate(entries):
+            try:
+                if isinstance(entry, Expression) and self.check.refer:
+                    entry.check_ref(self.check.refer)
+            except InputError as error:
+                entry = refuse(index, error)
+            if entry is None:
+                continue
+            if self.form is None:
+                root, paths, texts, value = "image_root", [entry.image], (), entry[:3]
+            else:
+                root, paths, texts = entry.root, entry.images, entry.texts
+                value = paths, texts, getattr(entry, "label", 0), getattr(entry, "ref_id", 0)
+            self._add_entry(self.path, index, index, texts, digest(value))
+            if isinstance(entry, Question) and entry.answer is not None:
+                annotation = {"question_id": entry.question_id, "answer": entry.answer}
+                self.counts["vqa_formulas"].update(count_vqa_formulas([annotation]))
+            if root not in self.check.missing_roots and config[root] is not None:
+                for path in paths:
+                    images.setdefault(absolute(config[root], path), index)
+        paths = list(images)
+        for seen in self._decode(len(paths), lambda i: (images[paths[i]], paths[i])):
+            self._add_image(self.path, seen["index"], f"image {seen['path']}", seen)
+        self.report["entries"] = self.report["entries_read"] = len(entries)
+        return self._finish(paths, f"{'entry' if self.form else 'box'} {{}}".format)
+
+    def read_shards(self, paths: list[str]) -> dict[str, Any]:
+        """Read the samples of shards."""
+        shards = Shards(paths, 1)
+        ends = list(itertools.accumulate(shards.counts))
+        self.report["shards"] = dict(zip(paths, shards.counts, strict=True))
+        if any(shards.others):
+            self.report["files_in_no_sample"] = sum(shards.others)
+
+        def job(index: int) -> tuple:
+            position = shards.position(index)
+            return index, position.path, position
+
+        def name(index: int) -> str:
+            shard, number = locate(index, ends)
+            return f"number {number} of {os.path.basename(paths[shard])}"
+
+        for seen in self._decode(len(shards), job):
+            path, key = seen["path"], seen.get("key")
+            if "error" in seen:
+                self._refuse(seen["error"], path, key)
+            else:
+                self._add_entry(path, key, seen["index"], seen["texts"], seen["digest"])
+                self._add_image(path, key, "image", seen)
+        read = len(evenly(len(shards), self.check.images))
+        self.report |= {"entries": len(shards), "entries_read": read}
+        return self._finish(range(len(shards)), name)
+
+    def _decode(self, length: int, job: Callable[[int], tuple]) -> Iterator[dict[str, Any]]:
+        """Yield decode(*job(i)) for indices below `length`, computed by worker processes."""
+        indices, name = evenly(length, self.check.images), os.path.basename(self.path)
+        bar = tqdm(indices, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
+        jobs = map(job, bar)
+        chunks = iter(lambda: list(itertools.islice(jobs, IMAGES_AT_A_TIME)), [])
+        yield from itertools.chain.from_iterable(
+            self.check.run(decode_all, ((chunk[0][1], chunk) for chunk in chunks))
+        )
+
+    def _refuse(self, error: InputError, path: str, entry: int | str) -> None:
+        """Count an entry that cannot be used."""
+        self.counts["wrong"][error.kind] += 1
+        self.check.add(error, path, entry)
+
+    def _add_entry(
+        self, path: str, entry: int | str, index: int, texts: Iterable[str], value: int
+    ) -> None:
+        """Count an entry and its texts. value: digest of the entry."""
+        self.digests.append(value)
+        self.indices.append(index)
+        if not all([self._add_text(text) for text in texts]):
+            problem = "a caption is empty after clean-up: correct or remove it"
+            self._refuse(InputError(problem, "empty text"), path, entry)
+
+    def _add_text(self, text: str) -> bool:
+        """Count a text. Return whether anything is left of it after clean-up."""
+        words = self.form.clean(text, sys.maxsize).split(" ")
+        limit = self.check.config["max_words"] or self.form.max_words
+        kept = without_halves(" ".join(words[:limit]))
+        usable = not is_blank(kept)
+        self.words.append(len(words) if usable else 0)
+        if tokenizer := self.check.tokenizer:
+            encoding = tokenizer.backend_tokenizer.encode(kept)
+            self.pieces.append(len(encoding.ids))
+            # the first piece is [CLS]
+            self.all_words += encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0
+            for piece, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+                if piece == tokenizer.unk_token_id:  # a word that the vocabulary cannot spell
+                    self.counts["unknown"][kept[start:end]] += 1
+        return usable
+
+    def _add_image(self, path: str, entry: int | str, name: str, seen: dict[str, Any]) -> None:
+        """Count an image that was decoded."""
+        if "kind" in seen:
+            self.counts["unusable"][seen["kind"]] += 1
+            self.check.add(f"{name}: {seen['problem']}", path, entry)
+            return
+        side = seen["side"]
+        self.counts["shorter_side"][BINS[int(np.searchsorted(SIDES, side, "right")) - 1]] += 1
+        self.counts["formats"][seen["format"]] += 1
+        traits = {key: seen[key] for key in ("exif_rotated", "animated") if key in seen}
+        small = side < (self.check.config["image_res"] or 0)
+        self.counts["traits"].update(smaller_than_image_res=small, **traits)
+
+    def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
+        """Complete the report.
+
+        Args:
+            images: Paths of all images, or all samples.
+            name: Function that returns the name of an entry.
+
+        Returns:
+            The report.
+        """
+        _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
+        earlier = first[which]  # the first entry with the digest of each
+        later = np.flatnonzero(earlier < np.arange(len(earlier))).tolist()
+        pairs = [(self.indices[i], self.indices[earlier[i]]) for i in later[:EXAMPLES]]
+        self.report |= {
+            "wrong": dict(self.counts["wrong"].most_common()),
+            "duplicates": len(later),
+            "first_duplicates": [f"{name(i)} as {name(j)}" for i, j in pairs],
+            "texts": len(self.words),
+        }
+        config, form, training = self.check.config, self.form, self.report["key"] == "train_file"
+        if self.words:
+            limit = config["max_words"] or form.max_words
+            self.report["words"] = _describe_lengths(self.words, limit)
+        if self.pieces:
+            most = self.check.tokenizer.model_max_length
+            limit = min(config["max_tokens"] or form.max_tokens or most, most)
+            self.report["word_pieces"] = _describe_lengths(self.pieces, limit)
+            self._report_unknown_words()
+        trained = self.check.trained_images
+        looked_at = self.counts["shorter_side"].total() + self.counts["unusable"].total()
+        self.report |= {
+            "vqa_formulas": dict(self.counts["vqa_formulas"]),
+            "images": len(images),
+            "looked_at": looked_at,
+            "unusable": dict(self.counts["unusable"].most_common()),
+            "images_also_trained_on": 0 if training else len(trained.intersection(images)),
+            "shorter_side": {bin_: self.counts["shorter_side"][bin_] for bin_ in BINS},
+            "formats": dict(self.counts["formats"].most_common()),
+            **self.counts["traits"],
+        }
+        if training:
+            trained.update(images)
+            share = self.counts["unusable"].total() / max(1, looked_at)
+            if share > config["max_skipped"]:
+                self._note(f"{share:.1%} of the images cannot be used, more than max_skipped")
+        return self.report
+
+    def _report_unknown_words(self) -> None:
+        unknown = self.counts["unknown"]
+        share = unknown.total() / max(1, self.all_words)
+        self.report["unknown_words"] = {
+            "count": unknown.total(),
+            "share_of_words": share,
+            "share_of_word_pieces": unknown.total() / sum(self.pieces),
+            "most_frequent": dict(unknown.most_common(UNKNOWN_SHOWN)),
+        }
+        if share > 0.5:
+            self._note(
+                f"the vocabulary lacks {share:.1%} of the words; python -m tools.vocabulary makes"
+                " one from captions"
+            )
+
+    def _note(self, text: str) -> None:
+        self.check.notes.append(f"{self.report['key']} {self.path}: {text}")
+
+
+def _describe_lengths(lengths: array, limit: int) -> dict[str, float]:
+    """Return quantiles of the lengths of texts, and the share that exceeds the limit."""
+    values = np.frombuffer(lengths, lengths.typecode)
+    names = ("min", "median", "p95", "max")
+    quantiles = np.quantile(values, [0, 0.5, 0.95, 1], method="inverted_cdf").tolist()
+    cut = float((values > limit).mean())
+    return {**dict(zip(names, quantiles, strict=True)), "limit": limit, "cut": cut}

@@ -1,0 +1,163 @@
+"""Check all data that a task's configuration names, and report what is wrong.
+
+A run refuses the first wrong entry of a list, and replaces or refuses unusable samples
+(docs/faults.md). This command reads to the end and decodes every image once. If it finds no
+problem, it also builds the data sets, so that the task's script accepts the data.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.flags import Flags, at_least
+from configs.tasks import TASKS
+from engine.launch import run_script
+from utils import InputError, atomic_write, cores
+
+if TYPE_CHECKING:
+    from dataset.report import Check
+
+SHOWN = 20  # problems that are printed
+
+parser = Flags(__doc__.splitlines()[0], "pretrain configs/Pretrain.yaml --output report.json")
+parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=f"one of {', '.join(TASKS)}")
+parser.add_argument("config", metavar="CONFIG", help="YAML file of the task")
+parser.add_set()
+parser.add_argument(
+    "--workers", type=at_least(1), metavar="N", default=cores(), help="processes that decode images"
+)
+parser.add_argument(
+    "--images",
+    type=at_least(0),
+    metavar="N",
+    help="decode N evenly spaced images of every file (default: all)",
+)
+parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the whole report")
+parser.add_argument("--overwrite", action="store_true", help="replace an existing report")
+
+
+def load_others(check: "Check") -> dict[str, str]:
+    """Load the other files that a task reads, and add their problems to the check.
+
+    A hub that cannot be reached is a note, because the configuration may be right.
+
+    Returns:
+        The description of each file or folder by its key.
+    """
+    from configs.schema import require
+    from dataset.refer import load_detections, load_refer
+    from dataset.vqa import load_answer_list
+    from models.tokenizer import tokenizer_of
+
+    config, task = check.config, check.task.name
+    missing = dict.fromkeys(check.missing_roots, ": does not exist")
+    others = {
+        root: folder + missing.get(root, "") for root, folder in check.roots.items() if folder
+    }
+
+    for root in missing:
+        check.add(f"{root}: folder {config[root]} does not exist; set {root} to another folder")
+
+    def load(key: str, unit: str, function: Callable, *arguments: Any) -> Any:
+        try:
+            loaded = function(*arguments)
+            size = len(loaded.refs if key == "refcoco_data" else loaded)
+            others[key] = f"{config[key]}: {size} {unit}"
+            return loaded
+        except InputError as error:
+            # a file name is not of the hub
+            if error.kind == "network" and not os.path.splitext(config[key])[1]:
+                others[key] = f"{config[key]}: not checked, the hub cannot be reached"
+                check.notes.append(str(error))
+            else:
+                others[key] = f"{config[key]}: cannot be used"
+                check.add(error)
+
+    vocabulary = "tokenizer" if config["tokenizer"] else "text_encoder"
+    check.tokenizer = load(vocabulary, "word pieces", tokenizer_of, config)
+    if task == "vqa" and config["answer_list"]:
+        load("answer_list", "answers", load_answer_list, config["answer_list"])
+    if task == "grounding":
+        with check.noting():
+            require(config, *(["refcoco_data", "det_file"] if config["test_file"] else []))
+        if folder := config["refcoco_data"]:
+            name = config["refer_dataset"]
+            check.refer = load("refcoco_data", "refs", load_refer, folder, name)
+        if check.refer and config["det_file"]:
+            load("det_file", "images", load_detections, config["det_file"], check.refer)
+    return others
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Print the whole report, without values that are 0 or empty, and the first problems."""
+    from dataset.report import name_entry
+
+    lines = []
+    for of in [report["others"], *report["files"]]:
+        lines += ["", *(f"{key}: {shown}" for key, value in of.items() if (shown := _shown(value)))]
+    problems = report["problems"]
+    lines += ["", *(f"note: {note}" for note in report["notes"])]
+    lines.append(f"{len(problems)} problems (docs/faults.md)" if problems else "No problems.")
+    for of in problems[:SHOWN]:
+        where = name_entry(of["file"], of["entry"])
+        lines.append(f"{where}: {of['problem']}".removeprefix(": "))
+    if len(problems) > SHOWN:
+        lines.append(f"... and {len(problems) - SHOWN} more; --output FILE.json lists them all")
+    for line in lines:  # a terminal would obey some characters
+        print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a report as text, "" if it is 0 or empty."""
+    if isinstance(value, dict):
+        value = [f"{key} {_shown(inner)}" for key, inner in value.items() if inner]
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value or "")
+
+
+def main() -> None:
+    """Check the data of a configuration. Exits with status 1 if there are problems."""
+    args = parser.parse_args()
+    from configs.effects import refuse_unread
+    from configs.schema import load_config, require
+    from dataset.pool import in_processes
+    from dataset.report import Check, begin
+
+    refuse_unread(args.task, args.set)
+    config = load_config(args.config, args.set)
+    require(config, "bert_config")
+    if args.output and args.output.exists() and not args.overwrite:
+        raise InputError(f"--output: {args.output} exists: name another file or add --overwrite")
+    with contextlib.ExitStack() as stack:
+        if args.output:
+            try:
+                file = stack.enter_context(atomic_write(args.output, "w"))
+            except OSError as error:
+                raise InputError(
+                    f"--output {args.output}: cannot write there ({error.strerror}), name another"
+                    " file"
+                ) from None
+        jobs = stack.enter_context(in_processes(args.workers, begin))
+        check = Check(args.task, config, args.images, jobs)
+        keys = dict.fromkeys(check.files.values())
+        if not any(config[key] for key in keys):
+            raise InputError(
+                f"{args.config} names no file that {args.task} reads, by any of the keys"
+                f" {', '.join(keys)}"
+            )
+        report = {"task": args.task, "config": args.config, "others": load_others(check)}
+        report["files"] = check.report_files()
+        report |= {"notes": check.notes, "problems": check.problems, "count": len(check.problems)}
+        if args.output:
+            json.dump(report, file, indent=1)
+    print_report(report)
+    sys.exit(bool(check.problems))
+
+
+if __name__ == "__main__":
+    run_script(main)
