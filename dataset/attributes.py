@@ -8,6 +8,7 @@ from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
+from configs.config import Config
 from dataset.base import EntryDataset, test_options
 from dataset.entries import by_id, digest, read_json
 from dataset.images import ImageError, load_image
@@ -193,8 +194,8 @@ class AttributeTestSet(EntryDataset):
         return self.transform(image[:, y : y + h, x : x + w])
 
 
-def test_set(config: Any, split: str) -> AttributeTestSet:
+def test_set(config: Config, split: str) -> AttributeTestSet:
     """Build a test set of attributes, with bilinear resizing as in the published evaluation."""
-    transform = test_transform(config["image_res"], Image.Resampling.BILINEAR)
+    transform = test_transform(config.image_res, Image.Resampling.BILINEAR)
     options = {**test_options(config), "transform": transform}
-    return AttributeTestSet(config[f"{split}_file"], **options)
+    return AttributeTestSet(getattr(config, f"{split}_file"), **options)

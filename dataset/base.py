@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from configs.config import Config
 from dataset.images import ImageError, no_file
 from dataset.text import NO_LIMITS, Limits, is_blank
 from dataset.transforms import test_transform, train_transform
@@ -107,7 +108,7 @@ class EntryDataset(Dataset):
 
 
 def train_options(
-    config: Any, seed: int, *, min_scale: float | None = FINE_TUNING_SCALE
+    config: Config, seed: int, *, min_scale: float | None = FINE_TUNING_SCALE
 ) -> dict[str, Any]:
     """Return arguments of `EntryDataset` for the training set of a configuration.
 
@@ -120,20 +121,20 @@ def train_options(
     Returns:
         The arguments roots, transform, seed and limits.
     """
-    if config["min_scale"] is not None:
-        min_scale = config["min_scale"]
+    if config.min_scale is not None:
+        min_scale = config.min_scale
     transform = train_transform(
-        config["image_res"], min_scale, hflip=config["hflip"], augment=config["randaugment"]
+        config.image_res, min_scale, hflip=config.hflip, augment=config.randaugment
     )
     return {**test_options(config), "transform": transform, "seed": seed}
 
 
-def test_options(config: Any) -> dict[str, Any]:
+def test_options(config: Config) -> dict[str, Any]:
     """Return the arguments roots, transform and limits of `EntryDataset` for a test set."""
     return {
-        "roots": {"image_root": config["image_root"]},
-        "transform": test_transform(config["image_res"]),
-        "limits": Limits(config["max_words"], config["max_tokens"]),
+        "roots": {"image_root": config.image_root},
+        "transform": test_transform(config.image_res),
+        "limits": Limits(config.max_words, config.max_tokens),
     }
 
 

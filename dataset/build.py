@@ -1,15 +1,15 @@
 """Construction of the data set of a task and split."""
 
-from typing import Any
 
-from configs.schema import require
+from configs.config import Config, as_config
+from configs.load import require
 from configs.tasks import Task, find, find_task
 from dataset.base import EntryDataset, check_images
 from dataset.entries import Entry
 from utils import InputError
 
 
-def build_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> EntryDataset:
+def build_dataset(task: str, split: str, config: Config | dict, *, seed: int = 0) -> EntryDataset:
     """Build the data set of a task and split, and check all of its annotation files.
 
     The images of a training set are checked on a sample of 1,000, those of a test set all.
@@ -27,12 +27,15 @@ def build_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> Entry
         InputError: The task lacks the split, the configuration lacks a key, or a file is missing or
             wrong.
     """
+    config = as_config(config)
     dataset = construct_dataset(task, split, config, seed=seed)
     check_images(dataset, sample=1000 if split == "train" else None)
     return dataset
 
 
-def construct_dataset(task: str, split: str, config: Any, *, seed: int = 0) -> EntryDataset:
+def construct_dataset(
+    task: str, split: str, config: Config | dict, *, seed: int = 0
+) -> EntryDataset:
     """Build a data set as `build_dataset` does, but do not check its images."""
     row = find_task(task)
     files = {"train": "train_file"} if row.trains else {}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from configs.config import Config
 from dataset.base import EntryDataset, train_options
 from dataset.entries import Entry, Texts, digest
 from dataset.images import decode_image, load_image
@@ -167,13 +168,11 @@ class ShardedCaptions(CaptionDataset):
         return CaptionSample(image, caption, -1, f"{position.path}/{sample['__key__']}")
 
 
-def train_set(config: Any, seed: int) -> CaptionDataset:
+def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of pre-training and text assignment."""
-    lists, shards = expand(config["train_file"])
+    lists, shards = expand(config.train_file)
     entries = Entries(lists, Pair) if lists or not shards else []
     options = train_options(config, seed, min_scale=MIN_SCALE)
     if not shards:
         return CaptionDataset(entries, **options)
-    return ShardedCaptions(
-        entries, Shards(shards), shuffle_buffer=config["shuffle_buffer"], **options
-    )
+    return ShardedCaptions(entries, Shards(shards), shuffle_buffer=config.shuffle_buffer, **options)

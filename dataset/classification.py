@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from configs.config import Config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.entries import Entry
 from dataset.images import load_image
@@ -80,11 +81,11 @@ class ClassificationDataset(EntryDataset):
         )
 
 
-def build_train_set(form: type[Entry], config: Any, seed: int) -> ClassificationDataset:
+def build_train_set(form: type[Entry], config: Config, seed: int) -> ClassificationDataset:
     """Build the training set with entries of `form`."""
-    return ClassificationDataset(config["train_file"], form, **train_options(config, seed))
+    return ClassificationDataset(config.train_file, form, **train_options(config, seed))
 
 
-def build_test_set(form: type[Entry], config: Any, split: str) -> ClassificationDataset:
+def build_test_set(form: type[Entry], config: Config, split: str) -> ClassificationDataset:
     """Build a test set with entries of `form`."""
-    return ClassificationDataset(config[f"{split}_file"], form, **test_options(config))
+    return ClassificationDataset(getattr(config, f"{split}_file"), form, **test_options(config))

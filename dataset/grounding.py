@@ -7,7 +7,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.schema import require
+from configs.config import Config
+from configs.load import require
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset
 from dataset.entries import Entry
@@ -154,18 +155,18 @@ def load_refer_and_detections(
     return refer, load_detections(det_file, refer)
 
 
-def train_set(config: Any, seed: int) -> CaptionDataset:
+def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of grounding, which resizes images instead of cropping them."""
-    entries = Entries(config["train_file"], GroundingPair)
+    entries = Entries(config.train_file, GroundingPair)
     return CaptionDataset(entries, **train_options(config, seed, min_scale=None))
 
 
-def test_set(config: Any, split: str) -> GroundingTestSet:
+def test_set(config: Config, split: str) -> GroundingTestSet:
     """Build the test set of val, or of all test splits together."""
     require(config, "refcoco_data", "det_file")
     keys = ("refcoco_data", "det_file", "refer_dataset")
-    refer, detections = load_refer_and_detections(*(config[key] for key in keys))
+    refer, detections = load_refer_and_detections(*(getattr(config, key) for key in keys))
     splits = ["val"] if split == "val" else None
     # test_file holds all splits together
     options = test_options(config)
-    return GroundingTestSet(config["test_file"], refer, detections, splits=splits, **options)
+    return GroundingTestSet(config.test_file, refer, detections, splits=splits, **options)

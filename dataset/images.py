@@ -28,7 +28,7 @@ class ImageError(OSError):
     default kind: detail.
     """
 
-    def __init__(self, name, kind, detail="", problem=""):
+    def __init__(self, name, kind, detail="", problem="") -> None:
         self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
         super().__init__(f"{name}: {self.problem}")
 

@@ -17,6 +17,7 @@ from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 from torch.utils.data._utils import signal_handling
 
+from configs.config import Config, as_config
 from dataset.pool import begin_worker
 from dataset.transforms import normalize
 from utils import InputError, TrainingStopped, cores, environment_number, rank, seed_of, world_size
@@ -90,10 +91,10 @@ class EpochBatches(Sampler):
             yield share[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
 
-def workers(config: Any) -> int:
+def workers(config: Config) -> int:
     """Return num_workers, by default the number of cores of each local rank, 8 at most."""
-    if config["num_workers"] is not None:
-        return config["num_workers"]
+    if config.num_workers is not None:
+        return config.num_workers
     local_ranks = max(1, environment_number("LOCAL_WORLD_SIZE", 1))
     return min(MAX_WORKERS, max(1, cores() // local_ranks))
 
@@ -114,12 +115,18 @@ class TrainBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, tokenizer: Any, config: Any, *, device: torch.device, seed: int
+        self,
+        dataset: Dataset,
+        tokenizer: Any,
+        config: Config | dict,
+        *,
+        device: torch.device,
+        seed: int,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, config = dataset, as_config(config)
         self.sampler = EpochBatches(
             len(dataset),
-            config["batch_size"],
+            config.batch_size,
             seed=seed,
             rank=rank(),
             world_size=world_size(),
@@ -155,11 +162,21 @@ class TrainBatches:
 
 
 def test_loader(
-    dataset: Dataset, config: Any, *, device: torch.device, collate: Callable | None = None
+    dataset: Dataset,
+    config: Config | dict,
+    *,
+    device: torch.device,
+    collate: Callable | None = None,
 ) -> "Loader":
     """Return a loader of batches of batch_size_test in the order of the data set."""
-    batch_size = config["batch_size_test"]
-    return Loader(dataset, collate, workers=workers(config), device=device, batch_size=batch_size)
+    config = as_config(config)
+    return Loader(
+        dataset,
+        collate,
+        workers=workers(config),
+        device=device,
+        batch_size=config.batch_size_test,
+    )
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -1,9 +1,10 @@
 """NLVR2: is the sentence true of the two images?"""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 from dataset.entries import Entry
 
@@ -40,11 +41,11 @@ class Statement(Entry, rename={"paths": "images"}):
 FORMS = {"train": Statement, "val": Statement, "test": Statement}
 
 
-def train_set(config: Any, seed: int) -> ClassificationDataset:
+def train_set(config: Config, seed: int) -> ClassificationDataset:
     """Build the training set of NLVR2."""
     return build_train_set(Statement, config, seed)
 
 
-def test_set(config: Any, split: str) -> ClassificationDataset:
+def test_set(config: Config, split: str) -> ClassificationDataset:
     """Build a test set of NLVR2."""
     return build_test_set(Statement, config, split)

@@ -174,7 +174,7 @@ class ImageFinder:
     missing: paths of the images that do not exist.
     """
 
-    def __init__(self, image_root: str):
+    def __init__(self, image_root: str) -> None:
         self.image_root, self.found, self.missing = image_root, {}, {}
 
     def __call__(self, path: str, suffix: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from configs.schema import REFER
+from configs.config import REFER
 from dataset.entries import as_form, by_id, read_json
 from utils import InputError, open_regular
 
@@ -64,7 +64,7 @@ _Boxes = list[Annotated[list[float], Meta(min_length=4, max_length=5)]]
 class _PlainUnpickler(pickle.Unpickler):
     """Build containers, strings and numbers only; refuse what a pickle wants to import or run."""
 
-    def __init__(self, file, path):
+    def __init__(self, file, path) -> None:
         # strings of Python 2 are bytes; latin1 has a character for each
         super().__init__(file, encoding="latin1")
         self.path = path

@@ -1,8 +1,9 @@
 """Query-ad relevance: is an ad, an image with its title and other words, relevant to a query?"""
 
 import reprlib
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 from dataset.entries import Entry
 from dataset.text import is_blank, pre_caption
@@ -64,12 +65,12 @@ class Ad(Entry):
 FORMS = {"train": Ad, "val": Ad, "test": Ad}
 
 
-def train_set(config: Any, seed: int) -> ClassificationDataset:
+def train_set(config: Config, seed: int) -> ClassificationDataset:
     """Build the training set of relevance."""
     return build_train_set(Ad, config, seed)
 
 
-def test_set(config: Any, split: str) -> ClassificationDataset:
+def test_set(config: Config, split: str) -> ClassificationDataset:
     """Build a test set of relevance. Raises InputError if it has one label only."""
     dataset = build_test_set(Ad, config, split)
     dataset.require_classes(2, f"{split}_file")

@@ -16,6 +16,7 @@ import torch
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
+from configs.config import Config
 from configs.tasks import find_task
 from dataset.attributes import read_boxes
 from dataset.base import evenly
@@ -99,14 +100,14 @@ class Check:
         refer: Data set of REFER that expressions are compared with, if any.
     """
 
-    def __init__(self, task: str, config: Any, images: int | None, run: Callable) -> None:
+    def __init__(self, task: str, config: Config, images: int | None, run: Callable) -> None:
         self.task, self.config, self.images, self.run = find_task(task), config, images, run
         self.problems, self.notes, self.trained_images = [], [], set()
         self.tokenizer = self.refer = None
         files = {"train": "train_file"} if self.task.trains else {}
         self.files = {**files, **self.task.files}  # key by split
         roots = ROOTS.values() if task == "vqa" else ["image_root"]
-        self.roots = {root: config[root] for root in roots}
+        self.roots = {root: getattr(config, root) for root in roots}
         self.missing_roots = {
             root for root, folder in self.roots.items() if not os.path.isdir(folder or os.curdir)
         }
@@ -132,7 +133,7 @@ class Check:
         # grounding validates and tests on one file
         for key, split in {key: split for split, key in self.files.items()}.items():
             before, form, shards = len(self.problems), find_form(self.task, split), []
-            for path in self.config[key] or ():
+            for path in getattr(self.config, key) or ():
                 with self.noting(path):
                     if form is Pair and (paths := expand([path])[1]):
                         shards += [shard for shard in paths if self._is_readable(shard)]
@@ -143,7 +144,7 @@ class Check:
                 shards = list(dict.fromkeys(shards))
                 reports.append(FileReport(self, key, file, form).read_shards(shards))
             images = sum(sum(of["unusable"].values()) for of in reports if of["key"] == key)
-            if len(self.problems) == before + images and self.config[key]:
+            if len(self.problems) == before + images and getattr(self.config, key):
                 self._construct([split for split in self.files if self.files[split] == key])
         return reports
 
@@ -159,7 +160,7 @@ class Check:
             with self.noting():
                 dataset = construct_dataset(self.task.name, split, self.config)
                 if split == "train":
-                    check_length(len(dataset), self.config["batch_size"], world_size=1)
+                    check_length(len(dataset), self.config.batch_size, world_size=1)
 
 
 class FileReport:
@@ -207,9 +208,9 @@ class FileReport:
             if isinstance(entry, Question) and entry.answer is not None:
                 annotation = {"question_id": entry.question_id, "answer": entry.answer}
                 self.counts["vqa_formulas"].update(count_vqa_formulas([annotation]))
-            if root not in self.check.missing_roots and config[root] is not None:
+            if root not in self.check.missing_roots and getattr(config, root) is not None:
                 for path in paths:
-                    images.setdefault(absolute(config[root], path), index)
+                    images.setdefault(absolute(getattr(config, root), path), index)
         paths = list(images)
         for seen in self._decode(len(paths), lambda i: (images[paths[i]], paths[i])):
             self._add_image(self.path, seen["index"], f"image {seen['path']}", seen)
@@ -271,7 +272,7 @@ class FileReport:
     def _add_text(self, text: str) -> bool:
         """Count a text. Return whether anything is left of it after clean-up."""
         words = self.form.clean(text, sys.maxsize).split(" ")
-        limit = self.check.config["max_words"] or self.form.max_words
+        limit = self.check.config.max_words or self.form.max_words
         kept = without_halves(" ".join(words[:limit]))
         usable = not is_blank(kept)
         self.words.append(len(words) if usable else 0)
@@ -295,7 +296,7 @@ class FileReport:
         self.counts["shorter_side"][BINS[int(np.searchsorted(SIDES, side, "right")) - 1]] += 1
         self.counts["formats"][seen["format"]] += 1
         traits = {key: seen[key] for key in ("exif_rotated", "animated") if key in seen}
-        small = side < (self.check.config["image_res"] or 0)
+        small = side < (self.check.config.image_res or 0)
         self.counts["traits"].update(smaller_than_image_res=small, **traits)
 
     def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
@@ -320,11 +321,11 @@ class FileReport:
         }
         config, form, training = self.check.config, self.form, self.report["key"] == "train_file"
         if self.words:
-            limit = config["max_words"] or form.max_words
+            limit = config.max_words or form.max_words
             self.report["words"] = _describe_lengths(self.words, limit)
         if self.pieces:
             most = self.check.tokenizer.model_max_length
-            limit = min(config["max_tokens"] or form.max_tokens or most, most)
+            limit = min(config.max_tokens or form.max_tokens or most, most)
             self.report["word_pieces"] = _describe_lengths(self.pieces, limit)
             self._report_unknown_words()
         trained = self.check.trained_images
@@ -342,7 +343,7 @@ class FileReport:
         if training:
             trained.update(images)
             share = self.counts["unusable"].total() / max(1, looked_at)
-            if share > config["max_skipped"]:
+            if share > config.max_skipped:
                 self._note(f"{share:.1%} of the images cannot be used, more than max_skipped")
         return self.report
 

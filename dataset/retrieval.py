@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from configs.config import Config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset, Captioned
 from dataset.entries import Entry, Texts
@@ -97,13 +98,11 @@ class RetrievalTestSet(EntryDataset):
         return self.transform(load_image(file))
 
 
-def train_set(config: Any, seed: int) -> CaptionDataset:
+def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of retrieval."""
-    return CaptionDataset(
-        Entries(config["train_file"], RetrievalPair), **train_options(config, seed)
-    )
+    return CaptionDataset(Entries(config.train_file, RetrievalPair), **train_options(config, seed))
 
 
-def test_set(config: Any, split: str) -> RetrievalTestSet:
+def test_set(config: Config, split: str) -> RetrievalTestSet:
     """Build a test set of retrieval, also for pre-training."""
-    return RetrievalTestSet(config[f"{split}_file"], **test_options(config))
+    return RetrievalTestSet(getattr(config, f"{split}_file"), **test_options(config))

@@ -112,7 +112,7 @@ class Shards:
     cannot be cut into samples, and if no shard has a sample.
     """
 
-    def __init__(self, paths, processes=None):
+    def __init__(self, paths, processes=None) -> None:
         self.paths, self._kept = (
             paths,
             load_cached(paths, "shard", _scan, _load, processes=processes),
@@ -127,7 +127,7 @@ class Shards:
                 "000000012.txt"
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index):

@@ -1,7 +1,8 @@
 """SNLI-VE: does the sentence follow from the image?"""
 
-from typing import Any, Literal
+from typing import Literal
 
+from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 from dataset.entries import Entry
 
@@ -38,11 +39,11 @@ class Entailment(Entry):
 FORMS = {"train": Entailment, "val": Entailment, "test": Entailment}
 
 
-def train_set(config: Any, seed: int) -> ClassificationDataset:
+def train_set(config: Config, seed: int) -> ClassificationDataset:
     """Build the training set of visual entailment."""
     return build_train_set(Entailment, config, seed)
 
 
-def test_set(config: Any, split: str) -> ClassificationDataset:
+def test_set(config: Config, split: str) -> ClassificationDataset:
     """Build a test set of visual entailment."""
     return build_test_set(Entailment, config, split)

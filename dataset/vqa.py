@@ -9,6 +9,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from configs.config import Config, as_config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.entries import Entry, Texts, read_json
 from dataset.images import load_image
@@ -134,9 +135,9 @@ def load_answer_list(path: str) -> list[str]:
     return answers
 
 
-def reachable_answers(config: Any) -> list[str]:
+def reachable_answers(config: Config | dict) -> list[str]:
     """Return the candidate answers of a configuration, [] if answer_list does not exist."""
-    path = config["answer_list"]
+    path = as_config(config).answer_list
     return load_answer_list(path) if path and Path(path).is_file() else []
 
 
@@ -249,18 +250,18 @@ class VQADataset(EntryDataset):
         return entries if "answer" in entries[0] else []
 
 
-def train_set(config: Any, seed: int) -> VQADataset:
+def train_set(config: Config, seed: int) -> VQADataset:
     """Build the training set of VQA."""
     options = {**train_options(config, seed), "roots": _roots(config)}
-    return VQADataset(config["train_file"], eos=config["eos"], **options)
+    return VQADataset(config.train_file, eos=config.eos, **options)
 
 
-def test_set(config: Any, split: str) -> VQADataset:
+def test_set(config: Config, split: str) -> VQADataset:
     """Build a test set of VQA. Raises InputError if a validation set has no answers."""
-    files, path = config[f"{split}_file"], config["answer_list"]
+    files, path = getattr(config, f"{split}_file"), config.answer_list
     answers = load_answer_list(path) if path else None
     options = {**test_options(config), "roots": _roots(config)}
-    dataset = VQADataset(files, eos=config["eos"], answers=answers, **options)
+    dataset = VQADataset(files, eos=config.eos, answers=answers, **options)
     if split == "val" and not dataset.annotations():
         raise InputError(
             f"val_file {files[0]} has no answers to compare with: leave val_file out, the last"
@@ -269,5 +270,5 @@ def test_set(config: Any, split: str) -> VQADataset:
     return dataset
 
 
-def _roots(config: Any) -> dict[str, str | None]:
-    return {key: config[key] for key in ROOTS.values()}
+def _roots(config: Config) -> dict[str, str | None]:
+    return {key: getattr(config, key) for key in ROOTS.values()}

@@ -493,7 +493,10 @@ def make(tiny_config, tmp_path, monkeypatch):
             "image_root": str(tmp_path),
         }
         return build_dataset(
-            "pretrain", "train", {**config, "image_res": 8, "shuffle_buffer": 10, **keys}, seed=3
+            "pretrain",
+            "train",
+            {**config, "image_res": 8, "patch_size": 8, "shuffle_buffer": 10, **keys},
+            seed=3,
         )
 
     return dataset

@@ -48,7 +48,7 @@ def load_others(check: "Check") -> dict[str, str]:
     Returns:
         The description of each file or folder by its key.
     """
-    from configs.schema import require
+    from configs.load import require
     from dataset.refer import load_detections, load_refer
     from dataset.vqa import load_answer_list
     from models.tokenizer import tokenizer_of
@@ -60,35 +60,36 @@ def load_others(check: "Check") -> dict[str, str]:
     }
 
     for root in missing:
-        check.add(f"{root}: folder {config[root]} does not exist; set {root} to another folder")
+        check.add(f"{root}: folder {check.roots[root]} does not exist; set {root} to another one")
 
     def load(key: str, unit: str, function: Callable, *arguments: Any) -> Any:
+        name = getattr(config, key)
         try:
             loaded = function(*arguments)
             size = len(loaded.refs if key == "refcoco_data" else loaded)
-            others[key] = f"{config[key]}: {size} {unit}"
+            others[key] = f"{name}: {size} {unit}"
             return loaded
         except InputError as error:
             # a file name is not of the hub
-            if error.kind == "network" and not os.path.splitext(config[key])[1]:
-                others[key] = f"{config[key]}: not checked, the hub cannot be reached"
+            if error.kind == "network" and not os.path.splitext(name)[1]:
+                others[key] = f"{name}: not checked, the hub cannot be reached"
                 check.notes.append(str(error))
             else:
-                others[key] = f"{config[key]}: cannot be used"
+                others[key] = f"{name}: cannot be used"
                 check.add(error)
 
-    vocabulary = "tokenizer" if config["tokenizer"] else "text_encoder"
+    vocabulary = "tokenizer" if config.tokenizer else "text_encoder"
     check.tokenizer = load(vocabulary, "word pieces", tokenizer_of, config)
-    if task == "vqa" and config["answer_list"]:
-        load("answer_list", "answers", load_answer_list, config["answer_list"])
+    if task == "vqa" and config.answer_list:
+        load("answer_list", "answers", load_answer_list, config.answer_list)
     if task == "grounding":
         with check.noting():
-            require(config, *(["refcoco_data", "det_file"] if config["test_file"] else []))
-        if folder := config["refcoco_data"]:
-            name = config["refer_dataset"]
+            require(config, *(["refcoco_data", "det_file"] if config.test_file else []))
+        if folder := config.refcoco_data:
+            name = config.refer_dataset
             check.refer = load("refcoco_data", "refs", load_refer, folder, name)
-        if check.refer and config["det_file"]:
-            load("det_file", "images", load_detections, config["det_file"], check.refer)
+        if check.refer and config.det_file:
+            load("det_file", "images", load_detections, config.det_file, check.refer)
     return others
 
 
@@ -124,7 +125,7 @@ def main() -> None:
     """Check the data of a configuration. Exits with status 1 if there are problems."""
     args = parser.parse_args()
     from configs.effects import refuse_unread
-    from configs.schema import load_config, require
+    from configs.load import load_config, require
     from dataset.pool import in_processes
     from dataset.report import Check, begin
 
@@ -145,7 +146,7 @@ def main() -> None:
         jobs = stack.enter_context(in_processes(args.workers, begin))
         check = Check(args.task, config, args.images, jobs)
         keys = dict.fromkeys(check.files.values())
-        if not any(config[key] for key in keys):
+        if not any(getattr(config, key) for key in keys):
             raise InputError(
                 f"{args.config} names no file that {args.task} reads, by any of the keys"
                 f" {', '.join(keys)}"
