@@ -2,17 +2,28 @@
 
 import functools
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+)
 
 from utils import InputError, printable
 
 # huggingface_hub makes file names of these headers
 FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
+# errors of the client if the hub refuses or cannot be reached
+NETWORK = (errors.HTTPError, errors.OfflineModeIsEnabled)
 
 
 def find_file(source: Path | str, filenames: Iterable[str], key: str) -> Path:
@@ -41,7 +52,7 @@ def find_file(source: Path | str, filenames: Iterable[str], key: str) -> Path:
 def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list[Path]:
     """Return the paths of a repository's files in the hub's cache, all of one commit.
 
-    If the hub cannot be reached, huggingface_hub uses the commit that it downloaded last.
+    If the hub cannot be reached, the commit that was downloaded last is used, with a note.
 
     Args:
         source: USER/NAME or USER/NAME@REVISION.
@@ -54,13 +65,12 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
     """
     name, _, revision = source.partition("@")
     revision, paths, choices = revision or "main", [], filenames[0]
-    wanted = f"{key}: {source} is not a local file or folder, and"
+    wanted, problem = f"{key}: {source} is not a local file or folder, and", None
     _check_responses()
     try:
-        if ".." in revision:  # a path outside of the cache
-            raise errors.HFValidationError
+        problem = _probe(name, choices[0], revision)
         for choices in filenames:
-            paths.append(_download(name, choices, revision))
+            paths.append(_download(name, choices, revision, bool(problem)))
             revision = paths[-1].parent.name  # the other files are of the same commit
     except errors.HFValidationError:
         hint = "download it first and name the file" if "://" in source else "check the path"
@@ -69,23 +79,50 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         raise InputError(
             f"{wanted} the hub repository has no {' or '.join(choices)}: check the name"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.HTTPError) as error:
-        from_head = isinstance(error, errors.LocalEntryNotFoundError)
-        cause = (from_head and error.__cause__) or error
+    except (errors.LocalEntryNotFoundError, *NETWORK) as error:
+        cause = error if isinstance(error, NETWORK) else problem or error.__cause__ or error
         kind = "other" if _refuses(cause) else "network"
         raise InputError(
             f"{wanted} {_explain(cause)}, or name a local copy of {' or '.join(choices)}", kind
         ) from None
+    if problem:
+        print(
+            f"note: {_explain(problem)}; using commit {revision[:8]} of {name} from the cache",
+            file=sys.stderr,
+        )
     return paths
 
 
-def _download(name: str, choices: tuple[str, ...], revision: str) -> Path:
-    """Return the cached path of the first of `choices` that a repository has."""
+def _probe(name: str, filename: str, revision: str) -> Exception | None:
+    """Return the error if the hub cannot be reached.
+
+    Without a network, hf_hub_download (huggingface_hub 2.4) retries for 23 s for each file.
+
+    Raises:
+        HFValidationError: The revision is a path.
+        HfHubHTTPError: The hub refuses.
+    """
+    if ".." in revision:  # would be a path outside of the cache
+        raise errors.HFValidationError
+    if re.fullmatch("[0-9a-f]{40}", revision):  # needs no network if it is in the cache
+        return None
+    try:
+        with suppress(errors.RemoteEntryNotFoundError):
+            get_hf_file_metadata(hf_hub_url(name, filename, revision=revision))
+    except NETWORK as error:
+        if _refuses(error):
+            raise
+        return error
+    return None
+
+
+def _download(name: str, choices: tuple[str, ...], revision: str, local: bool) -> Path:
+    """Return the cached path of the first of `choices` in a repository; fetch it unless `local`."""
     *others, last = choices
     for filename in others:
         with suppress(errors.EntryNotFoundError):
-            return Path(hf_hub_download(name, filename, revision=revision))
-    return Path(hf_hub_download(name, last, revision=revision))
+            return Path(hf_hub_download(name, filename, revision=revision, local_files_only=local))
+    return Path(hf_hub_download(name, last, revision=revision, local_files_only=local))
 
 
 def _check_responses() -> None:
@@ -114,7 +151,7 @@ def _pushing(name: str) -> Iterator[HfApi]:
         raise InputError(
             f"--push {name}: not a valid name of a repository, write USER/NAME"
         ) from None
-    except (errors.HTTPError, errors.OfflineModeIsEnabled) as error:
+    except NETWORK as error:
         raise InputError(f"--push {name}: {_explain(error)}") from None
 
 

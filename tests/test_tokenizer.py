@@ -275,7 +275,6 @@ def test_a_hub_without_the_file_or_the_repository(hub):
 
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):
     place(monkeypatch, "http://127.0.0.1:9")
-    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     message = refusal(build_tokenizer, "lab/bert")
     assert "the hub cannot be reached" in message and "connection to http://127.0.0.1:9" in message
     assert "proxy variables" in message and "local copy of tokenizer.json or vocab.txt" in message
