@@ -34,7 +34,7 @@ def task_names(model: "ALBEF", weights: Iterable[str]) -> dict[str, str]:
     layers, fusion = len(model.bert.encoder.layer), model.bert.fusion_layer
     last = re.compile(rf"text_encoder\..*\.layer\.{layers - 1}\.")
     to_decoder = not any(name.startswith("text_decoder.") for name in weights)
-    to_pairs = layers > model.bert_config["num_hidden_layers"] and not any(map(last.match, weights))
+    to_pairs = layers > model.bert_config.num_hidden_layers and not any(map(last.match, weights))
 
     def source(name: str) -> str:
         if to_pairs and name.split(".")[0].endswith("_m"):

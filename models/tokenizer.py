@@ -2,17 +2,18 @@
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.normalizers import NFC, BertNormalizer, Normalizer, Sequence
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from configs.schema import BERT_KEYS, read_bert_config
+from configs.config import Config, as_config
 from models.hub import find_file
 from utils import InputError, is_main
 
@@ -283,51 +284,58 @@ def difference(definition: str, other: str) -> str:
     return "" if words[0] == words[1] else "case, accents or punctuation are treated differently"
 
 
-def vocabulary_of(config: dict[str, Any]) -> str:
-    """Return the file, folder or hub name of a configuration's vocabulary, see `tokenizer_of`.
+def vocabulary_of(config: Config) -> str:
+    """Return the file, folder or hub name of a configuration's vocabulary, see `load_tokenizer`.
 
     Raises:
         InputError: The configuration names none.
     """
-    source, text_encoder = config["tokenizer"], config["text_encoder"]
-    if source:
-        return source
-    if text_encoder == "random":
+    source = config.text_encoder
+    if config.tokenizer:
+        return config.tokenizer
+    if source == "random":
         raise InputError(
             "text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub"
             " name"
         )
-    return str(Path(text_encoder).parent) if Path(text_encoder).is_file() else text_encoder
+    return str(Path(source).parent) if Path(source).is_file() else source
 
 
-def tokenizer_of(config: dict[str, Any]) -> Tokenizer:
+def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Config]:
     """Load the tokenizer that a configuration names and check that its size fits bert_config.
 
     Without the key tokenizer, text_encoder names it: the same hub name or folder, or the folder of
-    a weight file. config["bert_config"] becomes a dict with every key, and its vocab_size `auto`
-    becomes the tokenizer's size.
+    a weight file.
+
+    Returns:
+        The tokenizer, and the configuration with its size in place of the vocab_size `auto`.
 
     Raises:
         InputError: The tokenizer cannot be loaded, or it does not fit bert_config.
     """
+    config = as_config(config)
     source = vocabulary_of(config)
-    tokenizer = build_tokenizer(source)
-    bert_config, size = read_bert_config(config["bert_config"]), len(tokenizer)
-    bert_config = {key: bert_config[key] for key in BERT_KEYS}
-    if bert_config["vocab_size"] == "auto":
-        bert_config["vocab_size"] = size
-    config["bert_config"] = bert_config
-    if bert_config["vocab_size"] != size:
+    tokenizer, bert = build_tokenizer(source), config.bert_config
+    size = len(tokenizer)
+    if bert.vocab_size not in ("auto", size):
         raise InputError(
             f"tokenizer {source} has {size} word pieces and bert_config has vocab_size"
-            f" {bert_config['vocab_size']}: name the tokenizer that belongs to the config, or set"
-            f" vocab_size to {size}"
+            f" {bert.vocab_size}: name the tokenizer that belongs to the config, or set vocab_size"
+            f" to {size}"
         )
-    most = bert_config["max_position_embeddings"]
-    if (config["max_tokens"] or 0) > most:
+    most = bert.max_position_embeddings
+    if (config.max_tokens or 0) > most:
         raise InputError(
-            f"max_tokens is {config['max_tokens']}, and max_position_embeddings of bert_config"
-            f" {most}: lower it"
+            f"max_tokens is {config.max_tokens}, and max_position_embeddings of bert_config {most}:"
+            " lower it"
         )
     tokenizer.model_max_length = most  # unless the task has a smaller limit
+    bert = msgspec.structs.replace(bert, vocab_size=size)
+    return tokenizer, msgspec.structs.replace(config, bert_config=bert)
+
+
+def tokenizer_of(config: Config | Mapping[str, Any]) -> Tokenizer:
+    """Load a tokenizer and write its size into config, until all callers use load_tokenizer."""
+    tokenizer, completed = load_tokenizer(config)
+    config["bert_config"] = completed.bert_config.to_dict()
     return tokenizer

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from configs.schema import FILE_KEYS
+from configs.config import FILE_KEYS, Config
 from models.conversions import (
     bert_names,
     can_interpolate,
@@ -113,18 +113,21 @@ def check_vocabulary(model: "ALBEF", content: Mapping[str, Any], path: Path | st
         )
 
 
-def load_encoders(model: "ALBEF", config: Mapping[str, Any]) -> list["LoadReport"]:
+def load_encoders(model: "ALBEF", config: Config) -> list["LoadReport"]:
     """Load BERT and DeiT weights (Section 3.1) unless the key is `random`.
 
     Args:
         model: A pre-training model.
-        config: The keys text_encoder and vision_encoder name the weights.
+        config: Its keys text_encoder and vision_encoder name the weights.
 
     Raises:
         InputError: Weights cannot be read or do not fit.
     """
-    sources = (("text_encoder", load_text_encoder), ("vision_encoder", load_vision_encoder))
-    return [load(model, config[key]) for key, load in sources if config[key] != "random"]
+    sources = (
+        (config.text_encoder, load_text_encoder),
+        (config.vision_encoder, load_vision_encoder),
+    )
+    return [load(model, source) for source, load in sources if source != "random"]
 
 
 def load_text_encoder(model: "ALBEF", source: Path | str) -> "LoadReport":
