@@ -33,7 +33,8 @@ paper $(PAPER): .venv/installed  ## run the paper's experiments on drawn scenes:
 
 # on the checkpoint of quickstart, which is trained if it is missing, and existing checkpoints of shapes
 demo: .venv/installed-demo $(if $(wildcard output/quickstart/checkpoint_last.pth),,quickstart)  ## open a page on the trained models
-	$(BIN)/python Demo.py output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth)))
+	$(BIN)/python -m tools.search index data/shapes/images/test --checkpoint output/quickstart --output output/search
+	$(BIN)/python -m tools.demo output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth))) --index output/search
 
 test: .venv/installed-dev  ## run the tests: minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests

@@ -1,7 +1,10 @@
-"""Demo.py: the tabs show what the model computes, in a browser that is used as by a person, and
+"""tools.demo: the tabs show what the model computes, in a browser that is used as by a person, and
 nothing leaves the machine.
 """
 
+# ruff: noqa: F811, fixtures of test_inference are arguments
+
+import argparse
 import http.client
 import json
 import os
@@ -15,95 +18,43 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, contents, exit_status
 from PIL import Image
 from test_inference import files, models, photos  # noqa: F401, fixtures
 
 from dataset.build import build_dataset
-from demo import results
+from inference.index import find_images, open_index, read_index, update_index
+from tools import demo
 
 TEXT = "a red circle"
-
-
-def percentages(html):
-    """Text and percentage of each bar."""
-    return re.findall(r"<span>([^<]*)</span><b>([\d.]+%)</b>", html)
-
-
-@pytest.mark.parametrize("task", ["pretrain", "vqa", "ve", "nlvr"])
-def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(models, photos, task):  # noqa: F811
-    model, image = models[task], photos[0]
-    if task == "pretrain":
-        html, expected = (
-            results.show_match(model, image, TEXT),
-            [("match", model.match(image, TEXT))],
-        )
-        assert f"features is {model.similarity(image, TEXT):.2f}" in html
-    elif task == "vqa":
-        html, expected = (
-            results.show_answers(model, image, TEXT),
-            model.answer(image, TEXT, model.config["answer_list"]),
-        )
-    elif task == "ve":
-        html, expected = (
-            results.show_entailment(model, image, TEXT),
-            list(model.entails(image, TEXT).items()),
-        )
-    else:
-        html, true = results.show_truth(model, *photos[:2], TEXT), model.true_of(photos[:2], TEXT)
-        expected = [("True", true), ("False", 1 - true)]
-    assert sorted(percentages(html)) == sorted((text, f"{p:.1%}") for text, p in expected)
-    words = re.findall(r"<label><input[^>]*><span>([^<]*)</span>", html)
-    assert words == ["whole question" if task == "vqa" else "whole text", "a", "red", "circle"]
-    pictures = re.findall(r"src='data:image/jpeg;base64,([^']*)'", html)
-    assert len(pictures) == 4 * (1 + (task == "nlvr")) and html.count(" checked") == 1
-
-
-def test_words_are_escaped_and_marked_where_the_vocabulary_lacks_them(models, photos):  # noqa: F811
-    for show in results.show_match, results.show_pseudo_targets:
-        html = show(models["pretrain"], photos[0], "a <b>red</b> щ circle")
-        assert "<b>red" not in html and "&lt;" in html
-        assert (
-            re.search("<span class='unknown'[^>]*>щ</span>", html)
-            and "not in the vocabulary, all the same to" in html
-        )
-
-
-def test_pseudo_targets_are_five_words_for_each(models, photos):  # noqa: F811
-    html = results.show_pseudo_targets(models["pretrain"], photos[0], TEXT)
-    expected = [
-        candidate
-        for _, candidates in models["pretrain"].fill_in(photos[0], TEXT)
-        for candidate in candidates
-    ]
-    assert len(expected) == 15
-    assert percentages(html) == [
-        (f"{c.text}{' ✓' if c.hit else ''}", f"{c.score:.1%}") for c in expected
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
-# with Gradio
 
 
 @pytest.fixture(scope="module")
 def page():
     pytest.importorskip("gradio", reason="needs Gradio: pip install -r requirements-demo.txt")
-    import demo.page
+    from tools import demo_page
 
-    return demo.page
+    return demo_page
+
+
+@pytest.fixture(scope="module")
+def index(models, photos, tmp_path_factory):
+    """The folder of an index of the photos by the model of retrieval."""
+    folder = tmp_path_factory.mktemp("index")
+    images, problems, _ = find_images([Path(photos[0]).parent])
+    update_index(folder, open_index(folder), models["retrieval"], images, problems)
+    return folder
 
 
 @pytest.fixture
-def run(page, monkeypatch, capsys):
-    """Runs Demo.py; returns (exit status, stdout, stderr)."""
-    import Demo
+def run(monkeypatch, capsys):
+    """Runs the tool; returns (exit status, stdout, stderr)."""
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["Demo.py", "--device", "cpu", *map(str, arguments)])
-        status = exit_status(Demo.check_gradio_and_port) or exit_status(Demo.main)
-        return status, *capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["demo", "--device", "cpu", *map(str, arguments)])
+        return exit_status(demo.main), *capsys.readouterr()
 
     return call
 
@@ -115,34 +66,53 @@ def port():
         return server.getsockname()[1]
 
 
-# noqa: F811
-def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, photos):
-    model = models["retrieval"]
-    call = page.search({"r": model}, photos, {"r": model.embed_images(photos)})
-    pictures, found, said = call("r", TEXT, False)
-    assert (
-        found == [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)]
-        and "(ITC)" in said
-    )
-    pictures, found, said = call("r", TEXT, True)
-    probabilities = model.match(found, TEXT).tolist()
+@pytest.mark.parametrize("task", ["pretrain", "vqa", "ve", "nlvr"])
+def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(page, models, photos, task):
+    model, image = models[task], photos[0]
+    if task == "pretrain":
+        answer, match = page.show_match(model, image, TEXT), model.match(image, TEXT)
+        expected = {"match": match, "no match": 1 - match}
+        assert f"{model.similarity(image, TEXT):.2f}" in answer.note
+    elif task == "vqa":
+        answer = page.show_answers(model, image, TEXT)
+        expected = dict(model.answer(image, TEXT, model.config["answer_list"]))
+    elif task == "ve":
+        answer, expected = page.show_entailment(model, image, TEXT), model.entails(image, TEXT)
+    else:
+        answer, true = page.show_truth(model, *photos[:2], TEXT), model.true_of(photos[:2], TEXT)
+        expected = {"True": true, "False": 1 - true}
+    assert answer.result == pytest.approx({text or "(empty)": p for text, p in expected.items()})
+    labels = ["whole question" if task == "vqa" else "whole text", "a", "red", "circle"]
+    assert [label for _, label in answer.heat] == labels
+    height, width = Image.open(image).size[::-1]
+    shape = (page.HEIGHT, round(page.HEIGHT * width / height) * (1 + (task == "nlvr")), 3)
+    assert all(np.allclose(picture.shape, shape, atol=2) for picture, _ in answer.heat)
+
+
+def test_pseudo_targets_are_five_words_for_each_and_unknown_words_are_named(page, models, photos):
+    answer = page.show_pseudo_targets(models["pretrain"], photos[0], "a red щ circle")
+    words = models["pretrain"].fill_in(photos[0], "a red щ circle")
+    assert [row[0] for row in answer.result] == ["a", "red", "щ [UNK]", "circle"]
+    for row, (_, candidates) in zip(answer.result, words, strict=True):
+        assert row[1:] == [f"{c.text} {c.score:.1%}{' ✓' if c.hit else ''}" for c in candidates]
+    assert "not in the vocabulary, all the same to the model: щ" in answer.note
+
+
+def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, index, photos):
+    model, call = models["retrieval"], page.find(read_index(index), models["retrieval"])
+    pictures, found, note = call(TEXT, False)
+    best = [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)]
+    assert found == best and "(ITC)" in note
+    pictures, found, note = call(TEXT, True)
     count = min(page.TOP, len(photos))  # k_test is 3, but all shown images have a probability
-    assert (
-        set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)}
-        and f"the {count} most similar images" in said
-    )
-    assert probabilities == sorted(probabilities, reverse=True)
-    assert [caption for _, caption in pictures] == [
-        f"{p:.1%} · {Path(f).name}" for p, f in zip(probabilities, found)
-    ]
-    assert (
-        call("r", " ?! ", True)[:2] == ([], [])
-        and "nothing is left of it after clean-up" in call("r", " ?! ", True)[2]
-    )
+    assert set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)} and "ITM" in note
+    probs = model.match(found, TEXT).tolist()
+    names = [f"{p:.1%} · {Path(f).name}" for p, f in zip(probs, found, strict=True)]
+    assert [caption for _, caption in pictures] == names
+    assert call(" ?! ", True)[:2] == ([], []) and "nothing is left of it" in call(" ?! ", True)[2]
 
 
-# noqa: F811
-def test_errors_are_sentences_without_folders(page, models, photos, tmp_path, monkeypatch):
+def test_errors_are_notes_without_folders(page, models, photos, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     match, two = (
         page.ask(next(tab for tab in page.TABS if tab.name == name), models)
@@ -151,96 +121,68 @@ def test_errors_are_sentences_without_folders(page, models, photos, tmp_path, mo
     (tmp_path / "a.jpg").write_text("no image")
     Image.new("1", (20000, 10000)).save(tmp_path / "huge.png")
     photo = shutil.copy(photos[0], tmp_path / "photo.jpg")
-    assert "no image yet" in match("pretrain", None, TEXT) and "no image yet" in two(
-        "nlvr", photo, None, TEXT
-    )
+    assert "no image yet" in match("pretrain", None, TEXT).note
+    assert "no image yet" in two("nlvr", photo, None, TEXT).note
     for image, text, expected in (
         (photo, "", "nothing is left of it after clean-up"),
-        (tmp_path / "a.jpg", TEXT, ">a.jpg: not an image"),
-        (tmp_path / "huge.png", TEXT, ">huge.png: too large"),
+        (tmp_path / "a.jpg", TEXT, "a.jpg: not an image"),
+        (tmp_path / "huge.png", TEXT, "huge.png: too large"),
     ):
-        html = match("pretrain", str(image), text)
-        assert (
-            "role='alert'" in html
-            and expected in html
-            and str(tmp_path) not in html
-            and "img" not in html
-        )
+        result, note, heat = match("pretrain", str(image), text)
+        assert result is None and not heat and expected in note and str(tmp_path) not in note
 
 
-def test_the_tabs_are_those_that_the_checkpoints_can_fill(page, models, photos):  # noqa: F811
-    def tabs(*tasks, paths=()):
-        blocks = page.build_page(
-            {task: models[task] for task in tasks}, {}, paths, {}
-        ).blocks.values()
+def test_the_tabs_are_those_that_the_checkpoints_can_fill(page, models, index):
+    def tabs(*tasks, index=None, searching=""):
+        chosen = {task: models[task] for task in tasks}
+        blocks = page.build_page(chosen, {}, index, searching).blocks.values()
         return [block.label for block in blocks if type(block).__name__ == "Tab"]
 
     assert tabs("vqa") == ["Ask"] and tabs("retrieval", "ve") == ["Match", "Entailment"]
-    assert tabs("nlvr", "pretrain", paths=photos) == [
-        "Search",
-        "Match",
-        "Two images",
-        "Pseudo-targets",
-    ]
+    names = ["Search", "Match", "Two images", "Pseudo-targets"]
+    chosen = "nlvr", "pretrain", "retrieval"
+    assert tabs(*chosen, index=read_index(index), searching="retrieval") == names
 
 
-# noqa: F811
-def test_broken_images_of_a_folder_are_named_and_left_out(page, photos, tmp_path, capsys):
-    import Demo
-
-    (tmp_path / "deep").mkdir()
-    shutil.copy(photos[0], tmp_path / "deep/b.JPG")
-    (tmp_path / "a.png").write_text("no image")
-    (tmp_path / "notes.txt").write_text("no image either")
-    assert Demo.find_usable(str(tmp_path)) == [str(tmp_path / "deep/b.JPG")]
-    assert capsys.readouterr().out.count("\n") == 1
+def test_the_model_of_an_index_is_loaded_once(models, files, index):
+    args = argparse.Namespace(index=str(index), device="cpu", checkpoint=[])
+    chosen = {task: models[task] for task in ("ve", "retrieval")}
+    found, name = demo.load_index(args, chosen)
+    assert name == "retrieval" and len(chosen) == 2 and found.task == "retrieval"
+    del chosen["retrieval"]
+    _, name = demo.load_index(args, chosen)
+    assert name == str(files["retrieval"]) and chosen[name].can("rank")
 
 
-def test_bad_input_is_one_line(run, files, shapes, tmp_path, port):  # noqa: F811
-    (tmp_path / "empty").mkdir()
+def test_bad_input_is_one_line(run, page, files, tmp_path, port):
     with socket.create_server(("127.0.0.1", 0)) as other:
         cases = {
             (files["ve"], "--port", other.getsockname()[1]): "Address already in use",
-            (files["ve"], "--port", 99999): "a port is a number from 1 to 65535",
+            (files["ve"], "--port", 99999): "--port 99999",
             (tmp_path / "no.pth",): "no.pth does not exist",
             (files["nlvr_pretrain"],): "none of the checkpoints has a tab",
-            (files["ve"], "--images", shapes): "none of the checkpoints can search",
-            (
-                files["retrieval"],
-                "--images",
-                tmp_path / "none",
-            ): "none: does not exist, name a folder of images",
-            (
-                files["retrieval"],
-                "--images",
-                tmp_path / "empty",
-            ): "empty: no image in it or below (by the suffixes of JPEG, PNG",
+            (files["ve"], "--index", tmp_path): "no index there",
             (files["ve"], "--prot", 1): "did you mean --port?",
-            (): "checkpoint",
+            (): "name a checkpoint",
         }
         for arguments, message in cases.items():
-            status, _, err = run(
-                *(arguments if "--port" in arguments else (*arguments, "--port", port))
-            )
-            assert status == 2 and err.count("\n") == 1 and message in err, err
+            status, _, err = run(*([] if "--port" in arguments else ["--port", port]), *arguments)
+            last = err.splitlines()[-1]
+            assert status == 2 and last.startswith("error: ") and message in last, err
 
 
 def test_without_gradio_there_is_one_line_at_once():
     code = (
-        "import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['Demo.py', 'a']; "
-        "runpy.run_path('Demo.py', run_name='__main__')"
+        "import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['demo', 'a']; "
+        "runpy.run_module('tools.demo', run_name='__main__')"
     )
-    told = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True
-    )
-    said = [line for line in told.stderr.splitlines() if not line.startswith("import time:")]
-    assert told.returncode == 2 and said == [
-        "error: Demo.py needs Gradio: pip install -r requirements-demo.txt"
-    ]
-    assert "torch" not in told.stderr
+    command = [sys.executable, "-X", "importtime", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2 and "torch" not in done.stderr
+    assert lines == ["error: Gradio is missing: pip install -r requirements-demo.txt"]
 
 
-# noqa
 def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(
     run, page, files, port, tmp_path, monkeypatch
 ):
@@ -260,17 +202,18 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(
         os.kill(os.getpid(), signal.SIGINT)
 
     def launch(*arguments):
-        page.launch(*arguments)
+        serve(*arguments)
         threading.Thread(target=visit).start()
 
-    monkeypatch.setattr("Demo.launch", launch)
+    serve = page.launch
+    monkeypatch.setattr(page, "launch", launch)
     status, out, err = run(files["vqa"], files["nlvr_pretrain"], "--port", port)
-    assert status == 130 and err == "SIGINT: the page is closed\n"
-    assert f"open http://127.0.0.1:{port}" in out and "nlvr_pretrain.pth is left out" in out
+    assert status == 130 and err.splitlines()[-1] == "SIGINT: the page is closed"
+    assert f"open http://127.0.0.1:{port}" in out and "nlvr_pretrain.pth is left out" in err
     assert "default-src 'self'" in seen["content-security-policy"]
     assert not re.search(r"<(?:link|script)[^>]*\"(?:https?:)?//(?!127.0.0.1)", seen["page"])
     assert {str(host) for host in asked} <= {"127.0.0.1", "b'127.0.0.1'"} and asked
-    assert not list(tmp_path.iterdir()) and not list((ROOT / "demo").glob("*.pyi"))
+    assert not list(tmp_path.iterdir()) and not list((ROOT / "tools").glob("*.pyi"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,11 +274,11 @@ class Client:
 
 
 @pytest.fixture
-def client(page, models, port, tmp_path, monkeypatch):  # noqa: F811
+def client(page, models, port, tmp_path, monkeypatch):
     """A client of a page with the tab Entailment."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     monkeypatch.setattr(page, "UPLOAD", 2**21)
-    blocks = page.build_page({"ve": models["ve"]}, {}, [], {})
+    blocks = page.build_page({"ve": models["ve"]}, {}, None)
     page.launch(blocks, "127.0.0.1", port)
     yield Client(port, "ve")
     blocks.close(verbose=False)
@@ -344,11 +287,11 @@ def client(page, models, port, tmp_path, monkeypatch):  # noqa: F811
 META = {"_type": "gradio.FileData"}
 
 
-def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F811
+def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):
     status, answer = client.upload(Path(photos[0]).read_bytes())
     uploaded = json.loads(answer)[0]
     assert status == 200
-    assert "bars" in str(client.ask({"path": uploaded, "meta": META})["output"]["data"])
+    assert "entailment" in str(client.ask({"path": uploaded, "meta": META})["output"]["data"])
     os.mkfifo(fifo := tmp_path / "fifo")
     os.symlink(photos[0], link := Path(uploaded).parent / "link.jpg")
     answers = {True: set(), False: set()}
@@ -367,22 +310,20 @@ def test_only_what_was_uploaded_is_opened(client, photos, tmp_path):  # noqa: F8
     ):
         for image in ({"path": str(path)}, {"path": str(path), "meta": META}):
             answer = str(client.ask(image)["output"].get("data"))
-            assert "bars" not in answer, image
+            assert "entailment" not in answer, image
             answers["meta" in image].add(answer)
     # the answer does not reveal whether a file exists
     assert len(answers[True]) == len(answers[False]) == 1
-    assert "bars" in str(client.ask({"path": uploaded})["output"]["data"])
+    assert "entailment" in str(client.ask({"path": uploaded})["output"]["data"])
 
 
-# noqa: F811
 def test_a_found_image_of_any_folder_opens_in_match(
-    page, models, photos, port, tmp_path, monkeypatch
+    page, models, photos, index, port, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     # the photos are neither below tmp_path nor in the working directory
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    model = models["retrieval"]
-    blocks = page.build_page({"r": model}, {}, photos, {"r": model.embed_images(photos)})
+    blocks = page.build_page({"r": models["retrieval"]}, {}, read_index(index), "r")
     page.launch(blocks, "127.0.0.1", port)
     try:
         client = Client(port, "r")
@@ -391,12 +332,13 @@ def test_a_found_image_of_any_folder_opens_in_match(
             next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
             for event in ("click", "select")
         )
-        assert len(client.call(searching, ["r", TEXT, False])["output"]["data"][0]) == len(photos)
-        _, _, image, _ = client.call(choosing, ["r", None, TEXT], {"index": 0, "value": None})[
-            "output"
-        ]["data"]
+        found = client.call(searching, [TEXT, False])["output"]["data"][0]
+        assert len(found) == min(page.TOP, len(photos))
+        event = {"index": 0, "value": None}
+        answer = client.call(choosing, [None, TEXT], event)["output"]["data"]
+        image = answer[2]
         assert Path(image["path"]).read_bytes() in [Path(photo).read_bytes() for photo in photos]
-        assert "bars" in str(client.call(choosing + 1, ["r", image, TEXT])["output"]["data"])
+        assert "no match" in str(client.call(choosing + 1, ["r", image, TEXT])["output"]["data"])
     finally:
         blocks.close(verbose=False)
 
@@ -449,27 +391,15 @@ def test_too_large_an_upload_is_refused_and_not_kept(client, page, tmp_path, mon
 
 
 @pytest.fixture
-def address(page, models, photos, shapes, port):  # noqa: F811
+def address(page, models, index, shapes, port):
     """The address of a page with every tab, and examples in each."""
     chosen = {task: models[task] for task in ("pretrain", "retrieval", "vqa", "ve", "nlvr")}
-    # noqa: F811
-    files = {
-        "pretrain": "test",
-        "retrieval": "test",
-        "vqa": "vqa_test",
-        "ve": "ve_test",
-        "nlvr": "nlvr_test",
-    }
     data = {}
     for task, model in chosen.items():
-        config = {
-            **model.config,
-            "test_file": [str(shapes / f"{files[task]}.json")],
-            "vqa_root": str(shapes),
-        }
-        data[task] = build_dataset(task, "test", config)
-    features = {task: models[task].embed_images(photos) for task in page.ALIGNED}
-    blocks = page.build_page(chosen, data, photos, features)
+        name = "test" if model.can("rank") else f"{task}_test"
+        paths = {"test_file": [str(shapes / f"{name}.json")], "vqa_root": str(shapes)}
+        data[task] = build_dataset(task, "test", {**model.config, **paths})
+    blocks = page.build_page(chosen, data, read_index(index), "retrieval")
     page.launch(blocks, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}/"
     blocks.close(verbose=False)
@@ -505,93 +435,69 @@ def browser(tmp_path):
     browser.quit()
 
 
-class Person:
-    """Looks at what is visible of a page and uses it."""
+def see(browser, selector, count=1, text=""):
+    """Waits for that many visible elements of a CSS selector with a text, and returns them."""
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
 
-    def __init__(self, browser):
-        self.browser = browser
+    def visible(browser):
+        found = browser.find_elements("css selector", selector)
+        found = [element for element in found if element.is_displayed() and text in element.text]
+        return len(found) >= count and found
 
-    def see(self, selector, count=1, text=""):
-        """Wait for that many elements of a CSS selector with a text, and return them."""
-        from selenium.common.exceptions import StaleElementReferenceException
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        def visible(browser):
-            found = browser.find_elements("css selector", selector)
-            found = [
-                element for element in found if element.is_displayed() and text in element.text
-            ]
-            return len(found) >= count and found
-
-        wait = WebDriverWait(self.browser, 60, 0.1, [StaleElementReferenceException])
-        return wait.until(visible, f"no {count} x {selector} with {text!r}")
-
-    def open(self, tab):
-        self.see("button[role=tab]", text=tab)[0].click()
-
-    def write(self, text):
-        """Replace the text of the field and press Enter."""
-        (field,) = self.see("textarea")
-        field.clear()
-        field.send_keys(text, "\n")
-
-    def bars(self, count):
-        return [tuple(bar.text.split("\n")) for bar in self.see(".bar", count)]
-
-    def heat(self):
-        """Return what lies on top where the heat maps are."""
-        return self.browser.execute_script(
-            "const heat = [...document.querySelectorAll('.heat')].find(heat => heat.offsetParent);"
-            "heat.scrollIntoView(); const box = heat.getBoundingClientRect();"
-            "return document.elementFromPoint(box.left + 40, box.bottom - 40).alt"
-        )
+    wait = WebDriverWait(browser, 60, 0.1, [StaleElementReferenceException])
+    return wait.until(visible, f"no {count} x {selector} with {text!r}")
 
 
-def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # noqa: F811
-    from selenium.webdriver import ActionChains
+def write(browser, text):
+    """Replaces the text of the field and presses Enter."""
+    field, *_ = see(browser, "textarea:not([disabled])")
+    field.clear()
+    field.send_keys(text, "\n")
 
-    person = Person(browser)
+
+def has_note(browser, text):
+    """Waits for a note with a text."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def noted(browser):
+        notes = browser.find_elements("css selector", "textarea[disabled]")
+        return any(text in note.get_property("value") for note in notes if note.is_displayed())
+
+    WebDriverWait(browser, 60, 0.1).until(noted, f"no note with {text!r}")
+
+
+def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     browser.get(address)
-    person.see("label", text="retrieval")[0].click()
-    person.write(TEXT)
-    captions = [
-        caption.text for caption in person.see("#found .caption-label", min(12, len(photos)))
-    ]
+    write(browser, TEXT)
+    captions = [found.text for found in see(browser, ".caption-label", min(12, len(photos)))]
     probability, _, name = captions[0].partition(" · ")
     assert any(path.endswith(name) for path in photos)
-    person.see("#found .thumbnail-item")[0].click()  # opens the tab Match
-    assert person.bars(1) == [("match", probability)]
-    assert person.heat() == "heat map of whole text"
-    _, word, other, _ = person.see(".heat label")
-    ActionChains(browser).move_to_element(word).perform()
-    assert person.heat() == "heat map of a"
-    word.click()
-    ActionChains(browser).move_to_element(other).perform()
-    assert person.heat() == "heat map of red"
-    ActionChains(browser).move_to_element(person.see("h1")[0]).perform()
-    assert person.heat() == "heat map of a"
-    person.write("?!")
-    person.see(".sentence", text="nothing is left of it after clean-up")
+    see(browser, ".thumbnail-item")[0].click()  # opens the tab Match
+    has_note(browser, "comes from")
+    assert float(probability[:-1]) / 100 == pytest.approx(first_share(browser, "match"), abs=0.01)
+    assert [found.text for found in see(browser, ".caption-label", 4)] == [
+        "whole text",
+        *TEXT.split(),
+    ]
+    write(browser, "?!")
+    has_note(browser, "nothing is left of it after clean-up")
     (tmp_path / "broken.jpg").write_text("no image")
-    person.see("button[aria-label='Remove Image']")[0].click()
-    browser.find_elements("css selector", "input[type=file]")[0].send_keys(
-        str(tmp_path / "broken.jpg")
-    )
-    person.see("button[aria-label='Remove Image']")
-    person.write(TEXT)
-    person.see(".sentence", text="broken.jpg: not an image")
-    person.open("Ask")
-    person.see("tr.tr-body")[0].click()
-    assert len(person.bars(1)) == 1 and person.heat() == "heat map of whole question"
-    person.open("Entailment")
-    person.see("tr.tr-body")[0].click()
-    assert {text for text, _ in person.bars(3)} == {"entailment", "neutral", "contradiction"}
-    person.open("Two images")
-    person.see("tr.tr-body")[0].click()
-    assert [text for text, _ in person.bars(2)] == ["True", "False"]
-    person.open("Pseudo-targets")
-    person.see("tr.tr-body")[0].click()
-    assert len(person.bars(5)) % 5 == 0
+    see(browser, "button[aria-label='Remove Image']")[0].click()
+    uploads = browser.find_elements("css selector", "input[type=file]")
+    uploads[0].send_keys(str(tmp_path / "broken.jpg"))
+    see(browser, "button[aria-label='Remove Image']")
+    write(browser, TEXT)
+    has_note(browser, "broken.jpg: not an image")
+    for tab, text in (
+        ("Ask", "comes from"),
+        ("Entailment", "comes from"),
+        ("Two images", "comes from"),
+        ("Pseudo-targets", "soft targets"),
+    ):
+        see(browser, "button[role=tab]", text=tab)[0].click()
+        see(browser, "tr.tr-body")[0].click()
+        has_note(browser, text)
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = {
         message["params"]["request"]["url"]
@@ -604,3 +510,9 @@ def test_every_tab_in_a_browser(address, browser, models, photos, tmp_path):  # 
         entry for entry in browser.get_log("browser") if entry["source"] in ("security", "network")
     ]
     assert not refused, refused
+
+
+def first_share(browser, label):
+    """The share of a label among the probabilities."""
+    line = next(row.text for row in see(browser, ".confidence-set") if row.text.startswith(label))
+    return float(re.search(r"(\d+)%", line)[1]) / 100

@@ -29,7 +29,6 @@ FOLDERS = (
     "docs",
     "inference",
     "examples",
-    "demo",
     "tools",
 )
 OTHERS = {  # flags of other programs

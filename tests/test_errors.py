@@ -280,11 +280,10 @@ SCRIPTS = (
     "Grounding",
     "Attributes",
     "Relevance",
-    "Demo",
 )
 
 
-TOOLS = ("tools.download", "tools.export", "tools.search", "tools.visualize")
+TOOLS = ("tools.download", "tools.export", "tools.search", "tools.visualize", "tools.demo")
 
 
 @pytest.mark.parametrize(
