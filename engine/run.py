@@ -22,6 +22,7 @@ from engine.checkpointing import (
     PREVIOUS,
     Checkpointer,
     find_resume_file,
+    newest_checkpoint,
     resume,
     run_files,
 )
@@ -58,8 +59,11 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     """
     task = find_task(name)
     check_flags(task, args)
-    if args.checkpoint not in ("", "random"):
-        args.checkpoint = str(find_checkpoint(args.checkpoint))
+    if args.checkpoint not in ("", "random") and not is_repository(args.checkpoint):
+        path = find_checkpoint(args.checkpoint)
+        if args.resume and Path(args.checkpoint).is_dir():
+            path = newest_checkpoint(Path(args.checkpoint)) or path
+        args.checkpoint = str(path)
     device = init_process_group(args.device, args.timeout)
     config, output_dir, resume_from = find_run(task, args)
     tokenizer = tokenizer_of(config)
