@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
+from configs.config import Config
 from configs.flags import task_flags as task_parser
 from configs.tasks import TASKS
 from engine.launch import run_script
@@ -24,9 +25,9 @@ parser = task_parser(__doc__, "examples/tcl.yaml", "--output_dir output/tcl")
 class TCL(Pretrain):
     """Pre-training with the mean of image-text, text-image, image-image and text-text contrast."""
 
-    def __init__(self, config: dict, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, tokenizer)
-        self.second_view = RandomResizedCrop(config["image_res"], scale=(0.5, 1.0))
+        self.second_view = RandomResizedCrop(config.image_res, scale=(0.5, 1.0))
         # the intra-modal loss of the last step
         self.register_buffer("intra", torch.zeros(()), persistent=False)
 

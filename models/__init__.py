@@ -3,26 +3,25 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from configs.schema import with_defaults
-from configs.tasks import TASKS, detect_task, find, find_task
+from configs.config import Config, as_config
+from configs.tasks import TASKS, find, find_task
 
 if TYPE_CHECKING:  # importing this package does not import torch
     from models.albef import ALBEF
     from models.tokenizer import Tokenizer
 
 # for callers that do not read configs/tasks.py yet
-MODELS, task_of, ALIGNED = TASKS, detect_task, ("pretrain", "retrieval")
+MODELS, ALIGNED = TASKS, ("pretrain", "retrieval")
 
 
 def build_model(
-    task: str, config: Mapping[str, Any], tokenizer: "Tokenizer | None" = None
+    task: str, config: Config | Mapping[str, Any], tokenizer: "Tokenizer | None" = None
 ) -> "ALBEF":
     """Build the model of a task with random weights.
 
     Args:
         task: A key of `configs.tasks.TASKS`.
-        config: The task's YAML as a dict. Missing keys take their defaults, `bert_config` is a
-            path or a dict.
+        config: Configuration, or a dict of the task's YAML.
         tokenizer: Source of the special token ids, by default BERT's 0, 101, 103.
 
     Returns:
@@ -31,6 +30,6 @@ def build_model(
     Raises:
         InputError: The task is unknown or the configuration does not fit.
     """
-    model = find(find_task(task).model)(with_defaults(config), tokenizer)
+    model = find(find_task(task).model)(as_config(config), tokenizer)
     model.task = task
     return model

@@ -1,12 +1,12 @@
 """Base class of all models: image, text and multimodal encoders, momentum copies (Section 3)."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from configs.schema import read_bert_config
+from configs.config import BertConfig, Config, read_bert_config
 from models.bert import BertModel
 from models.momentum import copy_to_momentum_
 from models.tokenizer import Tokenizer
@@ -44,8 +44,8 @@ class ALBEF(nn.Module):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
-        bert: Callable[[Mapping[str, Any]], nn.Module],
+        config: Config,
+        bert: Callable[[BertConfig], nn.Module],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """Build the encoders with random weights.
@@ -60,12 +60,12 @@ class ALBEF(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.bert_config = read_bert_config(config["bert_config"])
-        if self.bert_config["vocab_size"] == "auto":
+        self.bert_config = read_bert_config(config.bert_config)
+        if self.bert_config.vocab_size == "auto":
             raise InputError(
                 "bert_config: vocab_size is auto: let models.tokenizer.tokenizer_of(config) set it"
             )
-        vision_width, encoder_width = config["vision_width"], self.bert_config["encoder_width"]
+        vision_width, encoder_width = config.vision_width, self.bert_config.encoder_width
         if encoder_width != vision_width:
             raise InputError(
                 f"vision_width {vision_width} differs from encoder_width {encoder_width} of "
@@ -77,9 +77,9 @@ class ALBEF(nn.Module):
             self.special_ids = SpecialIds(
                 tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id
             )
-        self.visual_encoder = build_vit(config, self.bert_config["initializer_range"])
+        self.visual_encoder = build_vit(config, self.bert_config.initializer_range)
         self.text_encoder = bert(self.bert_config)
-        if config["gradient_checkpointing"]:
+        if config.gradient_checkpointing:
             self.visual_encoder.set_grad_checkpointing()
             self.bert.gradient_checkpointing = True
 

@@ -3,13 +3,15 @@
 Parameter names are those of Hugging Face's BertModel and of the released ALBEF checkpoints.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from configs.config import BertConfig
 
 KeysValues = tuple[Tensor, Tensor]  # keys and values of attention, each [B, h, N, d]
 
@@ -56,17 +58,17 @@ class Head(nn.Linear):
 class Embeddings(nn.Module):
     """Sum of word, position and token type embeddings."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        width = config["hidden_size"]
+        width = config.hidden_size
         self.word_embeddings = nn.Embedding(
-            config["vocab_size"], width, padding_idx=config.get("pad_token_id", 0)
+            config.vocab_size, width, padding_idx=config.pad_token_id
         )
-        self.position_embeddings = nn.Embedding(config["max_position_embeddings"], width)
-        self.token_type_embeddings = nn.Embedding(config["type_vocab_size"], width)
-        self.LayerNorm = nn.LayerNorm(width, eps=config["layer_norm_eps"])
-        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
-        self.register_buffer("position_ids", torch.arange(config["max_position_embeddings"])[None])
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
 
     def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
         """Embed input_ids [B, L], the first one at position `start` -> [B, L, C]."""
@@ -78,14 +80,14 @@ class Embeddings(nn.Module):
 class MultiHeadAttention(nn.Module):
     """Projections to queries, keys and values, and fused attention."""
 
-    def __init__(self, config: Mapping[str, Any], source_width: int) -> None:
+    def __init__(self, config: BertConfig, source_width: int) -> None:
         super().__init__()
-        width = config["hidden_size"]
-        self.num_heads = config["num_attention_heads"]
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(source_width, width)
         self.value = nn.Linear(source_width, width)
-        self.dropout_prob = config["attention_probs_dropout_prob"]
+        self.dropout_prob = config.attention_probs_dropout_prob
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, L, C] -> [B, h, L, d]
@@ -117,8 +119,8 @@ class MultiHeadAttention(nn.Module):
 class SelfAttention(MultiHeadAttention):
     """Attention of a text's tokens to each other."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config, config["hidden_size"])
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, config.hidden_size)
 
     def forward(
         self,
@@ -161,8 +163,8 @@ class Source(NamedTuple):
 class CrossAttention(MultiHeadAttention):
     """Attention of texts to their sources, each of which serves several texts without a copy."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config, config["encoder_width"])
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config, config.encoder_width)
 
     def forward(self, hidden: Tensor, source: Source) -> Tensor:
         """Attend from hidden [R, L, C] to the source of each row -> [R, L, C]."""
@@ -190,11 +192,11 @@ class CrossAttention(MultiHeadAttention):
 class ResidualOutput(nn.Module):
     """Dense layer and dropout, then LayerNorm of the sum with the residual."""
 
-    def __init__(self, config: Mapping[str, Any], width_in: int) -> None:
+    def __init__(self, config: BertConfig, width_in: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width_in, config["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
-        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.dense = nn.Linear(width_in, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
         """Normalize dense(hidden) [..., width_in] + residual [..., C] -> [..., C]."""
@@ -204,18 +206,18 @@ class ResidualOutput(nn.Module):
 class Attention(nn.Module):
     """Attention and its output layer, under the names of Hugging Face's BERT."""
 
-    def __init__(self, config: Mapping[str, Any], attention: MultiHeadAttention) -> None:
+    def __init__(self, config: BertConfig, attention: MultiHeadAttention) -> None:
         super().__init__()
         self.self = attention
-        self.output = ResidualOutput(config, config["hidden_size"])
+        self.output = ResidualOutput(config, config.hidden_size)
 
 
 class Intermediate(nn.Module):
     """First half of the feed-forward part: hidden [..., C] -> [..., intermediate_size]."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the dense layer and GELU."""
@@ -225,13 +227,13 @@ class Intermediate(nn.Module):
 class Layer(nn.Module):
     """Self-attention, cross-attention in the multimodal layers, feed-forward (Figure 1)."""
 
-    def __init__(self, config: Mapping[str, Any], cross_attention: bool) -> None:
+    def __init__(self, config: BertConfig, cross_attention: bool) -> None:
         super().__init__()
         self.attention = Attention(config, SelfAttention(config))
         if cross_attention:
             self.crossattention = Attention(config, CrossAttention(config))
         self.intermediate = Intermediate(config)
-        self.output = ResidualOutput(config, config["intermediate_size"])
+        self.output = ResidualOutput(config, config.intermediate_size)
 
     def forward(
         self,
@@ -254,11 +256,11 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """The layers, under the name of Hugging Face's BERT."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(
-            Layer(config, cross_attention=i >= config["fusion_layer"])
-            for i in range(config["num_hidden_layers"])
+            Layer(config, cross_attention=i >= config.fusion_layer)
+            for i in range(config.num_hidden_layers)
         )
 
 
@@ -284,7 +286,7 @@ class BertModel(nn.Module):
 
     images_per_text = 1
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         """Build the layers with random weights.
 
         Args:
@@ -292,11 +294,11 @@ class BertModel(nn.Module):
                 image embeddings.
         """
         super().__init__()
-        self.fusion_layer = config["fusion_layer"]
+        self.fusion_layer = config.fusion_layer
         self.gradient_checkpointing = False
         self.embeddings = Embeddings(config)
         self.encoder = Encoder(config)
-        self.apply(lambda module: init_weights(module, config["initializer_range"]))
+        self.apply(lambda module: init_weights(module, config.initializer_range))
 
     @property
     def bert(self) -> "BertModel":
@@ -402,10 +404,10 @@ class BertModel(nn.Module):
 class PredictionTransform(nn.Module):
     """Dense layer, GELU and LayerNorm before the vocabulary: hidden [..., C] -> [..., C]."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = Head(config["hidden_size"], config["hidden_size"])
-        self.LayerNorm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
+        self.dense = Head(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Apply the three layers."""
@@ -415,12 +417,12 @@ class PredictionTransform(nn.Module):
 class PredictionHead(nn.Module):
     """Vocabulary head, tied to the word embeddings: hidden [..., C] -> logits [..., V], float32."""
 
-    def __init__(self, config: Mapping[str, Any], word_embeddings: nn.Embedding) -> None:
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(config["vocab_size"]))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.transform = PredictionTransform(config)
-        self.decoder = Head(config["hidden_size"], config["vocab_size"])
-        self.transform.apply(lambda module: init_weights(module, config["initializer_range"]))
+        self.decoder = Head(config.hidden_size, config.vocab_size)
+        self.transform.apply(lambda module: init_weights(module, config.initializer_range))
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias
 
@@ -432,7 +434,7 @@ class PredictionHead(nn.Module):
 class MaskedLMHead(nn.Module):
     """The vocabulary head, under the name of Hugging Face's BERT."""
 
-    def __init__(self, config: Mapping[str, Any], word_embeddings: nn.Embedding) -> None:
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.predictions = PredictionHead(config, word_embeddings)
 
@@ -440,7 +442,7 @@ class MaskedLMHead(nn.Module):
 class BertForMaskedLM(nn.Module):
     """BertModel with the vocabulary head of masked language modeling."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.bert = BertModel(config)
         self.cls = MaskedLMHead(config, self.bert.embeddings.word_embeddings)

@@ -1,11 +1,12 @@
 """Classification by the multimodal [CLS] under momentum distillation (Section 5)."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from configs.config import BertConfig, Config
 from models.albef import ALBEF, check_objectives
 from models.bert import BertModel, Head
 from models.losses import distilled_cross_entropy
@@ -34,15 +35,15 @@ class Classifier(ALBEF):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
-        bert: Callable[[Mapping[str, Any]], nn.Module],
+        config: Config,
+        bert: Callable[[BertConfig], nn.Module],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(config, bert, tokenizer)
-        width = self.bert_config["hidden_size"]
+        width = self.bert_config.hidden_size
         self.add_module(self.head_name, self.build_head(width, self.classes))
-        if config["distill"]:
-            check_objectives("distill", config["distill"], [])
+        if config.distill:
+            check_objectives("distill", config.distill, [])
             self.add_momentum("visual_encoder", "text_encoder", self.head_name)
 
     @staticmethod
@@ -91,10 +92,10 @@ class Classifier(ALBEF):
             loss, a scalar.
         """
         logits, logits_m = self.classify(image, text), None
-        if self.config["distill"]:
+        if self.config.distill:
             with torch.no_grad():
                 if update_momentum:
-                    update_momentum_(self, self.config["momentum"])
+                    update_momentum_(self, self.config.momentum)
                 logits_m = self.classify(image, text, momentum=True)
         return {"loss": distilled_cross_entropy(logits, targets, logits_m, alpha)[0].mean()}
 
@@ -102,7 +103,7 @@ class Classifier(ALBEF):
 class SingleImageClassifier(Classifier):
     """Classifier of an image and a text."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer)
 
     def predict(self, image: Tensor, text: Text) -> Tensor:

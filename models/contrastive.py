@@ -1,7 +1,7 @@
 """Contrastive learning and matching under momentum distillation, of pre-training and retrieval."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.schema import KEYS, TEMP_RANGE
+from configs.config import TEMP_RANGE, BertConfig, Config
 from models.albef import ALBEF, check_objectives
 from models.bert import Head, TextRows
 from models.losses import Contrast, Features, itc_loss, sample_negatives, similarities
@@ -17,6 +17,7 @@ from models.momentum import enqueue_, update_momentum_
 from models.tokenizer import Tokenizer
 from utils import Text, is_distributed, rank, world_size
 
+OBJECTIVES = {"itc", "mlm", "itm"}
 NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
 
 
@@ -45,8 +46,8 @@ class ContrastiveModel(ALBEF):
 
     def __init__(
         self,
-        config: Mapping[str, Any],
-        bert: Callable[[Mapping[str, Any]], nn.Module],
+        config: Config,
+        bert: Callable[[BertConfig], nn.Module],
         tokenizer: Tokenizer | None,
         known: Sequence[str],
     ) -> None:
@@ -62,23 +63,22 @@ class ContrastiveModel(ALBEF):
             InputError: The configuration does not fit.
         """
         super().__init__(config, bert, tokenizer)
-        # the default names the objectives of all tasks
-        if set(config["objectives"]) != set(KEYS["objectives"].default):
-            check_objectives("objectives", config["objectives"], known)
-        self.objectives = [name for name in config["objectives"] if name in known]
+        if set(config.objectives) != OBJECTIVES:  # the default, of all tasks
+            check_objectives("objectives", config.objectives, known)
+        self.objectives = [name for name in config.objectives if name in known]
         distillable = [name for name in self.objectives if name != "itm"]
-        check_objectives("distill", config["distill"], distillable)
-        distilled = config["distill"]
+        check_objectives("distill", config.distill, distillable)
+        distilled = config.distill
         self.distilled = distillable * distilled if isinstance(distilled, bool) else distilled
-        self.hard_negatives = config["hard_negatives"] and "itc" in self.objectives
-        width, embed_dim = self.bert_config["hidden_size"], config["embed_dim"]
-        self.vision_proj = Head(config["vision_width"], embed_dim)
+        self.hard_negatives = config.hard_negatives and "itc" in self.objectives
+        width, embed_dim = self.bert_config.hidden_size, config.embed_dim
+        self.vision_proj = Head(config.vision_width, embed_dim)
         self.text_proj = Head(width, embed_dim)
-        self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
+        self.temp = nn.Parameter(torch.tensor(float(config.temp)))
         self.itm_head = Head(width, 2)
         self.add_momentum("visual_encoder", "vision_proj", "text_encoder", "text_proj")
         for name in ("image_queue", "text_queue"):  # of random features at first
-            queue = F.normalize(torch.randn(embed_dim, config["queue_size"]), dim=0)
+            queue = F.normalize(torch.randn(embed_dim, config.queue_size), dim=0)
             self.register_buffer(name, queue)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
@@ -121,7 +121,7 @@ class ContrastiveModel(ALBEF):
         """Clamp the temperature and update the momentum model."""
         self.temp.clamp_(*TEMP_RANGE)
         if update_momentum:
-            update_momentum_(self, self.config["momentum"])
+            update_momentum_(self, self.config.momentum)
 
     def contrastive(
         self, features: Features, features_m: Features, targets: Tensor, alpha: float

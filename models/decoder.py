@@ -1,11 +1,12 @@
 """Answer decoder of VQA (Section 5): causal BERT layers that attend to the states of a question."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from configs.config import BertConfig
 from models.bert import BertForMaskedLM, KeysValues, Source, additive_mask, compute_dtype
 
 
@@ -15,11 +16,12 @@ class AnswerDecoder(BertForMaskedLM):
     The state dict has the names of a pre-training text_encoder, with layers counted from 0.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        depth = config["num_hidden_layers"] - config["fusion_layer"]
-        width = config["hidden_size"]
+    def __init__(self, config: BertConfig) -> None:
+        depth = config.num_hidden_layers - config.fusion_layer
         super().__init__(
-            {**config, "num_hidden_layers": depth, "fusion_layer": 0, "encoder_width": width}
+            replace(
+                config, num_hidden_layers=depth, fusion_layer=0, encoder_width=config.hidden_size
+            )
         )
 
     def forward(

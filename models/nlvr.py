@@ -1,12 +1,11 @@
 """NLVR2, whether a sentence is true of two images, and text assignment, its pre-training."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from msgspec.structs import replace
 from torch import Tensor, nn
 
+from configs.config import BertConfig, Config
 from models.albef import ALBEF
 from models.bert import BertModel, Head, KeysValues
 from models.classification import Classifier
@@ -25,7 +24,7 @@ class PairBert(BertModel):
 
     images_per_text = 2
 
-    def __init__(self, config: Mapping[str, Any], share: str) -> None:
+    def __init__(self, config: BertConfig, share: str) -> None:
         """Build the layers with random weights.
 
         Args:
@@ -33,9 +32,9 @@ class PairBert(BertModel):
             share: What the blocks of a pair share (Table 7): "cross_attention" for the projections
                 to keys and values, "all" or "none".
         """
-        fusion = config["fusion_layer"]
-        depth = fusion + 2 * (config["num_hidden_layers"] - fusion)
-        super().__init__({**config, "num_hidden_layers": depth})
+        fusion = config.fusion_layer
+        depth = fusion + 2 * (config.num_hidden_layers - fusion)
+        super().__init__(replace(config, num_hidden_layers=depth))
         self.share = share
         layers = self.encoder.layer
         for number in range(fusion, depth, 2):
@@ -79,8 +78,8 @@ class NLVR(Classifier):
 
     classes = 2
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config, lambda bert: PairBert(bert, config.share), tokenizer)
 
     def predict(self, image0: Tensor, image1: Tensor, text: Text) -> Tensor:
         """Classify pairs of images [B, 3, H, W] with texts [B, L] -> logits [B, 2]."""
@@ -104,12 +103,12 @@ class NLVR(Classifier):
 class TextAssignment(ALBEF):
     """Text assignment (Section 5): the text is of the first image 0, the second 1, or neither 2."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(config, lambda bert: PairBert(bert, config["share"]), tokenizer)
-        width = self.bert_config["hidden_size"]
-        self.vision_proj = Head(config["vision_width"], config["embed_dim"])
-        self.text_proj = Head(width, config["embed_dim"])
-        self.temp = nn.Parameter(torch.tensor(float(config["temp"])))
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
+        super().__init__(config, lambda bert: PairBert(bert, config.share), tokenizer)
+        width = self.bert_config.hidden_size
+        self.vision_proj = Head(config.vision_width, config.embed_dim)
+        self.text_proj = Head(width, config.embed_dim)
+        self.temp = nn.Parameter(torch.tensor(float(config.temp)))
         self.ta_head = Head(width, 3)
 
     def idle_parameters(self) -> list[nn.Parameter]:

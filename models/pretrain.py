@@ -1,11 +1,11 @@
 """ALBEF pre-training (Section 3): contrastive learning, matching and masked language modeling."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from configs.config import Config
 from models.bert import BertForMaskedLM
 from models.contrastive import ContrastiveModel, mutual_information_bound
 from models.losses import Features, MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
@@ -24,7 +24,7 @@ class PretrainBatch(Protocol):
 class Pretrain(ContrastiveModel):
     """Pre-training model: contrastive learning, matching and masked language modeling."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertForMaskedLM, tokenizer, known=("itc", "mlm", "itm"))
         # Section 4, of the last step
         self.register_buffer("mi_bound", torch.zeros(()), persistent=False)
@@ -35,7 +35,7 @@ class Pretrain(ContrastiveModel):
 
     def mask(self, input_ids: Tensor) -> MaskedText:
         """Mask texts [B, L] at random."""
-        vocab_size, probability = self.bert_config["vocab_size"], self.config["mlm_probability"]
+        vocab_size, probability = self.bert_config.vocab_size, self.config.mlm_probability
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 
     def idle_parameters(self) -> list[nn.Parameter]:

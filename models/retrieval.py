@@ -1,11 +1,11 @@
 """Image-text retrieval (Section 5): contrastive learning and matching with equal image ids."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from configs.config import Config
 from models.bert import BertModel
 from models.contrastive import ContrastiveModel
 from models.losses import Features, itm_loss
@@ -24,9 +24,9 @@ class RetrievalBatch(Protocol):
 class Retrieval(ContrastiveModel):
     """Model of retrieval and grounding: pairs with equal image ids are positive."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
-        self.register_buffer("idx_queue", torch.full((1, config["queue_size"]), -100))
+        self.register_buffer("idx_queue", torch.full((1, config.queue_size), -100))
 
     def extra_metrics(self) -> dict[str, Tensor]:
         """Return the temperature."""

@@ -1,13 +1,12 @@
 """Image encoder (Section 3.1): timm's VisionTransformer without its classification head."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from configs.config import Config
 
-def build_vit(config: Mapping[str, Any], initializer_range: float = 0.02) -> VisionTransformer:
+
+def build_vit(config: Config, initializer_range: float = 0.02) -> VisionTransformer:
     """Build a ViT whose `forward_features` maps images to embeddings, [CLS] first.
 
     An initializer range of 0.02 suits a width of 768. A small model from random weights learns much
@@ -22,11 +21,11 @@ def build_vit(config: Mapping[str, Any], initializer_range: float = 0.02) -> Vis
         Model from [B, 3, image_res, image_res] to [B, 1+N, vision_width].
     """
     vit = VisionTransformer(
-        img_size=config["image_res"],
-        patch_size=config["patch_size"],
-        embed_dim=config["vision_width"],
-        depth=config["vision_depth"],
-        num_heads=config["vision_heads"],
+        img_size=config.image_res,
+        patch_size=config.patch_size,
+        embed_dim=config.vision_width,
+        depth=config.vision_depth,
+        num_heads=config.vision_heads,
         num_classes=0,
         global_pool="",
     )

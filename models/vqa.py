@@ -1,12 +1,13 @@
 """Visual question answering (Section 5): answers are ranked by likelihood, or generated."""
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from configs.config import Config
 from models.albef import ALBEF, check_objectives
 from models.bert import BertModel, KeysValues
 from models.decoder import AnswerDecoder
@@ -68,27 +69,27 @@ def length_buckets(lengths: Tensor, questions: int, k: int) -> list[tuple[int, i
 class VQA(ALBEF):
     """Question encoder and answer decoder, with momentum copies if the configuration distills."""
 
-    def __init__(self, config: Mapping[str, Any], tokenizer: Tokenizer | None = None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer)
         if tokenizer is not None:
-            eos = tokenizer.convert_tokens_to_ids(config["eos"])
+            eos = tokenizer.convert_tokens_to_ids(config.eos)
             if eos == tokenizer.unk_token_id:
                 raise InputError(
-                    f"eos is {config['eos']!r}, which is not a token of the vocabulary; "
+                    f"eos is {config.eos!r}, which is not a token of the vocabulary; "
                     "the usual one is [SEP]"
                 )
             self.special_ids = self.special_ids._replace(eos=eos)
         self.text_decoder = AnswerDecoder(self.bert_config)
         self.text_decoder.bert.gradient_checkpointing = self.bert.gradient_checkpointing
-        longest = self.bert_config["max_position_embeddings"] - 1  # after [CLS]
-        self.max_answer_tokens = config["max_answer_tokens"] or min(ANSWER_TOKENS, longest)
+        longest = self.bert_config.max_position_embeddings - 1  # after [CLS]
+        self.max_answer_tokens = config.max_answer_tokens or min(ANSWER_TOKENS, longest)
         if self.max_answer_tokens > longest:
             raise InputError(
                 f"max_answer_tokens is {self.max_answer_tokens}, bert_config has "
                 f"max_position_embeddings for {longest}: lower it"
             )
-        if config["distill"]:
-            check_objectives("distill", config["distill"], [])
+        if config.distill:
+            check_objectives("distill", config.distill, [])
             self.add_momentum("visual_encoder", "text_encoder", "text_decoder")
 
     def encode_question(self, image: Tensor, question: Text, momentum: bool = False) -> Question:
@@ -167,10 +168,10 @@ class VQA(ALBEF):
         rows = torch.repeat_interleave(counts, output_size=total)
         states, logits_m = self.encode_question(image, question), None
         logits = self.answer_logits(states, answer.input_ids, rows)
-        if self.config["distill"]:
+        if self.config.distill:
             with torch.no_grad():
                 if update_momentum:
-                    update_momentum_(self, self.config["momentum"])
+                    update_momentum_(self, self.config.momentum)
                 states = self.encode_question(image, question, momentum=True)
                 logits_m = self.answer_logits(states, answer.input_ids, rows, self.text_decoder_m)
                 logits_m = logits_m.flatten(0, 1)

@@ -111,7 +111,7 @@ MUTANTS = [
     ),
     Mutant(
         "models/contrastive.py",
-        'self.hard_negatives = config["hard_negatives"] and',
+        "self.hard_negatives = config.hard_negatives and",
         "self.hard_negatives =",
     ),
     Mutant(
@@ -122,7 +122,7 @@ MUTANTS = [
     Mutant("models/contrastive.py", 'if "itc" in self.distilled:', "if self.distilled:"),
     Mutant("models/contrastive.py", "self.temp.clamp_(*TEMP_RANGE)", "pass"),
     Mutant("models/contrastive.py", "        if update_momentum:\n", "        if True:\n"),
-    Mutant("models/contrastive.py", 'config["queue_size"])', "65536)"),
+    Mutant("models/contrastive.py", "config.queue_size)", "65536)"),
     Mutant(
         "models/contrastive.py",
         "self.image_queue.clone(), self.text_queue.clone()",
@@ -154,7 +154,7 @@ MUTANTS = [
         "scores = torch.zeros(pairs.shape",
         "scores = torch.full(pairs.shape, NO_CANDIDATE",
     ),
-    Mutant("models/pretrain.py", 'self.config["mlm_probability"]', "0.15"),
+    Mutant("models/pretrain.py", "self.config.mlm_probability", "0.15"),
     Mutant(
         "models/pretrain.py",
         "targets = torch.arange(batch, device=image.device)",
@@ -195,12 +195,12 @@ MUTANTS = [
     ),
     Mutant(
         "models/bert.py",
-        'self.dropout = nn.Dropout(config["hidden_dropout_prob"])\n        self.register_buffer',
+        "self.dropout = nn.Dropout(config.hidden_dropout_prob)\n        self.register_buffer",
         "self.dropout = nn.Dropout(0)\n        self.register_buffer",
     ),
     Mutant(
         "models/bert.py",
-        'self.dropout = nn.Dropout(config["hidden_dropout_prob"])\n\n',
+        "self.dropout = nn.Dropout(config.hidden_dropout_prob)\n\n",
         "self.dropout = nn.Dropout(0)\n\n",
     ),
     Mutant(
@@ -222,7 +222,7 @@ MUTANTS = [
         "F.gelu(self.dense(hidden))\n\n\nclass Layer",
         'F.gelu(self.dense(hidden), approximate="tanh")\n\n\nclass Layer',
     ),
-    Mutant("models/bert.py", 'cross_attention=i >= config["fusion_layer"]', "cross_attention=True"),
+    Mutant("models/bert.py", "cross_attention=i >= config.fusion_layer", "cross_attention=True"),
     Mutant("models/bert.py", "[start : start + input_ids.shape[1]]", "[: input_ids.shape[1]]"),
     Mutant(
         "models/bert.py",
@@ -236,7 +236,7 @@ MUTANTS = [
         "if False:",
     ),
     Mutant("models/bert.py", "nn.init.normal_(module.weight, std=std)", "pass"),
-    Mutant("models/vit.py", 'depth=config["vision_depth"]', "depth=2"),
+    Mutant("models/vit.py", "depth=config.vision_depth", "depth=2"),
     Mutant("models/vit.py", "nn.init.trunc_normal_(weight, std=2 * initializer_range)", "pass"),
     Mutant("models/decoder.py", ".tril(before)", ".tril()"),
     Mutant("models/decoder.py", ".tril(before)", ""),

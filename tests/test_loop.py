@@ -11,6 +11,7 @@ from conftest import log
 from helpers.training import run
 
 import models.losses
+from configs.config import read_bert_config
 from dataset.loading import Loader
 from models.momentum import update_momentum_
 
@@ -147,11 +148,8 @@ def test_what_no_objective_reaches_is_not_trained(tiny_config, tmp_path):
 def test_dropout_of_1_leaves_nothing(tiny_config):
     from models.bert import Embeddings, ResidualOutput, SelfAttention
 
-    config = {
-        **tiny_config["bert_config"],
-        "hidden_dropout_prob": 1.0,
-        "attention_probs_dropout_prob": 1.0,
-    }
+    dropout = {"hidden_dropout_prob": 1.0, "attention_probs_dropout_prob": 1.0}
+    config = read_bert_config({**tiny_config["bert_config"], **dropout})
     hidden = torch.randn(2, 3, 16)
     output, attention = ResidualOutput(config, 16), SelfAttention(config)
     assert not Embeddings(config)(torch.ones(2, 3, dtype=torch.long)).any()
