@@ -36,7 +36,7 @@ from evaluation.metrics import NotFinite
 from evaluation.report import Report
 from models import build_model
 from models.albef import ALBEF
-from models.tokenizer import VOCABULARY, Tokenizer, tokenizer_of
+from models.tokenizer import VOCABULARY, Tokenizer, load_tokenizer
 from models.weights import checkpoint_epoch, find_checkpoint, load_checkpoint, read_checkpoint
 from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
 
@@ -66,7 +66,7 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
         args.checkpoint = str(path)
     device = init_process_group(args.device, args.timeout)
     config, output_dir, resume_from = find_run(task, args)
-    tokenizer = tokenizer_of(config)
+    tokenizer, config = load_tokenizer(config)
     train_set, test_sets = build_datasets(task, args, config)
     if name == "vqa" and train_set and config.max_answer_tokens is None:
         length = train_set.longest_answer(tokenizer)

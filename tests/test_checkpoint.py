@@ -551,7 +551,7 @@ def test_malicious_files_are_not_run_by_any_reader(model, tmp_path, name, zipped
         lambda: load_text_encoder(model, folder),
         lambda: load_vision_encoder(model, path),
         lambda: load_vision_encoder(model, folder),
-        lambda: resume(path, model, None, {}, 0),
+        lambda: resume(path, None),
         lambda: export_file(path, tmp_path / "out.safetensors"),
         lambda: build_tokenizer(str(path)),
         lambda: load_config(tmp_path / "evil.yaml"),
