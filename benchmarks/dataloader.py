@@ -40,8 +40,8 @@ from dataset import transforms as fast
 from dataset.build import build_dataset
 from dataset.images import load_image
 from dataset.loading import TrainBatches
-from dataset.to_shards import convert
 from models.tokenizer import build_tokenizer
+from tools.to_shards import convert
 from tools.vocabulary import train_vocab
 
 PHOTOS, WIDTH, HEIGHT = 64, 500, 375
@@ -182,7 +182,7 @@ def write_pairs(folder, photos):
         )
     (folder / "train.json").write_text(json.dumps(pairs))
     with contextlib.redirect_stdout(io.StringIO()):
-        convert([str(folder / "train.json")], "", folder / "shards", FOLDER)
+        convert([str(folder / "train.json")], "", folder / "shards", samples=FOLDER)
     train_files = {"files": str(folder / "train.json"), "shards": str(folder / "shards/*.tar")}
     return train_files, [pair["caption"] for pair in pairs]
 

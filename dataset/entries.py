@@ -221,7 +221,7 @@ def _refuse_content(path: str | os.PathLike, start: str) -> None:
     problem = {"": "is empty", "[": "is an empty list"}.get(start, "is not a JSON list")
     raise InputError(
         f'{path}: {problem}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...].'
-        " python -m dataset.to_json converts tables, folders and official files"
+        " python -m tools.to_json converts tables, folders and official files"
     )
 
 

@@ -1,5 +1,4 @@
-"""Annotation files as their publishers offer them, recognized by their form and converted to the
-lists that scripts read.
+"""Official annotation files: recognition by their form and conversion to JSON lists.
 
 Known are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the line
 files of NLVR2 and SNLI-VE.
@@ -19,6 +18,7 @@ from dataset.text import MAX_WORDS, is_blank, pre_caption
 from utils import InputError
 
 T = TypeVar("T")
+Lists = dict[str, list]  # entries by split
 _Filled = Annotated[list[T], Meta(min_length=1)]
 _FOLDER = re.compile(r"(train|val|test)\d{4}")  # of COCO's images
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
@@ -50,6 +50,8 @@ class _Caption(msgspec.Struct):
 
 
 class CocoCaptions(Official):
+    """captions_train2014.json and the like of COCO."""
+
     title = "COCO's captions"
     images: _Filled[_Image]
     annotations: _Filled[_Caption]
@@ -69,6 +71,8 @@ class _SplitImage(msgspec.Struct):
 
 
 class KarpathySplit(Official):
+    """dataset_coco.json and the like of Karpathy."""
+
     title = "a Karpathy split"
     images: _Filled[_SplitImage]
 
@@ -80,6 +84,8 @@ class _Question(msgspec.Struct):
 
 
 class VqaQuestions(Official):
+    """A file of questions of VQA v2."""
+
     title = "questions of VQA v2"
     data_type: Literal["mscoco"]
     data_subtype: str
@@ -98,6 +104,8 @@ class _Answers(msgspec.Struct):
 
 
 class VqaAnnotations(Official):
+    """A file of answers of VQA v2."""
+
     title = "annotations of VQA v2"
     data_type: Literal["mscoco"]
     data_subtype: str
@@ -105,6 +113,8 @@ class VqaAnnotations(Official):
 
 
 class Nlvr2Line(Official):
+    """A line of a file of NLVR2."""
+
     title, lines = "lines of NLVR2", True
     identifier: Annotated[str, Meta(pattern=r"^(train|dev|test\d*)-\d+-\d+-\d+$")]
     sentence: str
@@ -113,6 +123,8 @@ class Nlvr2Line(Official):
 
 
 class SnliVeLine(Official):
+    """A line of a file of SNLI-VE."""
+
     title, lines = "lines of SNLI-VE", True
     image: str = msgspec.field(name="Flickr30K_ID")
     sentence: str = msgspec.field(name="sentence2")
@@ -124,8 +136,9 @@ _LABELS = ("entailment", "neutral", "contradiction")
 
 
 def recognize(data: bytes) -> type[Official] | None:
-    """Return the class of an official file by its keys and the first value of each list, None for
-    other files.
+    """Return the form of an official file, None for other files.
+
+    The keys and the first value of each list decide.
     """
     data = data.removeprefix(codecs.BOM_UTF8)
     for text in (data, data[: data.find(b"\n") + 1]):
@@ -145,7 +158,7 @@ def _head(value: msgspec.Raw) -> Any:
     return list(map(msgspec.json.decode, msgspec.json.decode(value, type=list[msgspec.Raw])[:1]))
 
 
-def _fits(head, form):
+def _fits(head: dict[str, Any], form: type[Official]) -> bool:
     try:
         msgspec.convert(head, form)
         return True
@@ -165,34 +178,38 @@ def advice(path: str | os.PathLike) -> str:
         VqaQuestions: f"{path} ANNOTATIONS.json",
         VqaAnnotations: f"QUESTIONS.json {path}",
     }.get(form, path)
-    return f"holds {form.title}; convert it: python -m dataset.to_json {names} --image_root DIR --output DIR"
+    return (
+        f"holds {form.title}; convert it: python -m tools.to_json {names} --image_root DIR"
+        " --output DIR"
+    )
 
 
 class ImageFinder:
     """Find images under a folder, which may lack the publisher's folders.
 
-    missing: paths of the images that do not exist.
+    Attributes:
+        paths: Path under the folder by the publisher's path.
+        missing: Paths of the images that do not exist.
     """
 
     def __init__(self, image_root: str) -> None:
-        self.image_root, self.found, self.missing = image_root, {}, {}
+        self.image_root, self.paths, self.missing = image_root, {}, []
 
     def __call__(self, path: str, suffix: str = "") -> str:
-        """Return the longest trailing part of a path that is a file with this suffix, else the
-        path.
-        """
-        if path not in self.found:
+        """Return the longest tail of a path that is a file with this suffix, else the path."""
+        if path not in self.paths:
             parts = path.split("/")
-            names = ["/".join(parts[i:]) for i in range(len(parts))]
-            there = (
-                name
-                for name in names
-                if os.path.isfile(os.path.join(self.image_root, name + suffix))
+            tails = ["/".join(parts[i:]) for i in range(len(parts))]
+            files = (
+                tail
+                for tail in tails
+                if os.path.isfile(os.path.join(self.image_root, tail + suffix))
             )
-            self.found[path] = next(there, path)
-            if not os.path.isfile(os.path.join(self.image_root, self.found[path] + suffix)):
-                self.missing[path + suffix] = None
-        return self.found[path]
+            self.paths[path] = next(files, None)
+            if self.paths[path] is None:
+                self.paths[path] = path
+                self.missing.append(path + suffix)
+        return self.paths[path]
 
 
 def convert(
@@ -206,8 +223,8 @@ def convert(
         find: Finder of the images.
 
     Returns:
-        The entries of each split, train, val or test: CaptionedFile of captions, else dicts as the scripts read them.
-        The problems of entries that are left out.
+        The entries of each split, train, val or test, and the problems of entries that are left
+        out. Entries of captions are CaptionedFile, others are dicts as scripts read them.
 
     Raises:
         InputError: A file does not have its form throughout, or the files do not belong together.
@@ -238,7 +255,7 @@ def convert(
     return dict(lists), problems
 
 
-def _read_whole(path, data, form):
+def _read_whole(path: str, data: bytes, form: type[Official]) -> Official:
     try:
         return msgspec.json.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -247,8 +264,10 @@ def _read_whole(path, data, form):
         ) from None
 
 
-def _read_lines(path, data, form, problems):
-    """Return the objects of the lines with their places."""
+def _read_lines(
+    path: str, data: bytes, form: type[Official], problems: list[str]
+) -> list[tuple[str, Official]]:
+    """Return (name of the line, object) of the lines. Mistakes are added to `problems`."""
     rows = []
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
@@ -259,7 +278,7 @@ def _read_lines(path, data, form, problems):
     return rows
 
 
-def _usable(captions, where, problems):
+def _usable(captions: list[str], where: str, problems: list[str]) -> list[str]:
     """Return the captions that are not blank."""
     usable = [caption for caption in captions if not is_blank(pre_caption(caption, MAX_WORDS))]
     if len(usable) < max(1, len(captions)):
@@ -269,14 +288,17 @@ def _usable(captions, where, problems):
     return usable
 
 
-def _convert_coco(path, content, find, lists, problems):
+def _convert_coco(
+    path: str, content: CocoCaptions, find: ImageFinder, lists: Lists, problems: list[str]
+) -> None:
     captions = {image.id: (image.file_name, []) for image in content.images}
     for number, annotation in enumerate(content.annotations):
         if annotation.image_id in captions:
             captions[annotation.image_id][1].append(annotation.caption)
         else:
             problems.append(
-                f"{path} annotation {number} (counting from 0): no image has the id {annotation.image_id}"
+                f"{path} annotation {number} (counting from 0): no image has the id"
+                f" {annotation.image_id}"
             )
     for image_id, (name, texts) in captions.items():
         folder = _FOLDER.search(f"{name} {os.path.basename(path)}")
@@ -287,7 +309,9 @@ def _convert_coco(path, content, find, lists, problems):
             )
 
 
-def _convert_karpathy(path, content, find, lists, problems):
+def _convert_karpathy(
+    path: str, content: KarpathySplit, find: ImageFinder, lists: Lists, problems: list[str]
+) -> None:
     for number, image in enumerate(content.images):
         where = f"{path} image {number} (counting from 0)"
         if image.split not in _SPLITS:
@@ -298,59 +322,59 @@ def _convert_karpathy(path, content, find, lists, problems):
             lists[_SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
 
 
-def _convert_vqa(contents, find, lists, problems):
+def _convert_vqa(
+    contents: dict[str, VqaQuestions | VqaAnnotations],
+    find: ImageFinder,
+    lists: Lists,
+    problems: list[str],
+) -> None:
     """Join questions with the annotations of their subtype.
 
-    Questions without annotations go into the test list.
+    Questions of a subtype without annotations go into the test list.
     """
-    answers = defaultdict(dict)  # by subtype and question_id
+    annotated = defaultdict(dict)  # annotations by subtype and question_id
     for content in contents.values():
         if isinstance(content, VqaAnnotations):
-            answers[content.data_subtype].update(
-                {found.question_id: found for found in content.annotations}
-            )
-    asked = {
-        content.data_subtype for content in contents.values() if isinstance(content, VqaQuestions)
-    }
+            by_id = {answers.question_id: answers for answers in content.annotations}
+            annotated[content.data_subtype] |= by_id
+    questions = {path: of for path, of in contents.items() if isinstance(of, VqaQuestions)}
+    asked = {content.data_subtype for content in questions.values()}
     for path, content in contents.items():
+        if content.data_subtype not in asked:
+            raise InputError(
+                f"{path}: holds the annotations of {content.data_subtype} without the questions:"
+                " name their file, too"
+            )
+    for path, content in questions.items():
         subtype = content.data_subtype
-        if isinstance(content, VqaAnnotations):
-            if subtype not in asked:
-                raise InputError(
-                    f"{path}: holds the annotations of {subtype} without the questions: name their file, too"
-                )
-            continue
         folder = subtype.replace("-dev", "")
         split = next((split for split in ("train", "val") if subtype.startswith(split)), "test")
         for question in content.questions:
+            image = find(f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg")
             entry = {
-                "image": f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg",
+                "image": image,
                 "question": question.question,
                 "question_id": question.question_id,
                 "dataset": "vqa",
             }
-            if subtype in answers:
-                found = answers[subtype].get(question.question_id)
-                if found is None or found.image_id != question.image_id:
-                    other = (
-                        "there is no annotation"
-                        if found is None
-                        else f"its annotation is of image {found.image_id}"
-                    )
-                    problems.append(
-                        f"{path} question {question.question_id} of image {question.image_id}: {other}"
-                    )
-                    continue
-                entry |= {
-                    "answer": [one.answer for one in found.answers],
-                    "answer_type": found.answer_type,
-                }
-            lists[split if subtype in answers else "test"].append(
-                entry | {"image": find(entry["image"])}
-            )
+            if subtype not in annotated:
+                lists["test"].append(entry)
+                continue
+            answers = annotated[subtype].get(question.question_id)
+            if answers is None or answers.image_id != question.image_id:
+                of = answers and f"its annotation is of image {answers.image_id}"
+                problems.append(
+                    f"{path} question {question.question_id} of image {question.image_id}:"
+                    f" {of or 'there is no annotation'}"
+                )
+                continue
+            given = [answer.answer for answer in answers.answers]
+            lists[split].append(entry | {"answer": given, "answer_type": answers.answer_type})
 
 
-def _convert_nlvr2(path, rows, find, lists, problems):
+def _convert_nlvr2(
+    path: str, rows: list[tuple], find: ImageFinder, lists: Lists, problems: list[str]
+) -> None:
     for _, row in rows:
         split = row.identifier.partition("-")[0]
         folder = f"images/train/{row.directory}" if split == "train" else split
@@ -360,7 +384,9 @@ def _convert_nlvr2(path, rows, find, lists, problems):
         lists[_SPLITS[split.rstrip("0123456789")]].append(entry)
 
 
-def _convert_snli_ve(path, rows, find, lists, problems):
+def _convert_snli_ve(
+    path: str, rows: list[tuple], find: ImageFinder, lists: Lists, problems: list[str]
+) -> None:
     named = re.search("train|val|dev|test", os.path.basename(path))
     split = _SPLITS[named[0]] if named else "train"
     for where, row in rows:

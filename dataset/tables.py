@@ -1,6 +1,4 @@
-"""Captions as people have them: tables (CSV, TSV, JSON lines, JSON lists) and folders of images
-with text files.
-"""
+"""Readers of captions in tables (CSV, TSV, JSON lines, JSON lists) and in folders of images."""
 
 import codecs
 import csv
@@ -8,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dataset.entries import read_json_list
@@ -61,13 +59,13 @@ def decode(path: str, data: bytes, encoding: str | None = None) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its encoding, such "
-            "as --encoding cp1252"
+            f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its"
+            " encoding, such as --encoding cp1252"
         ) from None
 
 
 def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) for lines of JSON; the value is a ValueError if the line is not valid."""
+    """Yield (name of the line, value) of lines of JSON, a ValueError for a line that is wrong."""
     for line, row in enumerate(io.StringIO(text, newline=""), 1):
         if row.strip():
             try:
@@ -79,26 +77,29 @@ def read_json_lines(text: str) -> Iterator[tuple[str, Any]]:
 def read_csv(
     text: str, is_row: Callable[[dict], bool], notes: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (place, {column: value}) for the rows of a CSV or TSV table, a ValueError for a row
-    with other columns.
+    """Read the rows of a CSV or TSV table.
 
     A quoted value may hold delimiters and line breaks (RFC 4180). The double quotes of a row are
     letters if characters follow a closing quote, or if a quote is still open before a line that is
     a row by itself.
 
     Args:
+        text: The table.
         is_row: Function that returns whether {column: value} of a line is a row by itself.
-        notes: List to which the places of rows whose quotes are letters are added.
+        notes: List to which the names of rows whose quotes are letters are added.
+
+    Yields:
+        The name of the row and its {column: value}, a ValueError if it has other columns.
     """
     lines = list(io.StringIO(text, newline=""))
     delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
     names, at = None, 0
 
-    def begins_row(line):
+    def begins_row(line: str) -> bool:
         cells = [cell.strip('"') for cell in _split_plainly(line, delimiter)]
-        return len(cells) == len(names) and is_row(dict(zip(names, cells)))
+        return len(cells) == len(names) and is_row(dict(zip(names, cells, strict=True)))
 
-    def record():
+    def record() -> Iterator[str]:
         """Yield the lines of the record at `at`, up to a line that begins another."""
         for number in range(at, len(lines)):
             if number > at and names and begins_row(lines[number]):
@@ -131,21 +132,22 @@ def read_csv(
             yield (
                 place,
                 ValueError(
-                    f"{count} columns, but line 1 has {width}{problem}; a text that holds {delimiter!r} must "
-                    "stand in double quotes, and a double quote in it be doubled"
+                    f"{count} columns, but line 1 has {width}{problem}; a text that holds"
+                    f" {delimiter!r} must stand in double quotes, and a double quote in it be"
+                    " doubled"
                 ),
             )
         elif any(cells):  # spreadsheets end in rows of empty cells
-            yield place, dict(zip(names, cells))
+            yield place, dict(zip(names, cells, strict=True))
 
 
-def _split_plainly(line, delimiter):
+def _split_plainly(line: str, delimiter: str) -> list[str]:
     """Return the cells of a line in which double quotes are letters."""
     return [cell.strip(" ") for cell in line.rstrip("\r\n").split(delimiter)]
 
 
 def find_columns(
-    names, path_column: str | None, text_column: str | None, path: str
+    names: Iterable[str], path_column: str | None, text_column: str | None, path: str
 ) -> tuple[str, str]:
     """Return the columns of paths and captions: as named, else the first known.
 
@@ -161,9 +163,9 @@ def find_columns(
         )
         if found is None:
             raise InputError(
-                f"{path}: none of the columns {', '.join(map(repr, names))} is called "
-                f"{wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or TSV file "
-                "names the columns)"
+                f"{path}: none of the columns {', '.join(map(repr, names))} is called"
+                f" {wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or"
+                " TSV file names the columns)"
             )
         columns.append(found)
     return tuple(columns)
@@ -178,10 +180,19 @@ def read_table(
     path_column: str | None = None,
     text_column: str | None = None,
 ) -> tuple[dict[str, list[str]], list[str], str]:
-    """Read a table.
+    """Read a table of image paths and captions.
+
+    Args:
+        path: File of the table, for messages.
+        data: Content of the file.
+        image_root: Folder that the image paths start from.
+        encoding: Encoding of the file, by default UTF-8, or UTF-16 with its mark.
+        path_column: Column of the image paths, by default recognized by its name.
+        text_column: Column of the captions, by default recognized by its name.
 
     Returns:
-        The captions by image path, the problems of unusable rows, and a description of the columns that were read.
+        The captions by image path, the problems of unusable rows, and a description of the columns
+        that were read.
 
     Raises:
         InputError: The file cannot be read.
@@ -189,12 +200,12 @@ def read_table(
     text, columns, notes = decode(path, data, encoding), None, []
     captions, problems = {}, []
 
-    def columns_of(row):
+    def columns_of(row: dict) -> tuple[str, str]:
         nonlocal columns
         columns = columns or find_columns(row, path_column, text_column, path)
         return columns
 
-    def is_row(row):
+    def is_row(row: dict) -> bool:
         image = row[columns_of(row)[0]].strip()
         return (
             os.path.splitext(image)[1].lower() in SUFFIXES
@@ -238,17 +249,15 @@ def read_table(
     return {image: list(texts) for image, texts in captions.items()}, problems, found
 
 
-def _find(image, image_root):
-    """Return the spelling of a path that is a file, None if there is none; Windows writes folders
-    with backslashes.
-    """
+def _find(image: str, image_root: str) -> str | None:
+    """Return the spelling of a path, with slashes or backslashes, that is a file, else None."""
     spellings = image, image.replace("\\", "/")
     return next(
         (name for name in spellings if os.path.isfile(os.path.join(image_root, name))), None
     )
 
 
-def _pair(row, columns, image_root):
+def _pair(row: dict[str, Any], columns: tuple[str, str], image_root: str) -> tuple[str, list[str]]:
     """Return the image path and captions of a row. Raises ValueError if the row is unusable."""
     image, texts = map(row.get, columns)
     if not isinstance(image, str) or not image.strip():
@@ -256,7 +265,8 @@ def _pair(row, columns, image_root):
     found = _find(image.strip(), image_root)
     if found is None:
         raise ValueError(
-            f"image {os.path.join(image_root, image.strip())} does not exist; paths start from --image_root"
+            f"image {os.path.join(image_root, image.strip())} does not exist; paths start from"
+            " --image_root"
         )
     texts = _clean(texts if isinstance(texts, list) else [texts])
     if not texts:
@@ -264,7 +274,7 @@ def _pair(row, columns, image_root):
     return os.path.normpath(found), texts
 
 
-def _clean(texts):
+def _clean(texts: list) -> list[str]:
     """Return texts on one line each, [] if one of them is blank or no text."""
     if not all(
         isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts
@@ -274,11 +284,16 @@ def _clean(texts):
 
 
 def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], list[str], str]:
-    """Read the images of a folder and its subfolders with the captions in .txt or .json files of
-    the same names.
+    """Read the images of a folder and its subfolders with the captions in files beside them.
 
-    As in shards, captions are the .txt file, else "caption" in the .json file. Returns the same as
-    `read_table`; paths start from `image_root`.
+    As in shards, captions are the .txt file of the image's name, else "caption" in the .json file.
+
+    Args:
+        folder: The folder.
+        image_root: Folder that the resulting paths start from.
+
+    Returns:
+        The result of `read_table`.
     """
     captions, problems = {}, []
     for parent, folders, names in os.walk(folder):
@@ -293,7 +308,8 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
                 if not there.isdisjoint(f"{stem}.{kind}" for kind in CAPTION_SUFFIXES):
                     stems.add(stem)
                     problems.append(
-                        f"{path}: has a caption, but its suffix is not that of {', '.join(FORMATS)}: convert it"
+                        f"{path}: has a caption, but its suffix is not that of"
+                        f" {', '.join(FORMATS)}: convert it"
                     )
                 continue
             stems.add(stem)

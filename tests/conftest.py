@@ -124,10 +124,10 @@ def shapes(tmp_path_factory):
 @pytest.fixture(scope="session")
 def sharded(shapes, tmp_path_factory):
     """The pre-training data of shapes as WebDataset shards of 20 samples; returns their train_file."""
-    from dataset.to_shards import convert
+    from tools.to_shards import convert
 
     folder = tmp_path_factory.mktemp("shards")
-    convert([str(shapes / "pretrain.json")], str(shapes), folder, samples=20, processes=1)
+    convert([str(shapes / "pretrain.json")], str(shapes), folder, samples=20, workers=1)
     return f"{folder}/*.tar"
 
 

@@ -358,7 +358,7 @@ def test_shards_in_the_place_of_lists_are_named(tmp_path):
         ("[]", "is an empty list"),
         ("[ \n ]", "is an empty list"),
         ('"text"', "is not a JSON list"),
-        ("path,caption\na.jpg,a red circle\n", "dataset.to_json"),
+        ("path,caption\na.jpg,a red circle\n", "tools.to_json"),
         ('{"image": "a"}\n{"image": "b"}\n', "jq -s"),
         (
             '[{"image": "a"},\n {"image" "b"}]',

@@ -19,13 +19,14 @@ import torch
 from conftest import exit_status, refusal
 from PIL import Image
 
-from dataset import shards, to_shards
+from dataset import shards
 from dataset.build import build_dataset
 from dataset.caption import Pair
 from dataset.loading import EpochBatches, TrainBatches
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from dataset.store import Entries
 from models.tokenizer import build_tokenizer
+from tools import to_shards
 from utils import InputError, TrainingStopped
 
 
@@ -691,7 +692,7 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
         "out",
         "--samples",
         10,
-        "--processes",
+        "--workers",
         2,
     )
     assert status == 0 and "2 entries were left out" in printed and "out/skipped.txt" in printed
@@ -725,7 +726,7 @@ def test_interrupted_conversion_continues_and_twice_is_the_same(
     tmp_path, lists, monkeypatch, capsys
 ):
     root = tmp_path / "images"
-    to_shards.convert(lists, root, tmp_path / "whole", 4)
+    to_shards.convert(lists, root, tmp_path / "whole", samples=4)
     add, added = to_shards.add_member, []
 
     def interrupted(tar, name, data):
@@ -738,7 +739,7 @@ def test_interrupted_conversion_continues_and_twice_is_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(to_shards, "add_member", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            to_shards.convert(lists, root, out, 4, processes=1)
+            to_shards.convert(lists, root, out, samples=4, workers=1)
     assert sorted(path.name for path in out.glob("*.tar")) == [
         "00000.tar",
         "00001.tar",
@@ -746,46 +747,52 @@ def test_interrupted_conversion_continues_and_twice_is_the_same(
     ]
     (out / ".00003.tar.killed.tmp").touch()  # what a process leaves that is killed
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert to_shards.convert(lists, root, out, 4, processes=1) == (7, 2)
+    assert to_shards.convert(lists, root, out, samples=4, workers=1) == (7, 2)
     # what is complete is not written again
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert contents(out) == contents(tmp_path / "whole")
-    assert to_shards.convert(lists, root, out, 4) == (7, 2)
+    assert to_shards.convert(lists, root, out, samples=4) == (7, 2)
     assert contents(out) == contents(tmp_path / "whole")
     (root / "folder.1/5.png").write_bytes(picture(5))
     (out / "00001.tar").unlink()
-    assert to_shards.convert(lists, root, out, 4) == (7, 1)
+    assert to_shards.convert(lists, root, out, samples=4) == (7, 1)
     assert len((out / "skipped.txt").read_text().splitlines()) == 1
 
 
 def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     root, out = tmp_path / "images", tmp_path / "out"
-    to_shards.convert(lists, root, out, 10)
+    to_shards.convert(lists, root, out, samples=10)
     before = contents(out)
-    assert "other samples" in refusal(to_shards.convert, lists, root, out, 11)
+    assert "other samples" in refusal(lambda: to_shards.convert(lists, root, out, samples=11))
     for other in (lists[:1], lists[::-1]):
-        assert "other lists" in refusal(to_shards.convert, other, root, out, 10)
+        assert "other lists" in refusal(lambda: to_shards.convert(other, root, out, samples=10))
     (tmp_path / "other").symlink_to(root)
-    assert "other image_root" in refusal(to_shards.convert, lists, tmp_path / "other", out, 10)
+    assert "other image_root" in refusal(
+        lambda: to_shards.convert(lists, tmp_path / "other", out, samples=10)
+    )
     (tmp_path / "2.json").write_text(
         json.dumps([{"image": "folder.0/0.JPG", "caption": "another"}])
     )
-    message = refusal(to_shards.convert, lists, root, out, 10)
+    message = refusal(lambda: to_shards.convert(lists, root, out, samples=10))
     assert message.startswith(f"{out}/shards.json: ") and "name another --output" in message
     assert contents(out) == before
     (out / "shards.json").write_text("{")
-    assert "shards.json: cannot be read" in refusal(to_shards.convert, lists, root, out, 10)
+    assert "shards.json: cannot be read" in refusal(
+        lambda: to_shards.convert(lists, root, out, samples=10)
+    )
     (out / "shards.json").unlink()
-    assert "holds shards but no shards.json" in refusal(to_shards.convert, lists, root, out, 10)
+    assert "holds shards but no shards.json" in refusal(
+        lambda: to_shards.convert(lists, root, out, samples=10)
+    )
 
 
 def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys):
-    message = refusal(to_shards.convert, lists, tmp_path, tmp_path / "out", 10)
+    message = refusal(lambda: to_shards.convert(lists, tmp_path, tmp_path / "out", samples=10))
     assert message.startswith(f"--image_root {tmp_path}: none of 27 images looked for exists")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     assert "cannot write there" in refusal(
-        to_shards.convert, lists, tmp_path / "images", tmp_path / "file", 10
+        lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "file", samples=10)
     )
     status, printed = run_to_shards(
         monkeypatch, capsys, tmp_path / "no.json", "--output", tmp_path / "out"
@@ -801,7 +808,9 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
 
     monkeypatch.setattr(to_shards, "add_member", full)
     message = refusal(
-        lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "out", 10, processes=2)
+        lambda: to_shards.convert(
+            lists, tmp_path / "images", tmp_path / "out", samples=10, workers=2
+        )
     )
     assert "No space left on device" in message and "run the same command again" in message
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -1,4 +1,4 @@
-"""python -m dataset.to_json: conversion of tables, folders and official files into lists."""
+"""python -m tools.to_json: conversion of tables, folders and official files into lists."""
 
 import importlib
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, exit_status, log, refusal
 
-from dataset import to_json
 from dataset.build import build_dataset
 from dataset.entries import read_json_list
 from dataset.official import recognize
+from tools import to_json
 
 IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
 
@@ -588,7 +588,7 @@ def test_a_script_that_gets_an_official_file_names_the_command(tmp_path, name):
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         message = refusal(read_json_list, path)
         assert message.startswith(f"{path}: ") and recognize(path.read_bytes()).title in message
-        assert "python -m dataset.to_json" in message and "jq" not in message
+        assert "python -m tools.to_json" in message and "jq" not in message
 
 
 def test_one_wrong_row_of_an_official_file_costs_one(official):

@@ -216,7 +216,7 @@ def test_bad_settings_are_named(tmp_path, content):
     "content, output, words",
     [
         ("[]", "v.txt", "train.json"),
-        ("path,caption\na.jpg,a dog\n", "v.txt", "dataset.to_json"),
+        ("path,caption\na.jpg,a dog\n", "v.txt", "tools.to_json"),
         ('[{"image": "", "caption": "a"}, {"image": "", "caption": 3}]', "v.txt", "entry 1"),
         ('[{"image": "", "caption": [" ", ""]}]', "v.txt", "train.json: no caption has a word"),
         (
