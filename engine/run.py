@@ -37,7 +37,13 @@ from evaluation.report import Report
 from models import build_model
 from models.albef import ALBEF
 from models.tokenizer import VOCABULARY, Tokenizer, load_tokenizer
-from models.weights import checkpoint_epoch, find_checkpoint, load_checkpoint, read_checkpoint
+from models.weights import (
+    checkpoint_epoch,
+    find_checkpoint,
+    is_repository,
+    load_checkpoint,
+    read_checkpoint,
+)
 from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
 
 log = logging.getLogger(__name__)

@@ -448,7 +448,7 @@ def search(
     check_number(k, "k", 1)
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
-    rerank = model.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
+    rerank = model.config.k_test if rerank is None else check_number(rerank, "rerank", 0)
     rerank = 0 if text is None else rerank
     query = torch.stack(features).mean(dim=0, keepdim=True)
     scores, best = most_similar(query, index.features, max(k, rerank), model.device)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.config import Config
+from configs.config import Config, as_config
 from configs.load import require
 from configs.tasks import TASKS, detect_task, find_task
 from dataset.entries import Entry
@@ -57,7 +57,6 @@ from visualize.explain import (
     word_targets,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = 4096  # encoded at a time; only their features are kept
 BLOCK = 2048  # candidates at a time: their float32 features stay in the cache of a core
 
@@ -177,12 +176,13 @@ class Inference:
     def __init__(
         self,
         task: str,
-        config: Mapping[str, Any],
+        config: Config | Mapping[str, Any],
         source: str | Path,
         device: torch.device,
         *,
         allow_missing: bool = False,
     ) -> None:
+        config = as_config(config)
         require(config, "bert_config", "image_res")
         self.task, self.source, self.device = task, source, device
         self.tokenizer = tokenizer_of(config)
@@ -190,8 +190,8 @@ class Inference:
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
         self.model.to(device).eval()
         self.config = self.model.config
-        self.transform = test_transform(config["image_res"])
-        self.batch_size = config["batch_size_test"]
+        self.transform = test_transform(config.image_res)
+        self.batch_size = config.batch_size_test
         if device.type == "cuda":
             use_device(self.config, device)
 
@@ -305,7 +305,7 @@ class Inference:
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it is images or texts")
         check_number(k, "k", 1)
-        rerank = self.config["k_test"] if rerank is None else check_number(rerank, "rerank", 0)
+        rerank = self.config.k_test if rerank is None else check_number(rerank, "rerank", 0)
         if rerank and (images is None or texts is None):
             raise InputError(
                 "rank: re-ranking reads images and texts, give them beside the features or rerank=0"
@@ -513,11 +513,11 @@ class Inference:
     def _clean(self, texts: Any) -> tuple[list[str], bool]:
         """Return cleaned-up texts, and whether a single one was given."""
         form = {"relevance": Ad, "vqa": Question}.get(self.task, Entry)
-        clean = functools.partial(form.clean, max_words=self.config["max_words"])
+        clean = functools.partial(form.clean, max_words=self.config.max_words)
         return as_texts(texts, clean, self.tokenizer)
 
     def _tokenize(self, texts: list[str], limit: int | None = None) -> Text:
-        return tokenize(texts, self.tokenizer, self.config["max_tokens"] or limit).to(self.device)
+        return tokenize(texts, self.tokenizer, self.config.max_tokens or limit).to(self.device)
 
     def _batch_config(self, **keys: Any) -> Config:
         return msgspec.structs.replace(self.config, batch_size_test=self.batch_size, **keys)

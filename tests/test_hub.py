@@ -55,7 +55,7 @@ def run_folder(shapes, tmp_path_factory):
 
 @pytest.fixture
 def export(monkeypatch, capsys):
-    """Runs the tool; returns (exit status, stdout, the one line of stderr)."""
+    """Runs the tool; returns (exit status, stdout, the last line of stderr)."""
 
     def call(source, *flags):
         monkeypatch.setattr(sys, "argv", list(map(str, ["export", "--checkpoint", source, *flags])))

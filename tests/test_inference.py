@@ -12,18 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refusal, tiny
 from PIL import Image
 
-import Grounding
-import VQA
+from configs.config import as_config
 from dataset.build import build_dataset
 from dataset.transforms import normalize
+from evaluation.grounding import heat_maps
 from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
+from evaluation.vqa import answer_all
 from inference import Inference, load_model
 from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
@@ -86,9 +88,10 @@ def close(left, right):
 def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, batch_size):
     model = models[task]
     dataset = build_dataset("retrieval", "test", model.config)
-    config, texts = {**model.config, "image_embeds": "host", "batch_size_test": 4}, dataset.texts
+    config = msgspec.structs.replace(model.config, batch_size_test=4)
+    texts = dataset.texts
     images = [str(dataset.files(i)[0]) for i in range(len(dataset))]
-    embeds, image_feat = encode_images(model.model, dataset, config, CPU)
+    embeds, image_feat = encode_images(model.model, dataset, config, CPU, keep=True)
     text_embeds, text_feat, mask = encode_texts(model.model, texts, model.tokenizer, config, CPU)
     sim = feature_similarity(image_feat, text_feat)
     i2t, t2i = model.model.rerank(embeds, image_feat, text_embeds, text_feat, mask, 3)
@@ -226,9 +229,9 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
         "answer_list": str(shapes / "answer_list.json") if listed else None,
         "batch_size_test": 7,
     }
-    config = {**model.config, **paths}
+    config = as_config({**model.config, **paths})
     dataset = build_dataset("vqa", "test", config)
-    expected = VQA.answer_all(model.model, dataset, model.tokenizer, config, CPU)
+    expected = answer_all(model.model, dataset, model.tokenizer, config, CPU)
     images = [dataset.files(i)[0] for i in range(len(dataset))][::-1]
     questions = [dataset.entry(i).question for i in range(len(dataset))][::-1]
     found = model.answer(images, questions, paths["answer_list"])
@@ -283,9 +286,8 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
         "det_file": str(shapes / "refcoco+/dets.json"),
     }
     dataset = build_dataset("grounding", "test", {**model.config, **paths})
-    maps = Grounding.heat_maps(
-        model.model, dataset, model.tokenizer, {**model.config, **paths}, CPU, mode, None
-    )
+    config = as_config({**model.config, **paths})
+    maps = heat_maps(model.model, dataset, model.tokenizer, config, CPU, mode=mode)
     images = [dataset.files(i)[0] for i in range(len(dataset))]
     texts = [dataset.entry(i).text for i in range(len(dataset))]
     boxes = [dataset.detections[dataset.refer.refs[ref_id]["image_id"]] for ref_id, _ in maps]

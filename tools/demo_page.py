@@ -218,7 +218,7 @@ def find(index: Index, model: Inference) -> Callable:
     """Return the function of a search: (text, whether to re-rank) -> (pictures, paths, note)."""
 
     def call(text: str, rerank: bool) -> tuple[list, list[str], str]:
-        count = max(TOP, min(RERANKED, model.config["k_test"])) if rerank else 0
+        count = max(TOP, min(RERANKED, model.config.k_test)) if rerank else 0
         try:
             hits = search(index, model, text, k=TOP, rerank=count)
             pictures = [picture_of(hit.path) for hit in hits]

@@ -20,7 +20,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from configs.flags import Flags
-from engine.launch import begin_script, run_script
+from engine.launch import run_script
 from utils import InputError
 
 RELEASED = "https://storage.googleapis.com/sfr-pcl-data-research/ALBEF/"
@@ -167,5 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin_script(parser)
     run_script(main)

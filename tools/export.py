@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.flags import Flags
-from engine.launch import begin_script, run_script
+from engine.launch import run_script
 from utils import InputError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def export_folder(args: argparse.Namespace) -> str:
         args.push or folder.name,
         task,
         epoch=epoch,
-        data={key: config[key] for key in ANNOTATION_KEYS if config[key]},
+        data={key: getattr(config, key) for key in ANNOTATION_KEYS if getattr(config, key)},
         metrics=read_metrics(find_checkpoint(args.checkpoint).with_name("log.txt"), epoch),
     )
     files = {
@@ -303,5 +303,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin_script(parser)
     run_script(main)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.flags import Flags, at_least
-from engine.launch import begin_script, interruptible, run_script
+from engine.launch import interruptible, run_script
 from utils import InputError, printable
 
 SHOWN = 5  # unusable images that are printed
@@ -217,5 +217,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin_script(parser)
     run_script(main)

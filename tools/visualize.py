@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.flags import Flags, at_least
-from engine.launch import begin_script, run_script
+from engine.launch import run_script
 from utils import InputError
 
 parser = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
@@ -144,8 +144,8 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any, picture: Any) -> N
     from visualize import draw
     from visualize.explain import text_targets, unknown_words
 
-    words, max_words = model.fill_in(picture, args.text), model.config["max_words"] or MAX_WORDS
-    files = [path for path in model.config["test_file"] or [] if os.path.isfile(path)]
+    words, max_words = model.fill_in(picture, args.text), model.config.max_words or MAX_WORDS
+    files = [path for path in model.config.test_file or [] if os.path.isfile(path)]
     files = [args.texts] if args.texts else files
     texts = [text for path in files for text in read_texts(path, max_words)]
     texts, caption, best = list(dict.fromkeys(texts)), pre_caption(args.text, max_words), []
@@ -228,5 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    begin_script(parser)
     run_script(main)

@@ -65,7 +65,7 @@ class Candidate(NamedTuple):
 
 def token_limit(model: nn.Module) -> int:
     """Return the number of tokens that a model reads at most."""
-    return model.config["max_tokens"] or model.bert_config["max_position_embeddings"]
+    return model.config.max_tokens or model.bert_config.max_position_embeddings
 
 
 def split_words(text: str, model: nn.Module, tokenizer: Callable) -> Phrase:
@@ -186,7 +186,7 @@ def find_answer(
             model, image, phrase.tokens, answers, tokens, tokenizer
         )
         return answer, tokenize_answers([answer], model, tokenizer).input_ids
-    (ids,), _ = model.generate(image, phrase.tokens, model.config["num_beams"])
+    (ids,), _ = model.generate(image, phrase.tokens, model.config.num_beams)
     special = model.special_ids
     return tokenizer.decode(ids), torch.tensor(
         [[special.cls, *ids, special.eos]], device=image.device
