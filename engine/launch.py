@@ -171,9 +171,3 @@ def launched_rank() -> int:
     """Return the rank from the launcher's variables, which are set before the group is joined."""
     text = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     return int(text) if text.isdecimal() else 0
-
-
-def begin_script(flags):  # until every script parses its flags in main()
-    """Parse the flags of a script before its imports."""
-    set_environment()
-    run_script(flags.parse_args)
