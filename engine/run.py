@@ -52,7 +52,8 @@ log = logging.getLogger(__name__)
 def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     """Run a task script: training and a test of its best epoch, or an evaluation alone.
 
-    Metrics are logged to log.txt as `{split}_{name}`, or as `name` if it starts with the split.
+    Without validation data the last epoch counts as the best. Metrics are logged to log.txt as
+    `{split}_{name}`, or as `name` if it starts with the split.
 
     Args:
         name: Name of the task in the table of tasks.
@@ -63,56 +64,12 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
         InputError: An input is wrong. Nothing of a run is written before all inputs are checked.
         TrainingStopped: The run cannot go on.
     """
-    task = find_task(name)
-    check_flags(task, args)
-    if args.checkpoint not in ("", "random") and not is_repository(args.checkpoint):
-        path = find_checkpoint(args.checkpoint)
-        if args.resume and Path(args.checkpoint).is_dir():
-            path = newest_checkpoint(Path(args.checkpoint)) or path
-        args.checkpoint = str(path)
-    device = init_process_group(args.device, args.timeout)
-    config, output_dir, resume_from = find_run(task, args)
-    tokenizer, config = load_tokenizer(config)
-    train_set, test_sets = build_datasets(task, args, config)
-    if name == "vqa" and train_set and config.max_answer_tokens is None:
-        length = train_set.longest_answer(tokenizer)
-        config = msgspec.structs.replace(config, max_answer_tokens=length)
-    data_sets = {f"{split}_file": data for split, data in test_sets.items()}
-    if train_set is not None:
-        data_sets["train_file"] = train_set
-    check_agreement(config, args.seed, tokenizer, data_sets)
-
-    seed_everything(args.seed)
-    model = build_model(name, config, tokenizer)
-    if train_set is not None:
-        warn_without_negatives(model, train_set, config)
-    if task.check:
-        find(task.check)(model, **options)
-    if not resume_from:
-        load_initial_weights(task, args, model)
-    evaluator = Evaluator(task, model.to(device), tokenizer, config, test_sets, output_dir, options)
+    evaluator, train_set, resume_from = set_up(find_task(name), args, options)
     if train_set is None:
-        use_device(config, device)
-        epoch = checkpoint_epoch(args.checkpoint)
-        for split in test_sets:
-            evaluator.test(split, args.checkpoint, epoch, checkpoint=args.checkpoint)
-    else:
-        train_and_test(evaluator, train_set, seed=args.seed, resume_from=resume_from)
-
-
-def train_and_test(
-    evaluator: "Evaluator", train_set: Any, *, seed: int, resume_from: Path | None
-) -> None:
-    """Train the evaluator's model, then test its best epoch or, without validation, its last.
-
-    Args:
-        evaluator: The model with its test sets and output folder.
-        train_set: The training set.
-        seed: The flag --seed.
-        resume_from: Checkpoint to resume from, None for a new run.
-    """
+        evaluator.test_checkpoint(args.checkpoint)
+        return
     model, config, output_dir = evaluator.model, evaluator.config, evaluator.output_dir
-    device, entries = evaluator.device, len(train_set)
+    device, entries, seed = evaluator.device, len(train_set), args.seed
     data = TrainBatches(train_set, evaluator.tokenizer, config, device=device, seed=seed)
     state = create_train_state(model, data, config, device=device, seed=seed)
     if resume_from:
@@ -138,6 +95,57 @@ def train_and_test(
         # of use only while the last one may be incomplete
         (output_dir / PREVIOUS).unlink(missing_ok=True)
         print(f"{which}: epoch {epoch}, {file}")
+
+
+def set_up(
+    task: Task, args: argparse.Namespace, options: Mapping[str, Any]
+) -> "tuple[Evaluator, Any, Path | None]":
+    """Check all inputs of a run and build what it needs.
+
+    Returns:
+        The model with its test sets, the training set or None with --evaluate, and the checkpoint
+        to resume from or None.
+
+    Raises:
+        InputError: An input is wrong.
+    """
+    check_flags(task, args)
+    args.checkpoint = resolve_checkpoint(args.checkpoint, bool(args.resume))
+    device = init_process_group(args.device, args.timeout)
+    config, output_dir, resume_from = find_run(task, args)
+    tokenizer, config = load_tokenizer(config)
+    train_set, test_sets = build_datasets(task, args, config)
+    if task.name == "vqa" and train_set and config.max_answer_tokens is None:
+        length = train_set.longest_answer(tokenizer)
+        config = msgspec.structs.replace(config, max_answer_tokens=length)
+    data_sets = {f"{split}_file": data for split, data in test_sets.items()}
+    if train_set is not None:
+        data_sets["train_file"] = train_set
+    check_agreement(config, args.seed, tokenizer, data_sets)
+    seed_everything(args.seed)
+    model = build_model(task.name, config, tokenizer)
+    if train_set is not None:
+        warn_without_negatives(model, train_set, config)
+    if task.check:
+        find(task.check)(model, **options)
+    if not resume_from:
+        load_initial_weights(task, args, model)
+    model.to(device)
+    evaluator = Evaluator(task, model, tokenizer, config, test_sets, output_dir, options)
+    return evaluator, train_set, resume_from
+
+
+def resolve_checkpoint(checkpoint: str, resume: bool) -> str:
+    """Return the file of --checkpoint in a folder: to resume the newest, else the best.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
+    if checkpoint in ("", "random") or is_repository(checkpoint):
+        return checkpoint
+    file = find_checkpoint(checkpoint)
+    newest = newest_checkpoint(Path(checkpoint)) if resume and Path(checkpoint).is_dir() else None
+    return str(newest or file)
 
 
 @dataclass
@@ -181,6 +189,13 @@ class Evaluator:
     def validate(self) -> tuple[dict[str, float], str]:
         """Return the metrics of the validation data and the name of the score."""
         return self.measure("val"), self.score
+
+    def test_checkpoint(self, checkpoint: str) -> None:
+        """Test the weights of --checkpoint on all splits."""
+        use_device(self.config, self.device)
+        epoch = checkpoint_epoch(checkpoint)
+        for split in self.test_sets:
+            self.test(split, checkpoint, epoch, checkpoint=checkpoint)
 
     def test(self, split: str, weights: str, epoch: int, **source: str) -> None:
         """Evaluate a split, print the report and add the metrics to log.txt.
