@@ -3,7 +3,7 @@
 --checkpoint is any model with the contrastive projections: of pre-training, retrieval or grounding.
 """
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/Attributes.yaml", "--checkpoint refcoco.pth", trains=False)

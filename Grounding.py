@@ -1,6 +1,6 @@
 """Fine-tune ALBEF on image-text pairs, and ground expressions by Grad-CAM (Section 5)."""
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/Grounding.yaml", "--checkpoint refcoco.pth --evaluate")

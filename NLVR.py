@@ -3,7 +3,7 @@
 --checkpoint is a model after text assignment (Pretrain_nlvr.py) or a pre-trained one ("w/o TA").
 """
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/NLVR.yaml", "--checkpoint pretrain_model_nlvr.pth")

@@ -1,6 +1,6 @@
 """Pre-train ALBEF on image-caption pairs (Section 3), and evaluate it zero-shot on test_file."""
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/Pretrain.yaml", "--set batch_size=32 accumulate=2")

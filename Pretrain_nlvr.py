@@ -3,7 +3,7 @@
 Is the text of the first image, of the second, or of neither?
 """
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint ALBEF.pth")

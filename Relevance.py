@@ -1,6 +1,6 @@
 """Fine-tune ALBEF for query-ad relevance: is an ad of an image and words relevant to a query?"""
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/Relevance.yaml", "--checkpoint ALBEF.pth")

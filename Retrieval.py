@@ -1,7 +1,6 @@
 """Fine-tune ALBEF for image-text retrieval (Section 5): ITC ranking, then ITM re-ranking."""
 
-from configs.flags import at_least
-from configs.flags import task_flags as task_parser
+from configs.cli import at_least, task_parser
 from engine.launch import run_script
 
 parser = task_parser(

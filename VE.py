@@ -1,6 +1,6 @@
 """Fine-tune ALBEF for visual entailment (Section 5): does a sentence follow from an image?"""
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")

@@ -2,7 +2,7 @@
 
 from argparse import SUPPRESS
 
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from engine.launch import run_script
 
 parser = task_parser(__doc__, "configs/VQA.yaml", "--checkpoint ALBEF.pth --set k_test=64")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from configs.schema import load_config
+from configs.load import load_config
 from utils import Text
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

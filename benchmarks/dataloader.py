@@ -35,7 +35,7 @@ import torchvision.transforms as tv
 from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from configs.schema import with_defaults
+from configs.config import as_config
 from dataset import transforms as fast
 from dataset.build import build_dataset
 from dataset.images import load_image
@@ -229,7 +229,7 @@ def print_loaders(folder, photos, workers):
         range(LOADER_ROUNDS), caches, workers, train_files
     ):
         caches[cache](images[source])
-        config = with_defaults(
+        config = as_config(
             {
                 "train_file": train_files[source],
                 "image_res": IMAGE_RES,

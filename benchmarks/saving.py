@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from bench import DEVICE, MACHINE, ROOT, full_size_config, seconds
 
-from configs.schema import load_config
+from configs.load import load_config
 from engine.checkpointing import LAST, Position, Saver
 from models import build_model
 from optim import create_optimizer

@@ -182,7 +182,7 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     ] = None
     """Two decay rates of the optimizer's moving averages. Default: the optimizer's."""
     temp_lr_scale: Annotated[Number, in_training(with_trait("contrastive"))] = 1.0
-    """Factor of the temperature's learning rate."""
+    """Factor of the temperature's learning rate, for learning rates far above 1e-4."""
 
 
 class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -203,7 +203,8 @@ class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     cooldown_epochs: Annotated[AtLeast0, read_never()] = 0
     """Ignored. Released files have it."""
     warmup_iters: Annotated[AtLeast0 | None, in_training()] = None
-    """Length of the warm-up in iterations. If set, the learning rate changes every iteration."""
+    """Length of a linear warm-up in iterations, followed by a cosine by iteration. Default: the
+    released schedule, which changes by epoch."""
 
 
 class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -215,12 +216,14 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         Paths | None,
         read_if(evaluates_file("val_file"), file=True, wanted=PATHS_WANTED),
     ] = None
-    """Annotation files of the validation set, which selects the best epoch."""
+    """Annotation files of the validation set, which selects the best epoch. Default: no validation,
+    the last epoch is the result."""
     test_file: Annotated[
         Paths | None,
         read_if(evaluates_file("test_file"), file=True, wanted=PATHS_WANTED),
     ] = None
-    """Annotation files of the test set."""
+    """Annotation files of the test set, evaluated after training. Pre-training is evaluated by
+    zero-shot retrieval."""
     image_root: Annotated[str, read_if(lambda task: task.name != "vqa", file=True)] = ""
     """Folder that relative image paths start from."""
     vqa_root: Annotated[str | None, read_if(is_task("vqa"), file=True)] = None
@@ -249,15 +252,18 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     randaugment: Annotated[bool, in_training()] = True
     """Apply RandAugment to the training images."""
     max_skipped: Annotated[Share, in_training()] = 0.01
-    """Largest share of unusable training samples, which are replaced, before training stops."""
+    """Largest share of unusable images or captions in an epoch. Training stops above it."""
     num_workers: Annotated[Annotated[int, Meta(ge=0, le=1000)] | None, read_always()] = None
-    """Number of data loading processes of each rank. Default: by the number of CPU cores."""
+    """Number of data workers of each rank. Default: CPU cores of each rank, at most 8."""
     shuffle_buffer: Annotated[AtLeast1, in_training(with_trait("captions"))] = 20000
     """Number of samples of shards that are shuffled together."""
     max_words: Annotated[AtLeast1 | None, read_if(lambda task: task.name != "attributes")] = None
-    """Maximum number of words of a text. Default: by task."""
+    """Maximum number of words of a text. Default: 30, in a test question 50, in a query or an ad
+    512."""
     max_tokens: Annotated[Annotated[int, Meta(ge=2, le=sys.maxsize)] | None, read_always()] = None
-    """Maximum number of token ids of a text, `[CLS]` included. Default: by task."""
+    """Maximum number of token ids of a text, `[CLS]` included. Default: 25 in pre-training, text
+    assignment, VQA training questions and attributes, 30 in retrieval and grounding, 64 in
+    relevance, else `max_position_embeddings`, which no value may exceed."""
 
     bert_config: Annotated[
         BertConfig | None, read_always(file=True, wanted="a path or a mapping of keys to values")
@@ -330,28 +336,29 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     batch_size_test: Annotated[AtLeast1, read_if(lambda task: bool(task.evaluate))] = 64
     """Number of samples of each rank in a batch of an evaluation."""
     accumulate: Annotated[AtLeast1, in_training()] = 1
-    """Number of micro-batches of a step."""
+    """Number of micro-batches of an optimizer step."""
     clip_grad: Annotated[Number | None, in_training()] = None
     """Maximum norm of the gradients. Default: no clipping."""
     reference_batch: Annotated[AtLeast1 | None, in_training()] = None
-    """Global batch size that the learning rates are for. Other sizes scale the rates."""
+    """Global batch size that the learning rates are for. Another one scales them by the square root
+    of the ratio. Default: no scaling."""
     precision: Annotated[Literal["fp32", "bf16"], read_always()] = "fp32"
-    """Precision of the matrix products."""
+    """Precision of the matrix products. Weights, heads and losses are always float32."""
     compile: Annotated[Literal["auto"] | bool, in_training(wanted="auto or true or false")] = "auto"
     """Compile the model. `auto` compiles on a GPU unless `deterministic` is set."""
     gradient_checkpointing: Annotated[bool, in_training()] = False
-    """Recompute activations in the backward pass to save memory."""
+    """Compute the layers' activations again in the backward pass, which saves memory."""
     deterministic: Annotated[bool, read_always()] = False
-    """Use deterministic algorithms only."""
+    """Repeat results exactly on a GPU. Results on a CPU always repeat."""
     log_every: Annotated[AtLeast1, in_training()] = 50
-    """Number of iterations between two lines of metrics."""
+    """Number of iterations between two fetches of the losses from a GPU."""
     save_every: Annotated[
         Interval,
         in_training(wanted="minutes or iterations, as in 15 minutes or 1000 iterations"),
     ] = "15 minutes"
-    """Interval of checkpoints within an epoch: `N minutes` or `N iterations`. 0 turns them off."""
+    """Interval of checkpoints within an epoch. A bare number is iterations, 0 is never."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
-    """Number of checkpoints of epochs to keep. Default: all."""
+    """Number of last epochs whose `checkpoint_%02d.pth` are kept. Default: all."""
     max_skipped_steps: Annotated[AtLeast0, in_training()] = 0
     """Number of steps that may be skipped because their gradients are not finite."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -453,7 +460,7 @@ def _fields(section: type[Struct], prefix: str = "") -> Iterator[Field]:
         yield Field(
             name=f"{prefix}{field.name}",
             type=hints[field.name],
-            default=list(default) if isinstance(default, tuple) else default,
+            default=default,
             wanted=extra["wanted"] or _describe(field.type, _choices(hints[field.name])),
             reads=extra["reads"],
             training=extra["training"],

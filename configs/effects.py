@@ -1,11 +1,9 @@
-"""Find the keys of a configuration that have no effect in a run, to refuse them in --set or name
-them in a note.
-"""
+"""Find the keys of a configuration that have no effect in a run."""
 
 from collections.abc import Iterator
+from functools import reduce
 
-from configs.config import FIELDS as KEYS
-from configs.config import as_config
+from configs.config import FIELDS, Config
 from configs.load import parse_override
 from configs.tasks import TASKS
 from utils import InputError
@@ -19,80 +17,63 @@ def refuse_unread(task: str, overrides: list[str]) -> None:
     for text in overrides:
         shown, values = parse_override(text)
         for key in values:
-            if key in KEYS and task not in KEYS[key].tasks:
-                readers = (
-                    f"only {', '.join(KEYS[key].tasks)}"
-                    if KEYS[key].tasks
-                    else "nor does any other task"
-                )
-                raise InputError(f"{shown}: {task} does not read {key}, {readers}: leave it out")
+            readers = FIELDS[key].tasks if key in FIELDS else (task,)
+            if task not in readers:
+                others = f"only {', '.join(readers)}" if readers else "nor does any other task"
+                raise InputError(f"{shown}: {task} does not read {key}, {others}: leave it out")
 
 
-def unread_keys(task: str, config: dict) -> list[str]:
-    """Return the keys of a complete configuration that the task does not read and that differ from
-    their default.
-    """
-    config = as_config(config)
+def unread_keys(task: str, config: Config) -> list[str]:
+    """Return the keys that a task does not read and whose values are not the default."""
+    unread = [
+        field for field in FIELDS.values() if task not in field.tasks and field.name not in RELEASED
+    ]
     return [
-        name
-        for name, key in KEYS.items()
-        if task not in key.tasks and name not in RELEASED and _value(config, name) != key.default
+        field.name
+        for field in unread
+        if reduce(getattr, field.name.split("."), config) != field.default
     ]
 
 
-def idle_keys(
-    task: str, config: dict, overrides: list[str], evaluate: bool
-) -> Iterator[tuple[list[str], str]]:
-    """Yield (keys, reason) for keys in --set that another setting, or --evaluate, leaves without
-    effect.
+def idle_keys(task: str, config: Config) -> Iterator[tuple[str, list[str]]]:
+    """Yield reasons and the keys that have no effect in a training run because of another key."""
+    objectives, row = config.objectives, TASKS[task]
+    if not any(name.endswith(".tar") for name in config.train_file or ()):
+        yield "train_file names no shards", ["shuffle_buffer"]
+    if config.scheduler.warmup_iters is not None:
+        yield "warmup_iters is set", ["scheduler.warmup_epochs"]
+    if row.score and getattr(config, row.files["val"]):
+        yield "the best epoch by validation and the last one are kept", ["keep_checkpoints"]
+    if not config.distill:
+        yield "distill is false", ["alpha", "warm_up"]
+    if "mlm" not in objectives:
+        yield "objectives lacks mlm", ["mlm_probability"]
+    if "itc" not in objectives:
+        contrastive = ["hard_negatives", "queue_size", "temp", "optimizer.temp_lr_scale"]
+        yield "objectives lacks itc", contrastive
+    if "itm" not in objectives:
+        yield "objectives lacks itm", ["hard_negatives"]
+    if task == "vqa" and not config.answer_list:
+        yield "answers are generated without answer_list", ["k_test"]
+    if task == "vqa" and config.answer_list:
+        yield "answers are chosen from answer_list", ["num_beams", "max_answer_tokens"]
 
-    config: the complete configuration; evaluate: whether the run only evaluates.
+
+def notes(task: str, config: Config, overrides: list[str], evaluate: bool) -> list[str]:
+    """Return a line for each reason why keys have no effect.
+
+    Args:
+        task: Name of the task.
+        config: Complete configuration.
+        overrides: Values of --set. Keys that another setting makes idle are named only if set.
+        evaluate: Whether the run evaluates only.
     """
-    given = [key for text in overrides for key in parse_override(text)[1]]
-    if evaluate:
-        yield [key for key in given if KEYS[key].training], "nothing is trained"
-        given = [key for key in given if not KEYS[key].training]
-    objectives, answers = config["objectives"], config["answer_list"]
-    shards = any(name.endswith(".tar") for name in config["train_file"] or [])
-    validates = ("validates" in TASKS[task].traits and config["val_file"]) or (
-        task == "grounding" and config["test_file"]
-    )
-    for idle, reason, keys in (
-        (not shards, "train_file names no shards", ["shuffle_buffer"]),
-        (
-            config["scheduler"]["warmup_iters"] is not None,
-            "warmup_iters is set",
-            ["scheduler.warmup_epochs"],
-        ),
-        (validates, "the best epoch by validation and the last one are kept", ["keep_checkpoints"]),
-        (not config["distill"], "distill is false", ["alpha", "warm_up"]),
-        ("mlm" not in objectives, "objectives lacks mlm", ["mlm_probability"]),
-        (
-            "itc" not in objectives,
-            "objectives lacks itc",
-            ["hard_negatives", "queue_size", "temp", "optimizer.temp_lr_scale"],
-        ),
-        ("itm" not in objectives, "objectives lacks itm", ["hard_negatives"]),
-        (task == "vqa" and not answers, "answers are generated without answer_list", ["k_test"]),
-        (
-            task == "vqa" and answers,
-            "answers are chosen from answer_list",
-            ["num_beams", "max_answer_tokens"],
-        ),
-    ):
-        if idle:
-            yield [key for key in keys if key in given], reason
-
-
-def notes(task: str, config: dict, overrides: list[str], evaluate: bool) -> list[str]:
-    """Return a line for each reason why keys of a run have no effect."""
-    unread, idle = unread_keys(task, config), idle_keys(task, config, overrides, evaluate)
+    unread = unread_keys(task, config)
     lines = [f"note: {task} does not read {', '.join(unread)}"] * bool(unread)
-    return lines + [
-        f"note: {', '.join(keys)}: no effect, {reason}" for keys, reason in idle if keys
-    ]
-
-
-def _value(config, name):
-    section, _, name = name.rpartition(".")
-    return (config[section] if section else config)[name]
+    given = [key for text in overrides for key in parse_override(text)[1]]
+    training = [key for key in given if evaluate and FIELDS[key].training]
+    for reason, keys in [("nothing is trained", training), *idle_keys(task, config)]:
+        named = [key for key in keys if key in given and (keys is training or key not in training)]
+        if named:
+            lines.append(f"note: {', '.join(named)}: no effect, {reason}")
+    return lines

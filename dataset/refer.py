@@ -82,7 +82,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_refer(folder, name="refcoco+"):
-    """Read the refs and instances.json of a data set of REFER, a key of configs.schema.REFER ->
+    """Read the refs and instances.json of a data set of REFER, a key of configs.config.REFER ->
     Refer.
 
     folder: the config key refcoco_data; both files are in its folder `name`. The refs are a pickle,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from configs.config import Config
-from configs.flags import task_flags as task_parser
+from configs.cli import task_parser
 from configs.tasks import TASKS
 from engine.launch import run_script
 from engine.run import run_task

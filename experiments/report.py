@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from scipy import stats
 
-from configs.flags import Flags
+from configs.cli import Parser
 from dataset.build import build_dataset
 from engine.launch import run_script
 from engine.metric_logger import read_curves
@@ -414,7 +414,7 @@ def report(content, output):
 
 
 def main():
-    flags = Flags(__doc__)
+    flags = Parser(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/paper.yaml")
     flags.add_argument(
         "--output",

@@ -34,8 +34,9 @@ from typing import Annotated, NamedTuple, Required, TypedDict
 
 import msgspec
 
-from configs.flags import Flags, at_least
-from configs.schema import load_config, override, parse_yaml, with_defaults
+from configs.cli import Parser, at_least
+from configs.config import as_config
+from configs.load import load_config, override, parse_yaml
 from engine.launch import Interrupted, run_script
 from engine.output_dir import make_output_dir
 from utils import InputError, atomic_write, cores, read_regular
@@ -237,7 +238,7 @@ def rows_of(content, table, rows):
 
 def overrides(row: Row) -> list[str]:
     """Return the values of --set on a row's command line, of the row's key `set` and of its flags."""
-    parser = Flags("")
+    parser = Parser("")
     parser.add_set()
     return parser.parse_known_args(row.command)[0].set
 
@@ -303,7 +304,7 @@ def changes(now, then):
     if now["command"] != then["command"]:
         yield f"its command was: {shlex.join(then['command'])}"
     # a key that has come since then has its default
-    before = with_defaults(then["config"]).to_dict() if then["config"] else {}
+    before = as_config(then["config"]).to_dict() if then["config"] else {}
     yield from (
         f"{key} was {before.get(key)}"
         for key, value in now["config"].items()
@@ -479,7 +480,7 @@ def show(rows, jobs):
 
 
 def main():
-    flags = Flags(__doc__)
+    flags = Parser(__doc__)
     flags.add_argument("file", help="the experiment file, such as experiments/shapes.yaml")
     flags.add_argument("--table", help="only the rows of this table of the file")
     flags.add_argument(

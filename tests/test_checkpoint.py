@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from transformers import BertConfig, BertForMaskedLM
 
-from configs.schema import load_config
+from configs.load import load_config
 from engine.checkpointing import resume
 from models import build_model
 from models.conversions import interpolate_pos_embed

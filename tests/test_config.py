@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ruamel.yaml import YAML
 
 from configs.config import Config, as_config, read_bert_config
 from configs.load import load_config, override, save_config
+from inference import load_model
 from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import distillation_weight, learning_rate
@@ -112,9 +114,8 @@ def test_smooth_schedule_warms_up_and_ends_at_the_minimum():
     ).to_dict()
     rates = [learning_rate(scheduler["scheduler"], t // 50, t % 50, 50) for t in range(150)]
     assert rates[0] == 0 and rates[5] == pytest.approx(5e-4) and rates[10] == pytest.approx(1e-3)
-    assert all(a < b for a, b in zip(rates[:10], rates[1:11])) and all(
-        a > b for a, b in zip(rates[10:], rates[11:])
-    )
+    assert all(a < b for a, b in pairwise(rates[:11]))
+    assert all(a > b for a, b in pairwise(rates[10:]))
     assert rates[-1] == pytest.approx(1e-5, rel=0.05)
 
 
@@ -252,7 +253,7 @@ def test_a_configuration_is_a_value():
         ("queue_size: 1.5", "queue_size is 1.5, it must be a"),
         (
             "save_every: 15 mins",
-            "save_every is '15 mins', it must be minutes or iterations, as in 15 minutes or 1000 iterations",
+            "save_every is '15 mins', it must be minutes or iterations, as in 15 minutes",
         ),
         ("save_every: 1.5 iterations", "save_every is '1.5 iterations', it must be"),
         ("save_every: -1", "save_every is -1, it must be"),
@@ -331,6 +332,26 @@ def test_optimizers_and_schedules_by_name():
         create_optimizer(
             {"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model
         )
+
+
+def test_files_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    here = load_config("configs/Pretrain.yaml")
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/Pretrain.yaml") == here
+    assert as_config({"bert_config": "configs/config_bert.json"}).bert_config == here.bert_config
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/Pretrain.yaml").write_text("batch_size: 3")
+    assert load_config("configs/Pretrain.yaml").batch_size == 3
+
+
+def test_a_run_folder_needs_no_other_file(pretrain, tmp_path, monkeypatch):
+    assert pretrain("--set", "test_file=null", "scheduler.epochs=1") == (0, "")
+    monkeypatch.setattr("configs.config.ROOT", tmp_path / "moved away")
+    (tmp_path / "bert.json").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert_loads_again(tmp_path)
+    load_model(tmp_path / "out", "cpu")
 
 
 def test_snapshot_can_be_loaded_again(tmp_path):

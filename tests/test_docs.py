@@ -5,7 +5,9 @@ import re
 import pytest
 from conftest import ROOT
 
+from configs.config import BERT_FIELDS
 from configs.config import FIELDS as KEYS
+from configs.docs import MEANINGS, PAGE, list_keys, make_page
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
@@ -53,7 +55,7 @@ def page(request):
 
 
 def code(text):
-    """The pieces of a page that are code: indented or fenced blocks, and what stands in backticks."""
+    """Return the code of a page: indented or fenced blocks and text in backticks."""
     blocks = re.findall(r"(?:^    .*\n?)+", text, re.M) + re.findall(
         r"^```.*?^```", text, re.M | re.S
     )
@@ -111,6 +113,7 @@ def test_flags_exist(page):
 
 def test_keys_exist(page):
     text, known = page.read_text(), set(KEYS) | {key.partition(".")[0] for key in KEYS}
+    known |= {f"bert_config.{name}" for name in BERT_FIELDS}
     tables = re.findall(r"^\| key \|.*\n(?:\|.*\n)+", text, re.M)
     named = {
         key
@@ -153,3 +156,10 @@ def test_tests_exist(page):
         for pair in re.findall(r"(tests/test_\w+\.py)::`(test_\w+)`", text)
         if pair[0] not in known.get(pair[1], ())
     ]
+
+
+def test_the_page_of_keys_is_up_to_date():
+    assert PAGE.read_text() == make_page(), "write it again: python -m configs.docs"
+    names = [line.partition(":")[0] for line in list_keys().splitlines() if line[0] != " "]
+    assert names == [*KEYS, *(f"bert_config.{name}" for name in BERT_FIELDS)]
+    assert all(MEANINGS[name].endswith(".") for name in names)

@@ -302,6 +302,15 @@ def test_help_does_not_wait_for_torch(script):
     assert told.returncode == 0 and "argparse" in told.stderr and "torch" not in told.stderr
     assert "example:" in told.stdout
     assert "world_size" not in told.stdout and "text_decoder" not in told.stdout
+    assert "ruamel" not in told.stderr and "msgspec" not in told.stderr or "." in script
+
+
+@pytest.mark.parametrize("flag", ["--help_keys", "--help-keys"])
+def test_all_keys_are_listed(flag):
+    command = [sys.executable, "-X", "importtime", "VE.py", flag]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0 and "torch" not in shown.stderr
+    assert "\nscheduler.epochs: a whole number from 1\n    default: 30; tasks: all" in shown.stdout
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

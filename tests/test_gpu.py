@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from configs.schema import override
+from configs.load import override
 
 sys.path[:0] = [str(ROOT / "tests/gpu"), str(ROOT / "benchmarks")]
 import checks

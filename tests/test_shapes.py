@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, exit_status, refusal
 from PIL import Image
 
-from configs.schema import load_config
+from configs.load import load_config
 from dataset.build import build_dataset
 from dataset.refer import box_iou
 from dataset.shapes import (

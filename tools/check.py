@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from configs.tasks import TASKS
 from engine.launch import run_script
 from utils import InputError, atomic_write, cores
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 20  # problems that are printed
 
-parser = Flags(__doc__.splitlines()[0], "pretrain configs/Pretrain.yaml --output report.json")
+parser = Parser(__doc__.splitlines()[0], "pretrain configs/Pretrain.yaml --output report.json")
 parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=f"one of {', '.join(TASKS)}")
 parser.add_argument("config", metavar="CONFIG", help="YAML file of the task")
 parser.add_set()

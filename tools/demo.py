@@ -14,13 +14,13 @@ import tempfile
 import threading
 from typing import Any
 
-from configs.flags import Flags
+from configs.cli import Parser
 from engine.launch import interruptible, run_script
 from utils import InputError
 
 HOST = "127.0.0.1"
 
-parser = Flags(__doc__, "output/quickstart output/shapes/VQA --index output/search")
+parser = Parser(__doc__, "output/quickstart output/shapes/VQA --index output/search")
 parser.add_argument(
     "checkpoint",
     nargs="*",

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from configs.flags import Flags
+from configs.cli import Parser
 from engine.launch import run_script
 from utils import InputError
 
@@ -41,7 +41,7 @@ NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError)
 BROKEN = (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
 
 TABLE = "\n".join(f"  {name:20} {file:24} {text}" for name, (file, text) in FILES.items())
-parser = Flags(__doc__ + TABLE, "ALBEF_4M --output weights/")
+parser = Parser(__doc__ + TABLE, "ALBEF_4M --output weights/")
 parser.add_argument("names", nargs="+", choices=[*FILES, "all"], metavar="NAME", help="what to get")
 parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="folder to write to")
 parser.add_argument("--no_unpack", action="store_true", help="leave archives packed")

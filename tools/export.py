@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.flags import Flags
+from configs.cli import Parser
 from engine.launch import run_script
 from utils import InputError
 
@@ -46,7 +46,7 @@ model = load_model("{name}")
 {metrics}
 """  # noqa: E501, lines of Markdown
 
-parser = Flags(__doc__, "--checkpoint output/VE --output ve.safetensors")
+parser = Parser(__doc__, "--checkpoint output/VE --output ve.safetensors")
 parser.add_argument(
     "--checkpoint",
     required=True,

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import interruptible, run_script
 from utils import InputError, printable
 
 SHOWN = 5  # unusable images that are printed
 
-parser = Flags(__doc__, "index photos --checkpoint flickr30k.pth --output output/photos")
+parser = Parser(__doc__, "index photos --checkpoint flickr30k.pth --output output/photos")
 index = parser.add_command(
     "index",
     "Embed the images of folders and add them to an index.",

@@ -13,7 +13,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError, atomic_write, read_regular
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHOWN = 5  # problems that are printed
 SKIPPED = "skipped.txt"
 
-parser = Flags(
+parser = Parser(
     __doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100"
 )
 parser.add_argument(

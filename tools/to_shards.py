@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError, atomic_write, read_regular
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MADE_OF = "shards.json"
 CHECKED = 1000  # images looked for before the first is copied
 
-parser = Flags(__doc__.splitlines()[0], "train.json --image_root photos --output data/shards")
+parser = Parser(__doc__.splitlines()[0], "train.json --image_root photos --output data/shards")
 parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
 parser.add_argument("--image_root", default="", help="folder that the image paths start from")
 parser.add_argument(

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError
 
-parser = Flags(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
+parser = Parser(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
 parser.add_argument("--run", metavar="DIR", help="folder of a run to draw")
 parser.add_argument(
     "--queries",

@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError, atomic_write
 
-parser = Flags(__doc__, "train.json --size 5000 --output vocab.txt")
+parser = Parser(__doc__, "train.json --size 5000 --output vocab.txt")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
 parser.add_argument(
     "--output",

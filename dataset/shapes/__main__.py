@@ -1,6 +1,6 @@
 """The command line of the shapes data set."""
 
-from configs.flags import Flags, at_least
+from configs.cli import Parser, at_least
 from engine.launch import run_script
 
 from .files import TASKS, vocabulary, write_dataset
@@ -8,7 +8,7 @@ from .files import TASKS, vocabulary, write_dataset
 
 def main():
     """Make the data set from the command line."""
-    flags = Flags("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
+    flags = Parser("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
     flags.add_argument(
         "--output", required=True, help="folder to write to, the image_root of the annotation files"
     )

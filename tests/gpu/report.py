@@ -23,7 +23,8 @@ import dataloader
 import pretrain_step
 import torch
 
-from configs.schema import read_bert_config, save_config
+from configs.config import read_bert_config
+from configs.load import save_config
 from engine.launch import run_script
 from engine.metric_logger import read_curves
 from utils import InputError

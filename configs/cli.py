@@ -1,0 +1,222 @@
+"""Command-line parsers of the task scripts and tools, and messages about wrong flags."""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from utils import InputError
+
+TIMEOUT = 1800  # seconds that a rank waits for other ranks
+
+# help of flags whose value models.weights.find_checkpoint takes
+CHECKPOINT_HELP = (
+    "a .pth or .safetensors file, a run folder (its best epoch, else its last), or a hub repository"
+    " USER/NAME[@REVISION]"
+)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Show the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        hidden = action.default in (None, "", argparse.SUPPRESS, []) or action.default is False
+        return f"{action.help}" if hidden else f"{action.help} (default: %(default)s)"
+
+
+class _ShowKeys(argparse.Action):
+    """Print all configuration keys and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from configs.docs import list_keys
+
+        print(list_keys(), end="")
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser whose errors are an InputError of one line, with a suggestion if there is one.
+
+    Args:
+        description: Text above the flags.
+        example: Arguments of an example to show.
+        prog: Name of the program, by default as it was started.
+    """
+
+    def __init__(self, description: str | None, example: str = "", prog: str | None = None) -> None:
+        spec = sys.modules["__main__"].__spec__  # of python -m
+        module = spec and f"python -m {spec.name.removesuffix('.__main__')}"
+        name = prog or module or f"python {os.path.basename(sys.argv[0])}"
+        example = example and f"example:\n  {name} {example}"
+        super().__init__(prog=name, description=description, epilog=example, formatter_class=_Help)
+        self._commands: argparse._SubParsersAction | None = None
+
+    def add_set(self) -> None:
+        """Add --set, which may be repeated."""
+        self.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override configuration keys, such as scheduler.epochs=3",
+        )
+
+    def add_command(self, name: str, summary: str, example: str) -> "Parser":
+        """Add a command, the first argument of the command line, and return its parser.
+
+        The parsed arguments have its name as `command`.
+        """
+        self._commands = self._commands or self.add_subparsers(
+            dest="command", required=True, metavar="COMMAND"
+        )
+        return self._commands.add_parser(name, help=summary, description=summary, example=example)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
+        raise InputError(f"{message}; --help lists the flags")
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse as ArgumentParser does. Raises InputError."""
+        result, unknown = self.parse_known_args(args, namespace)
+        parser = self._commands.choices[result.command] if self._commands else self
+        if unknown:
+            raise InputError(parser._describe_unknown(unknown))
+        for text in getattr(result, "set", []):
+            key, _, value = text.partition("=")
+            action = parser._option_string_actions.get(f"--{key}")
+            if action and not _find_key(key):
+                value = "" if action.nargs in (0, "?") else f" {value}"
+                raise InputError(
+                    f"--set {text}: {key} is not a key of the configuration but a flag, write "
+                    f"--{key}{value}"
+                )
+        return result
+
+    def _describe_unknown(self, unknown: list[str]) -> str:
+        flag, _, value = unknown[0].partition("=")
+        if not flag.startswith("-"):
+            return f"{flag}: not expected there; --help lists the flags"
+        key = _find_key(flag.lstrip("-").replace("-", "_"))
+        if key and "--set" in self._option_string_actions:
+            follows = len(unknown) > 1 and not unknown[1].startswith("--")
+            value = value or (unknown[1] if follows else "...")
+            return f"{flag}: not a flag but a key of the configuration, write --set {key}={value}"
+        actions = self._option_string_actions.items()
+        visible = [name for name, action in actions if action.help != argparse.SUPPRESS]
+        near = difflib.get_close_matches(flag, visible, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them"
+        return f"{flag}: there is no such flag, {hint}"
+
+
+def _find_key(name: str) -> str:
+    """Return the configuration key with a name, `optimizer.lr` for `lr`, or "" if there is none."""
+    from configs.config import FIELDS, OTHER_NAMES, SECTIONS
+
+    keys = (*FIELDS, *SECTIONS, *OTHER_NAMES)
+    return next((key for key in keys if name in (key, key.rpartition(".")[2])), "")
+
+
+def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
+    """Return the type of a flag that takes a number from `low` up to a machine word's largest."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not low <= value <= sys.maxsize:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {low}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
+
+
+def _parse_bool(text: str) -> bool:
+    """Return the value of a flag that may be followed by a word, as the released --resume True."""
+    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return words[text.lower()]
+
+
+def task_parser(description: str | None, config: str, example: str, trains: bool = True) -> Parser:
+    """Return the parser of a task script.
+
+    Args:
+        description: Text above the flags.
+        config: Default configuration, a path relative to the repository.
+        example: More flags to show in an example.
+        trains: Whether the task trains. Otherwise --evaluate is implied.
+    """
+    parser = Parser(description, f"--config {config} {example}")
+    parser.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
+    start = "weights to start from" if trains else "weights to evaluate"
+    for flag, metavar, text in (
+        (
+            "--config",
+            "FILE",
+            f"YAML file (default: configuration of the task's --checkpoint, or {config})",
+        ),
+        (
+            "--output_dir",
+            "DIR",
+            "folder for checkpoints, log and results (default: output/ and the configuration's"
+            " name; with --evaluate, evaluation/ in the checkpoint's run)",
+        ),
+        ("--checkpoint", "FILE", f"{start}: {CHECKPOINT_HELP}"),
+        (
+            "--text_encoder",
+            "BERT",
+            "BERT weights: hub name, folder, .bin, .safetensors, or random (default: key"
+            " text_encoder)",
+        ),
+        (
+            "--tokenizer",
+            "VOCAB",
+            "vocabulary file, folder or hub name (default: vocabulary of the text encoder)",
+        ),
+    ):
+        default = "" if flag == "--checkpoint" else None
+        parser.add_argument(flag, metavar=metavar, default=default, help=text)
+    shown = "evaluate only, without training" if trains else argparse.SUPPRESS
+    parser.add_argument("--evaluate", action="store_true", help=shown)
+    if trains:
+        parser.add_argument(
+            "--split",
+            choices=["val", "test"],
+            help="split that --evaluate evaluates (default: all)",
+        )
+        parser.add_argument(
+            "--resume",
+            nargs="?",
+            const=True,
+            type=_parse_bool,
+            metavar="True",
+            help="continue the run in --output_dir from its last checkpoint (Pretrain.py: or the"
+            " run of --checkpoint)",
+        )
+    parser.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="keep the initial weights where --checkpoint lacks tensors",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
+    parser.add_argument("--seed", default=42, type=at_least(0), help="random seed")
+    parser.add_argument(
+        "--timeout",
+        default=TIMEOUT,
+        type=at_least(1, float),
+        help="seconds to wait for other ranks",
+    )
+    parser.add_set()
+    parser.add_argument(
+        "--help_keys", action=_ShowKeys, nargs=0, help="list all configuration keys and exit"
+    )
+    parser.add_argument("--help-keys", action=_ShowKeys, nargs=0, help=argparse.SUPPRESS)
+    # accepted for released command lines, without effect: the launcher decides
+    for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    return parser
