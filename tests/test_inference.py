@@ -115,7 +115,7 @@ def test_similarity_match_and_rank_are_those_of_the_evaluation(models, task, bat
     for of, expected, queries in (("images", t2i[:, order], texts), ("texts", i2t[order], mixed)):
         rows = model.rank(mixed, texts, k=3, of=of)
         assert len(rows) == len(queries)
-        for row, scores in zip(rows, expected):
+        for row, scores in zip(rows, expected, strict=True):
             assert len(row) == 3 == (scores > NO_CANDIDATE).sum()
             assert close([scores[i] for i, _ in row], [score for _, score in row])
             assert [score for _, score in row] == sorted((score for _, score in row), reverse=True)
@@ -191,7 +191,9 @@ def test_rank_scores_as_many_candidates_as_rerank_says_and_the_others_follow_by_
         ["a red circle", "two blue squares", "a green star", "a pink moon", "a cross", "a heart"],
     )
     by_similarity = model.rank(photos, texts, k=6, rerank=0, of=of)
-    for found, similar in zip(model.rank(photos, texts, k=6, rerank=2, of=of), by_similarity):
+    for found, similar in zip(
+        model.rank(photos, texts, k=6, rerank=2, of=of), by_similarity, strict=True
+    ):
         assert {i for i, _ in found[:2]} == {i for i, _ in similar[:2]} and found[2:] == similar[2:]
         assert found[0][1] >= found[1][1] and not close(
             [s for _, s in found[:2]], [s for _, s in similar[:2]]
@@ -292,7 +294,7 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
     texts = [dataset.entry(i).text for i in range(len(dataset))]
     boxes = [dataset.detections[dataset.refer.refs[ref_id]["image_id"]] for ref_id, _ in maps]
     found = model.ground(images, texts, boxes, mode=mode)
-    for row, (_, heat), own, image in zip(found, maps, boxes, images):
+    for row, (_, heat), own, image in zip(found, maps, boxes, images, strict=True):
         expected = box_scores(heat, *Image.open(image).size[::-1], own)
         assert close(sorted(expected, reverse=True), [score for _, score in row])
         assert own[int(np.argmax(expected))] == row[0][0]
@@ -304,13 +306,13 @@ def test_the_best_rectangle_is_that_of_a_search():
     heat = np.random.default_rng(1).random((4, 5)) ** 4
     rectangles = [
         (
-            heat[t:b, l:r].sum() / ((b - t) * (r - l)) ** 0.5,
-            [20 * l, 30 * t, 20 * (r - l), 30 * (b - t)],
+            heat[t:b, left:r].sum() / ((b - t) * (r - left)) ** 0.5,
+            [20 * left, 30 * t, 20 * (r - left), 30 * (b - t)],
         )
         for t in range(4)
         for b in range(t + 1, 5)
-        for l in range(5)
-        for r in range(l + 1, 6)
+        for left in range(5)
+        for r in range(left + 1, 6)
     ]
     assert best_rectangle(heat, 120, 100) == pytest.approx(max(rectangles)[1])
 
@@ -393,7 +395,7 @@ def test_threads_share_a_model(models, photos):
         assert close(
             pool.submit(model.embed_images, photos, workers=1).result(), model.embed_images(photos)
         )
-        for results, alone in zip(pool.map(repeat, range(len(calls))), expected):
+        for results, alone in zip(pool.map(repeat, range(len(calls))), expected, strict=True):
             assert all(close(result, alone) for result in results)
 
 
@@ -405,9 +407,11 @@ from torch.utils.data._utils import signal_handling
 
 def state():
     os.umask(mask := os.umask(0))
-    return {"umask": mask, "filters": list(warnings.filters), "environment": dict(os.environ), "hooks": (sys.excepthook, sys.stdout),
-            "signals": [signal.getsignal(s) for s in signal.valid_signals()], "SIGCHLD": signal_handling._SIGCHLD_handler_set,
-            "matplotlib": {k: matplotlib.rcParams._get(k) for k in matplotlib.rcParams}, "grad": torch.is_grad_enabled(),
+    return {"umask": mask, "filters": list(warnings.filters), "environment": dict(os.environ),
+            "hooks": (sys.excepthook, sys.stdout), "grad": torch.is_grad_enabled(),
+            "signals": [signal.getsignal(s) for s in signal.valid_signals()],
+            "SIGCHLD": signal_handling._SIGCHLD_handler_set,
+            "matplotlib": {k: matplotlib.rcParams._get(k) for k in matplotlib.rcParams},
             "others": (os.getcwd(), torch.get_num_threads(), PIL.Image.MAX_IMAGE_PIXELS)}
 
 def wait(pipe):
@@ -429,7 +433,8 @@ os.umask(0o077)  # later than the import
 model.heat_map(image, "a red circle").draw(folder + "/heat.png")
 os.umask(0o027)
 after = state()
-print([key for key in before if before[key] != after[key]], oct(os.stat(folder + "/heat.png").st_mode & 0o777), flush=True)
+mode = os.stat(folder + "/heat.png").st_mode & 0o777
+print([key for key in before if before[key] != after[key]], oct(mode), flush=True)
 """
 
 
@@ -440,6 +445,12 @@ def test_importing_and_using_a_model_changes_nothing_in_the_process(files, photo
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["[] 0o600", "cleaned up"], done.stderr
     assert not done.stderr
+
+
+def test_the_import_takes_no_library_of_drawing_or_training():
+    code = "import sys, inference; print(sorted({'matplotlib', 'tensorboard'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_sources_and_precision(files, models, photos, tmp_path):
