@@ -4,14 +4,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from configs.config import Config, as_config
-from configs.tasks import TASKS, find, find_task
+from configs.tasks import find, find_task
 
 if TYPE_CHECKING:  # importing this package does not import torch
     from models.albef import ALBEF
     from models.tokenizer import Tokenizer
-
-# for callers that do not read configs/tasks.py yet
-MODELS, ALIGNED = TASKS, ("pretrain", "retrieval")
 
 
 def build_model(
