@@ -8,7 +8,7 @@ export GOMP_SPINCOUNT ?= 5000
 endif
 
 # the driver of experiments; the + has `make -n` call it, too, to show the runs
-DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
+DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry_run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-relevance paper-noise paper-section4 paper-figures
 

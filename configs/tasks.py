@@ -28,6 +28,7 @@ class Task:
             in percent by name.
         check: Function (model, **options) that raises InputError if options do not fit the model.
         initialize: Function (model, config) -> load reports, for a run without --checkpoint.
+        chance: Metrics of guessing in percent by name, or a function (dataset) -> such metrics.
         score: Metric that selects the best epoch, "" to keep the last epoch.
         detect: Whether tensors by name are the weights of this task; None if another task has the
             same weights.
@@ -47,6 +48,7 @@ class Task:
     evaluate: str = ""
     check: str = ""
     initialize: str = ""
+    chance: str | Mapping[str, float] = field(default_factory=dict)
     score: str = ""
     detect: Callable[[Mapping[str, Any]], bool] | None = None
     methods: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.vqa:test_set",
             files=VAL_TEST,
             evaluate="evaluation.vqa:evaluate",
+            chance="evaluation.vqa:chance_metrics",
             score="acc",
             detect=_has("text_decoder."),
             methods=("answer", "heat_map"),
@@ -120,6 +123,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.ve:test_set",
             files=VAL_TEST,
             evaluate="evaluation.classification:evaluate",
+            chance={"acc": 100 / 3},
             score="acc",
             detect=lambda state: _classes(state) == 3,
             methods=("entails", "heat_map"),
@@ -136,6 +140,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.nlvr:test_set",
             files=VAL_TEST,
             evaluate="evaluation.classification:evaluate",
+            chance={"acc": 50},
             score="acc",
             detect=lambda state: _classes(state) == 2,
             methods=("true_of", "heat_map"),
@@ -152,6 +157,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.retrieval:test_set",
             files={"test": "test_file"},
             evaluate="evaluation.retrieval:evaluate",
+            chance="evaluation.retrieval:chance_metrics",
             initialize="models.weights:load_encoders",
             detect=_has("text_encoder.bert."),
             methods=(*ALIGNED, "fill_in"),
@@ -167,6 +173,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.retrieval:test_set",
             files=VAL_TEST,
             evaluate="evaluation.retrieval:evaluate",
+            chance="evaluation.retrieval:chance_metrics",
             score="r_mean",
             detect=_has("itm_head.", "vision_proj."),
             methods=ALIGNED,
@@ -182,6 +189,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.relevance:test_set",
             files=VAL_TEST,
             evaluate="evaluation.relevance:evaluate",
+            chance=dict.fromkeys(("auc", "auc_other_image", "auc_other_words"), 50),
             score="auc",
             detect=_has("itm_head."),
             methods=("heat_map",),
@@ -199,6 +207,7 @@ TASKS: dict[str, Task] = {
             # one file holds all splits, the refs say which
             files={"val": "test_file", "test": "test_file"},
             evaluate="evaluation.grounding:evaluate",
+            chance="evaluation.grounding:chance_metrics",
             check="evaluation.grounding:check_options",
             score="val_d",
             methods=ALIGNED,
@@ -213,6 +222,7 @@ TASKS: dict[str, Task] = {
             test_data="dataset.attributes:test_set",
             files=VAL_TEST,
             evaluate="evaluation.attributes:evaluate",
+            chance="evaluation.attributes:chance_metrics",
             methods=ALIGNED,
             **MATCHING,
             traits=frozenset({"projects"}),

@@ -264,3 +264,9 @@ def extremes(box: Box, scores: np.ndarray) -> dict[str, Any]:
         "best": listed(order[:TOP]),
         "worst": listed(order[: -TOP - 1 : -1]),
     }
+
+
+def chance_metrics(dataset: Any) -> dict[str, float]:
+    """Return the mean average precision of equal scores for an AttributeTestSet."""
+    means = mean_precisions(*chance_precisions(dataset))
+    return {"map" if name == "all" else f"map_{name}": share for name, share in means.items()}

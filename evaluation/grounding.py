@@ -101,3 +101,10 @@ def evaluate(
                 f" {100 * chance[name]:.1f}%)"
             )
     return {name: 100 * share for name, share in shares.items()}
+
+
+def chance_metrics(dataset: Any) -> dict[str, float]:
+    """Return the expected accuracy of random boxes for a GroundingTestSet, by split in percent."""
+    refer, ref_ids = dataset.refer, [entry.ref_id for entry in dataset.entries]
+    shares = chance_grounding(refer.refs, refer.boxes, dataset.detections, ref_ids)
+    return {name: 100 * share for name, share in shares.items()}

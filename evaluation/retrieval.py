@@ -241,3 +241,11 @@ def rankings(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, 
             for text, row in zip(dataset.texts, images, strict=True)
         ],
     }
+
+
+def chance_metrics(dataset: Any) -> dict[str, float]:
+    """Return the expected recall of a random ranking of a RetrievalTestSet, with means."""
+    metrics = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
+    for side in ("txt", "img"):
+        metrics[f"{side}_r_mean"] = sum(metrics[f"{side}_r{k}"] for k in (1, 5, 10)) / 3
+    return metrics

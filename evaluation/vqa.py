@@ -130,3 +130,18 @@ def evaluate(
         formulas = describe_vqa_formulas(count_vqa_formulas(annotations))
         print(f"VQA accuracy is computed {formulas}")
     return metrics
+
+
+def chance_metrics(dataset: Any) -> dict[str, float]:
+    """Return the accuracy of the best answer of the list, given to every question.
+
+    It is {} if a VQADataset has no list of answers or no annotated answers.
+    """
+    annotations = dataset.annotations()
+    constant = [
+        [{"question_id": entry["question_id"], "answer": answer} for entry in annotations]
+        for answer in dataset.answer_list or ()
+    ]
+    if not (constant and annotations):
+        return {}
+    return {"acc": max(vqa_accuracy(same, annotations)["overall"] for same in constant)}

@@ -1,511 +1,223 @@
-"""Runs the rows of an experiment file side by side, each once, and writes its report.
+"""Run the rows of an experiment file side by side, each once, and write its report.
 
   python -m experiments.run experiments/shapes.yaml
-  python -m experiments.run experiments/paper.yaml --table table1 --dry-run
+  python -m experiments.run experiments/paper.yaml --table table1 --dry_run
 
-A row is one command, its result a folder under the file's `output`. Rows wait for those that they
-start from. A complete row is not started again, an interrupted one continues, a failed one is
-reported with the end of its log while the others go on.
+A row is one command. Its result is a folder under the file's `output`. A row waits for the rows
+that it starts from. A complete row is not started again, and an interrupted one continues. If a row
+fails, the end of its log is shown and the other rows go on.
 
-The keys of a row (all but script are optional):
+The keys of a row, of which only script is required:
   script   a script of the repository, or a module such as dataset.shapes
-  config   a YAML file of configs/;  set: keys of it to change
-  from     the row whose checkpoint_last.pth is --checkpoint, ROW/checkpoint_best.pth for another file, or random
-  needs    other rows that it waits for; `data`, if the file has it, is needed by all
-  flags    the rest of the command line; {folder} is the row's folder, which without it becomes --output_dir
+  config   a YAML file of configs/
+  set      keys of the configuration to change
+  from     a row whose checkpoint_last.pth is --checkpoint, ROW/FILE.pth for another file, or random
+  needs    other rows to wait for; a row named data is needed by all
+  flags    the rest of the command line; {folder} is the row's folder, without it --output_dir
   seeds    a run for each, ROW/seed0, ...; a row without seeds that starts from ROW takes the first
-  each     values, each of which takes the place of {each} in the row's name and values
+  each     values to put in the place of {each}, a row for each
   creates  a file without which the row is not complete
-  minutes  to expect on one core
+  minutes  expected minutes on one core
+  metrics  names in log.txt by label, for the table of tasks
 """
 
-import contextlib
 import ctypes
-import json
 import os
+import platform
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from graphlib import CycleError, TopologicalSorter
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, NamedTuple, Required, TypedDict
-
-import msgspec
+from typing import NamedTuple
 
 from configs.cli import Parser, at_least
-from configs.config import as_config
-from configs.load import load_config, override, parse_yaml
 from engine.launch import Interrupted, run_script
 from engine.output_dir import make_output_dir
-from utils import InputError, atomic_write, cores, read_regular
+from experiments.rows import (
+    Row,
+    Rows,
+    check_unchanged,
+    expand,
+    read_experiments,
+    rows_of_table,
+    settings,
+    with_needs,
+)
+from utils import TrainingStopped, cores
 
-# in a row's folder: its settings, seconds and machine, and whether it is complete
-RECORD = "experiment.json"
 TAIL = 6  # lines of a log that are shown
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
-SOME = msgspec.Meta(min_length=1)
-# what a row may hold: see the head of this file; metrics: of experiments/report.py
-Keys = TypedDict(
-    "Keys",
-    {
-        "script": Required[str],
-        "config": str,
-        "set": dict[str, object],
-        "from": str,
-        "needs": list[str],
-        "flags": str,
-        "seeds": Annotated[list[int], SOME],
-        "each": Annotated[list[str | int | float], SOME],
-        "creates": str,
-        "minutes": float,
-        "metrics": object,
-    },
-    total=False,
-)
-
-
-class Content(TypedDict):
-    """What an experiment file holds beside its tables."""
-
-    output: str
-    rows: Annotated[dict[str, object], SOME]
-
-
-class Row(NamedTuple):
-    """A run: what the file says of it, with `each` and `seeds` filled in."""
-
-    name: str  # also its folder under `output`
-    keys: dict
-    seed: int | None
-    folder: Path
-    needs: list  # names of rows; this row starts from the last one
-    command: list  # without the interpreter
-
-    @property
-    def log(self):
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-
-# --------------------------------------------------------------------------------------------------
-# rows
-
-
-def read_experiments(path):
-    """Read an experiment file. Raises InputError."""
-    try:
-        content = parse_yaml(read_regular(path), path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    where = path
-    try:
-        msgspec.convert(content, Content)
-        for name, keys in content["rows"].items():
-            where = f"{path}: row {name}"
-            msgspec.convert(keys, Keys)
-            if unknown := keys.keys() - Keys.__annotations__:
-                raise InputError(
-                    f"{where} has the unknown key {unknown.pop()}, there are {', '.join(Keys.__annotations__)}"
-                )
-    except msgspec.ValidationError as error:
-        said = str(error).replace("`", "'")  # names stand as in Python's messages
-        raise InputError(f"{where}: {said}; experiments/shapes.yaml is an example") from None
-    return content
-
-
-def expand(content, output, scratch=False):
-    """Return the rows of an experiment file by name, first seeds first. Raises InputError.
-
-    output: the folder of all results. scratch: what is trained from a pre-training row starts from
-    random weights instead.
-    """
-    given = {}
-    for name, keys in content["rows"].items():
-        for each in keys.get("each", [""]):
-            given |= json.loads(json.dumps({name: keys}).replace("{each}", str(each)))
-    if scratch:
-        pretraining = {name for name, keys in given.items() if keys["script"] == "Pretrain.py"}
-        given = {
-            name: {**keys, "from": "random"} if keys.get("from") in pretraining else keys
-            for name, keys in given.items()
-            if name not in pretraining and "--evaluate" not in keys.get("flags", "")
-        }
-    first = {
-        name: f"{name}/seed{keys['seeds'][0]}" if "seeds" in keys else name
-        for name, keys in given.items()
-    }
-    rows = {}
-    for number in range(max(len(keys.get("seeds", [""])) for keys in given.values())):
-        for name, keys in given.items():
-            seeds = keys.get("seeds", [None])
-            if number < len(seeds):
-                row = _make_row(name, keys, seeds[number], given, first, Path(output))
-                rows[row.name] = row
-    try:
-        TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
-    except CycleError as error:
-        raise InputError(
-            f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct what one of them starts "
-            "from or needs"
-        ) from None
-    return rows
-
-
-def _make_row(name, keys, seed, given, first, output):
-    """Return the Row of a row's keys. given: the keys of all rows; first: the run that stands for
-    each. Raises InputError.
-    """
-
-    def run_of(other):
-        if other not in given:
-            raise InputError(f"row {name}: there is no row {other} that it could start from")
-        return f"{other}/seed{seed}" if seed in given[other].get("seeds", []) else first[other]
-
-    folder = output / (name if seed is None else f"{name}/seed{seed}")
-    source = keys.get("from")
-    needs = [run_of(other) for other in keys.get("needs", [])]
-    if "data" in given and name != "data":
-        needs.append("data")
-    module = not keys["script"].endswith(".py")
-    command = ["-m", keys["script"]] if module else [keys["script"]]
-    flags = keys.get("flags", "")
-    if "config" in keys:
-        command += ["--config", keys["config"], *["--resume"] * ("--evaluate" not in flags)]
-    if not module and "{folder}" not in flags:
-        command += ["--output_dir", str(folder)]
-    if source == "random":
-        command += ["--checkpoint", source]
-    elif source:
-        other, _, file = (
-            source.rpartition("/")
-            if source.endswith(".pth")
-            else (source, "", "checkpoint_last.pth")
-        )
-        needs.append(run_of(other))
-        command += ["--checkpoint", str(output / run_of(other) / file)]
-    if seed is not None:
-        command += ["--seed", str(seed)]
-    try:
-        command += [part.replace("{folder}", str(folder)) for part in shlex.split(flags)]
-    except ValueError as error:
-        raise InputError(f"row {name}: flags {flags!r} are not a command line: {error}") from None
-    if keys.get("set"):
-        command += ["--set", *(f"{key}={_yaml(value)}" for key, value in keys["set"].items())]
-    return Row(str(folder.relative_to(output)), keys, seed, folder, needs, command)
-
-
-def _yaml(value):
-    """Return a value as --set takes it, without blanks."""
-    return json.dumps(value, separators=(",", ":")) if not isinstance(value, str) else value
-
-
-def with_needs(rows, names):
-    """Return the rows of these names and all that they start from, in the order of `rows`.
-
-    Raises InputError.
-    """
-    wanted, todo = set(), list(names)
-    while todo:
-        name = todo.pop()
-        if name not in rows:
-            raise InputError(f"there is no row {name}")
-        if name not in wanted:
-            wanted.add(name)
-            todo += rows[name].needs
-    return {name: row for name, row in rows.items() if name in wanted}
-
-
-def rows_of(content, table, rows):
-    """Return the names of the rows that a table of an experiment file shows. Raises InputError."""
-    if table not in content.get("tables", {}):
-        raise InputError(
-            f"--table {table}: there is no such table, there are {', '.join(content.get('tables', {}))}"
-        )
-    lines = content["tables"][table].get("rows", {}).values()
-    columns = content["tables"][table].get("columns", [])
-    names = {column["row"].format_map(line) for column in columns for line in lines}
-    names |= {line for line in lines if isinstance(line, str)}
-    names |= {picture["row"] for picture in content["tables"][table].get("pictures", [])}
-    return [name for name in rows if name in names or name.rpartition("/seed")[0] in names]
-
-
-# --------------------------------------------------------------------------------------------------
-# records
-
-
-def overrides(row: Row) -> list[str]:
-    """Return the values of --set on a row's command line, of the row's key `set` and of its flags."""
-    parser = Parser("")
-    parser.add_set()
-    return parser.parse_known_args(row.command)[0].set
-
-
-def effective_config(row: Row, rows: dict) -> dict:
-    """Return the configuration of a row's command, {} if it is the default of its script.
-
-    If a row has no configuration and starts from a run of the same script, it has the configuration
-    of that run. Raises InputError.
-    """
-    if "config" in row.keys:
-        return load_config(row.keys["config"], overrides(row))
-    if row.keys.get("from", "random") != "random":
-        source = rows[row.needs[-1]]
-        config = (
-            effective_config(source, rows) if source.keys["script"] == row.keys["script"] else {}
-        )
-        return override(config, overrides(row), f"row {row.name}") if config else {}
-    return {}
-
-
-def settings(row, rows):
-    """Return what a row's result depends on: its command, its whole configuration, and the same of
-    what it starts from.
-
-    Raises InputError where the configuration is not valid.
-    """
-    output = str(row.folder).removesuffix(row.name)
-    config = (
-        load_config(row.keys["config"], overrides(row)).to_dict() if "config" in row.keys else {}
-    )
-    return {
-        "command": [part.removeprefix(output) for part in row.command],  # results may be moved
-        "config": config,
-        "needs": {name: settings(rows[name], rows) for name in row.needs},
-    }
-
-
-def read_record(row):
-    """Return what the driver has recorded of a row, {} of one that was never started."""
-    path = row.folder / RECORD
-    try:
-        return json.loads(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(
-            f"{path}: not valid JSON ({error}): remove {row.folder} to run the row anew"
-        ) from None
-
-
-def write_record(row, record):
-    row.folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(row.folder / RECORD, "w") as file:
-        json.dump(record, file, indent=1)
-
-
-def is_complete(row):
-    created = row.keys.get("creates")
-    return read_record(row).get("complete", False) and (created is None or Path(created).exists())
-
-
-def changes(now, then):
-    """Yield what differs between the settings of a row and those that it was started with."""
-    if now["command"] != then["command"]:
-        yield f"its command was: {shlex.join(then['command'])}"
-    # a key that has come since then has its default
-    before = as_config(then["config"]).to_dict() if then["config"] else {}
-    yield from (
-        f"{key} was {before.get(key)}"
-        for key, value in now["config"].items()
-        if before.get(key) != value
-    )
-    if now["needs"].keys() != then["needs"].keys():
-        yield f"it started from {', '.join(then['needs'])}"
-    for name in now["needs"].keys() & then["needs"].keys():
-        yield from (
-            f"of {name}, {change}" for change in changes(now["needs"][name], then["needs"][name])
-        )
-
-
-def check_unchanged(rows):
-    """Raise InputError for a row that was run, or begun, with other settings than it has now."""
-    for row in rows.values():
-        now, record = settings(row, rows), read_record(row)
-        if record and (change := next(changes(now, record["settings"]), None)):
-            raise InputError(
-                f"row {row.name} has changed since it was run, {change}: remove {row.folder} (and what started "
-                "from it) to run it anew, or give the changed row another name"
-            )
-
-
-def minutes(row):
-    """Return the wall-clock minutes that a row has run so far, all its parts together."""
-    return read_record(row).get("seconds", 0) / 60
-
-
-# --------------------------------------------------------------------------------------------------
-# running
-
-
 class Place(NamedTuple):
-    """Where one run at a time goes: a GPU, or a core."""
+    """A GPU or a core, for one run at a time.
+
+    Attributes:
+        name: Name of the machine in records.
+        env: Environment variables of the run.
+        core: Core that the run stays on, None for any.
+    """
 
     name: str
-    env: dict
+    env: dict[str, str]
     core: int | None
 
 
-def places(jobs=None):
-    """Return the Places of this machine: its GPUs, one run each, else its cores, or `jobs` of them."""
+def find_places(jobs: int | None = None) -> list[Place]:
+    """Return the GPUs of this machine, or else its cores, at most `jobs` of them."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    count = torch.cuda.device_count()
+    if count:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         return [
-            Place(torch.cuda.get_device_name(i), {"CUDA_VISIBLE_DEVICES": visible[i]}, None)
-            for i in range(gpus)
+            Place(torch.cuda.get_device_name(i), {"CUDA_VISIBLE_DEVICES": device}, None)
+            for i, device in enumerate(visible.split(",")[:count])
         ][:jobs]
-    usable = (
-        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * cores()
-    )
-    # two runs on a core each make more of two cores than one run after the other on both
-    one = {"OMP_NUM_THREADS": "1"}
-    return [Place(f"one core of {_processor()}", one, core) for core in usable][:jobs]
+    # two runs on a core each are faster than one run after the other on both
+    numbers = os.sched_getaffinity(0) if sys.platform == "linux" else [None] * cores()
+    name = f"one core of {_processor()}"
+    return [Place(name, {"OMP_NUM_THREADS": "1"}, number) for number in numbers][:jobs]
 
 
-def _processor():
+def _processor() -> str:
     """Return the name of the processor."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
-        )
-    return "an unnamed processor"
+    text = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
 
 
-def _begin(place):
-    """In the new process: stay on the place's core, and end when the driver is killed."""
-    if place.core is not None:
-        os.sched_setaffinity(0, {place.core})
+def _begin(core: int | None) -> None:
+    """Stay on a core, and end when the driver is killed; called in the new process."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def start(row, rows, place):
-    """Start a row. Return its process."""
-    record = {"seconds": 0, **read_record(row)}
-    if "began" in record:  # the driver was killed; the log tells until when the run went on
+def start(row: Row, rows: Rows, place: Place) -> subprocess.Popen:
+    """Record the start of a run, and return its process."""
+    record = {"seconds": 0, **row.read_record()}
+    if "began" in record:  # the driver was killed, and the run has written to its log until its end
         record["seconds"] += max(0, row.log.stat().st_mtime - record["began"])
-    record |= {
-        "settings": settings(row, rows),
-        "machine": place.name,
-        "complete": False,
-        "began": time.time(),
-    }
-    write_record(row, record)
+    began = {"machine": place.name, "complete": False, "began": time.time()}
+    row.write_record({**record, "settings": settings(row, rows), **began})
     print(f"{row.name}: running, see {row.log}", flush=True)
     with open(row.log, "a") as log:
-        # a session of its own: Ctrl-C is for the driver, which tells the runs once; a second signal
-        # keeps them from saving
         return subprocess.Popen(
             [sys.executable, *row.command],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **place.env},
+            # Ctrl-C reaches the driver only: a second signal would keep a run from saving
             start_new_session=True,
-            preexec_fn=lambda: _begin(place),
+            preexec_fn=lambda: _begin(place.core),
         )
 
 
-def finish(row, status):
-    """Record how a run has ended, and show the end of its log."""
-    record = read_record(row)
+def finish(row: Row, status: int) -> None:
+    """Record the end of a run, and show the end of its log."""
+    record = row.read_record()
     record["seconds"] += time.time() - record.pop("began")
-    record["complete"] = status == 0
-    write_record(row, record)
-    print(
-        f"{row.name}: {'complete' if status == 0 else f'ended with status {status}'}, {minutes(row):.1f} minutes"
-    )
-    for line in row.log.read_text(errors="replace").replace("\r", "\n").splitlines()[-TAIL:]:
-        print(f"    {line}", flush=True)
+    row.write_record({**record, "complete": status == 0})
+    ended = f"ended with status {status}" if status else "complete"
+    print(f"{row.name}: {ended}, {row.minutes:.1f} minutes")
+    with open(row.log, errors="replace") as log:
+        for line in deque(log, TAIL):
+            print(f"    {line.rstrip()}", flush=True)
 
 
-def run(rows, free):
-    """Run all rows that are not complete on the Places `free`, in their order as far as they need
-    not wait.
+def run(rows: Rows, places: Iterable[Place]) -> tuple[list[str], list[str]]:
+    """Run all rows that are not complete, in their order unless they wait for others.
 
-    Return the names of those that failed, and of those that were left out because of them.
+    Args:
+        rows: The rows by name.
+        places: Where they run, one at a time on each.
+
+    Returns:
+        The names of the rows that failed, and of those that were not run because of them.
+
+    Raises:
+        Interrupted: A signal came. The runs were told to save their state and end.
     """
-    done = {name for name, row in rows.items() if is_complete(row)}
+    done = {name for name, row in rows.items() if row.complete}
     waiting = [name for name in rows if name not in done]
-    running, failed, free = {}, [], list(free)
+    running: dict[str, tuple[subprocess.Popen, Place]] = {}
+    failed, free = [], list(places)
     try:
-        while waiting or running:
+        while True:
             ready = [name for name in waiting if done.issuperset(rows[name].needs)]
-            while free and ready:
-                name, place = ready.pop(0), free.pop(0)
+            for name, place in zip(ready, free[:], strict=False):
                 waiting.remove(name)
+                free.remove(place)
                 running[name] = start(rows[name], rows, place), place
             if not running:
-                break
-            ended = [name for name, (process, _) in running.items() if process.poll() is not None]
-            for name in ended:
-                process, place = running.pop(name)
-                free.append(place)
-                finish(rows[name], process.returncode)
-                (failed.append if process.returncode else done.add)(name)
-            if not ended:
-                time.sleep(0.2)
+                return failed, waiting
+            time.sleep(0.1)
+            for name, (process, place) in list(running.items()):
+                if process.poll() is not None:
+                    del running[name]
+                    free.append(place)
+                    finish(rows[name], process.returncode)
+                    (failed.append if process.returncode else done.add)(name)
     except Interrupted as error:
         for process, _ in running.values():
             process.terminate()
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
         raise Interrupted(
-            error.signum, "what was running has saved its state, the same command goes on"
+            error.signum, "the running rows have saved their state, continue by the same command"
         ) from None
-    return failed, waiting
 
 
-def show(rows, jobs):
-    """Print the commands of a call, with the expected minutes if they are known."""
-    total = 0
+def show(rows: Rows, jobs: int) -> None:
+    """Print the commands of the rows and the expected minutes."""
+    left = 0.0
     for name, row in rows.items():
-        known = row.keys.get("minutes")
-        state = (
-            f"complete, {minutes(row):.1f} min"
-            if is_complete(row)
-            else f"{known} min"
-            if known
-            else "minutes not known"
-        )
-        total += 0 if is_complete(row) else max(0, (known or 0) - minutes(row))
+        complete, expected = row.complete, row.keys.minutes
+        left += 0 if complete else max(0, expected - row.minutes)
+        state = f"complete, {row.minutes:.1f} min" if complete else f"{expected:g} min"
         print(f"{name} ({state}): python {shlex.join(row.command)}")
     print(
-        f"about {total:.0f} minutes on one core are left, {total / jobs:.0f} with {jobs} runs side by side"
+        f"about {left:.0f} minutes on one core are left, {left / jobs:.0f} with {jobs} runs side by"
+        " side"
     )
 
 
-def main():
-    flags = Parser(__doc__)
-    flags.add_argument("file", help="the experiment file, such as experiments/shapes.yaml")
-    flags.add_argument("--table", help="only the rows of this table of the file")
-    flags.add_argument(
+def main() -> None:
+    """Run or show the rows of an experiment file."""
+    parser = Parser(__doc__)
+    parser.add_argument("file", help="experiment file, such as experiments/shapes.yaml")
+    parser.add_argument("--table", help="run only the rows of this table of the file")
+    parser.add_argument(
         "--scratch",
         action="store_true",
-        help="from random weights, without the pre-training rows; to OUTPUT-scratch",
+        help="start from random weights, without the pre-training rows; write to OUTPUT-scratch",
     )
-    flags.add_argument(
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder of the results (default: the folder that the file names)",
+        help="folder of the results (default: output of the file)",
     )
-    flags.add_argument(
+    parser.add_argument(
         "--jobs",
         type=at_least(1),
-        help="runs side by side (default: one for each GPU, else for each core)",
+        help="number of runs side by side (default: one for each GPU, or else for each core)",
     )
-    flags.add_argument("--dry-run", action="store_true", help="only show the runs")
-    args = flags.parse_args()
-    content = read_experiments(args.file)
-    output = args.output or Path(content["output"] + "-scratch" * args.scratch)
-    rows = expand(content, output, args.scratch)
+    parser.add_argument("--dry_run", action="store_true", help="only show the runs")
+    args = parser.parse_args()
+    experiments = read_experiments(args.file)
+    output = args.output or Path(experiments.output + "-scratch" * args.scratch)
+    rows = expand(experiments, output, scratch=args.scratch)
     if args.table:
-        rows = with_needs(rows, rows_of(content, args.table, rows))
+        rows = with_needs(rows, rows_of_table(experiments, args.table, rows))
     check_unchanged(rows)
     if args.dry_run:
         show(rows, args.jobs or 2)
@@ -513,17 +225,15 @@ def main():
     make_output_dir(output, flag="output")
     failed, left = [], []
     try:
-        if not all(map(is_complete, rows.values())):
-            failed, left = run(rows, places(args.jobs))
+        if not all(row.complete for row in rows.values()):
+            failed, left = run(rows, find_places(args.jobs))
     finally:
         from experiments.report import report
 
-        report(content, output)
+        report(experiments, output)
     if failed:
-        sys.exit(
-            f"error: failed: {', '.join(failed)}"
-            + (f"; not run because of them: {', '.join(left)}" if left else "")
-        )
+        skipped = f"; not run because of them: {', '.join(left)}" if left else ""
+        raise TrainingStopped(f"failed: {', '.join(failed)}{skipped}")
 
 
 if __name__ == "__main__":

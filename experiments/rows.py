@@ -1,0 +1,326 @@
+"""Experiment files: rows, their commands and order, and the records of their runs."""
+
+import json
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import msgspec
+
+from configs.config import Config
+from configs.load import load_config, override, parse_yaml
+from utils import InputError, atomic_write, read_regular
+
+LAST_CHECKPOINT = "checkpoint_last.pth"
+RECORD = "experiment.json"  # in the folder of a run
+
+AtLeastOne = msgspec.Meta(min_length=1)
+Table = dict[str, Any]  # a table of the report, see experiments/report.py
+
+
+class RowKeys(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """The keys of a row, as experiments/run.py explains them."""
+
+    script: str
+    config: str = ""
+    set: dict[str, Any] = {}
+    source: str = msgspec.field(name="from", default="")
+    needs: list[str] = []
+    flags: str = ""
+    seeds: Annotated[list[int], AtLeastOne] | None = None
+    each: Annotated[list[str | int | float], AtLeastOne] | None = None
+    creates: str = ""
+    minutes: float = 0
+    metrics: dict[str, str] = {}
+
+    @property
+    def overrides(self) -> list[str]:
+        """The values of --set, without blanks."""
+        return [
+            f"{key}={value if isinstance(value, str) else msgspec.json.encode(value).decode()}"
+            for key, value in self.set.items()
+        ]
+
+    @property
+    def has_source(self) -> bool:
+        """Whether a row starts from another row."""
+        return self.source not in ("", "random")
+
+
+class Experiments(msgspec.Struct):
+    """The content of an experiment file.
+
+    Attributes:
+        output: Folder of the results.
+        rows: The rows by name, with `each` filled in.
+        page: File of the report, "" for a table of tasks on stdout.
+        title: Title of the page.
+        about: First paragraph of the page.
+        tables: The tables of the page by name.
+    """
+
+    output: str
+    rows: Annotated[dict[str, Any], AtLeastOne]
+    page: str = ""
+    title: str = ""
+    about: str = ""
+    tables: dict[str, Table] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run.
+
+    Attributes:
+        name: Name of the row, and of the seed if there are several.
+        keys: What the file says.
+        seed: Random seed, None for the script's default.
+        folder: Folder of the result.
+        needs: Names of the rows to wait for. The last one is the source of the weights, if any.
+        command: Command line without the interpreter.
+    """
+
+    name: str
+    keys: RowKeys
+    seed: int | None
+    folder: Path
+    needs: list[str]
+    command: list[str]
+
+    @property
+    def log(self) -> Path:
+        """The file of what the run prints."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def group(self) -> str:
+        """The name of the row without the seed."""
+        return self.name.rpartition("/seed")[0] if self.seed is not None else self.name
+
+    def read_record(self) -> dict[str, Any]:
+        """Return what the driver has recorded, {} before the start. Raises InputError."""
+        path = self.folder / RECORD
+        try:
+            return json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError as error:
+            raise InputError(
+                f"{path}: not valid JSON ({error}): remove {self.folder} to run the row anew"
+            ) from None
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        """Write the record of the run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.folder / RECORD, "w") as file:
+            json.dump(record, file, indent=1)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run has ended well and what it creates still exists."""
+        complete = self.read_record().get("complete", False)
+        return complete and (not self.keys.creates or Path(self.keys.creates).exists())
+
+    @property
+    def minutes(self) -> float:
+        """The wall-clock minutes of the run, summed over interruptions."""
+        return self.read_record().get("seconds", 0) / 60
+
+
+Rows = dict[str, Row]
+
+
+def read_experiments(path: Path | str) -> Experiments:
+    """Read an experiment file.
+
+    Raises:
+        InputError: The file cannot be read, or has another form.
+    """
+    try:
+        content = parse_yaml(read_regular(path), path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    return parse_experiments(content, str(path))
+
+
+def parse_experiments(content: Any, where: str) -> Experiments:
+    """Check the content of an experiment file and fill in `each`.
+
+    Args:
+        content: The content.
+        where: Name of the file, for messages.
+
+    Raises:
+        InputError: The content has another form.
+    """
+    place, rows = where, {}
+    try:
+        experiments = msgspec.convert(content, Experiments)
+        for name, given in experiments.rows.items():
+            place = f"{where}: row {name}"
+            keys = msgspec.convert(given, RowKeys)
+            text = msgspec.json.encode({name: keys}).decode()
+            for value in keys.each or [""]:
+                filled = text.replace("{each}", str(value))
+                rows |= msgspec.json.decode(filled, type=dict[str, RowKeys])
+    except msgspec.ValidationError as error:
+        reason = str(error).replace("`", "'")
+        raise InputError(f"{place}: {reason}; experiments/shapes.yaml is an example") from None
+    return msgspec.structs.replace(experiments, rows=rows)
+
+
+def expand(experiments: Experiments, output: Path | str, *, scratch: bool = False) -> Rows:
+    """Return the runs of an experiment file by name, first seeds first.
+
+    Args:
+        experiments: Content of the file.
+        output: Folder of all results.
+        scratch: Leave out pre-training and evaluations. Start from random weights instead of
+            pre-trained ones.
+
+    Raises:
+        InputError: The command line of a row is malformed, a row that it needs is missing, or rows
+            need each other.
+    """
+    given = _without_pretraining(experiments.rows) if scratch else experiments.rows
+    runs = [
+        (number, name, seed)
+        for name, keys in given.items()
+        for number, seed in enumerate(keys.seeds or [None])
+    ]
+    rows = {}
+    for _, name, seed in sorted(runs, key=lambda run: run[0]):
+        row = _make_row(given, name, seed, Path(output))
+        rows[row.name] = row
+    try:
+        TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
+    except CycleError as error:
+        raise InputError(
+            f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct from or"
+            " needs of one of them"
+        ) from None
+    return rows
+
+
+def _without_pretraining(rows: dict[str, RowKeys]) -> dict[str, RowKeys]:
+    pretraining = {name for name, keys in rows.items() if keys.script == "Pretrain.py"}
+    return {
+        name: msgspec.structs.replace(keys, source="random") if keys.source in pretraining else keys
+        for name, keys in rows.items()
+        if name not in pretraining and "--evaluate" not in keys.flags
+    }
+
+
+def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Path) -> Row:
+    """Return a run of a row. Raises InputError."""
+    keys, run = rows[name], name if seed is None else f"{name}/seed{seed}"
+    folder = output / run
+    needs = [_find_run(rows, name, other, seed) for other in keys.needs]
+    if "data" in rows and name != "data":
+        needs.append("data")
+    source = keys.source
+    if keys.has_source:
+        path = PurePosixPath(source)
+        path = path if path.suffix == ".pth" else path / LAST_CHECKPOINT
+        needs.append(_find_run(rows, name, str(path.parent), seed))
+        source = str(output / needs[-1] / path.name)
+    try:
+        flags = [part.replace("{folder}", str(folder)) for part in shlex.split(keys.flags)]
+    except ValueError as error:
+        raise InputError(
+            f"row {name}: flags {keys.flags!r} are not a command line: {error}"
+        ) from None
+    if "--set" in flags:
+        raise InputError(f"row {name}: flags contain --set, use the key set of the row instead")
+    module = not keys.script.endswith(".py")
+    command = ["-m", keys.script] if module else [keys.script]
+    if keys.config:
+        command += ["--config", keys.config, *["--resume"] * ("--evaluate" not in flags)]
+    if not module and "{folder}" not in keys.flags:
+        command += ["--output_dir", str(folder)]
+    command += ["--checkpoint", source] * bool(source)
+    command += ["--seed", str(seed)] * (seed is not None)
+    command += [*flags, *["--set"] * bool(keys.set), *keys.overrides]
+    return Row(run, keys, seed, folder, needs, command)
+
+
+def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None) -> str:
+    """Return the run of another row that a run needs, of the same seed or else of its first."""
+    if other not in rows:
+        raise InputError(f"row {name}: there is no row {other} that it could start from")
+    seeds = rows[other].seeds
+    return f"{other}/seed{seed if seed in seeds else seeds[0]}" if seeds else other
+
+
+def with_needs(rows: Rows, names: Iterable[str]) -> Rows:
+    """Return the rows of these names and all that they need, in the order of `rows`."""
+    wanted, todo = set(), list(names)
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo += rows[name].needs
+    return {name: row for name, row in rows.items() if name in wanted}
+
+
+def rows_of_table(experiments: Experiments, name: str, rows: Rows) -> list[str]:
+    """Return the names of the rows that a table shows. Raises InputError if there is no table."""
+    if name not in experiments.tables:
+        raise InputError(f"there is no table {name}, only {', '.join(experiments.tables)}")
+    table = experiments.tables[name]
+    lines = table.get("rows", {}).values()
+    names = {
+        column["row"].format_map(line) for column in table.get("columns", ()) for line in lines
+    }
+    names |= {line for line in lines if isinstance(line, str)}
+    names |= {picture["row"] for picture in table.get("pictures", ())}
+    return [row.name for row in rows.values() if names & {row.name, row.group}]
+
+
+def effective_config(row: Row, rows: Rows) -> Config | None:
+    """Return the configuration of a run, None if it is the default of the script.
+
+    A row without a configuration that starts from a run of the same script has that run's.
+
+    Raises:
+        InputError: The configuration is not accepted.
+    """
+    if row.keys.config:
+        return load_config(row.keys.config, row.keys.overrides)
+    config, source = None, rows[row.needs[-1]] if row.keys.has_source else row
+    if source is not row and source.keys.script == row.keys.script:
+        config = effective_config(source, rows)
+    return config and override(config, row.keys.overrides, f"row {row.name}")
+
+
+def settings(row: Row, rows: Rows) -> dict[str, Any]:
+    """Return what the result of a run depends on.
+
+    Returns:
+        The command, the keys of the configuration, and the settings of each row that the run needs,
+        as "ROW: KEY".
+
+    Raises:
+        InputError: The configuration is not accepted.
+    """
+    output = str(row.folder).removesuffix(row.name)  # results may be moved
+    result: dict[str, Any] = {"command": [part.removeprefix(output) for part in row.command]}
+    if row.keys.config:
+        result |= load_config(row.keys.config, row.keys.overrides).to_dict()
+    for name in row.needs:
+        result |= {f"{name}: {key}": value for key, value in settings(rows[name], rows).items()}
+    return result
+
+
+def check_unchanged(rows: Rows) -> None:
+    """Raise InputError if a run was started with other settings than it has now."""
+    for row in rows.values():
+        now, then = settings(row, rows), row.read_record().get("settings", {})
+        changed = [key for key, value in now.items() if then.get(key, value) != value]
+        if changed:
+            raise InputError(
+                f"row {row.name} has changed since it was run, {changed[0]} was"
+                f" {then[changed[0]]}: remove {row.folder} (and what started from it) to run it"
+                " anew, or rename the changed row"
+            )
