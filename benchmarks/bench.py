@@ -1,6 +1,4 @@
-"""What the benchmarks of models share: the device, full-size configurations, random texts, and
-seconds of a computation.
-"""
+"""Helpers of the benchmarks: device, full-size configurations, random texts, timing."""
 
 import os
 import statistics
@@ -8,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from configs.load import load_config
 from utils import Text
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # how OpenMP threads wait; scripts use passive
 POLICY = os.environ.get("OMP_WAIT_POLICY", "default")
@@ -29,11 +27,8 @@ CLS = 101
 
 
 def full_size_config(name, *overrides):
-    """Return the configuration of configs/NAME.yaml with overrides, wherever the benchmark runs."""
-    return load_config(
-        ROOT / f"configs/{name}.yaml",
-        [f"bert_config={ROOT / 'configs/config_bert.json'}", *overrides],
-    )
+    """Return the Config of configs/NAME.yaml with overrides, from any working directory."""
+    return load_config(f"configs/{name}.yaml", overrides)
 
 
 def random_text(lengths, padded, generator):
@@ -63,8 +58,9 @@ def seconds(function, repeats):
 
 
 def seconds_in_a_row(function, repeats):
-    """Return the seconds of a call: on a GPU the mean between two events, so that launches run
-    ahead, else the median.
+    """Return the seconds of a call, the mean of several on a GPU, else the median.
+
+    On a GPU time is measured between two events, so that kernel launches run ahead.
     """
     if DEVICE.type != "cuda":
         return statistics.median(seconds(function, repeats))

@@ -1,7 +1,7 @@
-"""Scores per second of re-ranking with the full-size model at 384 px, fast path (ContrastiveModel.rerank)
-against plain path.
+"""Scores per second of re-ranking with the full-size model at 384 px, fast and plain path.
 
-A score is one (query, candidate) pair of one direction. The plain path (benchmarks/plain.py) takes
+A score is one (query, candidate) pair of one direction. The fast path is
+ContrastiveModel.rerank. The plain path (benchmarks/plain.py) takes
 query by query, computes each image's keys and values anew for every candidate and pads every text
 to 30 tokens, as the released evaluation does; it is timed on part of the queries. Texts have 7 to
 17 tokens, 12 on average. Both paths run in one process, one after the other.
@@ -26,7 +26,7 @@ PLAIN_QUERIES = 2  # of each direction, that the plain path is timed on
 
 def encoded(model, images, texts):
     """Return the embeddings and features of random images and texts, as rerank takes them."""
-    generator, size = torch.Generator().manual_seed(0), model.config["image_res"]
+    generator, size = torch.Generator().manual_seed(0), model.config.image_res
     text = random_text(
         torch.randint(7, 18, (texts,), generator=generator), MAX_TOKENS, generator
     ).to(DEVICE)
@@ -37,6 +37,16 @@ def encoded(model, images, texts):
 def duration(time):
     """Return seconds as text."""
     return f"{time / 3600:.2f} h" if time >= 3600 else f"{time / 60:.1f} min"
+
+
+def measure(rerank, precision):
+    """Return the numbers of scores and of image-text pairs with a score, and the seconds."""
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
+        rerank(1)  # a first call takes longer
+        scores = []
+        (elapsed,) = seconds(lambda: scores.extend(rerank(None)), 1)
+    i2t, t2i = (direction != NO_CANDIDATE for direction in scores)
+    return int(i2t.sum() + t2i.sum()), int((i2t | t2i.T).sum()), elapsed
 
 
 @torch.no_grad()
@@ -56,38 +66,28 @@ def main():
         "plain": lambda queries: plain.rerank(model, *inputs, args.k, queries or PLAIN_QUERIES),
         "fast": lambda queries: model.rerank(*(x[:queries] for x in inputs), args.k),
     }
-    print(
-        f"re-ranking {args.images} images x {args.texts} texts at {config['image_res']} px, k {args.k}, {MACHINE}"
-    )
-    print(
-        f"{'path':8}{'precision':>10}{'scores':>9}{'seconds':>9}{'scores/s':>10}{'vs plain':>10}{'vs plain fp32':>15}"
-        + "".join(f"{name:>14}" for name in DATA_SETS)
-    )
+    size = f"{args.images} images x {args.texts} texts at {config.image_res} px, k {args.k}"
+    print(f"re-ranking {size}, {MACHINE}")
+    columns = f"{'path':8}{'precision':>10}{'scores':>9}{'seconds':>9}{'scores/s':>10}"
+    columns += f"{'vs plain':>10}{'vs plain fp32':>15}"
+    print(columns + "".join(f"{name:>14}" for name in DATA_SETS))
+    all_pairs = [
+        images * min(k, texts) + texts * min(k, images) for images, texts, k in DATA_SETS.values()
+    ]
     rates = {}
     for precision in ("fp32", "bf16"):
         for path, rerank in paths.items():
-            scores = []
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=precision == "bf16"):
-                rerank(1)  # a first call takes longer
-                (elapsed,) = seconds(lambda: scores.extend(rerank(None)), 1)
-            i2t, t2i = (direction != NO_CANDIDATE for direction in scores)
-            count = int(i2t.sum() + t2i.sum())
+            count, pairs, elapsed = measure(rerank, precision)
             rates[path, precision] = rate = count / elapsed
-            # each pair is scored once: both directions' candidates without those they share, which
-            # only real data can tell
-            pairs = int((i2t | t2i.T).sum()) if path == "fast" else count
-            all_pairs = [
-                images * min(k, texts) + texts * min(k, images)
-                for images, texts, k in DATA_SETS.values()
-            ]
-            print(
-                f"{path:8}{precision:>10}{count:9}{elapsed:9.1f}{rate:10.1f}{rate / rates['plain', precision]:10.1f}"
-                f"{rate / rates['plain', 'fp32']:15.1f}"
-                + "".join(f"{duration(n * elapsed / pairs):>14}" for n in all_pairs),
-                flush=True,
-            )
+            # the fast path scores a pair of both directions once; only real data has the share
+            pairs = pairs if path == "fast" else count
+            ratios = rate / rates["plain", precision], rate / rates["plain", "fp32"]
+            cells = f"{count:9}{elapsed:9.1f}{rate:10.1f}{ratios[0]:10.1f}{ratios[1]:15.1f}"
+            cells += "".join(f"{duration(n * elapsed / pairs):>14}" for n in all_pairs)
+            print(f"{path:8}{precision:>10}{cells}", flush=True)
     print(
-        "the last columns extrapolate to all pairs of both directions; candidates that the two share cost the fast path less"
+        "the last columns extrapolate to all pairs of both directions; pairs that the directions"
+        " share cost the fast path less"
     )
 
 

@@ -1,10 +1,10 @@
-"""Seconds per question of ranking VQA answers with the full-size model, fast path
-(VQA.rank_answers) against plain path.
+"""Seconds per question of ranking VQA answers with the full-size model, fast and plain path.
 
-The plain path (benchmarks/plain.py) decodes every candidate whole, padded to the longest answer of
-the list, with its own copy of the question's states, as the released code does. Both encode the
-questions with their images first, which is timed apart. The answers are random and as long as those
-of VQA's list are, 1 to 4 word pieces. Both paths run in one process, one after the other.
+The fast path is VQA.rank_answers. The plain path (benchmarks/plain.py) decodes every candidate
+whole, padded to the longest answer of the list, with its own copy of the question's states, as the
+released code does. Both encode the questions with their images first, which is timed apart. The
+answers are random, with 1 to 4 word pieces as VQA's list has. Both paths run in one process, one
+after the other.
 
     python benchmarks/vqa_ranking.py [--questions 4] [--answers 3128] [--k 128]
 """
@@ -47,9 +47,8 @@ def main():
     model = build_model("vqa", config).to(DEVICE).eval()
     generator = torch.Generator().manual_seed(0)
     answers = random_answers(args.answers, generator).to(DEVICE)
-    image = torch.randn(
-        args.questions, 3, config["image_res"], config["image_res"], generator=generator
-    ).to(DEVICE)
+    shape = args.questions, 3, config.image_res, config.image_res
+    image = torch.randn(shape, generator=generator).to(DEVICE)
     question = random_text(
         torch.full((args.questions,), QUESTION_TOKENS), QUESTION_TOKENS, generator
     ).to(DEVICE)
@@ -58,9 +57,8 @@ def main():
         "ranking, plain": lambda: plain.rank_answers(model, image, question, answers, args.k),
         "ranking, fast": lambda: model.rank_answers(image, question, answers, args.k),
     }
-    print(
-        f"ranking {args.k} of {args.answers} answers for {args.questions} questions, {config['image_res']} px, {MACHINE}"
-    )
+    size = f"{args.answers} answers for {args.questions} questions, {config.image_res} px"
+    print(f"ranking {args.k} of {size}, {MACHINE}")
     print(f"{'path':22}{'precision':>10}{'s/question':>12}{'vs plain':>10}{'vs plain fp32':>15}")
     plain_fp32 = None
     for precision in ("fp32", "bf16"):
@@ -75,10 +73,8 @@ def main():
         plain_fp32 = plain_fp32 or base
         for path, time in times.items():
             ranking = time - encoding
-            print(
-                f"{path:22}{precision:>10}{ranking:12.3f}{base / ranking:10.1f}{plain_fp32 / ranking:15.1f}",
-                flush=True,
-            )
+            cells = f"{ranking:12.3f}{base / ranking:10.1f}{plain_fp32 / ranking:15.1f}"
+            print(f"{path:22}{precision:>10}{cells}", flush=True)
 
 
 if __name__ == "__main__":

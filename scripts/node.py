@@ -1,8 +1,8 @@
-"""torchrun as scripts/slurm_pretrain.sh starts it on each node; the arguments are torchrun's.
+"""Start torchrun on a node, as scripts/slurm_pretrain.sh does; the arguments are torchrun's.
 
-The exit status is the run's: 2 after an input error, 143 after SIGTERM, where torchrun's own is
-always 1. And the nodes find each other by the names that Slurm has for them, since what they call
-themselves need not be known to the others.
+The exit code is the run's, 2 after an input error and 143 after SIGTERM. The exit code of torchrun
+itself is always 1. Nodes find each other by Slurm's names: a node's own hostname need not be known
+to other nodes.
 """
 
 import os
@@ -13,9 +13,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 
-def exit_status(error):
-    """Of the process that failed first, but 2 if any had an input error: the others have only lost
-    that one.
+def exit_code(error: ChildFailedError) -> int:
+    """Return 2 if a process had an input error, else the exit code of the first failed process.
+
+    The other processes fail only because they lose that one.
     """
     if any(failure.exitcode == 2 for failure in error.failures.values()):
         return 2
@@ -28,4 +29,4 @@ try:
 except SignalException as error:
     sys.exit(128 + error.sigval)
 except ChildFailedError as error:
-    sys.exit(exit_status(error))
+    sys.exit(exit_code(error))

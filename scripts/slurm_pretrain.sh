@@ -2,25 +2,25 @@
 #SBATCH --job-name=albef-pretrain
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
-# one task a node: torchrun, which starts a process for each GPU
+# one task per node: torchrun, which starts a process for each GPU
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.log
-# the job may go back to the queue, when its time is up, it is preempted or a node fails, and then goes on in the same log
+# the job is requeued when its time is up, when it is preempted or when a node fails; it appends to the same log
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# seconds before the end at which this script hears of it: enough for an iteration and a save
+# signal this script 180 seconds before the end: enough for an iteration and a checkpoint
 #SBATCH --signal=B:TERM@180
 
-# Pre-training on several nodes, for as many time limits as it takes. From the repository's folder, which all nodes must see as
-# well as data and output_dir:
+# Pre-train on several nodes, requeued at each time limit. Submit it in the repository's folder. All nodes must see this folder,
+# the data and output_dir:
 #
 #     sbatch [--nodes=4 ...] scripts/slurm_pretrain.sh [arguments of Pretrain.py]
 #
-# In the environment: PYTHON, the interpreter (python); GPUS, processes a node (all GPUs of the job); MAX_RESTARTS, how often the
-# processes are started again after one has died (3). To save and end for good: scontrol update JobId=ID Requeue=0, and then
-# scancel --signal=TERM ID. scancel ID alone does not requeue either.
+# Environment variables: PYTHON, the interpreter (default: python); GPUS, processes per node (default: all GPUs of the job);
+# MAX_RESTARTS, restarts after a process has died (default: 3). To save and end without a requeue: scontrol update JobId=ID
+# Requeue=0, then scancel --signal=TERM ID. scancel ID alone does not requeue either.
 
 cd "${SLURM_SUBMIT_DIR:?is not set, start this script with sbatch}" || exit 2
 if [[ ! -f Pretrain.py || ! -f scripts/node.py ]]; then
@@ -28,8 +28,8 @@ if [[ ! -f Pretrain.py || ! -f scripts/node.py ]]; then
     exit 2
 fi
 
-# --resume is for jobs submitted a second time; a requeued one goes on by itself. It comes last, where no argument can be taken
-# for its value. With --checkpoint it would mean the run that was saved in that file.
+# --resume is for jobs that are submitted a second time; a requeued job continues by itself. It comes last, so that no argument
+# is taken for its value. With --checkpoint it would resume the run that was saved in that file.
 case " $* " in
 *" --checkpoint"*) ;;
 *) set -- "$@" --resume ;;
@@ -37,20 +37,20 @@ esac
 
 nodes=$SLURM_JOB_NUM_NODES
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-# jobs on the same node have other numbers; systems give away ports from 32768 on by themselves
+# jobs on the same node have different ids; systems assign ports from 32768 on by themselves
 port=$((10000 + SLURM_JOB_ID % 20000))
 
-# the work is done by GPUs and data workers
+# GPUs and data workers do the work
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# torchrun kills processes that take longer than this to save and end, by default 30 s; less than the 180 above
+# torchrun kills processes that take longer than this to save and end (default: 30 s); less than the 180 above
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
 
-# The signal is for the tasks, not for srun, which at a SIGTERM kills its tasks at once.
+# Send the signal to the tasks, not to srun, which kills its tasks at once on SIGTERM.
 stopping='' interrupted=''
 trap 'stopping=yes interrupted=yes; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
 
-# srun does not take over --cpus-per-task. If one node's torchrun ends, the others have a minute to find out for themselves; to
-# kill them at once would hide with which status they end.
+# srun does not inherit --cpus-per-task. If torchrun ends on a node, the other nodes have a minute to notice: killing them at
+# once would hide their exit codes.
 srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 \
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
     "${PYTHON:-python}" scripts/node.py --nnodes="$nodes" --nproc_per_node="${GPUS:-gpu}" --max-restarts="${MAX_RESTARTS:-3}" \
@@ -58,7 +58,7 @@ srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --kill-on-bad-exit=0
     Pretrain.py "$@" &
 step=$!
 
-# a signal ends bash's `wait`, not what it waits for
+# a signal ends bash's `wait`, but not the step
 status=''
 until [[ $status ]]; do
     interrupted=''
@@ -67,16 +67,16 @@ until [[ $status ]]; do
     [[ $interrupted ]] || status=$code
 done
 
-# 143: the run was told to end. That may be the first this script hears of it, since preemption begins with a SIGTERM for the
-# tasks alone. 0 is a complete run, 2 an input error, which the next start would meet again.
+# 143: SIGTERM ended the run, perhaps without a signal to this script, since preemption sends SIGTERM to the tasks only. 0 is a
+# complete run, 2 an input error, which a restart would repeat.
 if [[ $status != 0 && $status != 2 && ($stopping || $status == 143) ]]; then
-    # scancel, too, begins with SIGTERM; then the job is no longer running, and its owner does not want it back
+    # scancel sends SIGTERM too; then the job is no longer RUNNING, and must not be requeued
     if [[ $(scontrol show job "$SLURM_JOB_ID") != *JobState=RUNNING* ]]; then
-        echo "job $SLURM_JOB_ID was ended with status $status and is not requeued; submit it again to go on"
+        echo "job $SLURM_JOB_ID was ended with status $status and is not requeued; submit it again to continue"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "job $SLURM_JOB_ID is requeued and goes on from the last save"
+        echo "job $SLURM_JOB_ID is requeued and continues from the last save"
     else
-        echo "job $SLURM_JOB_ID could not be requeued; submit it again to go on" >&2
+        echo "job $SLURM_JOB_ID could not be requeued; submit it again to continue" >&2
     fi
 fi
 exit "$status"

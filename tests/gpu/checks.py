@@ -20,8 +20,8 @@ from models import build_model
 from utils import Text, seed_everything
 
 ROOT = Path(__file__).resolve().parents[2]
-# largest gap of the losses, and norm of the gap of all gradients, both relative. The gradients' are
-# five times what bf16 has on a CPU (0.036); TF32 has three more bits
+# largest relative gap of the losses, and relative norm of the gap of all gradients. The limit of
+# the gradients is five times the gap of bf16 on a CPU (0.036); TF32 has three more bits
 GOLDEN = {"fp32": (1e-4, 1e-4), "tf32": (6e-3, 0.025), "bf16": (5e-2, 0.2)}
 COMPILED = 2e-2
 ITERATIONS, BATCH_SIZE = 15, 8  # of an epoch of the runs of several processes; they have two
@@ -55,7 +55,7 @@ def golden(device, size):
         theirs = torch.cat([value.flatten() for value in data["grads"].values()])
         gaps = of_losses, float((ours - theirs).norm() / theirs.norm())
         found.append("{} {:.0e} and {:.0e}".format(name, *gaps))
-        assert all(gap <= limit for gap, limit in zip(gaps, limits)), (
+        assert all(gap <= limit for gap, limit in zip(gaps, limits, strict=True)), (
             f"losses and gradients are off by {found[-1]}"
         )
     return "losses and gradients are off by " + ", ".join(found)
@@ -67,7 +67,7 @@ def new_run(device, size, batch_size):
     seed_everything(0)
     model = build_model("pretrain", config).to(device).train()
     state = create_train_state(model, range(1), config, device=device, seed=0)
-    return state, pretrain_step.make_batch(batch_size, config["image_res"])
+    return state, pretrain_step.make_batch(batch_size, config.image_res)
 
 
 def take_step(state, batch, iteration):
@@ -77,7 +77,7 @@ def take_step(state, batch, iteration):
 
 
 def step_without_waits(device, size):
-    """A step waits for the device nowhere, and its attention runs in fused kernels."""
+    """A step never waits for the device, and its attention runs in fused kernels."""
     state, batch = new_run(device, size, size.batches[0])
     take_step(state, batch, 0)
     watched = device.type == "cuda"
@@ -102,9 +102,7 @@ def step_without_waits(device, size):
 
 
 def compiled_as_eager(device, size):
-    """The losses of a compiled step are the eager one's, and no graph is compiled after the first
-    steps.
-    """
+    """A compiled step has the eager losses, and no graph is compiled after the first steps."""
     values, graphs = [], 0
     for compiled in (False, True):
         state, batch = new_run(device, size, size.batches[0])
@@ -119,7 +117,9 @@ def compiled_as_eager(device, size):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, (
         "a graph is compiled after the first steps"
     )
-    gap = max(abs(ours - theirs) / (abs(theirs) + 1e-3) for theirs, ours in zip(*values))
+    gap = max(
+        abs(ours - theirs) / (abs(theirs) + 1e-3) for theirs, ours in zip(*values, strict=True)
+    )
     assert gap <= COMPILED, f"losses and norm of the gradients are off by {gap:.0e}"
     return f"losses and norm of the gradients are off by {gap:.0e}; {graphs} graphs"
 
@@ -148,10 +148,7 @@ def launch(device, processes, *arguments):
 
 
 def ended(process):
-    """Wait for a program.
-
-    Return its exit status and what it says is wrong, else the end of its output.
-    """
+    """Wait for a program. Return its exit code and its errors, else the end of its output."""
     lines = process.communicate()[0].splitlines()
     return process.returncode, " ".join(
         [line for line in lines if line.startswith("error:")] or lines[-10:]
@@ -159,9 +156,7 @@ def ended(process):
 
 
 def processes_repeat_and_resume(device, size):
-    """Compare runs of two epochs on all GPUs: equal bits in two runs, also after SIGTERM and
-    --resume.
-    """
+    """Two runs on all GPUs have equal bits, also after SIGTERM and --resume."""
     with tempfile.TemporaryDirectory() as folder:
         data, weights = Path(folder, "data"), {}
         write_dataset(
@@ -214,7 +209,8 @@ def processes_repeat_and_resume(device, size):
             assert not differing, (
                 f"{name}: {len(differing)} tensors differ, {differing[0]} among them"
             )
-    return f"{size.processes} processes, {2 * ITERATIONS} steps: the same bits twice, also after SIGTERM"
+    steps = 2 * ITERATIONS
+    return f"{size.processes} processes, {steps} steps: the same bits twice, also after SIGTERM"
 
 
 CHECKS = {

@@ -1,7 +1,6 @@
-"""Prove an installation on its GPUs: checks, then tables of time.
+"""Check an installation on its GPUs, and print tables of time.
 
-make gpu    # writes output/gpu/report.json and report.md, and says at the end whether this
-installation is fit to train
+make gpu    # writes output/gpu/report.json and report.md, and ends with the verdict
 """
 
 import argparse
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench
 import checks
@@ -23,24 +22,32 @@ import dataloader
 import pretrain_step
 import torch
 
-from configs.config import read_bert_config
 from configs.load import save_config
 from engine.launch import run_script
 from engine.metric_logger import read_curves
 from utils import InputError
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Size(NamedTuple):
-    """What is measured: a configuration of pre-training with overrides, batch sizes and steps of
-    the table, processes.
+    """What is measured.
+
+    Attributes:
+        config: Function (*overrides) -> Config of pre-training.
+        batches: Batch sizes of the table of steps.
+        steps: Number of steps.
+        processes: Number of processes.
+        tables: Command lines of benchmarks.
+        compile_options: Options of torch.compile.
     """
 
     config: Callable
     batches: tuple
     steps: int
     processes: int
-    tables: tuple  # command lines of benchmarks
-    compile_options: dict = {}  # of torch.compile
+    tables: tuple
+    compile_options: dict = {}
 
 
 def run_checks(device, size):
@@ -57,29 +64,19 @@ def run_checks(device, size):
 
 
 def measure_steps(size):
-    """Return a row for each batch size, eager and compiled: seconds, FLOPs, memory, and MFU of the
-    measured peak.
-    """
+    """Return seconds, FLOPs, memory and MFU of each batch size, eager and compiled."""
     rows = []
     for batch_size in size.batches:
         for mode in ("eager", "compiled"):
             torch._dynamo.reset()
             row = pretrain_step.measure("fast", "bf16", mode, batch_size, size.steps)
-            rows.append(
-                {
-                    "batch": batch_size,
-                    "mode": mode,
-                    **row,
-                    "mfu": row["flops"] / row["seconds"] / row["peak"],
-                }
-            )
+            mfu = row["flops"] / row["seconds"] / row["peak"]
+            rows.append({"batch": batch_size, "mode": mode, **row, "mfu": mfu})
     return rows
 
 
 def measure_scaling(device, size):
-    """Return samples per second of Pretrain.py on JPEG files, the data workers' time included, by
-    number of processes.
-    """
+    """Return samples per second of Pretrain.py on JPEG files by number of processes."""
     rates, batch_size = {}, size.batches[-1]
     counts = {2**i for i in range(size.processes.bit_length())} | {size.processes}
     with tempfile.TemporaryDirectory() as name:
@@ -89,26 +86,25 @@ def measure_scaling(device, size):
             dataloader.photo(generator).save(path, quality=90)
         files, captions = dataloader.write_pairs(folder, paths)
         words = dataloader.train_vocab(captions, 2000)
-        unused = range(read_bert_config(size.config()["bert_config"])["vocab_size"] - len(words))
+        unused = range(size.config().bert_config.vocab_size - len(words))
         (folder / "vocab.txt").write_text("\n".join([*words, *(f"[unused{i}]" for i in unused)]))
         for processes in sorted(counts):
             copies = -(-processes * batch_size * size.steps // dataloader.PAIRS)
-            keys = {
-                "train_file": [files["files"]] * copies,
-                "tokenizer": str(folder / "vocab.txt"),
-                "test_file": None,
-                "text_encoder": "random",
-                "vision_encoder": "random",
-                "log_every": 1,
-            }
-            config = size.config(f"batch_size={batch_size}", "precision=bf16", "scheduler.epochs=1")
-            save_config({**config, **keys}, folder)
-            out = folder / f"run{processes}"
-            status, output = checks.ended(
-                checks.launch(
-                    device, processes, "--config", folder / "config.yaml", "--output_dir", out
-                )
+            config = size.config(
+                f"batch_size={batch_size}",
+                "precision=bf16",
+                "scheduler.epochs=1",
+                "test_file=null",
+                "text_encoder=random",
+                "vision_encoder=random",
+                "log_every=1",
+                f"tokenizer={folder / 'vocab.txt'}",
+                f"train_file={json.dumps([files['files']] * copies)}",
             )
+            save_config(config, folder)
+            out = folder / f"run{processes}"
+            flags = "--config", folder / "config.yaml", "--output_dir", out
+            status, output = checks.ended(checks.launch(device, processes, *flags))
             if status:
                 raise RuntimeError(f"{processes} processes: {output}")
             values = read_curves(out / "tensorboard")["samples_per_s"][1]
@@ -131,54 +127,54 @@ def run_tables(size):
     return texts
 
 
+def table(title, *rows):
+    """Return the lines of a table after an empty line and its title."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    rule = "|" + " --- |" * len(rows[0])
+    return ["", *([title, ""] if title else []), lines[0], rule, *lines[1:]]
+
+
 def markdown(content):
     """Return the report as lines of Markdown."""
-    lines = [
-        f"{content['machine']}, {content['processes']} of them",
-        "",
-        "| check | found |",
-        "| --- | --- |",
-    ]
-    lines += [f"| {name} | {found} |" for name, found in content["checks"].items()]
-    lines += [
-        "",
-        "A step in bf16; MFU is of the measured matrix-product peak.",
-        "",
-        "| batch | mode | ms | samples/s | GB | MFU |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row['batch']} | {row['mode']} | {1e3 * row['seconds']:.1f} | {row['batch'] / row['seconds']:.1f} | "
-        f"{row['memory'] / 1e9:.1f} | {row['mfu']:.1%} |"
+    steps = [
+        (
+            row["batch"],
+            row["mode"],
+            f"{1e3 * row['seconds']:.1f}",
+            f"{row['batch'] / row['seconds']:.1f}",
+            f"{row['memory'] / 1e9:.1f}",
+            f"{row['mfu']:.1%}",
+        )
         for row in content["steps"]
     ]
-    alone = content["steps"][-1]["batch"] / content["steps"][-1]["seconds"]
-    lines += [
-        "",
-        f"Pretrain.py on JPEG files, batch {content['steps'][-1]['batch']} on each GPU.",
-        "",
-        "| GPUs | samples/s | of as many times one GPU | of as many times the step alone |",
-        "| --- | --- | --- | --- |",
+    last, rates = content["steps"][-1], content["scaling"]
+    alone = last["batch"] / last["seconds"]
+    scaling = [
+        (count, f"{rate:.1f}", f"{rate / count / rates[1]:.0%}", f"{rate / count / alone:.0%}")
+        for count, rate in rates.items()
     ]
-    lines += [
-        f"| {count} | {rate:.1f} | {rate / count / content['scaling'][1]:.0%} | {rate / count / alone:.0%} |"
-        for count, rate in content["scaling"].items()
+    lines = [
+        f"{content['machine']}, {content['processes']} of them",
+        *table("", ("check", "found"), *content["checks"].items()),
+        *table(
+            "A step in bf16; MFU is of the measured matrix-product peak.",
+            ("batch", "mode", "ms", "samples/s", "GB", "MFU"),
+            *steps,
+        ),
+        *table(
+            f"Pretrain.py on JPEG files, batch {last['batch']} on each GPU.",
+            ("GPUs", "samples/s", "of as many times one GPU", "of as many times the step alone"),
+            *scaling,
+        ),
     ]
     for name, text in content["tables"].items():
-        lines += [
-            "",
-            f"`benchmarks/{name}`",
-            "",
-            *(f"    {line}".rstrip() for line in text.splitlines()),
-        ]
+        indented = [f"    {line}".rstrip() for line in text.splitlines()]
+        lines += ["", f"`benchmarks/{name}`", "", *indented]
     return lines
 
 
 def report(device, size, folder):
-    """Check, measure and write report.json and report.md.
-
-    Return the names of the checks that failed.
-    """
+    """Check, measure and write report.json and report.md. Return the names of failed checks."""
     found, failed = run_checks(device, size)
     content = {
         "machine": bench.MACHINE,
@@ -193,11 +189,8 @@ def report(device, size, folder):
     lines = markdown(content)
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print(*lines, "", sep="\n")
-    print(
-        "this installation is fit to train"
-        if not failed
-        else f"this installation is not fit to train: {', '.join(failed)}"
-    )
+    verdict = f"not fit to train: {', '.join(failed)}" if failed else "fit to train"
+    print(f"this installation is {verdict}")
     return failed
 
 
@@ -209,18 +202,16 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("torch finds no GPU on this machine: run `make gpu` on one that has some")
-    tables = (
-        ["dataloader.py", "--workers", "4", "8"],
-        ["retrieval_eval.py"],
-        ["vqa_ranking.py"],
-        ["saving.py"],
-    )
     size = Size(
-        lambda *keys: bench.full_size_config("Pretrain", *keys),
-        (32, 64, 128),
-        40,
-        torch.cuda.device_count(),
-        tables,
+        config=lambda *keys: bench.full_size_config("Pretrain", *keys),
+        batches=(32, 64, 128),
+        steps=40,
+        processes=torch.cuda.device_count(),
+        tables=(
+            ["dataloader.py", "--workers", "4", "8"],
+            ["retrieval_eval.py"],
+            ["vqa_ranking.py"],
+        ),
     )
     if report(torch.device("cuda"), size, args.output_dir):
         sys.exit(1)
