@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.config import Config
 from configs.cli import Parser
+from configs.config import Config
 from configs.tasks import TASKS, find
-from dataset.build import build_dataset
 from engine.launch import run_script
 from experiments.rows import Experiments, Row, Rows, effective_config, expand, read_experiments
 from utils import InputError
@@ -64,6 +63,8 @@ def shown(numbers: Numbers) -> str:
 
 @functools.cache
 def _chances(task: str, config: Config, split: str) -> Mapping[str, float]:
+    from dataset.build import build_dataset
+
     chance = TASKS[task].chance
     return find(chance)(build_dataset(task, split, config)) if isinstance(chance, str) else chance
 
