@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,17 @@ def assert_released_step(model, losses, data):
     state = model.state_dict()
     for name, value in data.get("state_dict_after", {}).items():
         assert_close(name, state[name].float(), value.float(), 1e-4, 1e-5)
+
+
+INFO = re.compile(
+    r"configuration: |global batch |epoch \d+: |resuming from |the run is complete"
+    r"|  \w+: \d+ \(|.* tensors loaded"
+)
+
+
+def problems(stderr):
+    """What a script wrote to stderr except for its log: errors, notes, tracebacks."""
+    return "".join(line for line in stderr.splitlines(True) if not INFO.match(line))
 
 
 def refusal(function, *arguments):
