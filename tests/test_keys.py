@@ -29,7 +29,7 @@ from dataset.build import build_dataset
 from evaluation.retrieval import encode_texts
 from inference import load_model
 from models import build_model
-from models.tokenizer import tokenizer_of
+from models.tokenizer import load_tokenizer
 
 SCRIPTS = {
     "pretrain": "Pretrain",
@@ -311,7 +311,7 @@ def long_data(tiny_config, shapes, tmp_path):
 def test_limits_of_texts_are_keys_of_every_task(long_data, name, default):
     def length(**keys):
         config = long_data(name, **keys)
-        dataset, tokenizer = build_dataset(*name.rsplit("_", 1), config), tokenizer_of(config)
+        dataset, tokenizer = build_dataset(*name.rsplit("_", 1), config), load_tokenizer(config)[0]
         if name == "retrieval_test":
             model = build_model("retrieval", config)
             return encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))[
@@ -359,7 +359,7 @@ def test_a_loaded_model_reads_as_much_of_a_text_as_it_was_trained_on(
     tiny_config, shapes, tmp_path, task, limit
 ):
     config = {**tiny_config, **limit}
-    model = build_model(task, config, tokenizer_of(config))
+    model = build_model(task, config, load_tokenizer(config)[0])
     torch.save(
         {"model": model.state_dict(), "config": model.config.to_dict()}, tmp_path / "model.pth"
     )

@@ -63,7 +63,9 @@ SAID |= {words.plural(noun): fact for noun, fact in SAID.items() if fact[0] == "
 @pytest.fixture(scope="module")
 def scenes():
     return {
-        split: draw_split(split, 200 if split == "train" else 30, 64, 4, 0.25, seed=0)
+        split: draw_split(
+            split, 200 if split == "train" else 30, 64, per_image=4, noise=0.25, seed=0
+        )
         for split in SPLITS
     }
 
@@ -99,7 +101,10 @@ def test_same_arguments_give_the_same_bytes_on_any_number_of_processes(
     write_dataset(tmp_path, **arguments)
     assert contents(tmp_path) == contents(shapes)
     drawn, other = (
-        [combination_of(scene) for scene in draw_split("val", 4, 48, 3, 0.1, seed)]
+        [
+            combination_of(scene)
+            for scene in draw_split("val", 4, 48, per_image=3, noise=0.1, seed=seed)
+        ]
         for seed in (0, 1)
     )
     assert (
@@ -224,7 +229,9 @@ def test_arguments_out_of_range(tmp_path, wrong):
 
 def test_more_scenes_than_combinations(monkeypatch):
     monkeypatch.setattr("dataset.shapes.scenes.COUNT_WEIGHTS", (1, 0, 0, 0, 0))
-    assert refusal(draw_split, "test", 64, 48, 1, 0, 0).startswith("--test: only")
+    assert refusal(lambda: draw_split("test", 64, 48, per_image=1, noise=0, seed=0)).startswith(
+        "--test: only"
+    )
 
 
 def test_command_line(tmp_path, monkeypatch, capsys):
@@ -374,14 +381,17 @@ def test_noise_share(scenes):
     kinds = Counter(
         c["noise"]
         for _ in range(300)
-        for c in captions.write_captions(rng, scene, "train", 4, 0.3, scenes["train"])
+        for c in captions.write_captions(
+            rng, scene, "train", count=4, noise=0.3, others=scenes["train"]
+        )
     )
     assert 0.25 < 1 - kinds[None] / 1200 < 0.37 and all(
         kinds[kind] > 40 for kind in captions.NOISE_KINDS
     )
-    assert {c["noise"] for c in captions.write_captions(rng, scene, "train", 20, 0, [scene])} == {
-        None
-    }
+    assert {
+        c["noise"]
+        for c in captions.write_captions(rng, scene, "train", count=20, noise=0, others=[scene])
+    } == {None}
 
 
 # --------------------------------------------------------------------------------------------------

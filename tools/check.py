@@ -51,7 +51,7 @@ def load_others(check: "Check") -> dict[str, str]:
     from configs.load import require
     from dataset.refer import load_detections, load_refer
     from dataset.vqa import load_answer_list
-    from models.tokenizer import tokenizer_of
+    from models.tokenizer import load_tokenizer
 
     config, task = check.config, check.task.name
     missing = dict.fromkeys(check.missing_roots, ": does not exist")
@@ -79,7 +79,7 @@ def load_others(check: "Check") -> dict[str, str]:
                 check.add(error)
 
     vocabulary = "tokenizer" if config.tokenizer else "text_encoder"
-    check.tokenizer = load(vocabulary, "word pieces", tokenizer_of, config)
+    check.tokenizer = load(vocabulary, "word pieces", lambda: load_tokenizer(config)[0])
     if task == "vqa" and config.answer_list:
         load("answer_list", "answers", load_answer_list, config.answer_list)
     if task == "grounding":

@@ -1,5 +1,4 @@
-"""A built-in data set: pictures of simple shapes with human-like captions and the data of every
-downstream task.
+"""A built-in data set: pictures of simple shapes with the data of every task.
 
     python -m dataset.shapes --output data/shapes
 
@@ -9,16 +8,20 @@ counts, no combination of val or test is in train. scenes_{train,val,test}.json 
 in full; the other files have the released annotation formats, a module each:
 
 - captions: pre-training and retrieval; the captions of pretrain.json are partly wrong
-- vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten annotators disagree
-- ve: half of the pictures have a curtain over a quadrant (images/*_covered/), and a hypothesis about what is not in sight
-  there is neutral. The text alone says nothing about the label; the text and whether there is a curtain give 67% accuracy
-- nlvr: each statement is once true and once false of two images of a split, so that it alone says nothing
-- grounding, as RefCOCO+: expressions without places that fit one object of at least two; testA refers to circles, hearts
-  and moons, testB to the other shapes, both in the test images; refs(unc).p is REFER's file, dets.json has detected boxes
-- attributes, as OVAD: sheets of four pictures of one object each, a box around each picture; color,
-  background, size, pattern, position
-- relevance: queries and ads of a picture and a title; half of the relevant ads show what is asked for, the others say it.
-  Pictures alone, or titles alone, give a ROC AUC of 75%
+- vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten
+  annotators disagree
+- ve: half of the pictures have a curtain over a quadrant (images/*_covered/). A hypothesis about
+  something out of sight is neutral there. The text alone says nothing about the label; the text and
+  whether there is a curtain give 67% accuracy
+- nlvr: each statement is once true and once false of two images of a split, so that the text alone
+  says nothing
+- grounding in the form of RefCOCO+: expressions without places that fit one object of at least two;
+  testA refers to circles, hearts and moons, testB to the other shapes, both in the test images;
+  refs(unc).p is REFER's file, dets.json has detected boxes
+- attributes in the form of OVAD: sheets of four pictures of one object each, a box around each
+  picture; color, background, size, pattern, position
+- relevance: queries and ads of a picture and a title. Half of the relevant ads show the object of
+  the query, the others name it. Pictures alone, or titles alone, give a ROC AUC of 75%
 """
 
 from .files import vocabulary, write_dataset

@@ -6,7 +6,7 @@ from engine.launch import run_script
 from .files import TASKS, vocabulary, write_dataset
 
 
-def main():
+def main() -> None:
     """Make the data set from the command line."""
     flags = Parser("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
     flags.add_argument(
@@ -34,8 +34,9 @@ def main():
     args = flags.parse_args()
     made = write_dataset(**vars(args), progress=True)
     print(
-        f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes, {args.captions} captions "
-        f"each, vocabulary of {len(vocabulary())}" + ("" if made else " (already there)")
+        f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes,"
+        f" {args.captions} captions each, vocabulary of {len(vocabulary())}"
+        + ("" if made else " (already there)")
     )
     for name, task in TASKS.items():
         print(f"{name}: {', '.join(task.FILES)}")

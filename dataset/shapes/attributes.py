@@ -1,15 +1,26 @@
-"""Zero-shot attributes, as OVAD: sheets of four pictures of one object each, with a box around each
-picture.
+"""Zero-shot attributes in the form of OVAD: sheets of four pictures, a box around each picture.
 
-A box is a picture, not its object: without what is around it an object has neither size nor
+A box is a picture, not its object: without its surroundings an object has neither size nor
 position. Its object is red, big, striped, in the middle; it has a white background.
 """
 
-import random
+from random import Random
 
 from PIL import Image
 
-from .scenes import BACKGROUNDS, COLORS, FILLS, POSITIONS, SHAPES, SIZES, place, render, split_of
+from .scenes import (
+    BACKGROUNDS,
+    COLORS,
+    FILLS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Scenes,
+    place_objects,
+    render,
+    split_of,
+)
 from .words import WORDS
 
 FILES = ("attributes.json",)
@@ -28,9 +39,10 @@ TYPES = {  # as the file calls it: key of an object or scene, its values, parent
 COMMON = {"head": 0.3, "medium": 0.1, "tail": 0}
 
 
-def draw_sheets(scenes, seed):
-    """Draw a picture for each test scene, of an object whose color and shape only the test has:
-    {image: four scenes}.
+def draw_sheets(scenes: Scenes, seed: int) -> dict[str, list[Scene]]:
+    """Draw a picture for each test scene and return the four scenes of each sheet by image path.
+
+    A picture has one object, whose color and shape occur together in the test split only.
     """
     count, side = len(scenes["test"]), scenes["test"][0]["image_size"]
     shapes = {
@@ -39,9 +51,9 @@ def draw_sheets(scenes, seed):
     }
     pictures = []
     for i in range(count):
-        rng = random.Random(f"{seed}/test/{i}/{FOLDER}")
+        rng = Random(f"{seed}/test/{i}/{FOLDER}")
         color = rng.choice(list(COLORS))
-        objects = place(rng, [(color, rng.choice(shapes[color]))], side)
+        objects = place_objects(rng, [(color, rng.choice(shapes[color]))], side)
         # as likely as one another, unlike in the other pictures
         objects[0]["fill"] = rng.choice(list(FILLS))
         pictures.append(
@@ -51,12 +63,12 @@ def draw_sheets(scenes, seed):
     return {f"images/{FOLDER}/{i:06d}.jpg": sheet for i, sheet in enumerate(sheets)}
 
 
-def corner(number, side):
+def corner(number: int, side: int) -> tuple[int, int]:
     """Return x, y of a picture on its sheet."""
     return number % PER_SIDE * side, number // PER_SIDE * side
 
 
-def render_sheet(*pictures):
+def render_sheet(*pictures: Scene) -> Image.Image:
     """Render up to four scenes of one size on a sheet."""
     side = pictures[0]["image_size"]
     sheet = Image.new("RGB", (PER_SIDE * side, PER_SIDE * side))
@@ -65,8 +77,8 @@ def render_sheet(*pictures):
     return sheet
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}."""
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES."""
     values = [(kind, value) for kind, (_, table, *_) in TYPES.items() for value in table]
     images, boxes = [], []
     for image_id, (name, sheet) in enumerate(draw_sheets(scenes, seed).items()):
@@ -75,7 +87,7 @@ def annotations(scenes, seed):
             {"id": image_id, "file_name": name, "width": PER_SIDE * side, "height": PER_SIDE * side}
         )
         for number, picture in enumerate(sheet):
-            rng, facts = random.Random(f"{seed}/{name}/{number}"), picture | picture["objects"][0]
+            rng, facts = Random(f"{seed}/{name}/{number}"), picture | picture["objects"][0]
             labels = [
                 int(facts[TYPES[kind][0]] == value) if rng.random() >= UNLABELED else -1
                 for kind, value in values
@@ -99,6 +111,6 @@ def annotations(scenes, seed):
             "freq_set": next(name for name, least in COMMON.items() if share >= least),
             "is_has_att": TYPES[kind][3],
         }
-        for i, ((kind, value), share) in enumerate(zip(values, shares))
+        for i, ((kind, value), share) in enumerate(zip(values, shares, strict=True))
     ]
     return ({"images": images, "attributes": attributes, "annotations": boxes},)

@@ -1,6 +1,8 @@
 """Pre-training and retrieval: captions of scenes, those of pretrain.json partly wrong."""
 
-from .scenes import COLORS, SHAPES, combination_of
+from random import Random
+
+from .scenes import COLORS, SHAPES, Object, Scene, Scenes, combination_of
 from .words import NUMBERS, WORDS, plural, say, with_article
 
 FILES = ("pretrain.json", "retrieval_train.json", "val.json", "test.json")
@@ -46,7 +48,7 @@ EVAL_DETAIL = (1.6, 1.4, 1.2, 0.6, 0.2)
 PARTIAL = 0.08  # share of train captions that leave objects out
 
 
-def name_group(rng, group, detail):
+def name_group(rng: Random, group: list[Object], detail: float) -> str:
     """Name the objects of one color and shape: "a big striped red star", "two green hearts"."""
     color, noun = say(rng, group[0]["color"]), say(rng, group[0]["shape"])
     sizes, fills = ({o[key] for o in group} for key in ("size", "fill"))
@@ -63,12 +65,15 @@ def name_group(rng, group, detail):
     return rng.choice((f"one {words}", f"the {words}", *[with_article(words)] * 10))
 
 
-def describe(rng, scene, detail, partial=False):
-    """Write a caption of a scene, of any length. It names all objects, or only some of them if
-    `partial`.
+def describe(rng: Random, scene: Scene, detail: float, *, partial: bool = False) -> str:
+    """Write a caption of a scene, of any length.
 
-    An optional fact (an object's size, fill, position or relation, the background) is said with a
-    probability of `detail` times a weight from 0.3 to 1.
+    Args:
+        rng: Generator of random numbers.
+        scene: The scene.
+        detail: Probability of an optional fact (an object's size, fill, position or relation, the
+            background), which is multiplied by a weight from 0.3 to 1.
+        partial: Whether to name only some of the objects.
     """
     objects, groups = scene["objects"], {}
     for i in rng.sample(range(len(objects)), len(objects)):
@@ -91,22 +96,29 @@ def describe(rng, scene, detail, partial=False):
     text = joint.join(filter(None, [", ".join(phrases[:-1]), phrases[-1]]))
     if rng.random() < 0.35:
         opening = rng.choice(OPENINGS)
-        text = f"{opening.replace(' is', ' are') if text.split()[0] in NUMBERS[2:] else opening} {text}"
+        if text.split()[0] in NUMBERS[2:]:
+            opening = opening.replace(" is", " are")
+        text = f"{opening} {text}"
     if rng.random() < 0.7 * detail:
         text += " " + rng.choice(GROUNDS).format(say(rng, scene["background"]))
     return text
 
 
-def caption(rng, scene, detail, partial=False):
-    """Write a caption of at most MAX_WORDS words: in less and less detail until it is that short."""
-    while len((text := describe(rng, scene, detail, partial)).split()) > MAX_WORDS:
+def caption(rng: Random, scene: Scene, detail: float, *, partial: bool = False) -> str:
+    """Write a caption of at most MAX_WORDS words, in less and less detail until it fits."""
+    while len((text := describe(rng, scene, detail, partial=partial)).split()) > MAX_WORDS:
         detail *= 0.8
     return text
 
 
-def noisy_caption(rng, scene, other, kind):
-    """Write a caption as on the web: with a wrong fact, without colors or shapes, of another scene,
-    or with junk.
+def noisy_caption(rng: Random, scene: Scene, other: Scene, kind: str) -> str:
+    """Write a wrong caption as on the web.
+
+    Args:
+        rng: Generator of random numbers.
+        scene: The scene.
+        other: Another scene.
+        kind: wrong (a fact), missing (colors or shapes), other (of the other scene) or junk.
     """
     detail = rng.choice(TRAIN_DETAIL)
     if kind == "other":
@@ -125,11 +137,24 @@ def noisy_caption(rng, scene, other, kind):
     return caption(rng, {**scene, "objects": objects}, detail)
 
 
-def write_captions(rng, scene, split, count, noise, others):
-    """Write `count` different captions: a list of {"caption", "noise"}, noise None (true) or one of
-    NOISE_KINDS.
+def write_captions(
+    rng: Random, scene: Scene, split: str, *, count: int, noise: float, others: list[Scene]
+) -> list[dict[str, str | None]]:
+    """Write different captions.
 
-    Those of val and test are true, name every object, and say the more of each the fewer there are.
+    Captions of val and test are true and name every object. They have the more detail the fewer
+    objects there are.
+
+    Args:
+        rng: Generator of random numbers.
+        scene: The scene.
+        split: Its split.
+        count: Number of captions.
+        noise: Share of wrong captions in train.
+        others: Scenes for captions of another scene.
+
+    Returns:
+        {"caption", "noise"} each; noise is None (true) or one of NOISE_KINDS.
     """
     captions = {}
     while len(captions) < count:
@@ -147,8 +172,8 @@ def write_captions(rng, scene, split, count, noise, others):
     return [{"caption": text, "noise": kind} for text, kind in captions.items()]
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}."""
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES."""
     train, val, test = (
         [{"image": s["image"], "caption": [c["caption"] for c in s["captions"]]} for s in split]
         for split in scenes.values()

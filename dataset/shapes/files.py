@@ -1,4 +1,4 @@
-"""Writing the data set: vocabulary, images and annotation files."""
+"""Files of the data set: vocabulary, images and annotations."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ import re
 import shutil
 import string
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -15,7 +16,7 @@ from dataset.pool import in_processes, process_count
 from utils import InputError, atomic_write, read_regular
 
 from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
-from .scenes import BACKGROUNDS, SHAPES, SPLITS, combination_of, draw_scene, render
+from .scenes import BACKGROUNDS, SHAPES, SPLITS, Scene, Scenes, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
 VERSION = 6  # of the generator: data made by another version is made anew
@@ -28,12 +29,14 @@ TASKS = {
     "attributes": attributes,
     "relevance": relevance,
 }
+RANGES = {"train": (2, 999_999), "noise": (0, 1), "image_size": (48, 1024), "captions": (1, 20)}
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
 
 
-def vocabulary():
-    """Return the WordPiece vocabulary: special tokens, characters (so that no text is unknown), all
-    words said here.
+def vocabulary() -> list[str]:
+    """Return the WordPiece vocabulary of the data set.
+
+    Besides the words it has special tokens, and characters, so that no text is unknown.
     """
     nouns = [plural(noun) for shape in SHAPES for noun in WORDS.get(shape, (shape,))]
     texts = [
@@ -63,9 +66,20 @@ def vocabulary():
     ]
 
 
-def draw_split(split, count, image_size, per_image, noise, seed):
-    """Draw the scenes of a split, with image path, captions and curtain; combinations repeat in
-    train only.
+def draw_split(
+    split: str, count: int, image_size: int, *, per_image: int, noise: float, seed: int
+) -> list[Scene]:
+    """Draw the scenes of a split, with image path, captions and curtain.
+
+    Combinations repeat in train only.
+
+    Args:
+        split: The split.
+        count: Number of scenes.
+        image_size: Side of the images in pixels.
+        per_image: Number of captions of a scene.
+        noise: Share of wrong captions in train.
+        seed: Random seed.
     """
     scenes, taken = [], set()
     for i in range(count):
@@ -75,7 +89,9 @@ def draw_split(split, count, image_size, per_image, noise, seed):
             taken.add(combination_of(scene))
     for i, scene in enumerate(scenes):
         rng = random.Random(f"{seed}/{split}/{i}/captions")
-        scene["captions"] = captions.write_captions(rng, scene, split, per_image, noise, scenes)
+        scene["captions"] = captions.write_captions(
+            rng, scene, split, count=per_image, noise=noise, others=scenes
+        )
         covered, _ = ve.plan(split, i, seed)
         scene["covered"] = (
             ve.draw_cover(random.Random(f"{seed}/{split}/{i}/cover"), scene) if covered else None
@@ -83,16 +99,14 @@ def draw_split(split, count, image_size, per_image, noise, seed):
     return scenes
 
 
-def save_image(job):
-    """Draw a JPEG file; job: (path, a function that gives an image, its arguments)."""
+def save_image(job: tuple) -> None:
+    """Write a JPEG file. job: path, function that returns an image, its arguments."""
     path, draw, *arguments = job
     draw(*arguments).save(path, quality=90)
 
 
-def save(path, content):
-    """Write a file in one step: a string as it is, a pickle as REFER's (*.p), or JSON, a list with
-    one entry per line.
-    """
+def save(path: Path, content: Any) -> None:
+    """Write text, a pickle like REFER's (*.p), or JSON, a list with one entry a line."""
     if path.suffix == ".p":
         content = pickle.dumps(content, protocol=2)
     elif isinstance(content, list):
@@ -103,8 +117,8 @@ def save(path, content):
         file.write(content)
 
 
-def clear(output):
-    """Remove what an earlier call has written to the folder, and make its folders."""
+def clear(output: Path) -> None:
+    """Remove the files of an earlier call from the folder, and make its folders."""
     for name in (*SCENES, *(name for task in TASKS.values() for name in task.FILES)):
         (output / name).unlink(missing_ok=True)
     if (output / "images").exists():
@@ -116,9 +130,10 @@ def clear(output):
     (output / "images" / attributes.FOLDER).mkdir()
 
 
-def _read_marker(path):
-    """Return the arguments of the data set in a folder and whether it is complete, None if the file
-    is missing or another.
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    """Return the arguments of the data set in a folder, and whether it is complete.
+
+    Return None if the file is missing or another.
     """
     try:
         made = json.loads(read_regular(path))
@@ -127,35 +142,64 @@ def _read_marker(path):
     return made if isinstance(made, dict) and "complete" in made else None
 
 
-def write_dataset(
-    output,
-    train=16000,
-    val=500,
-    test=500,
-    noise=0.05,
-    seed=0,
-    image_size=96,
-    captions=4,
-    progress=False,
-    overwrite=False,
-):
-    """Write the data set to the folder `output`; a finished one, made with the same arguments, is
-    left alone.
+def _write_images(output: Path, scenes: Scenes, seed: int, progress: bool) -> None:
+    """Render the images of all scenes, covered copies and sheets in worker processes."""
+    jobs = [(output / s["image"], render, s) for of_split in scenes.values() for s in of_split]
+    for path, _, scene in list(jobs):
+        if cover := scene["covered"]:
+            jobs.append((Path(ve.covered_image(str(path))), render, scene, cover))
+    for name, pictures in attributes.draw_sheets(scenes, seed).items():
+        jobs.append((output / name, attributes.render_sheet, *pictures))
+    with in_processes(process_count(len(jobs))) as run:
+        images = run(save_image, jobs)
+        for _ in tqdm(
+            images, total=len(jobs), desc="shapes", unit="image", disable=None if progress else True
+        ):
+            pass
 
-    train, val and test are numbers of scenes, noise the share of corrupted captions in
-    pretrain.json, image_size the side in pixels, captions the number per image; progress shows a
-    bar. Same arguments, same bytes, on any number of processes. Writes images/{split}/*.jpg,
-    images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt, and only then
-    scenes_{split}.json (everything known), the FILES of each task, and shapes.json (the arguments).
-    Returns False if the data set already exists. Raises InputError for arguments out of range, for
-    a folder that has other files or cannot be written and, without `overwrite`, for a finished data
-    set that was made with other arguments: a run may be reading it.
+
+def write_dataset(
+    output: Path | str,
+    *,
+    train: int = 16000,
+    val: int = 500,
+    test: int = 500,
+    noise: float = 0.05,
+    seed: int = 0,
+    image_size: int = 96,
+    captions: int = 4,
+    progress: bool = False,
+    overwrite: bool = False,
+) -> bool:
+    """Write the data set to a folder, unless it holds the same one.
+
+    The same arguments give the same bytes, on any number of processes. Files are written in this
+    order: images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt,
+    scenes_{split}.json, the FILES of each task, and shapes.json with the arguments.
+
+    Args:
+        output: The folder.
+        train: Number of training scenes.
+        val: Number of validation scenes.
+        test: Number of test scenes.
+        noise: Share of wrong captions in pretrain.json.
+        seed: Random seed.
+        image_size: Side of the images in pixels.
+        captions: Number of captions of an image.
+        progress: Whether to show a progress bar.
+        overwrite: Whether to replace a data set that was made with other arguments.
+
+    Returns:
+        Whether the data set was written, False if it exists already.
+
+    Raises:
+        InputError: An argument is out of range, the folder has other files or cannot be written, or
+            it holds another data set, which a run may be reading, without `overwrite`.
     """
-    output, counts = Path(output), dict(zip(SPLITS, (train, val, test)))
+    output, counts = Path(output), {"train": train, "val": val, "test": test}
     arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
-    for (name, value), (low, high) in zip(
-        arguments.items(), [(2, 999_999)] * 3 + [(0, 1), (48, 1024), (1, 20)]
-    ):
+    for name, value in arguments.items():
+        low, high = RANGES.get(name, RANGES["train"])
         if not low <= value <= high:
             raise InputError(f"--{name} {value}: must lie between {low} and {high}")
     arguments.update(seed=seed, version=VERSION)
@@ -171,40 +215,22 @@ def write_dataset(
         if made and made["complete"] and not overwrite:
             other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
             raise InputError(
-                f"{output}: holds the data set of another {other}: choose another --output, or pass --overwrite"
+                f"{output}: holds the data set of another {other}: choose another --output, or pass"
+                " --overwrite"
             )
         output.mkdir(parents=True, exist_ok=True)
         save(marker, json.dumps({**arguments, "complete": False}))
         clear(output)
         scenes = {
-            split: draw_split(split, n, image_size, captions, noise, seed)
+            split: draw_split(split, n, image_size, per_image=captions, noise=noise, seed=seed)
             for split, n in counts.items()
         }
-        every = [scene for split in SPLITS for scene in scenes[split]]
-        jobs = [(output / s["image"], render, s) for s in every]
-        jobs += [
-            (output / ve.covered_image(s["image"]), render, s, s["covered"])
-            for s in every
-            if s["covered"]
-        ]
-        sheets = attributes.draw_sheets(scenes, seed)
-        jobs += [
-            (output / name, attributes.render_sheet, *pictures) for name, pictures in sheets.items()
-        ]
-        with in_processes(process_count(len(jobs))) as run:
-            for _ in tqdm(
-                run(save_image, jobs),
-                total=len(jobs),
-                desc="shapes",
-                unit="image",
-                disable=not progress,
-            ):
-                pass
+        _write_images(output, scenes, seed, progress)
         save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
-        for name, content in zip(SCENES, scenes.values()):
+        for name, content in zip(SCENES, scenes.values(), strict=True):
             save(output / name, content)
         for task in TASKS.values():
-            for name, content in zip(task.FILES, task.annotations(scenes, seed)):
+            for name, content in zip(task.FILES, task.annotations(scenes, seed), strict=True):
                 save(output / name, content)
         save(marker, finished)
     except OSError as error:

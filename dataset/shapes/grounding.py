@@ -1,12 +1,11 @@
-"""Grounding, as RefCOCO+: expressions without places that fit one object of at least two; REFER's
-files, detected boxes.
-"""
+"""Grounding in the form of RefCOCO+: expressions without places, REFER's files, detected boxes."""
 
 import itertools
+from random import Random
 
 from dataset.refer import box_iou
 
-from .scenes import GRID, SHAPES, each_scene
+from .scenes import GRID, SHAPES, Object, Scene, Scenes, each_scene
 from .words import NOUNS, TABLES, count_fitting, facts_of, phrase, plural, say
 
 FILES = (
@@ -23,11 +22,13 @@ TESTA_SHAPES = ("circle", "heart", "moon")  # curved; the others are testB
 FALSE_IOU = 0.45  # of a distractor with any object, at most; 0.5 would be right
 
 
-def refer(rng, objects, target):
-    """Write expressions that fit the target alone, by its size, fill, color and shape, never its
-    place.
+def refer(rng: Random, objects: list[Object], target: Object) -> list[str]:
+    """Write expressions that fit the target alone, by size, fill, color and shape, never by place.
 
-    They say as little as needed or one fact more. [] if another object is like it in all of these.
+    They have as few facts as needed or one more.
+
+    Returns:
+        The expressions, [] if another object has all facts of the target.
     """
     unique = [
         set(keys)
@@ -52,25 +53,27 @@ def refer(rng, objects, target):
     return list(texts.values())[:EXPRESSIONS]
 
 
-def detect(rng, scene):
-    """Draw boxes as of a detector, best first: [[x, y, w, h, score], ...] in pixels, score from 0
-    to 1.
+def detect(rng: Random, scene: Scene) -> list[list[float]]:
+    """Draw the boxes of a detector.
 
-    Each object's box, up to 6% of its sides off, and three or four that are right for none:
+    Each object has a box, up to 6% of its sides off. Three or four boxes are right for no object:
     background, a part of an object, or a box too large, around one object or two.
+
+    Returns:
+        [x, y, w, h, score] of each box in pixels, best first, with a score from 0 to 1.
     """
     side, objects = scene["image_size"], [o["box"] for o in scene["objects"]]
     cell = side / GRID
 
-    def within(x, y, w, h):
+    def within(x: float, y: float, w: float, h: float) -> list[float]:
+        """Return a box that is moved and cut to lie in the image."""
         w, h = min(w, side), min(h, side)
         return [round(v, 2) for v in (min(max(x, 0), side - w), min(max(y, 0), side - h), w, h)]
 
-    def draw_distractor():
-        kind, (x, y, w, h) = (
-            rng.choice(("background", "part", "around", "group")),
-            rng.choice(objects),
-        )
+    def draw_distractor() -> list[float]:
+        """Draw a box that is probably right for no object."""
+        kind = rng.choice(("background", "part", "around", "group"))
+        x, y, w, h = rng.choice(objects)
         if kind == "background":
             return within(
                 rng.uniform(0, side),
@@ -102,9 +105,10 @@ def detect(rng, scene):
     return sorted(boxes, key=lambda box: -box[4])
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}: boxes of all objects, detections in the
-    images of val and test.
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES.
+
+    All objects have boxes, images of val and test have detections.
     """
     categories = {shape: i for i, shape in enumerate(SHAPES, 1)}
     train, test, refs, images, boxes, sent_ids = [], [], [], [], [], itertools.count()

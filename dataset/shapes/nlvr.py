@@ -1,24 +1,29 @@
-"""NLVR2: statements on pairs of images, each true of one pair and false of another, so that it
-alone tells nothing.
-"""
+"""NLVR2: statements on pairs of images, each true of one pair and false of another."""
 
+import functools
 from collections.abc import Callable
+from random import Random
 from typing import NamedTuple
 
-from .scenes import each_scene
-from .words import KEYS, NUMBERS, count_fitting, facts_of, phrase, with_article
+from .scenes import Scene, Scenes, each_scene
+from .words import KEYS, NUMBERS, Facts, count_fitting, facts_of, phrase, with_article
 
+Index = dict[tuple[str, ...], list[int]]  # see index_scenes
+TRIES, PAIR_TRIES = 100, 60
 FILES = ("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json")
 PER_SCENE = {"train": 2, "val": 1, "test": 1}  # statements
 
 
 class Statement(NamedTuple):
-    """Sentences that mean the same, and when that is true.
+    """Sentences with one meaning, and a function that tells whether it is true.
 
-    truth(l, r, n) says it for l objects in the left and r in the right image that the facts fit,
-    and returns None where people may differ or the answer is too easy; truth(l, r, l2, r2, n) where
-    there are two kinds of facts. `numbers`: what n may be, for all objects, and for those of a
-    color, shape or both.
+    Attributes:
+        sentences: Templates of the sentences.
+        truth: Function (a, b, n), where a objects of the left and b objects of the right image fit
+            the facts, or (a, b, a2, b2, n) with two kinds of facts. It returns None if people may
+            differ or the answer is too easy.
+        kinds: Number of kinds of facts.
+        numbers: Values of n for all objects, and for those of a color, shape or both.
     """
 
     sentences: tuple[str, ...]
@@ -29,44 +34,44 @@ class Statement(NamedTuple):
 
 SETS = (
     Statement(
-        ("both images have {a}", "there is {a} in both images"), lambda l, r, n: l > 0 and r > 0
+        ("both images have {a}", "there is {a} in both images"), lambda a, b, n: a > 0 and b > 0
     ),
     Statement(
         ("only one of the images has {a}", "exactly one of the images has {a}"),
-        lambda l, r, n: (l > 0) != (r > 0),
+        lambda a, b, n: (a > 0) != (b > 0),
     ),
     Statement(
-        ("neither image has {a}", "there is no {kind} in either image"), lambda l, r, n: l == r == 0
+        ("neither image has {a}", "there is no {kind} in either image"), lambda a, b, n: a == b == 0
     ),
-    Statement(("the left image has {a}", "there is {a} in the left image"), lambda l, r, n: l > 0),
+    Statement(("the left image has {a}", "there is {a} in the left image"), lambda a, b, n: a > 0),
     Statement(
-        ("the right image has {a}", "there is {a} in the right image"), lambda l, r, n: r > 0
+        ("the right image has {a}", "there is {a} in the right image"), lambda a, b, n: b > 0
     ),
     Statement(
         ("the left image has no {kind}", "there is no {kind} in the left image"),
-        lambda l, r, n: l == 0,
+        lambda a, b, n: a == 0,
     ),
     Statement(
         ("the right image has no {kind}", "there is no {kind} in the right image"),
-        lambda l, r, n: r == 0,
+        lambda a, b, n: b == 0,
     ),
     Statement(
         ("there is {a} in one of the images", "one of the images has {a}"),
-        lambda l, r, n: None if l and r else l + r > 0,
+        lambda a, b, n: None if a and b else a + b > 0,
     ),
     Statement(
         (
             "one image has {a} and the other one has {a2}",
             "there is {a} in one image and {a2} in the other one",
         ),
-        lambda l, r, l2, r2, n: l * r2 + r * l2 > 0 if l + r + l2 + r2 else None,
+        lambda a, b, a2, b2, n: a * b2 + b * a2 > 0 if a + b + a2 + b2 else None,
         kinds=2,
     ),
 )
 NUMERIC = (
     Statement(
         ("there {are} {n} {kind} in total", "the images have {n} {kind} in total"),
-        lambda l, r, n: l + r == n if abs(l + r - n) < 2 else None,
+        lambda a, b, n: a + b == n if abs(a + b - n) < 2 else None,
         numbers=((2, 3, 4, 5), (1, 2, 2, 3)),
     ),
     Statement(
@@ -74,23 +79,23 @@ NUMERIC = (
             "there are more {kinds} in the left image than in the right image",
             "the left image has more {kinds} than the right image",
         ),
-        lambda l, r, n: l > r if l or r else None,
+        lambda a, b, n: a > b if a or b else None,
     ),
     Statement(
         (
             "there are more {kinds} in the right image than in the left image",
             "the right image has more {kinds} than the left image",
         ),
-        lambda l, r, n: r > l if l or r else None,
+        lambda a, b, n: b > a if a or b else None,
     ),
     Statement(
         ("one image has exactly {n} {kind}", "there {are} exactly {n} {kind} in one of the images"),
-        lambda l, r, n: None if l == r == n or min(abs(l - n), abs(r - n)) > 1 else n in (l, r),
+        lambda a, b, n: None if a == b == n or min(abs(a - n), abs(b - n)) > 1 else n in (a, b),
         numbers=((1, 2, 3, 4), (1, 2)),
     ),
     Statement(
         ("each image has at least {n} {kind}", "there {are} at least {n} {kind} in each image"),
-        lambda l, r, n: None if min(l, r) < n - 1 else min(l, r) >= n,
+        lambda a, b, n: None if min(a, b) < n - 1 else min(a, b) >= n,
         numbers=((2, 3), (1,)),
     ),
 )
@@ -98,41 +103,66 @@ NUMERIC_SHARE = 0.3
 TEXTS = tuple(text for statement in SETS + NUMERIC for text in statement.sentences)
 
 
-def index_scenes(scenes):
-    """Return the indices of the scenes with some object, by the values of the facts on it: {("red",
-    "star"): [0, 7], ...}.
-    """
-    found = {(): range(len(scenes))}
+def index_scenes(scenes: list[Scene]) -> Index:
+    """Return the indices of scenes by the values of facts, as {("red", "star"): [0, 7], ...}."""
+    index = {(): list(range(len(scenes)))}
     for i, scene in enumerate(scenes):
         for values in sorted(
             {tuple(o[key] for key in keys) for o in scene["objects"] for keys in KEYS}
         ):
-            found.setdefault(values, []).append(i)
-    return found
+            index.setdefault(values, []).append(i)
+    return index
 
 
-def find_pair(rng, scenes, found, facts, is_true, label, tries=60):
-    """Return indices (left, right) of two scenes with is_true(left, right) == label, or None if
-    chance finds none.
+def find_pair(
+    rng: Random,
+    scenes: list[Scene],
+    index: Index,
+    *,
+    facts: list[Facts],
+    is_true: Callable[..., bool | None],
+    label: bool,
+) -> list[int] | None:
+    """Find two scenes for which a statement is true, or false.
+
+    Args:
+        rng: Generator of random numbers.
+        scenes: Scenes of the split.
+        index: Result of `index_scenes`.
+        facts: Facts of the statement.
+        is_true: Function of two scenes that tells whether the statement is true.
+        label: Wanted result of `is_true`.
+
+    Returns:
+        The indices of the left and the right scene, None if chance finds none.
     """
-    for _ in range(tries):
+    for _ in range(PAIR_TRIES):
         pair = []
         for wanted in rng.choices(facts, k=2) if len(facts) == 1 else rng.sample(facts, 2):
             values, drawn = tuple(wanted.values()), rng.random()
             if 0.55 < drawn < 0.85 and values:  # a near miss, perhaps: one value is right
                 values = (rng.choice(values),)
-            pair.append(rng.choice(found[values if drawn < 0.85 else ()]))
+            pair.append(rng.choice(index[values if drawn < 0.85 else ()]))
         if pair[0] != pair[1] and is_true(*(scenes[i] for i in pair)) is label:
             return pair
+    return None
 
 
-def state(rng, scenes, found, tries=100):
-    """Draw a statement on pairs of these scenes: (sentence, {True: pair, False: pair}), each pair
-    two indices (left, right).
+def state(
+    rng: Random, scenes: list[Scene], index: Index
+) -> tuple[str, dict[bool, list[int]]] | None:
+    """Draw a statement on pairs of scenes.
 
-    None if chance finds none, as for scenes that are all alike. `found`: from index_scenes.
+    Args:
+        rng: Generator of random numbers.
+        scenes: Scenes of the split.
+        index: Result of `index_scenes`.
+
+    Returns:
+        The sentence, and the indices of a pair for which it is true and of one for which it is
+        false. None if chance finds none, as for scenes that are all alike.
     """
-    for _ in range(tries):
+    for _ in range(TRIES):
         numeric = rng.random() < NUMERIC_SHARE
         statement = rng.choice(NUMERIC if numeric else SETS)
         keys = () if numeric and rng.random() < 0.4 else rng.choice(KEYS)
@@ -143,14 +173,10 @@ def state(rng, scenes, found, tries=100):
         n = rng.choice(statement.numbers[bool(keys)])
         if statement.kinds == 2 and facts[0] == facts[1]:
             continue
-
-        def is_true(*pair):
-            return statement.truth(
-                *(count_fitting(scene["objects"], wanted) for wanted in facts for scene in pair), n
-            )
-
+        is_true = functools.partial(_is_true, statement, facts, n)
         pairs = {
-            label: find_pair(rng, scenes, found, facts, is_true, label) for label in (True, False)
+            label: find_pair(rng, scenes, index, facts=facts, is_true=is_true, label=label)
+            for label in (True, False)
         }
         if all(pairs.values()):
             words = {
@@ -165,13 +191,19 @@ def state(rng, scenes, found, tries=100):
     return None
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}."""
+def _is_true(statement: Statement, facts: list[Facts], n: int, *pair: Scene) -> bool | None:
+    """Return whether a statement with these facts is true of two scenes."""
+    counts = (count_fitting(scene["objects"], wanted) for wanted in facts for scene in pair)
+    return statement.truth(*counts, n)
+
+
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES."""
     entries = {split: [] for split in scenes}
-    found = {split: index_scenes(scenes[split]) for split in scenes}
+    indices = {split: index_scenes(scenes[split]) for split in scenes}
     for split, _, _, rng in each_scene(scenes, seed, "nlvr"):
         for _ in range(PER_SCENE[split]):
-            sentence, pairs = state(rng, scenes[split], found[split]) or ("", {})
+            sentence, pairs = state(rng, scenes[split], indices[split]) or ("", {})
             for label in rng.sample(list(pairs), len(pairs)):
                 images = [scenes[split][k]["image"] for k in pairs[label]]
                 entries[split].append({"images": images, "sentence": sentence, "label": str(label)})

@@ -1,5 +1,4 @@
-"""Query-ad relevance: an ad is a picture with a title, and each of them shows or says what the
-other leaves out.
+"""Query-ad relevance: an ad is a picture with a title, each with facts that the other lacks.
 
 A query is for an object, which half of the relevant ads show and the other half name in the title,
 none both. Titles are drawn for the query alone: a model that looks at one of the two finds half of
@@ -7,10 +6,11 @@ the relevant ads and cannot tell the others from irrelevant ones, a ROC AUC of 7
 """
 
 from itertools import product
+from random import Random
 
 from .captions import GROUNDS
-from .scenes import COLORS, FILLS, SHAPES, SIZES, SPLITS, each_scene
-from .words import KEYS, count_fitting, facts_of, phrase, say
+from .scenes import COLORS, FILLS, SHAPES, SIZES, SPLITS, Object, Scene, Scenes, each_scene
+from .words import KEYS, Facts, count_fitting, facts_of, phrase, say
 
 FILES = tuple(f"relevance_{split}.json" for split in SPLITS)
 TITLES = ("best price {}", "buy {} online now", "free {}", "{} free shipping now")
@@ -19,23 +19,24 @@ TEXTS = TITLES
 REASONS = ("image", "text", None, None)
 PER_SCENE = 2
 DETAIL = 0.3  # probability that a title says the size of its object, its fill, the background
-OBJECTS = [dict(zip(("color", "shape"), pair)) for pair in product(COLORS, SHAPES)]
+OBJECTS = [dict(zip(("color", "shape"), pair, strict=True)) for pair in product(COLORS, SHAPES)]
 
 
-def draw_unlike(rng, facts):
+def draw_unlike(rng: Random, facts: Facts) -> Facts:
     """Draw color and shape of an object that does not fit the facts."""
     return dict(rng.choice([obj for obj in OBJECTS if not count_fitting([obj], facts)]))
 
 
-def draw_query(rng, objects, keys, shown):
-    """Draw facts under the keys that fit one of the objects, or none."""
+def draw_query(rng: Random, objects: list[Object], keys: tuple[str, ...], *, shown: bool) -> Facts:
+    """Draw facts under the keys that fit one of the objects if `shown`, else none of them."""
     drawn = [facts_of(obj, keys) for obj in (objects if shown else OBJECTS)]
     return rng.choice([facts for facts in drawn if shown or not count_fitting(objects, facts)])
 
 
-def write_title(rng, scene, facts, says):
-    """Write a title that names an object, one that fits the facts if it `says` so, and perhaps the
-    background.
+def write_title(rng: Random, scene: Scene, facts: Facts, *, says: bool) -> str:
+    """Write a title that names an object and perhaps the background.
+
+    The object fits the facts if `says` is set.
     """
     obj = draw_unlike(rng, facts) | (facts if says else {})
     obj |= {
@@ -51,18 +52,18 @@ def write_title(rng, scene, facts, says):
     )
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}; `reason`, one of REASONS, is for people."""
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES. `reason`, one of REASONS, is for people."""
     entries = {split: [] for split in scenes}
     for split, _, scene, rng in each_scene(scenes, seed, "relevance"):
         for _ in range(PER_SCENE):
             reason = rng.choice(REASONS)
-            facts = draw_query(rng, scene["objects"], rng.choice(KEYS), reason == "image")
+            facts = draw_query(rng, scene["objects"], rng.choice(KEYS), shown=reason == "image")
             entries[split].append(
                 {
                     "image": scene["image"],
                     "query": phrase(rng, facts),
-                    "text": write_title(rng, scene, facts, reason == "text"),
+                    "text": write_title(rng, scene, facts, says=reason == "text"),
                     "label": int(reason is not None),
                     "reason": reason,
                 }

@@ -1,16 +1,26 @@
-"""Scenes of simple shapes: what there is, drawing scenes at random, rendering them.
+"""Scenes of simple shapes: their content, drawing at random, rendering.
 
-What draws at random takes a random.Random first: the same generator state, the same result.
+Functions that draw at random take a random.Random first: the same generator state gives the same
+result.
 """
 
 import math
-import random
 import zlib
+from collections.abc import Collection, Iterator
 from itertools import permutations
+from random import Random
+from typing import Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from utils import InputError
+
+Object = dict[str, Any]  # see draw_scene
+Scene = dict[str, Any]
+Scenes = dict[str, list[Scene]]  # by split
+Box = list[float]  # x, y, width and height in pixels
+Points = list[tuple[float, float]]
+Combination = tuple[tuple[str, str], ...]  # sorted colors and shapes of the objects
 
 SPLITS = ("train", "val", "test")
 SUPERSAMPLING = 3
@@ -58,9 +68,10 @@ POSITIONS = (
 QUADRANTS = {"top left": (0, 0), "top right": (1, 0), "bottom left": (0, 1), "bottom right": (1, 1)}
 
 
-def arc(n, radius=1.0, start=90.0, sweep=360.0):
-    """Return n points (x, y) on an arc around (0, 0), counterclockwise from `start`; angles in
-    degrees, y downwards.
+def arc(n: int, radius: float = 1.0, start: float = 90.0, sweep: float = 360.0) -> Points:
+    """Return n points (x, y) on an arc around (0, 0), counterclockwise from `start`.
+
+    Angles are in degrees, y points downwards.
     """
     turns = [math.radians(start + sweep * i / n) for i in range(n)]
     return [(radius * math.cos(t), -radius * math.sin(t)) for t in turns]
@@ -71,7 +82,7 @@ SHAPES = {  # polygons of any size and place
     "circle": arc(48),
     "square": arc(4, start=45),
     "triangle": arc(3),
-    "star": [point for pair in zip(arc(5), arc(5, 0.42, 126)) for point in pair],
+    "star": [point for pair in zip(arc(5), arc(5, 0.42, 126), strict=True) for point in pair],
     "heart": [
         (16 * math.sin(t) ** 3, sum(k * math.cos(i * t) for i, k in enumerate((-13, 5, 2, 1), 1)))
         for t in (math.tau * i / 48 for i in range(48))
@@ -87,7 +98,7 @@ SHAPES = {  # polygons of any size and place
 }
 
 
-def draw_combination(rng):
+def draw_combination(rng: Random) -> Combination:
     """Draw one to five (color, shape) pairs, sorted."""
     pairs = []
     for _ in range(rng.choices(range(1, 6), COUNT_WEIGHTS)[0]):
@@ -98,37 +109,37 @@ def draw_combination(rng):
     return tuple(sorted(pairs))
 
 
-def combination_of(scene):
-    """Return the combination of a scene's objects, as draw_combination does."""
+def combination_of(scene: Scene) -> Combination:
+    """Return the combination of a scene's objects."""
     return tuple(sorted((o["color"], o["shape"]) for o in scene["objects"]))
 
 
-def split_of(combination):
-    """Return the split that a combination belongs to: about 70% of all combinations are train, 10%
-    val, 20% test.
-    """
+def split_of(combination: Combination) -> str:
+    """Return the split of a combination: about 70% are train, 10% val, 20% test."""
     return ("val", "test", "test", *["train"] * 7)[zlib.crc32(repr(combination).encode()) % 10]
 
 
-def center_of(box):
+def center_of(box: Box) -> tuple[float, float]:
     """Return the center (x, y) of a box [x, y, w, h]."""
     x, y, w, h = box
     return x + w / 2, y + h / 2
 
 
-def position_of(box, image_size):
-    """Return the one of POSITIONS where a box lies; the outer 37% of a side are left, right, top or
-    bottom.
+def position_of(box: Box, image_size: int) -> str:
+    """Return the one of POSITIONS where a box lies.
+
+    The outer 37% of a side are left, right, top or bottom.
     """
     column, row = ((v >= 0.37 * image_size) + (v > 0.63 * image_size) for v in center_of(box))
     return POSITIONS[3 * row + column]
 
 
-def relation_of(a, b):
-    """Return where box a lies from box b, such as "left of", along the dominant axis, or None if
-    the two lie diagonally.
+def relation_of(a: Box, b: Box) -> str | None:
+    """Return where box a lies from box b, such as "left of", along the dominant axis.
+
+    Return None if the two lie diagonally.
     """
-    dx, dy = (u - v for u, v in zip(center_of(a), center_of(b)))
+    dx, dy = (u - v for u, v in zip(center_of(a), center_of(b), strict=True))
     if abs(dx) > 1.3 * abs(dy):
         return "left of" if dx < 0 else "right of"
     if abs(dy) > 1.3 * abs(dx):
@@ -136,18 +147,19 @@ def relation_of(a, b):
     return None
 
 
-def place(rng, combination, image_size):
-    """Draw objects for the pairs of a combination, in random order, each near the middle of a cell
-    of its own.
+def place_objects(rng: Random, combination: Combination, image_size: int) -> list[Object]:
+    """Draw objects for the pairs of a combination, in random order.
+
+    Each lies near the middle of a cell of its own.
     """
     cell, objects = image_size / GRID, []
     cells = rng.sample(range(GRID**2), len(combination))
-    for (color, shape), index in zip(rng.sample(combination, len(combination)), cells):
+    for (color, shape), index in zip(rng.sample(combination, len(combination)), cells, strict=True):
         size = rng.choice(list(SIZES))
         angle = round(rng.uniform(-5, 5), 1)
         w, h = (
             min(round(SIZES[size] * cell * max(axis)), math.floor(SIZES["large"] * cell))
-            for axis in zip(*outline(shape, angle))
+            for axis in zip(*outline(shape, angle), strict=True)
         )
         x, y = (
             math.floor((i + 0.5 + rng.uniform(-SHIFT, SHIFT)) * cell - side / 2)
@@ -168,13 +180,22 @@ def place(rng, combination, image_size):
     return objects
 
 
-def draw_scene(rng, split, image_size, taken=()):
-    """Draw a scene of a split, a dict: image_size, background, objects, relations [i, name, j] of
-    objects i and j.
+def draw_scene(rng: Random, split: str, image_size: int, taken: Collection = ()) -> Scene:
+    """Draw a scene of a split.
 
-    An object has shape, color, size, fill, position (one of POSITIONS), box [x, y, w, h] in pixels
-    and angle in degrees. Two objects that lie diagonally have no relation. Combinations in `taken`
-    are not drawn. Raises InputError if no other is found.
+    Args:
+        rng: Generator of random numbers.
+        split: Split of the scene.
+        image_size: Side of the image in pixels.
+        taken: Combinations that are not drawn.
+
+    Returns:
+        image_size, background, objects, and relations [i, name, j] of objects i and j that do not
+        lie diagonally. An object has shape, color, size, fill, position (one of POSITIONS), box
+        [x, y, w, h] in pixels and angle in degrees.
+
+    Raises:
+        InputError: No other combination is found.
     """
     for _ in range(10_000):
         combination = draw_combination(rng)
@@ -182,9 +203,10 @@ def draw_scene(rng, split, image_size, taken=()):
             break
     else:
         raise InputError(
-            f"--{split}: only {len(taken)} different combinations of objects found; ask for fewer scenes"
+            f"--{split}: only {len(taken)} different combinations of objects found; ask for fewer"
+            " scenes"
         )
-    objects = place(rng, combination, image_size)
+    objects = place_objects(rng, combination, image_size)
     boxes = [o["box"] for o in objects]
     relations = [
         [i, relation_of(boxes[i], boxes[j]), j] for i, j in permutations(range(len(boxes)), 2)
@@ -197,32 +219,35 @@ def draw_scene(rng, split, image_size, taken=()):
     }
 
 
-def each_scene(scenes, seed, purpose):
-    """Yield (split, index, scene, rng) of {split: list of scenes}; rng is one for the seed, the
-    scene and the purpose.
+def each_scene(scenes: Scenes, seed: int, purpose: str) -> Iterator[tuple]:
+    """Yield (split, index, scene, rng) of all scenes.
+
+    rng is a generator for the seed, the scene and the purpose.
     """
     for split in scenes:
         for i, scene in enumerate(scenes[split]):
-            yield split, i, scene, random.Random(f"{seed}/{split}/{i}/{purpose}")
+            yield split, i, scene, Random(f"{seed}/{split}/{i}/{purpose}")
 
 
-def outline(shape, angle):
-    """Return the shape's polygon, turned by `angle` degrees: points (x, y) in a box from 0 with a
-    longer side of 1.
+def outline(shape: str, angle: float) -> Points:
+    """Return the polygon of a shape, turned by `angle` degrees.
+
+    The points (x, y) lie in a box from 0 with a longer side of 1.
     """
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    xs, ys = zip(*((c * x - s * y, s * x + c * y) for x, y in SHAPES[shape]))
+    xs, ys = zip(*((c * x - s * y, s * x + c * y) for x, y in SHAPES[shape]), strict=True)
     side = max(max(xs) - min(xs), max(ys) - min(ys))
-    return [((x - min(xs)) / side, (y - min(ys)) / side) for x, y in zip(xs, ys)]
+    return [((x - min(xs)) / side, (y - min(ys)) / side) for x, y in zip(xs, ys, strict=True)]
 
 
-def draw_mask(obj, scale):
-    """Draw the pixels of an object within its box enlarged `scale` times: a PIL image of mode L."""
+def draw_mask(obj: Object, scale: int) -> Image.Image:
+    """Draw the pixels of an object in its box, enlarged `scale` times, as mode L."""
     w, h = (scale * v for v in obj["box"][2:])
-    xs, ys = zip(*outline(obj["shape"], obj["angle"]))
+    xs, ys = zip(*outline(obj["shape"], obj["angle"]), strict=True)
     mask = Image.new("L", (w, h))
     ImageDraw.Draw(mask).polygon(
-        [(x / max(xs) * (w - 1), y / max(ys) * (h - 1)) for x, y in zip(xs, ys)], fill=255
+        [(x / max(xs) * (w - 1), y / max(ys) * (h - 1)) for x, y in zip(xs, ys, strict=True)],
+        fill=255,
     )
     if obj["fill"] == "solid":
         return mask
@@ -238,8 +263,8 @@ def draw_mask(obj, scale):
     return ImageChops.subtract(mask, hollow)
 
 
-def render(scene, cover=None):
-    """Render the scene as an anti-aliased RGB PIL image of scene["image_size"] pixels per side.
+def render(scene: Scene, cover: str | None = None) -> Image.Image:
+    """Render a scene, anti-aliased, in RGB with scene["image_size"] pixels a side.
 
     A striped curtain hides the quadrant `cover`: two by two cells, thus whole objects.
     """

@@ -4,9 +4,9 @@ What is not in sight is neutral only behind a curtain, and what is in sight can 
 falsely nor denied truly.
 """
 
-import random
+from random import Random
 
-from .scenes import QUADRANTS, SPLITS, center_of, each_scene
+from .scenes import QUADRANTS, SPLITS, Object, Scene, Scenes, center_of, each_scene
 from .words import KEYS, count_fitting, draw_absent, facts_of, phrase, with_article
 
 FILES = tuple(f"ve_{split}.json" for split in SPLITS)
@@ -43,21 +43,20 @@ PREMISES = {
 }
 
 
-def plan(split, index, seed):
-    """Return whether a scene is covered, and its two hypotheses as (label, affirmative); six scenes
-    share PREMISES.
+def plan(split: str, index: int, seed: int) -> tuple[bool, list[tuple[str, bool]]]:
+    """Return whether a scene is covered, and its two hypotheses as (label, affirmative).
+
+    Six scenes share PREMISES.
     """
-    rng, plans = random.Random(f"{seed}/{split}/{index // 6}/entailment"), []
+    rng, plans = Random(f"{seed}/{split}/{index // 6}/entailment"), []
     for covered, hypotheses in PREMISES.items():
         drawn = rng.sample(hypotheses, len(hypotheses))
         plans += [(covered, drawn[i : i + 2]) for i in range(0, len(drawn), 2)]
     return rng.sample(plans, len(plans))[index % 6]
 
 
-def visible_objects(scene, cover):
-    """Return the objects that a curtain over the quadrant `cover` (None: no curtain) leaves in
-    sight.
-    """
+def visible_objects(scene: Scene, cover: str | None) -> list[Object]:
+    """Return the objects that no curtain over the quadrant `cover`, if any, hides."""
     middle = scene["image_size"] / 2
     return [
         o
@@ -66,9 +65,10 @@ def visible_objects(scene, cover):
     ]
 
 
-def draw_cover(rng, scene):
-    """Draw a quadrant for a curtain that leaves an object in sight; in half of the scenes one that
-    hides something.
+def draw_cover(rng: Random, scene: Scene) -> str:
+    """Draw a quadrant for a curtain that leaves an object in sight.
+
+    In half of the scenes the curtain hides an object, if possible.
     """
     left = {cover: len(visible_objects(scene, cover)) for cover in QUADRANTS}
     covers = [cover for cover, count in left.items() if count]
@@ -76,19 +76,16 @@ def draw_cover(rng, scene):
     return rng.choice(hiding if hiding and rng.random() < 0.5 else covers)
 
 
-def covered_image(path):
-    """Return the path of an image's copy with a curtain: images/train_covered/0.jpg for
-    images/train/0.jpg.
-    """
+def covered_image(path: str) -> str:
+    """Return the path of the copy of an image with a curtain, in images/{split}_covered."""
     return "{}_covered/{}".format(*path.rsplit("/", 1))
 
 
-def suppose(rng, scene, label, affirmative):
-    """Write a sentence that affirms or denies that there is some object, for which the label is
-    right.
+def suppose(rng: Random, scene: Scene, label: str, *, affirmative: bool) -> str:
+    """Write a sentence that affirms or denies that an object exists, with the given label.
 
-    What is in sight is true; what is not is false, or undecided if there is a curtain: the scene
-    behind it plays no part.
+    Visible objects are true. Other objects are false, or undecided if there is a curtain, whatever
+    it hides.
     """
     keys, seen = rng.choice(KEYS), visible_objects(scene, scene["covered"])
     hidden = [
@@ -106,13 +103,13 @@ def suppose(rng, scene, label, affirmative):
     return sentence.format(with_article(words) if affirmative else words)
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}."""
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES."""
     entries = {split: [] for split in scenes}
     for split, i, scene, rng in each_scene(scenes, seed, "ve"):
         image = covered_image(scene["image"]) if scene["covered"] else scene["image"]
         for label, affirmative in plan(split, i, seed)[1]:
-            sentence = suppose(rng, scene, label, affirmative)
+            sentence = suppose(rng, scene, label, affirmative=affirmative)
             entries[split].append(
                 {"image": image.removesuffix(".jpg"), "sentence": sentence, "label": label}
             )

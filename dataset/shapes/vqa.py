@@ -1,12 +1,11 @@
-"""Visual question answering: questions on existence, number, color, shape and size, and
-comparisons.
-"""
+"""Visual question answering: existence, number, color, shape, size, and comparisons."""
 
 import itertools
 from collections import Counter
 from functools import partial
+from random import Random
 
-from .scenes import COLORS, SHAPES, SPLITS, each_scene
+from .scenes import COLORS, SHAPES, SPLITS, Object, Scene, Scenes, each_scene
 from .words import KEYS, WORDS, count_fitting, draw_absent, facts_of, phrase, with_article
 
 FILES = (*(f"vqa_{split}.json" for split in SPLITS), "answer_list.json")
@@ -58,8 +57,8 @@ MISTAKEN = {
 SYNONYMS = {usual: others for usual, *others in WORDS.values()}
 
 
-def ask_existence(rng, objects):
-    """Ask whether there is such an object; as often yes as no."""
+def ask_existence(rng: Random, objects: list[Object]) -> tuple[str, str]:
+    """Ask whether an object exists, as often yes as no."""
     keys, answer = rng.choice((*KEYS, ("size", "shape"))), rng.choice(YES_NO)
     facts = (
         facts_of(rng.choice(objects), keys) if answer == "yes" else draw_absent(rng, objects, keys)
@@ -67,9 +66,10 @@ def ask_existence(rng, objects):
     return rng.choice(EXISTENCE).format(with_article(phrase(rng, facts))), answer
 
 
-def ask_count(rng, objects):
-    """Ask how many such objects there are; 0 for a few, and the others so that not nearly all are
-    1.
+def ask_count(rng: Random, objects: list[Object]) -> tuple[str, str]:
+    """Ask for a number of objects.
+
+    Some answers are 0, the others are balanced, or nearly all would be 1.
     """
     drawn = rng.random()
     if drawn < 0.2:
@@ -84,7 +84,7 @@ def ask_count(rng, objects):
     return rng.choice(COUNT).format(phrase(rng, facts, count=2)), str(count_fitting(objects, facts))
 
 
-def ask_color(rng, objects):
+def ask_color(rng: Random, objects: list[Object]) -> tuple[str, str] | None:
     """Ask for the color of a shape that occurs in one color only."""
     colors = {shape: {o["color"] for o in objects if o["shape"] == shape} for shape in SHAPES}
     shapes = [shape for shape in SHAPES if len(colors[shape]) == 1]
@@ -92,22 +92,33 @@ def ask_color(rng, objects):
         facts = {"shape": rng.choice(shapes)}
         count = count_fitting(objects, facts)
         return COLOR[count > 1].format(phrase(rng, facts, count)), *colors[facts["shape"]]
+    return None
 
 
-def ask_fact(rng, objects, key, question, given):
-    """Ask for a fact of an object that other facts single out, those of one of the tuples of keys
-    `given`.
+def ask_fact(
+    rng: Random, objects: list[Object], *, key: str, question: str, given: list[tuple[str, ...]]
+) -> tuple[str, str] | None:
+    """Ask for a fact of an object that other facts identify.
+
+    Args:
+        rng: Generator of random numbers.
+        objects: Objects of the scene.
+        key: Key of the fact.
+        question: Template of the question.
+        given: Keys of the other facts, one tuple of which is used.
     """
     named = [(facts_of(o, keys), o[key]) for o in objects for keys in given]
     single = [(facts, value) for facts, value in named if count_fitting(objects, facts) == 1]
     if single:
         facts, value = rng.choice(single)
         return question.format(phrase(rng, facts)), WORDS.get(value, (value,))[0]
+    return None
 
 
-def ask_comparison(rng, objects):
-    """Compare two shapes: their numbers, or color and size of the two objects; each as often yes as
-    no.
+def ask_comparison(rng: Random, objects: list[Object]) -> tuple[str, str]:
+    """Compare two shapes: their numbers, or color and size of the two objects.
+
+    Each is answered as often yes as no.
     """
     answer = rng.choice(YES_NO)
     yes, counts = answer == "yes", Counter(o["shape"] for o in objects)
@@ -150,17 +161,20 @@ KINDS = (
 )
 
 
-def ask(rng, scene, count):
-    """Ask `count` questions of different kinds, at most as many as the scene allows: a list of
-    (question, true answer).
+def ask(rng: Random, scene: Scene, count: int) -> list[tuple[str, str]]:
+    """Ask up to `count` questions of different kinds, as many as the scene allows.
+
+    Returns:
+        The questions with their true answers.
     """
     questions = (ask_kind(rng, scene["objects"]) for ask_kind in rng.sample(KINDS, len(KINDS)))
     return [pair for pair in questions if pair][:count]
 
 
-def annotate(rng, answer):
-    """Answer as ten annotators do: 6 to 10 of them the truth, the others another word for it or
-    what is taken for it.
+def annotate(rng: Random, answer: str) -> list[str]:
+    """Answer as ten annotators do.
+
+    6 to 10 of them give the truth, the others a synonym or a mistake.
     """
     agreeing = rng.choices(list(AGREEING), AGREEING.values())[0]
     others = (*2 * SYNONYMS.get(answer, []), *MISTAKEN[answer])
@@ -169,10 +183,8 @@ def annotate(rng, answer):
     )
 
 
-def annotations(scenes, seed):
-    """Return the contents of FILES for {split: scenes}; the answer list has all answers of train
-    and every possible truth.
-    """
+def annotations(scenes: Scenes, seed: int) -> tuple:
+    """Return the contents of FILES. The answer list has all answers of train and all truths."""
     entries, ids = {split: [] for split in scenes}, itertools.count()
     for split, _, scene, rng in each_scene(scenes, seed, "vqa"):
         for question, answer in ask(rng, scene, PER_SCENE[split]):

@@ -1,12 +1,16 @@
-"""How this data set says things, and facts about objects in words.
+"""Words and phrases of the data set, and facts about objects.
 
 *Facts* are a dict such as {"color": "red", "shape": "star"}: they fit the objects that have these
 values, and {} fits every object.
 """
 
+from collections.abc import Iterable, Sequence
 from itertools import product
+from random import Random
 
-from .scenes import COLORS, FILLS, SHAPES, SIZES
+from .scenes import COLORS, FILLS, SHAPES, SIZES, Object
+
+Facts = dict[str, str]
 
 # Words for what is called by more than its name, the usual one first.
 WORDS = {
@@ -40,50 +44,50 @@ NOUNS = ("object", "one", "thing")  # where the shape is not said
 KEYS = (*[("color", "shape")] * 3, ("shape",), ("color",))  # of facts, to draw from
 
 
-def say(rng, name):
-    """Draw one of the words for a color, shape, size, fill or background, mostly the usual one."""
+def say(rng: Random, name: str) -> str:
+    """Draw one of the words for a color, shape, size, fill or background, mostly the first."""
     words = WORDS.get(name, (name,))
     return words[0] if rng.random() < 0.6 else rng.choice(words)
 
 
-def plural(noun):
+def plural(noun: str) -> str:
     """Return the plural of a shape word."""
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def with_article(words):
+def with_article(words: str) -> str:
     """Put the indefinite article before a phrase: "an orange star"."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def facts_of(obj, keys):
-    """Return what holds for an object under these keys."""
+def facts_of(obj: Object, keys: Iterable[str]) -> Facts:
+    """Return the facts of an object under these keys."""
     return {key: obj[key] for key in keys}
 
 
-def count_fitting(objects, facts):
+def count_fitting(objects: Iterable[Object], facts: Facts) -> int:
     """Count the objects that the facts fit."""
     return sum(all(o[key] == value for key, value in facts.items()) for o in objects)
 
 
-def draw_absent(rng, objects, keys):
-    """Draw facts that fit no object, mostly near misses: each value occurs, though not together, or
-    one of them does.
+def draw_absent(rng: Random, objects: Iterable[Object], keys: Sequence[str]) -> Facts:
+    """Draw facts that fit no object, mostly near misses.
+
+    In a near miss each value occurs, though not together, or one of the values occurs.
     """
     present = {tuple(o[key] for key in keys) for o in objects}
     seen = {value for values in present for value in values}
     free = [values for values in product(*(TABLES[key] for key in keys)) if values not in present]
     common = [sum(value in seen for value in values) for values in free]
     least = min(rng.choices((2, 1, 0), (5, 4, 1))[0], max(common))
-    return dict(
-        zip(keys, rng.choice([values for values, count in zip(free, common) if count >= least]))
-    )
+    near = [values for values, count in zip(free, common, strict=True) if count >= least]
+    return dict(zip(keys, rng.choice(near), strict=True))
 
 
-def phrase(rng, facts, count=1, noun=NOUNS[0]):
-    """Put facts into words, without an article:
+def phrase(rng: Random, facts: Facts, count: int = 1, noun: str = NOUNS[0]) -> str:
+    """Put facts into words without an article, such as "big red star".
 
-    "big red star", "objects"; `noun` is said where they name no shape.
+    The words are in the plural unless `count` is 1. `noun` stands for a missing shape.
     """
     words = [say(rng, facts[key]) for key in TABLES if key in facts]
     if "shape" not in facts:
