@@ -36,15 +36,13 @@ def load_cached(
 ) -> list[T]:
     """Load what the cache holds for each file, and build what it lacks.
 
-    If several runs start together, one builds for all. It also removes the cached files of earlier
-    versions of these paths.
+    If several runs start together, one builds for all, and removes the files of earlier versions.
 
     Args:
         paths: The files.
         kind: Prefix of the names of cached files.
         build: Function of (path, name) that writes the cached file.
-        load: Function of a name, a path in the cache folder that changes with the file. It returns
-            None if the cached file is missing or damaged.
+        load: Function of a name, which returns None if the cached file is missing or damaged.
         version: JSON value on which the cached content depends.
         processes: Processes that build, by default the number of cores, 8 at most.
 

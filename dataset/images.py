@@ -8,6 +8,7 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from utils import read_regular
 
@@ -24,24 +25,36 @@ MAX_SCANS = 100
 
 
 class ImageError(OSError):
-    """An image cannot be used. kind: why, in a few words, for counts; problem: why, in full, by
-    default kind: detail.
+    """An image cannot be used.
+
+    Attributes:
+        kind: The reason in a few words, for counts.
+        problem: The reason in full, by default "kind: detail".
     """
 
-    def __init__(self, name, kind, detail="", problem="") -> None:
+    def __init__(
+        self, name: str | os.PathLike, kind: str, detail: str = "", *, problem: str = ""
+    ) -> None:
         self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
         super().__init__(f"{name}: {self.problem}")
 
 
-def load_image(path):
-    """Decode an image file as `decode_image` does.
+def load_image(path: str | os.PathLike) -> Tensor:
+    """Read and decode an image file.
 
-    Raises ImageError also for a file that is missing or unreadable.
+    Args:
+        path: The file.
+
+    Returns:
+        uint8 [3, H, W], as from `decode_image`.
+
+    Raises:
+        ImageError: The file is missing or unreadable, or `decode_image` refuses it.
     """
     return decode_image(read_image(path), path)
 
 
-def read_image(path):
+def read_image(path: str | os.PathLike) -> bytes:
     """Return the bytes of an image file. Raises ImageError."""
     try:
         return read_regular(path)
@@ -53,13 +66,13 @@ def read_image(path):
         raise ImageError(repr(path), "unreadable", str(error)) from None
 
 
-def absolute(root, image):
+def absolute(root: str | None, image: str) -> str:
     """Return the absolute path of a list's image, equal for all spellings of the path."""
     return os.path.abspath(os.path.join(root or "", image))
 
 
-def no_file(path):
-    """What is wrong with a path that is not a file, and the remedy."""
+def no_file(path: str | os.PathLike) -> str:
+    """Return what is wrong with a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
     if os.path.isdir(path):
@@ -71,16 +84,24 @@ def no_file(path):
     )
 
 
-def decode_image(data, name):
-    """Decode the bytes of an image of any mode Pillow knows -> uint8 [3, H, W], RGB, channels last
-    in memory.
+def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
+    """Decode an image of any mode that Pillow knows.
 
     Pixels equal Pillow's convert("RGB"), as in the released code: EXIF does not turn them,
     transparency shows the color beneath, and an animation gives its first frame. Gray of 16 bits is
-    scaled to 8 bits, while Pillow would clip it. Raises ImageError with name in the message if an
-    image is empty, corrupt, truncated, of none of FORMATS or of 32-bit values with unknown white.
-    An image with more than Image.MAX_IMAGE_PIXELS pixels or MAX_SCANS scans is refused before it is
-    decoded.
+    scaled to 8 bits, while Pillow would clip it.
+
+    Args:
+        data: Content of the file.
+        name: Name of the image, for messages.
+
+    Returns:
+        RGB, uint8 [3, H, W], channels last in memory.
+
+    Raises:
+        ImageError: The image is empty, corrupt, truncated, of none of FORMATS, of 32-bit values
+            with unknown white, or, before it is decoded, of more than Image.MAX_IMAGE_PIXELS pixels
+            or MAX_SCANS scans.
     """
     if not data:
         raise ImageError(name, "empty file")
@@ -101,10 +122,8 @@ def decode_image(data, name):
         raise ImageError(name, "broken image", str(error)) from error
 
 
-def _decode_jpeg(data, name):
-    """Pillow's pixels, faster; None for the uncommon encodings that are left to Pillow, CMYK for
-    one.
-    """
+def _decode_jpeg(data: bytes, name: str | os.PathLike) -> Tensor | None:
+    """Decode like Pillow, but faster. Return None for uncommon encodings such as CMYK."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
@@ -117,13 +136,13 @@ def _decode_jpeg(data, name):
         return None
 
 
-def _decode_with_pillow(data, name):
+def _decode_with_pillow(data: bytes, name: str | os.PathLike) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return decode_pillow(image, name)
 
 
-def decode_pillow(image, name):
-    """A picture of Pillow -> uint8 [3, H, W], as decode_image has its pixels.
+def decode_pillow(image: Image.Image, name: str | os.PathLike) -> Tensor:
+    """Convert a picture of Pillow to uint8 [3, H, W] with the pixels of `decode_image`.
 
     Raises ImageError, and what Pillow raises.
     """
@@ -134,7 +153,7 @@ def decode_pillow(image, name):
     return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
-def _check_scans(data, name):
+def _check_scans(data: bytes, name: str | os.PathLike) -> None:
     values = np.frombuffer(data, np.uint8)
     # the marker and the first byte of its length; what other data may hold of them by chance is far
     # below the limit
@@ -147,7 +166,7 @@ def _check_scans(data, name):
         )
 
 
-def _check_size(width, height, name):
+def _check_size(width: int, height: int, name: str | os.PathLike) -> None:
     if not width * height:
         raise ImageError(name, "no pixels", f"{width} x {height}")
     limit = Image.MAX_IMAGE_PIXELS
@@ -159,9 +178,10 @@ def _check_size(width, height, name):
         )
 
 
-def _to_8_bits(image, name):
-    """A gray image of more than 8 bits as one of 8, others as they are. 16-bit colors Pillow has
-    scaled the same way.
+def _to_8_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+    """Convert a gray image of more than 8 bits to 8 bits.
+
+    Other images stay as they are. Pillow has scaled 16-bit colors the same way.
     """
     if image.mode == "F":
         raise ImageError(
@@ -184,6 +204,6 @@ def _to_8_bits(image, name):
     return image
 
 
-def from_pillow(image):
-    """An RGB picture of Pillow -> uint8 [3, H, W]."""
+def from_pillow(image: Image.Image) -> Tensor:
+    """Convert an RGB picture of Pillow to uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

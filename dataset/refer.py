@@ -1,12 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg as REFER has them: refs, the boxes they refer to, and detected
-boxes to choose from.
-"""
+"""REFER's data sets RefCOCO, RefCOCO+ and RefCOCOg: refs, their boxes, and detected boxes."""
 
 import copyreg
 import os
 import pickle
 import reprlib
-from typing import Annotated, NamedTuple
+from collections.abc import Sequence
+from typing import IO, Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import Meta
@@ -20,13 +19,17 @@ _DETECTIONS_ARE = "det_file must be {image_id: [[x, y, w, h, score], ...]}"
 
 
 class Refer(NamedTuple):
-    """refs: {ref_id: {image_id, split}}; boxes: {ref_id: [x, y, w, h]}; images: {image_id: {height,
-    width, file_name}}.
+    """A data set of REFER.
+
+    Attributes:
+        refs: image_id and split by ref_id.
+        boxes: [x, y, w, h] in pixels by ref_id.
+        images: height, width and file_name by image_id.
     """
 
-    refs: dict
-    boxes: dict
-    images: dict
+    refs: dict[int, dict[str, Any]]
+    boxes: dict[int, list[float]]
+    images: dict[int, dict[str, Any]]
 
 
 # what is used of the files
@@ -64,40 +67,51 @@ _Boxes = list[Annotated[list[float], Meta(min_length=4, max_length=5)]]
 class _PlainUnpickler(pickle.Unpickler):
     """Build containers, strings and numbers only; refuse what a pickle wants to import or run."""
 
-    def __init__(self, file, path) -> None:
+    def __init__(self, file: IO[bytes], path: str) -> None:
         # strings of Python 2 are bytes; latin1 has a character for each
         super().__init__(file, encoding="latin1")
         self.path = path
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuse every class."""
         wanted = ascii(f"{module}.{name}")
         raise InputError(
             f"{self.path}: refused to load, it wants to import and run {wanted}; {_NOT_RELEASED}"
         )
 
-    def persistent_load(self, pid):
+    def persistent_load(self, pid: Any) -> NoReturn:
+        """Refuse every persistent object."""
         raise InputError(
-            f"{self.path}: refused to load, it wants the persistent object {reprlib.repr(pid)}; {_NOT_RELEASED}"
+            f"{self.path}: refused to load, it wants the persistent object {reprlib.repr(pid)};"
+            f" {_NOT_RELEASED}"
         )
 
 
-def load_refer(folder, name="refcoco+"):
-    """Read the refs and instances.json of a data set of REFER, a key of configs.config.REFER ->
-    Refer.
+def load_refer(folder: str, name: str = "refcoco+") -> Refer:
+    """Read the refs and instances.json of a data set of REFER.
 
-    folder: the config key refcoco_data; both files are in its folder `name`. The refs are a pickle,
-    which is read without importing or running anything. Raises InputError if a file is missing,
-    damaged, of another format or would run code, and if the two files disagree on the image of a
-    ref. The message names the file, and the ref if one is wrong.
+    The refs are a pickle, which is read without importing or running anything.
+
+    Args:
+        folder: Folder of the data sets, the key refcoco_data.
+        name: The data set, a key of `configs.config.REFER` and a folder in `folder`.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InputError: A file is missing, damaged, of another format or would run code, or the two
+            files disagree on the image of a ref. The message names the file and the ref.
     """
-    refs_path = os.path.join(folder, name, REFER[name])
-    instances_path = os.path.join(folder, name, "instances.json")
-    for path in refs_path, instances_path:
+    paths = [os.path.join(folder, name, file) for file in (REFER[name], "instances.json")]
+    for path in paths:
         if not os.path.isfile(path):
             raise InputError(
-                f"{path} does not exist; put REFER's files {REFER[name]} and instances.json into "
-                f"{os.path.dirname(path)}, or correct refcoco_data ({folder}) or refer_dataset ({name})"
+                f"{path} does not exist; put REFER's files {REFER[name]} and instances.json into"
+                f" {os.path.dirname(path)}, or correct refcoco_data ({folder}) or refer_dataset"
+                f" ({name})"
             )
+    refs_path, instances_path = paths
     instances = read_json(instances_path, _Instances, _NOT_RELEASED)
     images = {
         image.id: {"height": image.height, "width": image.width, "file_name": image.file_name}
@@ -112,30 +126,38 @@ def load_refer(folder, name="refcoco+"):
         for key, known in (("image_id", images), ("ann_id", objects)):
             if getattr(ref, key) not in known:
                 raise InputError(
-                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must be of {name}"
+                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must be"
+                    f" of {name}"
                 )
         if objects[ref.ann_id].image_id != ref.image_id:
             raise InputError(
-                f"{where}: its image is {ref.image_id}, that of its annotation {ref.ann_id} in {instances_path} is "
-                f"{objects[ref.ann_id].image_id}; both must be of {name}"
+                f"{where}: its image is {ref.image_id}, but the image of its annotation"
+                f" {ref.ann_id} in {instances_path} is {objects[ref.ann_id].image_id}; both must be"
+                f" of {name}"
             )
         refs[ref.ref_id] = {"image_id": ref.image_id, "split": ref.split}
         boxes[ref.ref_id] = objects[ref.ann_id].bbox
     return Refer(refs, boxes, images)
 
 
-def is_tested(ref):
-    """Return whether a ref belongs to a split that is evaluated, i.e. is not in train."""
+def is_tested(ref: dict[str, Any]) -> bool:
+    """Return whether the split of a ref is evaluated, which is every split but train."""
     return ref["split"] != "train"
 
 
-def load_detections(det_file, refer):
-    """Read det_file, JSON {image_id: [[x, y, w, h, score], ...]} -> {image_id (int): the list};
-    boxes in pixels.
+def load_detections(det_file: str, refer: Refer) -> dict[int, list[list[float]]]:
+    """Read the detected boxes.
 
-    A box may come without its score. Raises InputError that names the file and the image if the
-    content has another form, if more than half of a box lies outside of its image, or if an image
-    of a tested ref has no box.
+    Args:
+        det_file: JSON file {image_id: [[x, y, w, h, score], ...]} in pixels; scores may be missing.
+        refer: The data set that the images belong to.
+
+    Returns:
+        The boxes by image_id.
+
+    Raises:
+        InputError: The content has another form, more than half of a box lies outside of its image,
+            or an image of a tested ref has no box. The message names the file and the image.
     """
     if not os.path.isfile(det_file):
         raise InputError(f"det_file {det_file} does not exist; correct the config key det_file")
@@ -155,24 +177,26 @@ def load_detections(det_file, refer):
             )
             if max(inside[0], 0) * max(inside[1], 0) < w * h / 2:
                 raise InputError(
-                    f"{where}: box {[x, y, w, h]} lies outside of {image['file_name']} of {image['width']} x "
-                    f"{image['height']} pixels: det_file must be of the images of refcoco_data"
+                    f"{where}: box {[x, y, w, h]} lies outside of {image['file_name']} of"
+                    f" {image['width']} x {image['height']} pixels: det_file must be of the images"
+                    " of refcoco_data"
                 )
     for ref_id, ref in refer.refs.items():
         if is_tested(ref) and not detections.get(ref["image_id"]):
             raise InputError(
-                f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split {ref['split']}); "
-                "det_file must hold detections for every image outside of the split train"
+                f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split"
+                f" {ref['split']}); det_file must hold detections for every image outside of the"
+                " split train"
             )
     return detections
 
 
-def box_iou(a, b):
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the intersection over union of two boxes [x, y, w, h] in pixels.
 
     As in REFER's evaluation the last pixel of a box is x + w - 1, and boxes meet only if the first
-    pixel of the overlap comes before its last one: areas are the plain w * h, but an overlap at
-    most one pixel wide or high is none.
+    pixel of the overlap comes before its last one. Areas are the plain w * h, but an overlap of at
+    most one pixel in width or height is none.
     """
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
@@ -182,8 +206,8 @@ def box_iou(a, b):
     return float(intersection / (a[2] * a[3] + b[2] * b[3] - intersection))
 
 
-def _read_plain_pickle(path):
-    # The opcodes EXT* take classes from this cache without asking find_class.
+def _read_plain_pickle(path: str) -> Any:
+    """Read a pickle of containers, strings and numbers. Raises InputError for another one."""
     copyreg.clear_extension_cache()
     try:
         with open_regular(path) as file:
@@ -192,6 +216,6 @@ def _read_plain_pickle(path):
         raise
     except Exception as error:  # damaged pickles raise nearly anything
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}: {ascii(str(error))}), damaged or cut short; "
-            f"{_NOT_RELEASED}"
+            f"{path}: cannot be read ({type(error).__name__}: {ascii(str(error))}), damaged or cut"
+            f" short; {_NOT_RELEASED}"
         ) from None

@@ -1,5 +1,4 @@
-"""WebDataset shards: tar files of image-caption pairs, as img2dataset writes them, read where they
-lie.
+"""WebDataset shards: tar files of image-caption pairs, as img2dataset writes them.
 
 A sample is a run of members with one name up to the first dot after the folders: 000000012.jpg,
 000000012.txt and 000000012.json. If no member of a shard is an image by the first dot, as with
@@ -18,8 +17,9 @@ import re
 import reprlib
 import tarfile
 import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -27,6 +27,7 @@ from braceexpand import braceexpand
 from dataset.cache import load_cached, locate
 from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular
 
+Sample = dict[str, str | bytes]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
 SHOWN = 5  # suffixes in a message
@@ -39,19 +40,27 @@ _META = re.compile(r"__([^/]*__/|[^/.]*__\.)")
 _HEADER = 2  # numbers before the positions in the cached result of a scan
 
 
-def expand(entries):
-    """The names in train_file -> (JSON lists, shards), lists of paths in the order of the names.
+def expand(entries: Iterable[str | os.PathLike]) -> tuple[list[str], list[str]]:
+    """Split the names in train_file into JSON lists and shards.
 
     A name that ends in .tar is a shard, or a pattern of shards: {00000..01242} and {a,b} stand for
-    each of these, * and ? for what there is. Raises InputError for shards that do not exist or come
-    twice, and for URLs.
+    each of these, * and ? for existing files.
+
+    Args:
+        entries: The names.
+
+    Returns:
+        The lists, and the shards in the order of the names.
+
+    Raises:
+        InputError: A shard does not exist or comes twice, or a name is a URL.
     """
     json_files, shards = [], []
     for entry in map(os.fspath, entries):
         if _URL.match(entry):
             raise InputError(
-                f"train_file: {entry} is not a file of this machine: mount the storage it is on, or download it, "
-                "and name the local path"
+                f"train_file: {entry} is not a file of this machine: mount the storage it is on, or"
+                " download it, and name the local path"
             )
         if entry.endswith(".tar"):
             shards += _expand_pattern(entry)
@@ -63,13 +72,15 @@ def expand(entries):
         if real in seen:
             same = "" if seen[real] == path else f" (as {seen[real]})"
             raise InputError(
-                f"train_file: shard {path} is named twice{same}; name it once, or an epoch has its samples twice"
+                f"train_file: shard {path} is named twice{same}; name it once, or an epoch has its"
+                " samples twice"
             )
         seen[real] = path
     return json_files, shards
 
 
-def _expand_pattern(pattern):
+def _expand_pattern(pattern: str) -> list[str]:
+    """Return the shards of a pattern. Raises InputError."""
     try:
         names = list(braceexpand(pattern, escape=False))
     except ValueError:
@@ -86,9 +97,9 @@ def _expand_pattern(pattern):
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise InputError(
-            f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)} that {pattern} "
-            "stands for are missing): copy them there, or correct train_file (relative paths start at the folder "
-            "you run in)"
+            f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)}"
+            f" that {pattern} stands for are missing): copy them there, or correct train_file"
+            " (relative paths start at the folder you run in)"
         )
     return paths
 
@@ -105,45 +116,52 @@ class Position(NamedTuple):
 class Shards:
     """The samples of shards by index, one shard after another, as `read_sample` gives them.
 
-    counts: samples of each shard; others: files of each shard that are in no sample, because their
-    names have no suffix. Shards that are new or have changed (size or date) are scanned in
-    `processes` processes (default: the cores, 8 at most). Positions are kept in the cache folder.
-    Raises InputError if a file is not a complete tar file, has sparse members or has names that
-    cannot be cut into samples, and if no shard has a sample.
+    Shards that are new or have changed (size or date) are scanned. Positions are kept in the cache
+    folder.
+
+    Args:
+        paths: The shards.
+        processes: Processes that scan, by default the number of cores, 8 at most.
+
+    Attributes:
+        counts: Number of samples of each shard.
+        others: Number of files of each shard that are in no sample, by their names.
+
+    Raises:
+        InputError: A file is not a complete tar file, has sparse members or names that cannot be
+            cut into samples, or no shard has a sample.
     """
 
-    def __init__(self, paths, processes=None) -> None:
-        self.paths, self._kept = (
-            paths,
-            load_cached(paths, "shard", _scan, _load, processes=processes),
-        )
+    def __init__(self, paths: list[str], processes: int | None = None) -> None:
+        self.paths = paths
+        self._kept = load_cached(paths, "shard", _scan, _load, processes=processes)
         self.counts = [len(kept) - _HEADER - 1 for kept in self._kept]
         self.others = [int(kept[1]) for kept in self._kept]
         self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
             others = ", nor do the other shards" if paths[1:] else ""
             raise InputError(
-                f"train_file: {paths[0]} holds no sample{others}; a shard holds files like 000000012.jpg and "
-                "000000012.txt"
+                f"train_file: {paths[0]} holds no sample{others}; a shard holds files like"
+                " 000000012.jpg and 000000012.txt"
             )
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Sample:
         return read_sample(self.position(index))
 
     def digest(self) -> str:
         """Return a digest of the positions of all samples, 16 hexadecimal digits."""
         return hash_contents(map(np.ascontiguousarray, self._kept))
 
-    def position(self, index):
+    def position(self, index: int) -> Position:
         """Return the Position of a sample."""
         shard, number = locate(index, self._ends)
         kept = self._kept[shard]
         return Position(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
 
-    def prefetch(self, indices):
+    def prefetch(self, indices: Iterable[int]) -> None:
         """Have the kernel read several samples ahead."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
             for path, start, end, _ in map(self.position, indices):
@@ -153,12 +171,18 @@ class Shards:
                     )
 
 
-def read_sample(position):
-    """Return the sample at a Position: {"__key__": str, suffix: bytes, ...}.
+def read_sample(position: Position) -> Sample:
+    """Read a sample.
 
-    Suffixes are in lower case. If a sample has one twice, the first counts. A member that is
-    neither image nor caption is b"". Raises TrainingStopped if the shard cannot be read or has
-    changed.
+    Args:
+        position: Position of the sample.
+
+    Returns:
+        {"__key__": str, suffix: bytes, ...} with suffixes in lower case. If a sample has a suffix
+        twice, the first file counts. A file that is neither image nor caption is b"".
+
+    Raises:
+        TrainingStopped: The shard cannot be read or has changed.
     """
     path, start, end, last_dot = position
     sample = {}
@@ -180,15 +204,25 @@ def read_sample(position):
                 if sample and len(data) == end - start:
                     return sample
     raise TrainingStopped(
-        f"{path}: has changed since the run started: put it back as it was, and continue with --resume"
+        f"{path}: has changed since the run started: put it back as it was, and continue with"
+        " --resume"
     )
 
 
-def image_and_captions(sample, where):
-    """Return (bytes of the image, list of captions) of a sample. where: its name in messages.
+def image_and_captions(sample: Sample, where: str) -> tuple[bytes, list[str]]:
+    """Return the image and the captions of a sample.
 
-    Captions are the text of .txt, else "caption" in .json, a string or a list of strings. Raises
-    InputError if there is no image or no caption.
+    Captions are the text of .txt, else "caption" in .json, a string or a list of strings.
+
+    Args:
+        sample: Result of `read_sample`.
+        where: Name of the sample, for messages.
+
+    Returns:
+        The bytes of the image, and the captions.
+
+    Raises:
+        InputError: The sample has no image or no caption.
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
@@ -213,14 +247,15 @@ def image_and_captions(sample, where):
         isinstance(captions, list) and captions and all(isinstance(text, str) for text in captions)
     ):
         raise InputError(
-            f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of strings",
+            f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of"
+            " strings",
             "wrong 'caption'",
         )
     return sample[suffix], captions
 
 
-def _load(name):
-    """Return the cached result of `_scan`, an array of int64; None if it is missing or damaged."""
+def _load(name: str) -> np.ndarray | None:
+    """Return the cached result of `_scan`, int64; None if it is missing or damaged."""
     try:
         data = Path(f"{name}.index").read_bytes()
     except OSError:
@@ -228,15 +263,18 @@ def _load(name):
     return np.frombuffer(data[4:], np.int64) if data[:4] == _checksum(data[4:]) else None
 
 
-def _checksum(data):
+def _checksum(data: bytes) -> bytes:
     return zlib.crc32(data).to_bytes(4, "little")
 
 
-def _scan(job):
-    """Find the samples of a shard. job: (path, name in the cache folder).
+def _scan(job: tuple[str, str]) -> None:
+    """Find the samples of a shard and write their positions to the cache.
 
-    Writes whether names are cut at the last dot, the number of files in no sample, the start of
-    each sample and the end of the last one.
+    The result holds whether names are cut at the last dot, the number of files in no sample, the
+    start of each sample and the end of the last one.
+
+    Args:
+        job: Path of the shard, and name in the cache folder.
     """
     path, name = job
     files, others = [], 0  # (name, position) of each member of a sample
@@ -244,8 +282,8 @@ def _scan(job):
         for member in _members(archive):
             if member.issparse():
                 raise InputError(
-                    f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards do not take: "
-                    "make this shard again, with tar without --sparse"
+                    f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards"
+                    " do not take: make this shard again, with tar without --sparse"
                 )
             if member.isreg() and _cut(member.name):
                 files.append((member.name, member.offset))
@@ -263,9 +301,8 @@ def _scan(job):
         file.write(_checksum(data) + data)
 
 
-def _cut_at_last_dot(path, names):
-    """Return whether names must be cut at the last dot, i.e. only that cut gives images with
-    captions.
+def _cut_at_last_dot(path: str, names: list[str]) -> bool:
+    """Return whether only names that are cut at the last dot give images with captions.
 
     Raises InputError if some files are images by the first dot and others by the last one.
     """
@@ -278,16 +315,15 @@ def _cut_at_last_dot(path, names):
             lost = lost or _image_by_last_dot(run)
     if lost and image:
         raise InputError(
-            f"{path}: names are cut into key and suffix at their first dot, by which member {reprlib.repr(lost)} is "
-            "no image, though others are: rename the members so that a dot stands before the suffix only"
+            f"{path}: names are cut into key and suffix at their first dot, by which member"
+            f" {reprlib.repr(lost)} is no image, though others are: rename the members so that a"
+            " dot stands before the suffix only"
         )
     return lost is not None
 
 
-def _image_by_last_dot(names):
-    """Return the first name that is an image with a caption if names are cut at the last dot, else
-    None.
-    """
+def _image_by_last_dot(names: list[str]) -> str | None:
+    """Return the first image with a caption by names cut at the last dot, if any."""
     for _, run in itertools.groupby(names, key=lambda name: _cut(name, last_dot=True)[0]):
         by_suffix = {_cut(name, last_dot=True)[1]: name for name in run}
         images = [by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
@@ -297,17 +333,17 @@ def _image_by_last_dot(names):
 
 
 @functools.lru_cache(MAX_OPEN)
-def _open(path):
+def _open(path: str) -> io.RawIOBase:
     return open_regular(path).detach()  # unbuffered, because it is read by position
 
 
-def _archive(file):
-    # a file, not a stream: tarfile then skips members without reading them
+def _archive(file: IO[bytes]) -> tarfile.TarFile:
     return tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager
-def _errors_of(path, kind):
+def _errors_of(path: str, kind: type[Exception]) -> Iterator[None]:
+    """Turn errors of reading a shard into an exception of `kind`."""
     try:
         yield
     except (tarfile.TarError, OverflowError) as error:
@@ -320,7 +356,7 @@ def _errors_of(path, kind):
         ) from None
 
 
-def _members(archive):
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Iterate over the members of an open tar file."""
     while True:
         try:
@@ -334,10 +370,10 @@ def _members(archive):
         yield member
 
 
-def _cut(name, last_dot=False):
+def _cut(name: str, last_dot: bool = False) -> tuple[str, str] | None:
     """Cut a member's name at a dot after the folders.
 
-    Return (key, suffix), None if it is in no sample.
+    Return the key and the suffix, None if the member is in no sample.
     """
     folders, slash, base = name.rpartition("/")
     key, dot, suffix = base.rpartition(".") if last_dot else base.partition(".")

@@ -99,46 +99,50 @@ def read_csv(
         cells = [cell.strip('"') for cell in _split_plainly(line, delimiter)]
         return len(cells) == len(names) and is_row(dict(zip(names, cells, strict=True)))
 
-    def record() -> Iterator[str]:
-        """Yield the lines of the record at `at`, up to a line that begins another."""
-        for number in range(at, len(lines)):
-            if number > at and names and begins_row(lines[number]):
-                return  # the reader misses the closing quote
-            read.append(number)
-            yield lines[number]
-
     while at < len(lines):
-        read, problem = [], ""
-        try:
-            cells = next(
-                csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True)
-            )
-        except csv.Error as error:
-            cells, problem, read = None, f" ({error})", [at]
-        place, width = f"line {at + 1}", len(names or ())
+        cells, read, problem = _read_record(lines[at:], delimiter, names and begins_row)
+        row, width = f"line {at + 1}", len(names or ())
         wrong = cells is None or names and any(cells) and len(cells) != width
-        if wrong and len(read) == 1:
-            letters = _split_plainly(lines[at], delimiter)
-            if len(letters) == width or not names:
-                cells, wrong = letters, False
-                notes.append(place)
-            count = len(letters)
-        elif wrong:
-            count = len(cells)
-        at += len(read)
+        if wrong and read == 1:
+            cells = _split_plainly(lines[at], delimiter)
+            if len(cells) == width or not names:
+                wrong = False
+                notes.append(row)
+        at += read
         if names is None:
             names = [cell.strip() for cell in cells]
         elif wrong:
-            yield (
-                place,
-                ValueError(
-                    f"{count} columns, but line 1 has {width}{problem}; a text that holds"
-                    f" {delimiter!r} must stand in double quotes, and a double quote in it be"
-                    " doubled"
-                ),
+            error = (
+                f"{len(cells)} columns, but line 1 has {width}{problem}; a text that holds"
+                f" {delimiter!r} must stand in double quotes, and a double quote in it be doubled"
             )
+            yield row, ValueError(error)
         elif any(cells):  # spreadsheets end in rows of empty cells
-            yield place, dict(zip(names, cells, strict=True))
+            yield row, dict(zip(names, cells, strict=True))
+
+
+def _read_record(
+    lines: list[str], delimiter: str, begins_row: Callable[[str], bool] | None
+) -> tuple[list[str] | None, int, str]:
+    """Read the record at the first line, up to a line that begins another.
+
+    Return its cells, None if it is wrong, the number of its lines, and the problem.
+    """
+    read = 0
+
+    def record() -> Iterator[str]:
+        nonlocal read
+        for line in lines:
+            if read and begins_row and begins_row(line):
+                return  # the reader misses the closing quote
+            read += 1
+            yield line
+
+    try:
+        reader = csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True)
+        return next(reader), read, ""
+    except csv.Error as error:
+        return None, 1, f" ({error})"
 
 
 def _split_plainly(line: str, delimiter: str) -> list[str]:
@@ -213,40 +217,37 @@ def read_table(
             and _find(image, image_root) is not None
         )
 
-    if text.lstrip().startswith("["):
-        rows = (
-            (f"entry {number} (counting from 0)", entry)
-            for number, entry in enumerate(read_json_list(path))
-        )
-    else:
-        rows = (
-            read_json_lines(text)
-            if text.lstrip().startswith("{")
-            else read_csv(text, is_row, notes)
-        )
-    for place, row in rows:
+    for name, row in _rows(path, text, is_row, notes):
         try:
-            if isinstance(row, ValueError):
-                raise row
             if not isinstance(row, dict):
-                raise ValueError("not an object")
+                raise row if isinstance(row, ValueError) else ValueError("not an object")
             image, texts = _pair(row, columns_of(row), image_root)
-        except InputError:
-            raise
         except ValueError as error:
-            problems.append(f"{path} {place}: {error}")
+            problems.append(f"{path} {name}: {error}")
         else:
             captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
-    found = (
-        "images from column {!r}, captions from column {!r}".format(*columns)
-        if columns
-        else "no rows"
-    )
+    summary = "no rows"
+    if columns:
+        summary = "images from column {!r}, captions from column {!r}".format(*columns)
     if notes:
-        found += (
+        summary += (
             f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
         )
-    return {image: list(texts) for image, texts in captions.items()}, problems, found
+    return {image: list(texts) for image, texts in captions.items()}, problems, summary
+
+
+def _rows(
+    path: str, text: str, is_row: Callable[[dict], bool], notes: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the value of each row of a table, see `read_csv`."""
+    start = text.lstrip()[:1]
+    if start == "[":
+        for number, entry in enumerate(read_json_list(path)):
+            yield f"entry {number} (counting from 0)", entry
+    elif start == "{":
+        yield from read_json_lines(text)
+    else:
+        yield from read_csv(text, is_row, notes)
 
 
 def _find(image: str, image_root: str) -> str | None:

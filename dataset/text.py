@@ -1,10 +1,9 @@
-"""Clean-up of captions and questions, as the released checkpoints were trained, and tokenization of
-a batch.
-"""
+"""Clean-up of captions and questions as in the released code, and tokenization."""
 
 import re
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,51 +32,62 @@ _DROPPED = {"Cc", "Cf", "Co", "Cs", "Mn", "Zl", "Zp", "Zs"}
 _BLANKS = re.compile(r"\s{2,}")
 
 
-def pre_caption(caption, max_words):
-    """Lower-case a caption, drop its punctuation, collapse its white space and keep the first
-    `max_words` words.
+def pre_caption(caption: str, max_words: int) -> str:
+    """Clean up a caption and cut it.
 
-    A single tab or line break inside the caption stays; only runs of white space become one blank.
+    It becomes lower case without punctuation. Runs of white space become one blank; a single tab or
+    line break inside the caption stays.
+
+    Args:
+        caption: The caption.
+        max_words: Number of words to keep.
     """
     caption = caption.lower().translate(_CLEAN).replace("<person>", "person")
     caption = _BLANKS.sub(" ", caption).rstrip("\n").strip(" ")
     return _first_words(caption, max_words)
 
 
-def pre_question(question, max_words):
-    """Lower-case a question, drop its punctuation and keep the first `max_words` words.
+def pre_question(question: str, max_words: int) -> str:
+    """Clean up a question and cut it.
 
-    Unlike in captions, leading and repeated blanks stay, and so does <person>. Each such blank
-    counts as a word.
+    It becomes lower case without punctuation. Unlike in captions, leading and repeated blanks stay,
+    and so does <person>. Each blank of them counts as a word.
+
+    Args:
+        question: The question.
+        max_words: Number of words to keep.
     """
     return _first_words(question.lower().translate(_CLEAN).rstrip(" "), max_words)
 
 
-def _first_words(text, max_words):
+def _first_words(text: str, max_words: int) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
-def is_blank(text):
-    """Return whether a cleaned-up text is empty or has only characters that make no word."""
+def is_blank(text: str) -> bool:
+    """Return whether a cleaned-up text has only characters that make no word, or none."""
     return all(
         unicodedata.category(character) in _DROPPED or character == "\ufffd" for character in text
     )
 
 
-def without_halves(text):
-    """Remove halves of surrogate pairs from a text:
-
-    JSON can hold them, but a tokenizer refuses them.
-    """
+def without_halves(text: str) -> str:
+    """Remove halves of surrogate pairs, which JSON can hold but a tokenizer refuses."""
     return text.encode("utf-8", "ignore").decode()
 
 
-def tokenize(texts, tokenizer, max_tokens=None):
-    """Tokenize texts -> Text [B, L], padded to the longest, with at most max_tokens ids or the
-    model's limit.
+def tokenize(texts: Iterable[str], tokenizer: Any, max_tokens: int | None = None) -> Text:
+    """Tokenize texts, pad them to the longest one and cut them.
 
-    Threads may share the tokenizer, because its truncation and padding, which change its settings,
-    are not used.
+    Threads may share the tokenizer, because its settings of truncation and padding do not change.
+
+    Args:
+        texts: Texts after clean-up.
+        tokenizer: Tokenizer of the model.
+        max_tokens: The most ids of a text, by default the model's limit.
+
+    Returns:
+        Token ids and attention mask [B, L].
     """
     limit = min(max_tokens or tokenizer.model_max_length, tokenizer.model_max_length)
     rows = [

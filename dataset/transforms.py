@@ -2,19 +2,24 @@
 
 The pixels equal the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py
 has both). Only the edge of sheared and turned images differs: it blends into the gray around, as in
-the released code. Images stay uint8 until `normalize`, which the training step calls on the device:
-a quarter of the bytes. All randomness comes from torch's default CPU generator.
+the released code. Images stay uint8 until `normalize`, which runs on the device: a quarter of the
+bytes. All randomness comes from torch's default CPU generator.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from dataset.images import from_pillow
+
+Transform = Callable[[Tensor], Tensor]
+Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -24,18 +29,26 @@ NUM_OPERATIONS = 2
 FILL = 128
 
 
-def train_transform(image_res, min_scale, hflip=True, augment=True):
-    """RandomResizedCrop, horizontal flip and RandAugment (the latter two unless switched off).
+def train_transform(
+    image_res: int, min_scale: float | None, *, hflip: bool = True, augment: bool = True
+) -> Transform:
+    """Return the training transform: random crop, horizontal flip and RandAugment.
 
-    The transform maps uint8 [3, H, W] to uint8 [3, image_res, image_res].
+    Args:
+        image_res: Side of the result in pixels.
+        min_scale: Smallest share of the area that a crop keeps, None to resize the whole image.
+        hflip: Whether to flip half of the images horizontally.
+        augment: Whether to apply RandAugment.
 
-    min_scale is the smallest share of the area that a crop may keep: 0.2 in pre-training, 0.5 in
-    fine-tuning; None resizes the whole image instead, as grounding does.
+    Returns:
+        Function uint8 [3, H, W] -> uint8 [3, image_res, image_res].
     """
     return partial(_train, image_res=image_res, min_scale=min_scale, hflip=hflip, augment=augment)
 
 
-def _train(image, image_res, min_scale, hflip, augment):
+def _train(
+    image: Tensor, image_res: int, min_scale: float | None, hflip: bool, augment: bool
+) -> Tensor:
     image = (
         _resize_as_pillow(image, image_res)
         if min_scale is None
@@ -46,34 +59,52 @@ def _train(image, image_res, min_scale, hflip, augment):
     return randaugment(image) if augment else image.contiguous()
 
 
-def test_transform(image_res, resampling=Image.Resampling.BICUBIC):
-    """Resize by Pillow, bit for bit: uint8 [3, H, W] -> uint8 [3, image_res, image_res]."""
+def test_transform(
+    image_res: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> Transform:
+    """Return the test transform: uint8 [3, H, W] resized by Pillow, bit for bit."""
     return partial(_resize_as_pillow, image_res=image_res, resampling=resampling)
 
 
-def _resize_as_pillow(image, image_res, resampling=Image.Resampling.BICUBIC):
+def _resize_as_pillow(
+    image: Tensor, image_res: int, resampling: Image.Resampling = Image.Resampling.BICUBIC
+) -> Tensor:
     pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
     return from_pillow(pixels.resize((image_res, image_res), resampling)).contiguous()
 
 
-def normalize(images):
-    """uint8 [..., 3, H, W] -> float32, (images / 255 - MEAN) / STD, on the images' device."""
+def normalize(images: Tensor) -> Tensor:
+    """Normalize images on their device.
+
+    Args:
+        images: uint8 [..., 3, H, W].
+
+    Returns:
+        (images / 255 - MEAN) / STD, float32 [..., 3, H, W].
+    """
     scale, offset = _scale_and_offset(images.device)
     return images.float().mul_(scale).add_(offset)
 
 
 @lru_cache
-def _scale_and_offset(device):
+def _scale_and_offset(device: torch.device) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
     return 1 / (255 * std), -mean / std
 
 
-def random_resized_crop(image, size, min_scale):
-    """Crop a share of min_scale to 1 of the area, aspect ratio 3/4 to 4/3, and resize it,
-    antialiased bicubic.
+def random_resized_crop(image: Tensor, size: int, min_scale: float) -> Tensor:
+    """Crop a random part of an image and resize it, antialiased bicubic.
 
-    uint8 [3, H, W] -> uint8 [3, size, size], within 2 gray levels of Pillow: torch rounds the
-    weights to 16 bits.
+    The part has a share of `min_scale` to 1 of the area and an aspect ratio of 3/4 to 4/3. Pixels
+    are within 2 gray levels of Pillow's, as torch rounds the weights to 16 bits.
+
+    Args:
+        image: uint8 [3, H, W].
+        size: Side of the result in pixels.
+        min_scale: Smallest share of the area.
+
+    Returns:
+        uint8 [3, size, size].
     """
     top, left, height, width = RandomResizedCrop.get_params(image, (min_scale, 1.0), ASPECT_RATIO)
     crop = image[None, :, top : top + height, left : left + width]
@@ -82,32 +113,39 @@ def random_resized_crop(image, size, min_scale):
     return F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
-def random_hflip(image):
+def random_hflip(image: Tensor) -> Tensor:
     """Mirror left and right with probability 0.5."""
     return image.flip(-1) if torch.rand(()) < 0.5 else image
 
 
-def randaugment(image):
-    """RandAugment on a uint8 [3, R, R] image: apply the operations of `draw_operations` in turn."""
+def randaugment(image: Tensor) -> Tensor:
+    """Apply the operations of `draw_operations` to a uint8 [3, R, R] image."""
     for name, direction in draw_operations():
         image = OPERATIONS[name](image, direction)
     return image
 
 
-def draw_operations():
-    """Draw operations with replacement, keep each with probability 0.5 -> [(name, direction 1 or
-    -1), ...].
+def draw_operations() -> list[tuple[str, int]]:
+    """Draw operations with replacement, and keep each with probability 0.5.
+
+    Returns:
+        Name and direction (1 or -1) of each operation.
     """
     names = [
         list(OPERATIONS)[i] for i in torch.randint(len(OPERATIONS), (NUM_OPERATIONS,)).tolist()
     ]
     draws = (torch.rand(NUM_OPERATIONS, 2) < 0.5).tolist()
-    return [(name, 1 if forward else -1) for name, (keep, forward) in zip(names, draws) if keep]
+    return [
+        (name, 1 if forward else -1)
+        for name, (keep, forward) in zip(names, draws, strict=True)
+        if keep
+    ]
 
 
-def autocontrast(image):
-    """Stretch each channel of a uint8 [3, H, W] image to 0..255; a channel of one value stays as it
-    is.
+def autocontrast(image: Tensor) -> Tensor:
+    """Stretch each channel of a uint8 [3, H, W] image to 0..255.
+
+    A channel of one value stays as it is.
     """
     low, high = image.amin((1, 2), keepdim=True), image.amax((1, 2), keepdim=True)
     constant = low == high
@@ -115,8 +153,8 @@ def autocontrast(image):
     return _to_uint8(image.float().sub_(low.masked_fill(constant, 0)).mul_(scale))
 
 
-def equalize(image):
-    """Flatten the histogram of each channel of a uint8 [3, H, W] image, with Pillow's integer rule."""
+def equalize(image: Tensor) -> Tensor:
+    """Equalize the histograms of a uint8 [3, H, W] image with Pillow's integer rule."""
     pixels = image.flatten(1)
     histogram = torch.stack([channel.bincount(minlength=256) for channel in pixels])
     brightest = histogram.gather(1, pixels.amax(1, keepdim=True).long())
@@ -125,19 +163,21 @@ def equalize(image):
     table = torch.where(step > 0, table.clamp_(max=255), torch.arange(256)).byte().numpy()
     # bytes.translate is the fastest table look-up there is for bytes
     channels = [
-        channel.tobytes().translate(row.tobytes()) for channel, row in zip(image.numpy(), table)
+        channel.tobytes().translate(row.tobytes())
+        for channel, row in zip(image.numpy(), table, strict=True)
     ]
     return torch.frombuffer(bytearray().join(channels), dtype=torch.uint8).view_as(image)
 
 
-def brightness(image, factor):
+def brightness(image: Tensor, factor: float) -> Tensor:
     """Multiply a uint8 [3, H, W] image by factor."""
     return _to_uint8(image.float().mul_(factor).clamp_(max=255))
 
 
-def sharpness(image, factor):
-    """Extrapolate a uint8 [3, H, W] image from its 3x3 smoothing (center weight 5 of 13); borders
-    are kept.
+def sharpness(image: Tensor, factor: float) -> Tensor:
+    """Extrapolate a uint8 [3, H, W] image from its 3x3 smoothing (center weight 5 of 13).
+
+    The border stays as it is.
     """
     wide = image.to(torch.int16)
     rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
@@ -149,19 +189,20 @@ def sharpness(image, factor):
     return image
 
 
-def translate(image, x, y):
-    """Shift a uint8 [3, H, W] image by whole pixels, right by x and down by y; the rest is gray."""
+def translate(image: Tensor, x: int, y: int) -> Tensor:
+    """Shift a uint8 [3, H, W] image right by x and down by y pixels, with gray behind."""
     return F.pad(image, (x, -x, y, -y), value=FILL)
 
 
-def shear(image, x, y):
-    """out(i, j) = image(i + x j, j + y i) for a square uint8 image: about the origin, as in the
-    released code.
+def shear(image: Tensor, x: float, y: float) -> Tensor:
+    """Shear a square uint8 image about the origin, as in the released code.
+
+    out(i, j) = image(i + x j, j + y i).
     """
     return _affine(image, ((1, x, 0), (y, 1, 0)))
 
 
-def rotate(image, degrees):
+def rotate(image: Tensor, degrees: float) -> Tensor:
     """Turn a square uint8 [3, R, R] image about the pixel (R / 2, R / 2)."""
     cos, sin, center = (
         math.cos(math.radians(degrees)),
@@ -172,9 +213,10 @@ def rotate(image, degrees):
     return _affine(image, ((cos, sin, shift_x), (-sin, cos, shift_y)))
 
 
-def _affine(image, matrix):
-    """out(x, y) = image(matrix @ (x, y, 1)), in pixel indices, bilinear, gray outside; square uint8
-    images.
+def _affine(image: Tensor, matrix: Matrix) -> Tensor:
+    """Return out(x, y) = image(matrix @ (x, y, 1)) in pixel indices, for square uint8 images.
+
+    Pixels are interpolated linearly, gray outside.
     """
     grid = _sampling_grid(image.shape[-1], matrix)
     values = F.grid_sample(image.float().sub_(FILL)[None], grid, align_corners=False)[0]
@@ -182,8 +224,8 @@ def _affine(image, matrix):
 
 
 @lru_cache(maxsize=16)
-def _sampling_grid(size, matrix):
-    """Cached: RandAugment has 6 such matrices."""
+def _sampling_grid(size: int, matrix: Matrix) -> Tensor:
+    """Return the grid of grid_sample. RandAugment has 6 such matrices."""
     pixels = torch.arange(size, dtype=torch.float64)
     y, x = torch.meshgrid(pixels, pixels, indexing="ij")
     source = (
@@ -192,7 +234,7 @@ def _sampling_grid(size, matrix):
     return ((2 * source + 1) / size - 1).float()[None]
 
 
-def _to_uint8(values):
+def _to_uint8(values: Tensor) -> Tensor:
     return values.to(torch.int16).to(torch.uint8)  # torch has no vectorized float -> uint8
 
 

@@ -490,7 +490,7 @@ MUTANTS = [
     Mutant("models/classification.py", '"itm_head", Head', '"cls_head", Head'),
     Mutant("dataset/attributes.py", "annotation.area < MIN_AREA", "annotation.area <= MIN_AREA"),
     Mutant("dataset/text.py", 'replace("<person>", "person")', 'replace("<person>", "")'),
-    Mutant("dataset/transforms.py", "names, draws) if keep]", "names, draws)]"),
+    Mutant("dataset/transforms.py", "        if keep\n    ]", "    ]"),
     Mutant("dataset/transforms.py", "if torch.rand(()) < 0.5 else image", ""),
     Mutant("dataset/base.py", "seed_of(self.seed, self.epoch, index)", "seed_of(self.seed, index)"),
 ]

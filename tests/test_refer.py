@@ -257,7 +257,7 @@ def test_the_data_set_is_the_named_one(folder):
 
 def test_ids_that_do_not_mean_the_same_are_refused(folder):
     message = refused_refs(folder, python2_pickle([{**REFS[1], "image_id": 6}], 2))
-    assert "ref 1: its image is 6, that of its annotation 11" in message
+    assert "ref 1: its image is 6, but the image of its annotation 11" in message
     for part, what in (("images", "image 6"), ("annotations", "annotation 12")):
         twice = [*INSTANCES[part], {**INSTANCES[part][-1], "height": 7, "bbox": [0, 0, 9, 9]}]
         assert f"{what} occurs twice" in refused_instances(

@@ -129,7 +129,7 @@ def test_seed_decides_the_result(picture):
 def test_share_of_flipped_images(hflip, low, high):
     torch.manual_seed(0)
     left_to_right = torch.linspace(0, 255, 64).to(torch.uint8).expand(3, 64, 64)
-    transform = T.train_transform(32, 0.5, hflip)
+    transform = T.train_transform(32, 0.5, hflip=hflip)
     images = [transform(left_to_right).float() for _ in range(100)]
     flipped = np.mean(
         [bool(image[..., 8:16].mean() > image[..., 16:24].mean()) for image in images]

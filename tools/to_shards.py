@@ -147,13 +147,11 @@ def convert(
     }
     _check_origin(output, origin)
     total = len(annotations)
-    shards = {
-        output / f"{first // samples:05d}.tar": range(first, min(first + samples, total))
-        for first in range(0, total, samples)
-    }
-    missing = [(shard, indices) for shard, indices in shards.items() if not shard.exists()]
+    parts = [range(first, min(first + samples, total)) for first in range(0, total, samples)]
+    shards = [(output / f"{number:05d}.tar", part) for number, part in enumerate(parts)]
+    missing = [(shard, part) for shard, part in shards if not shard.exists()]
     write = functools.partial(write_shard, annotations=annotations, image_root=image_root)
-    done = total - sum(len(indices) for _, indices in missing)
+    done = total - sum(len(part) for _, part in missing)
     with (
         tqdm(total=total, initial=done, desc="shards", unit="sample", disable=None) as bar,
         in_processes(process_count(len(missing), workers)) as jobs,

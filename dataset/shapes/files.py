@@ -130,16 +130,28 @@ def clear(output: Path) -> None:
     (output / "images" / attributes.FOLDER).mkdir()
 
 
-def _read_marker(path: Path) -> dict[str, Any] | None:
-    """Return the arguments of the data set in a folder, and whether it is complete.
+def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bool:
+    """Return whether a folder holds the data set of these arguments.
 
-    Return None if the file is missing or another.
+    Raises InputError if it holds other files, or another data set without `overwrite`.
     """
     try:
-        made = json.loads(read_regular(path))
+        made = json.loads(read_regular(output / "shapes.json"))
     except (OSError, ValueError):
-        return None
-    return made if isinstance(made, dict) and "complete" in made else None
+        made = None
+    if not isinstance(made, dict) or "complete" not in made:
+        if output.is_dir() and any(output.iterdir()):
+            raise InputError(
+                f"{output}: holds other files and no data set of shapes: choose another --output"
+            )
+        return False
+    other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
+    if made["complete"] and other and not overwrite:
+        raise InputError(
+            f"{output}: holds the data set of another {other}: choose another --output, or pass"
+            " --overwrite"
+        )
+    return made["complete"] and not other
 
 
 def _write_images(output: Path, scenes: Scenes, seed: int, progress: bool) -> None:
@@ -203,21 +215,10 @@ def write_dataset(
         if not low <= value <= high:
             raise InputError(f"--{name} {value}: must lie between {low} and {high}")
     arguments.update(seed=seed, version=VERSION)
-    marker, finished = output / "shapes.json", json.dumps({**arguments, "complete": True})
+    marker = output / "shapes.json"
     try:
-        made = _read_marker(marker)
-        if made == json.loads(finished):
+        if _is_complete(output, arguments, overwrite):
             return False
-        if made is None and output.is_dir() and any(output.iterdir()):
-            raise InputError(
-                f"{output}: holds other files and no data set of shapes: choose another --output"
-            )
-        if made and made["complete"] and not overwrite:
-            other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
-            raise InputError(
-                f"{output}: holds the data set of another {other}: choose another --output, or pass"
-                " --overwrite"
-            )
         output.mkdir(parents=True, exist_ok=True)
         save(marker, json.dumps({**arguments, "complete": False}))
         clear(output)
@@ -232,7 +233,7 @@ def write_dataset(
         for task in TASKS.values():
             for name, content in zip(task.FILES, task.annotations(scenes, seed), strict=True):
                 save(output / name, content)
-        save(marker, finished)
+        save(marker, json.dumps({**arguments, "complete": True}))
     except OSError as error:
         raise InputError(
             f"{error.filename or output}: {error.strerror}: choose another --output"

@@ -18,6 +18,7 @@ FILES = (
 TEXTS = (*NOUNS, plural(NOUNS[0]))
 REFS = 2  # objects of a scene that are referred to, at most
 EXPRESSIONS = 2  # for each of them, at most
+CATEGORIES = {shape: i for i, shape in enumerate(SHAPES, 1)}
 TESTA_SHAPES = ("circle", "heart", "moon")  # curved; the others are testB
 FALSE_IOU = 0.45  # of a distractor with any object, at most; 0.5 would be right
 
@@ -110,55 +111,45 @@ def annotations(scenes: Scenes, seed: int) -> tuple:
 
     All objects have boxes, images of val and test have detections.
     """
-    categories = {shape: i for i, shape in enumerate(SHAPES, 1)}
     train, test, refs, images, boxes, sent_ids = [], [], [], [], [], itertools.count()
     for split, _, scene, rng in each_scene(scenes, seed, "refs"):
-        objects, size, image_id, first = (
-            scene["objects"],
-            scene["image_size"],
-            len(images),
-            len(boxes),
-        )
-        images.append({"id": image_id, "file_name": scene["image"], "width": size, "height": size})
-        boxes += [
-            {"id": k, "image_id": image_id, "category_id": categories[o["shape"]], "bbox": o["box"]}
-            for k, o in enumerate(objects, first)
-        ]
-        drawn = [
-            (k, refer(rng, objects, objects[k]))
-            for k in rng.sample(range(len(objects)), len(objects))
-        ]
-        for k, texts in (
-            [(k, texts) for k, texts in drawn if texts][:REFS] if len(objects) > 1 else ()
-        ):
-            shape, ref_id = objects[k]["shape"], len(refs)
+        objects, size, first = scene["objects"], scene["image_size"], len(boxes)
+        image_id, name = len(images), scene["image"]
+        images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+        for k, o in enumerate(objects, first):
+            category = CATEGORIES[o["shape"]]
+            box = {"id": k, "image_id": image_id, "category_id": category, "bbox": o["box"]}
+            boxes.append(box)
+        order = rng.sample(range(len(objects)), len(objects))
+        drawn = [(k, refer(rng, objects, objects[k])) for k in order]
+        drawn = [(k, texts) for k, texts in drawn if texts][:REFS] if len(objects) > 1 else []
+        for k, texts in drawn:
             sentences = [
                 {"sent_id": next(sent_ids), "raw": text, "sent": text, "tokens": text.split()}
                 for text in texts
             ]
-            ref_split = split if split != "test" else "testA" if shape in TESTA_SHAPES else "testB"
+            shape, ref_split = objects[k]["shape"], split
+            if split == "test":
+                ref_split = "testA" if shape in TESTA_SHAPES else "testB"
+            entries = train if split == "train" else test
+            entries += [{"image": name, "text": text, "ref_id": len(refs)} for text in texts]
             refs.append(
                 {
-                    "ref_id": ref_id,
+                    "ref_id": len(refs),
                     "ann_id": first + k,
                     "image_id": image_id,
-                    "category_id": categories[shape],
-                    "file_name": scene["image"],
+                    "category_id": CATEGORIES[shape],
+                    "file_name": name,
                     "split": ref_split,
                     "sent_ids": [sentence["sent_id"] for sentence in sentences],
                     "sentences": sentences,
                 }
             )
-            entries = train if split == "train" else test
-            entries += [{"image": scene["image"], "text": text, "ref_id": ref_id} for text in texts]
     detections = {
         str(image_id): detect(rng, scene)
         for image_id, (split, _, scene, rng) in enumerate(each_scene(scenes, seed, "detections"))
         if split != "train"
     }
-    instances = {
-        "images": images,
-        "annotations": boxes,
-        "categories": [{"id": i, "name": shape} for shape, i in categories.items()],
-    }
+    categories = [{"id": i, "name": shape} for shape, i in CATEGORIES.items()]
+    instances = {"images": images, "annotations": boxes, "categories": categories}
     return train, test, refs, instances, detections
