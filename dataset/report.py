@@ -1,7 +1,6 @@
 """Reports on annotation files: problems, repeated entries, lengths of texts, sizes of images."""
 
 import contextlib
-import io
 import itertools
 import os
 import sys
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from configs.config import Config
@@ -25,7 +23,7 @@ from dataset.cache import locate
 from dataset.caption import Pair
 from dataset.entries import Entry, digest, read_entries, where
 from dataset.grounding import Expression
-from dataset.images import FORMATS, ImageError, absolute, decode_image, read_image
+from dataset.images import ImageError, absolute, decode_image, read_image
 from dataset.loading import check_length
 from dataset.pool import begin_worker
 from dataset.shards import Shards, expand, image_and_captions, read_sample
@@ -61,7 +59,7 @@ def decode_all(jobs: tuple[str, list[tuple]]) -> list[dict[str, Any]]:
 
 def decode(index: int, path: str, *position: Any) -> dict[str, Any]:
     """Decode an image of a list, or the sample at a position of a shard, as a run does."""
-    seen = {"index": index, "path": path, "format": "other"}
+    seen = {"index": index, "path": path}
     try:
         if position:
             sample = read_sample(*position)
@@ -71,12 +69,6 @@ def decode(index: int, path: str, *position: Any) -> dict[str, Any]:
         else:
             data = read_image(path)
         seen["side"] = min(decode_image(data, path).shape[1:])
-        # the pixels are readable, but the other data of the file may be damaged
-        with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-            animated = getattr(image, "is_animated", False)
-            seen |= {"exif_rotated": rotated, "animated": animated}
-            seen["format"] = f"{image.format} {image.mode}"
     except InputError as error:
         seen["error"] = error
     except ImageError as error:
@@ -135,9 +127,11 @@ class Check:
             before, form, shards = len(self.problems), find_form(self.task, split), []
             for path in getattr(self.config, key) or ():
                 with self.noting(path):
-                    if form is Pair and (paths := expand([path])[1]):
-                        shards += [shard for shard in paths if self._is_readable(shard)]
-                    else:
+                    found = expand([path])[1] if form is Pair else []
+                    for shard in found:
+                        with self.noting(shard):
+                            shards += Shards([shard], 1).paths
+                    if not found:
                         reports.append(FileReport(self, key, path, form).read())
             if shards:
                 file = " ... ".join(dict.fromkeys((shards[0], shards[-1])))
@@ -147,12 +141,6 @@ class Check:
             if len(self.problems) == before + images and getattr(self.config, key):
                 self._construct([split for split in self.files if self.files[split] == key])
         return reports
-
-    def _is_readable(self, shard: str) -> bool:
-        """Return whether a shard can be read. If not, it is a problem."""
-        with self.noting(shard):
-            return bool(Shards([shard], 1))
-        return False
 
     def _construct(self, splits: list[str]) -> None:
         """Build data sets as a script does, which finds problems of whole lists."""
@@ -178,7 +166,8 @@ class FileReport:
         self.report = {"key": key, "file": file, "form": form.__name__ if form else "Box"}
         self.counts = defaultdict(Counter)
         self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
-        self.words, self.pieces, self.all_words = array("L"), array("L"), 0  # of each text
+        self.words, self.pieces = array("L"), array("L")  # of each text
+        self.all_words = self.small = 0
 
     def read(self) -> dict[str, Any]:
         """Read a list or a file of boxes, and its images."""
@@ -294,10 +283,7 @@ class FileReport:
             return
         side = seen["side"]
         self.counts["shorter_side"][BINS[int(np.searchsorted(SIDES, side, "right")) - 1]] += 1
-        self.counts["formats"][seen["format"]] += 1
-        traits = {key: seen[key] for key in ("exif_rotated", "animated") if key in seen}
-        small = side < (self.check.config.image_res or 0)
-        self.counts["traits"].update(smaller_than_image_res=small, **traits)
+        self.small += side < (self.check.config.image_res or 0)
 
     def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
         """Complete the report.
@@ -319,7 +305,12 @@ class FileReport:
             "first_duplicates": [f"{name(i)} as {name(j)}" for i, j in pairs],
             "texts": len(self.words),
         }
-        config, form, training = self.check.config, self.form, self.report["key"] == "train_file"
+        self._report_texts()
+        self._report_images(images)
+        return self.report
+
+    def _report_texts(self) -> None:
+        config, form = self.check.config, self.form
         if self.words:
             limit = config.max_words or form.max_words
             self.report["words"] = _describe_lengths(self.words, limit)
@@ -327,7 +318,22 @@ class FileReport:
             most = self.check.tokenizer.model_max_length
             limit = min(config.max_tokens or form.max_tokens or most, most)
             self.report["word_pieces"] = _describe_lengths(self.pieces, limit)
-            self._report_unknown_words()
+            unknown = self.counts["unknown"]
+            share = unknown.total() / max(1, self.all_words)
+            self.report["unknown_words"] = {
+                "count": unknown.total(),
+                "share_of_words": share,
+                "share_of_word_pieces": unknown.total() / sum(self.pieces),
+                "most_frequent": dict(unknown.most_common(UNKNOWN_SHOWN)),
+            }
+            if share > 0.5:
+                self._note(
+                    f"the vocabulary lacks {share:.1%} of the words; python -m tools.vocabulary"
+                    " makes one from captions"
+                )
+
+    def _report_images(self, images: Sequence) -> None:
+        training = self.report["key"] == "train_file"
         trained = self.check.trained_images
         looked_at = self.counts["shorter_side"].total() + self.counts["unusable"].total()
         self.report |= {
@@ -337,30 +343,13 @@ class FileReport:
             "unusable": dict(self.counts["unusable"].most_common()),
             "images_also_trained_on": 0 if training else len(trained.intersection(images)),
             "shorter_side": {bin_: self.counts["shorter_side"][bin_] for bin_ in BINS},
-            "formats": dict(self.counts["formats"].most_common()),
-            **self.counts["traits"],
+            "smaller_than_image_res": self.small,
         }
         if training:
             trained.update(images)
             share = self.counts["unusable"].total() / max(1, looked_at)
-            if share > config.max_skipped:
+            if share > self.check.config.max_skipped:
                 self._note(f"{share:.1%} of the images cannot be used, more than max_skipped")
-        return self.report
-
-    def _report_unknown_words(self) -> None:
-        unknown = self.counts["unknown"]
-        share = unknown.total() / max(1, self.all_words)
-        self.report["unknown_words"] = {
-            "count": unknown.total(),
-            "share_of_words": share,
-            "share_of_word_pieces": unknown.total() / sum(self.pieces),
-            "most_frequent": dict(unknown.most_common(UNKNOWN_SHOWN)),
-        }
-        if share > 0.5:
-            self._note(
-                f"the vocabulary lacks {share:.1%} of the words; python -m tools.vocabulary makes"
-                " one from captions"
-            )
 
     def _note(self, text: str) -> None:
         self.check.notes.append(f"{self.report['key']} {self.path}: {text}")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import exit_status
-from PIL import ExifTags, Image
+from PIL import Image
 from ruamel.yaml import YAML
 from test_shards import write_tar
 
@@ -112,7 +112,7 @@ def test_good_data_of_every_task(run, shapes, task):
         entries = json.loads(open(of["file"]).read())
         images = {image for entry in entries for image in entry.get("images", [entry.get("image")])}
         assert of["entries"] == len(entries) and of["images"] == of["looked_at"] == len(images)
-        assert of["unusable"] == of["wrong"] == {} and of["formats"] == {"JPEG RGB": len(images)}
+        assert of["unusable"] == of["wrong"] == {}
         assert of["shorter_side"]["<64"] == len(images) and of["smaller_than_image_res"] == 0
         assert of["unknown_words"]["count"] == of["words"]["cut"] == 0
         limits = TASKS[task][3 if of["key"] == "train_file" else 4]
@@ -376,18 +376,16 @@ def test_a_vocabulary_of_other_words_is_noted(run, write, caption, noted):
     assert status == 0 and len(report["notes"]) == noted and ("tools.vocabulary" in out) == noted
 
 
-def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shapes):
+def test_images_are_counted_by_size_and_fault(run, write, tmp_path, shapes):
     picture = Image.open(shapes / GOOD)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.save(tmp_path / "plain.jpg")
     picture.save(tmp_path / "animated.gif", save_all=True, append_images=[picture.rotate(90)])
     picture.resize((16, 300)).convert("CMYK").save(tmp_path / "thin.jpg")
     picture.resize((300, 200)).save(tmp_path / "large.png")
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "empty.jpg").write_bytes(b"")
     names = [
-        "turned.jpg",
+        "plain.jpg",
         "animated.gif",
         "thin.jpg",
         "large.png",
@@ -402,9 +400,8 @@ def test_images_are_counted_by_size_format_and_fault(run, write, tmp_path, shape
     of = report["files"][0]
     assert status == 1 and of["images"] == of["looked_at"] == 7
     assert of["unusable"] == {"not an image": 1, "empty file": 1, "unreadable": 1}
-    assert of["formats"] == {"JPEG RGB": 1, "GIF P": 1, "JPEG CMYK": 1, "PNG RGB": 1}
     assert [of["shorter_side"][name] for name in ("<64", "64-127", "128-255")] == [3, 0, 1]
-    assert (of["smaller_than_image_res"], of["exif_rotated"], of["animated"]) == (1, 1, 1)
+    assert of["smaller_than_image_res"] == 1
     assert [entry for entry, _ in problems_of(report)] == [
         4,
         5,
