@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import RandomResizedCrop
 
-from configs.config import Config
 from configs.cli import task_parser
+from configs.config import Config
 from configs.tasks import TASKS
 from engine.launch import run_script
 from engine.run import run_task

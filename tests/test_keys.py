@@ -123,7 +123,7 @@ def script(tiny_config, shapes, tmp_path, monkeypatch, capsys, caplog):
         used = {
             key: value
             for key, value in (tiny_config | paths).items()
-            if key not in unread_keys(task, tiny_config | paths)
+            if key not in unread_keys(task, as_config(tiny_config | paths))
         }
         config = {**used, "scheduler": {"epochs": 1, "warmup_epochs": 0}, **keys}
         argv = [f"{name}.py", *command_line(config, tmp_path / "out", tmp_path), *flags]
@@ -223,7 +223,11 @@ def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_pa
 def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
     config = {**tiny_config, "val_file": ["val.json"], "answer_list": "a.json"}
     config = as_config(
-        {key: value for key, value in config.items() if key not in unread_keys(task, config)}
+        {
+            key: value
+            for key, value in config.items()
+            if key not in unread_keys(task, as_config(config))
+        }
     )
     (line,) = notes(task, override(config, flags, "config"), flags, False)
     assert f"{named}:" in line
