@@ -44,11 +44,9 @@ mutants: .venv/installed-dev  ## put mistakes into the code and run its tests: t
 
 benchmarks: .venv/installed  ## print the tables of time and memory
 	$(BIN)/python benchmarks/dataloader.py --workers 0 1 2
-	$(BIN)/python benchmarks/annotations.py
 	$(BIN)/python benchmarks/pretrain_step.py
 	$(BIN)/python benchmarks/retrieval_eval.py
 	$(BIN)/python benchmarks/vqa_ranking.py
-	$(BIN)/python benchmarks/saving.py
 
 gpu: .venv/installed  ## check and measure this machine's GPUs
 	$(BIN)/python tests/gpu/report.py

@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # for tests/helpers
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from configs.load import load_config
 from utils import Text
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # how OpenMP threads wait; scripts use passive
 POLICY = os.environ.get("OMP_WAIT_POLICY", "default")

@@ -1,17 +1,15 @@
-"""Images/s of the pre-training transform on one core, and of the loader on image files and on
-shards.
+"""Measure images per second of the pre-training transform on one core, and of the loader.
 
-    python benchmarks/dataloader.py                   # decode, pre-training transform,
-    normalization python benchmarks/dataloader.py --workers 0 1 2   # also the loader with these
-    numbers of data workers
+    python benchmarks/dataloader.py                     # the transform
+    python benchmarks/dataloader.py --workers 0 1 2     # also the loader with so many data workers
 
 The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The
-second reads the same pairs as a JSON list with image files in folders of 1,000, and as shards made
-of them: a row is whole epochs of Pretrain.py's batches, from the start of the workers on, but
-without normalization, which is the GPU's. What is compared takes turns. CPU times, which on a
-shared machine are steadier than the clock, are of all processes together. With a cold page cache
-the kernel gave up the pages of the files before every epoch (posix_fadvise), not the directories,
-nor what the disk, or the host of a virtual one, caches.
+second table compares a JSON list with image files in folders of 1,000 and shards made of the same
+pairs. A row is whole epochs of Pretrain.py's batches, the start of the workers included and
+normalization, which runs on the GPU, excluded. Compared rows take turns. CPU times are of all
+processes together, and steadier than the clock on a shared machine. For a cold page cache the
+kernel drops the pages of the files before every epoch (posix_fadvise). Directories and the cache of
+the disk, or of the host of a virtual one, stay.
 """
 
 import argparse
@@ -52,8 +50,9 @@ STAGES = ("decode", "crop, resize, flip", "RandAugment", "normalize")
 
 
 def pillow_affine(matrix):
-    """out(x, y) = image(matrix @ (x, y, 1)) in pixel indices (Pillow's own are half a pixel off)."""
+    """Return the warp out(x, y) = image(matrix @ (x, y, 1)) in indices of pixels."""
     (a, b, c), (d, e, f) = matrix
+    # Pillow counts from corners of pixels, which are half a pixel off
     coefficients = (a, b, c + (1 - a - b) / 2, d, e, f + (1 - d - e) / 2)
     gray = (fast.FILL,) * 3
     return lambda image: image.transform(
@@ -140,7 +139,7 @@ def measure_transform(paths, rounds):
         [[], []],
     )
     for seed in range(rounds + 1):
-        for stages, rows in zip(chains, timings):
+        for stages, rows in zip(chains, timings, strict=True):
             rows.append([0.0] * len(STAGES))
             for i, value in enumerate(paths):
                 torch.manual_seed(seed * len(paths) + i)
@@ -149,22 +148,22 @@ def measure_transform(paths, rounds):
                     value = stage(value)
                     rows[-1][number] += (time.process_time() - start) / len(paths) * 1e3
     # the first round warmed up
-    return [list(map(statistics.median, zip(*rows[1:]))) for rows in timings]
+    return [list(map(statistics.median, zip(*rows[1:], strict=True))) for rows in timings]
 
 
 def print_transform(paths, rounds):
     size = statistics.mean(path.stat().st_size for path in paths) / 1000
     print(
-        f"{len(paths)} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {IMAGE_RES} px, min_scale {MIN_SCALE}, one "
-        f"core, median of {rounds} rounds\n"
+        f"{len(paths)} JPEG files of {WIDTH}x{HEIGHT}, {size:.0f} kB on average; {IMAGE_RES} px, "
+        f"min_scale {MIN_SCALE}, one core, median of {rounds} rounds\n"
     )
     rows = measure_transform(paths, rounds)
     print(f"{'milliseconds per image':<24}{'obvious':>10}{'this code':>11}{'ratio':>8}")
-    for stage, obvious, ours in zip([*STAGES, "total"], *([*row, sum(row)] for row in rows)):
+    columns = ([*row, sum(row)] for row in rows)
+    for stage, obvious, ours in zip([*STAGES, "total"], *columns, strict=True):
         print(f"{stage:<24}{obvious:>10.3f}{ours:>11.3f}{obvious / ours:>8.2f}")
-    print(
-        f"{'images/s':<24}{1e3 / sum(rows[0]):>10.0f}{1e3 / sum(rows[1]):>11.0f}{sum(rows[0]) / sum(rows[1]):>8.2f}"
-    )
+    obvious, ours = (1e3 / sum(row) for row in rows)
+    print(f"{'images/s':<24}{obvious:>10.0f}{ours:>11.0f}{ours / obvious:>8.2f}")
 
 
 def write_pairs(folder, photos):
@@ -173,7 +172,8 @@ def write_pairs(folder, photos):
     """
     draw, pairs = random.Random(0), []
     words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 9))) for _ in range(1000)]
-    for i, photo in zip(range(PAIRS), itertools.cycle([path.read_bytes() for path in photos])):
+    contents = itertools.cycle([path.read_bytes() for path in photos])
+    for i, photo in zip(range(PAIRS), contents, strict=False):
         image = folder / f"images/{i // FOLDER:05d}/{i:09d}.jpg"
         image.parent.mkdir(parents=True, exist_ok=True)
         image.write_bytes(photo)
@@ -249,16 +249,15 @@ def print_loaders(folder, photos, workers):
         count = sum(len(batch.files) for batch in batches)
         seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
         timings.setdefault((cache, number), {}).setdefault(source, []).append(seconds)
-    print(
-        f"\n{PAIRS} pairs, {FOLDER} a folder or shard, batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds"
-    )
+    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard", end=", ")
+    print(f"batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds")
     print(
         f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"
         f"{'CPU ms/image: files':>22}{'shards':>8}{'ratio':>7}"
     )
     for (cache, number), rows in timings.items():
         (files, files_cpu), (shards, shards_cpu) = (
-            map(statistics.median, zip(*rows[source])) for source in train_files
+            map(statistics.median, zip(*rows[source], strict=True)) for source in train_files
         )
         print(
             f"{cache:<12}{number:<9}{1 / files:>15.0f}{1 / shards:>8.0f}{files / shards:>7.2f}"

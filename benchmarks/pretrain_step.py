@@ -1,10 +1,10 @@
-"""Time, memory and efficiency of one pre-training step of the full-size model, fast path against
-plain path.
+"""Measure time and memory of a full-size pre-training step, fast path against plain path.
 
-ViT-B/16 at 256 px, BERT-base with a vocabulary of 30,522, queue 65,536, texts of 12 to 25 tokens; a
-step is everything the training loop does: masking, momentum, losses, gradients, AdamW. The plain
-path is benchmarks/plain.py. Every row runs in a process of its own, so that peak memory is its own,
-and measures the machine's matrix-product peak before and after.
+The model is ViT-B/16 at 256 px and BERT-base with a vocabulary of 30,522. The queue has 65,536
+entries, the texts have 12 to 25 tokens. A step has all parts of a step of the training loop:
+masking, momentum, losses, gradients and AdamW. The plain path is tests/helpers/plain.py. Every row
+runs in a process of its own, so that peak memory is its own. The peak of the machine's matrix
+products is measured before and after a row.
 
     python benchmarks/pretrain_step.py [--batch_size 8] [--steps 3]
 """
@@ -18,7 +18,7 @@ import sys
 
 import torch
 from bench import DEVICE, MACHINE, full_size_config, random_text, seconds, seconds_in_a_row
-from plain import pretrain_losses, unfuse
+from helpers.plain import pretrain_losses, unfuse
 from torch.utils.flop_counter import FlopCounterMode
 
 from dataset.caption import CaptionBatch
@@ -120,7 +120,8 @@ def main():
         return
     print(f"pre-training step, batch {args.batch_size}, {MACHINE}; {args.steps} steps")
     print(
-        f"{'path':16}{'precision':>10}{'s/step':>9}{'samples/s':>11}{'GB':>7}{'TFLOP':>8}{'peak TFLOP/s':>14}{'of peak':>9}"
+        f"{'path':16}{'precision':>10}{'s/step':>9}{'samples/s':>11}{'GB':>7}{'TFLOP':>8}"
+        f"{'peak TFLOP/s':>14}{'of peak':>9}"
         f"{'vs plain':>10}{'vs plain fp32':>15}"
     )
     plain_seconds = {}
@@ -135,7 +136,8 @@ def main():
             print(
                 f"{path + ' ' + mode:16}{precision:>10}{time:9.3f}{args.batch_size / time:11.2f}"
                 f"{row['memory'] / 1e9:7.1f}{row['flops'] / 1e12:8.2f}{row['peak'] / 1e12:14.3f}"
-                f"{row['flops'] / time / row['peak']:9.1%}{time / base:10.2f}{time / plain_seconds['fp32']:15.2f}",
+                f"{row['flops'] / time / row['peak']:9.1%}{time / base:10.2f}"
+                f"{time / plain_seconds['fp32']:15.2f}",
                 flush=True,
             )
 

@@ -1,7 +1,7 @@
 """Scores per second of re-ranking with the full-size model at 384 px, fast and plain path.
 
 A score is one (query, candidate) pair of one direction. The fast path is
-ContrastiveModel.rerank. The plain path (benchmarks/plain.py) takes
+ContrastiveModel.rerank. The plain path (tests/helpers/plain.py) takes
 query by query, computes each image's keys and values anew for every candidate and pads every text
 to 30 tokens, as the released evaluation does; it is timed on part of the queries. Texts have 7 to
 17 tokens, 12 on average. Both paths run in one process, one after the other.
@@ -11,9 +11,9 @@ to 30 tokens, as the released evaluation does; it is timed on part of the querie
 
 import argparse
 
-import plain
 import torch
 from bench import DEVICE, MACHINE, full_size_config, random_text, seconds
+from helpers import plain
 
 from dataset.text import MAX_TOKENS
 from models import build_model

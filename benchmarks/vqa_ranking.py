@@ -1,6 +1,6 @@
 """Seconds per question of ranking VQA answers with the full-size model, fast and plain path.
 
-The fast path is VQA.rank_answers. The plain path (benchmarks/plain.py) decodes every candidate
+The fast path is VQA.rank_answers. The plain path (tests/helpers/plain.py) decodes every candidate
 whole, padded to the longest answer of the list, with its own copy of the question's states, as the
 released code does. Both encode the questions with their images first, which is timed apart. The
 answers are random, with 1 to 4 word pieces as VQA's list has. Both paths run in one process, one
@@ -11,9 +11,9 @@ after the other.
 
 import argparse
 
-import plain
 import torch
 from bench import DEVICE, MACHINE, full_size_config, random_text, seconds
+from helpers import plain
 
 from models import build_model
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close, assert_released_step
+from helpers.plain import pretrain_losses, unfuse
 
-from benchmarks.plain import pretrain_losses, unfuse
 from models import build_model
 from models.bert import TextRows
 from utils import Text

@@ -5,8 +5,8 @@ plain form.
 import pytest
 import torch
 from conftest import assert_close, assert_released_step
+from helpers import plain
 
-from benchmarks import plain
 from utils import Text
 
 
