@@ -70,7 +70,7 @@ def measure(path, precision, mode, batch_size, steps):
     )
     torch.manual_seed(0)
     model = build_model("pretrain", config).to(DEVICE).train()
-    batch = make_batch(batch_size, config["image_res"])
+    batch = make_batch(batch_size, config.image_res)
     if path == "plain":
         unfuse(model)
         model.forward = functools.partial(plain_step, model)

@@ -97,39 +97,6 @@ class Section(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
         """Return the values as dicts, lists and scalars."""
         return _plain(self)
 
-    # mapping interface, until all callers read attributes
-    def keys(self) -> tuple[str, ...]:
-        """Return the names of the fields."""
-        return self.__struct_fields__
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.__struct_fields__)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.__struct_fields__
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.__struct_fields__:
-            raise KeyError(key)
-        value = getattr(self, key)
-        return list(value) if isinstance(value, tuple) else value
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        changed = type(self).__name__ == "Config"
-        new = getattr(as_config({**self.to_dict(), key: value}), key) if changed else value
-        msgspec.structs.force_setattr(self, key, new)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a field, or the default if there is no such field."""
-        return self[key] if key in self else default
-
-    def items(self) -> list[tuple[str, Any]]:
-        """Return pairs of name and value."""
-        return [(key, self[key]) for key in self]
-
-    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
-        return {**self, **other}
-
 
 class BertConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Text and multimodal encoder: Hugging Face's keys of BERT and two keys of ALBEF."""

@@ -100,7 +100,7 @@ def beside(path: str | Path, name: Any) -> Any:
 def require(config: Config, *keys: str) -> None:
     """Raise InputError if the configuration lacks a key that the task needs."""
     for key in keys:
-        if config[key] is None:
+        if getattr(config, key) is None:
             raise InputError(
                 f"the configuration lacks the key {key}: add it to the file or pass --set {key}=..."
             )

@@ -1,6 +1,5 @@
 """Construction of the data set of a task and split."""
 
-
 from configs.config import Config, as_config
 from configs.load import require
 from configs.tasks import Task, find, find_task

@@ -39,7 +39,7 @@ from inference.inputs import (
 from models import build_model
 from models.contrastive import feature_similarity, matched
 from models.gradcam import text_gradcam
-from models.tokenizer import tokenizer_of
+from models.tokenizer import load_tokenizer
 from models.weights import (
     find_checkpoint,
     load_checkpoint,
@@ -185,7 +185,7 @@ class Inference:
         config = as_config(config)
         require(config, "bert_config", "image_res")
         self.task, self.source, self.device = task, source, device
-        self.tokenizer = tokenizer_of(config)
+        self.tokenizer, config = load_tokenizer(config)
         self.model = build_model(task, config, self.tokenizer)
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
         self.model.to(device).eval()

@@ -332,10 +332,3 @@ def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Confi
     tokenizer.model_max_length = most  # unless the task has a smaller limit
     bert = msgspec.structs.replace(bert, vocab_size=size)
     return tokenizer, msgspec.structs.replace(config, bert_config=bert)
-
-
-def tokenizer_of(config: Config | Mapping[str, Any]) -> Tokenizer:
-    """Load a tokenizer and write its size into config, until all callers use load_tokenizer."""
-    tokenizer, completed = load_tokenizer(config)
-    config["bert_config"] = completed.bert_config.to_dict()
-    return tokenizer

@@ -29,7 +29,7 @@ from evaluation.attributes import (
     score_boxes,
 )
 from models import build_model
-from models.tokenizer import tokenizer_of
+from models.tokenizer import load_tokenizer
 from tools import visualize
 
 GOLDEN = json.loads((ROOT / "tests/golden/attributes.json").read_text())
@@ -255,7 +255,7 @@ def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(
 
 def test_every_flag_reaches_the_scores(config, monkeypatch):
     torch.manual_seed(0)
-    model, tokenizer = build_model("attributes", config).eval(), tokenizer_of(config)
+    model, tokenizer = build_model("attributes", config).eval(), load_tokenizer(config)[0]
     dataset, seen = build_dataset("attributes", "test", config), []
     text = tokenizer(["the red circle"], return_tensors="pt")
     monkeypatch.setattr(
@@ -277,7 +277,7 @@ def test_scores_labels_and_boxes_belong_together(config, monkeypatch):
     """A model whose image feature is near the prompts of exactly the box's attributes has a
     precision of 100.
     """
-    model, tokenizer = build_model("attributes", config), tokenizer_of(config)
+    model, tokenizer = build_model("attributes", config), load_tokenizer(config)[0]
     dataset = build_dataset("attributes", "test", config)
     counts = torch.tensor([len(prompts_of(attribute)) for attribute in dataset.attributes])
     seen = iter(

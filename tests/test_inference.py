@@ -31,7 +31,7 @@ from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
 from models import build_model
 from models.contrastive import NO_CANDIDATE, feature_similarity
-from models.tokenizer import tokenizer_of
+from models.tokenizer import load_tokenizer
 from utils import seed_everything
 from visualize.explain import explain_class, split_words
 
@@ -48,7 +48,7 @@ def files(shapes, tmp_path_factory):
     )
     for number, task in enumerate(TASKS):
         seed_everything(number)
-        model = build_model(task, config, tokenizer_of(config))
+        model = build_model(task, config, load_tokenizer(config)[0])
         # at its usual scale everything would look alike to a random model
         for parameter in model.parameters():
             parameter.data.mul_(2.5)

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import problems, ROOT
+from conftest import ROOT, problems
 from helpers.training import broken_copy, command_line, torchrun
 from PIL import Image
 from torch.utils.data import Dataset

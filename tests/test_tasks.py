@@ -496,7 +496,7 @@ def test_vqa_results_are_what_the_official_server_takes(program, shapes, tmp_pat
 
 
 def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
-    from models.tokenizer import tokenizer_of
+    from models.tokenizer import load_tokenizer
 
     image = {
         "image": "images/train/000000.jpg",
@@ -513,7 +513,7 @@ def test_weights_of_answers_are_their_shares(tiny_config, shapes, tmp_path):
         "vg_root": str(shapes),
     }
     config = {**tiny_config, **keys}
-    dataset, tokenizer = build_dataset("vqa", "train", config), tokenizer_of(config)
+    dataset, tokenizer = build_dataset("vqa", "train", config), load_tokenizer(config)[0]
     batch = dataset.collate([dataset[0], dataset[1]], tokenizer)
     assert batch.n.tolist() == [2, 1] and batch.weights.tolist() == pytest.approx([0.7, 0.3, 0.5])
     assert [tokenizer.decode(ids) for ids in batch.answer[0]] == [

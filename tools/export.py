@@ -178,7 +178,7 @@ def export_folder(args: argparse.Namespace) -> str:
     from configs.tasks import detect_task
     from engine.configuration import choose_config, task_of_checkpoint
     from engine.output_dir import make_output_dir
-    from models.tokenizer import VOCABULARY, tokenizer_of
+    from models.tokenizer import VOCABULARY, load_tokenizer
     from models.weights import find_checkpoint, write_weights
     from utils import atomic_write
 
@@ -197,7 +197,7 @@ def export_folder(args: argparse.Namespace) -> str:
         metrics=read_metrics(find_checkpoint(args.checkpoint).with_name("log.txt"), epoch),
     )
     files = {
-        VOCABULARY: tokenizer_of(config).backend_tokenizer.to_str(),
+        VOCABULARY: load_tokenizer(config)[0].backend_tokenizer.to_str(),
         "config.json": json.dumps(published_config(config), indent=2, ensure_ascii=False),
         "README.md": card,
     }
