@@ -75,7 +75,7 @@ def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(page, models, photos,
         assert f"{model.similarity(image, TEXT):.2f}" in answer.note
     elif task == "vqa":
         answer = page.show_answers(model, image, TEXT)
-        expected = dict(model.answer(image, TEXT, model.config["answer_list"]))
+        expected = dict(model.answer(image, TEXT, model.config.answer_list))
     elif task == "ve":
         answer, expected = page.show_entailment(model, image, TEXT), model.entails(image, TEXT)
     else:
@@ -398,7 +398,7 @@ def address(page, models, index, shapes, port):
     for task, model in chosen.items():
         name = "test" if model.can("rank") else f"{task}_test"
         paths = {"test_file": [str(shapes / f"{name}.json")], "vqa_root": str(shapes)}
-        data[task] = build_dataset(task, "test", {**model.config, **paths})
+        data[task] = build_dataset(task, "test", {**model.config.to_dict(), **paths})
     blocks = page.build_page(chosen, data, read_index(index), "retrieval")
     page.launch(blocks, "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}/"

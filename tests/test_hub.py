@@ -362,7 +362,7 @@ def test_the_configuration_of_a_repository_opens_nothing_else(
         repository["main"] = commit
         fetch.cache_clear()
         if config.startswith(b'{"'):
-            assert commit in load_model("lab/a", "cpu").config["tokenizer"]
+            assert commit in load_model("lab/a", "cpu").config.tokenizer
         else:
             assert "config.json" in refusal(load_model, "lab/a")
 

@@ -231,7 +231,7 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
         "answer_list": str(shapes / "answer_list.json") if listed else None,
         "batch_size_test": 7,
     }
-    config = as_config({**model.config, **paths})
+    config = as_config({**model.config.to_dict(), **paths})
     dataset = build_dataset("vqa", "test", config)
     expected = answer_all(model.model, dataset, model.tokenizer, config, CPU)
     images = [dataset.files(i)[0] for i in range(len(dataset))][::-1]
@@ -259,7 +259,7 @@ def test_answers_are_those_of_vqa(models, shapes, listed, batch_size):
 def test_classes_are_those_of_the_evaluation(models, shapes, task, method, batch_size):
     model = models[task]
     dataset = build_dataset(
-        task, "test", {**model.config, "test_file": [str(shapes / f"{task}_test.json")]}
+        task, "test", {**model.config.to_dict(), "test_file": [str(shapes / f"{task}_test.json")]}
     )
     samples = list(dataset)
     batch = dataset.collate(samples, model.tokenizer)
@@ -287,8 +287,8 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
         "batch_size_test": 1,
         "det_file": str(shapes / "refcoco+/dets.json"),
     }
-    dataset = build_dataset("grounding", "test", {**model.config, **paths})
-    config = as_config({**model.config, **paths})
+    dataset = build_dataset("grounding", "test", {**model.config.to_dict(), **paths})
+    config = as_config({**model.config.to_dict(), **paths})
     maps = heat_maps(model.model, dataset, model.tokenizer, config, CPU, mode=mode)
     images = [dataset.files(i)[0] for i in range(len(dataset))]
     texts = [dataset.entry(i).text for i in range(len(dataset))]
@@ -464,7 +464,7 @@ def test_sources_and_precision(files, models, photos, tmp_path):
     )
     model = load_model(run, device="cpu", precision="bf16")
     assert (
-        model.model.temp != 0.4 and not model.model.training and model.config["precision"] == "bf16"
+        model.model.temp != 0.4 and not model.model.training and model.config.precision == "bf16"
     )
     half, full = model.embed_images(photos), models["retrieval"].embed_images(photos)
     assert (

@@ -68,7 +68,7 @@ def pretrain_losses(model, image, text, alpha, masked):
     batch, mask, temp = image.shape[0], text.attention_mask, model.temp
     with torch.no_grad():
         temp.clamp_(0.001, 0.5)
-        update_momentum_(model, model.config["momentum"])
+        update_momentum_(model, model.config.momentum)
         image_embeds_m = model.visual_encoder_m.forward_features(image)
         image_feat_m = feature(model.vision_proj_m, image_embeds_m)
         text_feat_m = feature(model.text_proj_m, encode_text(model.bert_m, text.input_ids, mask))
