@@ -140,6 +140,7 @@ def read_entries(
     """
     data = _read_list(path)
     try:
+        data.decode()  # msgspec accepts other bytes in fields that it skips
         entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=list[form])
         for entry in entries:
             entry.check()

@@ -568,6 +568,8 @@ def test_files_that_cannot_be_read_are_refused_by_name(tmp_path):
     latin = tmp_path / "latin.json"
     latin.write_bytes('[{"image": "caf\xe9.jpg", "caption": "a"}]'.encode("latin-1"))
     assert f"{latin}: this annotation file is not UTF-8" in refusal(load, latin)
+    latin.write_bytes(b'[{"image": "a.jpg", "caption": "a", "unread": "caf\xe9"}]')
+    assert f"{latin}: this annotation file is not UTF-8" in refusal(load, latin)
     assert "train_file" in refusal(load)
 
 
