@@ -1,0 +1,42 @@
+"""Slow libraries are imported when they are used: --help does not wait for torch."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))
+    if "run_script(main)" in path.read_text()
+)
+USED_LATER = {"transformers", "tensorboard", "matplotlib", "gradio", "sklearn", "scipy", "pandas"}
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print(*sys.modules)
+"""
+
+
+def imported(program, *arguments):
+    """The names of the modules that a program has imported at its end."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_model_is_loaded_without_libraries_of_training_and_drawing():
+    modules = imported("import sys; from inference import load_model; print(*sys.modules)")
+    assert "torch" in modules
+    assert not modules & USED_LATER
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_printed_before_slow_libraries_are_imported(command):
+    modules = imported(HELP, command)
+    assert "configs.cli" in modules
+    assert not modules & {*USED_LATER, "torch", "timm", "numpy", "PIL", "huggingface_hub"}
