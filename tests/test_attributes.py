@@ -215,7 +215,7 @@ def test_a_checkpoint_without_projections_is_refused(call, config, tmp_path):
     status, text = call(tmp_path / "vqa.pth")
     assert (
         status == 2
-        and "has no vision_proj" in text
+        and "_proj, which this task evaluates with" in text
         and "of pre-training, retrieval or grounding" in text
     )
 
