@@ -249,7 +249,8 @@ def detect_task(state: Mapping[str, Any]) -> str:
     for task in TASKS.values():
         if task.detect and task.detect(state):
             return task.name
+    heads = dict.fromkeys(task.head for task in TASKS.values() if task.head)
     raise InputError(
-        "the checkpoint is of none of the tasks: it has neither text_decoder, ta_head, cls_head nor"
-        " itm_head"
+        "the checkpoint is of none of the tasks: it has neither text_decoder nor one of"
+        f" {', '.join(heads)}"
     )

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from configs.config import FILE_KEYS, Config
+from configs.tasks import TASKS
 from models.conversions import (
     bert_names,
     can_interpolate,
@@ -38,10 +39,10 @@ if TYPE_CHECKING:
 
 # used together only; the last one is of fine-tuning
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
-HEADS = ("cls_head", "ta_head")  # of tasks; pre-training has none
-# modules that an evaluation needs, and the checkpoints that have them
+FINE_TUNED = "fine-tuned for this task"
+# modules that an evaluation needs beside the head, and the checkpoints that have them
 NEEDED = {
-    **dict.fromkeys((*HEADS, "text_decoder"), "fine-tuned for this task"),
+    "text_decoder": FINE_TUNED,
     **dict.fromkeys(("vision_proj", "text_proj"), "of pre-training, retrieval or grounding"),
 }
 SUFFIXES = (".pth", ".bin", ".safetensors")
@@ -80,10 +81,12 @@ def load_checkpoint(
     check_vocabulary(model, content, path)
     weights, names = named_tensors(content, path), model.state_dict()
     modules, in_file = ({name.split(".")[0] for name in state} for state in (names, weights))
-    for module in modules & NEEDED.keys() - in_file if complete else ():
+    heads = fine_tuned_heads()
+    needed = dict.fromkeys(heads, FINE_TUNED) | NEEDED
+    for module in modules & needed.keys() - in_file if complete else ():
         raise InputError(
             f"{path} has no {module}, which this task evaluates with: name a checkpoint"
-            f" {NEEDED[module]}"
+            f" {needed[module]}"
         )
     names = task_names(model, weights)
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
@@ -97,10 +100,15 @@ def load_checkpoint(
         weights,
         path,
         names=names,
-        may_be_new=lambda name: _module(name) in HEADS and _module(name) not in in_file,
+        may_be_new=lambda name: _module(name) in heads - in_file,
         must_fit=must_fit,
         allow_missing=allow_missing,
     )
+
+
+def fine_tuned_heads() -> set[str]:
+    """Return the heads of all tasks that pre-training lacks."""
+    return {task.head for task in TASKS.values()} - {"", TASKS["pretrain"].head}
 
 
 def check_vocabulary(model: "ALBEF", content: Mapping[str, Any], path: Path | str) -> None:
@@ -319,7 +327,7 @@ def _check_shapes(
         "the file is of another configuration (image_res, patch_size, vision_width, embed_dim,"
         " bert_config) or task"
     )
-    if all(_module(name) in HEADS for name in misfits):
+    if all(_module(name) in fine_tuned_heads() for name in misfits):
         hint = (
             "it is the head of another task: start from pre-trained weights, or name a checkpoint"
             " of this task"
