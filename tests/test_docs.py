@@ -79,7 +79,7 @@ def test_files_exist(page):
         }
     missing = {
         name
-        for name in named
+        for name in named - {"configs/Rating.yaml"}  # of a task that extend.md adds
         if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()
     }
     assert not missing
