@@ -140,7 +140,9 @@ def read_entries(
     """
     data = _read_list(path)
     try:
-        data.decode()  # msgspec accepts other bytes in fields that it skips
+        # msgspec accepts bytes that are not UTF-8 in fields that it skips
+        if not data.isascii():
+            data.decode()
         entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=list[form])
         for entry in entries:
             entry.check()
