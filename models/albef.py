@@ -63,7 +63,7 @@ class ALBEF(nn.Module):
         self.bert_config = read_bert_config(config.bert_config)
         if self.bert_config.vocab_size == "auto":
             raise InputError(
-                "bert_config: vocab_size is auto: let models.tokenizer.load_tokenizer(config) set it"
+                "bert_config: vocab_size is auto, models.tokenizer.load_tokenizer(config) sets it"
             )
         vision_width, encoder_width = config.vision_width, self.bert_config.encoder_width
         if encoder_width != vision_width:

@@ -42,7 +42,7 @@ def test_pretraining_config_is_the_papers_recipe():
         "embed_dim": 256,
         "vision_width": 768,
     }
-    assert {key: config[key] for key in expected} == expected
+    assert {key: getattr(config, key) for key in expected} == expected
     expected = {
         "opt": "adamW",
         "lr": 1e-4,
@@ -60,16 +60,16 @@ def test_pretraining_config_is_the_papers_recipe():
 
 
 def test_released_configs_are_the_released_ones():
-    assert load_config("configs/Grounding.yaml").to_dict()["test_file"] == [
+    assert load_config("configs/Grounding.yaml").test_file == (
         "data/refcoco+_val.json",
         "data/refcoco+_test.json",
-    ]
+    )
     assert load_config("configs/NLVR_pretrain.yaml").batch_size == 64
     all_images, four_million = (
-        load_config("configs/Pretrain.yaml").to_dict(),
-        load_config("configs/Pretrain_4M.yaml").to_dict(),
+        load_config("configs/Pretrain.yaml"),
+        load_config("configs/Pretrain_4M.yaml"),
     )
-    assert [key for key in all_images if all_images[key] != four_million[key]] == ["train_file"]
+    assert replace(all_images, train_file=four_million.train_file) == four_million != all_images
 
 
 def test_eps_and_betas_reach_the_optimizer(pretrain, tmp_path):
@@ -132,13 +132,10 @@ def test_released_spelling_and_overrides(tmp_path):
     path.write_text("train_file: a.json\nschedular: {epochs: 3}\nbatch_size_train: 8\n")
     config = load_config(
         path, ["scheduler.min_lr=1e-3", "objectives=[itc, itm]", "train_file=[b.json, c.json]"]
-    ).to_dict()
-    assert (
-        config["scheduler"]["epochs"] == 3
-        and config["scheduler"]["min_lr"] == 1e-3
-        and config["batch_size"] == 8
     )
-    assert config["objectives"] == ["itc", "itm"] and config["train_file"] == ["b.json", "c.json"]
+    assert config.scheduler.epochs == 3 and config.scheduler.min_lr == 1e-3
+    assert config.batch_size == 8 and config.objectives == ("itc", "itm")
+    assert config.train_file == ("b.json", "c.json")
     assert load_config(path, ["schedular.epochs=5"]).scheduler.epochs == 5
     # what it does not name stays
     assert load_config(path, ["scheduler={min_lr: 0.5}"]).scheduler.epochs == 3

@@ -89,7 +89,7 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
         "compile": False,
     }
     config = as_config({**tiny_config, **keys})
-    tokenizer, dataset = build_tokenizer(config["tokenizer"]), build_dataset(name, "train", config)
+    tokenizer, dataset = build_tokenizer(config.tokenizer), build_dataset(name, "train", config)
     batches = [
         dataset.collate([dataset[i] for i in part], tokenizer) for part in (range(4), range(4, 8))
     ]

@@ -93,14 +93,9 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
     }
     assert build_tokenizer(folder).get_vocab() == build_tokenizer(shapes / "vocab.txt").get_vocab()
     config = load_config(folder / "config.json")  # JSON is YAML
-    assert config["bert_config"]["vocab_size"] == len(
-        (shapes / "vocab.txt").read_text().splitlines()
-    )
-    assert (
-        config["bert_config"]["hidden_act"] == "gelu"
-        and config["tokenizer"] == str(folder / "tokenizer.json")
-        and config["image_res"] == 32
-    )
+    assert config.bert_config.vocab_size == len((shapes / "vocab.txt").read_text().splitlines())
+    assert config.bert_config.hidden_act == "gelu" and config.image_res == 32
+    assert config.tokenizer == str(folder / "tokenizer.json")
     card = (folder / "README.md").read_text()
     for words in (
         "task retrieval, epoch 1",

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 
+import msgspec
 import pytest
 import torch
 from conftest import ROOT, exit_status, refusal
@@ -335,14 +336,17 @@ def test_limits_of_texts_are_keys_of_every_task(long_data, name, default):
 
 def test_texts_of_which_max_words_leaves_nothing_cannot_be_used(long_data):
     config = long_data("vqa_test", max_words=1)
-    (path,) = config["test_file"]
+    (path,) = config.test_file
     entries = json.loads(open(path).read())
     # clean-up keeps leading blanks, each of which counts as a word
     entries[0]["question"] = "  where is the circle?"
     with open(path, "w") as file:
         json.dump(entries, file)
     assert "max_words" in refusal(build_dataset("vqa", "test", config).__getitem__, 0)
-    assert build_dataset("vqa", "test", {**config, "max_words": 3})[0][1].strip() == "where"
+    assert (
+        build_dataset("vqa", "test", msgspec.structs.replace(config, max_words=3))[0][1].strip()
+        == "where"
+    )
 
 
 def test_more_ids_than_the_model_has_positions_are_refused(script):

@@ -189,6 +189,7 @@ def export_folder(args: argparse.Namespace) -> str:
     task = task_of_checkpoint(content, detect_task(tensors), args.checkpoint)
     epoch = content.get("epoch")
     config, _ = choose_config(task, args.checkpoint, file=args.config, overrides=args.set)
+    tokenizer, config = load_tokenizer(config)
     card = model_card(
         args.push or folder.name,
         task,
@@ -197,7 +198,7 @@ def export_folder(args: argparse.Namespace) -> str:
         metrics=read_metrics(find_checkpoint(args.checkpoint).with_name("log.txt"), epoch),
     )
     files = {
-        VOCABULARY: load_tokenizer(config)[0].backend_tokenizer.to_str(),
+        VOCABULARY: tokenizer.backend_tokenizer.to_str(),
         "config.json": json.dumps(published_config(config), indent=2, ensure_ascii=False),
         "README.md": card,
     }
