@@ -42,7 +42,7 @@ def test_pretraining_config_is_the_papers_recipe():
         "embed_dim": 256,
         "vision_width": 768,
     }
-    assert {key: getattr(config, key) for key in expected} == expected
+    assert {key: config[key] for key in expected} == expected
     expected = {
         "opt": "adamW",
         "lr": 1e-4,
