@@ -154,69 +154,54 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     parser = Parser(description, f"--config {config} {example}")
     parser.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
     start = "weights to start from" if trains else "weights to evaluate"
-    for flag, metavar, text in (
-        (
-            "--config",
-            "FILE",
-            f"YAML file (default: configuration of the task's --checkpoint, or {config})",
-        ),
-        (
-            "--output_dir",
-            "DIR",
-            "folder for checkpoints, log and results (default: output/ and the configuration's"
-            " name; with --evaluate, evaluation/ in the checkpoint's run)",
-        ),
-        ("--checkpoint", "FILE", f"{start}: {CHECKPOINT_HELP}"),
-        (
-            "--text_encoder",
-            "BERT",
-            "BERT weights: hub name, folder, .bin, .safetensors, or random (default: key"
-            " text_encoder)",
-        ),
-        (
-            "--tokenizer",
-            "VOCAB",
-            "vocabulary file, folder or hub name (default: vocabulary of the text encoder)",
-        ),
-    ):
-        default = "" if flag == "--checkpoint" else None
-        parser.add_argument(flag, metavar=metavar, default=default, help=text)
+    texts = {
+        "--config FILE": f"YAML file (default: that of the task's --checkpoint, or {config})",
+        "--output_dir DIR": "folder for checkpoints, log and results (default: output/ and the"
+        " configuration's name; with --evaluate, evaluation/ in the checkpoint's run)",
+        "--checkpoint FILE": f"{start}: {CHECKPOINT_HELP}",
+        "--text_encoder BERT": "BERT weights: hub name, folder, .bin, .safetensors, or random"
+        " (default: key text_encoder)",
+        "--tokenizer VOCAB": "vocabulary file, folder or hub name (default: vocabulary of the text"
+        " encoder)",
+    }
+    for flag, text in texts.items():
+        name, metavar = flag.split()
+        default = "" if name == "--checkpoint" else None
+        parser.add_argument(name, metavar=metavar, default=default, help=text)
     shown = "evaluate only, without training" if trains else argparse.SUPPRESS
     parser.add_argument("--evaluate", action="store_true", help=shown)
     if trains:
-        parser.add_argument(
-            "--split",
-            choices=["val", "test"],
-            help="split that --evaluate evaluates (default: all)",
-        )
-        parser.add_argument(
-            "--resume",
-            nargs="?",
-            const=True,
-            type=_parse_bool,
-            metavar="True",
-            help="continue the run in --output_dir from its last checkpoint (Pretrain.py: or the"
-            " run of --checkpoint)",
-        )
+        _add_training_flags(parser)
     parser.add_argument(
         "--allow_missing",
         action="store_true",
-        help="keep the initial weights where --checkpoint lacks tensors",
+        help="keep initial weights for tensors that --checkpoint lacks",
     )
     parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
     parser.add_argument("--seed", default=42, type=at_least(0), help="random seed")
-    parser.add_argument(
-        "--timeout",
-        default=TIMEOUT,
-        type=at_least(1, float),
-        help="seconds to wait for other ranks",
-    )
+    wait = "seconds to wait for other ranks"
+    parser.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help=wait)
     parser.add_set()
-    parser.add_argument(
-        "--help_keys", action=_ShowKeys, nargs=0, help="list all configuration keys and exit"
-    )
+    shown = "list all configuration keys and exit"
+    parser.add_argument("--help_keys", action=_ShowKeys, nargs=0, help=shown)
     parser.add_argument("--help-keys", action=_ShowKeys, nargs=0, help=argparse.SUPPRESS)
     # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_training_flags(parser: Parser) -> None:
+    """Add the flags of tasks that train."""
+    parser.add_argument(
+        "--split", choices=["val", "test"], help="split that --evaluate evaluates (default: all)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        type=_parse_bool,
+        metavar="True",
+        help="continue the run in --output_dir from its last checkpoint (Pretrain.py: or the run of"
+        " --checkpoint)",
+    )

@@ -141,7 +141,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Rank by ITC, then the k best candidates of each query by ITM (Table 6).
 
-    The report is a table and, for the largest k, result/retrieval.json.
+    The report is a table, and result/retrieval.json for the largest k.
 
     Args:
         model: A model with the contrastive projections and the matching head.
@@ -153,8 +153,7 @@ def evaluate(
         ks: Numbers of candidates to re-rank, by default k_test.
 
     Returns:
-        The metrics of `recall_at_k` in percent: for the largest k without prefix, for another k
-        with a prefix such as k16_, and for ITC alone with itc_.
+        Metrics of `recall_at_k`, for ITC alone with the prefix itc_, for smaller k with k16_ etc.
 
     Raises:
         NotFinite: Scores are not finite.
