@@ -155,19 +155,26 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     parser.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
     start = "weights to start from" if trains else "weights to evaluate"
     texts = {
-        "--config FILE": f"YAML file (default: that of the task's --checkpoint, or {config})",
-        "--output_dir DIR": "folder for checkpoints, log and results (default: output/ and the"
-        " configuration's name; with --evaluate, evaluation/ in the checkpoint's run)",
-        "--checkpoint FILE": f"{start}: {CHECKPOINT_HELP}",
-        "--text_encoder BERT": "BERT weights: hub name, folder, .bin, .safetensors, or random"
-        " (default: key text_encoder)",
-        "--tokenizer VOCAB": "vocabulary file, folder or hub name (default: vocabulary of the text"
-        " encoder)",
+        "--config": ("FILE", f"YAML file (default: that of the task's --checkpoint, or {config})"),
+        "--output_dir": (
+            "DIR",
+            "folder for checkpoints, log and results (default: output/ and the configuration's"
+            " name; with --evaluate, evaluation/ in the checkpoint's run)",
+        ),
+        "--checkpoint": ("FILE", f"{start}: {CHECKPOINT_HELP}"),
+        "--text_encoder": (
+            "BERT",
+            "BERT weights: hub name, folder, .bin, .safetensors, or random (default: key"
+            " text_encoder)",
+        ),
+        "--tokenizer": (
+            "VOCAB",
+            "vocabulary file, folder or hub name (default: vocabulary of the text encoder)",
+        ),
     }
-    for flag, text in texts.items():
-        name, metavar = flag.split()
-        default = "" if name == "--checkpoint" else None
-        parser.add_argument(name, metavar=metavar, default=default, help=text)
+    for flag, (metavar, text) in texts.items():
+        default = "" if flag == "--checkpoint" else None
+        parser.add_argument(flag, metavar=metavar, default=default, help=text)
     shown = "evaluate only, without training" if trains else argparse.SUPPRESS
     parser.add_argument("--evaluate", action="store_true", help=shown)
     if trains:
