@@ -148,8 +148,8 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     Args:
         description: Text above the flags.
         config: Default configuration, a path relative to the repository.
-        example: More flags to show in an example.
-        trains: Whether the task trains. Otherwise --evaluate is implied.
+        example: Flags of the example.
+        trains: Whether the task trains, else --evaluate is implied.
     """
     parser = Parser(description, f"--config {config} {example}")
     parser.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
@@ -167,10 +167,7 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
             "BERT weights: hub name, folder, .bin, .safetensors, or random (default: key"
             " text_encoder)",
         ),
-        "--tokenizer": (
-            "VOCAB",
-            "vocabulary file, folder or hub name (default: vocabulary of the text encoder)",
-        ),
+        "--tokenizer": ("VOCAB", "vocabulary: file, folder or hub name (default: text_encoder's)"),
     }
     for flag, (metavar, text) in texts.items():
         default = "" if flag == "--checkpoint" else None
@@ -189,9 +186,8 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     wait = "seconds to wait for other ranks"
     parser.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help=wait)
     parser.add_set()
-    shown = "list all configuration keys and exit"
-    parser.add_argument("--help_keys", action=_ShowKeys, nargs=0, help=shown)
-    parser.add_argument("--help-keys", action=_ShowKeys, nargs=0, help=argparse.SUPPRESS)
+    names = "--help_keys", "--help-keys"
+    parser.add_argument(*names, action=_ShowKeys, nargs=0, help="list all keys and exit")
     # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
         parser.add_argument(name, help=argparse.SUPPRESS)
