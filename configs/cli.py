@@ -152,7 +152,7 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
         trains: Whether the task trains, else --evaluate is implied.
     """
     parser = Parser(description, f"--config {config} {example}")
-    parser.set_defaults(default_config=config, evaluate=not trains, split=None, resume=False)
+    parser.set_defaults(evaluate=not trains, split=None, resume=False)
     start = "weights to start from" if trains else "weights to evaluate"
     texts = {
         "--config": ("FILE", f"YAML file (default: that of the task's --checkpoint, or {config})"),
