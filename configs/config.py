@@ -132,6 +132,11 @@ class BertConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True)
     hidden_act: Literal["gelu"] = "gelu"
     """Activation of the feed-forward layers."""
 
+    @property
+    def word_pieces(self) -> int:
+        """The key vocab_size, after `models.tokenizer.load_tokenizer` has replaced `auto`."""
+        return self.vocab_size  # ty: ignore[invalid-return-type]
+
 
 class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Optimizer and its learning rate."""
@@ -332,6 +337,23 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Optimizer."""
     scheduler: SchedulerConfig = SchedulerConfig()
     """Schedule of the learning rate."""
+
+    # keys that `configs.load.require` checks before a model or data set reads them
+
+    @property
+    def bert(self) -> BertConfig:
+        """The key bert_config."""
+        return self.bert_config  # ty: ignore[invalid-return-type]
+
+    @property
+    def resolution(self) -> int:
+        """The key image_res."""
+        return self.image_res  # ty: ignore[invalid-return-type]
+
+    @property
+    def train_batch_size(self) -> int:
+        """The key batch_size."""
+        return self.batch_size  # ty: ignore[invalid-return-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is written to config.yaml and checkpoints.

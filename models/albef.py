@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from configs.config import BertConfig, Config, read_bert_config
-from models.bert import BertModel
+from configs.config import BertConfig, Config
+from models.bert import BertForMaskedLM, BertModel
 from models.momentum import copy_to_momentum_
 from models.tokenizer import Tokenizer
 from models.vit import build_vit
@@ -41,11 +42,15 @@ class ALBEF(nn.Module):
     """
 
     task: str  # set by build_model
+    text_encoder: BertModel | BertForMaskedLM
+    # of a model with momentum copies
+    visual_encoder_m: VisionTransformer
+    text_encoder_m: BertModel | BertForMaskedLM
 
     def __init__(
         self,
         config: Config,
-        bert: Callable[[BertConfig], nn.Module],
+        bert: Callable[[BertConfig], BertModel | BertForMaskedLM],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         """Build the encoders with random weights.
@@ -60,7 +65,7 @@ class ALBEF(nn.Module):
         """
         super().__init__()
         self.config = config
-        self.bert_config = read_bert_config(config.bert_config)
+        self.bert_config = config.bert
         if self.bert_config.vocab_size == "auto":
             raise InputError(
                 "bert_config: vocab_size is auto, models.tokenizer.load_tokenizer(config) sets it"

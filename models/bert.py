@@ -49,10 +49,10 @@ class Head(nn.Linear):
     The outputs rank candidates. In bf16, with 8 significant bits, different inputs would tie.
     """
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Apply the layer."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(self.weight.dtype), self.weight, self.bias)
 
 
 class Embeddings(nn.Module):
@@ -62,7 +62,7 @@ class Embeddings(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.word_embeddings = nn.Embedding(
-            config.vocab_size, width, padding_idx=config.pad_token_id
+            config.word_pieces, width, padding_idx=config.pad_token_id
         )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
@@ -181,7 +181,7 @@ class CrossAttention(MultiHeadAttention):
             context = self.attend(side_by_side, keys, values, mask)  # [B, h, G * L, d]
             context = context.unflatten(2, (groups, length)).permute(2, 0, 3, 1, 4)
             contexts.append(context.reshape(-1, length, heads * dim))
-        if indexed:
+        if index is not None:
             # the gradient of index_select is the same in every run on a CPU, and it is faster
             keys, values = keys.index_select(0, index), values.index_select(0, index)
             context = self.attend(query[rows - indexed :], keys, values, mask)
@@ -419,9 +419,9 @@ class PredictionHead(nn.Module):
 
     def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.bias = nn.Parameter(torch.zeros(config.word_pieces))
         self.transform = PredictionTransform(config)
-        self.decoder = Head(config.hidden_size, config.vocab_size)
+        self.decoder = Head(config.hidden_size, config.word_pieces)
         self.transform.apply(lambda module: init_weights(module, config.initializer_range))
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias

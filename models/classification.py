@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from configs.config import BertConfig, Config
 from models.albef import ALBEF, check_objectives
-from models.bert import BertModel, Head
+from models.bert import BertForMaskedLM, BertModel, Head
 from models.losses import distilled_cross_entropy
 from models.momentum import update_momentum_
 from models.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ class Classifier(ALBEF):
     def __init__(
         self,
         config: Config,
-        bert: Callable[[BertConfig], nn.Module],
+        bert: Callable[[BertConfig], BertModel | BertForMaskedLM],
         tokenizer: Tokenizer | None = None,
     ) -> None:
         super().__init__(config, bert, tokenizer)

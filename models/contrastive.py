@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs.config import TEMP_RANGE, BertConfig, Config
 from models.albef import ALBEF, check_objectives
-from models.bert import Head, TextRows
+from models.bert import BertForMaskedLM, BertModel, Head, TextRows
 from models.losses import Contrast, Features, itc_loss, sample_negatives, similarities
 from models.momentum import enqueue_, update_momentum_
 from models.tokenizer import Tokenizer
@@ -31,9 +31,9 @@ class MatchOutput(NamedTuple):
         valid: Whether a pair has negatives, bool [B]. None without ITM.
     """
 
-    cls: Tensor | None
-    masked: Tensor | None
-    valid: Tensor | None
+    cls: Tensor | None = None
+    masked: Tensor | None = None
+    valid: Tensor | None = None
 
 
 def matched(logits: Tensor) -> Tensor:
@@ -44,10 +44,16 @@ def matched(logits: Tensor) -> Tensor:
 class ContrastiveModel(ALBEF):
     """ALBEF with projections, matching head, momentum encoders and queues of their features."""
 
+    vision_proj_m: Head
+    text_proj_m: Head
+    image_queue: Tensor
+    text_queue: Tensor
+    queue_ptr: Tensor
+
     def __init__(
         self,
         config: Config,
-        bert: Callable[[BertConfig], nn.Module],
+        bert: Callable[[BertConfig], BertModel | BertForMaskedLM],
         tokenizer: Tokenizer | None,
         known: Sequence[str],
     ) -> None:
@@ -70,7 +76,7 @@ class ContrastiveModel(ALBEF):
         check_objectives("distill", config.distill, distillable)
         distilled = config.distill
         self.distilled = distillable * distilled if isinstance(distilled, bool) else distilled
-        self.hard_negatives = config.hard_negatives and "itc" in self.objectives
+        self.hard_negatives = config.hard_negatives
         width, embed_dim = self.bert_config.hidden_size, config.embed_dim
         self.vision_proj = Head(config.vision_width, embed_dim)
         self.text_proj = Head(width, embed_dim)
@@ -160,14 +166,14 @@ class ContrastiveModel(ALBEF):
         """Draw a negative text for each image and a negative image for each text.
 
         Args:
-            contrast: Similarities of the batch, not read if negatives are uniform.
+            contrast: Similarities of the batch. Default: uniform negatives.
             positives: Pairs that match, bool [B, B], symmetric.
 
         Returns:
             Indices of texts [B] and of images [B], and validity [B].
         """
         uniform = torch.zeros(positives.shape, device=positives.device)
-        i2t, t2i = contrast if self.hard_negatives else (uniform, uniform)
+        i2t, t2i = contrast if contrast and self.hard_negatives else (uniform, uniform)
         batch = len(positives)
         negative_text, valid = sample_negatives(i2t[:, :batch], positives)
         negative_image, _ = sample_negatives(t2i[:, :batch], positives)
@@ -189,7 +195,7 @@ class ContrastiveModel(ALBEF):
             image_embeds: Image embeddings [B, 1+N, C].
             text_embeds: Text embeddings [B, L, C].
             attention_mask: Mask of the tokens [B, L].
-            contrast: Similarities of the batch, not read if negatives are uniform.
+            contrast: Similarities of the batch. Default: uniform negatives.
             positives: Pairs that match, bool [B, B], symmetric. Default: a text and its own image.
             masked_embeds: Embeddings of the masked texts [B, L, C].
         """

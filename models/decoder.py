@@ -60,9 +60,11 @@ class AnswerDecoder(BertForMaskedLM):
         following = []
         layers = zip(self.bert.encoder.layer, keys_values, strict=True)
         for number, (layer, (keys, values)) in enumerate(layers):
-            own = layer.attention.self.keys_values(hidden)
+            own: KeysValues = layer.attention.self.keys_values(hidden)
             if past:
-                own = tuple(torch.cat(both, dim=2) for both in zip(past[number], own, strict=True))
+                pairs = zip(past[number], own, strict=True)
+                own_keys, own_values = (torch.cat(pair, dim=2) for pair in pairs)
+                own = own_keys, own_values
             source = Source(keys, values, question, mask)
             hidden = self.bert.run(layer, hidden, causal, keys_values=own, source=source)
             following.append(own)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub import (
     HfApi,
@@ -191,7 +191,7 @@ def upload(folder: Path | str, filenames: list[str], name: str, public: bool = F
         ).commit_url
 
 
-def _refuses(error: BaseException) -> bool:
+def _refuses(error: BaseException) -> TypeGuard[errors.HfHubHTTPError]:
     """Return whether the hub refuses a request, so that another attempt would fail too."""
     return isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 500
 

@@ -1,10 +1,13 @@
 """Objectives (Section 3.2) and their distilled forms (Section 3.3) on plain tensors."""
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from models.albef import SpecialIds
 
 
 class Features(NamedTuple):
@@ -22,21 +25,13 @@ class MaskedText(NamedTuple):
     positions: Tensor  # [M], flat indices into [B * L] of the masked positions
 
 
-class TokenIds(Protocol):
-    """Ids of the tokens that masking treats specially."""
-
-    pad: int
-    cls: int
-    mask: int
-
-
 def masked_text(input_ids: Tensor, labels: Tensor) -> MaskedText:
     """Find the masked positions; on a GPU this waits for the device."""
     return MaskedText(input_ids, labels, (labels.flatten() != -100).nonzero().squeeze(1))
 
 
 def mask_tokens(
-    input_ids: Tensor, vocab_size: int, special_ids: TokenIds, probability: float = 0.15
+    input_ids: Tensor, vocab_size: int, special_ids: "SpecialIds", probability: float = 0.15
 ) -> MaskedText:
     """Mask tokens as BERT does (Section 3.2).
 

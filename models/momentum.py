@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from utils import is_distributed, world_size
 
 
-def _pairs(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def _pairs(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     children = dict(model.named_children())
     base, momentum = [], []
     for name, child in children.items():

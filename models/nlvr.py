@@ -42,7 +42,8 @@ class PairBert(BertModel):
                 layers[number + 1] = layers[number]
             elif share == "cross_attention":
                 first, second = (layers[number + i].crossattention.self for i in (0, 1))
-                second.key, second.value = first.key, first.value
+                second.key = first.key  # ty: ignore[invalid-assignment]  # not typed in torch
+                second.value = first.value  # ty: ignore[invalid-assignment]
 
     def image_keys_values(
         self, image_embeds: Tensor, pairs: tuple[Tensor, Tensor] | None = None
@@ -103,6 +104,9 @@ class NLVR(Classifier):
 class TextAssignment(ALBEF):
     """Text assignment (Section 5): the text is of the first image 0, the second 1, or neither 2."""
 
+    # only __init__ writes it
+    text_encoder: PairBert  # ty: ignore[incompatible-mutable-override]
+
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, lambda bert: PairBert(bert, config.share), tokenizer)
         width = self.bert_config.hidden_size
@@ -134,7 +138,7 @@ class TextAssignment(ALBEF):
     def _classify(
         self, image_embeds: Tensor, text: Text, pairs: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        keys_values = self.bert.image_keys_values(image_embeds, pairs)
+        keys_values = self.text_encoder.image_keys_values(image_embeds, pairs)
         text_embeds = self.bert.encode_text(text.input_ids, text.attention_mask)
         fused = self.bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)
         return self.ta_head(fused[:, 0])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from configs.config import Config
 from models.bert import BertForMaskedLM
-from models.contrastive import ContrastiveModel, mutual_information_bound
+from models.contrastive import ContrastiveModel, MatchOutput, mutual_information_bound
 from models.losses import Features, MaskedText, itm_loss, mask_tokens, masked_text, mlm_loss
 from models.tokenizer import Tokenizer
 from utils import Text
@@ -24,6 +24,11 @@ class PretrainBatch(Protocol):
 class Pretrain(ContrastiveModel):
     """Pre-training model: contrastive learning, matching and masked language modeling."""
 
+    # only __init__ writes these
+    text_encoder: BertForMaskedLM  # ty: ignore[incompatible-mutable-override]
+    text_encoder_m: BertForMaskedLM  # ty: ignore[incompatible-mutable-override]
+    mi_bound: Tensor
+
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertForMaskedLM, tokenizer, known=("itc", "mlm", "itm"))
         # Section 4, of the last step
@@ -35,7 +40,7 @@ class Pretrain(ContrastiveModel):
 
     def mask(self, input_ids: Tensor) -> MaskedText:
         """Mask texts [B, L] at random."""
-        vocab_size, probability = self.bert_config.vocab_size, self.config.mlm_probability
+        vocab_size, probability = self.bert_config.word_pieces, self.config.mlm_probability
         return mask_tokens(input_ids, vocab_size, self.special_ids, probability)
 
     def idle_parameters(self) -> list[nn.Parameter]:
@@ -91,8 +96,8 @@ class Pretrain(ContrastiveModel):
         image_embeds, image_feat = self.encode_image(image)  # [B, 1+N, C], [B, D]
         text_embeds, text_feat = self.encode_text(texts)  # [B or 2B, L, C], [B or 2B, D]
         features_m, mlm_logits_m = self.momentum_forward(image, texts, masked)
-        losses, contrast = {}, None
-        if "itc" in self.objectives:  # Equations 1, 2 and 6
+        losses, contrast, match = {}, None, MatchOutput()
+        if features_m is not None:  # Equations 1, 2 and 6
             features = Features(image_feat, text_feat[:batch])
             targets = torch.arange(batch, device=image.device)  # the pair itself, in the batch
             loss, onehot, contrast = self.contrastive(features, features_m, targets, alpha)
@@ -107,9 +112,9 @@ class Pretrain(ContrastiveModel):
                 contrast=contrast,
                 masked_embeds=None if masked is None else text_embeds[batch:],
             )
-        if "itm" in self.objectives:  # Equation 4
+        if match.valid is not None:  # Equation 4
             losses["loss_itm"] = itm_loss(self.itm_head(match.cls), match.valid)
-        if "mlm" in self.objectives:  # Equations 3 and 7
+        if match.masked is not None and masked is not None:  # Equations 3 and 7
             logits = self.mlm_logits(at_masked(match.masked, masked))
             labels = masked.labels.flatten()[masked.positions]
             losses["loss_mlm"] = mlm_loss(logits, labels, mlm_logits_m, alpha)
@@ -138,23 +143,26 @@ class Pretrain(ContrastiveModel):
             masked: The masked texts.
 
         Returns:
-            Momentum features [B, D], and MLM logits [M, V] at the masked positions.
+            Momentum features [B, D], None without ITC, and MLM logits [M, V] at the masked
+            positions, None if MLM is not distilled.
         """
-        distill_mlm = "mlm" in self.objectives and "mlm" in self.distilled
-        if "itc" not in self.objectives and not distill_mlm:
+        distilled = masked if "mlm" in self.distilled else None
+        if "itc" not in self.objectives and distilled is None:
             return None, None
         batch = len(image)
         image_embeds_m, image_feat_m = self.encode_image(image, momentum=True)
-        if not distill_mlm:
+        if distilled is None:
             texts = Text(texts.input_ids[:batch], texts.attention_mask[:batch])
         text_embeds_m, text_feat_m = self.encode_text(texts, momentum=True)
-        features_m = Features(image_feat_m, text_feat_m[:batch])
-        if not distill_mlm:
+        features_m = None
+        if "itc" in self.objectives:
+            features_m = Features(image_feat_m, text_feat_m[:batch])
+        if distilled is None:
             return features_m, None
         keys_values = self.bert_m.image_keys_values(image_embeds_m)
         mask = texts.attention_mask[batch:]
         fused_m = self.bert_m.fuse(text_embeds_m[batch:], mask, keys_values)
-        return features_m, self.text_encoder_m.cls.predictions(at_masked(fused_m, masked))
+        return features_m, self.text_encoder_m.cls.predictions(at_masked(fused_m, distilled))
 
 
 def at_masked(fused: Tensor, masked: MaskedText) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configs.config import Config
 from models.bert import BertModel
-from models.contrastive import ContrastiveModel
+from models.contrastive import ContrastiveModel, MatchOutput
 from models.losses import Features, itm_loss
 from models.tokenizer import Tokenizer
 from utils import Text
@@ -23,6 +23,8 @@ class RetrievalBatch(Protocol):
 
 class Retrieval(ContrastiveModel):
     """Model of retrieval and grounding: pairs with equal image ids are positive."""
+
+    idx_queue: Tensor
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
@@ -66,7 +68,7 @@ class Retrieval(ContrastiveModel):
         image_embeds, image_feat = self.encode_image(image)
         text_embeds, text_feat = self.encode_text(text)
 
-        losses, contrast = {}, None
+        losses, contrast, match = {}, None, MatchOutput()
         if "itc" in self.objectives:  # Equations 1, 2 and 6
             with torch.no_grad():
                 features_m = Features(
@@ -88,5 +90,6 @@ class Retrieval(ContrastiveModel):
                 contrast=contrast,
                 positives=positives,
             )
+        if match.valid is not None:
             losses["loss_itm"] = itm_loss(self.itm_head(match.cls), match.valid)
         return losses

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import msgspec
 from tokenizers import AddedToken, decoders, models, processors
@@ -24,7 +24,7 @@ VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.
 FILES = (VOCABULARY, PIECES)  # the first one in a folder is used
 # the keys of SETTINGS that are read, with the values of uncased BERT; strip_accents None follows
 # do_lower_case
-UNCASED = {
+UNCASED: dict[str, Any] = {
     "do_lower_case": True,
     "strip_accents": None,
     "tokenize_chinese_chars": True,
@@ -75,7 +75,8 @@ class Tokenizer:
 
     def __init__(self, backend: Backend) -> None:
         backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
-        ids = [backend.token_to_id(token) for token in SPECIAL.values()]
+        vocab = backend.get_vocab()
+        ids = [vocab[token] for token in SPECIAL.values()]
         self.pad_token_id, self.unk_token_id, self.cls_token_id, self.sep_token_id, _ = ids
         self.mask_token_id, self.all_special_ids = ids[-1], ids
         backend.post_processor = processors.TemplateProcessing(
@@ -129,6 +130,12 @@ class Tokenizer:
         """Return the id of each word piece."""
         return self.backend_tokenizer.get_vocab()
 
+    @overload
+    def convert_tokens_to_ids(self, tokens: str) -> int: ...
+
+    @overload
+    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
+
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
         """Return the id of one word piece, or those of several; [UNK]'s id if it is unknown."""
         if not isinstance(tokens, str):
@@ -136,8 +143,16 @@ class Tokenizer:
         found = self.backend_tokenizer.token_to_id(tokens)
         return self.unk_token_id if found is None else found
 
-    def convert_ids_to_tokens(self, ids: "int | Iterable[int] | Tensor") -> str | list[str]:
-        """Return the word piece of one id, or those of several."""
+    @overload
+    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
+
+    @overload
+    def convert_ids_to_tokens(self, ids: "Iterable[int] | Tensor") -> list[str | None]: ...
+
+    def convert_ids_to_tokens(
+        self, ids: "int | Iterable[int] | Tensor"
+    ) -> str | None | list[str | None]:
+        """Return the word piece of one id, or those of several; None if an id is unknown."""
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(ids)
         return [self.backend_tokenizer.id_to_token(int(token)) for token in ids]
@@ -315,7 +330,7 @@ def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Confi
     """
     config = as_config(config)
     source = vocabulary_of(config)
-    tokenizer, bert = build_tokenizer(source), config.bert_config
+    tokenizer, bert = build_tokenizer(source), config.bert
     size = len(tokenizer)
     if bert.vocab_size not in ("auto", size):
         raise InputError(

@@ -21,7 +21,7 @@ def build_vit(config: Config, initializer_range: float = 0.02) -> VisionTransfor
         Model from [B, 3, image_res, image_res] to [B, 1+N, vision_width].
     """
     vit = VisionTransformer(
-        img_size=config.image_res,
+        img_size=config.resolution,
         patch_size=config.patch_size,
         embed_dim=config.vision_width,
         depth=config.vision_depth,
@@ -33,5 +33,6 @@ def build_vit(config: Config, initializer_range: float = 0.02) -> VisionTransfor
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=initializer_range)
     for weight in (vit.patch_embed.proj.weight, vit.pos_embed):
-        nn.init.trunc_normal_(weight, std=2 * initializer_range)
+        # timm types pos_embed of every ViT as optional
+        nn.init.trunc_normal_(weight, std=2 * initializer_range)  # ty: ignore[invalid-argument-type]
     return vit

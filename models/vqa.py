@@ -69,6 +69,8 @@ def length_buckets(lengths: Tensor, questions: int, k: int) -> list[tuple[int, i
 class VQA(ALBEF):
     """Question encoder and answer decoder, with momentum copies if the configuration distills."""
 
+    text_decoder_m: AnswerDecoder
+
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, BertModel, tokenizer)
         if tokenizer is not None:
@@ -134,9 +136,15 @@ class VQA(ALBEF):
         self, batch: VQABatch, *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
-        options = {"alpha": alpha, "update_momentum": update_momentum}
-        answers = {"n": batch.n, "weights": batch.weights}
-        return self.losses(batch.image, batch.question, batch.answer, **answers, **options)
+        return self.losses(
+            batch.image,
+            batch.question,
+            batch.answer,
+            n=batch.n,
+            weights=batch.weights,
+            alpha=alpha,
+            update_momentum=update_momentum,
+        )
 
     def losses(
         self,

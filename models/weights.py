@@ -174,8 +174,8 @@ def load_vision_encoder(model: "ALBEF", source: Path | str) -> "LoadReport":
     Raises:
         InputError: The weights cannot be read or do not fit.
     """
-    if not Path(source).exists() and timm.is_model(source):
-        pretrained = timm.get_pretrained_cfg(source)
+    if not Path(source).exists() and timm.is_model(str(source)):
+        pretrained = timm.get_pretrained_cfg(str(source))
         if pretrained is None or not pretrained.hf_hub_id:
             raise InputError(f"vision_encoder: timm has no pre-trained weights named {source}")
         source = pretrained.hf_hub_id

@@ -113,8 +113,8 @@ MUTANTS = [
     ),
     Mutant(
         "models/contrastive.py",
-        "self.hard_negatives = config.hard_negatives and",
-        "self.hard_negatives =",
+        "self.hard_negatives = config.hard_negatives",
+        "self.hard_negatives = True",
     ),
     Mutant(
         "models/contrastive.py",
@@ -164,8 +164,8 @@ MUTANTS = [
     ),
     Mutant(
         "models/pretrain.py",
-        '"mlm" in self.objectives and "mlm" in self.distilled',
-        '"mlm" in self.objectives',
+        'distilled = masked if "mlm" in self.distilled else None',
+        "distilled = masked",
     ),
     Mutant("models/pretrain.py", "            self.enqueue(features_m)\n", ""),
     Mutant(
@@ -193,7 +193,7 @@ MUTANTS = [
     ),
     Mutant("models/momentum.py", ".isfinite().all(dim=1)", ".isnan().all(dim=1).logical_not()"),
     Mutant(
-        "models/bert.py", "enabled=False", "enabled=torch.is_autocast_enabled(hidden.device.type)"
+        "models/bert.py", "enabled=False", "enabled=torch.is_autocast_enabled(input.device.type)"
     ),
     Mutant(
         "models/bert.py",

@@ -463,9 +463,7 @@ def test_sources_and_precision(files, models, photos, tmp_path):
         run / "checkpoint_last.pth",
     )
     model = load_model(run, device="cpu", precision="bf16")
-    assert (
-        model.model.temp != 0.4 and not model.model.training and model.config.precision == "bf16"
-    )
+    assert model.model.temp != 0.4 and not model.model.training and model.config.precision == "bf16"
     half, full = model.embed_images(photos), models["retrieval"].embed_images(photos)
     assert (
         half.dtype == torch.float32
