@@ -135,7 +135,7 @@ class BertConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True)
     @property
     def word_pieces(self) -> int:
         """The key vocab_size, after `models.tokenizer.load_tokenizer` has replaced `auto`."""
-        return self.vocab_size  # ty: ignore[invalid-return-type]
+        return self.vocab_size  # ty: ignore[invalid-explicit-return]
 
 
 class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -343,17 +343,17 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     @property
     def bert(self) -> BertConfig:
         """The key bert_config."""
-        return self.bert_config  # ty: ignore[invalid-return-type]
+        return self.bert_config  # ty: ignore[invalid-explicit-return]
 
     @property
     def resolution(self) -> int:
         """The key image_res."""
-        return self.image_res  # ty: ignore[invalid-return-type]
+        return self.image_res  # ty: ignore[invalid-explicit-return]
 
     @property
     def train_batch_size(self) -> int:
         """The key batch_size."""
-        return self.batch_size  # ty: ignore[invalid-return-type]
+        return self.batch_size  # ty: ignore[invalid-explicit-return]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as it is written to config.yaml and checkpoints.

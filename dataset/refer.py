@@ -4,7 +4,7 @@ import copyreg
 import os
 import pickle
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import IO, Annotated, Any, NamedTuple, NoReturn
 
 import msgspec
@@ -140,7 +140,7 @@ def load_refer(folder: str, name: str = "refcoco+") -> Refer:
     return Refer(refs, boxes, images)
 
 
-def is_tested(ref: dict[str, Any]) -> bool:
+def is_tested(ref: Mapping[str, Any]) -> bool:
     """Return whether the split of a ref is evaluated, which is every split but train."""
     return ref["split"] != "train"
 

@@ -50,7 +50,7 @@ def choose_config(
     task: str,
     checkpoint: str,
     *,
-    file: str | None = None,
+    file: Path | str | None = None,
     overrides: Sequence[str] = (),
     evaluate: bool = True,
 ) -> tuple[Config, str]:
@@ -77,7 +77,7 @@ def choose_config(
             more = [f"max_answer_tokens={length}"] if length else []
             config = override(config.to_dict(), more, file)
         log.info("configuration: %s", file)
-        return config, file
+        return config, str(file)
     where = f"configuration of {checkpoint}"
     # released code writes schedular; it saves the paths of its machine and never reads them
     if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:

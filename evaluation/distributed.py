@@ -44,7 +44,8 @@ def iter_rank_share(
     Yields:
         The indices of the samples, and their batch.
     """
-    indices = range(rank(), len(dataset), world_size())
+    # Dataset of torch has no __len__
+    indices = range(rank(), len(dataset), world_size())  # ty: ignore[invalid-argument-type]
     size = config.batch_size_test
     loader = test_loader(Subset(dataset, indices), config, device=device, collate=collate)
     for number, batch in enumerate(progress_bar(loader, what)):

@@ -74,7 +74,9 @@ class ImageEmbeds:
             return self._kept[batch][place : place + 1]
         if self._recomputed is None or self._recomputed[0] != batch:
             first = key.start - place * world_size()
-            numbers = range(first, len(self._dataset), world_size())[: self._batch_size]
+            # Dataset of torch has no __len__
+            count = len(self._dataset)  # ty: ignore[invalid-argument-type]
+            numbers = range(first, count, world_size())[: self._batch_size]
             image = torch.stack([self._dataset[number] for number in numbers])
             self._recomputed = batch, self.encode(to_device(image, self._device))[0]
         return self._recomputed[1][place : place + 1]
@@ -90,7 +92,8 @@ def encode_images(
         The embeddings of this rank's images, and the features [NI, D] of all.
     """
     embeds = ImageEmbeds(model, dataset, config, device, keep=keep)
-    features = torch.zeros(len(dataset), config.embed_dim, device=device)
+    count = len(dataset)  # ty: ignore[invalid-argument-type]  # see ImageEmbeds
+    features = torch.zeros(count, config.embed_dim, device=device)
     for indices, image in iter_rank_share(dataset, config, device, "images"):
         features[indices] = embeds.encode(image)[1]
     if is_distributed():
@@ -115,13 +118,14 @@ def encode_texts(
     lengths = tokens.attention_mask.sum(dim=1)
     # texts of similar length are a batch, so that there is almost no padding
     order = lengths.argsort(stable=True)
-    text_embeds, text_feat = None, torch.empty(len(texts), config.embed_dim, device=device)
+    text_embeds = torch.empty(0, device=device)
+    text_feat = torch.empty(len(texts), config.embed_dim, device=device)
     for start in progress_bar(range(0, len(texts), BATCH), "texts"):
         part = order[start : start + BATCH]
         length = int(lengths[part[-1]])
         text = Text(tokens.input_ids[part, :length], tokens.attention_mask[part, :length])
         embeds, feat = model.encode_text(text)
-        if text_embeds is None:
+        if not len(text_embeds):
             text_embeds = embeds.new_zeros(*tokens.input_ids.shape, embeds.shape[-1])
         text_embeds[part, :length] = embeds
         text_feat[part] = feat

@@ -51,7 +51,7 @@ def answer_questions(
         For each question (answer, probability) pairs, the best first. The probability is the
         softmax over the ranked candidates, or that of all tokens of the generated answer.
     """
-    if answers:
+    if answers and tokens:
         best, probs = model.rank_answers(image, question, tokens, model.config.k_test)
         rows = zip(best.tolist(), probs.tolist(), strict=True)
         return [[(answers[i], p) for i, p in zip(*row, strict=True)] for row in rows]

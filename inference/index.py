@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dataset.images import FORMATS, ImageError, load_image
 from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.output_dir import make_output_dir, writing
 from engine.precision import autocast, find_device
 from evaluation.distributed import iter_rank_share, progress_bar
-from inference.inputs import Images, check_number
+from inference.inputs import check_number
 from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
@@ -153,7 +154,7 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
         TrainingStopped: The disk is full or cannot be written.
     """
     folder, token = Path(folder), secrets.token_hex(4)
-    about = {"format": FORMAT, "token": token, "images": len(index.paths)}
+    about: dict[str, Any] = {"format": FORMAT, "token": token, "images": len(index.paths)}
     about |= dict(zip(Index._fields[3:], index[3:], strict=True))
     images = [
         json.dumps({"path": path, "size": size, "mtime_ns": date})
@@ -317,12 +318,18 @@ def count_suffixes(others: Counter) -> str:
     return ", ".join([*counts, *["..."] * (len(others) > 8)]) or "none"
 
 
-class _Files(Images):
+class _Files(Dataset):
     """Image files as pairs of values and problem; one of the two is empty."""
+
+    def __init__(self, paths: list[str], transform: Callable[[Tensor], Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
-            return self.transform(load_image(self.images[index])), ""
+            return self.transform(load_image(self.paths[index])), ""
         except ImageError as error:
             return None, error.problem
 
@@ -469,8 +476,12 @@ def search(
             for i in logits.argsort(descending=True, stable=True).tolist()
         ]
     if threshold is not None:
-        score = 2 if rerank else 1
-        existing = [hit for hit in existing if hit[score] is not None and hit[score] >= threshold]
+        scores = [hit.match if rerank else hit.similarity for hit in existing]
+        existing = [
+            hit
+            for hit, score in zip(existing, scores, strict=True)
+            if score is not None and score >= threshold
+        ]
     return existing[:k]
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from dataset.images import ImageError, decode_pillow, load_image
 from dataset.text import is_blank, without_halves
+from models.tokenizer import Tokenizer
 from utils import InputError
 
 HERE = os.path.dirname(__file__)
@@ -97,7 +98,7 @@ def as_images(images: Any) -> tuple[Any, bool]:
 
 
 def as_texts(
-    texts: Any, clean: Callable[[str], str], tokenizer: Callable
+    texts: Any, clean: Callable[[str], str], tokenizer: Tokenizer
 ) -> tuple[list[str], bool]:
     """Clean up texts, and warn of texts without a word in the vocabulary.
 
@@ -138,7 +139,7 @@ def as_texts(
     return cleaned, one
 
 
-def unknown_texts(texts: list[str], tokenizer: Callable) -> list[str]:
+def unknown_texts(texts: list[str], tokenizer: Tokenizer) -> list[str]:
     """Return the cleaned-up texts without a word in the vocabulary."""
     special = set(tokenizer.all_special_ids)
     # others have a known word

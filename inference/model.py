@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -140,7 +141,7 @@ def serves(*, exact: bool = False) -> Callable:
         exact: Whether to compute in float32 even if `precision` is bf16.
     """
 
-    def decorate(method: Callable) -> Callable:
+    def decorate(method: FunctionType) -> Callable:
         @functools.wraps(method)
         def call(self: "Inference", *args: Any, **kwargs: Any) -> Any:
             self.require(method.__name__)
@@ -186,11 +187,12 @@ class Inference:
         require(config, "bert_config", "image_res")
         self.task, self.source, self.device = task, source, device
         self.tokenizer, config = load_tokenizer(config)
-        self.model = build_model(task, config, self.tokenizer)
+        # of the task's class: `serves` keeps methods from models that lack what they call
+        self.model: Any = build_model(task, config, self.tokenizer)
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
         self.model.to(device).eval()
         self.config = self.model.config
-        self.transform = test_transform(config.image_res)
+        self.transform = test_transform(config.resolution)
         self.batch_size = config.batch_size_test
         if device.type == "cuda":
             use_device(self.config, device)
@@ -554,14 +556,14 @@ class Inference:
             i, t
         ]
 
-    def _pairs(self, images: Any, texts: tuple[list[str], bool]) -> tuple[list, list[str], bool]:
+    def _pairs(self, images: Any, cleaned: tuple[list[str], bool]) -> tuple[list, list[str], bool]:
         """Return the one or two images of each pair, the texts, and whether there is one pair.
 
         Args:
             images: As a method takes them.
-            texts: From `_clean`.
+            cleaned: From `_clean`.
         """
-        texts, one = texts
+        texts, one = cleaned
         if "pairs" in find_task(self.task).traits:
             items = [images] if one else as_list(images, "pairs of images")
             if any(not isinstance(item, list | tuple) or len(item) != 2 for item in items):
@@ -573,7 +575,8 @@ class Inference:
             images, one_image = as_images(images)
             items, one = [[image] for image in images], one and one_image
         count = max(len(items), len(texts))
-        items, texts = (values * count if len(values) == 1 else values for values in (items, texts))
+        items = items * count if len(items) == 1 else items
+        texts = texts * count if len(texts) == 1 else texts
         if len(items) != len(texts):
             raise InputError(
                 f"{len(items)} images and {len(texts)} texts are not pairs: give as many of each,"
@@ -604,7 +607,7 @@ class Inference:
             yield (
                 part,
                 [normalize(column.to(self.device)) for column in columns],
-                [tuple(first.shape[1:]) for first, *_ in pictures],
+                [(first.shape[1], first.shape[2]) for first, *_ in pictures],
             )
 
 
@@ -689,7 +692,7 @@ def _features(values: Any, embed: Callable[[Any], Tensor]) -> Tensor:
 
 def _rankable(
     what: str, values: Any, features: Any, read: Callable, embed: Callable
-) -> tuple[list | None, Any, bool]:
+) -> tuple[Any, Any, bool]:
     """Return values as a list, their features, and whether a single one was given."""
     values, one = (None, np.ndim(features) == 1) if values is None else read(values)
     found = embed(values) if features is None else check_features(features, f"{what}_features")

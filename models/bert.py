@@ -58,6 +58,8 @@ class Head(nn.Linear):
 class Embeddings(nn.Module):
     """Sum of word, position and token type embeddings."""
 
+    position_ids: Tensor
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         width = config.hidden_size

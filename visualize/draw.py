@@ -35,9 +35,9 @@ TITLES = {
     "lr": "learning rate",
 }
 # the colors of heat maps: cold is clear, and the hottest lets the object shine through
-HEAT = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
-HEAT[:, 3] = np.linspace(0, 0.65, 256)
-HEAT = ListedColormap(HEAT, "heat")
+_COLORS = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
+_COLORS[:, 3] = np.linspace(0, 0.65, 256)
+HEAT = ListedColormap(_COLORS, "heat")
 
 
 Panels = Sequence[tuple[str, np.ndarray]]
@@ -178,7 +178,7 @@ def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5)
         axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
         _show_image(axis, result["image_root"], box["image"])
         x, y, w, h = box["box"]
-        style = {"fill": False, "edgecolor": "#ff2d9b", "linewidth": 2.5}
+        style: dict[str, Any] = {"fill": False, "edgecolor": "#ff2d9b", "linewidth": 2.5}
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, **style))
         for column, (kind, right) in enumerate((("best", 1), ("worst", 0)), 1):
             axis = figure.add_subplot(grid[row, column], title=kind if row == 0 else None)

@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.tasks import find_task
 from dataset.text import tokenize, without_halves
 from evaluation.vqa import answer_questions, tokenize_answers
-from models.contrastive import feature_similarity
+from models.albef import ALBEF
+from models.contrastive import ContrastiveModel, feature_similarity
 from models.gradcam import cross_gradcam, default_block, itc_gradcam
+from models.pretrain import Pretrain
+from models.tokenizer import Tokenizer
+from models.vqa import VQA, Question
 from utils import Text
 
 UNKNOWN = " [UNK]"  # follows a word that the vocabulary lacks
@@ -63,12 +67,12 @@ class Candidate(NamedTuple):
     hit: bool
 
 
-def token_limit(model: nn.Module) -> int:
+def token_limit(model: ALBEF) -> int:
     """Return the number of tokens that a model reads at most."""
     return model.config.max_tokens or model.bert_config.max_position_embeddings
 
 
-def split_words(text: str, model: nn.Module, tokenizer: Callable) -> Phrase:
+def split_words(text: str, model: ALBEF, tokenizer: Tokenizer) -> Phrase:
     """Tokenize a cleaned-up text into a Phrase on the model's device.
 
     BERT's pre-tokenizer splits words at blanks, and makes each symbol that clean-up keeps a word.
@@ -80,7 +84,8 @@ def split_words(text: str, model: nn.Module, tokenizer: Callable) -> Phrase:
             pieces.setdefault(word, []).append(position)
     ids, words = encoding.ids[:limit], []
     for word, positions in pieces.items():
-        start, end = encoding.word_to_chars(word)
+        # None only for a word that word_ids does not have
+        start, end = encoding.word_to_chars(word)  # ty: ignore[not-iterable]
         words.append(text[start:end] + UNKNOWN * (ids[positions[0]] == tokenizer.unk_token_id))
     ids = torch.tensor([ids], device=model.bert.embeddings.position_ids.device)
     return Phrase(text, Text(ids, torch.ones_like(ids)), words, list(pieces.values()))
@@ -99,7 +104,7 @@ def join_pieces(heat: Tensor, pieces: list[list[int]]) -> Tensor:
 
 @torch.no_grad()
 def _cross_attention_maps(
-    model: nn.Module,
+    model: ALBEF,
     image: Tensor,
     phrase: Phrase,
     block_num: int | None,
@@ -116,7 +121,7 @@ def _cross_attention_maps(
 
 def explain_class(
     task: str,
-    model: nn.Module,
+    model: ALBEF,
     image: Tensor,
     phrase: Phrase,
     *,
@@ -147,7 +152,7 @@ def explain_class(
 
 @torch.no_grad()
 def explain_similarity(
-    model: nn.Module, image: Tensor, phrase: Phrase, block_num: int | None = None
+    model: ContrastiveModel, image: Tensor, phrase: Phrase, block_num: int | None = None
 ) -> HeatMaps:
     """Explain the contrastive similarity; the maps have no words.
 
@@ -166,7 +171,7 @@ def explain_similarity(
 
 
 def find_answer(
-    model: nn.Module, image: Tensor, phrase: Phrase, answers: list[str], tokenizer: Callable
+    model: VQA, image: Tensor, phrase: Phrase, answers: list[str], tokenizer: Tokenizer
 ) -> tuple[str, Tensor]:
     """Return the most probable answer and its token ids.
 
@@ -194,11 +199,11 @@ def find_answer(
 
 
 def explain_answer(
-    model: nn.Module,
+    model: VQA,
     image: Tensor,
     phrase: Phrase,
     answers: list[str],
-    tokenizer: Callable,
+    tokenizer: Tokenizer,
     *,
     block_num: int | None = None,
 ) -> HeatMaps:
@@ -206,7 +211,8 @@ def explain_answer(
     answer, ids = find_answer(model, image, phrase, answers, tokenizer)
 
     def score(fused: Tensor) -> Tensor:
-        states = model.text_decoder.bert.image_keys_values(fused), phrase.tokens.attention_mask
+        keys_values = model.text_decoder.bert.image_keys_values(fused)
+        states = Question(keys_values, phrase.tokens.attention_mask)
         log_probs = model.answer_logits(states, ids, ids.new_zeros(1)).log_softmax(
             dim=-1
         )  # [1, L'-1, V]
@@ -218,7 +224,7 @@ def explain_answer(
 
 @torch.no_grad()
 def word_targets(
-    model: nn.Module, image_embeds: Tensor, phrase: Phrase, tokenizer: Callable
+    model: Pretrain, image_embeds: Tensor, phrase: Phrase, tokenizer: Tokenizer
 ) -> list[list[Candidate]]:
     """Return the momentum model's TOP candidates for each word of a caption, the best first.
 
@@ -254,7 +260,7 @@ def word_targets(
 
 @torch.no_grad()
 def text_targets(
-    model: nn.Module, image_feat: Tensor, texts: list[str], caption: str, tokenizer: Callable
+    model: Pretrain, image_feat: Tensor, texts: list[str], caption: str, tokenizer: Tokenizer
 ) -> list[Candidate]:
     """Return the TOP texts that are most similar to an image for the momentum model.
 

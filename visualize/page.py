@@ -78,7 +78,7 @@ def write_page(
         }
         shown = {key: escape(value) for key, value in shown.items()}
         figures.append(FIGURE.format(picture=_thumbnail(hit.path), rank=rank, **shown))
-    title = text or printable(os.path.basename(image))
+    title = text or printable(os.path.basename(image or ""))
     matched = any(hit.match is not None for hit in hits)
     ranking = "matching (ITM), then by similarity (ITC)" if matched else "similarity (ITC)"
     summary = f"{len(hits)} of {total:,} images, ranked by {ranking}, in {printable(common)}"
