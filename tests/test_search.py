@@ -456,7 +456,7 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
     found = read_index(tmp_path / "index")
     assert (
         found.checkpoint == str(tmp_path / "model.safetensors")
-        and found.config.precision == "bf16"
+        and found.config["precision"] == "bf16"
     )
     (tmp_path / "model.safetensors").unlink()
     status, _, err = run("query", tmp_path / "index", "a star")
