@@ -1,6 +1,6 @@
 """Evaluate attributes of objects in boxes zero-shot (OVAD), such as "red" or "made of wood".
 
---checkpoint is any model with the contrastive projections: of pre-training, retrieval or grounding.
+--checkpoint is a model of pre-training, retrieval or grounding.
 """
 
 from configs.cli import task_parser

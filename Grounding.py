@@ -13,8 +13,8 @@ parser.add_argument(
 parser.add_argument(
     "--block_num",
     type=int,
-    help="block whose attention is used (default: itm the third multimodal layer, 8 of 12, or the"
-    " last; itc the last block of the ViT)",
+    help="block whose attention is used (default: for itm the third multimodal layer, or the"
+    " last one if there are fewer; for itc the last block of the ViT)",
 )
 
 

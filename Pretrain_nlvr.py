@@ -1,6 +1,6 @@
 """Pre-train ALBEF for NLVR2 by text assignment (Section 5).
 
-Is the text of the first image, of the second, or of neither?
+Does the text describe the first image, the second, or neither?
 """
 
 from configs.cli import task_parser

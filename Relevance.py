@@ -7,7 +7,7 @@ parser = task_parser(__doc__, "configs/Relevance.yaml", "--checkpoint ALBEF.pth"
 parser.add_argument(
     "--alone",
     action="store_true",
-    help="also test with the images and with the words of other ads",
+    help="also test ads with the image or the words of another ad",
 )
 
 

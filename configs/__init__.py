@@ -1,1 +1,1 @@
-"""Configuration files, and what may stand in them."""
+"""Configuration files: keys, tasks, loading and command lines."""

@@ -11,7 +11,7 @@ from utils import InputError
 
 TIMEOUT = 1800  # seconds that a rank waits for other ranks
 
-# help of flags whose value models.weights.find_checkpoint takes
+# help of flags that name a checkpoint, as models.weights.find_checkpoint takes it
 CHECKPOINT_HELP = (
     "a .pth or .safetensors file, a run folder (its best epoch, else its last), or a hub repository"
     " USER/NAME[@REVISION]"
@@ -37,7 +37,7 @@ class _ShowKeys(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors are an InputError of one line, with a suggestion if there is one.
+    """Parser that raises an InputError of one line, with a suggestion if possible.
 
     Args:
         description: Text above the flags.
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str | None, example: str = "", prog: str | None = None) -> None:
-        spec = sys.modules["__main__"].__spec__  # of python -m
+        spec = sys.modules["__main__"].__spec__  # set by python -m
         module = spec and f"python -m {spec.name.removesuffix('.__main__')}"
         name = prog or module or f"python {os.path.basename(sys.argv[0])}"
         example = example and f"example:\n  {name} {example}"
@@ -122,7 +122,7 @@ def _find_key(name: str) -> str:
 
 
 def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
-    """Return the type of a flag that takes a number from `low` up to a machine word's largest."""
+    """Return an argparse type for numbers from `low` to sys.maxsize."""
 
     def parse(text: str) -> Any:
         value = kind(text)
@@ -135,7 +135,7 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
 
 
 def _parse_bool(text: str) -> bool:
-    """Return the value of a flag that may be followed by a word, as the released --resume True."""
+    """Parse the optional value of a flag, such as the released --resume True."""
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")

@@ -312,8 +312,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     clip_grad: Annotated[Number | None, in_training()] = None
     """Maximum norm of the gradients. Default: no clipping."""
     reference_batch: Annotated[AtLeast1 | None, in_training()] = None
-    """Global batch size that the learning rates are for. Another one scales them by the square root
-    of the ratio. Default: no scaling."""
+    """Global batch size that the learning rates are for. Another size scales them by the square
+    root of the ratio. Default: no scaling."""
     precision: Annotated[Literal["fp32", "bf16"], read_always()] = "fp32"
     """Precision of the matrix products. Weights, heads and losses are always float32."""
     compile: Annotated[Literal["auto"] | bool, in_training(wanted="auto or true or false")] = "auto"
@@ -356,9 +356,9 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         return self.batch_size  # ty: ignore[invalid-explicit-return]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as it is written to config.yaml and checkpoints.
+        """Return the configuration in the layout of config.yaml and checkpoints.
 
-        As in released files, the learning rate is in both sections.
+        As in released files, both sections have the learning rate.
         """
         values = _plain(self)
         values["scheduler"]["lr"] = values["optimizer"]["lr"]
@@ -402,7 +402,7 @@ class Field:
             msgspec.convert(value, self.type)
         except (msgspec.ValidationError, OverflowError):
             return False
-        # of numbers beyond 64 bits msgspec checks the lower limit only
+        # msgspec checks only the lower limit of numbers beyond 64 bits
         return not (isinstance(value, int) and abs(value) > sys.maxsize)
 
 
@@ -414,9 +414,9 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _describe(kind: inspect.Type, choices: tuple[Any, ...]) -> str:
-    """Return which values a type accepts, for messages and documentation.
+    """Describe the values that a type accepts, for messages and documentation.
 
-    msgspec sorts the values of a Literal, `choices` has them in their order.
+    msgspec sorts the values of a Literal; `choices` keeps their order.
     """
     match kind:
         case inspect.Metadata():
@@ -663,7 +663,7 @@ def _items(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
             yield str(key), value
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        elif value is not None:  # the section's lines may all be comments
+        elif value is not None:  # all lines of the section may be comments
             raise InputError(
                 f"{where}: {key} is {_REPR.repr(value)}, it must be a mapping of keys to values"
             )

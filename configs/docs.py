@@ -25,9 +25,9 @@ HEADER = """\
 <!-- written by `python -m configs.docs` -->
 
 A configuration file is a YAML mapping of these keys. `--set key=value` overrides them. Every file
-may have every key: the column "tasks" names the tasks that read a key, and "training" means that an
-evaluation does not. Released files may write `schedular` for `scheduler`, `batch_size_train` for
-`batch_size`, and `scheduler.lr` for `optimizer.lr`.
+may have every key. The column "tasks" names the tasks that read a key. "training" marks keys that
+an evaluation does not read. Released files may write `schedular` for `scheduler`,
+`batch_size_train` for `batch_size`, and `scheduler.lr` for `optimizer.lr`.
 """
 
 

@@ -8,7 +8,7 @@ from configs.load import parse_override
 from configs.tasks import TASKS
 from utils import InputError
 
-# keys of released files that no code reads: no note names them
+# keys of released files that no code reads; notes leave them out
 RELEASED = ("coco_file", "eval_ema")
 
 
@@ -65,7 +65,7 @@ def notes(task: str, config: Config, overrides: list[str], evaluate: bool) -> li
     Args:
         task: Name of the task.
         config: Complete configuration.
-        overrides: Values of --set. Keys that another setting makes idle are named only if set.
+        overrides: Values of --set. Keys that another setting disables are named only if set.
         evaluate: Whether the run evaluates only.
     """
     unread = unread_keys(task, config)

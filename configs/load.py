@@ -46,7 +46,7 @@ def override(config: Config | dict, overrides: Iterable[str], where: str | Path)
     """Return a checked and completed configuration with key=value overrides.
 
     Args:
-        config: Configuration to change a copy of.
+        config: Configuration, which is not changed.
         overrides: Texts such as `batch_size=8`. Dots reach into optimizer, scheduler and
             bert_config.
         where: Source of the configuration, for messages.
@@ -107,7 +107,7 @@ def require(config: Config, *keys: str) -> None:
 
 
 def save_interval(value: str | int) -> tuple[float, int]:
-    """Return the key save_every as (minutes, iterations), one of them 0, both if it is off."""
+    """Return save_every as (minutes, iterations). One of them is 0, or both if it is off."""
     if isinstance(value, int):
         return 0, value
     number, unit = value.split()
@@ -126,7 +126,7 @@ def parse_yaml(content: str | bytes, where: str | Path) -> Any:
     """
     try:
         return YAML(typ="safe").load(content)
-    # dates and characters that do not exist raise other errors than YAMLError
+    # impossible dates and characters raise errors other than YAMLError
     except Exception as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -138,6 +138,6 @@ def parse_yaml(content: str | bytes, where: str | Path) -> Any:
 def save_config(config: Config | dict, output_dir: str | Path) -> None:
     """Write the complete configuration, bert_config included, to config.yaml."""
     yaml = YAML(typ="safe")
-    yaml.width = 2**31 - 1  # where a long string is folded, a blank may be lost
+    yaml.width = 2**31 - 1  # folding a long string may lose a blank
     with atomic_write(Path(output_dir) / "config.yaml", "w") as file:
         yaml.dump(as_config(config).to_dict(), file)

@@ -18,7 +18,7 @@ class Task:
 
     Attributes:
         name: Name of the task, as `build_model` and `build_dataset` take it.
-        title: What the tables of results call the task.
+        title: Name of the task in tables of results.
         config: Default configuration, a path relative to the repository.
         model: Class of the model, called with (config, tokenizer).
         train_data: Function (config, seed) -> training set, "" if the task does not train.
@@ -28,14 +28,14 @@ class Task:
             in percent by name.
         check: Function (model, **options) that raises InputError if options do not fit the model.
         initialize: Function (model, config) -> load reports, for a run without --checkpoint.
-        chance: Metrics of guessing in percent by name, or a function (dataset) -> such metrics.
+        chance: Metrics of guessing in percent by name, or a function (dataset) that returns them.
         score: Metric that selects the best epoch, "" to keep the last epoch.
         detect: Whether tensors by name are the weights of this task; None if another task has the
             same weights.
         methods: Methods of `inference.Inference` that models of this task have.
-        head: Attribute of the model that decides on the multimodal [CLS], which heat maps explain.
+        head: Attribute of the model: the head on the multimodal [CLS] that heat maps explain.
         classes: Names of the head's classes.
-        traits: Words that the configuration keys use to say which tasks read them.
+        traits: Words by which configuration keys select the tasks that read them.
     """
 
     name: str
@@ -69,7 +69,7 @@ def find(path: str) -> Any:
 
 
 def _has(*prefixes: str) -> Callable[[Mapping[str, Any]], bool]:
-    """Return a function that tests whether each prefix begins the name of some tensor."""
+    """Return a test that every prefix begins the name of some tensor."""
     return lambda state: all(any(name.startswith(prefix) for name in state) for prefix in prefixes)
 
 
@@ -204,7 +204,7 @@ TASKS: dict[str, Task] = {
             model="models.retrieval:Retrieval",
             train_data="dataset.grounding:train_set",
             test_data="dataset.grounding:test_set",
-            # one file holds all splits, the refs say which
+            # one file holds all splits; each ref has its split
             files={"val": "test_file", "test": "test_file"},
             evaluate="evaluation.grounding:evaluate",
             chance="evaluation.grounding:chance_metrics",
@@ -241,7 +241,7 @@ def find_task(name: str) -> Task:
 def detect_task(state: Mapping[str, Any]) -> str:
     """Return the task of a checkpoint's tensors by name.
 
-    Grounding and attributes have the weights of retrieval, so that the result is retrieval.
+    Weights of grounding and attributes are retrieval weights, so the result is retrieval.
 
     Raises:
         InputError: The tensors belong to no task.

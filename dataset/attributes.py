@@ -15,9 +15,9 @@ from dataset.images import ImageError, load_image
 from dataset.transforms import test_transform
 from utils import InputError
 
-FREQUENCIES = ("head", "medium", "tail")  # how often an attribute occurs, as the file says
-MIN_AREA = 50  # pixels of an object that is evaluated
-FORMS = {}  # the files are no lists of entries
+FREQUENCIES = ("head", "medium", "tail")  # frequency of an attribute, as named in the file
+MIN_AREA = 50  # smallest area of an evaluated object, in pixels
+FORMS = {}  # the files are not lists of entries
 _WANTED = (
     'a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym",'
     ' type, parent_type, freq_set, is_has_att}, ...], "annotations": [{image_id,'
@@ -85,9 +85,9 @@ def read_boxes(path: str) -> tuple[list[Attribute], list[Box]]:
         labels are in the same order.
 
     Raises:
-        InputError: The content has another form, a box lies outside its image, an att_vec has
-            another length than the attributes, or two images or attributes have one id. The message
-            names the annotation, counted from 0.
+        InputError: The content has the wrong form, a box lies outside its image, an att_vec has the
+            wrong length, or two images or attributes have the same id. The message names the
+            annotation, counted from 0.
     """
     content = read_json(path, _Content, _WANTED)
     images = by_id(content.images, path, "image")
@@ -155,7 +155,7 @@ class AttributeTestSet(EntryDataset):
         entries: The boxes.
 
     Raises:
-        InputError: A file is wrong as in `read_boxes`, or two files have different attributes.
+        InputError: `read_boxes` refuses a file, or two files have different attributes.
     """
 
     def __init__(self, files: list[str], **options: Any) -> None:

@@ -22,8 +22,8 @@ class EntryDataset(Dataset):
     """Samples by index, for training if there is a seed, else for testing.
 
     A training sample depends on (seed, epoch, index) alone, not on the worker or on earlier
-    samples. Another sample takes the place of an unusable one, because web data is noisy (Section
-    3.4). An unusable test sample raises InputError, because every test sample counts.
+    samples. Another sample replaces an unusable one, because web data is noisy (Section 3.4). An
+    unusable test sample raises InputError, because every test sample counts.
 
     A subclass has read(index), which raises ImageError or InputError for an unusable sample. In
     training it returns a NamedTuple with a list `skipped`.
@@ -33,8 +33,8 @@ class EntryDataset(Dataset):
         roots: Image folder by configuration key.
         transform: Image transform, uint8 [3, H, W] -> uint8 [3, R, R].
         seed: Random seed of a training set, None for a test set.
-        indices: The entries that are samples, by default all.
-        limits: Limits of the texts in place of those of the entries' form.
+        indices: Indices of the entries to use, by default all.
+        limits: Limits of the texts. None keeps a limit of the entries' form.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class EntryDataset(Dataset):
                 raise InputError(
                     f"cannot read a test image: {error}; every image of the test file counts"
                 ) from None
-        # torch.manual_seed would format a stack trace for every kind of device not in use
+        # torch.manual_seed would format a stack trace for every unused kind of device
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
         skipped = []
         for _ in range(MAX_ATTEMPTS):
@@ -164,7 +164,7 @@ def check_images(dataset: EntryDataset, *, sample: int | None = None) -> None:
                 f"{key}: folder {root} does not exist; set {key} to the folder that the image paths"
                 " of the annotation files start from"
             )
-    # many samples may share an image, which is looked up once: its first sample remains
+    # look up an image once even if many samples share it; the first sample is reported
     checked = {path: i for i in reversed(evenly(listed, sample)) for path in dataset.files(i)}
     missing = [(i, path) for path, i in checked.items() if not os.path.isfile(path)]
     if missing:

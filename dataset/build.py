@@ -11,7 +11,7 @@ from utils import InputError
 def build_dataset(task: str, split: str, config: Config | dict, *, seed: int = 0) -> EntryDataset:
     """Build the data set of a task and split, and check all of its annotation files.
 
-    The images of a training set are checked on a sample of 1,000, those of a test set all.
+    The check covers all images of a test set, and a sample of 1,000 of a training set.
 
     Args:
         task: Name of the task in `configs.tasks`.

@@ -21,7 +21,7 @@ from dataset.pool import in_processes, process_count
 from utils import TEMPORARY, InputError
 
 T = TypeVar("T")
-VERSION = 4  # of the formats of cached files
+VERSION = 4  # version of the formats of cached files
 _INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TEMPORARY)}")
 
 
@@ -34,15 +34,15 @@ def load_cached(
     version: Any = None,
     processes: int | None = None,
 ) -> list[T]:
-    """Load what the cache holds for each file, and build what it lacks.
+    """Load the cached data of each file, and build missing data.
 
     If several runs start together, one builds for all, and removes the files of earlier versions.
 
     Args:
         paths: The files.
         kind: Prefix of the names of cached files.
-        build: Function of (path, name) that writes the cached file.
-        load: Function of a name, which returns None if the cached file is missing or damaged.
+        build: Function (path, name) that writes the cached file.
+        load: Function (name) -> cached data, None if the cached file is missing or damaged.
         version: JSON value on which the cached content depends.
         processes: Processes that build, by default the number of cores, 8 at most.
 
@@ -145,8 +145,8 @@ def cache_folder() -> str:
 def _check_owner(folder: str, private: bool) -> None:
     """Raise InputError if another user may have made a cache folder or written to it.
 
-    A private folder is no link, and only its owner has access to it. Another one may be shared with
-    a group, but not with everyone.
+    A private folder is no link, and only its owner has access to it. Other folders may be shared
+    with a group, but not with everyone.
     """
     for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
         shared = False  # whether everyone may write to a parent folder
@@ -200,7 +200,7 @@ def _remove_old(folder: str, names: Iterable[str], locked: bool) -> None:
     for entry in os.listdir(folder):
         of_file = entry.rpartition("-")[0] in files and entry.partition(".")[0] not in names
         if of_file or (locked and _INCOMPLETE.fullmatch(entry)):
-            # of another user, or removed by a process that cannot lock
+            # the file has another owner, or a process without the lock has removed it
             with contextlib.suppress(OSError):
                 os.remove(os.path.join(folder, entry))
 

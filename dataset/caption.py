@@ -32,7 +32,7 @@ class Captioned(Entry):
 
 
 class Pair(Captioned):
-    """An image with one or several captions, of which each epoch draws one."""
+    """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = 'pre-training needs entries {"image": path, "caption": text or list of texts}'
     max_tokens: ClassVar[int] = SHORT_TOKENS
@@ -40,7 +40,7 @@ class Pair(Captioned):
 
     @property
     def group(self) -> None:
-        """Key of the image: None, as every entry is an image of its own in pre-training."""
+        """Key of the image. None: each entry of pre-training counts as an image of its own."""
         return None
 
     def check(self) -> None:
@@ -57,7 +57,7 @@ class CaptionSample(NamedTuple):
     caption: str
     image_id: int  # equal for the captions of one image in retrieval and grounding, else -1
     file: str
-    skipped: list[str] = []  # why earlier candidates for this sample could not be used
+    skipped: list[str] = []  # reasons why earlier candidates for this sample were unusable
 
 
 class CaptionBatch(NamedTuple):
@@ -114,7 +114,7 @@ class ShardedCaptions(CaptionDataset):
     Args:
         entries: Entries of JSON lists, may be empty.
         shards: Samples of shards.
-        shuffle_buffer: Samples that are mixed with one another.
+        shuffle_buffer: Number of samples of shards that are shuffled together.
         **options: Further arguments of `EntryDataset`.
     """
 
@@ -136,7 +136,7 @@ class ShardedCaptions(CaptionDataset):
     def order(self, length: int, generator: torch.Generator) -> Tensor:
         """Draw the order of an epoch: shards in random order, mixed within a window.
 
-        Samples that are read at about the same time thus lie near each other. Entries of lists
+        So samples that are read at about the same time lie near each other. Entries of lists
         take part in units of UNIT.
 
         Returns:

@@ -26,13 +26,13 @@ _SPACE = " \t\n\r"  # JSON's white space
 class Entry(msgspec.Struct, gc=False):
     """Base class of the forms of entries: fields, their types, and checks.
 
-    A subclass has `texts`, all texts of an entry, and `wanted`, the form in the words of messages.
+    A subclass defines `texts`, all texts of an entry, and `wanted`, the form for messages.
     No text may be blank.
     """
 
     wanted: ClassVar[str]
-    max_words: ClassVar[int] = MAX_WORDS  # of a text, unless the configuration has max_words
-    # ids of a text, unless the configuration has max_tokens; None: the model's limit
+    max_words: ClassVar[int] = MAX_WORDS  # limit of a text if max_words is not set
+    # limit of token ids if max_tokens is not set; None: the model's limit
     max_tokens: ClassVar[int | None] = None
 
     @property
@@ -51,7 +51,7 @@ class Entry(msgspec.Struct, gc=False):
         return pre_caption(text, max_words or cls.max_words)
 
     def check(self) -> None:
-        """Raise InputError, without the place, if a text is blank. Subclasses may check more."""
+        """Raise InputError if a text is blank; subclasses may check more."""
         for text in self.texts:
             if is_blank(self.clean(text)):
                 raise InputError(
@@ -59,7 +59,7 @@ class Entry(msgspec.Struct, gc=False):
                 )
 
     def check_with(self, first: "Entry") -> None:
-        """Raise InputError, without the place, if a list cannot hold both this entry and `first`.
+        """Raise InputError if a list cannot hold both this entry and `first`.
 
         `first` is the first entry of the list.
         """
@@ -75,7 +75,7 @@ def check_entry(
         form: Class of the entry.
         path: File of the list, for messages.
         number: Index of the value in the list.
-        first: First entry of the list, with which the entry is compared.
+        first: First entry of the list, for comparison.
 
     Returns:
         The entry.
@@ -129,8 +129,8 @@ def read_entries(
     Args:
         path: File of the list.
         form: Class of the entries.
-        refuse: Function that is called with the number and the error of each wrong entry, whose
-            place in the result is then None. By default the first error is raised.
+        refuse: Function (number, error) for each wrong entry, which becomes None in the result. By
+            default the first error is raised.
 
     Returns:
         The entries.
@@ -151,7 +151,7 @@ def read_entries(
                 entry.check_with(entries[0])
         if entries:
             return entries
-    # a mistake, or what only Python's json reads, such as NaN and halves of surrogate pairs
+    # a mistake, or a value that only Python's json reads, such as NaN or half a surrogate pair
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InputError):
         pass
     entries, first = [], None
@@ -214,7 +214,7 @@ def _decode_list(data: bytes, path: str | os.PathLike) -> list:
 
 
 def _refuse_content(path: str | os.PathLike, start: str) -> None:
-    """Raise InputError for a file that begins with `start` and holds no list, or an empty one."""
+    """Raise InputError for a file without entries. start: its first character, if any."""
     if start == "{":
         lines = (
             "holds a JSON object, not a list of entries; if it is JSON lines (an object a line),"
@@ -229,7 +229,7 @@ def _refuse_content(path: str | os.PathLike, start: str) -> None:
 
 
 def refuse_shard(path: str | os.PathLike) -> None:
-    """Raise InputError if the name of a list is that of a WebDataset shard."""
+    """Raise InputError if a list is named like a WebDataset shard."""
     if os.fspath(path).endswith(".tar"):
         raise InputError(
             f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment"
@@ -304,6 +304,6 @@ def _without_ticks(error: Exception) -> str:
 
 
 def digest(value: Any) -> int:
-    """Return 64 bits that stand for a value."""
+    """Return a 64-bit hash of a value."""
     content = repr(value).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -53,7 +53,7 @@ class Expression(Entry):
     texts = GroundingPair.texts
 
     def check_ref(self, refer: Refer) -> None:
-        """Raise InputError, without the place, if `refer` lacks the ref or has another image of it.
+        """Raise InputError if `refer` lacks the ref or gives it another image.
 
         Images are equal if one of the two paths ends with the other.
         """

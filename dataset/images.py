@@ -1,4 +1,4 @@
-"""Decoding of image files, the way training and testing see them."""
+"""Decode image files for training and testing."""
 
 import io
 import os
@@ -15,12 +15,12 @@ from utils import read_regular
 # only these plug-ins of Pillow may read files from the web; the plug-in of EPS, for example, would
 # start Ghostscript
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# with a dot
+# suffixes, with their dots
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-# A scan of a JPEG can be a dozen bytes and takes 0.4 ms per megapixel all the same, so a small file
-# can keep a decoder busy for minutes. To count scans beforehand costs about 1% of decoding an
-# ordinary image, and is a time limit that works in every thread and process; a signal would not
-# interrupt the decoder. Encoders write 10 scans; libtiff stops at 100, too.
+# A JPEG scan of a dozen bytes still takes 0.4 ms per megapixel, so a small file can keep a decoder
+# busy for minutes. Counting scans first costs about 1% of decoding an ordinary image. Unlike a
+# signal, it limits the time in every thread and process. Encoders write 10 scans; libtiff stops at
+# 100 too.
 MAX_SCANS = 100
 
 
@@ -62,7 +62,7 @@ def read_image(path: str | os.PathLike) -> bytes:
         raise ImageError(path, "missing", problem=no_file(path)) from None
     except OSError as error:
         raise ImageError(path, "unreadable", error.strerror) from None
-    except ValueError as error:  # a name that no file can have, with a NUL in it for one
+    except ValueError as error:  # not a possible name of a file, such as one with a NUL
         raise ImageError(repr(path), "unreadable", str(error)) from None
 
 
@@ -87,9 +87,9 @@ def no_file(path: str | os.PathLike) -> str:
 def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
     """Decode an image of any mode that Pillow knows.
 
-    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF does not turn them,
-    transparency shows the color beneath, and an animation gives its first frame. Gray of 16 bits is
-    scaled to 8 bits, while Pillow would clip it.
+    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF orientation and transparency
+    are ignored, and an animation gives its first frame. Unlike in Pillow, 16-bit gray is scaled to
+    8 bits instead of clipped.
 
     Args:
         data: Content of the file.
@@ -99,9 +99,9 @@ def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
         RGB, uint8 [3, H, W], channels last in memory.
 
     Raises:
-        ImageError: The image is empty, corrupt, truncated, of none of FORMATS, of 32-bit values
-            with unknown white, or, before it is decoded, of more than Image.MAX_IMAGE_PIXELS pixels
-            or MAX_SCANS scans.
+        ImageError: The image is empty, corrupt or truncated, has another format than FORMATS or
+            32-bit values of unknown range. Before decoding: it has more than Image.MAX_IMAGE_PIXELS
+            pixels or MAX_SCANS scans.
     """
     if not data:
         raise ImageError(name, "empty file")
@@ -132,7 +132,7 @@ def _decode_jpeg(data: bytes, name: str | os.PathLike) -> Tensor | None:
         return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     except ValueError as error:
         if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
-            raise  # Pillow may accept such a file and fill what is missing with gray
+            raise  # Pillow may accept such a file and fill the missing part with gray
         return None
 
 
@@ -148,15 +148,15 @@ def decode_pillow(image: Image.Image, name: str | os.PathLike) -> Tensor:
     """
     _check_size(*image.size, name)
     image = image.copy()
-    # without effect on the pixels of an RGB image, but Pillow warns of it
+    # this key does not affect pixels of an RGB image, but Pillow warns about it
     image.info.pop("transparency", None)
     return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
 def _check_scans(data: bytes, name: str | os.PathLike) -> None:
     values = np.frombuffer(data, np.uint8)
-    # the marker and the first byte of its length; what other data may hold of them by chance is far
-    # below the limit
+    # the marker and the first byte of its length; chance matches in other data are far below the
+    # limit
     scans = np.count_nonzero((values[:-2] == 0xFF) & (values[1:-1] == 0xDA) & (values[2:] == 0))
     if scans > MAX_SCANS:
         raise ImageError(
@@ -181,7 +181,7 @@ def _check_size(width: int, height: int, name: str | os.PathLike) -> None:
 def _to_8_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
     """Convert a gray image of more than 8 bits to 8 bits.
 
-    Other images stay as they are. Pillow has scaled 16-bit colors the same way.
+    Other images stay as they are. Pillow scales 16-bit colors the same way.
     """
     if image.mode == "F":
         raise ImageError(
@@ -198,7 +198,7 @@ def _to_8_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
                 "unknown range of gray",
                 f"32-bit values of {low} to {high}; save the image with 8 bits",
             )
-        # mode I holds 16 bits (PGM), but 8-bit values (TIFF) as well
+        # mode I holds 16-bit values (PGM) or 8-bit values (TIFF)
         if image.mode != "I" or high > 255:
             return Image.fromarray((values >> 8).astype(np.uint8))
     return image

@@ -22,8 +22,8 @@ from dataset.pool import begin_worker
 from dataset.transforms import normalize
 from utils import InputError, TrainingStopped, cores, environment_number, rank, seed_of, world_size
 
-MAX_WORKER_DEATHS = 3  # in a row, without a batch between them
-MAX_WORKERS = 8  # default of num_workers
+MAX_WORKER_DEATHS = 3  # deaths in a row, without a batch in between
+MAX_WORKERS = 8  # largest default of num_workers
 
 # --------------------------------------------------------------------------------------------------
 # training batches
@@ -42,8 +42,8 @@ def check_length(length: int, batch_size: int, world_size: int) -> None:
 class EpochBatches(Sampler):
     """Batch sampler of one rank: a new order in every epoch, the same on all ranks.
 
-    Batch b of all ranks together holds the samples that one rank with the global batch size has in
-    its batch b. The last, incomplete batch is dropped.
+    Batch b of all ranks together equals batch b of a single rank with the global batch size. The
+    last, incomplete batch is dropped.
 
     Args:
         length: Number of samples.
@@ -100,16 +100,16 @@ def workers(config: Config) -> int:
 
 
 class TrainBatches:
-    """Training batches of this rank, from any point of any epoch on.
+    """Training batches of this rank, starting at any point of an epoch.
 
     A data worker that dies is replaced, and its batches are read again: no sample is lost or
     repeated.
 
     Args:
-        dataset: A training set of `build_dataset`. If it has a method `order`, the method takes
-            the place of torch.randperm.
+        dataset: A training set of `build_dataset`. Its method `order`, if any, replaces
+            torch.randperm.
         tokenizer: Tokenizer of the model.
-        config: Configuration, of which batch_size and num_workers are read.
+        config: Configuration; batch_size and num_workers are read.
         device: Device of the model; batches for a GPU are in pinned memory.
         seed: Random seed of the order.
     """
@@ -204,7 +204,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 # --------------------------------------------------------------------------------------------------
 # data workers
 
-_data_workers = weakref.WeakSet()  # processes of all Loaders
+_data_workers = weakref.WeakSet()  # worker processes of all Loaders
 _starting = threading.Lock()
 
 
@@ -226,7 +226,7 @@ def _starting_workers() -> Iterator[list]:
     with _starting:
         handled, signal_handling._SIGCHLD_handler_set = signal_handling._SIGCHLD_handler_set, True
         parallel = os.environ.get("TOKENIZERS_PARALLELISM")
-        # unset, tokenizers warns at the fork
+        # if unset, tokenizers warns at every fork
         os.environ["TOKENIZERS_PARALLELISM"] = parallel or "false"
         before = multiprocessing.active_children()
         try:
@@ -244,7 +244,7 @@ class WorkerDied(TrainingStopped):
 
 
 class Loader(DataLoader):
-    """DataLoader that tells errors of the data set from deaths of data workers.
+    """DataLoader that distinguishes errors of the data set from deaths of data workers.
 
     Args:
         dataset: Map-style data set.
@@ -286,7 +286,7 @@ class Loader(DataLoader):
                 yield batch
             else:
                 return
-        # the latter two if a worker dies while it sends a batch
+        # EOFError and ConnectionError if a worker dies while it sends a batch
         except (RuntimeError, EOFError, ConnectionError) as error:
             alive = sum(worker.is_alive() for worker in started)
             if not self.num_workers or (
@@ -304,9 +304,9 @@ class Loader(DataLoader):
 
 
 class _Failure(NamedTuple):
-    """Takes the place of a batch if the data set raised an error."""
+    """Placeholder of a batch if the data set raised an error."""
 
-    error: Exception | ExceptionWrapper  # the latter carries the traceback of a data worker
+    error: Exception | ExceptionWrapper  # ExceptionWrapper has the traceback of a data worker
 
 
 def _read(indices: list[int], dataset: Dataset, collate: Callable) -> Any:

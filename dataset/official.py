@@ -1,7 +1,7 @@
 """Official annotation files: recognition by their form and conversion to JSON lists.
 
-Known are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the line
-files of NLVR2 and SNLI-VE.
+Supported are COCO's captions, Karpathy's splits, the questions and annotations of VQA v2, and the
+line files of NLVR2 and SNLI-VE.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from utils import InputError
 T = TypeVar("T")
 Lists = dict[str, list]  # entries by split
 _Filled = Annotated[list[T], Meta(min_length=1)]
-_FOLDER = re.compile(r"(train|val|test)\d{4}")  # of COCO's images
+_FOLDER = re.compile(r"(train|val|test)\d{4}")  # folders of COCO's images
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
 
@@ -33,7 +33,7 @@ class CaptionedFile(NamedTuple):
 
 
 class Official(msgspec.Struct):
-    """The fields that are read of an official file or of one of its lines."""
+    """The fields that are read from an official file or one of its lines."""
 
     title: ClassVar[str]
     lines: ClassVar[bool] = False  # one object per line
@@ -50,7 +50,7 @@ class _Caption(msgspec.Struct):
 
 
 class CocoCaptions(Official):
-    """captions_train2014.json and the like of COCO."""
+    """COCO's captions, such as captions_train2014.json."""
 
     title = "COCO's captions"
     images: _Filled[_Image]
@@ -71,7 +71,7 @@ class _SplitImage(msgspec.Struct):
 
 
 class KarpathySplit(Official):
-    """dataset_coco.json and the like of Karpathy."""
+    """Karpathy's splits, such as dataset_coco.json."""
 
     title = "a Karpathy split"
     images: _Filled[_SplitImage]
@@ -185,7 +185,7 @@ def advice(path: str | os.PathLike) -> str:
 
 
 class ImageFinder:
-    """Find images under a folder, which may lack the publisher's folders.
+    """Find images in a folder that may lack the publisher's subfolders.
 
     Attributes:
         paths: Path under the folder by the publisher's path.
@@ -227,7 +227,7 @@ def convert(
         out. Entries of captions are CaptionedFile, others are dicts as scripts read them.
 
     Raises:
-        InputError: A file does not have its form throughout, or the files do not belong together.
+        InputError: A part of a file has another form, or the files do not belong together.
     """
     kinds, lists, problems = set(forms.values()), defaultdict(list), []
     contents = {}

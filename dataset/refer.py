@@ -32,7 +32,7 @@ class Refer(NamedTuple):
     images: dict[int, dict[str, Any]]
 
 
-# what is used of the files
+# the fields that are read from the files
 
 
 class _Ref(msgspec.Struct):
@@ -65,10 +65,10 @@ _Boxes = list[Annotated[list[float], Meta(min_length=4, max_length=5)]]
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Build containers, strings and numbers only; refuse what a pickle wants to import or run."""
+    """Unpickle containers, strings and numbers only. Refuse imports and calls."""
 
     def __init__(self, file: IO[bytes], path: str) -> None:
-        # strings of Python 2 are bytes; latin1 has a character for each
+        # strings of Python 2 are bytes; latin1 maps each byte to a character
         super().__init__(file, encoding="latin1")
         self.path = path
 
@@ -194,9 +194,8 @@ def load_detections(det_file: str, refer: Refer) -> dict[int, list[list[float]]]
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Return the intersection over union of two boxes [x, y, w, h] in pixels.
 
-    As in REFER's evaluation the last pixel of a box is x + w - 1, and boxes meet only if the first
-    pixel of the overlap comes before its last one. Areas are the plain w * h, but an overlap of at
-    most one pixel in width or height is none.
+    As in REFER's evaluation the last pixel of a box is x + w - 1 and areas are w * h. An overlap of
+    at most one pixel in width or height counts as none.
     """
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
@@ -207,14 +206,14 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _read_plain_pickle(path: str) -> Any:
-    """Read a pickle of containers, strings and numbers. Raises InputError for another one."""
+    """Read a pickle of containers, strings and numbers. Raises InputError for other content."""
     copyreg.clear_extension_cache()
     try:
         with open_regular(path) as file:
             return _PlainUnpickler(file, path).load()
     except InputError:
         raise
-    except Exception as error:  # damaged pickles raise nearly anything
+    except Exception as error:  # damaged pickles raise almost any exception
         raise InputError(
             f"{path}: cannot be read ({type(error).__name__}: {ascii(str(error))}), damaged or cut"
             f" short; {_NOT_RELEASED}"

@@ -10,7 +10,7 @@ from dataset.text import is_blank, pre_caption
 from utils import InputError
 
 SEPARATOR = " [SEP] "  # between the query and the words of the ad
-MAX_AD_WORDS = 512  # of the query or the ad; the limit of ids cuts earlier
+MAX_AD_WORDS = 512  # of the query or the ad; MAX_AD_TOKENS cuts earlier
 MAX_AD_TOKENS = 64  # ids of query, separator and the words of the ad
 
 

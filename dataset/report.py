@@ -107,13 +107,13 @@ class Check:
     def add(
         self, problem: InputError | str, path: str | None = None, entry: int | str | None = None
     ) -> None:
-        """Add a problem of an entry, of a file, or without `path` of the configuration."""
+        """Add a problem of an entry or a file; without `path`, of the configuration."""
         problem = str(problem).removeprefix(name_entry(path, entry)).lstrip(": ")
         self.problems.append({"file": path, "entry": entry, "problem": problem})
 
     @contextlib.contextmanager
     def noting(self, path: str | None = None) -> Iterator[None]:
-        """Turn an InputError into a problem, which ends the block."""
+        """Context that adds an InputError to the problems and ends its block."""
         try:
             yield
         except InputError as error:

@@ -16,7 +16,7 @@ from utils import InputError
 
 
 class RetrievalPair(Entry):
-    """An image with one or several captions, of which each epoch draws one."""
+    """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = (
         'retrieval trains on entries {"image": path, "caption": text or list of texts}, of which'
@@ -63,8 +63,8 @@ FORMS = {"train": RetrievalPair, "val": CaptionedImage, "test": CaptionedImage}
 class RetrievalTestSet(EntryDataset):
     """Images of retrieval test files with their captions; item i is uint8 [3, R, R].
 
-    Entries with the same absolute image path become one image with all their captions, including
-    equal ones.
+    Entries with the same absolute image path become one image with all their captions, duplicates
+    included.
 
     Args:
         files: JSON lists.

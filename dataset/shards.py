@@ -1,8 +1,8 @@
 """WebDataset shards: tar files of image-caption pairs, as img2dataset writes them.
 
 A sample is a run of members with one name up to the first dot after the folders: 000000012.jpg,
-000000012.txt and 000000012.json. If no member of a shard is an image by the first dot, as with
-names like 22.04.jpg, names are cut at the last dot. A scan of the headers finds the start of each
+000000012.txt and 000000012.json. Names such as 22.04.jpg are cut at the last dot instead, if no
+member of the shard is an image by the first dot. A scan of the headers finds the start of each
 sample. A sample is then read by its index, in one piece.
 """
 
@@ -30,8 +30,8 @@ from utils import InputError, TrainingStopped, atomic_write, hash_contents, open
 Sample = dict[str, str | bytes]
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
-SHOWN = 5  # suffixes in a message
-# shards that a process keeps open: on a network file system it is opening that takes long
+SHOWN = 5  # suffixes that a message lists
+# shards that a process keeps open, because opening is slow on network file systems
 MAX_OPEN = 128
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
@@ -88,7 +88,7 @@ def _expand_pattern(pattern: str) -> list[str]:
             f"train_file: {pattern} has a brace without its other one; write shards as "
             "{00000..01242}.tar"
         ) from None
-    # a wildcard that matches nothing stays as it is, and so is missing
+    # a wildcard without a match stays in the list and is reported as missing
     paths = [
         path
         for name in names
@@ -107,8 +107,8 @@ def _expand_pattern(pattern: str) -> list[str]:
 class Position(NamedTuple):
     """The position of a sample in a shard."""
 
-    path: str  # of the shard
-    start: int  # of its bytes
+    path: str  # path of the shard
+    start: int  # first byte of the sample
     end: int
     last_dot: bool  # whether names are cut at their last dot
 
@@ -162,7 +162,7 @@ class Shards:
         return Position(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Have the kernel read several samples ahead."""
+        """Ask the kernel to read several samples ahead."""
         if hasattr(os, "posix_fadvise"):  # macOS lacks it
             for path, start, end, _ in map(self.position, indices):
                 with _errors_of(path, TrainingStopped):

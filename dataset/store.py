@@ -26,7 +26,7 @@ from dataset.text import pre_caption
 from utils import InputError, TrainingStopped, atomic_write, hash_contents
 
 _GROUP = 16  # entries with one checksum
-_BATCH = 64 * _GROUP  # entries that are written at a time, few enough for the processor's cache
+_BATCH = 64 * _GROUP  # entries that are written at a time; they fit the processor's cache
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -84,7 +84,7 @@ class Entries(Sequence):
         """
         try:
             (store,) = _load(self.files[file : file + 1], self.form, whole=True)
-        except InputError as error:  # training would skip the sample of an InputError
+        except InputError as error:  # an InputError would make training skip the sample
             raise TrainingStopped(str(error)) from None
         if store.name != name:
             raise TrainingStopped(

@@ -47,7 +47,7 @@ DELIMITERS = ",\t;|"
 
 
 def decode(path: str, data: bytes, encoding: str | None = None) -> str:
-    """Decode a table, by default from UTF-8, or from UTF-16 if it begins with its mark.
+    """Decode a table, by default from UTF-8, or from UTF-16 if it has a byte order mark.
 
     Raises InputError.
     """
@@ -79,9 +79,9 @@ def read_csv(
 ) -> Iterator[tuple[str, Any]]:
     """Read the rows of a CSV or TSV table.
 
-    A quoted value may hold delimiters and line breaks (RFC 4180). The double quotes of a row are
-    letters if characters follow a closing quote, or if a quote is still open before a line that is
-    a row by itself.
+    A quoted value may hold delimiters and line breaks (RFC 4180). Double quotes of a row are
+    ordinary characters if other characters follow a closing quote, or if a quote is still open
+    before a line that is a row by itself.
 
     Args:
         text: The table.
@@ -190,7 +190,7 @@ def read_table(
         path: File of the table, for messages.
         data: Content of the file.
         image_root: Folder that the image paths start from.
-        encoding: Encoding of the file, by default UTF-8, or UTF-16 with its mark.
+        encoding: Encoding of the file, by default UTF-8, or UTF-16 if it has a byte order mark.
         path_column: Column of the image paths, by default recognized by its name.
         text_column: Column of the captions, by default recognized by its name.
 
@@ -276,7 +276,7 @@ def _pair(row: dict[str, Any], columns: tuple[str, str], image_root: str) -> tup
 
 
 def _clean(texts: list) -> list[str]:
-    """Return texts on one line each, [] if one of them is blank or no text."""
+    """Return texts on one line each, [] if one of them is blank or not a text."""
     if not all(
         isinstance(text, str) and not is_blank(pre_caption(text, MAX_WORDS)) for text in texts
     ):

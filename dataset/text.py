@@ -9,15 +9,15 @@ import torch
 
 from utils import Text
 
-MAX_WORDS = 30  # of a caption, a sentence, or a question in training
-MAX_QUESTION_WORDS = 50  # of a question in testing
+MAX_WORDS = 30  # words of a caption, a sentence or a training question
+MAX_QUESTION_WORDS = 50  # words of a test question
 # ids of a text in pre-training and text assignment, and of a VQA question in training
 SHORT_TOKENS = 25
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
 
 
 class Limits(NamedTuple):
-    """Limits of a text, the keys max_words and max_tokens; None for those of the entries' form."""
+    """Limits of a text: max_words and max_tokens. None is the limit of the entries' form."""
 
     words: int | None = None
     tokens: int | None = None
@@ -50,8 +50,8 @@ def pre_caption(caption: str, max_words: int) -> str:
 def pre_question(question: str, max_words: int) -> str:
     """Clean up a question and cut it.
 
-    It becomes lower case without punctuation. Unlike in captions, leading and repeated blanks stay,
-    and so does <person>. Each blank of them counts as a word.
+    It becomes lower case without punctuation. Unlike in captions, <person> and leading and repeated
+    blanks stay. Each of these blanks counts as a word.
 
     Args:
         question: The question.

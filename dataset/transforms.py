@@ -1,9 +1,9 @@
 """Image transforms on uint8 tensors, tuned for one CPU core.
 
 The pixels equal the usual Pillow and torchvision chain within rounding (benchmarks/dataloader.py
-has both). Only the edge of sheared and turned images differs: it blends into the gray around, as in
-the released code. Images stay uint8 until `normalize`, which runs on the device: a quarter of the
-bytes. All randomness comes from torch's default CPU generator.
+has both). Only the edges of sheared and turned images differ. They blend into the surrounding gray,
+as in the released code. Images stay uint8, a quarter of the bytes of float32, until `normalize`
+runs on the device. All randomness comes from torch's default CPU generator.
 """
 
 import math
@@ -190,7 +190,7 @@ def sharpness(image: Tensor, factor: float) -> Tensor:
 
 
 def translate(image: Tensor, x: int, y: int) -> Tensor:
-    """Shift a uint8 [3, H, W] image right by x and down by y pixels, with gray behind."""
+    """Shift a uint8 [3, H, W] image right by x and down by y pixels, filled with gray."""
     return F.pad(image, (x, -x, y, -y), value=FILL)
 
 
@@ -238,7 +238,7 @@ def _to_uint8(values: Tensor) -> Tensor:
     return values.to(torch.int16).to(torch.uint8)  # torch has no vectorized float -> uint8
 
 
-# Magnitude 7 of 10. None changes the color: the caption may name it.
+# Magnitude 7 of 10. No operation changes colors, because the caption may name them.
 OPERATIONS = {
     "Identity": lambda image, direction: image,
     "AutoContrast": lambda image, direction: autocontrast(image),

@@ -19,12 +19,12 @@ from utils import InputError, Text
 
 # key of the image folder for each value of an entry's `dataset`
 ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}
-VG_WEIGHT = 0.5  # of an answer of Visual Genome, which has one annotator
+VG_WEIGHT = 0.5  # weight of a Visual Genome answer, which has one annotator
 _Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=1)]
 
 
 class TrainingQuestion(Entry):
-    """A question for training, with its annotators' answers, or the only one in Visual Genome."""
+    """A training question with its annotators' answers, one answer in Visual Genome."""
 
     wanted = (
         'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and'
@@ -233,7 +233,7 @@ class VQADataset(EntryDataset):
         return torch.stack(images), tokenize(questions, tokenizer, self.max_tokens)
 
     def longest_answer(self, tokenizer: Any) -> int:
-        """Return the most word pieces of a training answer, with eos and without [CLS]."""
+        """Return the length of the longest training answer in word pieces, without [CLS]."""
         answers = set()
         for entry in self.entries:
             answers.update([entry.answer] if entry.dataset == "vg" else entry.answer)

@@ -3,9 +3,9 @@
     python -m dataset.shapes --output data/shapes
 
 A scene holds 1 to 5 objects. Its *combination* is the multiset of the (color, shape) of its
-objects, and a checksum of the combination alone decides its split: whatever the seeds and the
-counts, no combination of val or test is in train. scenes_{train,val,test}.json describe the scenes
-in full; the other files have the released annotation formats, a module each:
+objects. A checksum of the combination alone decides its split. So no combination of val or test is
+in train, for any seeds and counts. scenes_{train,val,test}.json describe the scenes in full; the
+other files have the released annotation formats, a module each:
 
 - captions: pre-training and retrieval; the captions of pretrain.json are partly wrong
 - vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten
@@ -15,13 +15,13 @@ in full; the other files have the released annotation formats, a module each:
   whether there is a curtain give 67% accuracy
 - nlvr: each statement is once true and once false of two images of a split, so that the text alone
   says nothing
-- grounding in the form of RefCOCO+: expressions without places that fit one object of at least two;
-  testA refers to circles, hearts and moons, testB to the other shapes, both in the test images;
-  refs(unc).p is REFER's file, dets.json has detected boxes
-- attributes in the form of OVAD: sheets of four pictures of one object each, a box around each
-  picture; color, background, size, pattern, position
-- relevance: queries and ads of a picture and a title. Half of the relevant ads show the object of
-  the query, the others name it. Pictures alone, or titles alone, give a ROC AUC of 75%
+- grounding in the form of RefCOCO+: expressions that fit one object of at least two and name no
+place; testA refers to circles, hearts and moons, testB to the other shapes, both in the test
+images; refs(unc).p is REFER's file, dets.json has detected boxes - attributes in the form of OVAD:
+sheets of four pictures of one object each, a box around each picture; color, background, size,
+pattern, position - relevance: queries and ads of a picture and a title. Half of the relevant ads
+show the object of the query, the others name it. Pictures alone, or titles alone, give a ROC AUC of
+75%
 """
 
 from .files import vocabulary, write_dataset

@@ -25,10 +25,10 @@ from .words import WORDS
 
 FILES = ("attributes.json",)
 TEXTS = ()
-FOLDER = "attributes"  # of the sheets
+FOLDER = "attributes"  # folder of the sheets
 PER_SIDE = 2  # pictures of a sheet
-UNLABELED = 0.1  # share of the labels that are left open
-TYPES = {  # as the file calls it: key of an object or scene, its values, parent type, is or has
+UNLABELED = 0.1  # share of missing labels
+TYPES = {  # type in the file: key of an object or scene, its values, parent type, is or has
     "color": ("color", COLORS, "appearance", "is"),
     "background": ("background", BACKGROUNDS, "appearance", "has"),
     "pattern": ("fill", FILLS, "appearance", "is"),
@@ -54,7 +54,7 @@ def draw_sheets(scenes: Scenes, seed: int) -> dict[str, list[Scene]]:
         rng = Random(f"{seed}/test/{i}/{FOLDER}")
         color = rng.choice(list(COLORS))
         objects = place_objects(rng, [(color, rng.choice(shapes[color]))], side)
-        # as likely as one another, unlike in the other pictures
+        # equally likely, unlike in the other pictures
         objects[0]["fill"] = rng.choice(list(FILLS))
         pictures.append(
             {"image_size": side, "background": rng.choice(list(BACKGROUNDS)), "objects": objects}

@@ -6,7 +6,7 @@ from .scenes import COLORS, SHAPES, Object, Scene, Scenes, combination_of
 from .words import NUMBERS, WORDS, plural, say, with_article
 
 FILES = ("pretrain.json", "retrieval_train.json", "val.json", "test.json")
-MAX_WORDS = 16  # with [CLS] 17 ids: padding to the longest caption is what a text costs
+MAX_WORDS = 16  # 17 ids with [CLS]; texts cost as much as the longest caption of a batch
 OPENINGS = (
     "there is",
     "here is",
@@ -21,7 +21,8 @@ OPENINGS = (
     "i can see",
 )
 GROUNDS = ("on a {} background", "on {}", "against a {} background", "with a {} background")
-UNNAMED = {"color": "colored", "shape": "thing"}  # said where a noisy caption misses the fact
+# words in place of a fact that a noisy caption omits
+UNNAMED = {"color": "colored", "shape": "thing"}
 JUNK = (
     "click here for free download",
     "best price buy online now free shipping",
@@ -42,8 +43,8 @@ TEXTS = (
     "an the and are in",
 )
 NOISE_KINDS = ("wrong", "missing", "other", "junk")
-TRAIN_DETAIL = (0.5, 0.8, 1.1, 1.4)  # of captions, see describe(): one of them at random
-# for 1 to 5 objects, so that the caption identifies its scene
+TRAIN_DETAIL = (0.5, 0.8, 1.1, 1.4)  # detail of captions, see caption(); one value is drawn
+# detail for 1 to 5 objects, at which a caption identifies its scene
 EVAL_DETAIL = (1.6, 1.4, 1.2, 0.6, 0.2)
 PARTIAL = 0.08  # share of train captions that leave objects out
 
@@ -105,7 +106,7 @@ def describe(rng: Random, scene: Scene, detail: float, *, partial: bool = False)
 
 
 def caption(rng: Random, scene: Scene, detail: float, *, partial: bool = False) -> str:
-    """Write a caption of at most MAX_WORDS words, in less and less detail until it fits."""
+    """Write a caption of at most MAX_WORDS words, reducing detail until it fits."""
     while len((text := describe(rng, scene, detail, partial=partial)).split()) > MAX_WORDS:
         detail *= 0.8
     return text
@@ -142,8 +143,8 @@ def write_captions(
 ) -> list[dict[str, str | None]]:
     """Write different captions.
 
-    Captions of val and test are true and name every object. They have the more detail the fewer
-    objects there are.
+    Captions of val and test are true and name every object. Captions of scenes with fewer objects
+    have more detail.
 
     Args:
         rng: Generator of random numbers.

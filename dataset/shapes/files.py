@@ -19,7 +19,7 @@ from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, Scene, Scenes, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
-VERSION = 6  # of the generator: data made by another version is made anew
+VERSION = 6  # version of the generator; data of another version is replaced
 TASKS = {
     "retrieval": captions,
     "VQA": vqa,
@@ -36,7 +36,7 @@ SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
 def vocabulary() -> list[str]:
     """Return the WordPiece vocabulary of the data set.
 
-    Besides the words it has special tokens, and characters, so that no text is unknown.
+    It has special tokens, words and single characters, so that no text is unknown.
     """
     nouns = [plural(noun) for shape in SHAPES for noun in WORDS.get(shape, (shape,))]
     texts = [
@@ -131,7 +131,7 @@ def clear(output: Path) -> None:
 
 
 def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bool:
-    """Return whether a folder holds the data set of these arguments.
+    """Return whether a folder holds the data set made with these arguments.
 
     Raises InputError if it holds other files, or another data set without `overwrite`.
     """
@@ -206,7 +206,7 @@ def write_dataset(
 
     Raises:
         InputError: An argument is out of range, the folder has other files or cannot be written, or
-            it holds another data set, which a run may be reading, without `overwrite`.
+            it holds another data set and `overwrite` is not set.
     """
     output, counts = Path(output), {"train": train, "val": val, "test": test}
     arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}

@@ -16,11 +16,11 @@ FILES = (
     "refcoco+/dets.json",
 )
 TEXTS = (*NOUNS, plural(NOUNS[0]))
-REFS = 2  # objects of a scene that are referred to, at most
-EXPRESSIONS = 2  # for each of them, at most
+REFS = 2  # largest number of objects of a scene that are referred to
+EXPRESSIONS = 2  # largest number of expressions of an object
 CATEGORIES = {shape: i for i, shape in enumerate(SHAPES, 1)}
-TESTA_SHAPES = ("circle", "heart", "moon")  # curved; the others are testB
-FALSE_IOU = 0.45  # of a distractor with any object, at most; 0.5 would be right
+TESTA_SHAPES = ("circle", "heart", "moon")  # curved shapes; testB has the others
+FALSE_IOU = 0.45  # largest IoU of a distractor with any object; 0.5 would be right
 
 
 def refer(rng: Random, objects: list[Object], target: Object) -> list[str]:
@@ -57,8 +57,8 @@ def refer(rng: Random, objects: list[Object], target: Object) -> list[str]:
 def detect(rng: Random, scene: Scene) -> list[list[float]]:
     """Draw the boxes of a detector.
 
-    Each object has a box, up to 6% of its sides off. Three or four boxes are right for no object:
-    background, a part of an object, or a box too large, around one object or two.
+    Each object has a box, shifted by up to 6% of its sides. Three or four boxes fit no object: they
+    show background, a part of an object, or too much around one or two objects.
 
     Returns:
         [x, y, w, h, score] of each box in pixels, best first, with a score from 0 to 1.
@@ -72,7 +72,7 @@ def detect(rng: Random, scene: Scene) -> list[list[float]]:
         return [round(v, 2) for v in (min(max(x, 0), side - w), min(max(y, 0), side - h), w, h)]
 
     def draw_distractor() -> list[float]:
-        """Draw a box that is probably right for no object."""
+        """Draw a box that probably fits no object."""
         kind = rng.choice(("background", "part", "around", "group"))
         x, y, w, h = rng.choice(objects)
         if kind == "background":

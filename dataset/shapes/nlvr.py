@@ -11,17 +11,17 @@ from .words import KEYS, NUMBERS, Facts, count_fitting, facts_of, phrase, with_a
 Index = dict[tuple[str, ...], list[int]]  # see index_scenes
 TRIES, PAIR_TRIES = 100, 60
 FILES = ("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json")
-PER_SCENE = {"train": 2, "val": 1, "test": 1}  # statements
+PER_SCENE = {"train": 2, "val": 1, "test": 1}  # statements of a scene
 
 
 class Statement(NamedTuple):
-    """Sentences with one meaning, and a function that tells whether it is true.
+    """Sentences with one meaning, and a function that tests whether it is true.
 
     Attributes:
         sentences: Templates of the sentences.
-        truth: Function (a, b, n), where a objects of the left and b objects of the right image fit
-            the facts, or (a, b, a2, b2, n) with two kinds of facts. It returns None if people may
-            differ or the answer is too easy.
+        truth: Function (a, b, n) of the numbers a and b of objects in the left and right image that
+            fit the facts. With two kinds of facts it takes (a, b, a2, b2, n). It returns None if
+            people may disagree or the answer is too easy.
         kinds: Number of kinds of facts.
         numbers: Values of n for all objects, and for those of a color, shape or both.
     """
@@ -130,17 +130,17 @@ def find_pair(
         scenes: Scenes of the split.
         index: Result of `index_scenes`.
         facts: Facts of the statement.
-        is_true: Function of two scenes that tells whether the statement is true.
+        is_true: Function of two scenes that returns whether the statement is true.
         label: Wanted result of `is_true`.
 
     Returns:
-        The indices of the left and the right scene, None if chance finds none.
+        The indices of the left and the right scene, None if random tries find none.
     """
     for _ in range(PAIR_TRIES):
         pair = []
         for wanted in rng.choices(facts, k=2) if len(facts) == 1 else rng.sample(facts, 2):
             values, drawn = tuple(wanted.values()), rng.random()
-            if 0.55 < drawn < 0.85 and values:  # a near miss, perhaps: one value is right
+            if 0.55 < drawn < 0.85 and values:  # perhaps a near miss, in which one value is right
                 values = (rng.choice(values),)
             pair.append(rng.choice(index[values if drawn < 0.85 else ()]))
         if pair[0] != pair[1] and is_true(*(scenes[i] for i in pair)) is label:
@@ -160,7 +160,7 @@ def state(
 
     Returns:
         The sentence, and the indices of a pair for which it is true and of one for which it is
-        false. None if chance finds none, as for scenes that are all alike.
+        false. None if random tries find none, for example if all scenes are alike.
     """
     for _ in range(TRIES):
         numeric = rng.random() < NUMERIC_SHARE

@@ -1,8 +1,9 @@
 """Query-ad relevance: an ad is a picture with a title, each with facts that the other lacks.
 
-A query is for an object, which half of the relevant ads show and the other half name in the title,
-none both. Titles are drawn for the query alone: a model that looks at one of the two finds half of
-the relevant ads and cannot tell the others from irrelevant ones, a ROC AUC of 75%.
+A query names an object. Half of the relevant ads show the object, and the other half name it in the
+title; none do both. Titles depend on the query only. A model that reads only pictures or only
+titles finds half of the relevant ads. It cannot tell the others from irrelevant ones, which gives a
+ROC AUC of 75%.
 """
 
 from itertools import product
@@ -15,10 +16,10 @@ from .words import KEYS, Facts, count_fitting, facts_of, phrase, say
 FILES = tuple(f"relevance_{split}.json" for split in SPLITS)
 TITLES = ("best price {}", "buy {} online now", "free {}", "{} free shipping now")
 TEXTS = TITLES
-# what tells that an ad is relevant, as often as one another
+# reasons why an ad is relevant, equally frequent
 REASONS = ("image", "text", None, None)
 PER_SCENE = 2
-DETAIL = 0.3  # probability that a title says the size of its object, its fill, the background
+DETAIL = 0.3  # probability that a title names size, fill or background
 OBJECTS = [dict(zip(("color", "shape"), pair, strict=True)) for pair in product(COLORS, SHAPES)]
 
 

@@ -43,16 +43,15 @@ BACKGROUNDS = {
     "navy": (16, 22, 66),
     "black": (10, 10, 10),
 }
-CURTAIN = ((118, 74, 42), (92, 54, 28))  # the browns of its stripes; nothing else has them
-FILLS = {"solid": 70, "outlined": 15, "striped": 15}  # how often, in percent
-COUNT_WEIGHTS = (25, 45, 20, 6, 4)  # how often 1 to 5 objects, in percent
+CURTAIN = ((118, 74, 42), (92, 54, 28))  # browns of its stripes, which nothing else has
+FILLS = {"solid": 70, "outlined": 15, "striped": 15}  # frequency in percent
+COUNT_WEIGHTS = (25, 45, 20, 6, 4)  # frequency of 1 to 5 objects, in percent
 REPEAT = 0.1  # probability that an object has the color and shape of an earlier one
-# Objects lie on a grid as wide as the patches of configs/shapes: a small ViT from random weights
-# learns shapes within minutes if a patch sees the whole of one, and hardly at all if they lie
-# anywhere across several.
+# Objects lie on a grid with the patch size of configs/shapes. A small ViT from random weights
+# learns shapes within minutes if each lies in one patch, and hardly at all if it crosses several.
 GRID = 4  # cells per side
 SIZES = {"small": 0.62, "large": 0.92}  # longer side of an object, in sides of a cell
-SHIFT = 0.04  # largest distance of an object from the middle of its cell; leaves large ones apart
+SHIFT = 0.04  # largest offset of an object in its cell; large objects stay separate
 POSITIONS = (
     "top left",
     "top",
@@ -126,7 +125,7 @@ def center_of(box: Box) -> tuple[float, float]:
 
 
 def position_of(box: Box, image_size: int) -> str:
-    """Return the one of POSITIONS where a box lies.
+    """Return the name in POSITIONS of the place of a box.
 
     The outer 37% of a side are left, right, top or bottom.
     """
@@ -187,7 +186,7 @@ def draw_scene(rng: Random, split: str, image_size: int, taken: Collection = ())
         rng: Generator of random numbers.
         split: Split of the scene.
         image_size: Side of the image in pixels.
-        taken: Combinations that are not drawn.
+        taken: Combinations to exclude.
 
     Returns:
         image_size, background, objects, and relations [i, name, j] of objects i and j that do not
@@ -253,7 +252,7 @@ def draw_mask(obj: Object, scale: int) -> Image.Image:
         return mask
     side = max(w, h)
     border = round(side * (0.08 if obj["fill"] == "outlined" else 0.05))
-    # 255 where all around is inside
+    # 255 if all pixels around are inside
     blurred = ImageOps.expand(mask, border).filter(ImageFilter.BoxBlur(border))
     hollow = ImageOps.crop(blurred, border).point(lambda v: 255 * (v >= 254))
     if obj["fill"] == "striped":

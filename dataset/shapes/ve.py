@@ -1,7 +1,7 @@
-"""Visual entailment: hypotheses on pictures of which half have a curtain over a quadrant.
+"""Visual entailment: hypotheses on pictures, half of them with a curtain over a quadrant.
 
-What is not in sight is neutral only behind a curtain, and what is in sight can be neither affirmed
-falsely nor denied truly.
+An object out of sight is neutral only if there is a curtain. Affirming a visible object is always
+true, and denying it is always false.
 """
 
 from random import Random
@@ -10,7 +10,7 @@ from .scenes import QUADRANTS, SPLITS, Object, Scene, Scenes, center_of, each_sc
 from .words import KEYS, count_fitting, draw_absent, facts_of, phrase, with_article
 
 FILES = tuple(f"ve_{split}.json" for split in SPLITS)
-HYPOTHESES = {  # by whether they affirm
+HYPOTHESES = {  # sentences by whether they affirm
     True: (
         "there is {}",
         "the scene has {}",
@@ -27,8 +27,8 @@ HYPOTHESES = {  # by whether they affirm
     ),
 }
 TEXTS = (*HYPOTHESES[True], *HYPOTHESES[False])
-# The hypotheses for six pictures as (label, affirmative), by whether a curtain covers the picture:
-# every possible case, a third for each label, and as many affirmative as negative ones in each.
+# (label, affirmative) of the hypotheses for six pictures, by whether a curtain covers the picture.
+# Every possible case occurs. Each label has a third of the hypotheses, half of them affirmative.
 PREMISES = {
     True: [
         ("entailment", True),
@@ -84,8 +84,8 @@ def covered_image(path: str) -> str:
 def suppose(rng: Random, scene: Scene, label: str, *, affirmative: bool) -> str:
     """Write a sentence that affirms or denies that an object exists, with the given label.
 
-    Visible objects are true. Other objects are false, or undecided if there is a curtain, whatever
-    it hides.
+    A visible object exists. Any other object does not exist, or is undecided if there is a curtain,
+    whether or not the curtain hides it.
     """
     keys, seen = rng.choice(KEYS), visible_objects(scene, scene["covered"])
     hidden = [

@@ -11,11 +11,11 @@ from .words import KEYS, WORDS, count_fitting, draw_absent, facts_of, phrase, wi
 FILES = (*(f"vqa_{split}.json" for split in SPLITS), "answer_list.json")
 PER_SCENE = {"train": 3, "val": 2, "test": 2}
 ANNOTATORS = 10
-AGREEING = {10: 35, 9: 25, 8: 25, 7: 10, 6: 5}  # annotators who give the true answer: weights
+AGREEING = {10: 35, 9: 25, 8: 25, 7: 10, 6: 5}  # number of annotators with the true answer: weight
 YES_NO = ("yes", "no")
 EXISTENCE = ("is there {}?", "can you see {}?")
 COUNT = ("how many {} are there?", "how many {} do you see?")
-COLOR = ("what color is the {}?", "what color are the {}?")  # of one object, of several
+COLOR = ("what color is the {}?", "what color are the {}?")  # for one object, for several
 SHAPE = "what shape is the {}?"
 SIZE = "is the {} big or small?"
 MORE = "are there more {} than {}?"
@@ -25,7 +25,7 @@ SAME = {
 }
 BIGGER = "is the {} bigger than the {}?"
 TEXTS = (*YES_NO, *EXISTENCE, *COUNT, *COLOR, SHAPE, SIZE, MORE, *SAME.values(), BIGGER)
-# what is easily taken for an answer
+# plausible wrong answers
 MISTAKEN = {
     "yes": ("no",),
     "no": ("yes",),
@@ -58,7 +58,7 @@ SYNONYMS = {usual: others for usual, *others in WORDS.values()}
 
 
 def ask_existence(rng: Random, objects: list[Object]) -> tuple[str, str]:
-    """Ask whether an object exists, as often yes as no."""
+    """Ask whether an object exists. Yes and no are equally frequent."""
     keys, answer = rng.choice((*KEYS, ("size", "shape"))), rng.choice(YES_NO)
     facts = (
         facts_of(rng.choice(objects), keys) if answer == "yes" else draw_absent(rng, objects, keys)
@@ -69,7 +69,7 @@ def ask_existence(rng: Random, objects: list[Object]) -> tuple[str, str]:
 def ask_count(rng: Random, objects: list[Object]) -> tuple[str, str]:
     """Ask for a number of objects.
 
-    Some answers are 0, the others are balanced, or nearly all would be 1.
+    Some answers are 0. The others are balanced, because otherwise nearly all would be 1.
     """
     drawn = rng.random()
     if drawn < 0.2:
@@ -118,7 +118,7 @@ def ask_fact(
 def ask_comparison(rng: Random, objects: list[Object]) -> tuple[str, str]:
     """Compare two shapes: their numbers, or color and size of the two objects.
 
-    Each is answered as often yes as no.
+    Yes and no are equally frequent answers of each.
     """
     answer = rng.choice(YES_NO)
     yes, counts = answer == "yes", Counter(o["shape"] for o in objects)
@@ -136,7 +136,7 @@ def ask_comparison(rng: Random, objects: list[Object]) -> tuple[str, str]:
     single = [o for o in objects if counts[o["shape"]] == 1]
     if len(single) > 1:
         a, b = rng.sample(single, 2)
-        # 1 pair in 8 has the same color: asked about all others, nearly every answer would be no
+        # only 1 pair in 8 has the same color, so few of the other pairs are asked about
         if (a["color"] == b["color"]) == yes and (yes or rng.random() < 1 / (len(COLORS) - 1)):
             forms += 2 * [(SAME["color"], a["shape"], b["shape"])]
         if rng.random() < 0.5:
@@ -184,7 +184,7 @@ def annotate(rng: Random, answer: str) -> list[str]:
 
 
 def annotations(scenes: Scenes, seed: int) -> tuple:
-    """Return the contents of FILES. The answer list has all answers of train and all truths."""
+    """Return the contents of FILES. The answer list has all train and true answers."""
     entries, ids = {split: [] for split in scenes}, itertools.count()
     for split, _, scene, rng in each_scene(scenes, seed, "vqa"):
         for question, answer in ask(rng, scene, PER_SCENE[split]):

@@ -12,7 +12,7 @@ from .scenes import COLORS, FILLS, SHAPES, SIZES, Object
 
 Facts = dict[str, str]
 
-# Words for what is called by more than its name, the usual one first.
+# Synonyms by name, the usual word first.
 WORDS = {
     "small": ("small", "little", "tiny"),
     "large": ("big", "large"),
@@ -40,8 +40,8 @@ WORDS = {
 # in the order of English adjectives
 TABLES = {"size": SIZES, "fill": FILLS, "color": COLORS, "shape": SHAPES}
 NUMBERS = ("", "one", "two", "three", "four", "five")
-NOUNS = ("object", "one", "thing")  # where the shape is not said
-KEYS = (*[("color", "shape")] * 3, ("shape",), ("color",))  # of facts, to draw from
+NOUNS = ("object", "one", "thing")  # words in place of an unnamed shape
+KEYS = (*[("color", "shape")] * 3, ("shape",), ("color",))  # keys of facts, to draw from
 
 
 def say(rng: Random, name: str) -> str:
@@ -73,7 +73,7 @@ def count_fitting(objects: Iterable[Object], facts: Facts) -> int:
 def draw_absent(rng: Random, objects: Iterable[Object], keys: Sequence[str]) -> Facts:
     """Draw facts that fit no object, mostly near misses.
 
-    In a near miss each value occurs, though not together, or one of the values occurs.
+    In a near miss all values occur but not on one object, or one of the values occurs.
     """
     present = {tuple(o[key] for key in keys) for o in objects}
     seen = {value for values in present for value in values}
