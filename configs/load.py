@@ -54,7 +54,8 @@ def override(config: Config | dict, overrides: Iterable[str], where: str | Path)
     Raises:
         InputError: A key or value is not accepted.
     """
-    flat = flatten(config, str(where))
+    values = config.to_dict() if isinstance(config, Config) else config
+    flat = flatten(values, str(where))
     for text in overrides:
         shown, changed = parse_override(text)
         if text.startswith("bert_config."):

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # the SHA-256 in hexadecimal
 DIGEST_SIZE = 64
 END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
+DAMAGED = "checkpoint {} is damaged: its digest does not agree"
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
 logger = logging.getLogger(__name__)
@@ -398,6 +399,9 @@ def _read_progress(folder: Path) -> tuple[list[tuple[int, int, bool, Path]], lis
             damaged.append(str(error))
             continue
         if not isinstance(resume, dict) or not {"epoch", "samples_seen"} <= resume.keys():
+            if not has_right_digest(path):
+                damaged.append(DAMAGED.format(path))
+                continue
             raise InputError(
                 f"--output_dir {folder}: {path} has the weights but not the state of a run, as"
                 " other code and tools.export write it; a run here would overwrite it. To start"
@@ -422,7 +426,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     saves, damaged = _read_progress(folder)
     for *_, path in sorted(saves, reverse=True):
         if not has_right_digest(path):
-            damaged.append(f"checkpoint {path} is damaged: its digest does not agree")
+            damaged.append(DAMAGED.format(path))
             continue
         for message in damaged:
             logger.warning("%s; resuming from %s", message, path)
