@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from utils import InputError
@@ -29,7 +29,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 class _ShowKeys(argparse.Action):
     """Print all configuration keys and exit."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> NoReturn:
         from configs.docs import list_keys
 
         print(list_keys(), end="")
@@ -47,8 +53,10 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None, example: str = "", prog: str | None = None) -> None:
         spec = sys.modules["__main__"].__spec__  # set by python -m
-        module = spec and f"python -m {spec.name.removesuffix('.__main__')}"
-        name = prog or module or f"python {os.path.basename(sys.argv[0])}"
+        started = f"python {os.path.basename(sys.argv[0])}"
+        if spec:
+            started = f"python -m {spec.name.removesuffix('.__main__')}"
+        name = prog or started
         example = example and f"example:\n  {name} {example}"
         super().__init__(prog=name, description=description, epilog=example, formatter_class=_Help)
         self._commands: argparse._SubParsersAction | None = None
@@ -78,8 +86,8 @@ class Parser(argparse.ArgumentParser):
         """Raise InputError."""
         raise InputError(f"{message}; --help lists the flags")
 
-    def parse_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    def parse_args(
+        self, args: Iterable[str] | None = None, namespace: Any = None
     ) -> argparse.Namespace:
         """Parse as ArgumentParser does. Raises InputError."""
         result, unknown = self.parse_known_args(args, namespace)

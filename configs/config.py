@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, Struct, inspect
@@ -439,18 +439,18 @@ def _describe(kind: inspect.Type, choices: tuple[Any, ...]) -> str:
 
 def _fields(section: type[Struct], prefix: str = "") -> Iterator[Field]:
     """Yield the keys of a section, those of its own sections included."""
-    hints = get_type_hints(section, include_extras=True)
-    for field in inspect.type_info(section).fields:
+    for field in msgspec.structs.fields(section):
         default = None if field.required else field.default
         if isinstance(default, Section):
             yield from _fields(type(default), f"{field.name}.")
             continue
-        extra = getattr(field.type, "extra", None) or read_always().extra
+        kind = inspect.type_info(field.type)
+        extra = getattr(kind, "extra", None) or read_always().extra
         yield Field(
             name=f"{prefix}{field.name}",
-            type=hints[field.name],
+            type=field.type,
             default=default,
-            wanted=extra["wanted"] or _describe(field.type, _choices(hints[field.name])),
+            wanted=extra["wanted"] or _describe(kind, _choices(field.type)),
             reads=extra["reads"],
             training=extra["training"],
             file=extra["file"],
@@ -459,7 +459,7 @@ def _fields(section: type[Struct], prefix: str = "") -> Iterator[Field]:
 
 FIELDS: dict[str, Field] = {field.name: field for field in _fields(Config)}
 BERT_FIELDS: dict[str, Field] = {field.name: field for field in _fields(BertConfig)}
-BERT_REQUIRED = [field.name for field in inspect.type_info(BertConfig).fields if field.required]
+BERT_REQUIRED = [field.name for field in msgspec.structs.fields(BertConfig) if field.required]
 SECTIONS = ("optimizer", "scheduler")
 ANNOTATION_KEYS = [name for name, field in FIELDS.items() if field.wanted == PATHS_WANTED]
 # keys whose values name files, folders or hub repositories

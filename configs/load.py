@@ -1,6 +1,6 @@
 """Load, override and save configuration files."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return override(config, overrides, path)
 
 
-def override(config: Config | dict, overrides: Iterable[str], where: str | Path) -> Config:
+def override(config: Mapping[str, Any], overrides: Iterable[str], where: str | Path) -> Config:
     """Return a checked and completed configuration with key=value overrides.
 
     Args:

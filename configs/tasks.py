@@ -80,7 +80,7 @@ def _classes(state: Mapping[str, Any]) -> int:
 VAL_TEST = {"val": "val_file", "test": "test_file"}
 EMBEDDING = ("embed_images", "embed_texts", "similarity")
 ALIGNED = (*EMBEDDING, "match", "match_logits", "rank", "ground", "heat_map")
-MATCHING = {"head": "itm_head", "classes": ("no match", "match")}
+MATCHING = ("no match", "match")
 CONTRASTIVE = frozenset({"contrastive", "distills", "projects"})
 
 # detect is tried from the first row to the last
@@ -161,7 +161,8 @@ TASKS: dict[str, Task] = {
             initialize="models.weights:load_encoders",
             detect=_has("text_encoder.bert."),
             methods=(*ALIGNED, "fill_in"),
-            **MATCHING,
+            head="itm_head",
+            classes=MATCHING,
             traits=CONTRASTIVE | {"captions"},
         ),
         Task(
@@ -177,7 +178,8 @@ TASKS: dict[str, Task] = {
             score="r_mean",
             detect=_has("itm_head.", "vision_proj."),
             methods=ALIGNED,
-            **MATCHING,
+            head="itm_head",
+            classes=MATCHING,
             traits=CONTRASTIVE | {"validates"},
         ),
         Task(
@@ -211,7 +213,8 @@ TASKS: dict[str, Task] = {
             check="evaluation.grounding:check_options",
             score="val_d",
             methods=ALIGNED,
-            **MATCHING,
+            head="itm_head",
+            classes=MATCHING,
             traits=CONTRASTIVE,
         ),
         Task(
@@ -224,7 +227,8 @@ TASKS: dict[str, Task] = {
             evaluate="evaluation.attributes:evaluate",
             chance="evaluation.attributes:chance_metrics",
             methods=ALIGNED,
-            **MATCHING,
+            head="itm_head",
+            classes=MATCHING,
             traits=frozenset({"projects"}),
         ),
     )

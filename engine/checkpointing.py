@@ -296,8 +296,9 @@ def add_digest(file: IO[Any]) -> None:
     file.seek(-2, os.SEEK_END)
     file.write(COMMENT_LENGTH)
     file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").hexdigest()
-    file.write(digest.encode())
+    # IO of typeshed has no readinto
+    digest = hashlib.file_digest(file, "sha256")  # ty: ignore[no-matching-overload]
+    file.write(digest.hexdigest().encode())
 
 
 def copy_to_last(path: Path) -> None:

@@ -61,7 +61,7 @@ class MetricLogger:
         self.output_dir, self.config, self.device = Path(output_dir), config, device
         # on a CPU there is nothing to wait for
         self.every = config.log_every if device.type == "cuda" else 1
-        self.batch_samples = config.batch_size * config.accumulate * world_size()
+        self.batch_samples = config.train_batch_size * config.accumulate * world_size()
         self.peak, self.flops = device_peak(device, config), None
         self._writer, self._bar = None, tqdm(disable=True)
         self._line_at = time.monotonic()

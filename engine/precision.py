@@ -84,7 +84,7 @@ def make_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # filling finds uses of uninitialized memory, and every allocation pays for it
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]  # set by a property
     torch.backends.cudnn.benchmark = False
 
 
@@ -129,9 +129,9 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     """
     # it would split a layer into several graphs, which helps whole models only
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS  # ty: ignore[invalid-assignment]  # an int
     # a text whose length is the number of heads would be compiled for that length
-    torch.fx.experimental._config.use_duck_shape = False
+    torch.fx.experimental._config.use_duck_shape = False  # ty: ignore[possibly-missing-submodule]
     for module in model.modules():
         if isinstance(module, Block):
             module.compile(**options)

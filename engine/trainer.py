@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.config import Config, as_config
 from dataset.loading import TrainBatches, to_device
@@ -51,7 +51,7 @@ class TrainState(Progress):
     """
 
     model: ALBEF
-    ddp_model: ALBEF
+    ddp_model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     config: Config
@@ -63,7 +63,7 @@ class TrainState(Progress):
     @property
     def global_batch(self) -> int:
         """Samples of an optimizer step, over all ranks."""
-        return self.config.batch_size * world_size() * self.config.accumulate
+        return self.config.train_batch_size * world_size() * self.config.accumulate
 
 
 class StepOutput(NamedTuple):
@@ -113,11 +113,12 @@ def create_train_state(
         param.requires_grad_(False)
     if compiles(config, device):
         compile_layers(model)
+    global_batch = config.train_batch_size * world_size() * config.accumulate
     return TrainState(
         model=model,
         ddp_model=wrap_ddp(model),
         optimizer=create_optimizer(config.optimizer, model),
-        schedule=create_schedule(config, config.batch_size * world_size() * config.accumulate),
+        schedule=create_schedule(config, global_batch),
         config=config,
         device=device,
         seed=seed,
@@ -238,10 +239,10 @@ def train_step(state: TrainState, batches: Iterator[Any], alpha: float) -> StepO
             totals[name] = totals.get(name, 0) + value.detach() / config.accumulate
         files += batch.files
         skipped += batch.skipped
-    params = [param for param in state.model.parameters() if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm([param.grad for param in params])
+    params = list(state.model.parameters())
+    norm = nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
     if config.clip_grad:
-        torch.nn.utils.clip_grads_with_norm_(params, config.clip_grad, norm)
+        nn.utils.clip_grads_with_norm_(params, config.clip_grad, norm)
     step_if_finite(state.optimizer, norm)
     state.optimizer.zero_grad(set_to_none=True)
     return StepOutput(totals, norm, files, skipped)

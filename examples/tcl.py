@@ -25,9 +25,11 @@ parser = task_parser(__doc__, "examples/tcl.yaml", "--output_dir output/tcl")
 class TCL(Pretrain):
     """Pre-training with the mean of image-text, text-image, image-image and text-text contrast."""
 
+    intra: Tensor
+
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         super().__init__(config, tokenizer)
-        self.second_view = RandomResizedCrop(config.image_res, scale=(0.5, 1.0))
+        self.second_view = RandomResizedCrop(config.resolution, scale=(0.5, 1.0))
         # the intra-modal loss of the last step
         self.register_buffer("intra", torch.zeros(()), persistent=False)
 

@@ -82,7 +82,7 @@ def step_if_finite(optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
     """
     if optimizer.defaults.get("fused"):
         # as in gradient scaling: the kernel skips the step
-        optimizer.found_inf = (~norm.isfinite()).float()
+        optimizer.found_inf = (~norm.isfinite()).float()  # ty: ignore[missing-attribute]
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()

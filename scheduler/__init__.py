@@ -28,13 +28,13 @@ def create_schedule(config: Config, global_batch: int) -> Schedule:
     """
     reference = config.reference_batch
     factor = math.sqrt(global_batch / reference) if reference else 1
-    keys = msgspec.structs.asdict(config.scheduler)
-    rates = {
+    keys: dict[str, Any] = msgspec.structs.asdict(config.scheduler)
+    keys |= {
         "lr": config.optimizer.lr * factor,
         "min_lr": config.scheduler.min_lr * factor,
         "warmup_lr": config.scheduler.warmup_lr * factor,
     }
-    return Schedule(**{**keys, **rates})
+    return Schedule(**keys)
 
 
 def _cosine(schedule: Schedule, progress: float) -> float:

@@ -229,7 +229,7 @@ def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, name
             for key, value in config.items()
             if key not in unread_keys(task, as_config(config))
         }
-    )
+    ).to_dict()
     (line,) = notes(task, override(config, flags, "config"), flags, False)
     assert f"{named}:" in line
     (line,) = notes(

@@ -25,7 +25,7 @@ from visualize.explain import unknown_words
 
 # Gradio passes the file of an image unchanged, and the framework's decoder reports what is wrong
 # with it. If this were a subclass, Gradio would write a stub file beside this module.
-gr.Image.preprocess = lambda self, given: given and given.path
+gr.Image.preprocess = lambda self, given: given and given.path  # ty: ignore[invalid-assignment]
 # the browser refuses all requests of Gradio to other hosts (fonts, scripts)
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 TOP = 12  # images that a search shows
@@ -38,9 +38,13 @@ SESSIONS = 100  # browsers whose last search is kept
 # seconds between two cleanings; age in seconds at which they delete an uploaded file
 CLEANING = (600, 3600)
 # other programs cannot call these functions by name
-QUIET = {"api_visibility": "private", "show_progress": "hidden"}
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 # one call at a time, to limit memory and cores
-ONE_AT_A_TIME = {"api_visibility": "private", "concurrency_id": "models", "concurrency_limit": 1}
+ONE_AT_A_TIME: dict[str, Any] = {
+    "api_visibility": "private",
+    "concurrency_id": "models",
+    "concurrency_limit": 1,
+}
 
 
 class Answer(NamedTuple):
@@ -198,16 +202,17 @@ def ask(tab: Tab, models: dict[str, Inference]) -> Callable[..., Answer]:
     """Return the function of a tab: (name of a model, images, text) -> Answer."""
 
     def call(name: str, *given: str | None) -> Answer:
-        *images, text = given
+        *fields, text = given
+        images = [image for image in fields if image is not None]
         try:
-            if None in images:
+            if len(images) < len(fields):
                 raise InputError("no image yet: drop one in its field, or click an example")
             if not all(map(is_uploaded, images)):
                 raise InputError("the image was not uploaded to this page, or too long ago")
             return tab.show(models[name], *images, text)
         except InputError as error:
             message = str(error)
-            for image in filter(None, images):  # the folders of Gradio mean nothing to the user
+            for image in images:  # the folders of Gradio mean nothing to the user
                 message = message.replace(f"{Path(image).parent}{os.sep}", "")
             return Answer(None, message)
 
@@ -307,7 +312,11 @@ def add_tab(
                 name = gr.Radio(
                     [*models], value=[*models][0], label="checkpoint", visible=len(models) > 1
                 )
-                options = {"sources": ["upload", "clipboard"], "buttons": [], "height": 260}
+                options: dict[str, Any] = {
+                    "sources": ["upload", "clipboard"],
+                    "buttons": [],
+                    "height": 260,
+                }
                 images = [gr.Image(label=label, **options) for label in labels]
                 text = gr.Textbox(label=kind)
                 button = gr.Button(verb, variant="primary")

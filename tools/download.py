@@ -111,8 +111,7 @@ def unpack(path: Path) -> None:
     unpacked = path.with_name(f"{path.name}.unpacking")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
-        options = {} if path.suffix == ".zip" else {"filter": "data"}
-        shutil.unpack_archive(path, unpacked, **options)
+        shutil.unpack_archive(path, unpacked, filter=None if path.suffix == ".zip" else "data")
         for file in [file for file in unpacked.rglob("*") if not file.is_dir()]:
             target = path.parent / file.relative_to(unpacked)
             target.parent.mkdir(parents=True, exist_ok=True)

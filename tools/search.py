@@ -193,7 +193,7 @@ def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[
         f"  {show(hit.path)}"
         for hit in hits
     ]
-    return [f"{printable(text)}:", *lines, ""] if args.queries else lines
+    return [f"{printable(text)}:", *lines, ""] if text and args.queries else lines
 
 
 def list_copies(args: argparse.Namespace) -> None:

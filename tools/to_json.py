@@ -66,25 +66,24 @@ def read_sources(args: argparse.Namespace) -> tuple[dict[str, list], list[str]]:
     """
     from dataset.official import recognize
 
-    contents = {}  # None for a folder
+    contents: dict[str, bytes | None] = {}  # None for a folder
     for source in args.sources:
         try:
             contents[source] = None if os.path.isdir(source) else read_regular(source)
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    forms = {source: data and recognize(data) for source, data in contents.items()}
-    tables = any(data and not forms[source] for source, data in contents.items())
-    if (args.path or args.text or args.encoding) and not tables:
+    files = {source: data for source, data in contents.items() if data}
+    forms = {source: form for source, data in files.items() if (form := recognize(data))}
+    if (args.path or args.text or args.encoding) and len(forms) == len(files):
         raise InputError(
             f"--path, --text and --encoding are of tables, and {args.sources[0]} is none: leave"
             " them out"
         )
-    if all(forms.values()):
-        return _read_official(contents, forms, args.image_root)
-    if any(forms.values()):
+    if len(forms) == len(contents):
+        return _read_official(files, forms, args.image_root)
+    if forms:
         raise InputError(
-            f"{next(filter(forms.get, forms))}: is an official file: convert it apart from tables"
-            " and folders"
+            f"{next(iter(forms))}: is an official file: convert it apart from tables and folders"
         )
     return _read_captions(contents, args)
 

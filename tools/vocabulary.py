@@ -75,7 +75,7 @@ def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> l
     )
     backend.train_from_iterator(captions, trainer)
     vocab = backend.get_vocab()
-    return sorted(vocab, key=vocab.get)
+    return sorted(vocab, key=vocab.__getitem__)
 
 
 def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
