@@ -141,7 +141,7 @@ def load_refer(folder: str, name: str = "refcoco+") -> Refer:
 
 
 def is_tested(ref: Mapping[str, Any]) -> bool:
-    """Return whether the split of a ref is evaluated, which is every split but train."""
+    """Return whether the split of a ref is evaluated: every split except train."""
     return ref["split"] != "train"
 
 
