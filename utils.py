@@ -1,4 +1,4 @@
-"""What every room uses: errors, ranks, seeds, atomic files, tokenized texts."""
+"""Shared basics: errors, ranks, seeds, atomic files, tokenized texts."""
 
 import contextlib
 import contextvars

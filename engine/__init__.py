@@ -1,1 +1,1 @@
-"""Training and what a run needs around it: processes, checkpoints, logs, precision."""
+"""Training runs: processes, checkpoints, logs, precision."""

@@ -55,7 +55,7 @@ class Best:
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands, the same on all ranks, and what its epoch has recorded so far.
+    """Progress of a run and the records of its current epoch, equal on all ranks.
 
     Attributes:
         epoch: Epoch that is being trained.
@@ -64,8 +64,8 @@ class Progress:
         sums: For each metric the sum over the epoch's `counted` iterations.
         counted: Iterations of the epoch whose metrics are finite.
         skipped_steps: Iterations of the epoch whose metrics are not finite.
-        skipped_steps_before: The same of earlier epochs.
-        skipped: Why entries of the epoch could not be used.
+        skipped_steps_before: Skipped iterations of earlier epochs.
+        skipped: Reasons why entries of the epoch were unusable.
         best: The best epoch, None before the first validation.
     """
 
@@ -138,8 +138,8 @@ class Checkpointer:
         """Take a snapshot of the state now and write it in a background thread.
 
         The file has the released keys (model, optimizer, lr_scheduler, config, epoch) and keys for
-        exact resuming. It is renamed to `name` when it is complete and on the disk, and then it is
-        also checkpoint_last.pth. Random states need no key, because every iteration is seeded.
+        exact resuming. It is renamed to `name` once it is complete on the disk, and then copied to
+        checkpoint_last.pth. Random states need no key, because every iteration is seeded.
 
         Args:
             state: The run.
@@ -191,7 +191,7 @@ class Checkpointer:
         keep: int | None,
         optional: bool,
     ) -> None:
-        """Write a checkpoint atomically, then what must follow, in this order."""
+        """Write a checkpoint, then update checkpoint_last.pth, then remove old epochs."""
         if copied:
             copied.synchronize()
         try:
@@ -287,7 +287,7 @@ def copy_to_host(
 
 
 def _writing_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
-    # torch.save raises either
+    # torch.save raises OSError or RuntimeError
     return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))
 
 
@@ -313,7 +313,7 @@ def rotate(folder: Path, epoch: int, keep: int) -> None:
     for path in folder.glob("checkpoint_*.pth"):
         number = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
         if number and int(number[1]) <= epoch - keep:
-            with contextlib.suppress(OSError):  # the run need not stop for it
+            with contextlib.suppress(OSError):  # a failure need not stop the run
                 path.unlink(missing_ok=True)
 
 
@@ -324,8 +324,8 @@ def rotate(folder: Path, epoch: int, keep: int) -> None:
 def find_resume_file(output_dir: Path | str, checkpoint: str, resume: bool) -> Path | None:
     """Return the file that a run continues from; every rank must call it.
 
-    A restart by torchrun or Slurm resumes as the flag does. It continues from what the run itself
-    has saved, also if --resume --checkpoint began elsewhere.
+    A restart by torchrun or Slurm resumes like the flag. It continues from the run's own
+    checkpoints, even if --resume --checkpoint began with those of another run.
 
     Args:
         output_dir: Folder of the run.
@@ -387,7 +387,7 @@ def run_files(folder: Path | str) -> list[Path]:
 
 
 def _read_progress(folder: Path) -> tuple[list[tuple[int, int, bool, Path]], list[str]]:
-    """Return (epoch, samples seen, is it LAST, path) of each checkpoint, and what is damaged.
+    """Return (epoch, samples seen, is LAST, path) of each checkpoint, and errors of damaged ones.
 
     Raises:
         InputError: A checkpoint has no state of a run: a run in this folder would replace it.
@@ -441,7 +441,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def has_right_digest(path: Path) -> bool:
-    """Return whether a checkpoint's content has the SHA-256 that it was written with."""
+    """Return whether a checkpoint's content matches its recorded SHA-256."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
         if not (end.startswith(END_OF_ZIP) and end.endswith(COMMENT_LENGTH)):
@@ -543,7 +543,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path
         InputError: The state is of another optimizer.
     """
     for group, options in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        # an older torch may have had fewer
+        # an older torch may have had fewer options
         group |= {name: value for name, value in options.items() if name != "params"}
     try:
         optimizer.load_state_dict(state)

@@ -11,7 +11,7 @@ from configs.tasks import detect_task, find_task
 from engine.checkpointing import is_run_file, run_files
 from models.weights import find_checkpoint, is_repository, named_tensors, read_checkpoint
 
-# keys that the weights of a checkpoint depend on, whatever the data
+# keys that the weights of a checkpoint depend on
 MODEL_KEYS = (
     "bert_config",
     "text_encoder",
@@ -33,7 +33,7 @@ def task_of_checkpoint(content: dict[str, Any], task: str, path: Path | str) -> 
 
     Args:
         content: What `read_checkpoint` returned.
-        task: The task that it is loaded for. It is the answer if its models have these weights.
+        task: Task that it is loaded for, returned if its models have these weights.
         path: Path of the checkpoint, for messages.
 
     Raises:
@@ -56,8 +56,9 @@ def choose_config(
 ) -> tuple[Config, str]:
     """Return the configuration of a run and the file that it comes from.
 
-    It is `file`, else that of a checkpoint of the task, else the default of the task. An evaluation
-    with the default takes MODEL_KEYS from the checkpoint, with `file` max_answer_tokens.
+    It comes from `file`, else from a checkpoint of the task, else it is the task's default. An
+    evaluation with the default takes MODEL_KEYS from the checkpoint. An evaluation with `file`
+    takes max_answer_tokens from the checkpoint if `file` does not set it.
 
     Args:
         task: Name of the task.
@@ -79,7 +80,7 @@ def choose_config(
         log.info("configuration: %s", file)
         return config, str(file)
     where = f"configuration of {checkpoint}"
-    # released code writes schedular; it saves the paths of its machine and never reads them
+    # the key schedular marks released code, which saves the paths of its own machine
     if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:
         log.info("configuration: that of %s (another: --config FILE)", checkpoint)
         return override(saved, overrides, where), checkpoint
@@ -114,8 +115,8 @@ def default_output_dir(task: str, source: str, evaluate: bool) -> Path:
 
     Args:
         task: Name of the task.
-        source: File of the configuration. The name is that of a YAML file, or of the folder of a
-            run's file.
+        source: File of the configuration, which gives the name: a YAML file's, or that of a run's
+            folder.
         evaluate: Whether the run only evaluates. With a file of a run it writes to the run's
             folder.
     """

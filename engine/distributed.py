@@ -144,10 +144,10 @@ def _sources() -> list[Path]:
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """Return the model's DistributedDataParallel, or the model if this process is alone."""
+    """Wrap the model in DistributedDataParallel unless this process is alone."""
     if not is_distributed():
         return model
-    # of the newer name of broadcast_buffers, which torch 2.11 does not know
+    # newer torch warns that broadcast_buffers is renamed, and torch 2.11 lacks the new name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)

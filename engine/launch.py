@@ -44,8 +44,8 @@ def run_script(main: Callable[[], None]) -> None:
         status, message = 128 + getattr(error, "signum", signal.SIGINT), str(error)
     except (TrainingStopped, InputError) as error:
         status, message = 2 if isinstance(error, InputError) else 1, f"error: {one_line(error)}"
-        # most likely all ranks have the same message; the launcher ends this one once the first
-        # has exited
+        # all ranks probably have the same message, and the launcher ends this one once the first
+        # exits
         time.sleep(min(launched_rank(), 8))
     except Exception as error:
         add_memory_hint(error)
@@ -68,7 +68,7 @@ def set_environment() -> None:
     """Set the environment that torch and its libraries read when they are imported."""
     # OpenMP threads of torch would spin while they wait and slow down other programs
     if os.environ.setdefault("OMP_WAIT_POLICY", "passive") == "passive":
-        # a short spin: to sleep at once slows down a quiet machine
+        # a short spin, because sleeping at once is slower on an idle machine
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # each data worker tokenizes in one thread; without this the library warns at every fork
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,7 +113,7 @@ def one_line(error: Exception) -> str:
 
 
 def add_memory_hint(error: Exception) -> None:
-    """Add a line with the keys that save memory if an error means that memory ran out."""
+    """Add a line with the keys that save memory to an error of exhausted memory."""
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
         error.add_note(
@@ -140,12 +140,12 @@ def interruptible(message: str) -> Iterator[None]:
     """Context in which a first signal raises Interrupted and a second one ends the process.
 
     Args:
-        message: What Interrupted says after the name of the signal.
+        message: Text of Interrupted after the name of the signal.
     """
     process = os.getpid()
 
     def interrupt(signum: int, _: FrameType | None) -> None:
-        if os.getpid() == process:  # and not a data worker that has only just been forked
+        if os.getpid() == process:  # not a newly forked data worker
             for other in SIGNALS:
                 signal.signal(other, end_at_once)
             raise Interrupted(signum, message)
@@ -162,7 +162,7 @@ def interruptible(message: str) -> Iterator[None]:
 def end_at_once(signum: int, _: FrameType | None) -> None:
     """Handle a signal: end this process without cleaning up."""
     if not launched_rank():
-        # not print, which the signal may have interrupted
+        # os.write, because the signal may have interrupted print
         os.write(2, f"{signal.Signals(signum).name}: ended at once\n".encode())
     os._exit(128 + signum)
 

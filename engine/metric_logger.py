@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Pending(NamedTuple):
-    """What a step left on the device, not yet fetched."""
+    """Values of a step on the device, not fetched yet."""
 
     iteration: int
     values: dict[str, Tensor]
@@ -72,14 +72,14 @@ class MetricLogger:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
         if self._writer:
-            # lost points of a curve are no reason to fail a run that is complete
+            # a complete run does not fail because of lost points of a curve
             with contextlib.suppress(OSError):
                 self._writer.close()
 
     def begin_epoch(self, state: "TrainState", end: int) -> None:
         """Begin to record an epoch from `state.iteration` to `end`, exclusive."""
         self.end, self.pending = end, []
-        # the skipped entries of an interrupted epoch are of no rank in particular
+        # the skipped entries of an interrupted epoch belong to no particular rank
         self.skipped, self.new_skipped = list(state.skipped) if is_main() else [], []
         self._bar = tqdm(
             total=end,
@@ -155,7 +155,7 @@ class MetricLogger:
     ) -> None:
         """Report an iteration whose values are not finite, with the files of the ranks at fault."""
         bad = [name for name, value in values.items() if not math.isfinite(value)]
-        # gradients are not finite on all ranks
+        # gradients are averaged over the ranks, so only a loss tells which rank is at fault
         bad = [name for name in bad if name.startswith("loss")] or bad
         state.skipped_steps += 1
         what = f"{', '.join(bad)} not finite in epoch {state.epoch} iteration {step.iteration}"
@@ -199,7 +199,7 @@ class MetricLogger:
     def _show(
         self, state: "TrainState", done: int, means: dict[str, float], iterations: int
     ) -> None:
-        """Show and draw the means of the last `iterations`, of which the epoch has `done`."""
+        """Show and draw the means of the last `iterations`, after `done` of the epoch."""
         clock = time.perf_counter()
         seconds, self._clock = (clock - self._clock) / iterations, clock
         if not is_main():
@@ -229,13 +229,13 @@ class MetricLogger:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # what a killed run drew from this step on is hidden
+                # hides points that a killed run drew from this step on
                 self._writer = SummaryWriter(str(folder), purge_step=step)
             for name, value in values.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
 
     def end_epoch(self, state: "TrainState") -> None:
-        """Fetch what is pending and collect the skipped entries of all ranks."""
+        """Fetch pending values and collect the skipped entries of all ranks."""
         self.sync(state)
         self._bar.close()
 
@@ -290,7 +290,7 @@ def write_log(output_dir: Path | str, epoch: int | None, **values: Any) -> None:
         values: Metrics by name.
 
     Raises:
-        TrainingStopped: log.txt cannot be written, or its lines are not ours.
+        TrainingStopped: log.txt cannot be written, or is not JSON lines.
     """
     if not is_main():
         return
@@ -302,6 +302,6 @@ def write_log(output_dir: Path | str, epoch: int | None, **values: Any) -> None:
         if entry is None or epoch is None:
             lines.append(entry := {})
         entry.update(values)
-        entry["epoch"] = entry.pop("epoch", epoch)  # at the end
+        entry["epoch"] = entry.pop("epoch", epoch)  # the last key
         with atomic_write(path, "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -11,7 +11,7 @@ from utils import TEMPORARY, InputError, TrainingStopped, is_main
 
 LOCK_TIMEOUT = 10  # seconds that an earlier process may take to end
 
-_locks: dict[str, FileLock] = {}  # held until this process ends, however it ends
+_locks: dict[str, FileLock] = {}  # locks, which the system releases when this process ends
 
 
 def make_output_dir(path: Path | str, *, lock: bool = True, flag: str = "--output_dir") -> None:
@@ -42,7 +42,7 @@ def make_output_dir(path: Path | str, *, lock: bool = True, flag: str = "--outpu
 
 
 def _hold(folder: Path, flag: str) -> None:
-    # filelock takes it from forked processes: data workers that outlive this one do not keep it
+    # filelock closes it in forked processes, so data workers that outlive this one do not keep it
     lock = _locks.setdefault(
         str(folder.resolve()), FileLock(folder / ".lock", fallback_to_soft=False)
     )
@@ -74,7 +74,7 @@ def writing(
     try:
         yield
     except failures as error:
-        # torch.save says that a position is not the expected one, and the operating system why
+        # torch.save reports only a wrong position; the operating system's error has the reason
         reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
         reason = reason or (
             f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error

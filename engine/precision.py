@@ -1,4 +1,4 @@
-"""Devices and what they compute with: precision, attention kernels, compiled layers, peak speed."""
+"""Devices and how they compute: precision, attention kernels, compiled layers, peak speed."""
 
 import logging
 import os
@@ -35,8 +35,8 @@ PEAK_BF16 = {
     "GH200": 989e12,
     "B200": 2250e12,
 }
-# graphs of a function, which all layers share; with more it runs uncompiled. timm's optimizers set
-# the limit to a million
+# largest number of compiled graphs of a function, which all layers share; with more it runs
+# uncompiled. timm's optimizers set the limit to a million
 MAX_GRAPHS = 64
 
 
@@ -60,7 +60,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Return the context of the forward pass: bf16 if configuration and device have it."""
+    """Return the context of the forward pass: bf16 if set and supported by the device."""
     enabled = config.precision == "bf16" and has_bf16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -72,7 +72,7 @@ def use_device(config: Config, device: torch.device) -> None:
     `deterministic` is set. Fused attention does not use cuDNN, which would prepare a plan for every
     new length of the texts.
     """
-    if config.deterministic or device.type == "cpu":  # on a CPU it takes no time
+    if config.deterministic or device.type == "cpu":  # free on a CPU
         make_deterministic()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest" if config.deterministic else "high")
@@ -83,7 +83,7 @@ def make_deterministic() -> None:
     """Make every operation repeatable, even if a GPU has a faster one (key deterministic)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # filling finds uses of uninitialized memory, and every allocation pays for it
+    # filling uninitialized memory serves debugging only, and slows down every allocation
     torch.utils.deterministic.fill_uninitialized_memory = False  # ty: ignore[missing-attribute]  # set by a property
     torch.backends.cudnn.benchmark = False
 

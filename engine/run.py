@@ -92,7 +92,7 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     if "test" in evaluator.test_sets:
         evaluator.test("test", f"epoch {epoch}", epoch)
     if is_main():
-        # of use only while the last one may be incomplete
+        # needed only while the last one may be incomplete
         (output_dir / PREVIOUS).unlink(missing_ok=True)
         print(f"{which}: epoch {epoch}, {file}")
 
@@ -100,7 +100,7 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
 def set_up(
     task: Task, args: argparse.Namespace, options: Mapping[str, Any]
 ) -> "tuple[Evaluator, Any, Path | None]":
-    """Check all inputs of a run and build what it needs.
+    """Check all inputs of a run, and build its model and data.
 
     Returns:
         The model with its test sets, the training set or None with --evaluate, and the checkpoint
@@ -202,9 +202,9 @@ class Evaluator:
 
         Args:
             split: The split.
-            weights: What the report calls the weights.
+            weights: Name of the weights in the report.
             epoch: Epoch of the weights. Its object in log.txt takes the metrics.
-            source: Origin of the weights; it gets an object of its own in log.txt.
+            source: Origin of the weights. It is a separate object in log.txt.
         """
         report = None
         if is_main():
@@ -257,7 +257,7 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
     make_output_dir(output_dir, lock=not args.evaluate)
     resume_from = None
     if not args.evaluate:
-        # --resume --checkpoint continues another run only where a task can start without weights
+        # --resume --checkpoint continues another run only if the task can start without weights
         run = args.checkpoint if task.initialize else ""
         resume_from = find_resume_file(output_dir, run, args.resume)
     if resume_from:
@@ -325,7 +325,7 @@ def warn_without_negatives(model: ALBEF, train_set: Any, config: Config) -> None
     """Warn if a model needs negatives and no batch of a rank can have one."""
     if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
         return
-    # entries of one image have one group; None: each is its own; shards have no entries
+    # entries of an image share a group; None is a group of one entry; shards have no entries
     entries = train_set.entries
     first = entries[0].group if len(entries) else None
     one_image = first is not None and all(entries[i].group == first for i in range(len(entries)))

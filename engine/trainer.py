@@ -67,13 +67,13 @@ class TrainState(Progress):
 
 
 class StepOutput(NamedTuple):
-    """What an optimizer step gives.
+    """Result of an optimizer step.
 
     Attributes:
         losses: Losses and extra metrics of the model by name, scalars on the device.
         grad_norm: Norm of all gradients. The step is skipped if it is not finite.
         files: Image files of this rank's samples.
-        skipped: Why entries of the data set could not be used.
+        skipped: Reasons why entries of the data set were unusable.
     """
 
     losses: dict[str, Tensor]
@@ -97,7 +97,7 @@ def create_train_state(
         data: The batches of the training set.
         config: The configuration.
         device: Device of the model.
-        seed: Seed of everything random.
+        seed: Random seed.
 
     Raises:
         InputError: An epoch has fewer batches than an optimizer step takes.
@@ -136,8 +136,8 @@ def train(
 ) -> Best | None:
     """Train until scheduler.epochs epochs are complete, and save.
 
-    After every epoch checkpoint_%02d.pth and checkpoint_last.pth are written, with `validate`
-    checkpoint_best.pth of the highest score instead of the former.
+    After every epoch checkpoint_last.pth and checkpoint_%02d.pth are written. With `validate`,
+    checkpoint_best.pth replaces checkpoint_%02d.pth and holds the epoch of the highest score.
 
     Args:
         state: The run, new or resumed.
@@ -190,7 +190,7 @@ def train_one_epoch(
     batches = iter(data)
     if is_distributed() and not state.buckets_settled and state.iteration < end:
         batches, state.buckets_settled = settle_buckets(state, batches), True
-    # the rate of a resumed epoch of which nothing is left
+    # the rate of a resumed epoch without remaining iterations
     lr = learning_rate(state.schedule, state.epoch, state.iterations - 1, state.iterations)
     while state.iteration < end:
         lr = learning_rate(state.schedule, state.epoch, state.iteration, state.iterations)
@@ -249,10 +249,10 @@ def train_step(state: TrainState, batches: Iterator[Any], alpha: float) -> StepO
 
 
 def locate_in_epoch(state: TrainState, data: TrainBatches) -> int:
-    """Set `data` behind the samples that the epoch has seen. Return the epoch's last iteration.
+    """Skip the samples that the epoch has seen.
 
     If the number of ranks, the batch size or the accumulation has changed since the run was saved,
-    iterations are counted anew from the samples.
+    iterations are recomputed from the samples.
 
     Returns:
         The end of the epoch's iterations, exclusive.

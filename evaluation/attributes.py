@@ -17,7 +17,7 @@ from evaluation.report import Report
 from models.contrastive import ContrastiveModel, feature_similarity
 from models.tokenizer import Tokenizer
 
-TEMPLATES = {  # of a prompt set: for what an object is, for what it has
+TEMPLATES = {  # templates of a prompt set: for attributes that an object is, and that it has
     "the": (
         ("the {value} {noun}", "the {noun} is {value}"),
         ("the {value} {type} {noun}", "the {noun} has {value} {type}"),
@@ -43,7 +43,7 @@ TEMPLATES = {  # of a prompt set: for what an object is, for what it has
     ),
 }
 PROMPT_SETS = {name: (name,) for name in TEMPLATES} | {"all": ("a", "the", "none")}
-MORE_VALUES = {  # that stand for an attribute of these values, as in OVAD
+MORE_VALUES = {  # more words for an attribute with these values, as in OVAD
     ("young", "baby"): ["kid", "kids", "child", "toddler", "boy", "girl"],
     ("adult", "old", "aged"): ["teen", "elder"],
 }
@@ -51,7 +51,7 @@ TOP = 5  # best and worst attributes of each box in result/attributes.json
 
 
 def prompts_of(attribute: Attribute, prompts: str = "the", noun: str = "") -> list[str]:
-    """Return the prompts of an attribute, for each of its values every template of a set.
+    """Return an attribute's prompts: every template of a set with every value.
 
     Args:
         attribute: The attribute.
@@ -115,7 +115,7 @@ def mean_precisions(
 
 
 def chance_precisions(dataset: Any) -> tuple[list[float | None], list[Attribute]]:
-    """Return the average precisions of equal scores, the shares of positives; the attributes."""
+    """Return the average precisions of equal scores, and the attributes."""
     labels = np.array([box.labels for box in dataset.entries])
     return average_precisions(np.zeros(labels.shape), labels), dataset.attributes
 

@@ -18,7 +18,7 @@ from utils import InputError
 
 
 class Swapped(Dataset):
-    """A ClassificationDataset of ads in which each ad has a part of an ad far from it in the file.
+    """A ClassificationDataset in which each ad has the image or words of a distant ad of the file.
 
     Args:
         dataset: The ads.
@@ -79,7 +79,7 @@ def evaluate(
         config: The configuration.
         device: Device of the model.
         report: Where to report one line, None for no report.
-        alone: Also measure what the model makes of text alone and of image alone.
+        alone: Whether to also measure ads with the image or the words of another ad.
 
     Returns:
         The ROC AUC in percent, "auc". With `alone` also "auc_other_image" and "auc_other_words",

@@ -1,4 +1,4 @@
-"""What an evaluation prints and writes."""
+"""Title and folder of an evaluation's results."""
 
 import json
 from pathlib import Path

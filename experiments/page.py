@@ -5,7 +5,7 @@ The keys of a table, of which only title is required:
   about     first paragraph
   columns   label, row and metric in log.txt; {key} in them stands for the value of a line's key
   rows      lines by label: values for the columns, and `paper`, the paper's numbers by column
-  trends    from a line to another line, or within the line `row` from a column to another (pairs)
+  trends    pairs: from a line to another line, or from a column to another within the line `row`
   history   a metric of training to list by epoch, of the run that each line names
   picture   curve of a history: metric and file
   pictures  figures of rows to show: row and about

@@ -76,7 +76,7 @@ class Row:
 
     Attributes:
         name: Name of the row, and of the seed if there are several.
-        keys: What the file says.
+        keys: Keys of the row in the file.
         seed: Random seed, None for the script's default.
         folder: Folder of the result.
         needs: Names of the rows to wait for. The last one is the source of the weights, if any.
@@ -92,7 +92,7 @@ class Row:
 
     @property
     def log(self) -> Path:
-        """The file of what the run prints."""
+        """The file with the output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
@@ -101,7 +101,7 @@ class Row:
         return self.name.rpartition("/seed")[0] if self.seed is not None else self.name
 
     def read_record(self) -> dict[str, Any]:
-        """Return what the driver has recorded, {} before the start. Raises InputError."""
+        """Return the driver's record of the run, {} before the start. Raises InputError."""
         path = self.folder / RECORD
         try:
             return json.loads(path.read_bytes()) if path.exists() else {}
@@ -118,7 +118,7 @@ class Row:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has ended well and what it creates still exists."""
+        """Whether the run has succeeded and its results still exist."""
         complete = self.read_record().get("complete", False)
         return complete and (not self.keys.creates or Path(self.keys.creates).exists())
 
@@ -246,7 +246,7 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
 
 
 def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None) -> str:
-    """Return the run of another row that a run needs, of the same seed or else of its first."""
+    """Return the run that a run needs from another row: with the same seed, else its first seed."""
     if other not in rows:
         raise InputError(f"row {name}: there is no row {other} that it could start from")
     seeds = rows[other].seeds
@@ -281,7 +281,8 @@ def rows_of_table(experiments: Experiments, name: str, rows: Rows) -> list[str]:
 def effective_config(row: Row, rows: Rows) -> Config | None:
     """Return the configuration of a run, None if it is the default of the script.
 
-    A row without a configuration that starts from a run of the same script has that run's.
+    A row without `config` has the configuration of the row that it starts from, if both have the
+    same script.
 
     Raises:
         InputError: The configuration is not accepted.
@@ -295,7 +296,7 @@ def effective_config(row: Row, rows: Rows) -> Config | None:
 
 
 def settings(row: Row, rows: Rows) -> dict[str, Any]:
-    """Return what the result of a run depends on.
+    """Return the settings that the result of a run depends on.
 
     Returns:
         The command, the keys of the configuration, and the settings of each row that the run needs,

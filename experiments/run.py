@@ -14,9 +14,9 @@ The keys of a row, of which only script is required:
   from     a row whose checkpoint_last.pth is --checkpoint, ROW/FILE.pth for another file, or random
   needs    other rows to wait for; a row named data is needed by all
   flags    the rest of the command line; {folder} is the row's folder, without it --output_dir
-  seeds    a run for each, ROW/seed0, ...; a row without seeds that starts from ROW takes the first
-  each     values to put in the place of {each}, a row for each
-  creates  a file without which the row is not complete
+  seeds    a run for each, ROW/seed0, ...; a row without seeds starts from the first seed of ROW
+  each     values of {each}, a row for each
+  creates  a file that a complete row has
   minutes  expected minutes on one core
   metrics  names in log.txt by label, for the table of tasks
 """
@@ -55,7 +55,7 @@ PR_SET_PDEATHSIG = 1  # of Linux' prctl
 
 
 class Place(NamedTuple):
-    """A GPU or a core, for one run at a time.
+    """A GPU or core, which runs one row at a time.
 
     Attributes:
         name: Name of the machine in records.

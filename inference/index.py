@@ -31,14 +31,14 @@ from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
 from utils import InputError, alone, atomic_write, hash_contents, printable
 
-FORMAT = 1  # of the files below
+FORMAT = 1  # version of the files below
 INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
 SAVE_EVERY = 30  # seconds
-ROWS = 256  # that near_copies compares with all others at a time
+ROWS = 256  # images that near_copies compares at a time with all others
 
 
 class Index(NamedTuple):
-    """Images in the order of their paths, and the model of their features.
+    """Images sorted by path, their features, and the identity of the model.
 
     Attributes:
         paths: Absolute paths.
@@ -98,7 +98,7 @@ def read_index(folder: str | Path) -> Index:
         try:
             return _read_files(folder, about)
         except (OSError, ValueError, LookupError, TypeError) as error:
-            if about == _read_about(folder):  # else an update has just replaced the files
+            if about == _read_about(folder):  # otherwise an update has just replaced the files
                 raise InputError(
                     f"{folder}: damaged ({error}), remove it and index the images again"
                 ) from None
@@ -133,7 +133,7 @@ def _read_files(folder: Path, about: dict[str, Any]) -> Index:
 
 
 def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
-    """Read a file of the index that index.json with this token belongs to."""
+    """Read a file of the index with this token."""
     with contextlib.suppress(FileNotFoundError):
         return read(folder / f".{token}.{name}")
     return read(folder / name)
@@ -143,7 +143,7 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
     """Write an index and the list of unusable images.
 
     The rename of index.json replaces the whole index: readers look for files with its token first.
-    So an interrupted call leaves the index before or the new one.
+    So an interrupted call leaves either the previous or the new index.
 
     Args:
         folder: Folder of the index.
@@ -212,7 +212,7 @@ def open_index(folder: str | Path) -> Index | None:
 
 
 def model_digests(model: Inference, index: Index | None, folder: str | Path) -> tuple[str, str]:
-    """Return the digests of a model's weights and vocabulary, the same whatever its file.
+    """Return the digests of a model's weights and vocabulary, equal for all formats of its file.
 
     Raises:
         InputError: The index in the folder was made with another model.
@@ -245,7 +245,7 @@ def load_model_of(
         checkpoint: Path of the checkpoint. Default: its path when the index was made.
 
     Raises:
-        InputError: The checkpoint is missing or another one.
+        InputError: The checkpoint is missing or has changed.
     """
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
@@ -432,7 +432,7 @@ def search(
     rerank: int | None = None,
     threshold: float | None = None,
 ) -> list[Hit]:
-    """Return the best existing images of an index for a text, an example or both.
+    """Search an index for a text, an example image or both, and leave out deleted images.
 
     The `rerank` most similar images are ranked by their ITM logit, as in the evaluation, and the
     others follow by similarity. Without a text, similarity ranks all.

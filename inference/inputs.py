@@ -74,7 +74,7 @@ def check_box(box: Any) -> None:
 def as_list(values: Any, what: str, least: int = 1) -> Any:
     """Return values as a list, an array unchanged.
 
-    Raises InputError for fewer than `least` values or no iterable.
+    Raises InputError for fewer than `least` values, or if the value is not iterable.
     """
     try:
         values = values if is_array(values) else list(values)

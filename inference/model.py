@@ -58,12 +58,12 @@ from visualize.explain import (
     word_targets,
 )
 
-TEXTS = 4096  # encoded at a time; only their features are kept
+TEXTS = 4096  # texts encoded at a time; only their features are kept
 BLOCK = 2048  # candidates at a time: their float32 features stay in the cache of a core
 
 
 class HeatMap(NamedTuple):
-    """Where in an image a decision comes from, on the grid of patches.
+    """Heat maps of a decision about an image, on the grid of patches.
 
     Attributes:
         whole: Map of the text as a whole [h, w]; of two images [2, h, w].
@@ -135,7 +135,7 @@ def load_model(
 
 
 def serves(*, exact: bool = False) -> Callable:
-    """Decorate a method so that it runs alone, without gradients, for tasks that list it.
+    """Decorate a method: one call at a time, without gradients, only for tasks that list it.
 
     Args:
         exact: Whether to compute in float32 even if `precision` is bf16.
@@ -158,9 +158,9 @@ class Inference:
     """A model in eval mode with its tokenizer and transform.
 
     Images are paths, pictures of Pillow, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W]; texts
-    are strings. A method takes one or a list. Its result for a single one lacks that dimension.
-    Methods raise InputError for unusable input, and if the task of the checkpoint does not list
-    them in configs/tasks.py.
+    are strings. A method takes one input or a list. Its result for a single input lacks that
+    dimension. Methods raise InputError for unusable input, and if the task of the checkpoint does
+    not list them in configs/tasks.py.
 
     Attributes:
         task: Task of the weights.
@@ -217,7 +217,7 @@ class Inference:
     def embed_images(self, images: Any, workers: int = 0) -> Tensor:
         """Return the normalized features of images, float32 [N, D] on the CPU.
 
-        A hundred thousand paths take no more memory than a batch and the features.
+        Memory holds one batch and the features, also for a hundred thousand paths.
 
         Args:
             images: Images to embed.
@@ -297,7 +297,7 @@ class Inference:
             texts: Texts; None if `text_features` are given and `rerank` is 0.
             k: Number of results.
             rerank: Number of candidates. Default: the key k_test.
-            of: What is ranked, "images" or "texts".
+            of: Kind of the candidates, "images" or "texts".
             image_features: Features from `embed_images`, perhaps a memory-mapped array.
             text_features: Features from `embed_texts`.
 
@@ -366,7 +366,7 @@ class Inference:
         for part, image, sizes in self._batches(items):
             tokens = self._tokenize(texts[part], MAX_TOKENS)
             heat = text_gradcam(self.model, *image, tokens, mode, block_num)
-            # the mean over a text's own tokens, however many the longest text of the batch has
+            # the mean over a text's own tokens, without padding
             if mode == "itm":
                 lengths = tokens.attention_mask.sum(dim=1)
                 heat *= (tokens.attention_mask.shape[1] / lengths)[:, None, None]
@@ -675,7 +675,7 @@ def best_rectangle(heat: np.ndarray, height: int, width: int) -> list[float]:
 
 
 def as_float(values: Any) -> Tensor:
-    """Return features, an array or tensor of any float type, as a float32 tensor."""
+    """Convert features, an array or tensor of any float type, to a float32 tensor."""
     values = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
     return values.float()
 

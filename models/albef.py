@@ -127,7 +127,7 @@ class ALBEF(nn.Module):
         return []
 
     def prepare(self, batch: Any) -> Any:
-        """Add to a batch what a step draws on the host, so that the device is not waited for."""
+        """Add random draws to a batch on the host, so that a step does not wait for the device."""
         return batch
 
     def extra_metrics(self) -> dict[str, Tensor]:

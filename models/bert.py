@@ -149,10 +149,10 @@ class SelfAttention(MultiHeadAttention):
 
 
 class Source(NamedTuple):
-    """What the rows of a text attend to by cross-attention: images, or the states of questions.
+    """Sources of the texts' cross-attention: images, or the states of questions.
 
-    The last rows, as many as `index` has, attend to the sources that `index` names. The rows before
-    them are groups of B rows, row i of each group attending to source i.
+    The last len(index) rows attend to the sources in `index`. The rows before them are groups of B
+    rows: row i of each group attends to source i.
     """
 
     keys: Tensor  # [B, h, N, d]
@@ -369,7 +369,7 @@ class BertModel(nn.Module):
         """
         layers = self.encoder.layer[self.fusion_layer :]
         *lower, last = zip(layers, image_keys_values, strict=True)
-        # in the order of Source: rows with an index after the others
+        # Source expects rows with an index after the others
         order = sorted(range(len(parts)), key=lambda number: parts[number].image_index is not None)
         hidden = self._run_fusion(lower, [parts[number] for number in order], None)
         outputs: dict[int, Tensor] = {}

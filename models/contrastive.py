@@ -1,4 +1,4 @@
-"""Contrastive learning and matching under momentum distillation, of pre-training and retrieval."""
+"""Contrastive learning and matching with momentum distillation, for pre-training and retrieval."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from models.tokenizer import Tokenizer
 from utils import Text, is_distributed, rank, world_size
 
 OBJECTIVES = {"itc", "mlm", "itm"}
-NO_CANDIDATE = -100.0  # score of a pair that re-ranking leaves out, as in the released code
+NO_CANDIDATE = -100.0  # score of a pair that is not re-ranked, as in the released code
 
 
 class MatchOutput(NamedTuple):
@@ -69,7 +69,7 @@ class ContrastiveModel(ALBEF):
             InputError: The configuration does not fit.
         """
         super().__init__(config, bert, tokenizer)
-        if set(config.objectives) != OBJECTIVES:  # the default, of all tasks
+        if set(config.objectives) != OBJECTIVES:  # all objectives are the default of every task
             check_objectives("objectives", config.objectives, known)
         self.objectives = [name for name in config.objectives if name in known]
         distillable = [name for name in self.objectives if name != "itm"]
@@ -83,7 +83,7 @@ class ContrastiveModel(ALBEF):
         self.temp = nn.Parameter(torch.tensor(float(config.temp)))
         self.itm_head = Head(width, 2)
         self.add_momentum("visual_encoder", "vision_proj", "text_encoder", "text_proj")
-        for name in ("image_queue", "text_queue"):  # of random features at first
+        for name in ("image_queue", "text_queue"):  # queues of random features at first
             queue = F.normalize(torch.randn(embed_dim, config.queue_size), dim=0)
             self.register_buffer(name, queue)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))

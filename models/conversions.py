@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 def task_names(model: "ALBEF", weights: Iterable[str]) -> dict[str, str]:
     """Map names of a model to names in a checkpoint of the same or another task.
 
-    From pre-training, the text model of the file is named text_encoder.bert, that of the model
-    text_encoder. To VQA, the answer decoder's layers come from the multimodal encoder, its
-    embeddings from the text encoder and its head from the MLM head, likewise in the momentum model.
-    From one image to two, both blocks of a pair come from one layer, and the momentum model is
-    copied from the base.
+    From pre-training, text_encoder.bert in the file becomes text_encoder in the model. To VQA, the
+    answer decoder's layers come from the multimodal encoder, its embeddings from the text encoder
+    and its head from the MLM head, likewise in the momentum model. From one image to two, both
+    blocks of a pair come from one layer, and the momentum model is copied from the base.
 
     Args:
         model: The model to load into.

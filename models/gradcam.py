@@ -18,7 +18,7 @@ from utils import InputError, Text
 
 
 def _copy(module: Any, **replaced: nn.Module) -> Any:
-    """Copy a module with other submodules; it shares all weights with the original.
+    """Copy a module with replaced submodules. All weights are shared with the original.
 
     Grad-CAM changes copies, so that other threads can use the model meanwhile. A copy is not
     compiled.
@@ -81,8 +81,8 @@ def default_block(model: ALBEF, mode: str = "itm", words: bool = False) -> int:
         model: The model.
         mode: "itm" for the third multimodal layer (8 of 12) or the last one if there are fewer,
             "itc" for the last block of the image encoder.
-        words: Whether single words need heat. In the last layer only [CLS] reaches the score, so
-            that this layer is left out.
+        words: Whether single words need heat. The last layer is left out, because only [CLS]
+            reaches the score from it.
     """
     if mode == "itc":
         return len(model.visual_encoder.blocks) - 1

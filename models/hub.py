@@ -20,7 +20,7 @@ from huggingface_hub import (
 
 from utils import InputError, printable
 
-# huggingface_hub makes file names of these headers
+# huggingface_hub uses these headers as file names
 FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
 # errors of the client if the hub refuses or cannot be reached
 NETWORK = (errors.HTTPError, errors.OfflineModeIsEnabled)

@@ -102,7 +102,7 @@ class NLVR(Classifier):
 
 
 class TextAssignment(ALBEF):
-    """Text assignment (Section 5): the text is of the first image 0, the second 1, or neither 2."""
+    """Text assignment (Section 5): the text describes image 0, image 1 or neither (2)."""
 
     # only __init__ writes it
     text_encoder: PairBert  # ty: ignore[incompatible-mutable-override]
@@ -121,10 +121,10 @@ class TextAssignment(ALBEF):
 
     @torch.no_grad()
     def negative_weights(self, image_embeds: Tensor) -> Tensor:
-        """Compute how likely an image is a negative of another one.
+        """Compute the weights by which negative images are drawn.
 
-        The softmax of image-image similarity / 0.07, after which an image's weight for itself is
-        set to 0 without scaling the others.
+        This is the softmax of image-image similarity / 0.07. An image's weight for itself is then
+        set to 0 without rescaling the others.
 
         Args:
             image_embeds: Image embeddings [B, 1+N, C].

@@ -135,7 +135,7 @@ class Pretrain(ContrastiveModel):
     def momentum_forward(
         self, image: Tensor, texts: Text, masked: MaskedText | None
     ) -> tuple[Features | None, Tensor | None]:
-        """Compute what distillation and the queues need of the momentum model.
+        """Compute the momentum model's features, and its MLM logits for distillation.
 
         Args:
             image: Images [B, 3, H, W].

@@ -37,7 +37,7 @@ OWN = {
     "strip_accents": False,
     "normalization": "NFC",
 }
-# shows how a tokenizer treats case, accents, symbols and punctuation
+# text that shows how a tokenizer treats case, accents, symbols and punctuation
 PROBE = "É E\u0301 İ パ ハ\u309a 漢字 don't"
 SPECIAL = {
     "pad_token": "[PAD]",

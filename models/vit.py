@@ -7,7 +7,7 @@ from configs.config import Config
 
 
 def build_vit(config: Config, initializer_range: float = 0.02) -> VisionTransformer:
-    """Build a ViT whose `forward_features` maps images to embeddings, [CLS] first.
+    """Build a ViT. Its `forward_features` maps images to embeddings, [CLS] first.
 
     An initializer range of 0.02 suits a width of 768. A small model from random weights learns much
     faster with about 1 / sqrt(width), and hardly at all if its patch embedding starts small.

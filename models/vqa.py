@@ -32,19 +32,19 @@ class VQABatch(Protocol):
 
 
 class Question(NamedTuple):
-    """The states of questions fused with their images, as the decoder attends to them."""
+    """States of questions fused with their images, the source of the decoder's cross-attention."""
 
     keys_values: list[KeysValues]  # of each layer of the decoder, [B, h, L, d] each
     mask: Tensor  # of the questions' tokens [B, L]
 
 
 def computes_on_host(tensor: Tensor) -> bool:
-    """Return whether the host computes, so that waiting and launching kernels cost nothing."""
+    """Return whether the device is a CPU, where waiting and launching kernels cost nothing."""
     return tensor.device.type == "cpu"
 
 
 def length_buckets(lengths: Tensor, questions: int, k: int) -> list[tuple[int, int, int]]:
-    """Plan the decoding of k candidates of each question by length, whatever the candidates are.
+    """Plan the decoding of any k candidates of each question by length.
 
     Sort all candidates by falling length. Then those from `start` to `end` have at most `width`
     tokens.
@@ -211,7 +211,7 @@ class VQA(ALBEF):
         k = min(k, len(answer_list.input_ids))
         lengths = answer_list.attention_mask.sum(dim=1)
         after_first = self._log_probs_by_prefix
-        # the lengths are waited for here, before the device has other work
+        # wait for the lengths here, before the device has other work
         if not computes_on_host(image):
             after_first = functools.partial(
                 self._log_probs_in_buckets, buckets=length_buckets(lengths, len(image), k)
@@ -339,7 +339,7 @@ class VQA(ALBEF):
             log_probs = logits.log_softmax(dim=1).unflatten(0, (batch, -1))  # [B, beams, V]
             ended = tokens[:, :, -1] == ids.eos
             log_probs[ended] = -torch.inf
-            log_probs[..., ids.eos].masked_fill_(ended, 0.0)  # an ended answer stays as it is
+            log_probs[..., ids.eos].masked_fill_(ended, 0.0)  # a finished answer does not change
             totals = (scores[..., None] + log_probs).flatten(1)  # [B, beams * V]
             scores, best = totals.topk(min(beams, totals.shape[1]), dim=1)
             beam, token = best // log_probs.shape[2], best % log_probs.shape[2]

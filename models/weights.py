@@ -37,7 +37,7 @@ from utils import InputError
 if TYPE_CHECKING:
     from models.albef import ALBEF
 
-# used together only; the last one is of fine-tuning
+# loaded together or not at all; only fine-tuned files have the last one
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 FINE_TUNED = "fine-tuned for this task"
 # modules that an evaluation needs beside the head, and the checkpoints that have them
@@ -46,10 +46,10 @@ NEEDED = {
     **dict.fromkeys(("vision_proj", "text_proj"), "of pre-training, retrieval or grounding"),
 }
 SUFFIXES = (".pth", ".bin", ".safetensors")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder or a hub repository
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # names in a folder or a hub repository
 # files of a published export, with alternatives
 REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
-METADATA = ("config", "epoch", "tokenizer_json")  # of a .safetensors file, in JSON
+METADATA = ("config", "epoch", "tokenizer_json")  # keys of a .safetensors file, in JSON
 
 
 # --------------------------------------------------------------------------------------------------
@@ -405,7 +405,7 @@ def _names() -> Any:
 
 @dataclass
 class LoadReport:
-    """What became of each tensor, by names. Its text has one line for each kind.
+    """Names of tensors by outcome of loading. As text it has a line for each outcome.
 
     Attributes:
         source: The file.

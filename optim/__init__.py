@@ -1,4 +1,4 @@
-"""Optimizers over torch.optim and timm."""
+"""Optimizers of torch.optim and timm."""
 
 from typing import Any
 

@@ -20,7 +20,8 @@ def create_schedule(config: Config, global_batch: int) -> Schedule:
     """Return the schedule of a run.
 
     If the key reference_batch is set, all rates are multiplied by
-    sqrt(global_batch / reference_batch), as the noise of Adam's gradients grows and falls.
+    sqrt(global_batch / reference_batch), because the noise of Adam's steps depends on the batch
+    size.
 
     Args:
         config: The configuration.
@@ -70,8 +71,8 @@ def learning_rate(
         return _cosine(schedule, (done - warmup) / max(1, total - warmup))
     if epoch > 0:
         return _cosine(schedule, epoch / schedule.epochs)
-    # the released loop steps its schedule after iterations 0, 100, 200, ..., so a new rate holds
-    # from the next one on
+    # the released loop steps its schedule after iterations 0, 100, 200, ..., so a new rate applies
+    # from the next iteration on
     step = max(0, iteration - 1) // WARMUP_STEP
     if step >= schedule.warmup_epochs:
         return lr

@@ -70,7 +70,7 @@ def load_others(check: "Check") -> dict[str, str]:
             others[key] = f"{name}: {size} {unit}"
             return loaded
         except InputError as error:
-            # a file name is not of the hub
+            # a name with a suffix is a file, not a hub repository
             if error.kind == "network" and not os.path.splitext(name)[1]:
                 others[key] = f"{name}: not checked, the hub cannot be reached"
                 check.notes.append(str(error))
@@ -108,7 +108,7 @@ def print_report(report: dict[str, Any]) -> None:
         lines.append(f"{where}: {of['problem']}".removeprefix(": "))
     if len(problems) > SHOWN:
         lines.append(f"... and {len(problems) - SHOWN} more; --output FILE.json lists them all")
-    for line in lines:  # a terminal would obey some characters
+    for line in lines:  # some characters are commands to a terminal
         print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
 
 

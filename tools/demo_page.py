@@ -48,7 +48,7 @@ ONE_AT_A_TIME: dict[str, Any] = {
 
 
 class Answer(NamedTuple):
-    """What a tab shows.
+    """Content that a tab shows.
 
     Attributes:
         result: Probabilities by text, or the rows of a table.

@@ -35,8 +35,9 @@ FILES = {
     "data": ("data.tar.gz", "annotations of the downstream tasks"),
     "json_pretrain": ("json_pretrain.zip", "annotations for Pretrain.py and Pretrain_nlvr.py"),
 }
-ATTEMPTS = 5  # in a row that receive nothing new
-BACKOFF, TIMEOUT = 1.0, 60  # seconds before the second attempt, doubled each time; of silence
+ATTEMPTS = 5  # attempts in a row without new data
+# seconds before the second attempt, doubled each time; seconds without data
+BACKOFF, TIMEOUT = 1.0, 60
 NETWORK = (URLError, HTTPException, ConnectionError, TimeoutError)
 BROKEN = (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError)
 

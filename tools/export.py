@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from configs.config import Config
 
 SUFFIXES = (".safetensors", ".pth")
-PUBLISHED = ("model.safetensors", "config.json", "README.md")  # and the vocabulary
+PUBLISHED = ("model.safetensors", "config.json", "README.md")  # besides the vocabulary
 CARD = """---
 {metadata}
 ---
@@ -281,7 +281,7 @@ def published_files(folder: Path) -> list[str]:
 
 
 def main() -> None:
-    """Export and upload what the command line names."""
+    """Export or upload a checkpoint, as the command line says."""
     args = parser.parse_args()
     to_folder = bool(args.output) and args.output.endswith("/")
     if not (args.push or args.output):

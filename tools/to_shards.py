@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dataset.store import Entries
 
 MADE_OF = "shards.json"
-CHECKED = 1000  # images looked for before the first is copied
+CHECKED = 1000  # images whose existence is checked before the first is copied
 
 parser = Parser(__doc__.splitlines()[0], "train.json --image_root photos --output data/shards")
 parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
@@ -99,7 +99,7 @@ def _captions_file(key: str, captions: list[str]) -> tuple[str, bytes]:
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Append a file to an open tar file, without time, owner and what else differs between runs."""
+    """Append a file to an open tar file, without time, owner and other data of this run."""
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -178,9 +178,9 @@ def _check_images(annotations: "Entries", image_root: str) -> None:
 
 
 def _check_origin(output: Path, origin: dict[str, Any]) -> None:
-    """Write shards.json, or compare it with what the shards are made of now.
+    """Write shards.json, or compare it with the present inputs.
 
-    Raises InputError if `output` holds shards that are made of something else.
+    Raises InputError if the shards in `output` were made from other inputs.
     """
     path = output / MADE_OF
     remedy = f"name another --output, or remove {output} to make all shards anew"

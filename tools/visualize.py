@@ -1,4 +1,4 @@
-"""Draw the curves and results of a run, or what a model sees in an image.
+"""Draw the curves and results of a run, or explain a model's decision on an image.
 
 --run draws curves.png of the TensorBoard files, retrieval.png and attributes.png of the results.
 --checkpoint draws heat maps of the model's decision on an image and a text (Figures 4 to 6 of the
@@ -217,7 +217,7 @@ def draw_model(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Draw what the command line names."""
+    """Draw a run, or explain a model, as the command line says."""
     args = parser.parse_args()
     if bool(args.run) == bool(args.checkpoint):
         raise InputError("name either --run, a run to draw, or --checkpoint, a model to explain")

@@ -1,1 +1,1 @@
-"""What a model looks at, and the pictures of it."""
+"""Explanations of a model's decisions, and their pictures."""

@@ -19,7 +19,7 @@ from models.vqa import VQA, Question
 from utils import Text
 
 UNKNOWN = " [UNK]"  # follows a word that the vocabulary lacks
-TOP = 5  # candidates that pseudo-targets show, as in Figure 2
+TOP = 5  # candidates of each pseudo-target, as in Figure 2
 BATCH = 256  # texts encoded at a time
 
 

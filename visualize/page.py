@@ -96,7 +96,7 @@ def _thumbnail(path: str) -> str:
     """Return an image file as an <img> with embedded pixels, or a text if it is unreadable."""
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
-            image.draft("RGB", (SIDE, SIDE))  # of a JPEG only so many pixels are decoded
+            image.draft("RGB", (SIDE, SIDE))  # decodes a JPEG at a reduced size
             image = ImageOps.exif_transpose(image).convert("RGB")
         image.thumbnail((SIDE, SIDE))
     except Exception:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more

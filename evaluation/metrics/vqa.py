@@ -1,4 +1,4 @@
-"""VQA accuracy with the oddities of the official script, which the published numbers have too."""
+"""VQA accuracy with the oddities of the official script, as in published numbers."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,7 +11,7 @@ from utils import InputError
 OFFICIAL_ANSWERS = 10  # answers of a question to which the official formula applies
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS_WITH_COMMA = re.compile(r"\d,\d")
-_PERIOD = re.compile(r"\.(?!\d)")  # one that is not a decimal point
+_PERIOD = re.compile(r"\.(?!\d)")  # a period that is not a decimal point
 _ARTICLES = ("a", "an", "the")
 _NUMBERS = {
     word: str(i)
@@ -107,8 +107,8 @@ def count_vqa_formulas(annotations: Iterable[Mapping[str, Any]]) -> Counter[str]
         annotations: As in `vqa_accuracy`.
 
     Returns:
-        The number of questions with the "official" formula, with our "own", and "capped" ones, on
-        which no prediction can have 100%.
+        The number of questions with the "official" formula, with our "own" one, and "capped"
+        questions, on which no prediction can have 100%.
 
     Raises:
         InputError: An annotation has no answers.
@@ -160,7 +160,7 @@ def _without_punctuation(answer: str) -> str:
 
 @cache
 def _normalized(answer: str) -> str:
-    """Return a predicted answer as it is compared.
+    """Normalize a predicted answer for comparison.
 
     It has no punctuation and articles, lower case, digits for numbers, and apostrophes.
     """
