@@ -255,6 +255,6 @@ def detect_task(state: Mapping[str, Any]) -> str:
             return task.name
     heads = dict.fromkeys(task.head for task in TASKS.values() if task.head)
     raise InputError(
-        "the checkpoint is of none of the tasks: it has neither text_decoder nor one of"
+        "the checkpoint belongs to none of the tasks: it has neither text_decoder nor one of"
         f" {', '.join(heads)}"
     )

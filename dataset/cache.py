@@ -71,7 +71,7 @@ def load_cached(
             loaded = [load(name) for name in names]
         if any(content is None for content in loaded):
             raise InputError(
-                f"{folder}: the cache does not hold what was written to it; set the environment"
+                f"{folder}: the cache lost files that were just written; set the environment"
                 " variable ALBEF_CACHE to a folder on another disk"
             )
     return loaded

@@ -187,7 +187,7 @@ def _to_8_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
         raise ImageError(
             name,
             "unknown range of gray",
-            "32-bit float does not say which value is white; save the image with 8 bits",
+            "the white value of 32-bit float is unknown; save the image with 8 bits",
         )
     if image.mode.startswith("I"):
         values = np.asarray(image)

@@ -260,7 +260,7 @@ def _read_whole(path: str, data: bytes, form: type[Official]) -> Official:
         return msgspec.json.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: holds {form.title}, but not throughout ({error}): download it again"
+            f"{path}: holds {form.title}, but a part is malformed ({error}): download it again"
         ) from None
 
 
@@ -362,7 +362,7 @@ def _convert_vqa(
                 continue
             answers = annotated[subtype].get(question.question_id)
             if answers is None or answers.image_id != question.image_id:
-                of = answers and f"its annotation is of image {answers.image_id}"
+                of = answers and f"its annotation belongs to image {answers.image_id}"
                 problems.append(
                     f"{path} question {question.question_id} of image {question.image_id}:"
                     f" {of or 'there is no annotation'}"

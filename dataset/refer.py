@@ -76,13 +76,13 @@ class _PlainUnpickler(pickle.Unpickler):
         """Refuse every class."""
         wanted = ascii(f"{module}.{name}")
         raise InputError(
-            f"{self.path}: refused to load, it wants to import and run {wanted}; {_NOT_RELEASED}"
+            f"{self.path}: refused to load, it would import and run {wanted}; {_NOT_RELEASED}"
         )
 
     def persistent_load(self, pid: Any) -> NoReturn:
         """Refuse every persistent object."""
         raise InputError(
-            f"{self.path}: refused to load, it wants the persistent object {reprlib.repr(pid)};"
+            f"{self.path}: refused to load, it needs the persistent object {reprlib.repr(pid)};"
             f" {_NOT_RELEASED}"
         )
 
@@ -126,14 +126,14 @@ def load_refer(folder: str, name: str = "refcoco+") -> Refer:
         for key, known in (("image_id", images), ("ann_id", objects)):
             if getattr(ref, key) not in known:
                 raise InputError(
-                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must be"
-                    f" of {name}"
+                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must"
+                    f" belong to {name}"
                 )
         if objects[ref.ann_id].image_id != ref.image_id:
             raise InputError(
                 f"{where}: its image is {ref.image_id}, but the image of its annotation"
-                f" {ref.ann_id} in {instances_path} is {objects[ref.ann_id].image_id}; both must be"
-                f" of {name}"
+                f" {ref.ann_id} in {instances_path} is {objects[ref.ann_id].image_id}; both must"
+                f" belong to {name}"
             )
         refs[ref.ref_id] = {"image_id": ref.image_id, "split": ref.split}
         boxes[ref.ref_id] = objects[ref.ann_id].bbox

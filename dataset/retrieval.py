@@ -19,8 +19,8 @@ class RetrievalPair(Entry):
     """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = (
-        'retrieval trains on entries {"image": path, "caption": text or list of texts}, of which'
-        ' all or none have "image_id": text or number'
+        'retrieval trains on entries {"image": path, "caption": text or list of texts}; all'
+        ' of them or none have "image_id": text or number'
     )
     max_tokens: ClassVar[int] = MAX_TOKENS
     image: str

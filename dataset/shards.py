@@ -85,8 +85,7 @@ def _expand_pattern(pattern: str) -> list[str]:
         names = list(braceexpand(pattern, escape=False))
     except ValueError:
         raise InputError(
-            f"train_file: {pattern} has a brace without its other one; write shards as "
-            "{00000..01242}.tar"
+            f"train_file: {pattern} has an unmatched brace; write shards as {{00000..01242}}.tar"
         ) from None
     # a wildcard without a match stays in the list and is reported as missing
     paths = [
@@ -204,8 +203,7 @@ def read_sample(position: Position) -> Sample:
                 if sample and len(data) == end - start:
                     return sample
     raise TrainingStopped(
-        f"{path}: has changed since the run started: put it back as it was, and continue with"
-        " --resume"
+        f"{path}: has changed since the run started: restore it, and continue with --resume"
     )
 
 
@@ -283,7 +281,7 @@ def _scan(job: tuple[str, str]) -> None:
             if member.issparse():
                 raise InputError(
                     f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards"
-                    " do not take: make this shard again, with tar without --sparse"
+                    " do not support: make this shard again without tar's --sparse"
                 )
             if member.isreg() and _cut(member.name):
                 files.append((member.name, member.offset))
@@ -315,9 +313,9 @@ def _cut_at_last_dot(path: str, names: list[str]) -> bool:
             lost = lost or _image_by_last_dot(run)
     if lost and image:
         raise InputError(
-            f"{path}: names are cut into key and suffix at their first dot, by which member"
-            f" {reprlib.repr(lost)} is no image, though others are: rename the members so that a"
-            " dot stands before the suffix only"
+            f"{path}: names are cut into key and suffix at their first dot, so member"
+            f" {reprlib.repr(lost)} is not an image, unlike others: rename the members so that"
+            " their only dot is before the suffix"
         )
     return lost is not None
 

@@ -88,7 +88,7 @@ class Entries(Sequence):
             raise TrainingStopped(str(error)) from None
         if store.name != name:
             raise TrainingStopped(
-                f"{self.files[file]}: has changed since the run started: put it back as it was, and"
+                f"{self.files[file]}: has changed since the run started: restore it, and"
                 " continue with --resume"
             )
         return store

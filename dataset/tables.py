@@ -114,7 +114,7 @@ def read_csv(
         elif wrong:
             error = (
                 f"{len(cells)} columns, but line 1 has {width}{problem}; a text that holds"
-                f" {delimiter!r} must stand in double quotes, and a double quote in it be doubled"
+                f" {delimiter!r} must be in double quotes, with its double quotes doubled"
             )
             yield row, ValueError(error)
         elif any(cells):  # spreadsheets end in rows of empty cells
@@ -309,7 +309,7 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
                 if not there.isdisjoint(f"{stem}.{kind}" for kind in CAPTION_SUFFIXES):
                     stems.add(stem)
                     problems.append(
-                        f"{path}: has a caption, but its suffix is not that of"
+                        f"{path}: has a caption, but its format is none of"
                         f" {', '.join(FORMATS)}: convert it"
                     )
                 continue

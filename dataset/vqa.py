@@ -63,7 +63,7 @@ class Question(Entry):
 
     wanted = (
         'a VQA test needs entries {"image": path, "question": text, "question_id": text or number}'
-        ' with, or without, "dataset": "vqa" or "vg" and, of vqa, "answer": list of texts'
+        ' and optionally "dataset": "vqa" or "vg" and, for vqa, "answer": list of texts'
     )
     max_words: ClassVar[int] = MAX_QUESTION_WORDS
     image: str

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # the SHA-256 in hexadecimal
 DIGEST_SIZE = 64
 END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
-DAMAGED = "checkpoint {} is damaged: its digest does not agree"
+DAMAGED = "checkpoint {} is damaged: its SHA-256 does not match"
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 
 logger = logging.getLogger(__name__)
@@ -481,8 +481,8 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     load_optimizer(state.optimizer, content["optimizer"], path)
     if saved["seed"] != state.seed:
         raise InputError(
-            f"--resume: {path} is of a run with --seed {saved['seed']}, not {state.seed}: give that"
-            " seed, or name another --output_dir"
+            f"--resume: {path} has --seed {saved['seed']}, not {state.seed}: use that seed, or"
+            " name another --output_dir"
         )
     for name in PROGRESS:
         setattr(state, name, saved[name])

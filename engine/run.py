@@ -227,7 +227,7 @@ def check_flags(task: Task, args: argparse.Namespace) -> None:
             "--resume continues a training, and --evaluate does not train: leave one of them out"
         )
     if args.split and not args.evaluate:
-        raise InputError(f"--split {args.split} says what --evaluate evaluates: add --evaluate")
+        raise InputError(f"--split {args.split} is a split for --evaluate: add --evaluate")
     if args.evaluate and args.split not in (None, *task.files) or args.evaluate and not task.files:
         raise InputError(
             f"--evaluate{' --split ' * bool(args.split)}{args.split or ''}: this task has nothing"
@@ -264,8 +264,8 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
         found = task_of_checkpoint(read_checkpoint(resume_from), task.name, resume_from)
         if found != task.name:
             raise InputError(
-                f"--resume: {resume_from} is of task {found}, this script's is {task.name}: name"
-                " another --output_dir"
+                f"--resume: {resume_from} has task {found}, but this script's is {task.name}:"
+                " name another --output_dir"
             )
         config, _ = choose_config(task.name, str(resume_from), **choose)
     elif not (args.checkpoint or task.initialize):
@@ -332,8 +332,8 @@ def warn_without_negatives(model: ALBEF, train_set: Any, config: Config) -> None
     if config.batch_size == 1 or one_image:
         what = "text assignment" if model.task == "nlvr_pretrain" else "matching"
         log.warning(
-            "%s is not trained, no batch has a negative: set batch_size from 2, and train on two"
-            " images or more",
+            "%s is not trained, no batch has a negative: set batch_size to 2 or more, and"
+            " train on two or more images",
             what,
         )
 

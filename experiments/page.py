@@ -188,7 +188,7 @@ def section(name: str, experiments: Experiments, rows: Rows, folder: Path) -> It
     missing = [row.name for row in runs if not row.complete]
     yield from [
         "",
-        f"{len(runs)} runs, those that other tables share included, {_minutes(runs)} minutes."
+        f"{len(runs)} runs, including runs of other tables, {_minutes(runs)} minutes."
         + f" Not complete yet: {', '.join(missing)}." * bool(missing),
         "",
     ]

@@ -107,7 +107,7 @@ class Row:
             return json.loads(path.read_bytes()) if path.exists() else {}
         except ValueError as error:
             raise InputError(
-                f"{path}: not valid JSON ({error}): remove {self.folder} to run the row anew"
+                f"{path}: not valid JSON ({error}): remove {self.folder} to run the row again"
             ) from None
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -323,5 +323,5 @@ def check_unchanged(rows: Rows) -> None:
             raise InputError(
                 f"row {row.name} has changed since it was run, {changed[0]} was"
                 f" {then[changed[0]]}: remove {row.folder} (and what started from it) to run it"
-                " anew, or rename the changed row"
+                " again, or rename the changed row"
             )

@@ -161,7 +161,7 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
         for path, (size, date) in zip(index.paths, index.states, strict=True)
     ]
     problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
-    with writing(folder / INDEX, "what was saved before is untouched"):
+    with writing(folder / INDEX, "the previous index is untouched"):
         with atomic_write(folder / f".{token}.{FEATURES}") as file:
             header = np.lib.format.header_data_from_array_1_0(index.features)
             np.lib.format.write_array_header_1_0(file, header)
@@ -249,7 +249,9 @@ def load_model_of(
     """
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
-        raise InputError(f"{folder}: its checkpoint {source} is gone, name it by --checkpoint")
+        raise InputError(
+            f"{folder}: its checkpoint {source} does not exist, name it by --checkpoint"
+        )
     config = index.config
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
         config = {**config, "tokenizer": str(find_checkpoint(source))}

@@ -49,7 +49,7 @@ def check_features(values: Any, what: str) -> Any:
 def check_number(value: Any, what: str, least: int) -> int:
     """Return a whole number. Raises InputError for another value, or one below `least`."""
     if not isinstance(value, int | np.integer) or value < least:
-        raise InputError(f"{what}={value!r}, it is a whole number from {least}")
+        raise InputError(f"{what}={value!r}, it must be a whole number from {least}")
     return value
 
 
@@ -132,7 +132,7 @@ def as_texts(
         others = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
         warnings.warn(
             f"text {reprlib.repr(unknown[0])}{others}: the vocabulary has none of its words, so the"
-            " model cannot tell it from other such texts",
+            " model cannot distinguish it from other unknown texts",
             UnknownWords,
             level + 1,
         )

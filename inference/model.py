@@ -206,7 +206,7 @@ class Inference:
         if not self.can(method):
             others = [task.name for task in TASKS.values() if method in task.methods]
             raise InputError(
-                f"{method}: {self.source} is of task {self.task}, which cannot do it: load a"
+                f"{method}: {self.source} has task {self.task}, which cannot do it: load a"
                 f" checkpoint of {' or '.join(others)}"
             )
 
@@ -305,7 +305,7 @@ class Inference:
             A list [(index, score), ...] for each query, the best first.
         """
         if of not in ("images", "texts"):
-            raise InputError(f"rank: of={of!r}, it is images or texts")
+            raise InputError(f"rank: of={of!r}, it must be images or texts")
         check_number(k, "k", 1)
         rerank = self.config.k_test if rerank is None else check_number(rerank, "rerank", 0)
         if rerank and (images is None or texts is None):
@@ -706,7 +706,7 @@ def _rankable(
 def _check_finite(similarities: Tensor) -> Tensor:
     """Return similarities. Raises InputError if features are NaN or infinite."""
     if not similarities.isfinite().all():
-        raise InputError("features of images or texts are not finite: embed them anew")
+        raise InputError("features of images or texts are not finite: embed them again")
     return similarities
 
 
@@ -715,7 +715,7 @@ def _check_widths(image_feat: Any, text_feat: Any) -> None:
     if image_feat.shape[-1] != text_feat.shape[-1]:
         raise InputError(
             f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]}"
-            " for texts do not compare: take both from one model; an array that is an image is"
+            " for texts cannot be compared: take both from one model; an array that is an image is"
             " uint8"
         )
 
@@ -723,7 +723,7 @@ def _check_widths(image_feat: Any, text_feat: Any) -> None:
 def _check_explanation(mode: str, block_num: int | None) -> None:
     """Raise InputError for a wrong mode or number of a block."""
     if mode not in ("itm", "itc"):
-        raise InputError(f"mode={mode!r}, it is itm or itc")
+        raise InputError(f"mode={mode!r}, it must be itm or itc")
     if block_num is not None:
         check_number(block_num, "block_num", 0)
 

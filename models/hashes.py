@@ -37,7 +37,7 @@ def recorded_hash(path: Path | str) -> str | None:
         raise InputError(f"{record}: cannot be read ({error}), remove it or repair it") from None
     digest = re.search(r"^\\?([0-9a-fA-F]{64})\b", text, re.MULTILINE)
     if not digest:
-        raise InputError(f"{record}: holds no SHA-256; remove it, or write it anew with sha256sum")
+        raise InputError(f"{record}: holds no SHA-256; remove it, or write it with sha256sum")
     return digest[1].lower()
 
 

@@ -208,4 +208,4 @@ def _explain(error: BaseException) -> str:
         )
     login = "log in (hf auth login) or set HF_TOKEN, and "
     login *= error.response.status_code in (401, 403)
-    return f"the hub does not give it ({text}): {login}check the name"
+    return f"the hub refuses it ({text}): {login}check the name"

@@ -272,7 +272,7 @@ def _note_unused(path: Path, vocab: dict[str, int], normalizer: Normalizer) -> N
     if unused:
         print(
             f"note: tokenizer {path} drops accents and upper case; {len(unused)} of its pieces are"
-            f" never used, {unused[0]!r} for one: is {settings_file(path)} missing?",
+            f" never used, such as {unused[0]!r}: is {settings_file(path)} missing?",
             file=sys.stderr,
         )
 

@@ -193,7 +193,7 @@ def test_a_record_that_is_no_json_is_named(fake):
     (row,) = fake(a={}).values()
     row.folder.mkdir(parents=True)
     (row.folder / "experiment.json").write_text('{"seconds": ')
-    assert f"remove {row.folder} to run the row anew" in refusal(row.read_record)
+    assert f"remove {row.folder} to run the row again" in refusal(row.read_record)
 
 
 @pytest.mark.parametrize("name", ["shapes", "paper"])
@@ -297,8 +297,7 @@ def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypat
     assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
     assert "- **better**: VE +8.0 (the paper +2.50)\n" in text and "- **new**: not run yet" in text
     assert (
-        "5 runs, those that other tables share included, 4 minutes. Not complete yet: c, b/seed1."
-        in text
+        "5 runs, including runs of other tables, 4 minutes. Not complete yet: c, b/seed1." in text
     )
     with Image.open(tmp_path / "docs/page/picture.png") as picture:
         assert picture.size == (1100, 50)

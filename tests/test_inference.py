@@ -494,7 +494,7 @@ BAD = {
     ),
     "other task": (
         lambda m, f: m["ve"].rank(["a.jpg"], "a"),
-        "rank: .*ve.pth is of task ve.*checkpoint of pretrain or retrieval or grounding",
+        "rank: .*ve.pth has task ve.*checkpoint of pretrain or retrieval or grounding",
     ),
     "answer": (lambda m, f: m["pretrain"].answer("a.jpg", "a"), "checkpoint of vqa"),
     "empty text": (
@@ -527,7 +527,10 @@ BAD = {
         lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"),
         "no similarity for mode itc",
     ),
-    "of": (lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"), "it is images or texts"),
+    "of": (
+        lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"),
+        "it must be images or texts",
+    ),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "answers that are no text": (
         lambda m, f: m["vqa"].answer("a.jpg", "a", ["one", 2]),
@@ -536,7 +539,7 @@ BAD = {
     "nothing for texts": (lambda m, f: m["retrieval"].embed_texts(None), "None are not texts"),
     "other width": (
         lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"),
-        "features of 3 numbers .* do not compare",
+        "features of 3 numbers .* cannot be compared",
     ),
     "features of others": (
         lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
@@ -544,7 +547,7 @@ BAD = {
     ),
     "mode": (
         lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"),
-        "mode='gradcam', it is itm or itc",
+        "mode='gradcam', it must be itm or itc",
     ),
     "configuration": (
         lambda m, f: load_model(f["ve"], config="/dev/null"),

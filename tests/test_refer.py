@@ -160,7 +160,7 @@ def test_pickle_that_runs_a_command_is_refused(folder, case):
     assert (folder / "created").exists()  # the attack works where pickles are trusted
     (folder / "created").unlink()
     message = refused_refs(folder, data)
-    assert f"it wants to import and run '{name}'" in message
+    assert f"it would import and run '{name}'" in message
     assert "this is not the released file of REFER, download it again" in message
     assert not (folder / "created").exists()
 
@@ -181,12 +181,12 @@ def test_registered_extension_is_refused_even_if_it_is_cached(folder):
 
 @pytest.mark.parametrize("data", [b"Psome id\n.", b"S'some id'\nQ."])
 def test_persistent_id_is_refused(folder, data):
-    assert "it wants the persistent object 'some id'" in refused_refs(folder, data)
+    assert "it needs the persistent object 'some id'" in refused_refs(folder, data)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_harmless_objects_are_refused_too(folder, protocol):
-    assert "it wants to import and run" in refused_refs(folder, pickle.dumps([Plain()], protocol))
+    assert "it would import and run" in refused_refs(folder, pickle.dumps([Plain()], protocol))
     assert "'collections.OrderedDict'" in refused_refs(folder, b"ccollections\nOrderedDict\n)R.")
 
 

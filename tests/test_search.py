@@ -460,7 +460,9 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
     )
     (tmp_path / "model.safetensors").unlink()
     status, _, err = run("query", tmp_path / "index", "a star")
-    assert status == 2 and "its checkpoint" in err and "is gone, name it by --checkpoint" in err
+    assert (
+        status == 2 and "its checkpoint" in err and "does not exist, name it by --checkpoint" in err
+    )
     assert (
         run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "retrieval.pth")[0]
         == 0
@@ -544,7 +546,7 @@ BAD = {
     "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
     "another task": (
         "index {}/photos --checkpoint {}/vqa.pth",
-        "vqa.pth is of task vqa, which cannot do it",
+        "vqa.pth has task vqa, which cannot do it",
     ),
     "another checkpoint": (
         "index {}/photos --checkpoint {}/pretrain.pth",
@@ -715,7 +717,7 @@ def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints,
         )
     finally:
         limit(None)
-    assert status == 1 and "index.json: File too large; what was saved before is untouched" in err
+    assert status == 1 and "index.json: File too large; the previous index is untouched" in err
     assert contents(tmp_path / "index") == before
     assert "60 images, 20 as before" in index(photos)
 

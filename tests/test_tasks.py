@@ -248,7 +248,7 @@ def test_data_sets_can_be_handed_to_a_process(program, script):
 
 # a stopped run of VE: how a command line may not fit it, what the message says
 UNFIT = {
-    "another task": ("NLVR", {}, "checkpoint_last.pth is of task ve, this script's is nlvr"),
+    "another task": ("NLVR", {}, "checkpoint_last.pth has task ve, but this script's is nlvr"),
     "other data": ("VE", {"train_file": ["ve_val.json"]}, "the number of entries of train_file"),
     "another architecture": ("VE", {"vision_depth": 1}, "or of other parameters"),
     "another optimizer": ("VE", {"optimizer": {"opt": "sgd"}}, "the state of another optimizer"),
@@ -343,7 +343,7 @@ def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
         "result/vqa_val_result_epoch0.json",
         "result/vqa_result_epoch0.json",
     }
-    with pytest.raises(InputError, match="--split val says what --evaluate evaluates"):
+    with pytest.raises(InputError, match="--split val is a split for --evaluate"):
         run("VQA", config, tmp_path / "run", "--split", "val")
     with pytest.raises(InputError, match="--evaluate needs the key val_file"):
         run(

@@ -270,7 +270,7 @@ def test_a_hub_without_the_file_or_the_repository(hub):
     hub.repositories["lab/bert"] = {"commits": {"0" * 40: {}}, "main": "0" * 40}
     message = refusal(build_tokenizer, "lab/bert")
     assert "the hub repository has no tokenizer.json or vocab.txt" in message
-    assert "the hub does not give it" in refusal(build_tokenizer, "lab/other")
+    assert "the hub refuses it" in refusal(build_tokenizer, "lab/other")
 
 
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):

@@ -72,7 +72,7 @@ def receive(url: str, part: Path) -> None:
         raise InputError(f"{url}: not a valid address ({error})") from None
     with response:
         if response.length is None or response.headers.get_content_type() == "text/html":
-            raise InputError(f"{url}: no file but a page or a stream, try another --mirror")
+            raise InputError(f"{url}: a page or a stream instead of a file, try another --mirror")
         if response.status != 206:
             start = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):

@@ -76,7 +76,7 @@ def read_sources(args: argparse.Namespace) -> tuple[dict[str, list], list[str]]:
     forms = {source: form for source, data in files.items() if (form := recognize(data))}
     if (args.path or args.text or args.encoding) and len(forms) == len(files):
         raise InputError(
-            f"--path, --text and --encoding are of tables, and {args.sources[0]} is none: leave"
+            f"--path, --text and --encoding apply to tables, and {args.sources[0]} is none: leave"
             " them out"
         )
     if len(forms) == len(contents):

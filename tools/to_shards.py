@@ -183,14 +183,14 @@ def _check_origin(output: Path, origin: dict[str, Any]) -> None:
     Raises InputError if the shards in `output` were made from other inputs.
     """
     path = output / MADE_OF
-    remedy = f"name another --output, or remove {output} to make all shards anew"
+    remedy = f"name another --output, or remove {output} to make all shards again"
     try:
         before = json.loads(read_regular(path))
     except FileNotFoundError:
         if any(output.glob("*.tar")):
             raise InputError(
-                f"--output {output}: holds shards but no {MADE_OF}, which says what they are made"
-                f" of: {remedy}"
+                f"--output {output}: holds shards but no {MADE_OF}, the record of their inputs:"
+                f" {remedy}"
             ) from None
         with atomic_write(path, "w") as file:
             json.dump(origin, file, indent=1)

@@ -148,8 +148,8 @@ def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bo
     other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
     if made["complete"] and other and not overwrite:
         raise InputError(
-            f"{output}: holds the data set of another {other}: choose another --output, or pass"
-            " --overwrite"
+            f"{output}: holds a data set made with another {other}: choose another --output, or"
+            " pass --overwrite"
         )
     return made["complete"] and not other
 
