@@ -3,9 +3,9 @@
 import atexit
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,6 +21,8 @@ from configs.config import Config, as_config
 from dataset.pool import begin_worker
 from dataset.transforms import normalize
 from utils import InputError, TrainingStopped, cores, environment_number, rank, seed_of, world_size
+
+log = logging.getLogger(__name__)
 
 MAX_WORKER_DEATHS = 3  # deaths in a row, without a batch in between
 MAX_WORKERS = 8  # largest default of num_workers
@@ -157,7 +159,7 @@ class TrainBatches:
                 failures += 1
                 if failures > MAX_WORKER_DEATHS:
                     raise TrainingStopped(f"{failures} times in a row {error}") from None
-                print(f"note: {error}; starting the workers again", file=sys.stderr, flush=True)
+                log.warning("%s; starting the workers again", error)
                 self.sampler.begin(self.sampler.epoch, seen)
 
 
