@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, exit_status
 
+import Pretrain
 from configs.load import override
 
 sys.path.insert(0, str(ROOT / "tests/gpu"))
@@ -41,7 +42,8 @@ def size(tiny_config, monkeypatch):
     monkeypatch.setattr(pretrain_step, "full_size_config", lambda name, *keys: size.config(*keys))
     monkeypatch.setattr(pretrain_step, "MATMUL", 64)
     monkeypatch.setattr(pretrain_step, "WARM_UP", 1)
-    monkeypatch.setattr(pretrain_step, "compile_layers", lambda model: None)
+    for module in (pretrain_step, checks):  # tests/test_compile.py compiles
+        monkeypatch.setattr(module, "compile_layers", lambda model, **options: None)
     monkeypatch.setattr(dataloader, "PHOTOS", 2)
     monkeypatch.setattr(dataloader, "PAIRS", 16)
     return size
@@ -54,6 +56,14 @@ def test_the_report_runs_end_to_end_and_says_what_is_wrong(size, tmp_path, monke
             side_effect=AssertionError("again: 1 tensors differ")
         )
     }
+
+    def launch(device, processes, *flags):  # without another start of Python
+        argv = ["Pretrain.py", "--device", device.type, *map(str, flags)]
+        with mock.patch.object(sys, "argv", argv):
+            return exit_status(Pretrain.main), ""
+
+    monkeypatch.setattr(checks, "launch", launch)
+    monkeypatch.setattr(checks, "ended", lambda ended: ended)
     with mock.patch.dict(checks.CHECKS, of_processes):
         assert report.report(CPU, size, tmp_path) == [*of_processes]
     output = capsys.readouterr().out
