@@ -29,7 +29,7 @@ class InputError(Exception):
     Scripts print the line without a traceback and exit with code 2.
 
     Attributes:
-        kind: Short name of the problem of a list's entry, for counts.
+        kind: Short name of the problem, to count wrong entries of a list.
     """
 
     def __init__(self, message: str, kind: str = "other") -> None:
@@ -86,13 +86,13 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Return the rank of this process, 0 if it is alone."""
+    """Return the rank of this process, 0 without a group."""
     dist = _group()
     return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
-    """Return the number of processes that work together, 1 if this one is alone."""
+    """Return the number of processes of the group, 1 without a group."""
     dist = _group()
     return dist.get_world_size() if dist else 1
 

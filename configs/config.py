@@ -438,7 +438,7 @@ def _describe(kind: inspect.Type, choices: tuple[Any, ...]) -> str:
 
 
 def _fields(section: type[Struct], prefix: str = "") -> Iterator[Field]:
-    """Yield the keys of a section, those of its own sections included."""
+    """Yield the keys of a section, including the keys of nested sections."""
     for field in msgspec.structs.fields(section):
         default = None if field.required else field.default
         if isinstance(default, Section):
@@ -531,7 +531,7 @@ def as_config(config: Config | Mapping[str, Any], where: str = "config") -> Conf
     """Check a configuration and fill in the defaults.
 
     Args:
-        config: Configuration, returned as it is if it is a Config. The names of released files are
+        config: Configuration. A Config is returned unchanged. The names of released files are
             accepted.
         where: Source of the configuration, for messages.
 
@@ -670,7 +670,7 @@ def _items(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a section as a dict, a tuple as a list, and any other value as it is."""
+    """Convert a section to a dict and a tuple to a list; return other values unchanged."""
     if isinstance(value, Struct):
         return {key: _plain(inner) for key, inner in msgspec.structs.asdict(value).items()}
     return list(value) if isinstance(value, tuple) else value

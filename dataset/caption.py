@@ -85,8 +85,8 @@ def draw_caption(captions: Sequence[str], where: str, max_words: int | None = No
 class CaptionDataset(EntryDataset):
     """Pairs of a transformed image and one of its captions, cleaned up and cut to the limits.
 
-    A pair is unusable if its image cannot be read or its caption is empty after clean-up. The
-    arguments are those of `EntryDataset`.
+    A pair is unusable if its image cannot be read or its caption is empty after clean-up. It takes
+    the arguments of `EntryDataset`.
     """
 
     def read(self, index: int) -> CaptionSample:

@@ -186,7 +186,7 @@ def _read_list(path: str | os.PathLike) -> bytes:
 
 
 def _decode_list(data: bytes, path: str | os.PathLike) -> list:
-    """Return the values of a JSON list by Python's json. Raises InputError, which says where."""
+    """Return the values of a JSON list by Python's json. Raises InputError with the position."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -254,7 +254,7 @@ def read_json(path: str | os.PathLike, form: type[T], remedy: str) -> T:
 
     Args:
         path: The file.
-        form: Type of the content, one that msgspec knows.
+        form: Type of the content, supported by msgspec.
         remedy: End of the error message.
 
     Returns:
@@ -273,7 +273,7 @@ def read_json(path: str | os.PathLike, form: type[T], remedy: str) -> T:
 
 
 def as_form(value: Any, form: type[T], where: str | Path, remedy: str) -> T:
-    """Convert a value of a file to `form`, a type that msgspec knows.
+    """Convert a value of a file to `form`, a type that msgspec supports.
 
     Raises InputError, which begins with `where`.
     """

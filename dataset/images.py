@@ -72,7 +72,7 @@ def absolute(root: str | None, image: str) -> str:
 
 
 def no_file(path: str | os.PathLike) -> str:
-    """Return what is wrong with a path that is not a file, and the remedy."""
+    """Return the problem of a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
     if os.path.isdir(path):
@@ -85,7 +85,7 @@ def no_file(path: str | os.PathLike) -> str:
 
 
 def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
-    """Decode an image of any mode that Pillow knows.
+    """Decode an image of any mode that Pillow supports.
 
     Pixels equal Pillow's convert("RGB"), as in the released code: EXIF orientation and transparency
     are ignored, and an animation gives its first frame. Unlike in Pillow, 16-bit gray is scaled to

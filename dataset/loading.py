@@ -77,7 +77,7 @@ class EpochBatches(Sampler):
     def begin(self, epoch: int, seen: int = 0) -> None:
         """Set the epoch and skip its first `seen` samples, counted over all ranks.
 
-        The world size and the batch size may differ from those of the skipped samples.
+        The skipped samples may have had another world size and batch size.
         """
         self.epoch, self.seen = epoch, seen
 

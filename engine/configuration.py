@@ -82,7 +82,7 @@ def choose_config(
     where = f"configuration of {checkpoint}"
     # the key schedular marks released code, which saves the paths of its own machine
     if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:
-        log.info("configuration: that of %s (another: --config FILE)", checkpoint)
+        log.info("configuration: from %s (another: --config FILE)", checkpoint)
         return override(saved, overrides, where), checkpoint
     default = find_task(task).config
     if not (saved and evaluate):

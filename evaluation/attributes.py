@@ -181,7 +181,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report, None for no report.
+        report: Destination of the report, None for no report.
         options: `prompts`, `noun` and `score` of `score_boxes`.
 
     Returns:
@@ -210,7 +210,7 @@ def write_report(
     """Print the means beside chance, and write result/attributes.json.
 
     Args:
-        report: Where to report.
+        report: Destination of the report.
         dataset: The AttributeTestSet.
         scores: Scores of its boxes [N, A].
         precisions: Average precision of each attribute.

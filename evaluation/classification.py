@@ -57,7 +57,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report one line, None for no report.
+        report: Destination of a report of one line, None for no report.
 
     Returns:
         The accuracy in percent, "acc".

@@ -77,7 +77,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report, None for no report.
+        report: Destination of the report, None for no report.
         mode: As in `heat_maps`.
         block_num: As in `heat_maps`.
 

@@ -78,7 +78,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report one line, None for no report.
+        report: Destination of a report of one line, None for no report.
         alone: Whether to also measure ads with the image or the words of another ad.
 
     Returns:

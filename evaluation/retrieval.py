@@ -153,7 +153,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report, None for no report.
+        report: Destination of the report, None for no report.
         ks: Numbers of candidates to re-rank, by default k_test.
 
     Returns:

@@ -49,7 +49,7 @@ def answer_questions(
 
     Returns:
         For each question (answer, probability) pairs, the best first. The probability is the
-        softmax over the ranked candidates, or that of all tokens of the generated answer.
+        softmax over the ranked candidates, or the product over a generated answer's tokens.
     """
     if answers and tokens:
         best, probs = model.rank_answers(image, question, tokens, model.config.k_test)
@@ -100,7 +100,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Where to report, None for no report.
+        report: Destination of the report, None for no report.
 
     Returns:
         The accuracy in percent, "acc" and by answer type "acc_TYPE"; {} without annotated answers.

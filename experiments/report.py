@@ -35,7 +35,7 @@ def read_log(row: Row) -> list[dict[str, Any]]:
 def value(row: Row, metric: str) -> float | None:
     """Return a metric of a complete run, None if it has none.
 
-    The metric is that of the last epoch that was tested, or else of the last epoch that has it.
+    It is from the last tested epoch, else from the last epoch with the metric.
     """
     found = [entry for entry in read_log(row) if metric in entry] if row.complete else []
     tested = [entry for entry in found if any(name.startswith("test") for name in entry)]

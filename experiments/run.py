@@ -138,13 +138,13 @@ def run(rows: Rows, places: Iterable[Place]) -> tuple[list[str], list[str]]:
 
     Args:
         rows: The rows by name.
-        places: Where they run, one at a time on each.
+        places: GPUs or cores to run on, one run at a time on each.
 
     Returns:
         The names of the rows that failed, and of those that were not run because of them.
 
     Raises:
-        Interrupted: A signal came. The runs were told to save their state and end.
+        Interrupted: A signal came. The runs receive it, save their state and end.
     """
     done = {name for name, row in rows.items() if row.complete}
     waiting = [name for name in rows if name not in done]

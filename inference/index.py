@@ -177,7 +177,7 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
 
 
 def _finish(folder: Path, token: str) -> None:
-    """Give the files with a token their names, and remove those of interrupted calls."""
+    """Rename the files with a token, and remove the files of interrupted calls."""
     for name in (FEATURES, IMAGES):
         for path in folder.glob(f".????????.{name}"):
             if path.name == f".{token}.{name}":

@@ -1,6 +1,6 @@
 """BERT with cross-attention to an image in its upper layers (Section 3.1, Figure 1).
 
-Parameter names are those of Hugging Face's BertModel and of the released ALBEF checkpoints.
+Parameters have the names of Hugging Face's BertModel and the released ALBEF checkpoints.
 """
 
 from collections.abc import Sequence
@@ -163,7 +163,7 @@ class Source(NamedTuple):
 
 
 class CrossAttention(MultiHeadAttention):
-    """Attention of texts to their sources, each of which serves several texts without a copy."""
+    """Attention of texts to their sources. Several texts share a source without a copy."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config, config.encoder_width)

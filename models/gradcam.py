@@ -1,4 +1,4 @@
-"""Grad-CAM: where in the image a score comes from (Section 6, Figures 4 to 6).
+"""Grad-CAM: heat maps of the image regions behind a score (Section 6, Figures 4 to 6).
 
 A heat map is the mean over heads of an attention map times the positive part of the score's
 gradient with respect to it. It has the grid of patches, [h, w], rows first.

@@ -116,7 +116,7 @@ class TextAssignment(ALBEF):
         self.ta_head = Head(width, 3)
 
     def idle_parameters(self) -> list[nn.Parameter]:
-        """Return the projections: image features alone are read, to draw negatives."""
+        """Return the projections. Image features are used only to draw negatives."""
         return [self.temp, *self.vision_proj.parameters(), *self.text_proj.parameters()]
 
     @torch.no_grad()

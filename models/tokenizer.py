@@ -216,7 +216,7 @@ def word_pieces(vocab: dict[str, int], settings: dict[str, Any]) -> Backend:
 
 
 def settings_file(vocab: Path) -> Path:
-    """Return where the settings of a vocab file are.
+    """Return the path of a vocab file's settings.
 
     The name is tokenizer_config.json for vocab.txt, else STEM.tokenizer_config.json.
     """
@@ -243,7 +243,7 @@ def _read_settings(source: Path | str, vocab: Path) -> dict[str, Any]:
     """Return the settings of a vocab file, {} if they are missing.
 
     Args:
-        source: Where the vocab file is from. If it is a hub name, the settings are downloaded.
+        source: Origin of the vocab file. If it is a hub name, the settings are downloaded.
         vocab: The vocab file.
 
     Raises:

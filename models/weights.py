@@ -71,7 +71,7 @@ def load_checkpoint(
         complete: Whether the file must have the task's head and decoder, as an evaluation needs.
 
     Returns:
-        What became of each tensor.
+        A report on each tensor.
 
     Raises:
         InputError: The file cannot be read or does not fit, see `load_weights`.
@@ -228,7 +228,7 @@ def load_weights(
             flag.
 
     Returns:
-        What became of each tensor.
+        A report on each tensor.
 
     Raises:
         InputError: A tensor is missing or unused, has another shape or dtype, holds NaN or
@@ -482,7 +482,7 @@ def find_checkpoint(source: Path | str) -> Path:
     if is_repository(source):
         path = fetch(str(source), REPOSITORY, "checkpoint")[0]
         if not config_beside(path):
-            raise InputError(f"checkpoint {source}: its config.json is not one of tools.export")
+            raise InputError(f"checkpoint {source}: its config.json is not from tools.export")
     elif not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path

@@ -64,9 +64,7 @@ def create_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
     if name not in list_optimizers():
-        raise InputError(
-            f"optimizer: opt is {config.opt!r}, neither adamW nor a name that timm knows"
-        )
+        raise InputError(f"optimizer: opt is {config.opt!r}, neither adamW nor a name of timm")
     optimizer = create_optimizer_v2(
         groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options
     )

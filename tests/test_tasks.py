@@ -296,9 +296,7 @@ def test_a_run_says_where_it_stands_and_what_comes_next(program, call, tmp_path,
         "scheduler.epochs=3",
     )
     err = capsys.readouterr().err
-    assert (
-        f"configuration: that of {folder / 'checkpoint_'}" in err and "epoch 2, iteration 0" in err
-    )
+    assert f"configuration: from {folder / 'checkpoint_'}" in err and "epoch 2, iteration 0" in err
     call(
         "VE.py",
         "--resume",
@@ -407,7 +405,7 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
     said()
     # a checkpoint of the task: its own, and its run's folder
     call("VE.py", *flags, *evaluate)
-    assert said().startswith("that of mine/checkpoint_best.pth")
+    assert said().startswith("from mine/checkpoint_best.pth")
     assert [entry["test_acc"] for entry in log(tmp_path / "mine/evaluation")] == tested
     call("VE.py", *flags, *evaluate, "--config", "configs/VE.yaml")
     assert said() == "configs/VE.yaml" and (tmp_path / "output/VE/log.txt").exists()
@@ -415,7 +413,7 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
     call("VE.py", *flags, "--checkpoint", "pretrained.pth", "--output_dir", "new")
     assert said().startswith("configs/VE.yaml")
     assert torch.load("new/checkpoint_last.pth")["config"]["embed_dim"] == 12
-    # and one from a checkpoint of the same task: that of the checkpoint
+    # and one from a checkpoint of the same task: the configuration of the checkpoint
     call(
         "VE.py",
         *flags,
@@ -426,7 +424,7 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
         "--set",
         "batch_size=4",
     )
-    assert said().startswith("that of new/checkpoint_best.pth")
+    assert said().startswith("from new/checkpoint_best.pth")
     assert torch.load("newer/checkpoint_last.pth")["config"]["batch_size"] == 4
     # not one of the released code
     released = {"model": torch.load("mine/checkpoint_best.pth")["model"]}

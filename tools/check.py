@@ -1,4 +1,4 @@
-"""Check all data that a task's configuration names, and report what is wrong.
+"""Check all data that a task's configuration names, and report the problems.
 
 A run refuses the first wrong entry of a list, and replaces or refuses unusable samples
 (docs/faults.md). This command reads to the end and decodes every image once. If it finds no

@@ -159,7 +159,7 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any, picture: Any) -> N
     else:
         print("note: no texts to compare with, test_file is missing: name --texts", file=sys.stderr)
     title = [f"caption: {caption}", *unknown_words(word for word, _ in words)]
-    title.append("what the momentum model expects in place of each word:")
+    title.append("words that the momentum model expects in place of each word:")
     texts_title = f"the most similar of {len(texts)} texts:"
     image = picture.permute(1, 2, 0).numpy()
     draw.draw_pseudo_targets(image, words, best, title, texts_title, args.output)
@@ -185,7 +185,7 @@ def draw_heat_map(args: argparse.Namespace, model: Any, pictures: list) -> None:
 
 
 def draw_model(args: argparse.Namespace) -> None:
-    """Draw what a checkpoint computes for an image and a text. Raises InputError."""
+    """Draw heat maps or pseudo-targets of a checkpoint. Raises InputError."""
     name = "pseudo_targets.png" if args.pseudo_targets else "heatmap.png"
     args.output = args.output or Path(name)
     if args.output.suffix not in (".png", ".jpg", ".pdf", ".svg"):

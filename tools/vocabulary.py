@@ -79,7 +79,7 @@ def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> l
 
 
 def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
-    """Return the texts of a vocabulary's files by path; see --output."""
+    """Return the contents of the files of --output by path."""
     from models.tokenizer import OWN, settings_file, word_pieces
 
     if output.suffix == ".json":

@@ -40,7 +40,7 @@ class Phrase(NamedTuple):
 
 
 class HeatMaps(NamedTuple):
-    """Where in I images a decision comes from, on their patch grids.
+    """Heat maps of a decision about I images, on their patch grids.
 
     Attributes:
         whole: Maps of the text as a whole [I, h, w].

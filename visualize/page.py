@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from dataset.images import FORMATS
 from utils import InputError, atomic_write, open_regular, printable
 
-SIDE = 480  # pixels of a thumbnail's longer side, twice what it has on most screens
+SIDE = 480  # pixels of a thumbnail's longer side, twice its size on most screens
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">

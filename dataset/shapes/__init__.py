@@ -11,8 +11,8 @@ other files have the released annotation formats, a module each:
 - vqa: questions on existence, number, color, shape and size, and comparisons; some of the ten
   annotators disagree
 - ve: half of the pictures have a curtain over a quadrant (images/*_covered/). A hypothesis about
-  something out of sight is neutral there. The text alone says nothing about the label; the text and
-  whether there is a curtain give 67% accuracy
+  something out of sight is neutral there. The text alone says nothing about the label. The text and
+  the presence of a curtain give 67% accuracy
 - nlvr: each statement is once true and once false of two images of a split, so that the text alone
   says nothing
 - grounding in the form of RefCOCO+: expressions that fit one object of at least two and name no

@@ -1,4 +1,4 @@
-"""Pre-training and retrieval: captions of scenes, those of pretrain.json partly wrong."""
+"""Pre-training and retrieval: captions of scenes, partly wrong in pretrain.json."""
 
 from random import Random
 

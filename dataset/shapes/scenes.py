@@ -134,7 +134,7 @@ def position_of(box: Box, image_size: int) -> str:
 
 
 def relation_of(a: Box, b: Box) -> str | None:
-    """Return where box a lies from box b, such as "left of", along the dominant axis.
+    """Return the direction of box a from box b, such as "left of", along the dominant axis.
 
     Return None if the two lie diagonally.
     """

@@ -105,7 +105,7 @@ def ask_fact(
         objects: Objects of the scene.
         key: Key of the fact.
         question: Template of the question.
-        given: Keys of the other facts, one tuple of which is used.
+        given: Keys of the other facts; one of the tuples is used.
     """
     named = [(facts_of(o, keys), o[key]) for o in objects for keys in given]
     single = [(facts, value) for facts, value in named if count_fitting(objects, facts) == 1]

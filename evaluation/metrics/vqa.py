@@ -164,7 +164,7 @@ def _normalized(answer: str) -> str:
 
     It has no punctuation and articles, lower case, digits for numbers, and apostrophes.
     """
-    # before punctuation, which depends on spaces alone
+    # before punctuation, whose rule depends on spaces only
     answer = answer.replace("\n", " ").replace("\t", " ").strip()
     words = [_NUMBERS.get(word, word) for word in _without_punctuation(answer).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
