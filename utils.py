@@ -11,9 +11,10 @@ import signal
 import stat
 import sys
 from collections.abc import Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 # NumPy and torch are imported inside functions: they take seconds, and --help must not wait
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def printable(path: str) -> str:
     return path if path.isprintable() else ascii(path)
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file to read its bytes.
 
     Raises:

@@ -355,6 +355,10 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         """The key batch_size."""
         return self.batch_size  # ty: ignore[invalid-explicit-return]
 
+    def files(self, split: str) -> tuple[str, ...]:
+        """Return the annotation files of a split: train, val or test."""
+        return getattr(self, f"{split}_file")
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration in the layout of config.yaml and checkpoints.
 

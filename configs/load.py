@@ -42,7 +42,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return override(config, overrides, path)
 
 
-def override(config: Mapping[str, Any], overrides: Iterable[str], where: str | Path) -> Config:
+def override(
+    config: Config | Mapping[str, Any], overrides: Iterable[str], where: str | Path
+) -> Config:
     """Return a checked and completed configuration with key=value overrides.
 
     Args:

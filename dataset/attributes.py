@@ -1,7 +1,8 @@
 """Attributes of objects in boxes: OVAD's labels on COCO's images and annotations."""
 
 import os
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +16,8 @@ from dataset.images import ImageError, load_image
 from dataset.transforms import test_transform
 from utils import InputError
 
-FREQUENCIES = ("head", "medium", "tail")  # frequency of an attribute, as named in the file
+Frequency = Literal["head", "medium", "tail"]  # of an attribute, as named in the file
+FREQUENCIES = get_args(Frequency)
 MIN_AREA = 50  # smallest area of an evaluated object, in pixels
 FORMS = {}  # the files are not lists of entries
 _WANTED = (
@@ -35,7 +37,7 @@ class Attribute(msgspec.Struct):
     name: Annotated[str, Meta(pattern="^[^:]+:[^:]+$")]
     type: str
     parent_type: str
-    freq_set: Literal[*FREQUENCIES]
+    freq_set: Frequency
     is_has_att: Literal["is", "has"]
 
     @property
@@ -70,7 +72,7 @@ class Box(NamedTuple):
     image: str  # path of the image
     size: tuple[int, int]  # height and width of the image according to the file
     pixels: tuple[int, int, int, int]  # x, y, width and height of the box
-    labels: list[int]  # for each attribute 1, 0, or -1 (not labeled)
+    labels: Sequence[int]  # for each attribute 1, 0, or -1 (not labeled)
     where: str  # file and number of the annotation, for messages
 
 
@@ -134,13 +136,13 @@ def _check_annotation(
             f"{where}: att_vec has {labels} labels for {attributes} attributes: give each attribute"
             " one, -1 if it is not labeled"
         )
-    x, y, w, h = pixels = tuple(map(int, annotation.bbox))
+    x, y, w, h = map(int, annotation.bbox)
     if min(annotation.bbox) < 0 or x + w > image.width or y + h > image.height:
         raise InputError(
             f"{where}: bbox {annotation.bbox} lies outside of its image of {image.width} x"
             f" {image.height} pixels: correct it"
         )
-    return pixels
+    return x, y, w, h
 
 
 class AttributeTestSet(EntryDataset):
@@ -158,7 +160,7 @@ class AttributeTestSet(EntryDataset):
         InputError: `read_boxes` refuses a file, or two files have different attributes.
     """
 
-    def __init__(self, files: list[str], **options: Any) -> None:
+    def __init__(self, files: Sequence[str], **options: Any) -> None:
         read = [read_boxes(file) for file in files]
         self.attributes = read[0][0]
         for file, (attributes, _) in zip(files, read, strict=True):
@@ -196,6 +198,6 @@ class AttributeTestSet(EntryDataset):
 
 def test_set(config: Config, split: str) -> AttributeTestSet:
     """Build a test set of attributes, with bilinear resizing as in the published evaluation."""
-    transform = test_transform(config.image_res, Image.Resampling.BILINEAR)
+    transform = test_transform(config.resolution, Image.Resampling.BILINEAR)
     options = {**test_options(config), "transform": transform}
-    return AttributeTestSet(getattr(config, f"{split}_file"), **options)
+    return AttributeTestSet(config.files(split), **options)

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from configs.config import Config
 from dataset.images import ImageError, no_file
+from dataset.store import Entries
 from dataset.text import NO_LIMITS, Limits, is_blank
 from dataset.transforms import test_transform, train_transform
 from utils import InputError, seed_of
@@ -37,9 +38,11 @@ class EntryDataset(Dataset):
         limits: Limits of the texts. None keeps a limit of the entries' form.
     """
 
+    collate: Callable[..., Any]  # of a training set: (samples, tokenizer) -> batch
+
     def __init__(
         self,
-        entries: Sequence,
+        entries: Entries[Any] | list[Any],
         roots: Mapping[str, str | None],
         transform: Callable[[torch.Tensor], torch.Tensor],
         *,
@@ -53,6 +56,10 @@ class EntryDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def read(self, index: int) -> Any:
+        """Read a sample, see the class."""
+        raise NotImplementedError
 
     def digest(self) -> str:
         """Return a digest of the entries in hexadecimal digits."""
@@ -124,7 +131,7 @@ def train_options(
     if config.min_scale is not None:
         min_scale = config.min_scale
     transform = train_transform(
-        config.image_res, min_scale, hflip=config.hflip, augment=config.randaugment
+        config.resolution, min_scale, hflip=config.hflip, augment=config.randaugment
     )
     return {**test_options(config), "transform": transform, "seed": seed}
 
@@ -133,7 +140,7 @@ def test_options(config: Config) -> dict[str, Any]:
     """Return the arguments roots, transform and limits of `EntryDataset` for a test set."""
     return {
         "roots": {"image_root": config.image_root},
-        "transform": test_transform(config.image_res),
+        "transform": test_transform(config.resolution),
         "limits": Limits(config.max_words, config.max_tokens),
     }
 

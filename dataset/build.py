@@ -32,9 +32,7 @@ def build_dataset(task: str, split: str, config: Config | dict, *, seed: int = 0
     return dataset
 
 
-def construct_dataset(
-    task: str, split: str, config: Config | dict, *, seed: int = 0
-) -> EntryDataset:
+def construct_dataset(task: str, split: str, config: Config, *, seed: int = 0) -> EntryDataset:
     """Build a data set as `build_dataset` does, but do not check its images."""
     row = find_task(task)
     files = {"train": "train_file"} if row.trains else {}

@@ -69,12 +69,13 @@ def load_cached(
                 ) from None
             # inside the lock, so that no process removes the files
             loaded = [load(name) for name in names]
-        if any(content is None for content in loaded):
-            raise InputError(
-                f"{folder}: the cache lost files that were just written; set the environment"
-                " variable ALBEF_CACHE to a folder on another disk"
-            )
-    return loaded
+    usable = [content for content in loaded if content is not None]
+    if len(usable) < len(loaded):
+        raise InputError(
+            f"{folder}: the cache lost files that were just written; set the environment"
+            " variable ALBEF_CACHE to a folder on another disk"
+        )
+    return usable
 
 
 def _build_all(

@@ -1,7 +1,7 @@
 """Image-caption pairs for pre-training and text assignment, from JSON lists and shards."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Pair(Captioned):
     """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = 'pre-training needs entries {"image": path, "caption": text or list of texts}'
-    max_tokens: ClassVar[int] = SHORT_TOKENS
+    max_tokens = SHORT_TOKENS
     image: str
 
     @property
@@ -121,7 +121,12 @@ class ShardedCaptions(CaptionDataset):
     max_tokens = property(lambda self: self.limits.tokens or Pair.max_tokens)
 
     def __init__(
-        self, entries: Sequence, shards: Shards, *, shuffle_buffer: int, **options: Any
+        self,
+        entries: Entries[Any] | list[Any],
+        shards: Shards,
+        *,
+        shuffle_buffer: int,
+        **options: Any,
     ) -> None:
         super().__init__(entries, **options)
         self.listed, self.shards, self.shuffle_buffer = len(entries), shards, shuffle_buffer
@@ -170,7 +175,7 @@ class ShardedCaptions(CaptionDataset):
 
 def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of pre-training and text assignment."""
-    lists, shards = expand(config.train_file)
+    lists, shards = expand(config.files("train"))
     entries = Entries(lists, Pair) if lists or not shards else []
     options = train_options(config, seed, min_scale=MIN_SCALE)
     if not shards:

@@ -1,5 +1,6 @@
 """Sentences about one or two images with a label: data of VE, NLVR2 and relevance."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class ClassificationDataset(EntryDataset):
         **options: Further arguments of `EntryDataset`.
     """
 
-    def __init__(self, files: list[str], form: type[Entry], **options: Any) -> None:
+    def __init__(self, files: Sequence[str], form: type[Entry], **options: Any) -> None:
         super().__init__(Entries(files, form), **options)
 
     def require_classes(self, count: int, key: str) -> None:
@@ -83,9 +84,9 @@ class ClassificationDataset(EntryDataset):
 
 def build_train_set(form: type[Entry], config: Config, seed: int) -> ClassificationDataset:
     """Build the training set with entries of `form`."""
-    return ClassificationDataset(config.train_file, form, **train_options(config, seed))
+    return ClassificationDataset(config.files("train"), form, **train_options(config, seed))
 
 
 def build_test_set(form: type[Entry], config: Config, split: str) -> ClassificationDataset:
     """Build a test set with entries of `form`."""
-    return ClassificationDataset(getattr(config, f"{split}_file"), form, **test_options(config))
+    return ClassificationDataset(config.files(split), form, **test_options(config))

@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
 import msgspec
 
@@ -18,6 +18,7 @@ from utils import InputError, read_regular
 
 T = TypeVar("T")
 E = TypeVar("E", bound="Entry")
+V = TypeVar("V", bound="Identified")
 Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
 
 _SPACE = " \t\n\r"  # JSON's white space
@@ -26,8 +27,7 @@ _SPACE = " \t\n\r"  # JSON's white space
 class Entry(msgspec.Struct, gc=False):
     """Base class of the forms of entries: fields, their types, and checks.
 
-    A subclass defines `texts`, all texts of an entry, and `wanted`, the form for messages.
-    No text may be blank.
+    A subclass defines `image` or `images`, `texts`, and `wanted`, the form for messages.
     """
 
     wanted: ClassVar[str]
@@ -43,7 +43,12 @@ class Entry(msgspec.Struct, gc=False):
     @property
     def images(self) -> list[str]:
         """The paths of the images."""
-        return [self.image]
+        return [self.image]  # ty: ignore[missing-attribute]  # a field of most subclasses
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts, of which none may be blank."""
+        raise NotImplementedError
 
     @classmethod
     def clean(cls, text: str, max_words: int | None = None) -> str:
@@ -58,7 +63,7 @@ class Entry(msgspec.Struct, gc=False):
                     f"its text {reprlib.repr(text)} is empty after clean-up", "empty text"
                 )
 
-    def check_with(self, first: "Entry") -> None:
+    def check_with(self, first: Self) -> None:
         """Raise InputError if a list cannot hold both this entry and `first`.
 
         `first` is the first entry of the list.
@@ -66,7 +71,7 @@ class Entry(msgspec.Struct, gc=False):
 
 
 def check_entry(
-    value: Any, form: type[E], path: str, number: int, *, first: Entry | None = None
+    value: Any, form: type[E], path: Path | str, number: int, *, first: E | None = None
 ) -> E:
     """Convert a JSON value to an entry and check it.
 
@@ -113,13 +118,13 @@ def _kind(problem: str) -> str:
     return f"wrong '{field[1]}'"
 
 
-def where(path: str, number: int) -> str:
+def where(path: Path | str, number: int) -> str:
     """Return the name of an entry of an annotation file for error messages."""
     return f"{path}: entry {number} (counting from 0)"
 
 
 def read_entries(
-    path: str | os.PathLike,
+    path: Path | str,
     form: type[E],
     *,
     refuse: Callable[[int, InputError], None] | None = None,
@@ -143,7 +148,8 @@ def read_entries(
         # msgspec accepts bytes that are not UTF-8 in fields that it skips
         if not data.isascii():
             data.decode()
-        entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=list[form])
+        whole = list[form]  # ty: ignore[invalid-type-form]  # a type at run time
+        entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=whole)
         for entry in entries:
             entry.check()
         if form.check_with is not Entry.check_with:
@@ -168,7 +174,7 @@ def read_entries(
     return entries
 
 
-def read_json_list(path: str | os.PathLike) -> list:
+def read_json_list(path: Path | str) -> list:
     """Read the values of a JSON list.
 
     Raises InputError if the file cannot be read, is not a JSON list or is empty.
@@ -176,7 +182,7 @@ def read_json_list(path: str | os.PathLike) -> list:
     return _decode_list(_read_list(path), path)
 
 
-def _read_list(path: str | os.PathLike) -> bytes:
+def _read_list(path: Path | str) -> bytes:
     """Return the bytes of an annotation file. Raises InputError."""
     refuse_shard(path)
     try:
@@ -185,7 +191,7 @@ def _read_list(path: str | os.PathLike) -> bytes:
         raise unreadable(path, error) from None
 
 
-def _decode_list(data: bytes, path: str | os.PathLike) -> list:
+def _decode_list(data: bytes, path: Path | str) -> list:
     """Return the values of a JSON list by Python's json. Raises InputError with the position."""
     try:
         text = data.decode("utf-8-sig")
@@ -213,7 +219,7 @@ def _decode_list(data: bytes, path: str | os.PathLike) -> list:
     return values
 
 
-def _refuse_content(path: str | os.PathLike, start: str) -> None:
+def _refuse_content(path: Path | str, start: str) -> None:
     """Raise InputError for a file without entries. start: its first character, if any."""
     if start == "{":
         lines = (
@@ -228,7 +234,7 @@ def _refuse_content(path: str | os.PathLike, start: str) -> None:
     )
 
 
-def refuse_shard(path: str | os.PathLike) -> None:
+def refuse_shard(path: Path | str) -> None:
     """Raise InputError if a list is named like a WebDataset shard."""
     if os.fspath(path).endswith(".tar"):
         raise InputError(
@@ -237,7 +243,7 @@ def refuse_shard(path: str | os.PathLike) -> None:
         )
 
 
-def unreadable(path: str | os.PathLike, error: OSError) -> InputError:
+def unreadable(path: Path | str, error: OSError) -> InputError:
     """Return the InputError for an OSError of a data file."""
     return InputError(
         f"{path}: cannot read this file ({error.strerror}); correct its path in the config"
@@ -249,7 +255,7 @@ def unreadable(path: str | os.PathLike, error: OSError) -> InputError:
 # small JSON files
 
 
-def read_json(path: str | os.PathLike, form: type[T], remedy: str) -> T:
+def read_json(path: Path | str, form: type[T] | Any, remedy: str) -> T:
     """Read a small JSON file.
 
     Args:
@@ -272,7 +278,7 @@ def read_json(path: str | os.PathLike, form: type[T], remedy: str) -> T:
     return as_form(content, form, path, remedy)
 
 
-def as_form(value: Any, form: type[T], where: str | Path, remedy: str) -> T:
+def as_form(value: Any, form: type[T] | Any, where: Path | str, remedy: str) -> T:
     """Convert a value of a file to `form`, a type that msgspec supports.
 
     Raises InputError, which begins with `where`.
@@ -283,7 +289,13 @@ def as_form(value: Any, form: type[T], where: str | Path, remedy: str) -> T:
         raise InputError(f"{where}: {_without_ticks(error)}; {remedy}") from None
 
 
-def by_id(values: Iterable[T], path: str | os.PathLike, what: str) -> dict[Any, T]:
+class Identified(Protocol):
+    """A value with an id."""
+
+    id: int
+
+
+def by_id(values: Iterable[V], path: Path | str, what: str) -> dict[int, V]:
     """Return values by their attribute `id`.
 
     Raises InputError if two different values have one id; `what` names a value in the message.

@@ -1,8 +1,9 @@
 """Grounding data: referring expressions, and the detected boxes to choose from in a test."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class GroundingPair(Entry):
     """A referring expression for training."""
 
     wanted = 'grounding trains on entries {"image": path, "text": referring expression}'
-    max_tokens: ClassVar[int] = MAX_TOKENS
+    max_tokens = MAX_TOKENS
     image: str
     text: str
 
@@ -45,7 +46,7 @@ class Expression(Entry):
         'test_file of grounding needs entries {"image": path, "text": referring expression,'
         ' "ref_id": number}'
     )
-    max_tokens: ClassVar[int] = MAX_TOKENS
+    max_tokens = MAX_TOKENS
     image: str
     text: str
     ref_id: int
@@ -108,7 +109,7 @@ class GroundingTestSet(EntryDataset):
 
     def __init__(
         self,
-        files: list[str],
+        files: Sequence[str],
         refer: Refer,
         detections: dict[int, list],
         *,
@@ -157,7 +158,7 @@ def load_refer_and_detections(
 
 def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of grounding, which resizes images instead of cropping them."""
-    entries = Entries(config.train_file, GroundingPair)
+    entries = Entries(config.files("train"), GroundingPair)
     return CaptionDataset(entries, **train_options(config, seed, min_scale=None))
 
 
@@ -169,4 +170,4 @@ def test_set(config: Config, split: str) -> GroundingTestSet:
     splits = ["val"] if split == "val" else None
     # test_file holds all splits together
     options = test_options(config)
-    return GroundingTestSet(config.test_file, refer, detections, splits=splits, **options)
+    return GroundingTestSet(config.files("test"), refer, detections, splits=splits, **options)

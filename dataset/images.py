@@ -3,6 +3,7 @@
 import io
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -33,13 +34,13 @@ class ImageError(OSError):
     """
 
     def __init__(
-        self, name: str | os.PathLike, kind: str, detail: str = "", *, problem: str = ""
+        self, name: Path | str, kind: str, detail: str | None = "", *, problem: str = ""
     ) -> None:
         self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
         super().__init__(f"{name}: {self.problem}")
 
 
-def load_image(path: str | os.PathLike) -> Tensor:
+def load_image(path: Path | str) -> Tensor:
     """Read and decode an image file.
 
     Args:
@@ -54,7 +55,7 @@ def load_image(path: str | os.PathLike) -> Tensor:
     return decode_image(read_image(path), path)
 
 
-def read_image(path: str | os.PathLike) -> bytes:
+def read_image(path: Path | str) -> bytes:
     """Return the bytes of an image file. Raises ImageError."""
     try:
         return read_regular(path)
@@ -71,7 +72,7 @@ def absolute(root: str | None, image: str) -> str:
     return os.path.abspath(os.path.join(root or "", image))
 
 
-def no_file(path: str | os.PathLike) -> str:
+def no_file(path: Path | str) -> str:
     """Return the problem of a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its file"
@@ -84,7 +85,7 @@ def no_file(path: str | os.PathLike) -> str:
     )
 
 
-def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
+def decode_image(data: bytes, name: Path | str) -> Tensor:
     """Decode an image of any mode that Pillow supports.
 
     Pixels equal Pillow's convert("RGB"), as in the released code: EXIF orientation and transparency
@@ -122,13 +123,14 @@ def decode_image(data: bytes, name: str | os.PathLike) -> Tensor:
         raise ImageError(name, "broken image", str(error)) from error
 
 
-def _decode_jpeg(data: bytes, name: str | os.PathLike) -> Tensor | None:
+def _decode_jpeg(data: bytes, name: Path | str) -> Tensor | None:
     """Decode like Pillow, but faster. Return None for uncommon encodings such as CMYK."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in ("YCbCr", "RGB", "Gray"):
             return None
-        _check_size(width, height, name)
+        # simplejpeg types these int as SupportsInt
+        _check_size(width, height, name)  # ty: ignore[invalid-argument-type]
         return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
     except ValueError as error:
         if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
@@ -136,12 +138,12 @@ def _decode_jpeg(data: bytes, name: str | os.PathLike) -> Tensor | None:
         return None
 
 
-def _decode_with_pillow(data: bytes, name: str | os.PathLike) -> Tensor:
+def _decode_with_pillow(data: bytes, name: Path | str) -> Tensor:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return decode_pillow(image, name)
 
 
-def decode_pillow(image: Image.Image, name: str | os.PathLike) -> Tensor:
+def decode_pillow(image: Image.Image, name: Path | str) -> Tensor:
     """Convert a picture of Pillow to uint8 [3, H, W] with the pixels of `decode_image`.
 
     Raises ImageError, and what Pillow raises.
@@ -153,7 +155,7 @@ def decode_pillow(image: Image.Image, name: str | os.PathLike) -> Tensor:
     return from_pillow(_to_8_bits(image, name).convert("RGB"))
 
 
-def _check_scans(data: bytes, name: str | os.PathLike) -> None:
+def _check_scans(data: bytes, name: Path | str) -> None:
     values = np.frombuffer(data, np.uint8)
     # the marker and the first byte of its length; chance matches in other data are far below the
     # limit
@@ -166,7 +168,7 @@ def _check_scans(data: bytes, name: str | os.PathLike) -> None:
         )
 
 
-def _check_size(width: int, height: int, name: str | os.PathLike) -> None:
+def _check_size(width: int, height: int, name: Path | str) -> None:
     if not width * height:
         raise ImageError(name, "no pixels", f"{width} x {height}")
     limit = Image.MAX_IMAGE_PIXELS
@@ -178,7 +180,7 @@ def _check_size(width: int, height: int, name: str | os.PathLike) -> None:
         )
 
 
-def _to_8_bits(image: Image.Image, name: str | os.PathLike) -> Image.Image:
+def _to_8_bits(image: Image.Image, name: Path | str) -> Image.Image:
     """Convert a gray image of more than 8 bits to 8 bits.
 
     Other images stay as they are. Pillow scales 16-bit colors the same way.

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from torch.utils.data._utils import signal_handling
 
 from configs.config import Config, as_config
+from dataset.base import EntryDataset
 from dataset.pool import begin_worker
 from dataset.transforms import normalize
 from utils import InputError, TrainingStopped, cores, environment_number, rank, seed_of, world_size
@@ -118,7 +119,7 @@ class TrainBatches:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: EntryDataset,
         tokenizer: Any,
         config: Config | dict,
         *,
@@ -128,7 +129,7 @@ class TrainBatches:
         self.dataset, config = dataset, as_config(config)
         self.sampler = EpochBatches(
             len(dataset),
-            config.batch_size,
+            config.train_batch_size,
             seed=seed,
             rank=rank(),
             world_size=world_size(),
@@ -270,7 +271,8 @@ class Loader(DataLoader):
     ) -> None:
         collate = functools.partial(_read, dataset=dataset, collate=collate or default_collate)
         super().__init__(
-            range(len(dataset)),
+            # a sequence is a data set too, and Dataset of torch has no __len__
+            range(len(dataset)),  # ty: ignore[invalid-argument-type]
             collate_fn=collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
@@ -278,7 +280,8 @@ class Loader(DataLoader):
             **batching,
         )
 
-    def __iter__(self) -> Iterator[Any]:
+    # the base class promises an iterator of its own class
+    def __iter__(self) -> Iterator[Any]:  # ty: ignore[incompatible-method-override]
         try:
             with _starting_workers() as started:
                 batches = super().__iter__()

@@ -1,6 +1,6 @@
 """NLVR2: is the sentence true of the two images?"""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
@@ -8,7 +8,8 @@ from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 from dataset.entries import Entry
 
-LABELS = {"False": 0, "True": 1}
+Label = Literal["False", "True"]  # classes 0 and 1
+LABELS = get_args(Label)
 
 
 class Statement(Entry, rename={"paths": "images"}):
@@ -20,7 +21,7 @@ class Statement(Entry, rename={"paths": "images"}):
     )
     paths: Annotated[list[str], Meta(min_length=2, max_length=2)]
     sentence: str
-    label: Literal[*LABELS]
+    label: Label
 
     @property
     def images(self) -> list[str]:
@@ -35,7 +36,7 @@ class Statement(Entry, rename={"paths": "images"}):
     @property
     def target(self) -> int:
         """The class."""
-        return LABELS[self.label]
+        return LABELS.index(self.label)
 
 
 FORMS = {"train": Statement, "val": Statement, "test": Statement}

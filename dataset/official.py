@@ -8,6 +8,7 @@ import codecs
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -166,7 +167,7 @@ def _fits(head: dict[str, Any], form: type[Official]) -> bool:
         return False
 
 
-def advice(path: str | os.PathLike) -> str:
+def advice(path: Path | str) -> str:
     """Return the title of an official file with the command that converts it, "" for other files.
 
     Raises OSError.
@@ -230,7 +231,7 @@ def convert(
         InputError: A part of a file has another form, or the files do not belong together.
     """
     kinds, lists, problems = set(forms.values()), defaultdict(list), []
-    contents = {}
+    contents: dict[str, Any] = {}  # an object of a form, or the rows of one
     for path, data in files.items():
         data, form = data.removeprefix(codecs.BOM_UTF8), forms[path]
         contents[path] = (
@@ -239,7 +240,7 @@ def convert(
     if kinds <= {VqaQuestions, VqaAnnotations}:
         _convert_vqa(contents, find, lists, problems)
     elif len(kinds) == 1:
-        steps = {
+        steps: dict[type[Official], Callable[..., None]] = {
             CocoCaptions: _convert_coco,
             KarpathySplit: _convert_karpathy,
             Nlvr2Line: _convert_nlvr2,

@@ -27,7 +27,7 @@ class Ad(Entry):
         ' "label": 0 or 1}'
     )
     max_words: ClassVar[int] = MAX_AD_WORDS
-    max_tokens: ClassVar[int] = MAX_AD_TOKENS
+    max_tokens = MAX_AD_TOKENS
     image: str
     query: str
     text: str

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from configs.config import Config
 from configs.tasks import find_task
-from dataset.attributes import read_boxes
+from dataset.attributes import Box, read_boxes
 from dataset.base import evenly
 from dataset.build import construct_dataset, find_form
 from dataset.cache import locate
@@ -40,8 +40,9 @@ BINS = ("<64", "64-127", "128-255", "256-511", "512-1023", ">=1024")
 
 def name_entry(path: str | None, entry: int | str | None) -> str:
     """Return the name of an entry of a list, a sample of a shard, or a file for messages."""
+    path = path or ""
     if entry is None:
-        return path or ""
+        return path
     return where(path, entry) if isinstance(entry, int) else f"{path}: sample {entry}"
 
 
@@ -59,7 +60,7 @@ def decode_all(jobs: tuple[str, list[tuple]]) -> list[dict[str, Any]]:
 
 def decode(index: int, path: str, *position: Any) -> dict[str, Any]:
     """Decode an image of a list, or the sample at a position of a shard, as a run does."""
-    seen = {"index": index, "path": path}
+    seen: dict[str, Any] = {"index": index, "path": path}
     try:
         if position:
             sample = read_sample(*position)
@@ -148,7 +149,7 @@ class Check:
             with self.noting():
                 dataset = construct_dataset(self.task.name, split, self.config)
                 if split == "train":
-                    check_length(len(dataset), self.config.batch_size, world_size=1)
+                    check_length(len(dataset), self.config.train_batch_size, world_size=1)
 
 
 class FileReport:
@@ -163,7 +164,11 @@ class FileReport:
 
     def __init__(self, check: Check, key: str, file: str, form: type[Entry] | None) -> None:
         self.check, self.form, self.path = check, form, file
-        self.report = {"key": key, "file": file, "form": form.__name__ if form else "Box"}
+        self.report: dict[str, Any] = {
+            "key": key,
+            "file": file,
+            "form": form.__name__ if form else "Box",
+        }
         self.counts = defaultdict(Counter)
         self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
         self.words, self.pieces = array("L"), array("L")  # of each text
@@ -188,7 +193,7 @@ class FileReport:
                 entry = refuse(index, error)
             if entry is None:
                 continue
-            if self.form is None:
+            if isinstance(entry, Box):
                 root, paths, texts, value = "image_root", [entry.image], (), entry[:3]
             else:
                 root, paths, texts = entry.root, entry.images, entry.texts
@@ -243,13 +248,13 @@ class FileReport:
             self.check.run(decode_all, ((chunk[0][1], chunk) for chunk in chunks))
         )
 
-    def _refuse(self, error: InputError, path: str, entry: int | str) -> None:
+    def _refuse(self, error: InputError, path: str, entry: int | str | None) -> None:
         """Count an entry that cannot be used."""
         self.counts["wrong"][error.kind] += 1
         self.check.add(error, path, entry)
 
     def _add_entry(
-        self, path: str, entry: int | str, index: int, texts: Iterable[str], value: int
+        self, path: str, entry: int | str | None, index: int, texts: Iterable[str], value: int
     ) -> None:
         """Count an entry and its texts. value: digest of the entry."""
         self.digests.append(value)
@@ -275,7 +280,9 @@ class FileReport:
                     self.counts["unknown"][kept[start:end]] += 1
         return usable
 
-    def _add_image(self, path: str, entry: int | str, name: str, seen: dict[str, Any]) -> None:
+    def _add_image(
+        self, path: str, entry: int | str | None, name: str, seen: dict[str, Any]
+    ) -> None:
         """Count an image that was decoded."""
         if "kind" in seen:
             self.counts["unusable"][seen["kind"]] += 1

@@ -1,7 +1,8 @@
 """Image-text retrieval data: pairs for training, images with all their captions for testing."""
 
 import os
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ class RetrievalPair(Entry):
         'retrieval trains on entries {"image": path, "caption": text or list of texts}; all'
         ' of them or none have "image_id": text or number'
     )
-    max_tokens: ClassVar[int] = MAX_TOKENS
+    max_tokens = MAX_TOKENS
     image: str
     caption: str | Texts
     image_id: str | int | None = None
@@ -34,7 +35,7 @@ class RetrievalPair(Entry):
         """Key of the image: `image_id`, or the path if the list has no ids."""
         return os.path.normpath(self.image) if self.image_id is None else self.image_id
 
-    def check_with(self, first: "RetrievalPair") -> None:
+    def check_with(self, first: Self) -> None:
         """Raise InputError if only one of the two entries has an image_id."""
         if (self.image_id is None) != (first.image_id is None):
             has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
@@ -47,7 +48,7 @@ class CaptionedImage(Entry):
     wanted = (
         'a retrieval test needs an entry {"image": path, "caption": list of texts} for each image'
     )
-    max_tokens: ClassVar[int] = MAX_TOKENS
+    max_tokens = MAX_TOKENS
     image: str
     caption: Texts
 
@@ -77,7 +78,7 @@ class RetrievalTestSet(EntryDataset):
         txt2img: Index of the image of each text.
     """
 
-    def __init__(self, files: list[str], **options: Any) -> None:
+    def __init__(self, files: Sequence[str], **options: Any) -> None:
         entries, captions, first = Entries(files, CaptionedImage), {}, []
         for i, entry in enumerate(entries):
             path = absolute(options["roots"]["image_root"], entry.image)
@@ -100,9 +101,11 @@ class RetrievalTestSet(EntryDataset):
 
 def train_set(config: Config, seed: int) -> CaptionDataset:
     """Build the training set of retrieval."""
-    return CaptionDataset(Entries(config.train_file, RetrievalPair), **train_options(config, seed))
+    return CaptionDataset(
+        Entries(config.files("train"), RetrievalPair), **train_options(config, seed)
+    )
 
 
 def test_set(config: Config, split: str) -> RetrievalTestSet:
     """Build a test set of retrieval, also for pre-training."""
-    return RetrievalTestSet(getattr(config, f"{split}_file"), **test_options(config))
+    return RetrievalTestSet(config.files(split), **test_options(config))

@@ -19,7 +19,7 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -27,7 +27,7 @@ from braceexpand import braceexpand
 from dataset.cache import load_cached, locate
 from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular
 
-Sample = dict[str, str | bytes]
+Sample = dict[str, Any]  # bytes by suffix, and the str __key__
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
 SHOWN = 5  # suffixes that a message lists
@@ -40,7 +40,7 @@ _META = re.compile(r"__([^/]*__/|[^/.]*__\.)")
 _HEADER = 2  # numbers before the positions in the cached result of a scan
 
 
-def expand(entries: Iterable[str | os.PathLike]) -> tuple[list[str], list[str]]:
+def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
     """Split the names in train_file into JSON lists and shards.
 
     A name that ends in .tar is a shard, or a pattern of shards: {00000..01242} and {a,b} stand for
@@ -56,7 +56,7 @@ def expand(entries: Iterable[str | os.PathLike]) -> tuple[list[str], list[str]]:
         InputError: A shard does not exist or comes twice, or a name is a URL.
     """
     json_files, shards = [], []
-    for entry in map(os.fspath, entries):
+    for entry in map(str, entries):
         if _URL.match(entry):
             raise InputError(
                 f"train_file: {entry} is not a file of this machine: mount the storage it is on, or"
@@ -364,7 +364,8 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise tarfile.ReadError(f"a wrong header, {error}") from None
         if member is None:
             return
-        archive.members.clear()  # tarfile keeps every member that it has read
+        # tarfile keeps every member that it has read
+        archive.members.clear()  # ty: ignore[missing-attribute]  # typeshed lacks it
         yield member
 
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from dataset.cache import load_cached, locate
-from dataset.entries import Entry, read_entries, refuse_shard, where
+from dataset.entries import E, Entry, read_entries, refuse_shard, where
 from dataset.text import pre_caption
 from utils import InputError, TrainingStopped, atomic_write, hash_contents
 
@@ -30,7 +30,7 @@ _BATCH = 64 * _GROUP  # entries that are written at a time; they fit the process
 _ENCODER = msgspec.json.Encoder()
 
 
-class Entries(Sequence):
+class Entries(Sequence[E]):
     """The entries of one or several JSON lists, joined in order, as objects of `form`.
 
     The first use of a list checks all its entries and writes them to the cache. They are written
@@ -46,7 +46,7 @@ class Entries(Sequence):
     """
 
     def __init__(
-        self, files: Sequence[str], form: type[Entry], names: Sequence[str] | None = None
+        self, files: Sequence[str], form: type[E], names: Sequence[str] | None = None
     ) -> None:
         if not files:
             raise InputError(
@@ -69,13 +69,14 @@ class Entries(Sequence):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, i: int) -> Entry:
+    def __getitem__(self, i: int) -> E:  # ty: ignore[incompatible-method-override]  # no slices
         file, number = locate(i, self._ends)
         line = self._stores[file].read(number)
         if line is None:
             self._stores[file] = self._repair(file, self._stores[file].name)
             line = self._stores[file].read(number)
-        return self.form(*json.loads(line))
+        # `_repair` has compared the line
+        return self.form(*json.loads(line))  # ty: ignore[invalid-argument-type]
 
     def _repair(self, file: int, name: str) -> "_Store":
         """Open a damaged store: compare all of it, and build it again if it differs.
@@ -149,8 +150,8 @@ def _load(files: Sequence[str], form: type[Entry], *, whole: bool = False) -> li
 def _source(definition: Any) -> str | None:
     """Return the source of the module of a class or function, None in a notebook."""
     try:
-        return inspect.getsource(inspect.getmodule(definition))
-    except (OSError, TypeError):
+        return inspect.getsource(inspect.getmodule(definition))  # ty: ignore[invalid-argument-type]
+    except (OSError, TypeError):  # TypeError for None
         return None
 
 

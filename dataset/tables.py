@@ -92,26 +92,30 @@ def read_csv(
         The name of the row and its {column: value}, a ValueError if it has other columns.
     """
     lines = list(io.StringIO(text, newline=""))
-    delimiter = max(DELIMITERS, key=lines[0].count) if lines else ","
-    names, at = None, 0
+    if not lines:
+        return
+    delimiter = max(DELIMITERS, key=lines[0].count)
+    cells, at, _ = _read_record(lines, delimiter, None)
+    if cells is None:
+        cells = _split_plainly(lines[0], delimiter)
+        notes.append("line 1")
+    names = [cell.strip() for cell in cells]
 
     def begins_row(line: str) -> bool:
         cells = [cell.strip('"') for cell in _split_plainly(line, delimiter)]
         return len(cells) == len(names) and is_row(dict(zip(names, cells, strict=True)))
 
     while at < len(lines):
-        cells, read, problem = _read_record(lines[at:], delimiter, names and begins_row)
-        row, width = f"line {at + 1}", len(names or ())
+        cells, read, problem = _read_record(lines[at:], delimiter, begins_row if names else None)
+        row, width = f"line {at + 1}", len(names)
         wrong = cells is None or names and any(cells) and len(cells) != width
-        if wrong and read == 1:
+        if cells is None or (wrong and read == 1):
             cells = _split_plainly(lines[at], delimiter)
             if len(cells) == width or not names:
                 wrong = False
                 notes.append(row)
         at += read
-        if names is None:
-            names = [cell.strip() for cell in cells]
-        elif wrong:
+        if wrong:
             error = (
                 f"{len(cells)} columns, but line 1 has {width}{problem}; a text that holds"
                 f" {delimiter!r} must be in double quotes, with its double quotes doubled"
@@ -172,7 +176,8 @@ def find_columns(
                 " TSV file names the columns)"
             )
         columns.append(found)
-    return tuple(columns)
+    image_column, caption_column = columns
+    return image_column, caption_column
 
 
 def read_table(

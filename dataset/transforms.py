@@ -24,7 +24,7 @@ Matrix = tuple[tuple[float, float, float], tuple[float, float, float]]
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-ASPECT_RATIO = (3 / 4, 4 / 3)
+ASPECT_RATIO = [3 / 4, 4 / 3]
 NUM_OPERATIONS = 2
 FILL = 128
 
@@ -106,7 +106,7 @@ def random_resized_crop(image: Tensor, size: int, min_scale: float) -> Tensor:
     Returns:
         uint8 [3, size, size].
     """
-    top, left, height, width = RandomResizedCrop.get_params(image, (min_scale, 1.0), ASPECT_RATIO)
+    top, left, height, width = RandomResizedCrop.get_params(image, [min_scale, 1.0], ASPECT_RATIO)
     crop = image[None, :, top : top + height, left : left + width]
     # uint8 has a fast kernel for this layout
     crop = crop.contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,13 @@
 """SNLI-VE: does the sentence follow from the image?"""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
 from dataset.entries import Entry
 
-LABELS = {"contradiction": 0, "neutral": 1, "entailment": 2}
+Label = Literal["contradiction", "neutral", "entailment"]  # classes 0, 1 and 2
+LABELS = get_args(Label)
 
 
 class Entailment(Entry):
@@ -18,7 +19,7 @@ class Entailment(Entry):
     )
     image: str
     sentence: str
-    label: Literal[*LABELS]
+    label: Label
 
     @property
     def images(self) -> list[str]:
@@ -33,7 +34,7 @@ class Entailment(Entry):
     @property
     def target(self) -> int:
         """The class."""
-        return LABELS[self.label]
+        return LABELS.index(self.label)
 
 
 FORMS = {"train": Entailment, "val": Entailment, "test": Entailment}

@@ -2,6 +2,7 @@
 
 import reprlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -18,28 +19,17 @@ from dataset.text import MAX_QUESTION_WORDS, SHORT_TOKENS, pre_question, tokeniz
 from utils import InputError, Text
 
 # key of the image folder for each value of an entry's `dataset`
-ROOTS = {"vqa": "vqa_root", "vg": "vg_root"}
+Source = Literal["vqa", "vg"]
+ROOTS: dict[Source, str] = {"vqa": "vqa_root", "vg": "vg_root"}
 VG_WEIGHT = 0.5  # weight of a Visual Genome answer, which has one annotator
 _Answers = Annotated[list[Annotated[str, Meta(pattern=r"\S")]], Meta(min_length=1)]
 
 
-class TrainingQuestion(Entry):
-    """A training question with its annotators' answers, one answer in Visual Genome."""
+class Asked(Entry):
+    """A question about an image."""
 
-    wanted = (
-        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and'
-        ' "answer": list of texts, or "dataset": "vg" and "answer": text'
-    )
-    max_tokens: ClassVar[int] = SHORT_TOKENS
     image: str
     question: str
-    dataset: Literal[*ROOTS]
-    answer: str | Texts
-
-    @property
-    def root(self) -> str:
-        """The configuration key of the image folder."""
-        return ROOTS[self.dataset]
 
     @property
     def texts(self) -> list[str]:
@@ -51,6 +41,23 @@ class TrainingQuestion(Entry):
         """Clean up a question."""
         return pre_question(text, max_words or cls.max_words)
 
+
+class TrainingQuestion(Asked):
+    """A training question with its annotators' answers, one answer in Visual Genome."""
+
+    wanted = (
+        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and'
+        ' "answer": list of texts, or "dataset": "vg" and "answer": text'
+    )
+    max_tokens = SHORT_TOKENS
+    dataset: Source
+    answer: str | Texts
+
+    @property
+    def root(self) -> str:
+        """The configuration key of the image folder."""
+        return ROOTS[self.dataset]
+
     def check(self) -> None:
         """Raise InputError if the question is blank or the answers have the wrong form."""
         super().check()
@@ -58,7 +65,7 @@ class TrainingQuestion(Entry):
             raise InputError(f"'answer' is {reprlib.repr(self.answer)}", "wrong 'answer'")
 
 
-class Question(Entry):
+class Question(Asked):
     """A question for testing, with or without the answers of the annotators."""
 
     wanted = (
@@ -66,19 +73,15 @@ class Question(Entry):
         ' and optionally "dataset": "vqa" or "vg" and, for vqa, "answer": list of texts'
     )
     max_words: ClassVar[int] = MAX_QUESTION_WORDS
-    image: str
-    question: str
     question_id: str | int
-    dataset: Literal[*ROOTS] = "vqa"
+    dataset: Source = "vqa"
     answer: str | Texts | None = None
     answer_type: str | None = None
 
-    root, texts = TrainingQuestion.root, TrainingQuestion.texts
-
-    @classmethod
-    def clean(cls, text: str, max_words: int | None = None) -> str:
-        """Clean up a question."""
-        return pre_question(text, max_words or cls.max_words)
+    @property
+    def root(self) -> str:
+        """The configuration key of the image folder."""
+        return ROOTS[self.dataset]
 
     def check(self) -> None:
         """Raise InputError if the question is blank or the answers cannot be scored."""
@@ -160,7 +163,7 @@ class VQADataset(EntryDataset):
 
     def __init__(
         self,
-        files: list[str],
+        files: Sequence[str],
         roots: dict[str, str | None],
         *,
         eos: str,
@@ -252,15 +255,15 @@ class VQADataset(EntryDataset):
 
 def train_set(config: Config, seed: int) -> VQADataset:
     """Build the training set of VQA."""
-    options = {**train_options(config, seed), "roots": _roots(config)}
-    return VQADataset(config.train_file, eos=config.eos, **options)
+    options: dict[str, Any] = {**train_options(config, seed), "roots": _roots(config)}
+    return VQADataset(config.files("train"), eos=config.eos, **options)
 
 
 def test_set(config: Config, split: str) -> VQADataset:
     """Build a test set of VQA. Raises InputError if a validation set has no answers."""
-    files, path = getattr(config, f"{split}_file"), config.answer_list
+    files, path = config.files(split), config.answer_list
     answers = load_answer_list(path) if path else None
-    options = {**test_options(config), "roots": _roots(config)}
+    options: dict[str, Any] = {**test_options(config), "roots": _roots(config)}
     dataset = VQADataset(files, eos=config.eos, answers=answers, **options)
     if split == "val" and not dataset.annotations():
         raise InputError(

@@ -292,7 +292,7 @@ def effective_config(row: Row, rows: Rows) -> Config | None:
     config, source = None, rows[row.needs[-1]] if row.keys.has_source else row
     if source is not row and source.keys.script == row.keys.script:
         config = effective_config(source, rows)
-    return config and override(config.to_dict(), row.keys.overrides, f"row {row.name}")
+    return config and override(config, row.keys.overrides, f"row {row.name}")
 
 
 def settings(row: Row, rows: Rows) -> dict[str, Any]:

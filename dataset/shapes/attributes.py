@@ -53,7 +53,7 @@ def draw_sheets(scenes: Scenes, seed: int) -> dict[str, list[Scene]]:
     for i in range(count):
         rng = Random(f"{seed}/test/{i}/{FOLDER}")
         color = rng.choice(list(COLORS))
-        objects = place_objects(rng, [(color, rng.choice(shapes[color]))], side)
+        objects = place_objects(rng, ((color, rng.choice(shapes[color])),), side)
         # equally likely, unlike in the other pictures
         objects[0]["fill"] = rng.choice(list(FILLS))
         pictures.append(

@@ -156,7 +156,9 @@ def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bo
 
 def _write_images(output: Path, scenes: Scenes, seed: int, progress: bool) -> None:
     """Render the images of all scenes, covered copies and sheets in worker processes."""
-    jobs = [(output / s["image"], render, s) for of_split in scenes.values() for s in of_split]
+    jobs: list[tuple] = [
+        (output / s["image"], render, s) for of_split in scenes.values() for s in of_split
+    ]
     for path, _, scene in list(jobs):
         if cover := scene["covered"]:
             jobs.append((Path(ve.covered_image(str(path))), render, scene, cover))

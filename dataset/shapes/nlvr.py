@@ -174,11 +174,12 @@ def state(
         if statement.kinds == 2 and facts[0] == facts[1]:
             continue
         is_true = functools.partial(_is_true, statement, facts, n)
-        pairs = {
+        found = {
             label: find_pair(rng, scenes, index, facts=facts, is_true=is_true, label=label)
             for label in (True, False)
         }
-        if all(pairs.values()):
+        pairs = {label: pair for label, pair in found.items() if pair}
+        if len(pairs) == len(found):
             words = {
                 "a": with_article(phrase(rng, facts[0])),
                 "a2": with_article(phrase(rng, facts[-1])),

@@ -164,7 +164,7 @@ def place_objects(rng: Random, combination: Combination, image_size: int) -> lis
             math.floor((i + 0.5 + rng.uniform(-SHIFT, SHIFT)) * cell - side / 2)
             for i, side in ((index % GRID, w), (index // GRID, h))
         )
-        box, fill = [x, y, w, h], rng.choices(list(FILLS), FILLS.values())[0]
+        box, fill = [x, y, w, h], rng.choices(list(FILLS), list(FILLS.values()))[0]
         objects.append(
             {
                 "shape": shape,

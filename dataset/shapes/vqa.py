@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from random import Random
 
@@ -96,7 +97,7 @@ def ask_color(rng: Random, objects: list[Object]) -> tuple[str, str] | None:
 
 
 def ask_fact(
-    rng: Random, objects: list[Object], *, key: str, question: str, given: list[tuple[str, ...]]
+    rng: Random, objects: list[Object], *, key: str, question: str, given: Sequence[tuple[str, ...]]
 ) -> tuple[str, str] | None:
     """Ask for a fact of an object that other facts identify.
 
@@ -176,7 +177,7 @@ def annotate(rng: Random, answer: str) -> list[str]:
 
     6 to 10 of them give the truth, the others a synonym or a mistake.
     """
-    agreeing = rng.choices(list(AGREEING), AGREEING.values())[0]
+    agreeing = rng.choices(list(AGREEING), list(AGREEING.values()))[0]
     others = (*2 * SYNONYMS.get(answer, []), *MISTAKEN[answer])
     return rng.sample(
         [answer] * agreeing + rng.choices(others, k=ANNOTATORS - agreeing), ANNOTATORS
