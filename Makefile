@@ -12,7 +12,7 @@ DRY := $(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry_run)
 RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 PAPER := paper-table1 paper-table5 paper-table6 paper-table7 paper-attributes paper-relevance paper-noise paper-section4 paper-figures
 
-.PHONY: help quickstart shapes shapes-scratch paper $(PAPER) demo test mutants benchmarks gpu clean
+.PHONY: help quickstart shapes shapes-scratch paper $(PAPER) demo lint test mutants benchmarks gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z].*:.*## / { split($$1, name, " "); printf "%-16s%s\n", name[1], $$2 }' Makefile
@@ -35,6 +35,11 @@ paper $(PAPER): .venv/installed  ## run the paper's experiments on drawn scenes:
 demo: .venv/installed-demo $(if $(wildcard output/quickstart/checkpoint_last.pth),,quickstart)  ## open a page on the trained models
 	$(BIN)/python -m tools.search index data/shapes/images/test --checkpoint output/quickstart --output output/search
 	$(BIN)/python -m tools.demo output/quickstart $(sort $(dir $(wildcard output/shapes/*/checkpoint_*.pth))) --index output/search
+
+lint: .venv/installed-dev  ## check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ty check
 
 test: .venv/installed-dev  ## run the tests: minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests

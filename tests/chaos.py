@@ -169,9 +169,8 @@ def disturb(config, output_dir, trace, kinds, rng, longest, processes=2):
             if strike(launcher, pending[0], rng):
                 kind = pending.pop(0)
                 fatal = kind in ENDING
-                print(
-                    f"{kind} killed; iterations begun in each start: {[len(life) for life in lives(trace)]}"
-                )
+                begun = [len(life) for life in lives(trace)]
+                print(f"{kind} killed; iterations begun in each start: {begun}")
         status = launcher.wait()
         if status == 0:
             assert not pending, f"the run ended before {len(pending)} kills; make it longer"
@@ -250,8 +249,9 @@ def main():
         )
         repeated = check(folder / "whole", folder / "parts", folder / "parts.trace", iterations)
         print(
-            f"{args.kills} kills, {len(lives(folder / 'parts.trace'))} starts that trained, {repeated} iterations done twice "
-            f"(at most {2 * SAVE_EVERY} a kill): weights, optimizer state and log.txt are those of the undisturbed run"
+            f"{args.kills} kills, {len(lives(folder / 'parts.trace'))} starts that trained,"
+            f" {repeated} iterations done twice (at most {2 * SAVE_EVERY} a kill): weights,"
+            " optimizer state and log.txt are those of the undisturbed run"
         )
 
 

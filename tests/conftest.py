@@ -15,6 +15,8 @@ from ruamel.yaml import YAML
 
 from engine.launch import configure_logging
 
+TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]  # of different weights
+
 configure_logging()  # as a script: notes are on stderr
 
 
@@ -85,6 +87,16 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("[!.]*") if path.is_file()}
 
 
+def limit(size):
+    """Lets no file of this process grow beyond size bytes, None: any; writing more fails as on a
+    full disk.
+    """
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size is None else size, hard))
+
+
 @pytest.fixture(scope="session")
 def golden():
     """Loads a file of tests/golden."""
@@ -135,7 +147,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sharded(shapes, tmp_path_factory):
-    """The pre-training data of shapes as WebDataset shards of 20 samples; returns their train_file."""
+    """The train_file of the pre-training data of shapes as WebDataset shards of 20 samples."""
     from tools.to_shards import convert
 
     folder = tmp_path_factory.mktemp("shards")
@@ -144,7 +156,7 @@ def sharded(shapes, tmp_path_factory):
 
 
 def tiny(shapes):
-    """A configuration that trains a tiny model on the data set of shapes in a folder in a second."""
+    """A configuration that trains a tiny model on a folder of shapes in a second."""
     from configs.config import as_config
 
     vocab = (shapes / "vocab.txt").read_text().splitlines()
@@ -264,3 +276,49 @@ def hub(monkeypatch, tmp_path):
         yield server
     fetch.cache_clear()
     huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def files(shapes, tmp_path_factory):
+    """Checkpoints of tiny random models by task."""
+    from models import build_model
+    from models.tokenizer import load_tokenizer
+    from utils import seed_everything
+
+    folder, config = (
+        tmp_path_factory.mktemp("checkpoints"),
+        {**tiny(shapes), "k_test": 3, "batch_size_test": 4},
+    )
+    for number, task in enumerate(TASKS):
+        seed_everything(number)
+        model = build_model(task, config, load_tokenizer(config)[0])
+        # at its usual scale everything would look alike to a random model
+        for parameter in model.parameters():
+            parameter.data.mul_(2.5)
+        torch.save(
+            {"model": model.state_dict(), "config": model.config.to_dict(), "epoch": 3},
+            folder / f"{task}.pth",
+        )
+    return {task: folder / f"{task}.pth" for task in TASKS}
+
+
+@pytest.fixture(scope="module")
+def models(files):
+    """Models by task, as load_model gives them."""
+    from inference import load_model
+
+    return {task: load_model(path, "cpu") for task, path in files.items()}
+
+
+@pytest.fixture(scope="module")
+def photos(shapes):
+    """The paths of test images."""
+    return sorted(map(str, (shapes / "images/test").glob("*.jpg")))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A photo-like picture of Pillow."""
+    from benchmarks.dataloader import photo
+
+    return photo(torch.Generator().manual_seed(0))

@@ -220,7 +220,8 @@ def owned_by_another(path, monkeypatch):
     if os.getuid() == 0:
         os.chown(path, 4321, -1, follow_symlinks=False)
     else:
-        monkeypatch.setattr(os, "getuid", lambda uid=os.getuid(): uid + 1)
+        other = os.getuid() + 1
+        monkeypatch.setattr(os, "getuid", lambda: other)
 
 
 @pytest.mark.parametrize("found", [0o777, 0o755, 0o770, "a link", "another user's"])

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 from conftest import exit_status
+from helpers.files import write_tar
 from PIL import Image
 from ruamel.yaml import YAML
-from test_shards import write_tar
 
 from configs.config import ANNOTATION_KEYS, as_config
 from configs.tasks import find_task
@@ -92,7 +92,7 @@ TASKS = {
 
 def keys_of(task, shapes):
     """Return the configuration keys of a task's files."""
-    names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3])
+    names = zip(("train_file", "val_file", "test_file"), TASKS[task][:3], strict=True)
     return {key: name and str(shapes / f"{name}.json") for key, name in names} | {
         "vqa_root": str(shapes),
         "refcoco_data": str(shapes),
@@ -234,8 +234,8 @@ def test_wrong_entries_are_all_found(run, write):
     }
     assert report["files"][0]["looked_at"] == 1 and report["files"][1]["unusable"] == {"missing": 1}
     assert (
-        f"{report['files'][0]['file']}: entry 6 (counting from 0): Object missing required field 'caption'"
-        in out
+        f"{report['files'][0]['file']}: entry 6 (counting from 0): Object missing required field"
+        " 'caption'" in out
     )
     assert "absent.jpg: does not exist" in out and report["count"] == 8
 

@@ -43,7 +43,9 @@ def test_processes_share_the_batches_of_one_process():
 
     whole = batches(8)
     parts = [batches(4, rank, 2) for rank in range(2)]
-    assert [sorted(a + b) for a, b in zip(*parts)] == [sorted(batch) for batch in whole]
+    assert [sorted(a + b) for a, b in zip(*parts, strict=True)] == [
+        sorted(batch) for batch in whole
+    ]
     assert len({i for batch in whole for i in batch}) == 48
     assert batches(8, start=2) == whole[2:]
     with pytest.raises(InputError, match="lower batch_size"):

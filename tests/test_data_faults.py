@@ -11,8 +11,8 @@ import unicodedata
 import pytest
 import torch
 from conftest import ROOT, refusal
+from helpers.files import declares, encoded, jpeg_of_scans
 from PIL import Image
-from test_images import declares, encoded, jpeg_of_scans
 
 from dataset.build import build_dataset
 from dataset.caption import draw_caption
@@ -311,7 +311,7 @@ def test_blank_is_what_leaves_no_word_piece(tokenizer):
     pieces = tokenize(texts, tokenizer)[1].sum(1) - 1
     different = [
         ascii(c)
-        for c, text, count in zip(old, texts, pieces.tolist())
+        for c, text, count in zip(old, texts, pieces.tolist(), strict=True)
         if is_blank(text) != (count == 0)
     ]
     assert not different and len(old) > 9000

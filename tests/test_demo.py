@@ -2,8 +2,6 @@
 nothing leaves the machine.
 """
 
-# ruff: noqa: F811, fixtures of test_inference are arguments
-
 import argparse
 import http.client
 import json
@@ -22,7 +20,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, contents, exit_status
 from PIL import Image
-from test_inference import files, models, photos  # noqa: F401, fixtures
 
 from dataset.build import build_dataset
 from inference.index import find_images, open_index, read_index, update_index

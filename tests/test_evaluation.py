@@ -61,7 +61,7 @@ def test_texts_of_any_length_keep_their_features_and_tokens(tiny_config, model):
         "green",
     ]
     embeds, feat, mask = encode_texts(model, texts, tokenizer, as_config(tiny_config), CPU)
-    for text, *found, own in zip(texts, embeds, feat, mask):
+    for text, *found, own in zip(texts, embeds, feat, mask, strict=True):
         alone, alone_feat = model.encode_text(tokenize([text], tokenizer, MAX_TOKENS))
         length = alone.shape[1]
         assert own.tolist() == [1] * length + [0] * (len(own) - length)

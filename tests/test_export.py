@@ -1,5 +1,5 @@
-"""tools.export: weights and configuration out to .safetensors and back, in the released names, and its
-errors.
+"""tools.export: weights and configuration out to .safetensors and back, in the released names, and
+its errors.
 """
 
 import json

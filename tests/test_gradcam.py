@@ -1,5 +1,7 @@
 """Grad-CAM against the released implementation's maps."""
 
+import functools
+
 import pytest
 import torch
 from conftest import assert_close
@@ -51,6 +53,11 @@ def test_maps_of_padded_and_single_texts_agree_and_attention_is_fused_again(retr
     assert all(param.grad is None for param in model.parameters())
 
 
+def true_score(model, fused):
+    """The sum of NLVR2's logits of "true"."""
+    return model.cls_head(fused[:, 0])[:, 1].sum()
+
+
 @pytest.mark.parametrize("share", ["all", "none"])
 def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(released, share):
     (data, first, text), (_, second, _) = (
@@ -62,11 +69,8 @@ def test_maps_of_a_pair_that_shares_all_are_those_of_equal_blocks(released, shar
     for model in models:
         image_embeds = model.visual_encoder.forward_features(data["image"])
         keys_values = model.bert.image_keys_values(image_embeds)
-        heats.append(
-            cross_gradcam(
-                model, keys_values, text, 8, lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
-            )[0]
-        )
+        score = functools.partial(true_score, model)
+        heats.append(cross_gradcam(model, keys_values, text, 8, score)[0])
     for one, other in zip(*heats, strict=True):
         assert_close("heat", one, other, 1e-4, 1e-8)
 
@@ -80,14 +84,14 @@ def test_a_pair_of_blocks_has_a_map_for_each_image(released):
         with torch.enable_grad():
             image_embeds = model.visual_encoder.forward_features(images)
             keys_values = model.bert.image_keys_values(image_embeds)
-        score = lambda fused: model.cls_head(fused[:, 0])[:, 1].sum()
+        score = functools.partial(true_score, model)
         return cross_gradcam(model, keys_values, text, block_num, score)
 
     heats, value = maps(data["image"], 10)
     assert len(heats) == 2 and heats[0].shape == (2, 9, 3, 3)
     assert_close("score", value, data["prediction"][:, 1].sum(), 1e-4, 1e-5)
     same, _ = maps(data["image"], 11)  # either block of a pair names it
-    assert all(torch.equal(left, right) for left, right in zip(heats, same))
+    assert all(torch.equal(left, right) for left, right in zip(heats, same, strict=True))
     changed = data["image"].clone()
     changed[2:] = 0  # the second images
     assert not torch.allclose(maps(changed, 16)[0][1], maps(data["image"], 16)[0][1])

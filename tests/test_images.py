@@ -9,26 +9,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from helpers.files import declares, encoded, jpeg_of_scans, to_tensor
 from PIL import ExifTags, Image
 
-from benchmarks.dataloader import photo
 from dataset.images import decode_image, load_image
-
-
-@pytest.fixture(scope="module")
-def picture():
-    return photo(torch.Generator().manual_seed(0))
-
-
-def to_tensor(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def encoded(picture, format, **options):
-    """The bytes of an image file."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -90,15 +74,6 @@ def test_other_plug_ins_are_not_asked(monkeypatch, picture, format):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
     with pytest.raises(OSError, match="^photo.jpg: not an image: it is none of JPEG, PNG"):
         decode_image(encoded(picture.crop((0, 0, 61, 43)), format), "photo.jpg")
-
-
-def jpeg_of_scans(picture, count):
-    """A progressive JPEG whose last scan, which refines coefficients that are 0, stands there again
-    and again.
-    """
-    data = encoded(picture, "JPEG", progressive=True)
-    scan = data[data.rindex(b"\xff\xda") : -2]
-    return data[:-2] + scan * (count - data.count(b"\xff\xda")) + b"\xff\xd9"
 
 
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
@@ -205,18 +180,6 @@ def test_exif_does_not_turn_an_image(tmp_path, picture):
         assert torch.equal(
             image_of(small, tmp_path, name, exif=exif), image_of(small, tmp_path, f"plain_{name}")
         )
-
-
-def declares(width, height, format):
-    """Bytes of an image whose header declares a size that its data do not have."""
-    data = bytearray(encoded(Image.new("RGB", (16, 16)), format))
-    if format == "JPEG":
-        start = data.index(b"\xff\xc0") + 5
-        data[start : start + 4] = struct.pack(">HH", height, width)
-    else:
-        data[16:24] = struct.pack(">II", width, height)
-        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
-    return bytes(data)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, tiny
+from conftest import ROOT, TASKS, refusal
 from PIL import Image
 
 from configs.config import as_config
@@ -29,45 +29,10 @@ from evaluation.vqa import answer_all
 from inference import Inference, load_model
 from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
-from models import build_model
 from models.contrastive import NO_CANDIDATE, feature_similarity
-from models.tokenizer import load_tokenizer
-from utils import seed_everything
 from visualize.explain import explain_class, split_words
 
 CPU = torch.device("cpu")
-TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]
-
-
-@pytest.fixture(scope="module")
-def files(shapes, tmp_path_factory):
-    """Checkpoints of tiny random models by task."""
-    folder, config = (
-        tmp_path_factory.mktemp("checkpoints"),
-        {**tiny(shapes), "k_test": 3, "batch_size_test": 4},
-    )
-    for number, task in enumerate(TASKS):
-        seed_everything(number)
-        model = build_model(task, config, load_tokenizer(config)[0])
-        # at its usual scale everything would look alike to a random model
-        for parameter in model.parameters():
-            parameter.data.mul_(2.5)
-        torch.save(
-            {"model": model.state_dict(), "config": model.config.to_dict(), "epoch": 3},
-            folder / f"{task}.pth",
-        )
-    return {task: folder / f"{task}.pth" for task in TASKS}
-
-
-@pytest.fixture(scope="module")
-def models(files):
-    """Models by task, as load_model gives them."""
-    return {task: load_model(path, "cpu") for task, path in files.items()}
-
-
-@pytest.fixture(scope="module")
-def photos(shapes):
-    return sorted(map(str, (shapes / "images/test").glob("*.jpg")))
 
 
 @pytest.fixture(params=[1, 5])

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 import torch
 from conftest import ROOT, exit_status, refusal
+from helpers.tasks import TASKS as DATA
 from helpers.training import command_line
-from test_tasks import TASKS as DATA
 
 import engine.run
 from configs.config import (
@@ -249,7 +249,7 @@ def test_evaluation_does_not_resume(script):
 
 @pytest.fixture
 def long_data(tiny_config, shapes, tmp_path):
-    """A configuration of every task with texts of 60 words: 30 word pieces and more fit the model."""
+    """A configuration of every task with texts of 60 words, more than 30 word pieces."""
     words, image = " ".join(["circle"] * 60), "images/test/000000.jpg"
     common = {
         "image": image,

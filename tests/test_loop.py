@@ -55,11 +55,11 @@ def test_transforms_are_those_of_the_configuration(tiny_config, tmp_path):
         changed = first_image(tiny_config, tmp_path / key, **{**off, key: value})
         assert not torch.equal(plain, changed), key
         if key == "hflip":  # nothing but mirrored
-            same = [torch.equal(*pair) for pair in zip(plain, changed)]
+            same = [torch.equal(*pair) for pair in zip(plain, changed, strict=True)]
             assert 0 < sum(same) < 8
             assert all(
                 torch.equal(left, right) or torch.equal(left.flip(-1), right)
-                for left, right in zip(plain, changed)
+                for left, right in zip(plain, changed, strict=True)
             )
 
 
@@ -282,9 +282,9 @@ def test_precision_compilation_and_checkpointing_are_those_of_the_configuration(
 def test_saves_come_as_often_as_the_configuration_says(tiny_config, tmp_path):
     def saves(**keys):
         hours = itertools.count(step=0.25)
-        clock = lambda: 3600 * next(hours)
+        clock = SimpleNamespace(monotonic=lambda: 3600 * next(hours))
         with (
-            mock.patch("engine.checkpointing.time", SimpleNamespace(monotonic=clock)),
+            mock.patch("engine.checkpointing.time", clock),
             mock.patch("engine.checkpointing.Checkpointer.save") as save,
         ):
             trained(tiny_config, tmp_path / f"{len(list(tmp_path.iterdir()))}", **keys)

@@ -22,7 +22,7 @@ ITERATIONS = 24
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The path of the configuration of a run of two epochs, each of 12 iterations of 2 processes."""
+    """The configuration file of a run of two epochs, each of 12 iterations of 2 processes."""
     return chaos.write_run(tmp_path_factory.mktemp("run"), epochs=2)
 
 

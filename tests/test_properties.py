@@ -387,7 +387,9 @@ def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, batch):
     expected = as_pairs([entry for entries in lists for entry in json.loads(json.dumps(entries))])
     assert contents(loaded) == contents(Entries(files, Pair)) == expected
     places = [
-        where(file, number) for file, entries in zip(files, lists) for number in range(len(entries))
+        where(file, number)
+        for file, entries in zip(files, lists, strict=True)
+        for number in range(len(entries))
     ]
     assert [loaded.where(i) for i in range(len(loaded))] == places
 

@@ -222,7 +222,9 @@ def test_bf16_scores_are_close_to_those_of_fp32(config, pretrained, tmp_path, mo
         )
         queries = json.loads((folder / "result/retrieval.json").read_text())["text_to_image"]
         scores.append([{r["image"]: r["score"] for r in query["results"]} for query in queries])
-    gaps = [abs(a[name] - b[name]) for a, b in zip(*scores) for name in a.keys() & b.keys()]
+    gaps = [
+        abs(a[name] - b[name]) for a, b in zip(*scores, strict=True) for name in a.keys() & b.keys()
+    ]
     assert len(gaps) > 200 and 0 < max(gaps) < 0.01
 
 

@@ -33,7 +33,7 @@ def test_evaluation_scores_are_the_released_ones(released, golden):
     scores = model.rerank(
         image_embeds, image_feat, text_embeds, text_feat, data["attention_mask"], data["k_test"]
     )
-    for name, ours in zip(("scores_i2t", "scores_t2i"), scores):
+    for name, ours in zip(("scores_i2t", "scores_t2i"), scores, strict=True):
         assert torch.equal(ours == -100, data[name] == -100)
         assert_close(name, ours, data[name], 1e-4, 1e-5)
 
@@ -49,7 +49,8 @@ def test_reranking_equals_the_plain_path(released, k):
     image_embeds, image_feat = model.encode_image(torch.randn(7, 3, 48, 48, generator=generator))
     text_embeds, text_feat = model.encode_text(text)
     arguments = image_embeds, image_feat, text_embeds, text_feat, mask, k
-    for fast, slow in zip(model.rerank(*arguments, rows=4), plain.rerank(model, *arguments)):
+    both = model.rerank(*arguments, rows=4), plain.rerank(model, *arguments)
+    for fast, slow in zip(*both, strict=True):
         assert torch.equal(fast == -100, slow == -100)
         assert (fast - slow).abs().max() < 1e-4
         top = min(10, k, fast.shape[1])

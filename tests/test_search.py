@@ -21,11 +21,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, exit_status, refusal
+from conftest import ROOT, contents, exit_status, limit, refusal
 from filelock import FileLock
 from PIL import Image
-from test_inference import files  # noqa: F401, a fixture
-from test_recovery import limit
 
 from dataset.build import build_dataset
 from dataset.shapes.scenes import draw_scene, render
@@ -50,7 +48,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(files):  # noqa: F811, a fixture
+def checkpoints(files):
     """A folder of checkpoints of tiny random models, TASK.pth."""
     return files["retrieval"].parent
 

@@ -342,7 +342,7 @@ def spoken_objects(text):
 
 
 def test_captions_are_true_unless_flagged(scenes):
-    for split, scene in ((split, scene) for split in SPLITS for scene in scenes[split]):
+    for split, scene in ((name, scene) for name in SPLITS for scene in scenes[name]):
         truth = Counter((o["color"], o["shape"]) for o in scene["objects"])
         assert len({entry["caption"] for entry in scene["captions"]}) == 4
         for entry in scene["captions"]:
@@ -412,8 +412,9 @@ def true_answer(question, objects):
         re.fullmatch(pattern, question)
         for pattern in (
             r"(?:is there|can you see|how many) (.+?)(?: are there| do you see)?\?",
-            r"(?:what (?:color|shape) (?:is|are) the|is the|are there more|are the) (.+?)(?:(?: big or small"
-            r"|(?: bigger)? than (?:the )?(.+?)| and the (.+?) the same \w+))?\?",
+            r"(?:what (?:color|shape) (?:is|are) the|is the|are there more|are the) (.+?)"
+            r"(?:(?: big or small|(?: bigger)? than (?:the )?(.+?)"
+            r"| and the (.+?) the same \w+))?\?",
         )
     )
     if a:
@@ -510,7 +511,7 @@ def true_label(entry, scene):
 
 
 def test_entailment(scenes):
-    for split, entries in zip(SPLITS, ve.annotations(scenes, 0)):
+    for split, entries in zip(SPLITS, ve.annotations(scenes, 0), strict=True):
         counts = Counter()
         for i, entry in enumerate(entries):
             assert entry["label"] == true_label(entry, scenes[split][i // 2]), (
@@ -580,7 +581,7 @@ def is_true(sentence, left, right):
 
 def test_statements_are_true_as_labeled_and_tell_nothing_alone(scenes):
     sentences = []
-    for split, entries in zip(SPLITS, nlvr.annotations(scenes, 0)):
+    for split, entries in zip(SPLITS, nlvr.annotations(scenes, 0), strict=True):
         objects, labels = {scene["image"]: scene["objects"] for scene in scenes[split]}, {}
         for entry in entries:
             left, right = entry["images"]
@@ -665,12 +666,14 @@ def test_a_box_shows_the_attributes_that_it_is_labeled_with(shapes):
             pixels = np.asarray(image.crop((x, y, x + w, y + h)), dtype=int)
         said = {
             kind: value.split("/")[0]
-            for (kind, value), label in zip(names, box["att_vec"])
+            for (kind, value), label in zip(names, box["att_vec"], strict=True)
             if label == 1
         }
         own = {
             kind: sum(
-                label == 1 for (other, _), label in zip(names, box["att_vec"]) if other == kind
+                label == 1
+                for (other, _), label in zip(names, box["att_vec"], strict=True)
+                if other == kind
             )
             for kind, _ in names
         }

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import exit_status, refusal
+from helpers.files import write_tar
 from PIL import Image
 
 from dataset import shards
@@ -36,19 +37,6 @@ def picture(number, form="JPEG"):
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()
-
-
-def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    """A tar file of (name, bytes), or of TarInfos without data."""
-    with tarfile.open(path, "w", format=format) as archive:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                archive.addfile(member)
-            else:
-                info = tarfile.TarInfo(member[0])
-                info.size = len(member[1])
-                archive.addfile(info, io.BytesIO(member[1]))
-    return str(path)
 
 
 def write_shard(path, numbers):
@@ -597,7 +585,8 @@ def test_data_workers_share_no_position_in_a_shard(make, tiny_config):
     expected = {dataset[i].file: dataset[i].image for i in range(len(dataset))}
     for batch in load(dataset, {**tiny_config, "batch_size": 2, "num_workers": 2}, 0):
         assert all(
-            torch.equal(image, expected[file]) for image, file in zip(batch.image, batch.files)
+            torch.equal(image, expected[file])
+            for image, file in zip(batch.image, batch.files, strict=True)
         )
 
 
@@ -765,7 +754,9 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     before = contents(out)
     assert "other samples" in refusal(lambda: to_shards.convert(lists, root, out, samples=11))
     for other in (lists[:1], lists[::-1]):
-        assert "other lists" in refusal(lambda: to_shards.convert(other, root, out, samples=10))
+        assert "other lists" in refusal(
+            lambda other=other: to_shards.convert(other, root, out, samples=10)
+        )
     (tmp_path / "other").symlink_to(root)
     assert "other image_root" in refusal(
         lambda: to_shards.convert(lists, tmp_path / "other", out, samples=10)

@@ -56,15 +56,17 @@ BIG = '"A ""big"" dog, running"'
 JSON_BIG = json.dumps(ROWS[0]["caption"][0])
 TABLES = {
     "CSV": f"path,text\na.jpg,{BIG}\nb.jpg,été 10:30\na.jpg,zwei Hunde\n",
-    "of Excel": f"\ufeffFile Name;Id;Caption\r\na.jpg;1;{BIG}\r\nb.jpg;2;été 10:30\r\na.jpg;3;zwei Hunde\r\n;;\r\n",
-    "UTF-16 TSV": f"image\ttitle\tcaption\r\na.jpg\t\t{BIG}\r\nb.jpg\t-\tété 10:30\r\na.jpg\t\tzwei Hunde".encode(
-        "utf-16"
-    ),
-    "bars": f"image_name| number| comment\na.jpg| 0| {BIG}\na.jpg| 1| zwei Hunde\nb.jpg| 0| été 10:30\n",
-    "JSON lines": '{"file": "a.jpg", "text": [%s, "zwei\\nHunde"]}\r\n\n{"file": "b.jpg", "text": "été 10:30"}\n'
-    % JSON_BIG,
-    "JSON list": '[{"img": "./a.jpg", "caption": [%s, "zwei Hunde"]},\n{"img": "b.jpg", "caption": "été 10:30"}]'
-    % JSON_BIG,
+    "of Excel": f"\ufeffFile Name;Id;Caption\r\na.jpg;1;{BIG}\r\nb.jpg;2;été 10:30\r\n"
+    "a.jpg;3;zwei Hunde\r\n;;\r\n",
+    "UTF-16 TSV": (
+        f"image\ttitle\tcaption\r\na.jpg\t\t{BIG}\r\nb.jpg\t-\tété 10:30\r\na.jpg\t\tzwei Hunde"
+    ).encode("utf-16"),
+    "bars": f"image_name| number| comment\na.jpg| 0| {BIG}\na.jpg| 1| zwei Hunde\n"
+    "b.jpg| 0| été 10:30\n",
+    "JSON lines": f'{{"file": "a.jpg", "text": [{JSON_BIG}, "zwei\\nHunde"]}}\r\n\n'
+    '{"file": "b.jpg", "text": "été 10:30"}\n',
+    "JSON list": f'[{{"img": "./a.jpg", "caption": [{JSON_BIG}, "zwei Hunde"]}},\n'
+    '{"img": "b.jpg", "caption": "été 10:30"}]',
 }
 
 
@@ -108,8 +110,8 @@ def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
 
 def test_rows_that_cannot_be_used_are_named_by_line(convert):
     table = (
-        'path,text\na.jpg,"two\nlines"\nabsent.jpg,x\nb.jpg,a, b\n,x\nb.jpg, \nb.jpg,?!\nphotos\\b.jpg,x\n\nsub\\d.jpg,d\n'
-        "sub,folder\nc.jpg\na\0.jpg,x\n"
+        'path,text\na.jpg,"two\nlines"\nabsent.jpg,x\nb.jpg,a, b\n,x\nb.jpg, \nb.jpg,?!\n'
+        "photos\\b.jpg,x\n\nsub\\d.jpg,d\nsub,folder\nc.jpg\na\0.jpg,x\n"
     )
     status, printed, train, _, skipped = convert(table)
     assert status == 0 and train == [

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.files import to_tensor
 from PIL import Image
-from test_images import picture, to_tensor  # noqa: F401, a fixture
 
 from benchmarks.dataloader import obvious_stages, pillow_operation
 from dataset import transforms as T

@@ -35,7 +35,7 @@ def own(shapes, tiny_config, tmp_path):
 
 @pytest.fixture
 def trained(own, pretrain, tmp_path, shapes):
-    """Return (folder of a run, a similarity of its model) after the configured files were deleted."""
+    """Return (folder of a run, a similarity of its model) after its files were deleted."""
     assert pretrain(tokenizer=own["tokenizer"])[0] == 0
     image = next(iter(sorted(map(str, (shapes / "images/test").glob("*.jpg")))))
     return tmp_path / "out", image, load_model(tmp_path / "out", "cpu").similarity(image, TEXT)

@@ -39,7 +39,7 @@ def begin(argv, environment, said):
     multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(environment)
-    for number, path in zip((1, 2), said):
+    for number, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")

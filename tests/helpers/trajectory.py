@@ -22,7 +22,7 @@ from models.losses import masked_text
 from utils import Text, rank, world_size
 
 DATA = torch.load(Path(__file__).parents[1] / "golden/trajectory.pt", weights_only=True)
-BATCH_SIZE = 4
+BATCH_SIZE, BATCHES = 4, len(DATA["batches"])
 
 
 class Stop(Exception):
@@ -36,7 +36,7 @@ class Served:
     Of each, a process gets every world_size-th row. After the last one Stop is raised.
     """
 
-    def __init__(self, epoch_batches, first=0, last=len(DATA["batches"])):
+    def __init__(self, epoch_batches, first=0, last=BATCHES):
         self.length, self.served, self.last = epoch_batches * BATCH_SIZE, first, last
 
     def __len__(self):

@@ -1,14 +1,16 @@
 """Pretrain.py, or the script SCRIPT, to which something happens that the environment says. Started
 by tests.
 
-TRACE=FILE     the main process appends its process number and each iteration of the run that it begins
+TRACE=FILE     the main process appends its process number and each iteration that it begins
 FILES=PREFIX   each process appends the files of its batches to PREFIX and its rank
-INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process gets no CPU when it leaves
+INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process gets no CPU when it
+               leaves
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
-MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or without that is killed; the
-               run goes on when SIGTERM has come to all of its processes
+MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or
+               without that is killed; the run goes on when SIGTERM has come to all of its processes
 OTHER=FILE     rank 1 has this configuration
-HOLD           the main process writes "heard" to TRACE at a signal in its first iteration, which does not end
+HOLD           the main process writes "heard" to TRACE at a signal in its first iteration, which
+               does not end
 SLOW=SECONDS   a checkpoint takes so long to be written, in the middle
 FULL           the disk is full whenever an epoch ends, and the clock of process 1 stands still
 SIGNAL         process 1 gets SIGTERM when the first epoch ends
