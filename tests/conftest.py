@@ -18,6 +18,13 @@ from engine.launch import configure_logging
 TASKS = ["pretrain", "retrieval", "vqa", "ve", "nlvr", "nlvr_pretrain"]  # of different weights
 
 configure_logging()  # as a script: notes are on stderr
+# the files with the longest tests, which start first
+LONGEST = ("recovery", "processes", "nodes", "learning", "trajectory", "keys", "search", "tasks")
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: (*names, item.path.stem).index(item.path.stem))
 
 
 def assert_close(name, ours, theirs, relative, absolute):
