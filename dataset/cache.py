@@ -36,7 +36,7 @@ def load_cached(
 ) -> list[T]:
     """Load the cached data of each file, and build missing data.
 
-    If several runs start together, one builds for all, and removes the files of earlier versions.
+    Of runs that start together one builds, and removes the files of earlier versions.
 
     Args:
         paths: The files.

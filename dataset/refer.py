@@ -90,7 +90,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_refer(folder: str, name: str = "refcoco+") -> Refer:
     """Read the refs and instances.json of a data set of REFER.
 
-    The refs are a pickle, which is read without importing or running anything.
+    The refs are a pickle, which is read without running anything.
 
     Args:
         folder: Folder of the data sets, the key refcoco_data.
@@ -100,8 +100,7 @@ def load_refer(folder: str, name: str = "refcoco+") -> Refer:
         The data set.
 
     Raises:
-        InputError: A file is missing, damaged, of another format or would run code, or the two
-            files disagree on the image of a ref. The message names the file and the ref.
+        InputError: A file is missing, damaged or would run code, or both files disagree on a ref.
     """
     paths = [os.path.join(folder, name, file) for file in (REFER[name], "instances.json")]
     for path in paths:

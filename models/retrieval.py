@@ -67,7 +67,6 @@ class Retrieval(ContrastiveModel):
         positives = idx[:, None] == idx  # [B, B]
         image_embeds, image_feat = self.encode_image(image)
         text_embeds, text_feat = self.encode_text(text)
-
         losses, contrast, match = {}, None, MatchOutput()
         if "itc" in self.objectives:  # Equations 1, 2 and 6
             with torch.no_grad():

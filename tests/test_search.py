@@ -489,6 +489,7 @@ def test_standard_output_may_be_closed(monkeypatch):
     with open(writer, "w") as closed, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", closed)
         tool.print_results(["a line"] * 1000)
+        assert os.path.samestat(os.fstat(writer), os.stat(os.devnull))  # later output is dropped
 
 
 # --------------------------------------------------------------------------------------------------
