@@ -131,6 +131,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = MAX_GRAPHS  # ty: ignore[invalid-assignment]  # an int
     # a text whose length is the number of heads would be compiled for that length
+    # (torch._dynamo has imported _config)
     torch.fx.experimental._config.use_duck_shape = False  # ty: ignore[possibly-missing-submodule]
     for module in model.modules():
         if isinstance(module, Block):
