@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, problems
+from helpers.launch import start_alone
 from helpers.training import broken_copy, command_line, torchrun
 from PIL import Image
 from torch.utils.data import Dataset
@@ -39,34 +40,32 @@ def processes(session):
 
 
 @pytest.fixture
-def start():
-    """Starts a command with arguments in a session of its own; what is left of it is killed in the
-    end.
-    """
-    started = []
+def start(tmp_path_factory):
+    """Starts a script in a session of its own; what is left of it is killed in the end."""
+    started, folder = [], tmp_path_factory.mktemp("said")
 
     def call(*arguments, **environment):
-        command = [sys.executable, *map(str, arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        pipe = subprocess.PIPE
-        started.append(
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=pipe,
-                stderr=pipe,
-                text=True,
-                start_new_session=True,
-            )
-        )
+        started.append(Script(*start_alone(folder, *arguments, **environment)))
         return started[-1]
 
     yield call
-    for process in started:
-        for pid in processes(process.pid):
+    for script in started:
+        for pid in processes(script.pid):
             os.kill(pid, signal.SIGKILL)
-        process.communicate()
+        script.process.join()
+
+
+class Script:
+    """A started script."""
+
+    def __init__(self, process, errors):
+        self.process, self.pid, self.errors = process, process.pid, errors
+
+    def stderr(self):
+        return self.errors.read_text()
+
+    def send(self, signum):
+        os.kill(self.pid, signum)
 
 
 def until(condition, seconds=120):
@@ -77,11 +76,11 @@ def until(condition, seconds=120):
         time.sleep(0.02)
 
 
-def ending(process):
-    """(exit status, problems on stderr) of a process, when nothing of its session is left."""
-    _, stderr = process.communicate(timeout=120)
-    until(lambda: not processes(process.pid), 20)
-    return process.returncode, problems(stderr)
+def ending(script):
+    """(exit status, problems on stderr) of a script, when nothing of its session is left."""
+    script.process.join(120)
+    until(lambda: not processes(script.pid), 20)
+    return script.process.exitcode, problems(script.stderr())
 
 
 @pytest.fixture
@@ -152,14 +151,16 @@ def test_a_bug_shows_its_stack_trace_and_ends_all(tiny_config, start, tmp_path):
     assert status == 1 and said.splitlines()[-1] == "ValueError: a bug", said
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    "doing,words",
-    [("--evaluate", "before it was complete"), ("--resume", "continue with --resume")],
+    "signum, doing, words",
+    [
+        (signal.SIGINT, "--evaluate", "before it was complete"),
+        (signal.SIGTERM, "--resume", "continue with --resume"),
+    ],
 )
 def test_a_signal_to_all_processes_ends_them_with_one_line(retrieval, start, signum, doing, words):
     run = start(*retrieval(), doing)
-    until(lambda: len(processes(run.pid)) == 3 and run.poll() is None)
+    until(lambda: len(processes(run.pid)) == 3)
     time.sleep(1)  # so that workers that hear of it have work ahead of them
     os.killpg(run.pid, signum)
     status, said = ending(run)
@@ -175,10 +176,10 @@ def test_a_second_signal_ends_a_training_run_at_once(tiny_config, start, tmp_pat
     arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
     run = start("tests/helpers/troubled.py", *arguments, TRACE=trace, HOLD="1")
     until(trace.exists)
-    run.send_signal(signum)
+    run.send(signum)
     until(lambda: "heard" in trace.read_text())
     time.sleep(0.3)  # what comes sooner is the same signal, sent twice
-    run.send_signal(signum)
+    run.send(signum)
     status, said = ending(run)
     assert status == 128 + signum and "ended at once" in said.splitlines()[-1], said
 
@@ -192,8 +193,7 @@ def test_a_signal_that_is_sent_twice_at_once_is_one(monkeypatch):
         assert stop.signum == signal.SIGTERM and not ended.called
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("signum, rank", [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(
     tiny_config, start, tmp_path, signum, rank
 ):
@@ -207,16 +207,17 @@ def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(
         "MASTER_PORT": str(port),
     }
     run = start("Pretrain.py", *arguments, **environment)
-    said = run.stderr.readline()
+    until(lambda: run.stderr().endswith("\n"))
+    said = run.stderr()
     assert f"rank {1 - rank} of 2" in said and f"127.0.0.1:{port}" in said and "WORLD_SIZE" in said
-    run.send_signal(signum)
+    run.send(signum)
     assert ending(run)[0] == 128 + signum
 
 
 def test_data_workers_end_with_a_killed_run(retrieval, start):
     run = start(*retrieval(), "--evaluate")
     until(lambda: len(processes(run.pid)) == 3)
-    run.kill()
+    run.send(signal.SIGKILL)
     assert ending(run) == (-signal.SIGKILL, "")
 
 
@@ -232,7 +233,7 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
     _, path, *_ = command_line(config, tmp_path / "run", tmp_path)
     check = start("-m", "tools.check", "pretrain", path, "--workers", 2)
     until(lambda: len(processes(check.pid)) == 3)
-    check.terminate()
+    check.send(signal.SIGTERM)
     status, said = ending(check)
     assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said
 

@@ -1,7 +1,6 @@
-"""Starts a script in several processes as torchrun does, but from a server that has imported what
-takes seconds.
-"""
+"""Start scripts in processes that fork from a server with torch and all tasks imported."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -9,40 +8,72 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from conftest import ROOT
 
+from configs.tasks import TASKS
+
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "Attributes",
-        "Grounding",
-        "NLVR",
-        "Pretrain",
-        "Pretrain_nlvr",
-        "Relevance",
-        "Retrieval",
-        "VE",
-        "VQA",
-    ]
-)
+MODULES = [
+    path.partition(":")[0]
+    for task in TASKS.values()
+    for path in (task.model, task.train_data, task.test_data, task.evaluate)
+    if path
+]
+SERVER.set_forkserver_preload(["engine.run", *MODULES])
 TIMEOUT = 300  # seconds without an end of any process
 
 
-def begin(argv, environment, said):
-    """In a new process: run the script argv[0] with this environment; what it prints goes to the
-    files `said`.
+def begin(argv, environment, said, alone=False):
+    """In a new process, run the script argv[0], or the module argv[1] after -m.
+
+    It has this environment and prints to the files `said`. If alone, it is in a session of its own.
     """
+    if alone:
+        os.setsid()
     # for its data workers: not that of this process
     multiprocessing.set_start_method(None, force=True)
     os.environ.clear()
     os.environ.update(environment)
     for number, path in zip((1, 2), said, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
-    sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    status = 0
+    try:
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as stop:
+        status = stop.code
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # multiprocessing leaves out the handlers of atexit, one of which ends data workers
+    atexit._run_exitfuncs()
+    sys.exit(status)
+
+
+def start_alone(folder, *arguments, **environment):
+    """Start a script in a session of its own. Return (process, file of its stderr).
+
+    What it prints goes to NUMBER.out and NUMBER.err in the folder.
+    """
+    number = len(list(folder.iterdir()))
+    said = [folder / f"{number}.{kind}" for kind in ("out", "err")]
+    for path in said:
+        path.touch()
+    given = {key: str(value) for key, value in environment.items()}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
+    process = SERVER.Process(
+        target=begin, args=(list(map(str, arguments)), environment, said, True)
+    )
+    process.start()
+    return process, said[1]
 
 
 def start(folder, script, *arguments, processes=2, **environment):
