@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -53,7 +54,9 @@ def begin(argv, environment, said, alone=False):
     except Exception:
         traceback.print_exc()
         status = 1
-    # multiprocessing leaves out the handlers of atexit, one of which ends data workers
+    # as a script ends: multiprocessing leaves out the handlers of atexit, one of which ends data
+    # workers
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.exit(status)
 
