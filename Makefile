@@ -42,7 +42,7 @@ lint: .venv/installed-dev  ## check style, format and types
 	$(BIN)/ty check
 
 test: .venv/installed-dev  ## run the tests: minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal tests
 
 mutants: .venv/installed-dev  ## put mistakes into the code and run its tests: two hours on one core
 	$(BIN)/python tests/mutants.py

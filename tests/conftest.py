@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the golden values and bitwise comparisons are the CPU's
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with OpenMP's threads hangs
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 

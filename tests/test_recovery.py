@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -66,6 +67,7 @@ def train_state(model, **progress):
         device=CPU,
         seed=0,
         iterations=1,
+        global_batch=1,
         **progress,
     )
 
@@ -888,13 +890,16 @@ def test_gradients_that_are_not_finite_are_found_though_losses_are(tiny_config, 
 
 
 def test_same_seed_same_result_with_several_threads(tiny_config, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    def run_twice():
+        torch.set_num_threads(2)
         for name in ("one", "other"):
             run(tiny_config, tmp_path / name)
-    finally:
-        torch.set_num_threads(threads)
+
+    # in a process of its own: once OpenMP has threads, a fork of this process would hang
+    process = multiprocessing.get_context("fork").Process(target=run_twice)
+    process.start()
+    process.join()
+    assert not process.exitcode
     assert_same_run(tmp_path / "one", tmp_path / "other")
 
 

@@ -71,7 +71,7 @@ def start_alone(folder, *arguments, **environment):
     for path in said:
         path.touch()
     given = {key: str(value) for key, value in environment.items()}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **given}
+    environment = {**os.environ, **given}
     process = SERVER.Process(
         target=begin, args=(list(map(str, arguments)), environment, said, True)
     )
@@ -89,7 +89,6 @@ def start(folder, script, *arguments, processes=2, **environment):
     common = {
         **os.environ,
         **environment,
-        "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(processes),

@@ -85,7 +85,7 @@ def stop_at(number, config, folder):
 def torchrun(script, *arguments, processes=2, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", script, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
