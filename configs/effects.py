@@ -69,11 +69,11 @@ def notes(task: str, config: Config, overrides: list[str], evaluate: bool) -> li
         evaluate: Whether the run evaluates only.
     """
     unread = unread_keys(task, config)
-    lines = [f"note: {task} does not read {', '.join(unread)}"] * bool(unread)
+    lines = [f"{task} does not read {', '.join(unread)}"] * bool(unread)
     given = [key for text in overrides for key in parse_override(text)[1]]
     training = [key for key in given if evaluate and FIELDS[key].training]
     for reason, keys in [("nothing is trained", training), *idle_keys(task, config)]:
         named = [key for key in keys if key in given and (keys is training or key not in training)]
         if named:
-            lines.append(f"note: {', '.join(named)}: no effect, {reason}")
+            lines.append(f"{', '.join(named)}: no effect, {reason}")
     return lines

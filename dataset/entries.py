@@ -47,7 +47,7 @@ class Entry(msgspec.Struct, gc=False):
 
     @property
     def texts(self) -> list[str]:
-        """All texts, of which none may be blank."""
+        """All texts. A blank one is an error."""
         raise NotImplementedError
 
     @classmethod

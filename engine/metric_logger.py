@@ -61,7 +61,6 @@ class MetricLogger:
         self.output_dir, self.config, self.device = Path(output_dir), config, device
         # on a CPU there is nothing to wait for
         self.every = config.log_every if device.type == "cuda" else 1
-        self.batch_samples = config.train_batch_size * config.accumulate * world_size()
         self.peak, self.flops = device_peak(device, config), None
         self._writer, self._bar = None, tqdm(disable=True)
         self._line_at = time.monotonic()
@@ -187,7 +186,7 @@ class MetricLogger:
             append(path, [f"epoch {state.epoch}: {reason}" for reason in self.new_skipped])
             self.skipped += self.new_skipped
             self.new_skipped = []
-        samples = state.iterations * self.batch_samples
+        samples = state.iterations * state.global_batch
         if count > self.config.max_skipped * samples:
             last = gather_lists(self.skipped)[-1]
             raise TrainingStopped(
@@ -205,7 +204,7 @@ class MetricLogger:
         if not is_main():
             return
         step = state.epoch * state.iterations + done
-        rate = self.batch_samples / seconds
+        rate = state.global_batch / seconds
         shown = {**means, "lr": self.lr, "samples_per_s": rate}
         if self.flops:
             shown["mfu"] = self.flops / seconds / self.peak

@@ -276,7 +276,7 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
     if config is None:
         config, _ = choose_config(task.name, args.checkpoint, **choose)
     for line in notes(task.name, config, args.set, args.evaluate):
-        log.warning("%s", line.removeprefix("note: "))
+        log.warning("%s", line)
     flags = ("text_encoder", "vision_encoder", "tokenizer")
     given = {key: value for key in flags if (value := getattr(args, key, None))}
     config = msgspec.structs.replace(config, **given)

@@ -48,6 +48,7 @@ class TrainState(Progress):
         device: Device of the model.
         seed: The flag --seed.
         iterations: Optimizer steps of a whole epoch.
+        global_batch: Samples of an optimizer step, over all ranks.
     """
 
     model: ALBEF
@@ -58,12 +59,8 @@ class TrainState(Progress):
     device: torch.device
     seed: int
     iterations: int
+    global_batch: int
     buckets_settled: bool = False
-
-    @property
-    def global_batch(self) -> int:
-        """Samples of an optimizer step, over all ranks."""
-        return self.config.train_batch_size * world_size() * self.config.accumulate
 
 
 class StepOutput(NamedTuple):
@@ -123,6 +120,7 @@ def create_train_state(
         device=device,
         seed=seed,
         iterations=iterations,
+        global_batch=global_batch,
     )
 
 

@@ -187,7 +187,7 @@ class Inference:
         require(config, "bert_config", "image_res")
         self.task, self.source, self.device = task, source, device
         self.tokenizer, config = load_tokenizer(config)
-        # of the task's class: `serves` keeps methods from models that lack what they call
+        # the class depends on the task; `serves` refuses methods that the task does not list
         self.model: Any = build_model(task, config, self.tokenizer)
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
         self.model.to(device).eval()

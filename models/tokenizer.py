@@ -137,7 +137,7 @@ class Tokenizer:
     def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
 
     def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
-        """Return the id of one word piece, or those of several; [UNK]'s id if it is unknown."""
+        """Return the id of a word piece or a list of ids. An unknown piece has the id of [UNK]."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         found = self.backend_tokenizer.token_to_id(tokens)
@@ -152,7 +152,7 @@ class Tokenizer:
     def convert_ids_to_tokens(
         self, ids: "int | Iterable[int] | Tensor"
     ) -> str | None | list[str | None]:
-        """Return the word piece of one id, or those of several; None if an id is unknown."""
+        """Return the word piece of an id or a list of them. None stands for an unknown id."""
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(ids)
         return [self.backend_tokenizer.id_to_token(int(token)) for token in ids]

@@ -70,7 +70,7 @@ def test_the_peak_is_that_of_the_very_device(name, peak):
 def metric_logger(config, folder, device, **keys):
     """A MetricLogger at the beginning of an epoch, and the state of its run."""
     logger = MetricLogger(folder, as_config({**config, **keys}), device)
-    state = SimpleNamespace(**asdict(Progress()), iterations=8)
+    state = SimpleNamespace(**asdict(Progress()), iterations=8, global_batch=config["batch_size"])
     logger.begin_epoch(state, 8)
     return logger, state
 

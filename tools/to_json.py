@@ -227,7 +227,7 @@ def main() -> None:
     others = {"train.json", "val.json", "test.json", SKIPPED} - files.keys()
     stale = sorted(str(args.output / name) for name in others if (args.output / name).exists())
     if args.overwrite and stale:
-        print(f"note: {', '.join(stale)} of an earlier conversion stays as it is")
+        print(f"note: kept from an earlier conversion: {', '.join(stale)}")
     if problems:
         print(f"left out, {len(problems):,} ({args.output / SKIPPED} lists all):")
         print(*(f"  {problem}" for problem in problems[:SHOWN]), sep="\n")
