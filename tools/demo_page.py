@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+import tempfile
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
-import numpy as np
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
 from PIL import Image
@@ -20,7 +20,6 @@ from inference.index import Index, search
 from inference.inputs import read_image
 from inference.model import HeatMap, Inference
 from utils import InputError
-from visualize.draw import paint_heat_maps
 from visualize.explain import unknown_words
 
 # Gradio passes the file of an image unchanged, and the framework's decoder reports what is wrong
@@ -30,7 +29,7 @@ gr.Image.preprocess = lambda self, given: given and given.path  # ty: ignore[inv
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 TOP = 12  # images that a search shows
 RERANKED = 32  # largest number of candidates that a search re-ranks, so that the answer comes soon
-HEIGHT = 400  # pixels of heat maps and of found images
+HEIGHT = 400  # largest height and width of found images in pixels
 EXAMPLES = 4
 SHOWN = 5  # answers and candidates
 UPLOAD = 50 * 2**20  # largest size of a file in bytes
@@ -53,22 +52,23 @@ class Answer(NamedTuple):
     Attributes:
         result: Probabilities by text, or the rows of a table.
         note: Lines of text.
-        heat: Captioned pictures of a heat map.
+        heat: Picture of heat maps.
     """
 
     result: Any
     note: str
-    heat: Sequence[tuple[np.ndarray, str]] = ()
+    heat: Image.Image | None = None
 
 
 def explain(result: dict[str, float], heat: HeatMap, *lines: str) -> Answer:
-    """Return a result with notes and the pictures of a heat map."""
-    lines += (
-        f"The pictures show where “{heat.verdict}” comes from, by Grad-CAM.",
-        *unknown_words(heat.words),
-    )
-    painted = paint_heat_maps(heat.pictures, heat.panels, HEIGHT)
-    return Answer(result, "\n".join(lines), [(np.hstack(row), label) for label, row in painted])
+    """Return a result with notes and the picture of a heat map."""
+    lines += (f"The picture shows where “{heat.verdict}” comes from, by Grad-CAM.",)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "heat.png")
+        heat.draw(path)
+        picture = Image.open(path)
+        picture.load()
+    return Answer(result, "\n".join(lines), picture)
 
 
 def show_match(model: Inference, image: str, text: str) -> Answer:
@@ -326,8 +326,11 @@ def add_tab(
                 else:
                     result = gr.Label(num_top_classes=SHOWN, label="probability")
                 note = gr.Textbox(tab.about, label="note", interactive=False)
-                heat = gr.Gallery(
-                    label="heat maps", columns=3, visible=tab.method != "fill_in", buttons=[]
+                heat = gr.Image(
+                    label="heat maps",
+                    format="png",
+                    visible=tab.method != "fill_in",
+                    buttons=["fullscreen"],
                 )
         inputs, outputs, call = [name, *images, text], [result, note, heat], ask(tab, models)
         gr.on([button.click, text.submit], call, inputs, outputs, **ONE_AT_A_TIME)

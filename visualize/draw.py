@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -38,9 +37,6 @@ TITLES = {
 _COLORS = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
 _COLORS[:, 3] = np.linspace(0, 0.65, 256)
 HEAT = ListedColormap(_COLORS, "heat")
-
-
-Panels = Sequence[tuple[str, np.ndarray]]
 
 
 def _save(figure: Figure, path: str | Path) -> None:
@@ -216,11 +212,6 @@ def _fit(text: str, inches: float, size: float) -> tuple[str, float]:
     return text, min(size, inches * 72 / (0.6 * len(text)))
 
 
-def _heat_scale(panels: Panels) -> PowerNorm:
-    """Return the common scale of heat maps, a square root that shows weak ones."""
-    return PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
-
-
 def _show_heat(axis: Axes, image: np.ndarray, heat: np.ndarray, scale: PowerNorm) -> AxesImage:
     """Show a heat map [h, w] over a pale image [H, W, 3] and return its artist."""
     extent = 0, image.shape[1], image.shape[0], 0
@@ -230,34 +221,11 @@ def _show_heat(axis: Axes, image: np.ndarray, heat: np.ndarray, scale: PowerNorm
     )
 
 
-def paint_heat_maps(
-    images: Sequence[np.ndarray], panels: Panels, height: int
-) -> list[tuple[str, list[np.ndarray]]]:
-    """Return each label with the pictures of its heat maps, uint8 [height, W, 3].
-
-    Args:
-        images: One or two images, as in `draw_heat_maps`.
-        panels: Labels and heat maps, as in `draw_heat_maps`.
-        height: Height of the pictures in pixels.
-    """
-    scale, columns = _heat_scale(panels), []
-    for number, image in enumerate(map(_small, images)):
-        canvas = FigureCanvasAgg(
-            Figure((height * image.shape[1] / image.shape[0] / DPI, height / DPI), DPI)
-        )
-        axis = canvas.figure.add_axes((0, 0, 1, 1))
-        axis.axis("off")
-        shown, column = _show_heat(axis, image, panels[0][1][number], scale), []
-        for _, heats in panels:
-            shown.set_data(heats[number])
-            canvas.draw()
-            column.append(np.array(canvas.buffer_rgba())[..., :3])
-        columns.append(column)
-    return [(label, pictures) for (label, _), *pictures in zip(panels, *columns, strict=True)]
-
-
 def draw_heat_maps(
-    images: Sequence[np.ndarray], panels: Panels, title: Sequence[str], path: str | Path
+    images: Sequence[np.ndarray],
+    panels: Sequence[tuple[str, np.ndarray]],
+    title: Sequence[str],
+    path: str | Path,
 ) -> None:
     """Draw the image and a panel for each heat map, as in Figures 4 to 6.
 
@@ -280,7 +248,9 @@ def draw_heat_maps(
     axes = figure.subplots(bands * rows, columns, height_ratios=heights * bands, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    images, scale = [_small(image) for image in images], _heat_scale(panels)
+    images = [_small(image) for image in images]
+    # a square root shows weak heat
+    scale = PowerNorm(0.5, 0, max(heats.max() for _, heats in panels) or 1)
     for number, (label, heats) in enumerate([("image" if rows == 1 else "images", None), *panels]):
         column = axes[number // columns * rows :, number % columns]
         # the others are words of the text
