@@ -1,13 +1,14 @@
 """Output folders: create, check and lock them, and write files there."""
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils import TEMPORARY, InputError, TrainingStopped, is_main
+from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, is_main
 
 LOCK_TIMEOUT = 10  # seconds that an earlier process may take to end
 
@@ -80,3 +81,19 @@ def writing(
             f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error
         )
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
+
+
+def check_output(path: Path | str, flag: str = "--output", *, overwrite: bool = True) -> None:
+    """Raise InputError if a file cannot be written there, or exists and must stay."""
+    path = Path(path)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{flag} {path}: cannot write there, name a file in an existing folder")
+    if path.exists() and not overwrite:
+        raise InputError(f"{flag} {path} exists already: name another one or add --overwrite")
+
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Write the contents of files, each atomically. Raises TrainingStopped as `writing` does."""
+    for path, content in files.items():
+        with writing(path), atomic_write(path) as file:
+            file.write(content)

@@ -26,15 +26,13 @@ def recorded_hash(path: Path | str) -> str | None:
     """Return the recorded SHA-256 of a file in hexadecimal, None without a record.
 
     Raises:
-        InputError: The record cannot be read or holds no SHA-256.
+        InputError: The record holds no SHA-256.
+        OSError: The record cannot be read.
     """
     record = hash_record(path)
-    try:
-        text = read_regular(record).decode()
-    except FileNotFoundError:
+    if not record.exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{record}: cannot be read ({error}), remove it or repair it") from None
+    text = read_regular(record).decode("utf-8", "replace")
     digest = re.search(r"^\\?([0-9a-fA-F]{64})\b", text, re.MULTILINE)
     if not digest:
         raise InputError(f"{record}: holds no SHA-256; remove it, or write it with sha256sum")
@@ -50,15 +48,15 @@ def verify_hash(path: Path | str) -> bool:
     Raises:
         InputError: The hashes differ, or a file cannot be read.
     """
-    expected = recorded_hash(path)
-    if expected is None:
-        return False
     try:
+        expected = recorded_hash(path)
+        if expected is None:
+            return False
         stat = os.stat(path)
         state = expected, stat.st_size, stat.st_mtime_ns
         differs = _verified.get(str(path)) != state and hash_file(path) != expected
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if differs:
         record = hash_record(path)
         raise InputError(

@@ -399,10 +399,6 @@ def _copy(
 # report
 
 
-def _names() -> Any:
-    return field(default_factory=list)
-
-
 @dataclass
 class LoadReport:
     """Names of tensors by outcome of loading. As text it has a line for each outcome.
@@ -419,13 +415,13 @@ class LoadReport:
     """
 
     source: str
-    loaded: list[str] = _names()
-    converted: list[str] = _names()
-    resized: list[str] = _names()
-    cast: list[str] = _names()
-    copied: list[str] = _names()
-    new: list[str] = _names()
-    ignored: list[str] = _names()
+    loaded: list[str] = field(default_factory=list)
+    converted: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    cast: list[str] = field(default_factory=list)
+    copied: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         tensors = len(self.loaded) + len(self.copied) + len(self.new)

@@ -45,6 +45,7 @@ OTHERS = {  # flags of other programs
     "--ntasks-per-node",
     "--check",
     "--help",
+    "--private",
     "--shm-size",
 }
 

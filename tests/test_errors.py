@@ -17,9 +17,8 @@ from PIL import Image
 from engine.metric_logger import write_log
 from experiments.run import read_experiments
 from models import build_model
-from models.hashes import recorded_hash
+from models.hashes import verify_hash
 from tools import visualize
-from tools.to_shards import _check_origin
 from utils import InputError, TrainingStopped
 
 
@@ -238,16 +237,15 @@ def test_memory_that_runs_out_keeps_its_traceback_and_names_three_keys(error):
     "read",
     [
         read_experiments,
-        recorded_hash,
+        verify_hash,
         lambda null: visualize.read_texts(null, 30),
         lambda null: write_log(null.parent, 0, loss=1.0),
-        lambda null: _check_origin(null.parent, {}),
     ],
-    ids=["experiments", "record", "texts", "log", "shards"],
+    ids=["experiments", "record", "texts", "log"],
 )
 def test_only_regular_files_are_read(read, tmp_path):
     """A FIFO would block, and a device without an end fill the memory."""
-    for name in ("null", "null.sha256", "log.txt", "shards.json"):
+    for name in ("null", "null.sha256", "log.txt"):
         (tmp_path / name).symlink_to("/dev/null")
     with pytest.raises((InputError, TrainingStopped), match="not a regular file"):
         read(tmp_path / "null")

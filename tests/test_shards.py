@@ -767,10 +767,6 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     message = refusal(lambda: to_shards.convert(lists, root, out, samples=10))
     assert message.startswith(f"{out}/shards.json: ") and "name another --output" in message
     assert contents(out) == before
-    (out / "shards.json").write_text("{")
-    assert "shards.json: cannot be read" in refusal(
-        lambda: to_shards.convert(lists, root, out, samples=10)
-    )
     (out / "shards.json").unlink()
     assert "holds shards but no shards.json" in refusal(
         lambda: to_shards.convert(lists, root, out, samples=10)
@@ -798,10 +794,6 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_shards, "add_member", full)
-    message = refusal(
-        lambda: to_shards.convert(
-            lists, tmp_path / "images", tmp_path / "out", samples=10, workers=2
-        )
-    )
-    assert "No space left on device" in message and "run the same command again" in message
+    with pytest.raises(TrainingStopped, match="No space left .*run the same command again"):
+        to_shards.convert(lists, tmp_path / "images", tmp_path / "out", samples=10, workers=2)
     assert not list((tmp_path / "out").glob("*.tar"))

@@ -222,7 +222,7 @@ def test_bad_settings_are_named(tmp_path, content):
         (
             '\ufeff[{"image": "", "caption": "a \\ud83d"}]',
             "train.json/v.txt",
-            "--output train.json/v.txt: cannot write there",
+            "--output train.json: cannot write there",
         ),
     ],
 )

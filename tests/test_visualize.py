@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, exit_status, refusal
+from conftest import ROOT, exit_status
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -17,7 +17,7 @@ from models import build_model
 from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
 from tools import visualize as tool
-from utils import InputError, Text, seed_everything
+from utils import InputError, Text, TrainingStopped, seed_everything
 from visualize.draw import draw_heat_maps
 from visualize.explain import (
     explain_answer,
@@ -367,10 +367,7 @@ def test_without_any_heat_there_is_a_picture(figures, tmp_path):
     assert figures[0].axes[1].images[1].get_clim() == (0, 1)
 
 
-@pytest.mark.filterwarnings("error")
-def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(
-    figures, tmp_path, monkeypatch, capsys
-):
+def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(figures, tmp_path, monkeypatch):
     regular = [
         f for f in font_manager.fontManager.ttflist if (f.style, f.weight) == ("normal", 400)
     ]
@@ -384,14 +381,14 @@ def test_a_text_is_drawn_in_the_fonts_that_have_its_characters(
         monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
         image, panels = np.zeros((40, 80, 3), np.uint8), [(rare, np.zeros((1, 2, 2)))]
         draw_heat_maps([image], panels, [f"{rare} 赤 ด $5 $6 é"], tmp_path / "a.png")
-        return figures[-1].get_suptitle(), figures[-1].axes[1].get_title(), capsys.readouterr().err
+        assert figures[-1].get_suptitle() == f"{rare} 赤 ด $5 $6 é"
+        return figures[-1].axes[1].title.get_fontfamily()
 
-    *texts, err = draw("DejaVu Sans")
-    assert texts == ["□ □ □ $5 $6 é", "□"]
-    assert err.count("no installed font") == 1 and "CJK" in err and "THAI" in err
-    *texts, err = draw(*MATPLOTLIB)
-    assert texts == [f"{rare} □ □ $5 $6 é", rare]
-    assert "STIXGeneral" in figures[-1].axes[1].title.get_fontfamily()
+    with pytest.warns(UserWarning, match="CJK UNIFIED IDEOGRAPH-8D64.* missing from font"):
+        draw("DejaVu Sans")
+    with pytest.warns(UserWarning, match="missing from font") as caught:
+        assert "STIXGeneral" in draw(*MATPLOTLIB)
+    assert not [warning for warning in caught if str(ord(rare)) in str(warning.message)]
 
 
 def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, tokenizer):
@@ -495,10 +492,8 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
         lambda self, file, **_: (file.write(b"half"), file.seek(-9)),
     )
     picture, heat = np.zeros((40, 80, 3), np.uint8), np.zeros((1, 2, 2))
-    message = refusal(
-        draw_heat_maps, [picture], [("whole text", heat)], ["dog"], tmp_path / "a.png"
-    )
-    assert "a.png: cannot be written" in message
+    with pytest.raises(TrainingStopped, match=r"cannot write .*a\.png"):
+        draw_heat_maps([picture], [("whole text", heat)], ["dog"], tmp_path / "a.png")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "before")]
 
 

@@ -2,12 +2,11 @@
 
 --output FILE writes a .safetensors or .pth file with the names of the released checkpoints, which
 every script accepts as a checkpoint. --output FOLDER/ writes the files of a hub repository, with
-the vocabulary and a model card. --push uploads the folder.
+the vocabulary and a model card.
 """
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from configs.config import Config
 
 SUFFIXES = (".safetensors", ".pth")
-PUBLISHED = ("model.safetensors", "config.json", "README.md")  # besides the vocabulary
 CARD = """---
 {metadata}
 ---
@@ -34,7 +32,7 @@ ALBEF ([Align before Fuse](https://arxiv.org/abs/2107.07651), Li et al., NeurIPS
 ```python
 from inference import load_model
 
-model = load_model("{name}")
+model = load_model("USER/{name}")
 ```
 
 ## Data
@@ -54,21 +52,18 @@ parser.add_argument(
     help="weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
 )
 parser.add_argument(
-    "--output", metavar="FILE", help="file to write, .safetensors or .pth, or FOLDER/ for the hub"
+    "--output",
+    required=True,
+    metavar="FILE",
+    help="file to write, .safetensors or .pth, or FOLDER/ for the hub",
 )
-parser.add_argument(
-    "--push", metavar="USER/NAME", help="upload FOLDER/, or the exported folder --checkpoint"
-)
-parser.add_argument("--public", action="store_true", help="make a new repository of --push public")
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
 )
 parser.add_argument(
     "--momentum", action="store_true", help="keep the momentum model and its queues, to train on"
 )
-parser.add_argument(
-    "--overwrite", action="store_true", help="replace an existing file, folder or repository"
-)
+parser.add_argument("--overwrite", action="store_true", help="replace an existing file or folder")
 parser.add_set()
 
 
@@ -109,18 +104,6 @@ def read_weights(
     return content, kept, list(dict.fromkeys(name.split(".")[0] for name in left_out))
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Raise InputError if a file cannot be written, exists already or has another suffix."""
-    if path.suffix not in SUFFIXES:
-        raise InputError(
-            f"--output {path}: a weight file ends in {' or '.join(SUFFIXES)}, a folder in /"
-        )
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output {path}: cannot write there, name a file in an existing folder")
-    if path.exists() and not overwrite:
-        raise InputError(f"--output {path} exists already: name another file or add --overwrite")
-
-
 def export_file(
     source: str | Path, target: str | Path, momentum: bool = False, overwrite: bool = False
 ) -> str:
@@ -136,24 +119,24 @@ def export_file(
         A description of the file.
 
     Raises:
-        InputError: The checkpoint cannot be read or the file cannot be written.
+        InputError: The checkpoint cannot be read or the file must not be written.
+        TrainingStopped: The file cannot be written.
     """
+    from engine.output_dir import check_output, writing
     from models.weights import METADATA, write_weights
     from utils import atomic_write
 
     target = Path(target)
-    check_target(target, overwrite)
+    if target.suffix not in SUFFIXES:
+        raise InputError(
+            f"--output {target}: a weight file ends in {' or '.join(SUFFIXES)}, a folder in /"
+        )
+    check_output(target, overwrite=overwrite)
     content, tensors, left_out = read_weights(str(source), momentum)
     metadata = {key: content[key] for key in METADATA if key in content}
-    try:
-        with atomic_write(target) as file:
-            write_weights(file, target.suffix, tensors, metadata)
-    except TypeError as error:
-        raise InputError(f"checkpoint {source}: its config is not JSON: {error}") from None
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"--output {target}: cannot write it, is the disk full? ({error})"
-        ) from None
+    # torch.save raises a RuntimeError if the disk is full
+    with writing(target, failures=(OSError, RuntimeError)), atomic_write(target) as file:
+        write_weights(file, target.suffix, tensors, metadata)
     text = f"wrote {target}: {len(tensors)} tensors, {target.stat().st_size / 1e6:.1f} MB,"
     text += f" with {' and '.join(metadata) or 'no config'}"
     return text + f"\n  left out: {', '.join(left_out)}; --momentum keeps them" * bool(left_out)
@@ -177,7 +160,7 @@ def export_folder(args: argparse.Namespace) -> str:
     from configs.config import ANNOTATION_KEYS
     from configs.tasks import detect_task
     from engine.configuration import choose_config, task_of_checkpoint
-    from engine.output_dir import make_output_dir
+    from engine.output_dir import make_output_dir, write_files, writing
     from models.tokenizer import VOCABULARY, load_tokenizer
     from models.weights import find_checkpoint, write_weights
     from utils import atomic_write
@@ -191,7 +174,7 @@ def export_folder(args: argparse.Namespace) -> str:
     config, _ = choose_config(task, args.checkpoint, file=args.config, overrides=args.set)
     tokenizer, config = load_tokenizer(config)
     card = model_card(
-        args.push or folder.name,
+        folder.name,
         task,
         epoch=epoch,
         data={key: getattr(config, key) for key in ANNOTATION_KEYS if getattr(config, key)},
@@ -203,17 +186,11 @@ def export_folder(args: argparse.Namespace) -> str:
         "README.md": card,
     }
     make_output_dir(folder, lock=False, flag="--output")
-    try:
-        with atomic_write(folder / "model.safetensors") as file:
-            metadata = {"epoch": epoch} if isinstance(epoch, int) else {}
-            write_weights(file, ".safetensors", tensors, metadata)
-        for name, text in files.items():
-            with atomic_write(folder / name) as file:
-                file.write(text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--output {folder}/: cannot write it, is the disk full? ({error})"
-        ) from None
+    weights = folder / "model.safetensors"
+    with writing(weights), atomic_write(weights) as file:
+        metadata = {"epoch": epoch} if isinstance(epoch, int) else {}
+        write_weights(file, ".safetensors", tensors, metadata)
+    write_files({folder / name: text.encode() for name, text in files.items()})
     return f"wrote {folder}/: {', '.join(files)}, {len(tensors)} tensors; add the license"
 
 
@@ -266,41 +243,13 @@ def model_card(
     )
 
 
-def published_files(folder: Path) -> list[str]:
-    """Return the names of the files to upload. Raises InputError if one is missing."""
-    from models.tokenizer import VOCABULARY
-    from models.weights import config_beside
-
-    config = config_beside(folder / "model.safetensors").get("config", {})
-    names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise InputError(
-            f"--push: {folder} lacks {', '.join(missing)}: add --output FOLDER/ to write them first"
-        )
-    return names
-
-
 def main() -> None:
-    """Export or upload a checkpoint, as the command line says."""
+    """Export a checkpoint, as the command line says."""
     args = parser.parse_args()
-    to_folder = bool(args.output) and args.output.endswith("/")
-    if not (args.push or args.output):
-        raise InputError("--output is missing: name the file or the FOLDER/ to write")
-    if args.push and args.output and not to_folder:
-        raise InputError(f"--push needs a folder: end --output {args.output} with a slash")
-    from models.hub import check_repository, upload
-
-    folder = Path(args.output or args.checkpoint)
-    if args.push and not to_folder:
-        published_files(folder)
-    if args.push and not args.overwrite:
-        check_repository(args.push)
-    if to_folder:
+    if args.output.endswith("/"):
         print(export_folder(args))
-    elif args.output:
+    else:
         print(export_file(args.checkpoint, args.output, args.momentum, args.overwrite))
-    if args.push:
-        print(f"published {upload(folder, published_files(folder), args.push, args.public)}")
 
 
 if __name__ == "__main__":

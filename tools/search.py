@@ -156,14 +156,14 @@ def read_queries(args: argparse.Namespace) -> list[str | None]:
 
 def answer_queries(args: argparse.Namespace) -> None:
     """Print the images that fit best, and write the page."""
-    from engine.output_dir import writing
+    from engine.output_dir import check_output
     from inference.index import load_model_of, search
     from inference.inputs import UnknownWords
-    from visualize.page import check_page, write_page
+    from visualize.page import write_page
 
     texts = read_queries(args)
     if args.html:
-        check_page(args.html)
+        check_output(args.html, "--html")
     index = open_for_reading(args.index)
     model = load_model_of(index, args.index, args.device, args.checkpoint)
     options = {"k": args.k, "rerank": args.rerank, "threshold": args.threshold}
@@ -177,8 +177,7 @@ def answer_queries(args: argparse.Namespace) -> None:
             note("   match  similarity  image")
         print_results(format_hits(args, text, hits))
     if args.html:
-        with writing(Path(args.html)):
-            write_page(args.html, hits, len(index.paths), text, args.image)
+        write_page(args.html, hits, len(index.paths), text, args.image)
         note(f"wrote {args.html}")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
-from utils import InputError, atomic_write, read_regular
+from utils import InputError, read_regular
 
 if TYPE_CHECKING:
     from dataset.official import CaptionedFile
@@ -178,34 +178,11 @@ def entries_of(image: "CaptionedFile", split: str) -> list[dict[str, Any]]:
     return [{"image": image.image, "caption": image.captions}]
 
 
-def write(output: Path, files: dict[str, list[str]], *, overwrite: bool) -> None:
-    """Write lines to files of a folder, and remove nothing.
-
-    Raises InputError, before the first file is written, if one exists.
-    """
-    from engine.output_dir import make_output_dir
-
-    existing = [str(output / name) for name in files if (output / name).exists()]
-    if existing and not overwrite:
-        raise InputError(
-            f"{', '.join(existing)}: exists already; name another --output, or add --overwrite"
-        )
-    make_output_dir(output, lock=False, flag="--output")
-    for name, lines in files.items():
-        try:
-            with atomic_write(output / name) as file:
-                file.writelines(f"{line}\n".encode("utf-8", "backslashreplace") for line in lines)
-        except OSError as error:
-            raise InputError(
-                f"{output / name}: cannot be written ({error.strerror}): make room, or name another"
-                " --output"
-            ) from None
-
-
 def main() -> None:
     """Convert the sources of the command line and print the number of entries."""
     args = parser.parse_args()
     from dataset.official import CaptionedFile
+    from engine.output_dir import check_output, make_output_dir, write_files
 
     lists, problems = read_sources(args)
     if args.test:
@@ -218,10 +195,18 @@ def main() -> None:
             captions = sum(len(image.captions) for image in items)
             counts[split] = f"{len(items):,} images, {captions:,} captions"
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-        files[name] = ["[" + ",\n ".join(lines) + "]"]
+        files[name] = "[" + ",\n ".join(lines) + "]\n"
     if problems:
-        files[SKIPPED] = problems
-    write(args.output, files, overwrite=args.overwrite)
+        files[SKIPPED] = "".join(f"{problem}\n" for problem in problems)
+    make_output_dir(args.output, lock=False, flag="--output")
+    for name in files:
+        check_output(args.output / name, overwrite=args.overwrite)
+    write_files(
+        {
+            args.output / name: text.encode("utf-8", "backslashreplace")
+            for name, text in files.items()
+        }
+    )
     for split, count in counts.items():
         print(f"{args.output / split}.json: {count}")
     others = {"train.json", "val.json", "test.json", SKIPPED} - files.keys()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
-from utils import InputError, atomic_write, read_regular
+from utils import InputError, atomic_write
 
 if TYPE_CHECKING:
     from dataset.store import Entries
@@ -52,33 +52,31 @@ def write_shard(job: tuple[Path, Sequence[int]], annotations: "Entries", image_r
         The number of entries of the shard.
 
     Raises:
-        InputError: The shard cannot be written. Then it does not exist.
+        TrainingStopped: The shard cannot be written. Then it does not exist.
     """
     from dataset.images import ImageError, read_image
+    from engine.output_dir import write_files, writing
 
     shard, indices = job
     list_of_skipped, skipped = shard.with_name(f"{shard.stem}_skipped.txt"), []
-    try:
-        with atomic_write(shard) as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for i in indices:
-                entry = annotations[i]
-                try:
-                    image = read_image(os.path.join(image_root, entry.image))
-                except ImageError as error:
-                    skipped.append(f"{annotations.where(i)}: image {error}\n")
-                    continue
-                add_member(tar, f"{i:09d}.{_suffix(entry.image)}", image)
-                add_member(tar, *_captions_file(f"{i:09d}", entry.texts))
-            if skipped:
-                with atomic_write(list_of_skipped) as lines:
-                    lines.write("".join(skipped).encode("utf-8", "backslashreplace"))
-            else:
-                list_of_skipped.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{shard}: cannot be written ({error.strerror}): make room and run the same command"
-            " again, complete shards are kept"
-        ) from None
+    remedy = "make room and run the same command again, complete shards are kept"
+    with (
+        writing(shard, remedy),
+        atomic_write(shard) as file,
+        tarfile.open(fileobj=file, mode="w") as tar,
+    ):
+        for i in indices:
+            entry = annotations[i]
+            try:
+                image = read_image(os.path.join(image_root, entry.image))
+            except ImageError as error:
+                skipped.append(f"{annotations.where(i)}: image {error}\n")
+                continue
+            add_member(tar, f"{i:09d}.{_suffix(entry.image)}", image)
+            add_member(tar, *_captions_file(f"{i:09d}", entry.texts))
+        list_of_skipped.unlink(missing_ok=True)
+        if skipped:
+            write_files({list_of_skipped: "".join(skipped).encode("utf-8", "backslashreplace")})
     return len(indices)
 
 
@@ -126,15 +124,12 @@ def convert(
         The number of shards, and the number of entries that were left out.
 
     Raises:
-        InputError: A list is wrong, no image exists, or `output` cannot be written or holds shards
-            of other lists.
+        InputError: A list is wrong, no image exists, or `output` holds shards of other lists.
+        TrainingStopped: `output` cannot be written.
     """
-    from tqdm import tqdm
-
     from dataset.caption import Pair
-    from dataset.pool import in_processes, process_count
     from dataset.store import Entries
-    from engine.output_dir import make_output_dir
+    from engine.output_dir import make_output_dir, write_files
     from models.hashes import hash_file
 
     annotations = Entries(files, Pair)
@@ -149,8 +144,23 @@ def convert(
     total = len(annotations)
     parts = [range(first, min(first + samples, total)) for first in range(0, total, samples)]
     shards = [(output / f"{number:05d}.tar", part) for number, part in enumerate(parts)]
+    _write_missing(shards, annotations, image_root, workers)
+    skipped = b"".join(path.read_bytes() for path in sorted(output.glob("*_skipped.txt")))
+    write_files({output / "skipped.txt": skipped})
+    return len(shards), skipped.count(b"\n")
+
+
+def _write_missing(
+    shards: list[tuple[Path, range]], annotations: "Entries", image_root: str, workers: int | None
+) -> None:
+    """Write the shards that do not exist yet."""
+    from tqdm import tqdm
+
+    from dataset.pool import in_processes, process_count
+
     missing = [(shard, part) for shard, part in shards if not shard.exists()]
     write = functools.partial(write_shard, annotations=annotations, image_root=image_root)
+    total = len(annotations)
     done = total - sum(len(part) for _, part in missing)
     with (
         tqdm(total=total, initial=done, desc="shards", unit="sample", disable=None) as bar,
@@ -158,10 +168,6 @@ def convert(
     ):
         for count in jobs(write, missing):
             bar.update(count)
-    skipped = b"".join(path.read_bytes() for path in sorted(output.glob("*_skipped.txt")))
-    with atomic_write(output / "skipped.txt") as file:
-        file.write(skipped)
-    return len(shards), skipped.count(b"\n")
 
 
 def _check_images(annotations: "Entries", image_root: str) -> None:
@@ -182,23 +188,20 @@ def _check_origin(output: Path, origin: dict[str, Any]) -> None:
 
     Raises InputError if the shards in `output` were made from other inputs.
     """
+    from engine.output_dir import write_files
+
     path = output / MADE_OF
     remedy = f"name another --output, or remove {output} to make all shards again"
-    try:
-        before = json.loads(read_regular(path))
-    except FileNotFoundError:
+    if not path.exists():
         if any(output.glob("*.tar")):
             raise InputError(
                 f"--output {output}: holds shards but no {MADE_OF}, the record of their inputs:"
                 f" {remedy}"
-            ) from None
-        with atomic_write(path, "w") as file:
-            json.dump(origin, file, indent=1)
-        return
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}): {remedy}") from None
+            )
+        write_files({path: json.dumps(origin, indent=1).encode()})
+    before = json.loads(path.read_bytes())
     for key, value in origin.items():
-        if not isinstance(before, dict) or before.get(key) != value:
+        if before.get(key) != value:
             raise InputError(f"{path}: the shards there were made with other {key}: {remedy}")
 
 

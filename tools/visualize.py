@@ -186,12 +186,13 @@ def draw_heat_map(args: argparse.Namespace, model: Any, pictures: list) -> None:
 
 def draw_model(args: argparse.Namespace) -> None:
     """Draw heat maps or pseudo-targets of a checkpoint. Raises InputError."""
+    from engine.output_dir import check_output
+
     name = "pseudo_targets.png" if args.pseudo_targets else "heatmap.png"
     args.output = args.output or Path(name)
     if args.output.suffix not in (".png", ".jpg", ".pdf", ".svg"):
         raise InputError(f"--output {args.output}: a picture ends in .png, .jpg, .pdf or .svg")
-    if args.output.is_dir() or not os.access(args.output.parent, os.W_OK):
-        raise InputError(f"--output {args.output}: cannot write there, name a file")
+    check_output(args.output)
     if not args.image or args.text is None:
         raise InputError("--image or --text is missing: name an image and a text")
     from configs.tasks import find_task

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
-from utils import InputError, atomic_write
+from utils import InputError
 
 parser = Parser(__doc__, "train.json --size 5000 --output vocab.txt")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
@@ -92,28 +92,19 @@ def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
 def main() -> None:
     """Train a vocabulary from the command line."""
     args = parser.parse_args()
+    from engine.output_dir import check_output, make_output_dir, write_files
     from models.tokenizer import SPECIAL
 
+    make_output_dir(args.output.parent, lock=False, flag="--output")
     pieces = train_vocab(captions_of(args.files), args.size)
     if len(pieces) == len(SPECIAL):
         raise InputError(
             f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
         )
     files = vocabulary_files(pieces, args.output)
-    existing = [str(path) for path in files if path.exists()]
-    if existing and not args.overwrite:
-        raise InputError(
-            f"--output: {', '.join(existing)} exists already: name another file, or add --overwrite"
-        )
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in files.items():
-            with atomic_write(path) as file:
-                file.write(text.encode())
-    except OSError as error:
-        raise InputError(
-            f"--output {args.output}: cannot write there ({error.strerror}), name another file"
-        ) from None
+    for path in files:
+        check_output(path, overwrite=args.overwrite)
+    write_files({path: text.encode() for path, text in files.items()})
     print(
         f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must"
         f" be {len(pieces)} or auto"

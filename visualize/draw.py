@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dataset.images import load_image
-from utils import InputError, atomic_write
+from engine.output_dir import writing
+from utils import atomic_write
 from visualize.fonts import set_fonts
 
 DPI = 110
@@ -40,22 +40,10 @@ HEAT = ListedColormap(_COLORS, "heat")
 
 
 def _save(figure: Figure, path: str | Path) -> None:
-    """Write a figure in the format of its file name. Raises InputError."""
-    if missing := set_fonts(figure):
-        print(
-            f"note: {path}: no installed font has {missing}; install one, such as Noto"
-            " (Debian: fonts-noto-core, fonts-noto-cjk)",
-            file=sys.stderr,
-        )
-    try:
-        with atomic_write(path) as file:
-            figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}), make room or name another place"
-        ) from None
-    except ValueError as error:  # a format that matplotlib does not know
-        raise InputError(f"{path}: {error}") from None
+    """Write a figure in the format of its file name. Raises TrainingStopped."""
+    set_fonts(figure)
+    with writing(Path(path)), atomic_write(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=DPI, bbox_inches="tight")
 
 
 def _average(values: np.ndarray) -> np.ndarray:

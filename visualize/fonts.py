@@ -1,8 +1,6 @@
 """Choose fonts for the characters of a figure."""
 
 import functools
-import unicodedata
-from collections.abc import Iterable
 
 from matplotlib import font_manager
 from matplotlib.figure import Figure
@@ -19,9 +17,9 @@ def _characters_of(font: str) -> set[str]:
         return set()
 
 
-def _find_fonts(characters: Iterable[str]) -> list[str]:
+def _find_fonts(missing: set[str]) -> list[str]:
     """Return installed font families that cover as many characters as possible."""
-    families, missing = [], set(characters)
+    families = []
     fonts = [
         font for font in font_manager.fontManager.ttflist if not font.name.startswith("Last Resort")
     ]
@@ -32,36 +30,19 @@ def _find_fonts(characters: Iterable[str]) -> list[str]:
 
     while missing & _characters_of((best := max(fonts, key=rank)).fname):
         families.append(best.name)
-        missing -= _characters_of(best.fname)
+        missing = missing - _characters_of(best.fname)
     return families
 
 
-def _set_font(text: Text) -> set[str]:
-    """Choose the fonts of a text and return the characters that no font has.
+def set_fonts(figure: Figure) -> None:
+    """Add fonts that have the characters of a figure's texts. A $ does not begin a formula.
 
-    A box replaces each of these characters. A $ does not begin a formula.
+    matplotlib warns of a character that no font has, and draws a box.
     """
-    text.set_parse_math(False)
-    font = font_manager.findfont(text.get_fontproperties())
-    missing = set(text.get_text()) - {"\n"} - _characters_of(font)
-    for family in _find_fonts(missing) if missing else ():
-        properties = text.get_fontproperties().copy()
-        text.set_fontfamily([*text.get_fontfamily(), family])
-        properties.set_family(family)
-        missing -= _characters_of(font_manager.findfont(properties))
-    shown = ("□" if c in missing and c.isprintable() else c for c in text.get_text())
-    text.set_text("".join(" " if c in missing else c for c in shown))
-    return {c for c in missing if c.isprintable()}
-
-
-def set_fonts(figure: Figure) -> str:
-    """Choose the fonts of all texts of a figure.
-
-    Returns:
-        The scripts that no installed font has, "" if there are none.
-    """
-    missing = set().union(*map(_set_font, figure.findobj(Text)))
-    scripts = {
-        unicodedata.name(c, "unknown").split()[0] if c.isalpha() else "symbols" for c in missing
-    }
-    return f"{', '.join(sorted(scripts))}, such as {min(missing)}" if missing else ""
+    texts = figure.findobj(Text)
+    characters = set().union(*(text.get_text() for text in texts)) - {"\n"}
+    font = font_manager.findfont(texts[0].get_fontproperties())
+    families = _find_fonts(characters - _characters_of(font))
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_fontfamily([*text.get_fontfamily(), *families])

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from dataset.images import FORMATS
-from utils import InputError, atomic_write, open_regular, printable
+from engine.output_dir import write_files
+from utils import open_regular, printable
 
 SIDE = 480  # pixels of a thumbnail's longer side, twice its size on most screens
 PAGE = """<!DOCTYPE html>
@@ -46,13 +47,6 @@ FIGURE = """<figure><a href="{link}">{picture}</a>
 <small>{folder}</small></figcaption></figure>"""
 
 
-def check_page(path: str | Path) -> None:
-    """Raise InputError if the page of a search cannot be written."""
-    path = Path(path)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"--html {path}: cannot write there, name a file in a folder that exists")
-
-
 def write_page(
     path: str | Path, hits: list, total: int, text: str | None = None, image: str | None = None
 ) -> None:
@@ -64,6 +58,9 @@ def write_page(
         total: Number of images in the index.
         text: Text of the query.
         image: Path of the query's example.
+
+    Raises:
+        TrainingStopped: The file cannot be written.
     """
     folders = [os.path.dirname(hit.path) for hit in hits]
     common, figures = os.path.commonpath(folders) if hits else os.sep, []
@@ -88,8 +85,7 @@ def write_page(
         summary=escape(summary),
         figures="\n".join(figures),
     )
-    with atomic_write(path) as file:
-        file.write(page.encode("utf-8", "replace"))
+    write_files({Path(path): page.encode("utf-8", "replace")})
 
 
 def _thumbnail(path: str) -> str:
@@ -101,11 +97,7 @@ def _thumbnail(path: str) -> str:
         image.thumbnail((SIDE, SIDE))
     except Exception:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
         return "cannot be read"
-    return f'<img alt="" src="{image_source(image)}">'
-
-
-def image_source(picture: Image.Image) -> str:
-    """Return an RGB picture of Pillow as the source of an HTML image, with its pixels in it."""
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+    image.save(data, "JPEG", quality=88)
+    pixels = base64.b64encode(data.getvalue()).decode()
+    return f'<img alt="" src="data:image/jpeg;base64,{pixels}">'
