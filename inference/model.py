@@ -83,21 +83,17 @@ class HeatMap(NamedTuple):
     pictures: list[np.ndarray]
     kind: str
 
-    @property
-    def panels(self) -> list[tuple[str, np.ndarray]]:
-        """Maps [1 or 2, h, w] with labels, as `visualize.draw` takes them."""
-        whole, by_word = (
-            maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word)
-        )
-        words = zip(self.words, by_word.swapaxes(0, 1), strict=True) if self.words else ()
-        return [(f"whole {self.kind}", whole), *words]
-
     def draw(self, path: str | Path) -> None:
         """Draw the maps over the image to a .png, .jpg, .pdf or .svg file."""
         from visualize.draw import draw_heat_maps
 
+        whole, by_word = (
+            maps if len(self.pictures) == 2 else maps[None] for maps in (self.whole, self.by_word)
+        )
+        words = zip(self.words, by_word.swapaxes(0, 1), strict=True) if self.words else ()
+        panels = [(f"whole {self.kind}", whole), *words]
         title = [self.text.strip(), self.verdict, *unknown_words(self.words)]
-        draw_heat_maps(self.pictures, self.panels, title, path)
+        draw_heat_maps(self.pictures, panels, title, path)
 
 
 def load_model(

@@ -413,8 +413,8 @@ def test_the_task_is_read_from_the_tensors(make):
 
 DOG = ["--text", "dog"]
 CASES = {
-    "missing image": ("ve", DOG, ["no.jpg"], ["--image: no.jpg: does not exist"]),
-    "folder": ("ve", DOG, ["."], ["--image: .: is a folder: name an image file in it"]),
+    "missing image": ("ve", DOG, ["no.jpg"], ["no.jpg: does not exist"]),
+    "folder": ("ve", DOG, ["."], [".: is a folder: name an image file in it"]),
     "URL": ("ve", DOG, ["https://host/a.jpg"], ["https://host/a.jpg: is a URL"]),
     "unknown block": ("ve", [*DOG, "--block_num", "1"], None, ["--block_num 1", "2 to 3"]),
     "unknown block of the ViT": (

@@ -352,7 +352,7 @@ def add_tab(
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve a page from a new thread. Raises InputError if the port cannot be used."""
+    """Serve a page from a new thread."""
 
     @contextlib.asynccontextmanager
     async def guard(app: Any) -> AsyncIterator[None]:
@@ -360,22 +360,19 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         app.middleware_stack = LocalOnly(app.middleware_stack, port)
         yield
 
-    try:
-        page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            footer_links=[],
-            share=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            mcp_server=False,
-            pwa=False,
-            theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
-            app_kwargs={"lifespan": guard},
-            max_file_size=UPLOAD,
-            state_session_capacity=SESSIONS,
-        )
-    except OSError as error:
-        raise InputError(f"--port {port}: the page cannot be served there: {error}") from None
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        share=False,
+        enable_monitoring=False,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        theme=gr.themes.Default(font="sans-serif", font_mono="monospace"),
+        app_kwargs={"lifespan": guard},
+        max_file_size=UPLOAD,
+        state_session_capacity=SESSIONS,
+    )

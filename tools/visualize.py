@@ -129,22 +129,18 @@ def read_texts(path: str | Path, max_words: int) -> list[str]:
     return [text for text in dict.fromkeys(pre_caption(text, max_words) for text in texts) if text]
 
 
-def draw_pseudo_targets(args: argparse.Namespace, model: Any, picture: Any) -> None:
-    """Draw the momentum model's words and texts for an image and its caption.
-
-    Args:
-        args: The command line.
-        model: Inference model of pre-training.
-        picture: The image, uint8 [3, H, W].
-    """
+def draw_pseudo_targets(args: argparse.Namespace, model: Any) -> None:
+    """Draw the momentum model's words and texts for an image and its caption."""
     import torch
 
     from dataset.text import MAX_WORDS, pre_caption
     from dataset.transforms import normalize
+    from inference.inputs import read_image
     from visualize import draw
     from visualize.explain import text_targets, unknown_words
 
-    words, max_words = model.fill_in(picture, args.text), model.config.max_words or MAX_WORDS
+    picture, max_words = read_image(args.image[0]), model.config.max_words or MAX_WORDS
+    words = model.fill_in(picture, args.text)
     files = [path for path in model.config.test_file or [] if os.path.isfile(path)]
     files = [args.texts] if args.texts else files
     texts = [text for path in files for text in read_texts(path, max_words)]
@@ -165,7 +161,7 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any, picture: Any) -> N
     draw.draw_pseudo_targets(image, words, best, title, texts_title, args.output)
 
 
-def draw_heat_map(args: argparse.Namespace, model: Any, pictures: list) -> None:
+def draw_heat_map(args: argparse.Namespace, model: Any) -> None:
     """Draw the heat maps of a model's decision on one or two images."""
     from dataset.vqa import reachable_answers
 
@@ -179,7 +175,7 @@ def draw_heat_map(args: argparse.Namespace, model: Any, pictures: list) -> None:
             )
     elif answers:
         raise InputError(f"--answer: task {model.task} has no answers, only VQA has")
-    images = pictures if len(pictures) == 2 else pictures[0]
+    images = args.image if len(args.image) == 2 else args.image[0]
     options = {"mode": args.gradcam_mode, "block_num": args.block_num}
     model.heat_map(images, args.text, answers, **options).draw(args.output)
 
@@ -196,24 +192,19 @@ def draw_model(args: argparse.Namespace) -> None:
     if not args.image or args.text is None:
         raise InputError("--image or --text is missing: name an image and a text")
     from configs.tasks import find_task
-    from dataset.images import load_image
     from inference import load_model
 
-    try:
-        pictures = [load_image(path) for path in args.image]
-    except OSError as error:
-        raise InputError(f"--image: {error}") from None
     model = load_model(
         args.checkpoint, args.device, None, args.config, args.set, allow_missing=args.allow_missing
     )
     print(model.report, file=sys.stderr)
     count = 2 if "pairs" in find_task(model.task).traits else 1
-    if len(pictures) != count:
-        raise InputError(f"--image: task {model.task} takes {count}, {len(pictures)} given")
+    if len(args.image) != count:
+        raise InputError(f"--image: task {model.task} takes {count}, {len(args.image)} given")
     if args.pseudo_targets:
-        draw_pseudo_targets(args, model, pictures[0])
+        draw_pseudo_targets(args, model)
     else:
-        draw_heat_map(args, model, pictures)
+        draw_heat_map(args, model)
     print(f"wrote {args.output}")
 
 

@@ -16,6 +16,7 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from dataset.base import evenly
 from dataset.images import load_image
 from engine.output_dir import writing
 from utils import atomic_write
@@ -91,11 +92,6 @@ def draw_lines(curves: Mapping[str, Sequence[np.ndarray]], name: str, path: str 
     _save(figure, path)
 
 
-def _spread(rows: Sequence, count: int) -> list:
-    """Return at most `count` rows, spread over all of them."""
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-
-
 def _show_texts(axis: Axes, lines: Sequence[tuple[str, str]], **style: Any) -> None:
     """Show lines of text with their colors, evenly spaced over an empty panel."""
     axis.axis("off")
@@ -119,8 +115,10 @@ def draw_retrieval(
         top: Number of results of each query.
     """
     root = rankings["image_root"]
-    texts = _spread(rankings["text_to_image"], queries)
-    images = _spread(rankings["image_to_text"], queries)
+    texts, images = (
+        [rankings[kind][i] for i in evenly(len(rankings[kind]), queries)]
+        for kind in ("text_to_image", "image_to_text")
+    )
     rows = len(texts) + len(images)
     figure = Figure(figsize=(13, 2.05 * rows + 0.6), layout="constrained")
     grid = figure.add_gridspec(rows, top + 1, width_ratios=[1.6] + [1] * top)
@@ -155,7 +153,7 @@ def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5)
         path: File to write.
         count: Number of boxes, spread over all of them.
     """
-    chosen = _spread(result["boxes"], count)
+    chosen = [result["boxes"][i] for i in evenly(len(result["boxes"]), count)]
     figure = Figure(figsize=(13, 2.05 * len(chosen) + 0.6), layout="constrained")
     grid = figure.add_gridspec(len(chosen), 3, width_ratios=[1, 2, 2])
     for row, box in enumerate(chosen):
@@ -187,12 +185,6 @@ def _small(image: np.ndarray) -> np.ndarray:
     return np.asarray(picture)
 
 
-def _pale(image: np.ndarray) -> np.ndarray:
-    """Return an image uint8 [H, W, 3] with less color and contrast."""
-    gray = image.mean(axis=2, keepdims=True)
-    return (51 + 0.4 * (image + gray)).astype(np.uint8)
-
-
 def _fit(text: str, inches: float, size: float) -> tuple[str, float]:
     """Return a text of at most 36 characters and the font size up to `size` at which it fits."""
     text = text if len(text) <= 36 else f"{text[:35]}…"
@@ -203,7 +195,8 @@ def _fit(text: str, inches: float, size: float) -> tuple[str, float]:
 def _show_heat(axis: Axes, image: np.ndarray, heat: np.ndarray, scale: PowerNorm) -> AxesImage:
     """Show a heat map [h, w] over a pale image [H, W, 3] and return its artist."""
     extent = 0, image.shape[1], image.shape[0], 0
-    axis.imshow(_pale(image), extent=extent)
+    gray = image.mean(axis=2, keepdims=True)
+    axis.imshow((51 + 0.4 * (image + gray)).astype(np.uint8), extent=extent)
     return axis.imshow(
         heat, HEAT, scale, extent=extent, interpolation="catrom", interpolation_stage="data"
     )
