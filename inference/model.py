@@ -287,13 +287,12 @@ class Inference:
         ITM logit, which is their score. The others follow, and their similarity is their score.
 
         Args:
-            images: Images, of which only candidates are read if `image_features` are given. None
-                if `rerank` is 0.
+            images: Images; None if `image_features` are given and `rerank` is 0.
             texts: Texts; None if `text_features` are given and `rerank` is 0.
             k: Number of results.
             rerank: Number of candidates. Default: the key k_test.
             of: Kind of the candidates, "images" or "texts".
-            image_features: Features from `embed_images`, perhaps a memory-mapped array.
+            image_features: Features from `embed_images`; then only candidates are read.
             text_features: Features from `embed_texts`.
 
         Returns:
@@ -306,17 +305,18 @@ class Inference:
             raise InputError(
                 "rank: re-ranking reads images and texts, give them beside the features or rerank=0"
             )
-        read_images, read_texts = (as_images, self.embed_images), (self._clean, self.embed_texts)
-        images, image_feat, one_image = _rankable("image", images, image_features, *read_images)
-        texts, text_feat, one_text = _rankable("text", texts, text_features, *read_texts)
+        images, image_feat, one_image = _rankable(
+            "image", images, image_features, as_images, self.embed_images
+        )
+        texts, text_feat, one_text = _rankable(
+            "text", texts, text_features, self._clean, self.embed_texts
+        )
         by_text = of == "images"
         features = (text_feat, image_feat) if by_text else (image_feat, text_feat)
         scores, best = most_similar(*features, max(k, rerank), self.device)
         if rerank:
-            candidates = best[:, :rerank]
-            matching = self._match_candidates(images, texts, candidates, by_text)
-            scores[:, :rerank], order = matching.sort(dim=1, descending=True, stable=True)
-            best[:, :rerank] = candidates.gather(1, order)
+            ranked = self._rerank(images, texts, best[:, :rerank], by_text)
+            scores[:, :rerank], best[:, :rerank] = ranked
         rows = zip(best[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
         rows = [list(zip(*row, strict=True)) for row in rows]
         return rows[0] if (one_text if by_text else one_image) else rows
@@ -541,19 +541,26 @@ class Inference:
             image_embeds, text_embeds, mask, pairs, score=score, progress=progress
         ).cpu()
 
-    def _match_candidates(
+    def _rerank(
         self, images: list, texts: list[str], candidates: Tensor, by_text: bool
-    ) -> Tensor:
-        """Return the ITM logits [Q, K] of each query, a text or an image, and its candidates."""
+    ) -> tuple[Tensor, Tensor]:
+        """Rank candidates by matching; return their ITM logits and indices [Q, K].
+
+        Args:
+            images: All images.
+            texts: All texts.
+            candidates: Indices of the candidates of each query [Q, K].
+            by_text: Whether the queries are texts and the candidates images.
+        """
         query = torch.arange(len(candidates))[:, None].expand_as(candidates)
         image, text = (candidates, query) if by_text else (query, candidates)
         own_images, i = image.unique(return_inverse=True)
         own_texts, t = text.unique(return_inverse=True)
         pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
         pairs[i, t] = True
-        return self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)[
-            i, t
-        ]
+        logits = self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)
+        scores, order = logits[i, t].sort(dim=1, descending=True, stable=True)
+        return scores, candidates.gather(1, order)
 
     def _pairs(self, images: Any, texts: Any) -> tuple[list, list[str], bool]:
         """Return the one or two images of each pair, the texts, and whether there is one pair."""
