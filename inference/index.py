@@ -1,12 +1,14 @@
 """An index of images that is kept up to date with folders and searched by a text or an example.
 
-An index is a folder with the file index.npy, which is replaced as a whole. It has the features as
-np.save writes them, float16 [N, D], and then JSON: the path, size and time of change of the image
-of each row, the digests of the model and its vocabulary, the configuration and the counts.
+An index is a folder of three files. features.npy has the features, float16 [N, D]; images.jsonl
+has the path, size and time of change of the image of each row; index.json has the digests of the
+model and its vocabulary, the configuration and the counts.
 """
 
+import contextlib
 import json
 import os
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +30,8 @@ from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
 from utils import InputError, alone, atomic_write, hash_contents, printable
 
-INDEX, UNUSABLE = "index.npy", "unusable.txt"
+FORMAT = 1  # version of the files below
+INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
 SAVE_EVERY = 30  # seconds
 ROWS = 256  # images that near_copies compares at a time with all others
 
@@ -88,31 +91,58 @@ class Hit(NamedTuple):
 
 def read_index(folder: str | Path) -> Index:
     """Read the index in a folder. Raises InputError if it is missing or damaged."""
-    path = Path(folder, INDEX)
-    if not path.is_file():
+    folder = Path(folder)
+    while True:
+        about = _read_about(folder)
+        try:
+            return _read_files(folder, about)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            if about == _read_about(folder):  # otherwise an update has just replaced the files
+                raise InputError(
+                    f"{folder}: damaged ({error}), remove it and index the images again"
+                ) from None
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    """Return the content of index.json. Raises InputError."""
+    try:
+        return json.loads((folder / INDEX).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: no index there, it lacks {INDEX}: tools.search index makes one"
-        )
-    try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-            features = np.memmap(file, dtype, "r", start, shape)
-            file.seek(start + features.nbytes)
-            about = json.load(file)
-        states = [(size, date) for size, date in about.pop("states")]
-        return Index(features=features, states=states, **about)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(
-            f"{folder}: damaged ({error}), remove it and index the images again"
         ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / INDEX}: cannot be read ({error})") from None
+
+
+def _read_files(folder: Path, about: dict[str, Any]) -> Index:
+    lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
+    features = _read_file(
+        folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
+    )
+    images = [json.loads(line) for line in lines]
+    if about["format"] != FORMAT or not len(images) == len(features) == about["images"]:
+        raise ValueError("its files do not belong together")
+    return Index(
+        [image["path"] for image in images],
+        [(image["size"], image["mtime_ns"]) for image in images],
+        features,
+        **{key: about[key] for key in Index._fields[3:]},
+    )
+
+
+def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
+    """Read a file of the index with this token."""
+    with contextlib.suppress(FileNotFoundError):
+        return read(folder / f".{token}.{name}")
+    return read(folder / name)
 
 
 def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, str]]) -> None:
     """Write an index and the list of unusable images.
 
-    An interrupted call leaves either the previous or the new index.
+    The rename of index.json replaces the whole index: readers look for files with its token first.
+    So an interrupted call leaves either the previous or the new index.
 
     Args:
         folder: Folder of the index.
@@ -122,15 +152,37 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
     Raises:
         TrainingStopped: The disk is full or cannot be written.
     """
-    about = index._asdict()
-    features = about.pop("features")
-    problems = [f"{printable(path)}: {problem}\n" for path, problem in sorted(unusable)]
-    with writing(Path(folder, INDEX), "the previous index is untouched"):
-        with atomic_write(Path(folder, INDEX)) as file:
-            np.save(file, features)
-            file.write(json.dumps(about).encode())
-        with atomic_write(Path(folder, UNUSABLE)) as file:
-            file.write("".join(problems).encode())
+    folder, token = Path(folder), secrets.token_hex(4)
+    about: dict[str, Any] = {"format": FORMAT, "token": token, "images": len(index.paths)}
+    about |= dict(zip(Index._fields[3:], index[3:], strict=True))
+    images = [
+        json.dumps({"path": path, "size": size, "mtime_ns": date})
+        for path, (size, date) in zip(index.paths, index.states, strict=True)
+    ]
+    problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
+    with writing(folder / INDEX, "the previous index is untouched"):
+        with atomic_write(folder / f".{token}.{FEATURES}") as file:
+            header = np.lib.format.header_data_from_array_1_0(index.features)
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(index.features))
+        for name, lines in (
+            (f".{token}.{IMAGES}", images),
+            (INDEX, [json.dumps(about, indent=2)]),
+            (UNUSABLE, problems),
+        ):
+            with atomic_write(folder / name) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+        _finish(folder, token)
+
+
+def _finish(folder: Path, token: str) -> None:
+    """Rename the files with a token, and remove the files of interrupted calls."""
+    for name in (FEATURES, IMAGES):
+        for path in folder.glob(f".????????.{name}"):
+            if path.name == f".{token}.{name}":
+                os.replace(path, folder / name)
+            else:
+                path.unlink()
 
 
 def open_index(folder: str | Path) -> Index | None:
@@ -148,7 +200,10 @@ def open_index(folder: str | Path) -> Index | None:
     if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
         raise InputError(f"--output {folder}: has files, but no index: name a folder of its own")
     make_output_dir(folder, flag="--output")
-    return read_index(folder) if exists else None
+    if not exists:
+        return None
+    _finish(folder, _read_about(folder)["token"])
+    return read_index(folder)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 import functools
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from huggingface_hub import (
+    HfApi,
     constants,
     errors,
     get_hf_file_metadata,
@@ -139,6 +140,55 @@ def _check_headers(response: Any) -> None:
                 f"the hub at {response.url.host} sends the header {header}: {ascii(value)[:200]},"
                 " which is not a file name of its cache: check HF_ENDPOINT"
             )
+
+
+@contextmanager
+def _pushing(name: str) -> Iterator[HfApi]:
+    """Raise InputError if the hub refuses or cannot be reached."""
+    try:
+        yield HfApi()
+    except errors.HFValidationError:
+        raise InputError(
+            f"--push {name}: not a valid name of a repository, write USER/NAME"
+        ) from None
+    except NETWORK as error:
+        raise InputError(f"--push {name}: {_explain(error)}") from None
+
+
+def check_repository(name: str) -> None:
+    """Raise InputError if the repository USER/NAME has files already."""
+    with _pushing(name) as api:
+        files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else ()
+    if files:
+        raise InputError(
+            f"--push {name}: the repository exists already and has {len(files)} files: choose"
+            " another name, or add --overwrite"
+        )
+
+
+def upload(folder: Path | str, filenames: list[str], name: str, public: bool = False) -> str:
+    """Upload files of a folder to a repository in one commit.
+
+    Args:
+        folder: Folder of the files.
+        filenames: Names of the files.
+        name: USER/NAME of the repository.
+        public: Whether a new repository is public. Default: private.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        InputError: The hub refuses or cannot be reached.
+    """
+    with _pushing(name) as api:
+        api.create_repo(name, private=not public, exist_ok=True)
+        return api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=filenames,
+            commit_message="Export of a checkpoint",
+        ).commit_url
 
 
 def _refuses(error: BaseException) -> TypeGuard[errors.HfHubHTTPError]:

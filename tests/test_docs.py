@@ -45,7 +45,6 @@ OTHERS = {  # flags of other programs
     "--ntasks-per-node",
     "--check",
     "--help",
-    "--private",
     "--shm-size",
 }
 

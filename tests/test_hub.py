@@ -1,16 +1,17 @@
-"""tools.export to a folder, and load_model and --checkpoint from such a folder on the hub, a local
+"""tools.export to a folder and to the hub, and load_model and --checkpoint from there, on a local
 server (tests/helpers/hub.py).
 """
 
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, contents, exit_status, refusal, tiny
-from helpers.hub import place, publish
+from helpers.hub import place
 
 from configs.config import FIELDS, FILE_KEYS
 from configs.load import load_config
@@ -102,7 +103,7 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
         "| val_r_mean | 11 |",
         "| test_txt_r1 | 47.8 |",
         "arxiv.org/abs/2107.07651",
-        'load_model("USER/retriever")',
+        'load_model("retriever")',
         "- vision-language",
     ):
         assert words in card
@@ -134,29 +135,58 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
     assert "text_encoder_m." in str(read_checkpoint(moved / "model.safetensors")["model"].keys())
 
 
-@pytest.fixture
-def exported(run_folder, export, tmp_path):
-    """An exported folder."""
-    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/")
-    return tmp_path / "out"
+def test_round_trip_through_the_hub_is_bit_for_bit(
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
+):
+    before, folder = outputs(load_model(run_folder, "cpu"), shapes), tmp_path / "out"
+    status, out, err = export(
+        run_folder / "checkpoint_best.pth", "--output", f"{folder}/", "--push", "lab/retriever"
+    )
+    assert status == 0 and f"published {hub.address}/lab/retriever/commit/" in out, err
+    repository = hub.repositories["lab/retriever"]
+    first = repository["main"]
+    assert repository["private"] is True
+    assert repository["commits"][first] == {
+        path.name: data for path, data in contents(folder).items()
+    }
+    assert 'load_model("lab/retriever")' in (folder / "README.md").read_text()
 
+    assert same(outputs(load_model("lab/retriever", "cpu"), shapes), before)
+    assert same(outputs(load_model(f"lab/retriever@{first}", "cpu"), shapes), before)
 
-def test_round_trip_through_the_hub_is_bit_for_bit(run_folder, exported, hub, shapes):
-    before, first = outputs(load_model(run_folder, "cpu"), shapes), publish(hub, exported, "lab/a")
-    assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
-    assert same(outputs(load_model(f"lab/a@{first}", "cpu"), shapes), before)
+    status, _, err = export(folder, "--push", "lab/retriever")  # a second time
+    assert (
+        status == 2
+        and "lab/retriever: the repository exists already and has 4 files" in err
+        and "--overwrite" in err
+    )
+    assert repository["main"] == first
+    # what the owner has changed is uploaded as it is
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert export(folder, "--push", "lab/retriever", "--overwrite")[0] == 0
+    assert repository["commits"][repository["main"]]["README.md"] == b"---\nlicense: mit\n---\n"
+    assert (
+        export(folder, "--push", "lab/open", "--public")[0] == 0
+        and hub.repositories["lab/open"]["private"] is False
+    )
 
 
 def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
-    run_folder, export, exported, hub, shapes, tmp_path
+    run_folder, export, hub, shapes, tmp_path
 ):
-    first, before = publish(hub, exported, "lab/a"), outputs(load_model("lab/a", "cpu"), shapes)
+    folder = tmp_path / "out"
+    export(run_folder / "checkpoint_best.pth", "--output", f"{folder}/", "--push", "lab/a")
+    first, before = hub.repositories["lab/a"]["main"], outputs(load_model("lab/a", "cpu"), shapes)
     hub.repositories["lab/a"]["v1"] = first
     content = torch.load(run_folder / "checkpoint_best.pth", weights_only=True)
     content["model"]["vision_proj.weight"] *= -2
     torch.save(content, tmp_path / "other.pth")
-    assert export(tmp_path / "other.pth", "--output", f"{exported}/", "--overwrite")[0] == 0
-    publish(hub, exported, "lab/a")
+    assert (
+        export(tmp_path / "other.pth", "--output", f"{folder}/", "--push", "lab/a", "--overwrite")[
+            0
+        ]
+        == 0
+    )
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)  # a process sees one version
     fetch.cache_clear()
     assert not same(outputs(load_model("lab/a", "cpu"), shapes), before)
@@ -169,8 +199,10 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
     assert "refuses it" in refusal(load_model, "lab/a@v7")
 
 
-def test_offline_and_without_a_network_the_cache_serves(exported, hub, shapes, monkeypatch, capsys):
-    publish(hub, exported, "lab/a")
+def test_offline_and_without_a_network_the_cache_serves(
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
+):
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     before = outputs(load_model("lab/a", "cpu"), shapes)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -187,9 +219,11 @@ def test_offline_and_without_a_network_the_cache_serves(exported, hub, shapes, m
     assert "the hub cannot be reached" in message and "http://127.0.0.1:9" in message
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
     assert "the hub cannot be reached" in refusal(load_model, f"lab/b@{'1' * 40}")
+    status, _, err = export(tmp_path / "out", "--push", "lab/b")
+    assert status == 2 and "--push lab/b: the hub cannot be reached" in err
 
 
-def test_what_the_hub_lacks_is_one_line(hub):
+def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
     assert "checkpoint: lab/a is not a local file or folder, and the hub refuses it" in refusal(
         load_model, "lab/a"
     )
@@ -198,13 +232,22 @@ def test_what_the_hub_lacks_is_one_line(hub):
     assert "weights/ALBEF.pth does not exist: check the path" in refusal(
         load_model, "weights/ALBEF.pth"
     )
+    checkpoint = run_folder / "checkpoint_best.pth"
+    for flags, words in (
+        (["--push", "lab/a"], "add --output FOLDER/"),
+        (["--push", "lab/a", "--output", "a.pth"], "end --output a.pth with"),
+        ([], "--output is missing"),
+        (["--push", "a b", "--output", f"{tmp_path}/x/"], "write USER/NAME"),
+    ):
+        status, _, err = export(checkpoint, *flags)
+        assert status == 2 and words in err
 
 
 def test_scripts_take_a_repository_and_a_run_folder_as_checkpoint(
-    run_folder, exported, hub, shapes, tmp_path, monkeypatch, capsys
+    run_folder, export, hub, shapes, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    publish(hub, exported, "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     found = {}
     for source in ("lab/a", run_folder / "checkpoint_best.pth", run_folder):
         data = ["--set", f"test_file={shapes / 'test.json'}", f"image_root={shapes}"]
@@ -236,8 +279,8 @@ def test_scripts_take_a_repository_and_a_run_folder_as_checkpoint(
     assert (tmp_path / "heatmap.png").exists()
 
 
-def test_a_hub_writes_nothing_outside_of_its_cache(exported, hub, shapes, tmp_path):
-    publish(hub, exported, "lab/a")
+def test_a_hub_writes_nothing_outside_of_its_cache(run_folder, export, hub, shapes, tmp_path):
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     outside = tmp_path / "outside"
     before = set(tmp_path.rglob("*"))
     for header in ("ETag", "X_Linked_ETag", "X_Repo_Commit", "X_Xet_Hash"):
@@ -269,10 +312,12 @@ def test_a_hub_writes_nothing_outside_of_its_cache(exported, hub, shapes, tmp_pa
     load_model("lab/a", "cpu")
 
 
-def test_the_configuration_of_a_repository_opens_nothing_else(exported, hub, shapes, tmp_path):
+def test_the_configuration_of_a_repository_opens_nothing_else(
+    run_folder, export, hub, shapes, tmp_path
+):
     texts = {name for name, field in FIELDS.items() if field.accepts("any text")}
     assert texts <= {*FILE_KEYS, "eos", "optimizer.opt"}
-    publish(hub, exported, "lab/a")
+    export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]
     good = json.loads(files["config.json"])
@@ -293,8 +338,12 @@ def test_the_configuration_of_a_repository_opens_nothing_else(exported, hub, sha
             repository["main"] = commit
             fetch.cache_clear()
             assert f"config.json: {key} is " in refusal(load_model, "lab/a")
+    shutil.copytree(tmp_path / "out", tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
+    status, _, err = export(tmp_path / "old", "--push", "lab/b")
+    assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
     content = {
-        **read_checkpoint(exported / "model.safetensors"),
+        **read_checkpoint(tmp_path / "out/model.safetensors"),
         "config": {**good, "tokenizer": "/dev/zero"},
     }
     # the metadata of the weights has another configuration
@@ -310,3 +359,36 @@ def test_the_configuration_of_a_repository_opens_nothing_else(exported, hub, sha
             assert commit in load_model("lab/a", "cpu").config.tokenizer
         else:
             assert "config.json" in refusal(load_model, "lab/a")
+
+
+def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(
+    run_folder, export, hub, tmp_path
+):
+    folder = tmp_path / "out"
+    checkpoint = run_folder / "checkpoint_best.pth"
+    assert export(checkpoint, "--output", f"{folder}/")[0] == 0
+    for name in ("secret.txt", "optimizer.pth", "sub/vocab.txt", "README.md.bak", ".env"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    assert export(folder, "--push", "lab/a")[0] == 0
+    repository = hub.repositories["lab/a"]
+    assert set(repository["commits"][repository["main"]]) == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "tokenizer.json",
+    }
+    status, _, err = export(checkpoint, "--output", f"{tmp_path}/new/", "--push", "lab/a")
+    assert (
+        status == 2 and "lab/a" in err and "--overwrite" in err and not (tmp_path / "new").exists()
+    )
+    status, _, err = export(checkpoint, "--output", f"{folder}/", "--push", "lab/b")
+    assert (
+        status == 2
+        and str(folder) in err
+        and "--overwrite" in err
+        and "lab/b" not in hub.repositories
+    )
+    (folder / "tokenizer.json").unlink()
+    status, _, err = export(folder, "--push", "lab/b")
+    assert status == 2 and "tokenizer.json" in err and "lab/b" not in hub.repositories

@@ -31,6 +31,8 @@ from evaluation import retrieval
 from inference import index as indexing
 from inference import load_model
 from inference.index import (
+    FEATURES,
+    IMAGES,
     INDEX,
     UNUSABLE,
     Index,
@@ -561,7 +563,8 @@ BAD = {
     "a text and queries": ("query {}/index star --queries {}/text.txt", "neither TEXT nor"),
     "no index": ("query {}/photos star", "photos: no index there"),
     "index is a file": ("query {}/text.txt star", "text.txt: no index there"),
-    "an array": ("query {}/other star", "other: damaged"),
+    "another format": ("query {}/format star", "format: damaged"),
+    "no JSON": ("query {}/nojson star", "index.json: cannot be read"),
     "damaged index": ("query {}/damaged star", "damaged: damaged .*remove it and index"),
     "nothing to search": ("query {}/index", "give a text, an image or both"),
     "blank text": ("query {}/index ?!", "nothing is left of it"),
@@ -614,12 +617,14 @@ def folder(checkpoints, photos, tmp_path_factory):
         *find_images([folder / "photos"])[:2],
     )
     gone = read_index(folder / "index")
-    for name in ("gone", "damaged", "other"):
+    for name in ("gone", "damaged", "format", "nojson"):
         shutil.copytree(folder / "index", folder / name)
     paths = [f"/nowhere/{i}.jpg" for i in range(len(gone.paths))]
     indexing.write_index(folder / "gone", gone._replace(paths=paths), [])
-    (folder / "damaged" / INDEX).write_bytes((folder / "index" / INDEX).read_bytes()[:-9])
-    np.save(folder / "other" / INDEX, gone.features)
+    (folder / "damaged" / FEATURES).write_bytes((folder / "index" / FEATURES).read_bytes()[:200])
+    about = json.loads((folder / "index" / INDEX).read_text())
+    (folder / "format" / INDEX).write_text(json.dumps({**about, "format": 99}))
+    (folder / "nojson" / INDEX).write_text("{")
     return folder
 
 
@@ -656,28 +661,44 @@ def test_a_folder_without_permission_is_one_line(photos):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("renames", [0, 1, 2])
 def test_a_write_that_is_killed_leaves_one_of_the_two_indexes(
-    index, photos, tmp_path, monkeypatch, renamed
+    index, photos, tmp_path, monkeypatch, renames
 ):
     index(photos / "0")
     folder = tmp_path / "index"
-    before, replace = read_index(folder), os.replace
+    before, replace, calls = read_index(folder), os.replace, []
 
-    def stop(source, target):
-        if renamed:
-            replace(source, target)
-        raise KeyboardInterrupt
+    def stop(source, target):  # of the renames after index.json
+        if Path(target).name in (FEATURES, IMAGES):
+            calls.append(target)
+            if len(calls) > renames:
+                raise KeyboardInterrupt
+        replace(source, target)
 
     after = before._replace(paths=before.paths[:5], states=before.states[:5])
     after = after._replace(features=before.features[:5], left=1)
     with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(os, "replace", stop)
         indexing.write_index(folder, after, [])
-    assert_same(read_index(folder), after if renamed else before)
-    indexing.write_index(folder, after, [])
-    assert_same(indexing.open_index(folder), after)
-    assert len(before.features) == 20 and before.features.any()  # of the file that was replaced
+    assert_same(read_index(folder), after)
+    assert_same(indexing.open_index(folder), after)  # finishes the renames
+    assert not list(folder.glob(f".*.{FEATURES}")) and not list(folder.glob(f".*.{IMAGES}"))
+    assert_same(read_index(folder), after)
+
+
+def test_a_reader_finds_one_index_while_another_is_written(index, photos, tmp_path, monkeypatch):
+    index(photos / "0")
+    whole, load = read_index(tmp_path / "index"), np.load
+    part = whole._replace(paths=whole.paths[:5], states=whole.states[:5])
+
+    def load_late(*arguments, **options):
+        monkeypatch.undo()
+        indexing.write_index(tmp_path / "index", part._replace(features=whole.features[:5]), [])
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(np, "load", load_late)
+    assert_same(read_index(tmp_path / "index"), part._replace(features=whole.features[:5]))
 
 
 def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints, tmp_path):
@@ -695,7 +716,7 @@ def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints,
         )
     finally:
         limit(None)
-    assert status == 1 and f"{INDEX}: File too large; the previous index is untouched" in err
+    assert status == 1 and "index.json: File too large; the previous index is untouched" in err
     assert contents(tmp_path / "index") == before
     assert "60 images, 20 as before" in index(photos)
 

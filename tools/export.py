@@ -2,7 +2,7 @@
 
 --output FILE writes a .safetensors or .pth file with the names of the released checkpoints, which
 every script accepts as a checkpoint. --output FOLDER/ writes the files of a hub repository, with
-the vocabulary and a model card.
+the vocabulary and a model card. --push uploads the folder.
 """
 
 import argparse
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from configs.config import Config
 
 SUFFIXES = (".safetensors", ".pth")
+PUBLISHED = ("model.safetensors", "config.json", "README.md")  # besides the vocabulary
 CARD = """---
 {metadata}
 ---
@@ -32,7 +33,7 @@ ALBEF ([Align before Fuse](https://arxiv.org/abs/2107.07651), Li et al., NeurIPS
 ```python
 from inference import load_model
 
-model = load_model("USER/{name}")
+model = load_model("{name}")
 ```
 
 ## Data
@@ -52,18 +53,21 @@ parser.add_argument(
     help="weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
 )
 parser.add_argument(
-    "--output",
-    required=True,
-    metavar="FILE",
-    help="file to write, .safetensors or .pth, or FOLDER/ for the hub",
+    "--output", metavar="FILE", help="file to write, .safetensors or .pth, or FOLDER/ for the hub"
 )
+parser.add_argument(
+    "--push", metavar="USER/NAME", help="upload FOLDER/, or the exported folder --checkpoint"
+)
+parser.add_argument("--public", action="store_true", help="make a new repository of --push public")
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
 )
 parser.add_argument(
     "--momentum", action="store_true", help="keep the momentum model and its queues, to train on"
 )
-parser.add_argument("--overwrite", action="store_true", help="replace an existing file or folder")
+parser.add_argument(
+    "--overwrite", action="store_true", help="replace an existing file, folder or repository"
+)
 parser.add_set()
 
 
@@ -174,7 +178,7 @@ def export_folder(args: argparse.Namespace) -> str:
     config, _ = choose_config(task, args.checkpoint, file=args.config, overrides=args.set)
     tokenizer, config = load_tokenizer(config)
     card = model_card(
-        folder.name,
+        args.push or folder.name,
         task,
         epoch=epoch,
         data={key: getattr(config, key) for key in ANNOTATION_KEYS if getattr(config, key)},
@@ -243,13 +247,41 @@ def model_card(
     )
 
 
+def published_files(folder: Path) -> list[str]:
+    """Return the names of the files to upload. Raises InputError if one is missing."""
+    from models.tokenizer import VOCABULARY
+    from models.weights import config_beside
+
+    config = config_beside(folder / "model.safetensors").get("config", {})
+    names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise InputError(
+            f"--push: {folder} lacks {', '.join(missing)}: add --output FOLDER/ to write them first"
+        )
+    return names
+
+
 def main() -> None:
-    """Export a checkpoint, as the command line says."""
+    """Export or upload a checkpoint, as the command line says."""
     args = parser.parse_args()
-    if args.output.endswith("/"):
+    to_folder = bool(args.output) and args.output.endswith("/")
+    if not (args.push or args.output):
+        raise InputError("--output is missing: name the file or the FOLDER/ to write")
+    if args.push and args.output and not to_folder:
+        raise InputError(f"--push needs a folder: end --output {args.output} with a slash")
+    from models.hub import check_repository, upload
+
+    folder = Path(args.output or args.checkpoint)
+    if args.push and not to_folder:
+        published_files(folder)
+    if args.push and not args.overwrite:
+        check_repository(args.push)
+    if to_folder:
         print(export_folder(args))
-    else:
+    elif args.output:
         print(export_file(args.checkpoint, args.output, args.momentum, args.overwrite))
+    if args.push:
+        print(f"published {upload(folder, published_files(folder), args.push, args.public)}")
 
 
 if __name__ == "__main__":

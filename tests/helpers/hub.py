@@ -1,5 +1,8 @@
-"""A small server that speaks the Hugging Face hub's protocol of downloads: files of commits."""
+"""A small server that speaks the Hugging Face hub's protocol: repositories, uploads by LFS,
+commits, revisions, downloads.
+"""
 
+import base64
 import hashlib
 import json
 import re
@@ -22,19 +25,97 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def do_GET(self):
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def handle_request(self):
         hub, path = self.server, self.path.partition("?")[0]
         hub.requests.append(f"{self.command} {path}")
-        match = re.fullmatch("/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        if not match:
-            return self.answer(404)
-        if match[1] not in hub.repositories:
-            return self.answer(404, X_Error_Code="RepoNotFound")
-        self.resolve(hub, *match.groups())
+        body = self.body()
+        for pattern, function in ROUTES.items():
+            if match := re.fullmatch(pattern, path):
+                if (
+                    match.groups()
+                    and function is not Handler.put
+                    and match[1] not in hub.repositories
+                ):
+                    return self.answer(404, X_Error_Code="RepoNotFound")
+                return function(self, hub, body, *match.groups())
+        self.answer(404)
 
-    do_HEAD = do_GET
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
-    def resolve(self, hub, name, revision, path):
+    def create(self, hub, body):
+        asked = json.loads(body)
+        name = (
+            f"{asked['organization']}/{asked['name']}"
+            if asked.get("organization")
+            else f"me/{asked['name']}"
+        )
+        if name in hub.repositories:
+            return self.answer(409, {"error": "exists", "url": f"{hub.address}/{name}"})
+        # the client's older and newer key
+        private = asked.get("private", asked.get("visibility") == "private")
+        hub.repositories[name] = {"private": private, "commits": {"0" * 40: {}}, "main": "0" * 40}
+        self.answer(content={"url": f"{hub.address}/{name}"})
+
+    def info(self, hub, body, name):
+        self.answer(content={"id": name, "sha": hub.repositories[name]["main"], "siblings": []})
+
+    def tree(self, hub, body, name):
+        repository = hub.repositories[name]
+        files = repository["commits"][repository["main"]]
+        self.answer(
+            content=[
+                {"type": "file", "path": path, "size": len(data), "oid": "0"}
+                for path, data in files.items()
+            ]
+        )
+
+    def preupload(self, hub, body, name):
+        files = [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in json.loads(body)["files"]
+        ]
+        self.answer(content={"files": files})
+
+    def batch(self, hub, body, name):
+        objects = [
+            {**given, "actions": {"upload": {"href": f"{hub.address}/lfs/{given['oid']}"}}}
+            for given in json.loads(body)["objects"]
+        ]
+        self.answer(content={"transfer": "basic", "objects": objects})
+
+    def put(self, hub, body, oid):
+        assert hashlib.sha256(body).hexdigest() == oid
+        hub.blobs[oid] = body
+        self.answer()
+
+    def commit(self, hub, body, name):
+        repository = hub.repositories[name]
+        files = dict(repository["commits"][repository["main"]])
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = hub.blobs[value["oid"]]
+        oid = f"{len(repository['commits']):040x}"
+        repository["commits"][oid], repository["main"] = files, oid
+        self.answer(content={"commitUrl": f"{hub.address}/{name}/commit/{oid}", "commitOid": oid})
+
+    def resolve(self, hub, body, name, revision, path):
         repository = hub.repositories[name]
         oid = repository.get(revision, revision)
         if oid not in repository["commits"]:
@@ -48,6 +129,20 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, data, **{**headers, **hub.headers})
 
 
+ROUTES = {
+    "/api/repos/create": Handler.create,
+    "/api/validate-yaml": lambda self, *_: self.answer(content={"errors": [], "warnings": []}),
+    "/lfs/(.+)": Handler.put,
+    "/api/models/([^/]+/[^/]+)": Handler.info,
+    "/api/models/([^/]+/[^/]+)/revision/main": Handler.info,
+    "/api/models/([^/]+/[^/]+)/tree/main": Handler.tree,
+    "/api/models/([^/]+/[^/]+)/preupload/main": Handler.preupload,
+    "/api/models/([^/]+/[^/]+)/commit/main": Handler.commit,
+    r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch": Handler.batch,
+    "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)": Handler.resolve,
+}
+
+
 @contextmanager
 def serve():
     """Run the server and yield it; it has .address, .repositories by name, .requests and .headers
@@ -56,7 +151,7 @@ def serve():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Handler.log_message = lambda *_: None
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.repositories, server.requests, server.headers = {}, [], {}
+    server.repositories, server.requests, server.blobs, server.headers = {}, [], {}, {}
     threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
     ).start()
@@ -65,15 +160,6 @@ def serve():
     finally:
         server.shutdown()
         server.server_close()
-
-
-def publish(hub, folder, name):
-    """Make a folder's files the newest commit of a repository and return the commit."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    repository = hub.repositories.setdefault(name, {"commits": {}})
-    repository["main"] = f"{len(repository['commits']):040x}"
-    repository["commits"][repository["main"]] = files
-    return repository["main"]
 
 
 def place(monkeypatch, address):
