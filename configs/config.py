@@ -155,6 +155,9 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     """Two decay rates of the optimizer's moving averages. Default: the optimizer's."""
     temp_lr_scale: Annotated[Number, in_training(with_trait("contrastive"))] = 1.0
     """Factor of the temperature's learning rate, for learning rates far above 1e-4."""
+    new_lr_scale: Annotated[Number, in_training()] = 1.0
+    """Factor of the learning rate of parameters without pre-trained weights. The temperature has
+    `temp_lr_scale` instead."""
 
 
 class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -240,15 +243,18 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     bert_config: Annotated[
         BertConfig | None, read_always(file=True, wanted="a path or a mapping of keys to values")
     ] = None
-    """JSON file or mapping with the sizes of the text encoder and the multimodal encoder."""
+    """JSON file or mapping with the sizes of the text encoder and the multimodal encoder. Keys that
+    are missing come from the config.json of `text_encoder`, with `fusion_layer` half of the
+    layers."""
     vision_width: Annotated[Width, read_always()] = 768
-    """Width of the image encoder."""
+    """Width of the image encoder. If `vision_encoder` is given, its width is the default."""
     vision_depth: Annotated[Count, read_always()] = 12
-    """Number of layers of the image encoder."""
+    """Number of layers of the image encoder. Default as for `vision_width`."""
     vision_heads: Annotated[Count, read_always()] = 12
-    """Number of attention heads of the image encoder, a divisor of `vision_width`."""
+    """Number of attention heads of the image encoder, a divisor of `vision_width`. Default as for
+    `vision_width`."""
     patch_size: Annotated[Pixels, read_always()] = 16
-    """Height and width of an image patch in pixels."""
+    """Height and width of an image patch in pixels. Default as for `vision_width`."""
     embed_dim: Annotated[Width, read_if(with_trait("projects"))] = 256
     """Width of the projected features of contrastive learning."""
     text_encoder: Annotated[str, read_always(file=True)] = "bert-base-uncased"
@@ -465,6 +471,7 @@ FIELDS: dict[str, Field] = {field.name: field for field in _fields(Config)}
 BERT_FIELDS: dict[str, Field] = {field.name: field for field in _fields(BertConfig)}
 BERT_REQUIRED = [field.name for field in msgspec.structs.fields(BertConfig) if field.required]
 SECTIONS = ("optimizer", "scheduler")
+VIT_KEYS = ("vision_width", "vision_depth", "vision_heads", "patch_size")
 ANNOTATION_KEYS = [name for name, field in FIELDS.items() if field.wanted == PATHS_WANTED]
 # keys whose values name files, folders or hub repositories
 FILE_KEYS = [name for name, field in FIELDS.items() if field.file]
@@ -572,13 +579,47 @@ def flatten(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def complete(flat: Mapping[str, Any], where: str) -> Config:
     """Return the configuration with the values of `flatten`. Raises InputError."""
     nested: dict[str, Any] = {}
-    for key, value in checked(flat, where).items():
+    for key, value in checked(with_sizes(flat, where), where).items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
     config = msgspec.convert(nested, Config)
     _check_multiple(config, "image_res", "patch_size", where)
     _check_multiple(config, "vision_width", "vision_heads", where)
     return config
+
+
+def with_sizes(flat: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Add the sizes of pre-trained encoders that a configuration names without their sizes.
+
+    Args:
+        flat: Values by key.
+        where: Source of the configuration, for messages.
+
+    Raises:
+        InputError: An encoder that is named cannot be read.
+    """
+
+    def named_by_default(key: str) -> tuple[Any, ...]:
+        return None, "random", FIELDS[key].default
+
+    vision, text, bert = (
+        flat.get(key) for key in ("vision_encoder", "text_encoder", "bert_config")
+    )
+    if vision not in named_by_default("vision_encoder") and any(
+        flat.get(key) is None for key in VIT_KEYS
+    ):
+        from models.sizes import vit_sizes  # which imports timm
+
+        given = {key: value for key, value in flat.items() if value is not None}
+        flat = {**flat, **vit_sizes(str(vision)), **given}
+    partial = isinstance(bert, Mapping) and any(bert.get(key) is None for key in BERT_REQUIRED)
+    if text not in named_by_default("text_encoder") and (bert is None or partial):
+        from models.sizes import bert_sizes
+
+        width = flat.get("vision_width") or FIELDS["vision_width"].default
+        given = read_bert_values(bert or {}, where)
+        flat = {**flat, "bert_config": bert_sizes(str(text), width) | given}
+    return flat
 
 
 def checked(flat: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -169,7 +169,12 @@ class Checkpointer:
 
     def _state_dict(self, state: "TrainState", lr: float) -> dict[str, Any]:
         progress = asdict(Progress(**{name: getattr(state, name) for name in PROGRESS}))
-        more = {"seed": state.seed, "world_size": world_size(), "entries": self.entries}
+        more = {
+            "seed": state.seed,
+            "world_size": world_size(),
+            "entries": self.entries,
+            "pretrained": list(state.model.pretrained),
+        }
         content = {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
@@ -453,6 +458,11 @@ def has_right_digest(path: Path) -> bool:
 
 # --------------------------------------------------------------------------------------------------
 # resuming
+
+
+def saved_pretrained(path: Path) -> list[str]:
+    """Return the parameters that a saved run began with weights for, which its optimizer groups."""
+    return (read_checkpoint(path).get("resume") or {}).get("pretrained", [])
 
 
 def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:

@@ -1,6 +1,7 @@
 """A run of a task: check all inputs, train, test the best epoch; or evaluate alone."""
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from engine.checkpointing import (
     newest_checkpoint,
     resume,
     run_files,
+    saved_pretrained,
 )
 from engine.configuration import choose_config, default_output_dir, task_of_checkpoint
 from engine.distributed import check_agreement, init_process_group
@@ -128,8 +130,10 @@ def set_up(
         warn_without_negatives(model, train_set, config)
     if task.check:
         find(task.check)(model, **options)
-    if not resume_from:
-        load_initial_weights(task, args, model)
+    if resume_from:
+        model.pretrained = saved_pretrained(resume_from)
+    else:
+        model.pretrained = load_initial_weights(task, args, model)
     model.to(device)
     evaluator = Evaluator(task, model, tokenizer, config, test_sets, output_dir, options)
     return evaluator, train_set, resume_from
@@ -243,7 +247,9 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
         InputError: The folder cannot be written to or belongs to another run, a file cannot be
             read, or a required key is missing.
     """
-    choose = {"file": args.config, "overrides": args.set, "evaluate": args.evaluate}
+    flags = ("text_encoder", "vision_encoder", "tokenizer")
+    named = [f"{key}={json.dumps(value)}" for key in flags if (value := getattr(args, key, None))]
+    choose = {"file": args.config, "overrides": [*args.set, *named], "evaluate": args.evaluate}
     output_dir, config = args.output_dir, None
     if not (args.resume and output_dir):  # a resumed run has its configuration in its checkpoint
         config, source = choose_config(task.name, args.checkpoint, **choose)
@@ -277,9 +283,6 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
         config, _ = choose_config(task.name, args.checkpoint, **choose)
     for line in notes(task.name, config, args.set, args.evaluate):
         log.warning("%s", line)
-    flags = ("text_encoder", "vision_encoder", "tokenizer")
-    given = {key: value for key in flags if (value := getattr(args, key, None))}
-    config = msgspec.structs.replace(config, **given)
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     return config, output_dir, resume_from
 
@@ -307,11 +310,14 @@ def build_datasets(
     return train_set, test_sets
 
 
-def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> None:
-    """Load --checkpoint, or the encoders of a task that starts without one; log the reports."""
-    reports = []
+def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> list[str]:
+    """Load --checkpoint, or the encoders of a task that starts without one; log the reports.
+
+    Returns:
+        Names of the loaded tensors.
+    """
     if args.checkpoint == "random":
-        return
+        return []
     if args.checkpoint:
         complete = args.evaluate
         reports = [load_checkpoint(model, args.checkpoint, args.allow_missing, complete=complete)]
@@ -319,6 +325,7 @@ def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> 
         reports = find(task.initialize)(model, model.config)
     for report in reports:
         log.info("%s", report)
+    return [name for report in reports for name in report.loaded]
 
 
 def warn_without_negatives(model: ALBEF, train_set: Any, config: Config) -> None:

@@ -193,7 +193,7 @@ def train_one_epoch(
     while state.iteration < end:
         lr = learning_rate(state.schedule, state.epoch, state.iteration, state.iterations)
         for group in state.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1)
+            group["lr"] = lr * group["lr_scale"]
         alpha = distillation_weight(state.config, state.epoch, state.iteration, state.iterations)
         with logger.count_flops():
             output = train_step(state, batches, alpha)

@@ -42,6 +42,7 @@ class ALBEF(nn.Module):
     """
 
     task: str  # set by build_model
+    pretrained: Sequence[str] = ()  # names of parameters that a run began with weights for
     text_encoder: BertModel | BertForMaskedLM
     # of a model with momentum copies
     visual_encoder_m: VisionTransformer

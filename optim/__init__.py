@@ -11,35 +11,37 @@ from configs.config import OptimizerConfig
 from utils import InputError
 
 
-def parameter_groups(
-    model: nn.Module, weight_decay: float, temp_lr_scale: float = 1.0
-) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Return the parameter groups of an optimizer.
 
-    Biases and one-dimensional parameters have no weight decay, all others have it. If its learning
-    rate is scaled, temp has a group of its own: Adam moves it by about the learning rate in every
-    step, and at rates far above the paper's 1e-4 it collapses before the features are learned.
+    Biases and one-dimensional parameters have no weight decay, all others have it. Parameters whose
+    learning rate is scaled have groups of their own: temp, because Adam moves it by about the
+    learning rate in every step, and at rates far above the paper's 1e-4 it collapses before the
+    features are learned; and parameters that are not in `model.pretrained`.
 
     Args:
         model: The model. Parameters without gradients are left out.
-        weight_decay: Weight decay.
-        temp_lr_scale: Factor on the learning rate of temp.
+        config: The keys weight_decay, temp_lr_scale and new_lr_scale.
     """
-    plain, decayed, temp = [], [], []
+    pretrained = set(getattr(model, "pretrained", ()))
+    # by weight decay and factor of the learning rate, the released groups first
+    groups: dict[tuple[float, float], list[Tensor]] = {
+        (0.0, 1.0): [],
+        (config.weight_decay, 1.0): [],
+    }
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        if name == "temp" and temp_lr_scale != 1:
-            temp.append(param)
-        else:
-            (plain if param.ndim == 1 or name.endswith(".bias") else decayed).append(param)
-    groups = [
-        {"params": plain, "weight_decay": 0.0},
-        {"params": decayed, "weight_decay": weight_decay},
+        is_plain = param.ndim == 1 or name.endswith(".bias")
+        scale = 1.0 if name in pretrained else config.new_lr_scale
+        if name == "temp":
+            scale = config.temp_lr_scale
+        decay = 0.0 if is_plain else config.weight_decay
+        groups.setdefault((decay, scale), []).append(param)
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
     ]
-    if temp:
-        groups.append({"params": temp, "weight_decay": weight_decay, "lr_scale": temp_lr_scale})
-    return groups
 
 
 def create_optimizer(
@@ -57,7 +59,7 @@ def create_optimizer(
     """
     if not isinstance(config, OptimizerConfig):
         config = msgspec.convert(config, OptimizerConfig)
-    groups = parameter_groups(model, config.weight_decay, config.temp_lr_scale)
+    groups = parameter_groups(model, config)
     options: dict[str, Any] = {"eps": config.opt_eps, "betas": config.opt_betas}
     options = {name: value for name, value in options.items() if value is not None}
     name = config.opt.lower()

@@ -320,7 +320,8 @@ MUTANTS = [
     Mutant(
         "optim/__init__.py", 'param.ndim == 1 or name.endswith(".bias")', 'name.endswith(".bias")'
     ),
-    Mutant("optim/__init__.py", 'if name == "temp" and temp_lr_scale != 1:', "if False:"),
+    Mutant("optim/__init__.py", 'if name == "temp":', "if False:"),
+    Mutant("optim/__init__.py", "1.0 if name in pretrained else config.new_lr_scale", "1.0"),
     Mutant("optim/__init__.py", "optimizer.found_inf = (~norm.isfinite()).float()", "pass"),
     Mutant("optim/__init__.py", "    elif norm.isfinite():\n", "    else:\n"),
     Mutant("scheduler/__init__.py", "epoch / schedule.epochs", "(epoch + 1) / schedule.epochs"),
@@ -353,7 +354,7 @@ MUTANTS = [
         "lr = learning_rate(state.schedule, state.epoch, state.iteration, state.iterations)",
         "lr = learning_rate(state.schedule, state.epoch + 1, state.iteration, state.iterations)",
     ),
-    Mutant("engine/trainer.py", 'lr * group.get("lr_scale", 1)', "lr"),
+    Mutant("engine/trainer.py", 'lr * group["lr_scale"]', "lr"),
     Mutant(
         "engine/trainer.py",
         "seed_everything(state.seed, state.epoch, state.iteration, micro, rank())",

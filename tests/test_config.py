@@ -11,7 +11,7 @@ from conftest import refusal
 from msgspec.structs import replace
 from ruamel.yaml import YAML
 
-from configs.config import Config, as_config, read_bert_config
+from configs.config import Config, OptimizerConfig, as_config, read_bert_config
 from configs.load import load_config, override, save_config
 from inference import load_model
 from models import build_model
@@ -48,6 +48,7 @@ def test_pretraining_config_is_the_papers_recipe():
         "lr": 1e-4,
         "weight_decay": 0.02,
         "temp_lr_scale": 1,
+        "new_lr_scale": 1,
         "opt_eps": None,
         "opt_betas": None,
     }
@@ -304,7 +305,7 @@ def test_sizes_beyond_any_model_are_refused():
 def test_weight_decay_spares_biases_and_one_dimensional_parameters(golden):
     data = golden("pretrain.pt")
     model = build_model("pretrain", {**data["config"], "bert_config": "tests/golden/bert.json"})
-    plain, decayed = parameter_groups(model, 0.02)
+    plain, decayed = parameter_groups(model, OptimizerConfig())
     names = {id(param): name for name, param in model.named_parameters()}
     assert plain["weight_decay"] == 0 and decayed["weight_decay"] == 0.02
     assert {"temp", "visual_encoder.cls_token", "visual_encoder.pos_embed"} <= {
@@ -314,20 +315,11 @@ def test_weight_decay_spares_biases_and_one_dimensional_parameters(golden):
     assert not any("_m." in names[id(p)] for group in (plain, decayed) for p in group["params"])
 
 
-def test_optimizers_and_schedules_by_name():
+def test_optimizers_by_name():
     model = torch.nn.Linear(2, 2)
-    assert (
-        type(
-            create_optimizer(
-                {"opt": "lamb", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model
-            )
-        ).__name__
-        == "Lamb"
-    )
+    assert type(create_optimizer({"opt": "lamb"}, model)).__name__ == "Lamb"
     with pytest.raises(InputError, match="adamZ"):
-        create_optimizer(
-            {"opt": "adamZ", "lr": 1e-3, "weight_decay": 0.0, "temp_lr_scale": 1.0}, model
-        )
+        create_optimizer({"opt": "adamZ"}, model)
 
 
 def test_files_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -54,9 +54,8 @@ MORE_DATA = {
 }
 # by task: keys that shared code reads although they have no effect in the task
 READ_IN_VAIN = {
-    **dict.fromkeys(("ve", "nlvr", "relevance"), {"optimizer.temp_lr_scale"}),
-    "vqa": {"optimizer.temp_lr_scale", "image_root"},
-    "nlvr_pretrain": {"optimizer.temp_lr_scale", "temp", "alpha", "warm_up"},
+    "vqa": {"image_root"},
+    "nlvr_pretrain": {"temp", "alpha", "warm_up"},
     "attributes": {
         "objectives",
         "hard_negatives",
