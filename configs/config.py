@@ -191,8 +191,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         Paths | None,
         read_if(evaluates_file("val_file"), file=True, wanted=PATHS_WANTED),
     ] = None
-    """Annotation files of the validation set, which selects the best epoch. Default: no validation,
-    the last epoch is the result."""
+    """Annotation files of the validation set, which selects the best epoch. Pre-training is
+    validated by zero-shot retrieval. Default: no validation, the last epoch is the result."""
     test_file: Annotated[
         Paths | None,
         read_if(evaluates_file("test_file"), file=True, wanted=PATHS_WANTED),
@@ -337,6 +337,9 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Interval of checkpoints within an epoch. A bare number is iterations, 0 is never."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
     """Number of last epochs whose `checkpoint_%02d.pth` are kept. Default: all."""
+    patience: Annotated[AtLeast1 | None, in_training(lambda task: bool(task.score))] = None
+    """End training after this number of epochs without a better validation score. Default: train
+    all epochs."""
     max_skipped_steps: Annotated[AtLeast0, in_training()] = 0
     """Number of steps that may be skipped because their gradients are not finite."""
     optimizer: OptimizerConfig = OptimizerConfig()

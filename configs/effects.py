@@ -44,6 +44,8 @@ def idle_keys(task: str, config: Config) -> Iterator[tuple[str, list[str]]]:
         yield "warmup_iters is set", ["scheduler.warmup_epochs"]
     if row.score and getattr(config, row.files["val"]):
         yield "the best epoch by validation and the last one are kept", ["keep_checkpoints"]
+    else:
+        yield "nothing is validated", ["patience"]
     if not config.distill:
         yield "distill is false", ["alpha", "warm_up"]
     if "mlm" not in objectives:

@@ -100,7 +100,7 @@ TASKS: dict[str, Task] = {
             score="acc",
             detect=_has("text_decoder."),
             methods=("answer", "heat_map"),
-            traits=frozenset({"distills", "validates"}),
+            traits=frozenset({"distills"}),
         ),
         Task(
             name="nlvr_pretrain",
@@ -129,7 +129,7 @@ TASKS: dict[str, Task] = {
             methods=("entails", "heat_map"),
             head="cls_head",
             classes=("contradiction", "neutral", "entailment"),
-            traits=frozenset({"distills", "validates"}),
+            traits=frozenset({"distills"}),
         ),
         Task(
             name="nlvr",
@@ -146,7 +146,7 @@ TASKS: dict[str, Task] = {
             methods=("true_of", "heat_map"),
             head="cls_head",
             classes=("False", "True"),
-            traits=frozenset({"distills", "validates", "pairs"}),
+            traits=frozenset({"distills", "pairs"}),
         ),
         Task(
             name="pretrain",
@@ -155,9 +155,10 @@ TASKS: dict[str, Task] = {
             model="models.pretrain:Pretrain",
             train_data="dataset.caption:train_set",
             test_data="dataset.retrieval:test_set",
-            files={"test": "test_file"},
+            files=VAL_TEST,
             evaluate="evaluation.retrieval:evaluate",
             chance="evaluation.retrieval:chance_metrics",
+            score="best_r_mean",
             initialize="models.weights:load_encoders",
             detect=_has("text_encoder.bert."),
             methods=(*ALIGNED, "fill_in"),
@@ -180,7 +181,7 @@ TASKS: dict[str, Task] = {
             methods=ALIGNED,
             head="itm_head",
             classes=MATCHING,
-            traits=CONTRASTIVE | {"validates"},
+            traits=CONTRASTIVE,
         ),
         Task(
             name="relevance",
@@ -197,7 +198,7 @@ TASKS: dict[str, Task] = {
             methods=("heat_map",),
             head="itm_head",
             classes=("irrelevant", "relevant"),
-            traits=frozenset({"distills", "validates"}),
+            traits=frozenset({"distills"}),
         ),
         Task(
             name="grounding",

@@ -27,7 +27,7 @@ from dataset.images import ImageError, absolute, decode_image, read_image
 from dataset.loading import check_length
 from dataset.pool import begin_worker
 from dataset.shards import Shards, expand, image_and_captions, read_sample
-from dataset.text import is_blank, without_halves
+from dataset.text import count_words, is_blank, without_halves
 from dataset.vqa import ROOTS, Question
 from evaluation.metrics import count_vqa_formulas
 from utils import InputError
@@ -271,13 +271,10 @@ class FileReport:
         usable = not is_blank(kept)
         self.words.append(len(words) if usable else 0)
         if tokenizer := self.check.tokenizer:
-            encoding = tokenizer.backend_tokenizer.encode(kept)
-            self.pieces.append(len(encoding.ids))
-            # the first piece is [CLS]
-            self.all_words += encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0
-            for piece, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-                if piece == tokenizer.unk_token_id:  # a word that the vocabulary cannot spell
-                    self.counts["unknown"][kept[start:end]] += 1
+            pieces, count, unknown = count_words(kept, tokenizer)
+            self.pieces.append(pieces)
+            self.all_words += count
+            self.counts["unknown"].update(unknown)  # words that the vocabulary cannot spell
         return usable
 
     def _add_image(

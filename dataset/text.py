@@ -64,6 +64,16 @@ def _first_words(text: str, max_words: int) -> str:
     return " ".join(text.split(" ")[:max_words])
 
 
+def count_words(text: str, tokenizer: Any) -> tuple[int, int, list[str]]:
+    """Return the numbers of token ids and words of a text, and its words that become [UNK]."""
+    encoding = tokenizer.backend_tokenizer.encode(text)
+    # the first piece is [CLS]
+    words = encoding.word_ids[-1] + 1 if encoding.word_ids[1:] else 0
+    pieces = zip(encoding.ids, encoding.offsets, strict=True)
+    unknown = [text[slice(*span)] for piece, span in pieces if piece == tokenizer.unk_token_id]
+    return len(encoding.ids), words, unknown
+
+
 def is_blank(text: str) -> bool:
     """Return whether a cleaned-up text has only characters that make no word, or none."""
     return all(

@@ -186,6 +186,8 @@ class Checkpointer:
         }
         if state.model.vocabulary:
             content["tokenizer_json"] = state.model.vocabulary
+        if state.model.ranking:
+            content["ranking"] = state.model.ranking
         return content
 
     def _write(
@@ -497,6 +499,7 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     for name in PROGRESS:
         setattr(state, name, saved[name])
     state.best = saved["best"] and Best(**saved["best"])
+    state.model.ranking = content.get("ranking")
     if state.samples_seen:
         _check_same_epoch(path, saved, saved_config, config, entries)
     if saved["world_size"] != world_size():

@@ -32,10 +32,13 @@ from engine.configuration import choose_config, default_output_dir, task_of_chec
 from engine.distributed import check_agreement, init_process_group
 from engine.metric_logger import MetricLogger, write_log
 from engine.output_dir import make_output_dir, writing
+from engine.overview import log_overview
 from engine.precision import use_device
+from engine.signs import warn_of_texts, warn_without_negatives
 from engine.trainer import create_train_state, train
 from evaluation.metrics import NotFinite
 from evaluation.report import Report
+from evaluation.retrieval import better_ranking
 from models import build_model
 from models.albef import ALBEF
 from models.tokenizer import VOCABULARY, Tokenizer, load_tokenizer
@@ -73,6 +76,7 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     model, config, output_dir = evaluator.model, evaluator.config, evaluator.output_dir
     device, entries, seed = evaluator.device, len(train_set), args.seed
     data = TrainBatches(train_set, evaluator.tokenizer, config, device=device, seed=seed)
+    log_overview(model, train_set, device)
     state = create_train_state(model, data, config, device=device, seed=seed)
     if resume_from:
         resume(resume_from, state, entries)
@@ -128,6 +132,7 @@ def set_up(
     model = build_model(task.name, config, tokenizer)
     if train_set is not None:
         warn_without_negatives(model, train_set, config)
+        warn_of_texts(train_set, tokenizer)
     if task.check:
         find(task.check)(model, **options)
     if resume_from:
@@ -191,8 +196,14 @@ class Evaluator:
         return {prefixed(split, name): value for name, value in metrics.items()}
 
     def validate(self) -> tuple[dict[str, float], str]:
-        """Return the metrics of the validation data and the name of the score."""
-        return self.measure("val"), self.score
+        """Return the metrics of the validation data and the name of the score.
+
+        If they compare ITC with ITM, the model keeps the better ranking.
+        """
+        metrics = self.measure("val")
+        plain = {name.removeprefix("val_"): value for name, value in metrics.items()}
+        self.model.ranking = better_ranking(plain, self.config)
+        return metrics, self.score
 
     def test_checkpoint(self, checkpoint: str) -> None:
         """Test the weights of --checkpoint on all splits."""
@@ -326,23 +337,6 @@ def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> 
     for report in reports:
         log.info("%s", report)
     return [name for report in reports for name in report.loaded]
-
-
-def warn_without_negatives(model: ALBEF, train_set: Any, config: Config) -> None:
-    """Warn if a model needs negatives and no batch of a rank can have one."""
-    if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
-        return
-    # entries of an image share a group; None is a group of one entry; shards have no entries
-    entries = train_set.entries
-    first = entries[0].group if len(entries) else None
-    one_image = first is not None and all(entries[i].group == first for i in range(len(entries)))
-    if config.batch_size == 1 or one_image:
-        what = "text assignment" if model.task == "nlvr_pretrain" else "matching"
-        log.warning(
-            "%s is not trained, no batch has a negative: set batch_size to 2 or more, and"
-            " train on two or more images",
-            what,
-        )
 
 
 def save_settings(model: ALBEF, config: Config, folder: Path) -> None:

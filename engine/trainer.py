@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from engine.distributed import StopSignal, settle_buckets, wrap_ddp
 from engine.launch import interruptible
 from engine.metric_logger import MetricLogger, summarize, write_log
 from engine.precision import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
+from engine.signs import warn_of_training
 from models.albef import ALBEF
 from optim import create_optimizer, step_if_finite
 from scheduler import WARMUP_STEP, Schedule, create_schedule, distillation_weight, learning_rate
@@ -49,6 +50,8 @@ class TrainState(Progress):
         seed: The flag --seed.
         iterations: Optimizer steps of a whole epoch.
         global_batch: Samples of an optimizer step, over all ranks.
+        buckets_settled: Whether the buckets of DistributedDataParallel are final.
+        warned: Metrics that `warn_of_training` has named.
     """
 
     model: ALBEF
@@ -61,6 +64,7 @@ class TrainState(Progress):
     iterations: int
     global_batch: int
     buckets_settled: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 class StepOutput(NamedTuple):
@@ -132,7 +136,7 @@ def train(
     *,
     validate: Validate | None = None,
 ) -> Best | None:
-    """Train until scheduler.epochs epochs are complete, and save.
+    """Train until scheduler.epochs epochs are complete or `patience` is used up, and save.
 
     After every epoch checkpoint_last.pth and checkpoint_%02d.pth are written. With `validate`,
     checkpoint_best.pth replaces checkpoint_%02d.pth and holds the epoch of the highest score.
@@ -155,7 +159,7 @@ def train(
     """
     log_start(state)
     with StopSignal() as stop:
-        while state.epoch < state.config.scheduler.epochs:
+        while state.epoch < state.config.scheduler.epochs and not has_stalled(state):
             lr = train_one_epoch(state, data, checkpointer, logger, stop)
             end_epoch(state, checkpointer, lr, stop, validate)
         # all wait for rank 0: a rank that reads the best checkpoint next finds it written
@@ -165,6 +169,18 @@ def train(
             checkpointer.finish,
         )
     return state.best
+
+
+def has_stalled(state: TrainState) -> bool:
+    """Return whether the last `patience` epochs brought no better validation score; log it."""
+    patience = state.config.patience
+    if not (patience and state.best) or state.iteration:
+        return False
+    best, waited = state.best.epoch, state.epoch - 1 - state.best.epoch
+    if waited < patience:
+        return False
+    log.info("no better validation score in %d epochs (patience), the best is %d", waited, best)
+    return True
 
 
 def train_one_epoch(
@@ -203,6 +219,7 @@ def train_one_epoch(
         if state.iteration < end:
             save_if_due(state, checkpointer, logger, stop, lr)
     logger.end_epoch(state)
+    warn_of_training(state)
     write_log(logger.output_dir, state.epoch, train_lr=lr, **summarize(state))
     return lr
 

@@ -157,7 +157,8 @@ def evaluate(
         ks: Numbers of candidates to re-rank, by default k_test.
 
     Returns:
-        Metrics of `recall_at_k`, for ITC alone with the prefix itc_, for smaller k with k16_ etc.
+        Metrics of `recall_at_k`, for ITC alone with the prefix itc_, for smaller k with k16_ etc.,
+        and best_r_mean, the higher r_mean of ITC alone and of k_test.
 
     Raises:
         NotFinite: Scores are not finite.
@@ -182,7 +183,26 @@ def evaluate(
         report.write("retrieval.json", rankings(scores_i2t, scores_t2i, dataset))
         print_table(f"{TASKS[model.task].title}, {report.title}", metrics, dataset)
     prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
-    return {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
+    best = max(metrics[k]["r_mean"] for k in (0, ks[-1]))
+    named = {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
+    return {**named, "best_r_mean": best}
+
+
+def better_ranking(metrics: dict[str, float], config: Config) -> dict[str, Any] | None:
+    """Return the ranking with the higher r_mean: ITC alone, or ITM of its k best candidates.
+
+    Args:
+        metrics: Metrics of `evaluate`, or of another task's evaluation.
+        config: The configuration; k_test is read.
+
+    Returns:
+        Its name `by` and k, as checkpoints keep them, with both r_means in percent. None without
+        these metrics.
+    """
+    if "itc_r_mean" not in metrics:
+        return None
+    itc, itm = metrics["itc_r_mean"], metrics["r_mean"]
+    return {"by": "itm" if itm > itc else "itc", "k": config.k_test, "itc": itc, "itm": itm}
 
 
 def recall_of(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, float]:

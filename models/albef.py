@@ -43,6 +43,8 @@ class ALBEF(nn.Module):
 
     task: str  # set by build_model
     pretrained: Sequence[str] = ()  # names of parameters that a run began with weights for
+    # ITC or ITM, whichever ranked the last validation's data better, see evaluation.retrieval
+    ranking: dict[str, Any] | None = None
     text_encoder: BertModel | BertForMaskedLM
     # of a model with momentum copies
     visual_encoder_m: VisionTransformer

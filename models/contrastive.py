@@ -49,6 +49,8 @@ class ContrastiveModel(ALBEF):
     image_queue: Tensor
     text_queue: Tensor
     queue_ptr: Tensor
+    image_cos: Tensor
+    text_cos: Tensor
 
     def __init__(
         self,
@@ -87,6 +89,14 @@ class ContrastiveModel(ALBEF):
             queue = F.normalize(torch.randn(embed_dim, config.queue_size), dim=0)
             self.register_buffer(name, queue)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        for name in ("image_cos", "text_cos"):  # of the last step, see `mean_cosine`
+            self.register_buffer(name, torch.zeros(()), persistent=False)
+
+    def extra_metrics(self) -> dict[str, Tensor]:
+        """Return the temperature, and how alike the features of the batch are."""
+        if "itc" not in self.objectives:
+            return {}
+        return {"temp": self.temp, "image_cos": self.image_cos, "text_cos": self.text_cos}
 
     def encode_image(self, image: Tensor, momentum: bool = False) -> tuple[Tensor, Tensor]:
         """Encode images.
@@ -143,6 +153,8 @@ class ContrastiveModel(ALBEF):
         Returns:
             The loss, the one-hot loss of Equation 2, and the similarities.
         """
+        self.image_cos.copy_(mean_cosine(features.image))
+        self.text_cos.copy_(mean_cosine(features.text))
         # backward needs the queues as they were before this step's features enter
         queues = Features(self.image_queue.clone(), self.text_queue.clone())
         contrast, contrast_m = similarities(features, features_m, queues, self.temp), None
@@ -329,6 +341,16 @@ def top_candidates(sim: Tensor, k: int) -> Tensor:
     """Mark the k largest of each row, or all if there are fewer: sim [Q, K] -> bool [Q, K]."""
     top = sim.topk(min(k, sim.shape[1]), dim=1).indices
     return torch.zeros_like(sim, dtype=torch.bool).scatter_(1, top, True)
+
+
+@torch.no_grad()
+def mean_cosine(feat: Tensor) -> Tensor:
+    """Compute the mean cosine of two different rows of normalized features [B, D].
+
+    It is near 1 if the encoder maps all inputs to one feature. A batch of one has 0.
+    """
+    batch = len(feat)
+    return (feat.sum(dim=0).square().sum() - batch) / max(1, batch * (batch - 1))
 
 
 def mutual_information_bound(itc_onehot: Tensor, candidates: int) -> Tensor:

@@ -58,8 +58,9 @@ class Pretrain(ContrastiveModel):
         return batch._replace(masked=self.mask(batch.text.input_ids))
 
     def extra_metrics(self) -> dict[str, Tensor]:
-        """Return the temperature and the bound of mutual information."""
-        return {"temp": self.temp, "mi_bound": self.mi_bound} if "itc" in self.objectives else {}
+        """Return the metrics of contrastive learning, with the bound of mutual information."""
+        metrics = super().extra_metrics()
+        return {**metrics, "mi_bound": self.mi_bound} if metrics else {}
 
     def forward(
         self, batch: PretrainBatch, *, alpha: float, update_momentum: bool = True

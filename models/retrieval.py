@@ -30,10 +30,6 @@ class Retrieval(ContrastiveModel):
         super().__init__(config, BertModel, tokenizer, known=("itc", "itm"))
         self.register_buffer("idx_queue", torch.full((1, config.queue_size), -100))
 
-    def extra_metrics(self) -> dict[str, Tensor]:
-        """Return the temperature."""
-        return {"temp": self.temp} if "itc" in self.objectives else {}
-
     def forward(
         self, batch: RetrievalBatch, *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:

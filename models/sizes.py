@@ -29,8 +29,11 @@ def vit_sizes(source: str) -> dict[str, int]:
             vit = timm.create_model(source)
         if type(vit) is not VisionTransformer:
             raise InputError(f"vision_encoder: {source} of timm is not a plain ViT")
-        heads, patch = vit.blocks[0].attn.num_heads, vit.patch_embed.patch_size[0]
-        return _sizes(vit.embed_dim, len(vit.blocks), heads, patch)
+        # timm types a list of modules as one module
+        attention: Any = vit.blocks[0].attn
+        return _sizes(
+            vit.embed_dim, len(vit.blocks), attention.num_heads, vit.patch_embed.patch_size[0]
+        )
     path = find_file(source, WEIGHT_FILES, "vision_encoder")
     weights = read_weights(path)
     patches = weights.get("patch_embed.proj.weight")

@@ -53,8 +53,8 @@ def assert_released_step(model, losses, data):
 
 
 INFO = re.compile(
-    r"configuration: |global batch |epoch \d+: |resuming from |the run is complete"
-    r"|  \w+: \d+ \(|.* tensors loaded"
+    r"configuration: |training set: |model: |global batch |epoch \d+: |resuming from "
+    r"|the run is complete|  \w+: \d+ \(|.* tensors loaded"
 )
 
 

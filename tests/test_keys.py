@@ -55,7 +55,7 @@ MORE_DATA = {
 # by task: keys that shared code reads although they have no effect in the task
 READ_IN_VAIN = {
     "vqa": {"image_root"},
-    "nlvr_pretrain": {"temp", "alpha", "warm_up"},
+    "nlvr_pretrain": {"patience", "temp", "alpha", "warm_up"},
     "attributes": {
         "objectives",
         "hard_negatives",

@@ -67,8 +67,9 @@ def landscapes(shapes, tmp_path):
     }
 
 
-def test_a_short_run_learns(landscapes, tmp_path):
+def test_a_short_run_learns(landscapes, tmp_path, caplog):
     model = run(landscapes, tmp_path / "run")
+    assert "engine.signs" not in {record.name for record in caplog.records}
     test_set = build_dataset("retrieval", "test", landscapes)
     tokenizer = build_tokenizer(landscapes["tokenizer"])
     metrics = evaluate(model, test_set, tokenizer, landscapes, CPU)

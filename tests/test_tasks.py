@@ -910,3 +910,20 @@ def test_unusable_training_images_are_counted_and_named(program, shapes, tmp_pat
     (tmp_path / "train.json").write_text(json.dumps(entries))
     with pytest.raises(TrainingStopped, match="broken.jpg"):
         run(script, {**config, "train_file": [str(tmp_path / "train.json")]}, tmp_path / "run")
+
+
+def test_pretraining_validates_and_ends_without_patience(pretrain, shapes, tmp_path):
+    """The better ranking of the validation set travels in the checkpoint."""
+    flags = ["--set", "scheduler.epochs=9", "patience=1", "optimizer.lr=0", "scheduler.warmup_lr=0"]
+    flags += ["scheduler.min_lr=0"]
+    assert pretrain(*flags, val_file=str(shapes / "val.json"))[0] == 0
+    first, second = log(tmp_path / "out")[:2]  # of the same weights
+    assert len(log(tmp_path / "out")) == 2
+    itc, itm = first["val_itc_r_mean"], first["val_r_mean"]
+    assert first["val_best_r_mean"] == second["val_best_r_mean"] == max(itc, itm)
+    content = torch.load(tmp_path / "out/checkpoint_best.pth", weights_only=True)
+    expected = {"by": "itm" if itm > itc else "itc", "k": 4, "itc": itc, "itm": itm}
+    assert content["epoch"] == 0 and content["ranking"] == expected
+    assert not (tmp_path / "out/checkpoint_00.pth").exists()
+    status, _ = pretrain("--resume", *flags, val_file=str(shapes / "val.json"))
+    assert status == 0 and len(log(tmp_path / "out")) == 2
