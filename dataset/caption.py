@@ -1,7 +1,7 @@
 """Image-caption pairs for pre-training and text assignment, from JSON lists and shards."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Pair(Captioned):
         """Key of the image. None: each entry of pre-training counts as an image of its own."""
         return None
 
-    def check(self) -> None:
+    def check(self, first: Self) -> None:
         """Accept blank captions, which are replaced when they are drawn."""
 
 

@@ -2,11 +2,12 @@
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Protocol, Self, TypeVar
 
@@ -22,6 +23,8 @@ V = TypeVar("V", bound="Identified")
 Texts = Annotated[list[str], msgspec.Meta(min_length=1)]
 
 _SPACE = " \t\n\r"  # JSON's white space
+_BLOCK = 1 << 16  # bytes that are decoded at a time
+_COMMA = re.compile(rb"(?<=\}),(?=\s*\{)")  # between two objects
 
 
 class Entry(msgspec.Struct, gc=False):
@@ -55,19 +58,16 @@ class Entry(msgspec.Struct, gc=False):
         """Clean up one of `texts` as a model reads it."""
         return pre_caption(text, max_words or cls.max_words)
 
-    def check(self) -> None:
-        """Raise InputError if a text is blank; subclasses may check more."""
+    def check(self, first: Self) -> None:
+        """Raise InputError if a text is blank; subclasses may check more.
+
+        `first` is the first entry of the list.
+        """
         for text in self.texts:
             if is_blank(self.clean(text)):
                 raise InputError(
                     f"its text {reprlib.repr(text)} is empty after clean-up", "empty text"
                 )
-
-    def check_with(self, first: Self) -> None:
-        """Raise InputError if a list cannot hold both this entry and `first`.
-
-        `first` is the first entry of the list.
-        """
 
 
 def check_entry(
@@ -90,9 +90,7 @@ def check_entry(
     """
     try:
         entry = msgspec.convert(value, form)
-        entry.check()
-        if first is not None:
-            entry.check_with(first)
+        entry.check(first or entry)
         return entry
     except msgspec.ValidationError as error:
         problem = _without_ticks(error).replace("'$.", "'")
@@ -128,8 +126,8 @@ def read_entries(
     form: type[E],
     *,
     refuse: Callable[[int, InputError], None] | None = None,
-) -> list[E]:
-    """Read a JSON list and check all of its entries.
+) -> Iterator[E]:
+    """Iterate over the entries of a JSON list, and check each of them.
 
     Args:
         path: File of the list.
@@ -137,31 +135,32 @@ def read_entries(
         refuse: Function (number, error) for each wrong entry, which becomes None in the result. By
             default the first error is raised.
 
-    Returns:
+    Yields:
         The entries.
 
     Raises:
         InputError: The file cannot be read, is not a JSON list, is empty, or has a wrong entry.
     """
-    data = _read_list(path)
+    return itertools.chain.from_iterable(_read_blocks(path, form, refuse))
+
+
+def _read_blocks(
+    path: Path | str, form: type[E], refuse: Callable[[int, InputError], None] | None
+) -> Iterator[list[E]]:
+    """Yield the entries of `read_entries` in lists."""
+    data, first, count = _read_list(path), None, 0
     try:
-        # msgspec accepts bytes that are not UTF-8 in fields that it skips
-        if not data.isascii():
-            data.decode()
-        whole = list[form]  # ty: ignore[invalid-type-form]  # a type at run time
-        entries = msgspec.json.decode(data.removeprefix(codecs.BOM_UTF8), type=whole)
-        for entry in entries:
-            entry.check()
-        if form.check_with is not Entry.check_with:
+        for entries in _decode_blocks(data, form):
+            first = first or entries[0]
             for entry in entries:
-                entry.check_with(entries[0])
-        if entries:
-            return entries
+                entry.check(first)
+            yield entries
+            count += len(entries)
+        return
     # a mistake, or a value that only Python's json reads, such as NaN or half a surrogate pair
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, InputError):
         pass
-    entries, first = [], None
-    for number, value in enumerate(_decode_list(data, path)):
+    for number, value in enumerate(_decode_list(data, path)[count:], count):
         try:
             entry = check_entry(value, form, path, number, first=first)
         except InputError as error:
@@ -169,9 +168,36 @@ def read_entries(
                 raise
             refuse(number, error)
             entry = None
-        entries.append(entry)
+        yield [entry]  # ty: ignore[invalid-yield]  # None only if `refuse` is given
         first = first or entry
-    return entries
+
+
+def _decode_blocks(data: bytes, form: type[E]) -> Iterator[list[E]]:
+    """Decode a JSON list in blocks that fit the processor's cache, which halves the time.
+
+    A block ends between two entries. A cut inside a string or a nested object leaves a block that
+    is no list; then the rest of the list is one block.
+
+    Raises what msgspec raises, also if the list is empty.
+    """
+
+    def decode(block: bytes) -> list[E]:
+        # msgspec accepts bytes that are not UTF-8 in fields that it skips
+        if not block.isascii():
+            block.decode()
+        return decoder.decode(block)
+
+    whole = Annotated[list[form], msgspec.Meta(min_length=1)]  # ty: ignore[invalid-type-form]
+    decoder = msgspec.json.Decoder(whole)
+    data, start, opening = data.removeprefix(codecs.BOM_UTF8), 0, b""
+    while comma := _COMMA.search(data, start + _BLOCK):
+        try:
+            entries = decode(opening + data[start : comma.start()] + b"]")
+        except msgspec.MsgspecError:
+            break
+        yield entries
+        start, opening = comma.end(), b"["
+    yield decode(opening + data[start:])
 
 
 def read_json_list(path: Path | str) -> list:

@@ -1,7 +1,7 @@
 """Query-ad relevance: is an ad, an image with its title and other words, relevant to a query?"""
 
 import reprlib
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from configs.config import Config
 from dataset.classification import ClassificationDataset, build_test_set, build_train_set
@@ -53,7 +53,7 @@ class Ad(Entry):
         """Clean up a sentence."""
         return pre_ad(text, max_words or cls.max_words)
 
-    def check(self) -> None:
+    def check(self, first: Self) -> None:
         """Raise InputError if the query or the words of the ad are blank."""
         for field, text in (("query", self.query), ("text", self.text)):
             if is_blank(pre_caption(text, MAX_AD_WORDS)):

@@ -183,7 +183,7 @@ class FileReport:
         if self.form is None:
             entries = read_boxes(self.path)[1]
         else:
-            entries = read_entries(self.path, self.form, refuse=refuse)
+            entries = list(read_entries(self.path, self.form, refuse=refuse))
         images, config = {}, self.check.config
         for index, entry in enumerate(entries):
             try:

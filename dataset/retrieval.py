@@ -35,8 +35,9 @@ class RetrievalPair(Entry):
         """Key of the image: `image_id`, or the path if the list has no ids."""
         return os.path.normpath(self.image) if self.image_id is None else self.image_id
 
-    def check_with(self, first: Self) -> None:
-        """Raise InputError if only one of the two entries has an image_id."""
+    def check(self, first: Self) -> None:
+        """Raise InputError if a text is blank, or only one of the entries has an image_id."""
+        super().check(first)
         if (self.image_id is None) != (first.image_id is None):
             has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
             raise InputError(f"it has {has} 'image_id', but entry 0 {others}", "wrong 'image_id'")

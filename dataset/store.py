@@ -172,18 +172,18 @@ def _index_type(size: int) -> np.dtype:
 def _build(job: tuple[str, str], form: type[Entry]) -> None:
     """Check the entries of a list and write its store. job: path and name of the store."""
     path, name = job
-    entries, starts, checksums, end = read_entries(path, form), array("q"), array("I"), 0
+    entries, starts, checksums, end, count = read_entries(path, form), array("q"), array("I"), 0, 0
     with atomic_write(f"{name}.jsonl") as file:
-        for first in range(0, len(entries), _BATCH):
-            block = _json_lines(entries[first : first + _BATCH])
+        while batch := list(itertools.islice(entries, _BATCH)):
+            groups = [_json_lines(batch[i : i + _GROUP]) for i in range(0, len(batch), _GROUP)]
+            starts.extend(itertools.accumulate(map(len, groups[:-1]), initial=end))
+            checksums.extend(map(zlib.crc32, groups))
+            block = b"".join(groups)
             file.write(block)
-            line_ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
-            cuts = [0, *line_ends[_GROUP - 1 : -1 : _GROUP].tolist(), len(block)]
-            starts.extend(end + cut for cut in cuts[:-1])
-            checksums.extend(zlib.crc32(block[a:b]) for a, b in itertools.pairwise(cuts))
             end += len(block)
+            count += len(batch)
     index = np.empty(len(starts) + 1, _index_type(end))
-    index["start"], index["checksum"] = [*starts, end], [*checksums, len(entries)]
+    index["start"], index["checksum"] = [*starts, end], [*checksums, count]
     with atomic_write(f"{name}.index") as file:  # last: a complete store has both files
         file.write(index.tobytes())
 

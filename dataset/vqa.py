@@ -4,7 +4,7 @@ import reprlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from msgspec import Meta
@@ -58,9 +58,9 @@ class TrainingQuestion(Asked):
         """The configuration key of the image folder."""
         return ROOTS[self.dataset]
 
-    def check(self) -> None:
+    def check(self, first: Self) -> None:
         """Raise InputError if the question is blank or the answers have the wrong form."""
-        super().check()
+        super().check(first)
         if isinstance(self.answer, list) != (self.dataset == "vqa"):
             raise InputError(f"'answer' is {reprlib.repr(self.answer)}", "wrong 'answer'")
 
@@ -83,9 +83,9 @@ class Question(Asked):
         """The configuration key of the image folder."""
         return ROOTS[self.dataset]
 
-    def check(self) -> None:
+    def check(self, first: Self) -> None:
         """Raise InputError if the question is blank or the answers cannot be scored."""
-        super().check()
+        super().check(first)
         if self.dataset == "vg" and self.answer is not None:
             raise InputError(
                 "an answer of Visual Genome has one annotator and cannot be scored; leave such"

@@ -15,6 +15,7 @@ import pytest
 from conftest import refusal
 
 from dataset import cache, store
+from dataset import entries as entries_module
 from dataset.base import check_images
 from dataset.caption import CaptionDataset, Pair
 from dataset.entries import check_entry, read_json, read_json_list
@@ -84,8 +85,10 @@ def stores(folder):
 
 
 @pytest.mark.parametrize("batch", [16, 1 << 16])
-def test_loaded_lists_equal_the_json_of_all_files_in_order(tmp_path, monkeypatch, batch):
+@pytest.mark.parametrize("block", [0, 500, 1 << 16])
+def test_loaded_lists_equal_the_json_of_all_files_in_order(tmp_path, monkeypatch, batch, block):
     monkeypatch.setattr(store, "_BATCH", batch)
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
     one_caption = [{"image": f"{i}.jpg", "caption": "word " * i} for i in range(70)]
     files = [write(tmp_path / "1.json", TRICKY), write(tmp_path / "2.json", one_caption)]
     loaded = load(*files)
@@ -541,7 +544,11 @@ def test_captions_of_one_path_are_of_one_group_without_ids(tmp_path):
     assert first == same != other
 
 
-def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(tmp_path, folder):
+@pytest.mark.parametrize("block", [0, 1 << 16])
+def test_a_wrong_entry_is_found_in_its_file_and_nothing_is_cached(
+    tmp_path, folder, monkeypatch, block
+):
+    monkeypatch.setattr(entries_module, "_BLOCK", block)
     files = [
         write(tmp_path / "good.json", TRICKY),
         write(tmp_path / "bad.json", [*TRICKY, {"image": "a.jpg"}]),

@@ -307,6 +307,9 @@ JSON_WORDS = st.sampled_from(
 JSON_TEXTS = st.lists(JSON_WORDS | ANY_TEXT, max_size=15).map("".join) | JSON_VALUES.map(json.dumps)
 
 
+BLOCKS = [0, 100, 1 << 16]  # least bytes of a list that are decoded at a time
+
+
 def as_bytes(entries, layout):
     return json.dumps(entries, **layout).encode("utf-8", "surrogatepass")
 
@@ -379,10 +382,15 @@ def contents(loaded):
     return [(entry.image, entry.texts) for entry in loaded]
 
 
-@given(st.lists(PAIRS, min_size=1, max_size=3), LAYOUTS, st.sampled_from([16, 32, 1 << 14]))
-def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, batch):
+@given(
+    st.lists(PAIRS, min_size=1, max_size=3),
+    LAYOUTS,
+    st.sampled_from([16, 32, 1 << 14]),
+    st.sampled_from(BLOCKS),
+)
+def test_any_paths_and_captions_survive_the_cache(folder, lists, layout, batch, block):
     files = [new_file(folder, as_bytes(entries, layout)) for entries in lists]
-    with mock.patch("dataset.store._BATCH", batch):
+    with mock.patch("dataset.store._BATCH", batch), mock.patch("dataset.entries._BLOCK", block):
         loaded = Entries(files, Pair)
     expected = as_pairs([entry for entries in lists for entry in json.loads(json.dumps(entries))])
     assert contents(loaded) == contents(Entries(files, Pair)) == expected
@@ -408,14 +416,15 @@ def is_right(entry):
     )
 
 
-@given(PAIRS, LAYOUTS, st.data())
+@given(PAIRS, LAYOUTS, st.sampled_from(BLOCKS), st.data())
 def test_any_slip_in_a_list_of_pairs_is_loaded_as_by_json_or_refused_in_a_line(
-    folder, entries, layout, data
+    folder, entries, layout, block, data
 ):
     content = nearly(as_bytes(entries, layout), data)
     path, expected = new_file(folder, content), reference(content)
     try:
-        loaded = Entries([path], Pair)
+        with mock.patch("dataset.entries._BLOCK", block):
+            loaded = Entries([path], Pair)
     except InputError as error:
         assert expected is None or not all(map(is_right, expected))
         one_line(error, path)
