@@ -7,10 +7,7 @@ import json
 import os
 import re
 import stat
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock
@@ -60,42 +57,45 @@ def load_cached(
             # another process may have built it meanwhile
             jobs = [job for job in zip(paths, names, strict=True) if load(job[1]) is None]
             _remove_old(folder, [name for _, name in jobs], locked)
-            try:
-                _build_all(build, jobs, process_count(len(jobs), processes))
-            except OSError as error:
-                raise InputError(
-                    f"{folder}: cannot write the cache ({error.strerror}); free some space, or set"
-                    " the environment variable ALBEF_CACHE to another folder"
-                ) from None
+            _build_all(build, jobs, process_count(len(jobs), processes), folder)
             # inside the lock, so that no process removes the files
             loaded = [load(name) for name in names]
     usable = [content for content in loaded if content is not None]
     if len(usable) < len(loaded):
-        raise InputError(
-            f"{folder}: the cache lost files that were just written; set the environment"
-            " variable ALBEF_CACHE to a folder on another disk"
-        )
+        raise _unusable(folder, "the cache lost files that were just written: start again")
     return usable
 
 
 def _build_all(
-    build: Callable[[tuple[str, str]], None], jobs: list[tuple[str, str]], processes: int
+    build: Callable[[tuple[str, str]], None],
+    jobs: list[tuple[str, str]],
+    processes: int,
+    folder: str,
 ) -> None:
     """Run `build` on the jobs, with a progress bar if there are several."""
-    with in_processes(processes) as run:
-        bar = tqdm(
-            run(build, jobs),
-            desc="reading the data",
-            total=len(jobs),
-            unit="file",
-            file=sys.stderr,
-            disable=True if len(jobs) == 1 else None,
-            delay=1,
-            leave=False,
-            dynamic_ncols=True,
-        )
-        for _ in bar:
-            pass
+    try:
+        with in_processes(processes) as run:
+            bar = tqdm(
+                run(build, jobs),
+                desc="reading the data",
+                total=len(jobs),
+                unit="file",
+                disable=True if len(jobs) == 1 else None,
+                delay=1,
+                leave=False,
+                dynamic_ncols=True,
+            )
+            for _ in bar:
+                pass
+    except OSError as error:
+        raise _unusable(folder, f"cannot write the cache ({error.strerror}); free space") from None
+
+
+def _unusable(folder: str, problem: str) -> InputError:
+    return InputError(
+        f"{folder}: {problem}, or set the environment variable ALBEF_CACHE to another folder on a"
+        " local disk"
+    )
 
 
 def locate(index: int, ends: Sequence[int]) -> tuple[int, int]:
@@ -121,56 +121,21 @@ def cache_folder() -> str:
     """Return the cache folder, and create it if it does not exist.
 
     Returns:
-        ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache, else a private folder in the
-        temporary folder.
+        ALBEF_CACHE, else albef in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        InputError: None of them can be written, or another user may have made or filled the folder.
+        InputError: The folder cannot be written, or everyone can write to it.
     """
-    wanted = os.environ.get("ALBEF_CACHE") or os.path.join(
+    folder = os.environ.get("ALBEF_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "albef"
     )
-    temporary = os.path.join(tempfile.gettempdir(), f"albef-{os.getuid()}")
-    for folder in wanted, temporary:
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
-            _check_owner(folder, private=folder == temporary)
-            if os.access(folder, os.W_OK | os.X_OK):
-                return folder
-    raise InputError(
-        f"ALBEF_CACHE: cannot write to the cache folder {wanted}; set the environment variable "
-        f"ALBEF_CACHE to a folder on a local disk"
-    )
-
-
-def _check_owner(folder: str, private: bool) -> None:
-    """Raise InputError if another user may have made a cache folder or written to it.
-
-    A private folder is no link, and only its owner has access to it. Other folders may be shared
-    with a group, but not with everyone.
-    """
-    for whole in map(Path, (os.path.abspath(folder), os.path.realpath(folder))):
-        shared = False  # whether everyone may write to a parent folder
-        for path in *reversed(whole.parents), whole:
-            status = path.lstat()
-            if shared and status.st_uid not in (0, os.getuid()):
-                _refuse(path, "belongs to another user")
-            shared = shared or (
-                stat.S_ISDIR(status.st_mode) and bool(status.st_mode & stat.S_IWOTH)
-            )
-    if status.st_mode & (0o077 if private else stat.S_IWOTH):
-        _refuse(folder, f"has mode {stat.S_IMODE(status.st_mode):04o}, so others have access to it")
-    if private and os.path.islink(folder):
-        _refuse(folder, "is a link")
-    if private and status.st_uid != os.getuid():
-        _refuse(folder, "belongs to another user")
-
-
-def _refuse(path: Path | str, problem: str) -> None:
-    raise InputError(
-        f"{path}: {problem}, but annotations and compiled code are read from this cache folder:"
-        " remove it, or set the environment variable ALBEF_CACHE to a folder of your own"
-    )
+    with contextlib.suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise _unusable(folder, "cannot write to this cache folder: change its permissions")
+    if os.stat(folder).st_mode & stat.S_IWOTH:
+        raise _unusable(folder, "everyone can write here, also compiled code: change its mode")
+    return folder
 
 
 def _name(path: str, kind: str, version: Any) -> str:

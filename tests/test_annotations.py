@@ -207,71 +207,19 @@ def test_what_is_outdated_or_incomplete_in_the_cache_is_removed(tmp_path, folder
     assert {file.name for file in folder.glob(".*")} == {".lock", ".mine.tmp"}
 
 
-def test_cache_goes_to_the_temporary_folder_when_its_own_cannot_be_written(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "list.json", TRICKY)
     (tmp_path / "occupied").touch()
     monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "occupied" / "cache"))
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    path = write(tmp_path / "list.json", TRICKY)
-    assert contents(load(path)) == as_pairs(TRICKY)
-    assert len(list((tmp_path / "tmp").glob("*/Pair-*"))) == 2
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "occupied"))
     assert "ALBEF_CACHE" in refusal(load, path)
 
 
-def owned_by_another(path, monkeypatch):
-    """Make a file seem to belong to another user, whoever runs the tests."""
-    if os.getuid() == 0:
-        os.chown(path, 4321, -1, follow_symlinks=False)
-    else:
-        other = os.getuid() + 1
-        monkeypatch.setattr(os, "getuid", lambda: other)
-
-
-@pytest.mark.parametrize("found", [0o777, 0o755, 0o770, "a link", "another user's"])
-def test_in_the_temporary_folder_the_cache_is_private(tmp_path, monkeypatch, found):
-    monkeypatch.setenv("ALBEF_CACHE", "/dev/null/none")
-    monkeypatch.setattr(cache.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
-    before = os.umask(0)
-    folder = cache.cache_folder()
-    os.umask(before)
-    assert (
-        os.path.dirname(folder) == str(tmp_path / "tmp")
-        and os.stat(folder).st_mode & 0o777 == 0o700
-    )
-    assert cache.cache_folder() == folder
-    if found == "a link":
-        os.rename(folder, tmp_path / "mine")
-        os.symlink(tmp_path / "mine", folder)
-    elif found == "another user's":
-        os.rename(folder, tmp_path / "tmp" / f"albef-{os.getuid() + (os.getuid() != 0)}")
-        owned_by_another(folder, monkeypatch)
-    else:
-        os.chmod(folder, found)
-    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
-
-
-def test_a_cache_folder_that_others_could_have_filled_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared").chmod(0o1777)
-    folder = tmp_path / "shared" / "mine" / "cache"
-    monkeypatch.setenv("ALBEF_CACHE", str(folder))
+def test_a_cache_folder_that_everyone_can_write_is_refused(folder):
     for mode in 0o700, 0o755, 0o770:  # a folder that the user names may be shared with a group
         assert cache.cache_folder() == str(folder)
         folder.chmod(mode)
     folder.chmod(0o777)
     assert str(folder) in refusal(cache.cache_folder)
-    folder.chmod(0o700)
-    os.symlink(folder, tmp_path / "shared" / "link")
-    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "shared" / "link"))
-    assert cache.cache_folder() == os.environ["ALBEF_CACHE"]
-    owned_by_another(tmp_path / "shared" / "link", monkeypatch)
-    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
-    monkeypatch.setenv("ALBEF_CACHE", str(folder))
-    owned_by_another(folder.parent, monkeypatch)
-    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
-    os.symlink(folder, tmp_path / "home")  # the link belongs to this user, its target to another
-    monkeypatch.setenv("ALBEF_CACHE", str(tmp_path / "home"))
-    assert "ALBEF_CACHE" in refusal(cache.cache_folder)
 
 
 def test_a_full_disk_is_named(tmp_path, folder, monkeypatch):
