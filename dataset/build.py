@@ -35,14 +35,18 @@ def build_dataset(task: str, split: str, config: Config | dict, *, seed: int = 0
 def construct_dataset(task: str, split: str, config: Config, *, seed: int = 0) -> EntryDataset:
     """Build a data set as `build_dataset` does, but do not check its images."""
     row = find_task(task)
-    files = {"train": "train_file"} if row.trains else {}
-    files |= row.files
+    files = split_keys(row)
     if split not in files:
         raise InputError(f"task {task} has no split {split!r}, only {', '.join(files) or 'none'}")
     require(config, "image_res", files[split])
     if split == "train":
         return find(row.train_data)(config, seed)
     return find(row.test_data)(config, split)
+
+
+def split_keys(task: Task) -> dict[str, str]:
+    """Return the configuration key of the files of each split, the training set included."""
+    return {"train": "train_file", **task.files} if task.trains else dict(task.files)
 
 
 def find_form(task: Task, split: str) -> type[Entry] | None:

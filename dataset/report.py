@@ -18,7 +18,7 @@ from configs.config import Config
 from configs.tasks import find_task
 from dataset.attributes import Box, read_boxes
 from dataset.base import evenly
-from dataset.build import construct_dataset, find_form
+from dataset.build import construct_dataset, find_form, split_keys
 from dataset.cache import locate
 from dataset.caption import Pair
 from dataset.entries import Entry, digest, read_entries, where
@@ -33,9 +33,9 @@ from evaluation.metrics import count_vqa_formulas
 from utils import InputError
 
 EXAMPLES, UNKNOWN_SHOWN = 3, 10  # repeated entries and unknown words in a report
-IMAGES_AT_A_TIME = 16  # per job of a process
-SIDES = (0, 64, 128, 256, 512, 1024)  # first values of the bins of the shorter side in pixels
-BINS = ("<64", "64-127", "128-255", "256-511", "512-1023", ">=1024")
+# bins of the shorter side in pixels, by their last values
+BINS = {63: "<64", 127: "64-127", 255: "128-255", 511: "256-511", 1023: "512-1023"}
+LAST_BIN = ">=1024"
 
 
 def name_entry(path: str | None, entry: int | str | None) -> str:
@@ -53,13 +53,13 @@ def begin() -> None:
     torch.set_num_threads(1)
 
 
-def decode_all(jobs: tuple[str, list[tuple]]) -> list[dict[str, Any]]:
-    """Decode several images. jobs: path of the first one, and the arguments of `decode`."""
-    return [decode(*job) for job in jobs[1]]
+def decode(job: tuple) -> dict[str, Any]:
+    """Decode an image of a list, or of a sample of a shard, as a run does.
 
-
-def decode(index: int, path: str, *position: Any) -> dict[str, Any]:
-    """Decode an image of a list, or the sample at a position of a shard, as a run does."""
+    Args:
+        job: Path of the image or shard, index, and Position of the sample in its shard, if any.
+    """
+    path, index, *position = job
     seen: dict[str, Any] = {"index": index, "path": path}
     try:
         if position:
@@ -97,8 +97,7 @@ class Check:
         self.task, self.config, self.images, self.run = find_task(task), config, images, run
         self.problems, self.notes, self.trained_images = [], [], set()
         self.tokenizer = self.refer = None
-        files = {"train": "train_file"} if self.task.trains else {}
-        self.files = {**files, **self.task.files}  # key by split
+        self.files = split_keys(self.task)
         roots = ROOTS.values() if task == "vqa" else ["image_root"]
         self.roots = {root: getattr(config, root) for root in roots}
         self.missing_roots = {
@@ -206,7 +205,7 @@ class FileReport:
                 for path in paths:
                     images.setdefault(absolute(getattr(config, root), path), index)
         paths = list(images)
-        for seen in self._decode(len(paths), lambda i: (images[paths[i]], paths[i])):
+        for seen in self._decode(len(paths), lambda i: (paths[i], images[paths[i]])):
             self._add_image(self.path, seen["index"], f"image {seen['path']}", seen)
         self.report["entries"] = self.report["entries_read"] = len(entries)
         return self._finish(paths, f"{'entry' if self.form else 'box'} {{}}".format)
@@ -221,7 +220,7 @@ class FileReport:
 
         def job(index: int) -> tuple:
             position = shards.position(index)
-            return index, position.path, position
+            return position.path, index, position
 
         def name(index: int) -> str:
             shard, number = locate(index, ends)
@@ -239,14 +238,10 @@ class FileReport:
         return self._finish(range(len(shards)), name)
 
     def _decode(self, length: int, job: Callable[[int], tuple]) -> Iterator[dict[str, Any]]:
-        """Yield decode(*job(i)) for indices below `length`, computed by worker processes."""
+        """Return an iterator of decode(job(i)) for indices below `length`, in worker processes."""
         indices, name = evenly(length, self.check.images), os.path.basename(self.path)
         bar = tqdm(indices, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
-        jobs = map(job, bar)
-        chunks = iter(lambda: list(itertools.islice(jobs, IMAGES_AT_A_TIME)), [])
-        yield from itertools.chain.from_iterable(
-            self.check.run(decode_all, ((chunk[0][1], chunk) for chunk in chunks))
-        )
+        return self.check.run(decode, map(job, bar))
 
     def _refuse(self, error: InputError, path: str, entry: int | str | None) -> None:
         """Count an entry that cannot be used."""
@@ -286,7 +281,8 @@ class FileReport:
             self.check.add(f"{name}: {seen['problem']}", path, entry)
             return
         side = seen["side"]
-        self.counts["shorter_side"][BINS[int(np.searchsorted(SIDES, side, "right")) - 1]] += 1
+        bins = (name for last, name in BINS.items() if side <= last)
+        self.counts["shorter_side"][next(bins, LAST_BIN)] += 1
         self.small += side < (self.check.config.image_res or 0)
 
     def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
@@ -346,7 +342,9 @@ class FileReport:
             "looked_at": looked_at,
             "unusable": dict(self.counts["unusable"].most_common()),
             "images_also_trained_on": 0 if training else len(trained.intersection(images)),
-            "shorter_side": {bin_: self.counts["shorter_side"][bin_] for bin_ in BINS},
+            "shorter_side": {
+                name: self.counts["shorter_side"][name] for name in (*BINS.values(), LAST_BIN)
+            },
             "smaller_than_image_res": self.small,
         }
         if training:

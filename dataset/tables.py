@@ -92,37 +92,41 @@ def read_csv(
         The name of the row and its {column: value}, a ValueError if it has other columns.
     """
     lines = list(io.StringIO(text, newline=""))
-    if not lines:
+    first = next((number for number, line in enumerate(lines) if line.strip()), None)
+    if first is None:
         return
-    delimiter = max(DELIMITERS, key=lines[0].count)
-    cells, at, _ = _read_record(lines, delimiter, None)
+    delimiter = max(DELIMITERS, key=lines[first].count)
+    cells, read, _ = _read_record(lines[first:], delimiter, None)
     if cells is None:
-        cells = _split_plainly(lines[0], delimiter)
-        notes.append("line 1")
+        cells = _split_plainly(lines[first], delimiter)
+        notes.append(f"line {first + 1}")
     names = [cell.strip() for cell in cells]
+    width, at = len(names), first + read
 
     def begins_row(line: str) -> bool:
         cells = [cell.strip('"') for cell in _split_plainly(line, delimiter)]
-        return len(cells) == len(names) and is_row(dict(zip(names, cells, strict=True)))
+        return len(cells) == width and is_row(dict(zip(names, cells, strict=True)))
 
     while at < len(lines):
-        cells, read, problem = _read_record(lines[at:], delimiter, begins_row if names else None)
-        row, width = f"line {at + 1}", len(names)
-        wrong = cells is None or names and any(cells) and len(cells) != width
-        if cells is None or (wrong and read == 1):
+        row = f"line {at + 1}"
+        cells, read, problem = _read_record(lines[at:], delimiter, begins_row)
+        if cells is None or (read == 1 and any(cells) and len(cells) != width):
             cells = _split_plainly(lines[at], delimiter)
-            if len(cells) == width or not names:
-                wrong = False
+            if len(cells) == width:
                 notes.append(row)
         at += read
-        if wrong:
-            error = (
-                f"{len(cells)} columns, but line 1 has {width}{problem}; a text that holds"
-                f" {delimiter!r} must be in double quotes, with its double quotes doubled"
-            )
-            yield row, ValueError(error)
-        elif any(cells):  # spreadsheets end in rows of empty cells
+        if not any(cells):  # spreadsheets end in rows of empty cells
+            continue
+        if len(cells) == width:
             yield row, dict(zip(names, cells, strict=True))
+        else:
+            yield (
+                row,
+                ValueError(
+                    f"{len(cells)} columns, but line {first + 1} has {width}{problem}; a text that"
+                    f" holds {delimiter!r} must be in double quotes, with its double quotes doubled"
+                ),
+            )
 
 
 def _read_record(
@@ -206,8 +210,7 @@ def read_table(
     Raises:
         InputError: The file cannot be read.
     """
-    text, columns, notes = decode(path, data, encoding), None, []
-    captions, problems = {}, []
+    columns, notes, captions, problems = None, [], {}, []
 
     def columns_of(row: dict) -> tuple[str, str]:
         nonlocal columns
@@ -216,21 +219,22 @@ def read_table(
 
     def is_row(row: dict) -> bool:
         image = row[columns_of(row)[0]].strip()
-        return (
-            os.path.splitext(image)[1].lower() in SUFFIXES
-            or image != ""
-            and _find(image, image_root) is not None
-        )
+        suffix = os.path.splitext(image)[1].lower()
+        return suffix in SUFFIXES or bool(image and _find(image, image_root))
 
-    for name, row in _rows(path, text, is_row, notes):
+    for name, row in _rows(path, decode(path, data, encoding), is_row, notes):
         try:
-            if not isinstance(row, dict):
-                raise row if isinstance(row, ValueError) else ValueError("not an object")
-            image, texts = _pair(row, columns_of(row), image_root)
+            image, texts = _pair(row, columns_of, image_root)
         except ValueError as error:
             problems.append(f"{path} {name}: {error}")
         else:
             captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
+    summary = _describe(columns, notes)
+    return {image: list(texts) for image, texts in captions.items()}, problems, summary
+
+
+def _describe(columns: tuple[str, str] | None, notes: list[str]) -> str:
+    """Return which columns of a table were read, and how. notes: see `read_csv`."""
     summary = "no rows"
     if columns:
         summary = "images from column {!r}, captions from column {!r}".format(*columns)
@@ -238,7 +242,7 @@ def read_table(
         summary += (
             f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
         )
-    return {image: list(texts) for image, texts in captions.items()}, problems, summary
+    return summary
 
 
 def _rows(
@@ -263,8 +267,15 @@ def _find(image: str, image_root: str) -> str | None:
     )
 
 
-def _pair(row: dict[str, Any], columns: tuple[str, str], image_root: str) -> tuple[str, list[str]]:
+def _pair(
+    row: Any, columns_of: Callable[[dict], tuple[str, str]], image_root: str
+) -> tuple[str, list[str]]:
     """Return the image path and captions of a row. Raises ValueError if the row is unusable."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    columns = columns_of(row)
     image, texts = map(row.get, columns)
     if not isinstance(image, str) or not image.strip():
         raise ValueError(f"{columns[0]!r} is empty or not text")

@@ -566,7 +566,7 @@ def leave(_):
 
 def test_a_process_that_dies_is_named_with_its_images():
     with in_processes(1) as jobs, pytest.raises(TrainingStopped, match="a.jpg.*--workers"):
-        list(jobs(leave, [[(0, "a.jpg")], [(1, "b.jpg")]]))
+        list(jobs(leave, [("a.jpg", 0), ("b.jpg", 1)]))
 
 
 def test_results_come_in_order_and_few_items_are_taken_ahead():

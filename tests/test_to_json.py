@@ -55,7 +55,7 @@ ROWS = [
 BIG = '"A ""big"" dog, running"'
 JSON_BIG = json.dumps(ROWS[0]["caption"][0])
 TABLES = {
-    "CSV": f"path,text\na.jpg,{BIG}\nb.jpg,été 10:30\na.jpg,zwei Hunde\n",
+    "CSV": f"\npath,text\na.jpg,{BIG}\nb.jpg,été 10:30\na.jpg,zwei Hunde\n",
     "of Excel": f"\ufeffFile Name;Id;Caption\r\na.jpg;1;{BIG}\r\nb.jpg;2;été 10:30\r\n"
     "a.jpg;3;zwei Hunde\r\n;;\r\n",
     "UTF-16 TSV": (

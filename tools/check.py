@@ -6,6 +6,7 @@ problem, it also builds the data sets, so that the task's script accepts the dat
 """
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -43,8 +44,6 @@ parser.add_argument("--overwrite", action="store_true", help="replace an existin
 def load_others(check: "Check") -> dict[str, str]:
     """Load the other files that a task reads, and add their problems to the check.
 
-    A hub that cannot be reached is a note, because the configuration may be right.
-
     Returns:
         The description of each file or folder by its key.
     """
@@ -54,30 +53,12 @@ def load_others(check: "Check") -> dict[str, str]:
     from models.tokenizer import load_tokenizer
 
     config, task = check.config, check.task.name
-    missing = dict.fromkeys(check.missing_roots, ": does not exist")
-    others = {
-        root: folder + missing.get(root, "") for root, folder in check.roots.items() if folder
-    }
-
-    for root in missing:
+    others = {root: folder for root, folder in check.roots.items() if folder}
+    for root in check.missing_roots:
+        others[root] += ": does not exist"
         check.add(f"{root}: folder {check.roots[root]} does not exist; set {root} to another one")
 
-    def load(key: str, unit: str, function: Callable, *arguments: Any) -> Any:
-        name = getattr(config, key)
-        try:
-            loaded = function(*arguments)
-            size = len(loaded.refs if key == "refcoco_data" else loaded)
-            others[key] = f"{name}: {size} {unit}"
-            return loaded
-        except InputError as error:
-            # a name with a suffix is a file, not a hub repository
-            if error.kind == "network" and not os.path.splitext(name)[1]:
-                others[key] = f"{name}: not checked, the hub cannot be reached"
-                check.notes.append(str(error))
-            else:
-                others[key] = f"{name}: cannot be used"
-                check.add(error)
-
+    load = functools.partial(_load_file, check, others)
     vocabulary = "tokenizer" if config.tokenizer else "text_encoder"
     check.tokenizer = load(vocabulary, "word pieces", lambda: load_tokenizer(config)[0])
     if task == "vqa" and config.answer_list:
@@ -91,6 +72,29 @@ def load_others(check: "Check") -> dict[str, str]:
         if check.refer and config.det_file:
             load("det_file", "images", load_detections, config.det_file, check.refer)
     return others
+
+
+def _load_file(
+    check: "Check", others: dict[str, str], key: str, unit: str, function: Callable, *arguments: Any
+) -> Any:
+    """Return function(*arguments) for the file that `key` names, and describe it in `others`.
+
+    A hub that cannot be reached is a note, because the configuration may be right.
+    """
+    name = getattr(check.config, key)
+    try:
+        loaded = function(*arguments)
+    except InputError as error:
+        # a name with a suffix is a file, not a hub repository
+        if error.kind == "network" and not os.path.splitext(name)[1]:
+            others[key] = f"{name}: not checked, the hub cannot be reached"
+            check.notes.append(str(error))
+        else:
+            others[key] = f"{name}: cannot be used"
+            check.add(error)
+        return None
+    others[key] = f"{name}: {len(getattr(loaded, 'refs', loaded))} {unit}"
+    return loaded
 
 
 def print_report(report: dict[str, Any]) -> None:

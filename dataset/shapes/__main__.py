@@ -32,7 +32,7 @@ def main() -> None:
         help="replace a data set that was made with other arguments",
     )
     args = flags.parse_args()
-    made = write_dataset(**vars(args), progress=True)
+    made = write_dataset(**vars(args))
     print(
         f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes,"
         f" {args.captions} captions each, vocabulary of {len(vocabulary())}"

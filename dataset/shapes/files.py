@@ -102,6 +102,7 @@ def draw_split(
 def save_image(job: tuple) -> None:
     """Write a JPEG file. job: path, function that returns an image, its arguments."""
     path, draw, *arguments = job
+    path.parent.mkdir(parents=True, exist_ok=True)
     draw(*arguments).save(path, quality=90)
 
 
@@ -113,21 +114,17 @@ def save(path: Path, content: Any) -> None:
         content = ("[" + ",\n".join(map(json.dumps, content)) + "]\n").encode()
     else:
         content = (content if isinstance(content, str) else json.dumps(content) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(content)
 
 
 def clear(output: Path) -> None:
-    """Remove the files of an earlier call from the folder, and make its folders."""
+    """Remove the files of an earlier call from the folder."""
     for name in (*SCENES, *(name for task in TASKS.values() for name in task.FILES)):
         (output / name).unlink(missing_ok=True)
     if (output / "images").exists():
         shutil.rmtree(output / "images")
-    (output / "refcoco+").mkdir(exist_ok=True)
-    for split in SPLITS:
-        (output / "images" / split).mkdir(parents=True)
-        (output / "images" / f"{split}_covered").mkdir()
-    (output / "images" / attributes.FOLDER).mkdir()
 
 
 def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bool:
@@ -154,7 +151,7 @@ def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bo
     return made["complete"] and not other
 
 
-def _write_images(output: Path, scenes: Scenes, seed: int, progress: bool) -> None:
+def _write_images(output: Path, scenes: Scenes, seed: int) -> None:
     """Render the images of all scenes, covered copies and sheets in worker processes."""
     jobs: list[tuple] = [
         (output / s["image"], render, s) for of_split in scenes.values() for s in of_split
@@ -166,9 +163,7 @@ def _write_images(output: Path, scenes: Scenes, seed: int, progress: bool) -> No
         jobs.append((output / name, attributes.render_sheet, *pictures))
     with in_processes(process_count(len(jobs))) as run:
         images = run(save_image, jobs)
-        for _ in tqdm(
-            images, total=len(jobs), desc="shapes", unit="image", disable=None if progress else True
-        ):
+        for _ in tqdm(images, total=len(jobs), desc="shapes", unit="image", disable=None):
             pass
 
 
@@ -182,14 +177,11 @@ def write_dataset(
     seed: int = 0,
     image_size: int = 96,
     captions: int = 4,
-    progress: bool = False,
     overwrite: bool = False,
 ) -> bool:
     """Write the data set to a folder, unless it holds the same one.
 
-    The same arguments give the same bytes, on any number of processes. Files are written in this
-    order: images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg, vocab.txt,
-    scenes_{split}.json, the FILES of each task, and shapes.json with the arguments.
+    The same arguments give the same bytes, on any number of processes.
 
     Args:
         output: The folder.
@@ -200,7 +192,6 @@ def write_dataset(
         seed: Random seed.
         image_size: Side of the images in pixels.
         captions: Number of captions of an image.
-        progress: Whether to show a progress bar.
         overwrite: Whether to replace a data set that was made with other arguments.
 
     Returns:
@@ -210,34 +201,59 @@ def write_dataset(
         InputError: An argument is out of range, the folder has other files or cannot be written, or
             it holds another data set and `overwrite` is not set.
     """
-    output, counts = Path(output), {"train": train, "val": val, "test": test}
-    arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
-    for name, value in arguments.items():
-        low, high = RANGES.get(name, RANGES["train"])
-        if not low <= value <= high:
-            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+    arguments = {
+        "train": train,
+        "val": val,
+        "test": test,
+        "noise": noise,
+        "image_size": image_size,
+        "captions": captions,
+    }
+    _check_ranges(arguments)
     arguments.update(seed=seed, version=VERSION)
-    marker = output / "shapes.json"
     try:
-        if _is_complete(output, arguments, overwrite):
+        if _is_complete(Path(output), arguments, overwrite):
             return False
-        output.mkdir(parents=True, exist_ok=True)
-        save(marker, json.dumps({**arguments, "complete": False}))
-        clear(output)
-        scenes = {
-            split: draw_split(split, n, image_size, per_image=captions, noise=noise, seed=seed)
-            for split, n in counts.items()
-        }
-        _write_images(output, scenes, seed, progress)
-        save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
-        for name, content in zip(SCENES, scenes.values(), strict=True):
-            save(output / name, content)
-        for task in TASKS.values():
-            for name, content in zip(task.FILES, task.annotations(scenes, seed), strict=True):
-                save(output / name, content)
-        save(marker, json.dumps({**arguments, "complete": True}))
+        _write(Path(output), arguments)
     except OSError as error:
         raise InputError(
             f"{error.filename or output}: {error.strerror}: choose another --output"
         ) from None
     return True
+
+
+def _check_ranges(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        low, high = RANGES.get(name, RANGES["train"])
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+
+
+def _write(output: Path, arguments: dict[str, Any]) -> None:
+    """Write the data set with these arguments of `write_dataset`.
+
+    The files are images/{split}/*.jpg, images/{split}_covered/*.jpg, images/attributes/*.jpg,
+    vocab.txt, scenes_{split}.json, the FILES of each task, and shapes.json with the arguments.
+    """
+    marker, seed = output / "shapes.json", arguments["seed"]
+    save(marker, json.dumps({**arguments, "complete": False}))
+    clear(output)
+    scenes = {
+        split: draw_split(
+            split,
+            arguments[split],
+            arguments["image_size"],
+            per_image=arguments["captions"],
+            noise=arguments["noise"],
+            seed=seed,
+        )
+        for split in SPLITS
+    }
+    _write_images(output, scenes, seed)
+    save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
+    for name, content in zip(SCENES, scenes.values(), strict=True):
+        save(output / name, content)
+    for task in TASKS.values():
+        for name, content in zip(task.FILES, task.annotations(scenes, seed), strict=True):
+            save(output / name, content)
+    save(marker, json.dumps({**arguments, "complete": True}))
