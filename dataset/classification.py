@@ -1,7 +1,7 @@
 """Sentences about one or two images with a label: data of VE, NLVR2 and relevance."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,23 @@ from dataset.entries import Entry
 from dataset.images import load_image
 from dataset.store import Entries
 from dataset.text import tokenize
-from utils import InputError, Text
+from utils import Text
+
+
+class Labeled(Entry):
+    """A labeled sentence; a subclass has `sentence`, `label` and, in order, the labels."""
+
+    labels: ClassVar[tuple[Any, ...]]
+
+    @property
+    def texts(self) -> list[str]:
+        """The sentence."""
+        return [self.sentence]  # ty: ignore[missing-attribute]  # a field of subclasses
+
+    @property
+    def target(self) -> int:
+        """The class."""
+        return self.labels.index(self.label)  # ty: ignore[missing-attribute]  # likewise
 
 
 class ClassificationSample(NamedTuple):
@@ -46,23 +62,6 @@ class ClassificationDataset(EntryDataset):
 
     def __init__(self, files: Sequence[str], form: type[Entry], **options: Any) -> None:
         super().__init__(Entries(files, form), **options)
-
-    def require_classes(self, count: int, key: str) -> None:
-        """Raise InputError unless `count` classes occur.
-
-        Args:
-            count: Number of classes.
-            key: Configuration key of the files, for the message.
-        """
-        classes = set()
-        for entry in self.entries:
-            classes.add(entry.target)
-            if len(classes) == count:
-                return
-        raise InputError(
-            f"{key} {self.entries.files[0]}: all labels are {classes.pop()}, the ROC AUC needs"
-            " both: add the other"
-        )
 
     def read(self, index: int) -> ClassificationSample:
         """Read a sample."""

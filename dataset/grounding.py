@@ -39,19 +39,14 @@ class GroundingPair(Entry):
         return self.image
 
 
-class Expression(Entry):
+class Expression(GroundingPair):
     """A referring expression for testing."""
 
     wanted = (
         'test_file of grounding needs entries {"image": path, "text": referring expression,'
         ' "ref_id": number}'
     )
-    max_tokens = MAX_TOKENS
-    image: str
-    text: str
     ref_id: int
-
-    texts = GroundingPair.texts
 
     def check_ref(self, refer: Refer) -> None:
         """Raise InputError if `refer` lacks the ref or gives it another image.

@@ -111,7 +111,10 @@ def decode_image(data: bytes, name: Path | str) -> Tensor:
         if data.startswith(b"\xff\xd8\xff"):
             _check_scans(data, name)
             image = _decode_jpeg(data, name)
-        return _decode_with_pillow(data, name) if image is None else image
+        if image is not None:
+            return image
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return decode_pillow(picture, name)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -136,11 +139,6 @@ def _decode_jpeg(data: bytes, name: Path | str) -> Tensor | None:
         if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
             raise  # Pillow may accept such a file and fill the missing part with gray
         return None
-
-
-def _decode_with_pillow(data: bytes, name: Path | str) -> Tensor:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return decode_pillow(image, name)
 
 
 def decode_pillow(image: Image.Image, name: Path | str) -> Tensor:

@@ -5,14 +5,13 @@ from typing import Annotated, Literal, get_args
 from msgspec import Meta
 
 from configs.config import Config
-from dataset.classification import ClassificationDataset, build_test_set, build_train_set
-from dataset.entries import Entry
+from dataset.classification import ClassificationDataset, Labeled, build_test_set, build_train_set
 
 Label = Literal["False", "True"]  # classes 0 and 1
 LABELS = get_args(Label)
 
 
-class Statement(Entry, rename={"paths": "images"}):
+class Statement(Labeled, rename={"paths": "images"}):
     """A sentence about two images."""
 
     wanted = (
@@ -22,21 +21,12 @@ class Statement(Entry, rename={"paths": "images"}):
     paths: Annotated[list[str], Meta(min_length=2, max_length=2)]
     sentence: str
     label: Label
+    labels = LABELS
 
     @property
     def images(self) -> list[str]:
         """The paths of the two images."""
         return self.paths
-
-    @property
-    def texts(self) -> list[str]:
-        """The sentence."""
-        return [self.sentence]
-
-    @property
-    def target(self) -> int:
-        """The class."""
-        return LABELS.index(self.label)
 
 
 FORMS = {"train": Statement, "val": Statement, "test": Statement}

@@ -79,13 +79,6 @@ class _PlainUnpickler(pickle.Unpickler):
             f"{self.path}: refused to load, it would import and run {wanted}; {_NOT_RELEASED}"
         )
 
-    def persistent_load(self, pid: Any) -> NoReturn:
-        """Refuse every persistent object."""
-        raise InputError(
-            f"{self.path}: refused to load, it needs the persistent object {reprlib.repr(pid)};"
-            f" {_NOT_RELEASED}"
-        )
-
 
 def load_refer(folder: str, name: str = "refcoco+") -> Refer:
     """Read the refs and instances.json of a data set of REFER.

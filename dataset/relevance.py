@@ -4,8 +4,7 @@ import reprlib
 from typing import ClassVar, Literal, Self
 
 from configs.config import Config
-from dataset.classification import ClassificationDataset, build_test_set, build_train_set
-from dataset.entries import Entry
+from dataset.classification import ClassificationDataset, Labeled, build_test_set, build_train_set
 from dataset.text import is_blank, pre_caption
 from utils import InputError
 
@@ -19,7 +18,7 @@ def pre_ad(text: str, max_words: int) -> str:
     return SEPARATOR.join(pre_caption(part, max_words) for part in text.split(SEPARATOR, 1))
 
 
-class Ad(Entry):
+class Ad(Labeled):
     """A query and an ad."""
 
     wanted = (
@@ -32,21 +31,12 @@ class Ad(Entry):
     query: str
     text: str
     label: Literal[0, 1]
+    labels = (0, 1)
 
     @property
     def sentence(self) -> str:
         """Query, separator and the words of the ad."""
         return f"{self.query}{SEPARATOR}{self.text}"
-
-    @property
-    def texts(self) -> list[str]:
-        """The sentence."""
-        return [self.sentence]
-
-    @property
-    def target(self) -> int:
-        """The class."""
-        return self.label
 
     @classmethod
     def clean(cls, text: str, max_words: int | None = None) -> str:
@@ -73,5 +63,10 @@ def train_set(config: Config, seed: int) -> ClassificationDataset:
 def test_set(config: Config, split: str) -> ClassificationDataset:
     """Build a test set of relevance. Raises InputError if it has one label only."""
     dataset = build_test_set(Ad, config, split)
-    dataset.require_classes(2, f"{split}_file")
+    labels = {entry.label for entry in dataset.entries}
+    if len(labels) == 1:
+        raise InputError(
+            f"{split}_file {dataset.entries.files[0]}: all labels are {labels.pop()}, the ROC AUC"
+            " needs both: add the other"
+        )
     return dataset

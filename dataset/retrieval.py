@@ -16,7 +16,7 @@ from dataset.text import MAX_TOKENS
 from utils import InputError
 
 
-class RetrievalPair(Entry):
+class RetrievalPair(Captioned):
     """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = (
@@ -25,10 +25,7 @@ class RetrievalPair(Entry):
     )
     max_tokens = MAX_TOKENS
     image: str
-    caption: str | Texts
     image_id: str | int | None = None
-
-    texts = Captioned.texts
 
     @property
     def group(self) -> str | int:

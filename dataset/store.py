@@ -136,14 +136,12 @@ def _load(files: Sequence[str], form: type[Entry], *, whole: bool = False) -> li
 
     With `whole` a store is also built again if any of it is damaged.
     """
-    # the code of `form` and of the clean-up decides which entries are accepted
-    version = [
-        [(field.name, str(field.type)) for field in msgspec.structs.fields(form)],
-        _source(form),
-        _source(pre_caption),
-    ]
+    # the code of `form`, its bases and the clean-up decides which entries are accepted
+    code = [base for base in form.__mro__ if issubclass(base, Entry)] + [pre_caption]
+    fields = [(field.name, str(field.type)) for field in msgspec.structs.fields(form)]
+    version = [fields, *map(_source, code)]
     build, load = functools.partial(_build, form=form), functools.partial(_open, whole=whole)
-    # one list at a time: its entries are in memory while they are checked
+    # one list at a time: its bytes are in memory while its entries are checked
     return load_cached(files, form.__name__, build, load, version=version, processes=1)
 
 

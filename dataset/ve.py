@@ -3,14 +3,13 @@
 from typing import Literal, get_args
 
 from configs.config import Config
-from dataset.classification import ClassificationDataset, build_test_set, build_train_set
-from dataset.entries import Entry
+from dataset.classification import ClassificationDataset, Labeled, build_test_set, build_train_set
 
 Label = Literal["contradiction", "neutral", "entailment"]  # classes 0, 1 and 2
 LABELS = get_args(Label)
 
 
-class Entailment(Entry):
+class Entailment(Labeled):
     """A sentence about an image."""
 
     wanted = (
@@ -20,21 +19,12 @@ class Entailment(Entry):
     image: str
     sentence: str
     label: Label
+    labels = LABELS
 
     @property
     def images(self) -> list[str]:
         """The path of the image, with .jpg."""
         return [self.image if self.image.endswith(".jpg") else f"{self.image}.jpg"]
-
-    @property
-    def texts(self) -> list[str]:
-        """The sentence."""
-        return [self.sentence]
-
-    @property
-    def target(self) -> int:
-        """The class."""
-        return LABELS.index(self.label)
 
 
 FORMS = {"train": Entailment, "val": Entailment, "test": Entailment}

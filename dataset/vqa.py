@@ -32,6 +32,11 @@ class Asked(Entry):
     question: str
 
     @property
+    def root(self) -> str:
+        """The configuration key of the image folder."""
+        return ROOTS[self.dataset]  # ty: ignore[missing-attribute]  # a field of subclasses
+
+    @property
     def texts(self) -> list[str]:
         """The question."""
         return [self.question]
@@ -53,11 +58,6 @@ class TrainingQuestion(Asked):
     dataset: Source
     answer: str | Texts
 
-    @property
-    def root(self) -> str:
-        """The configuration key of the image folder."""
-        return ROOTS[self.dataset]
-
     def check(self, first: Self) -> None:
         """Raise InputError if the question is blank or the answers have the wrong form."""
         super().check(first)
@@ -77,11 +77,6 @@ class Question(Asked):
     dataset: Source = "vqa"
     answer: str | Texts | None = None
     answer_type: str | None = None
-
-    @property
-    def root(self) -> str:
-        """The configuration key of the image folder."""
-        return ROOTS[self.dataset]
 
     def check(self, first: Self) -> None:
         """Raise InputError if the question is blank or the answers cannot be scored."""
