@@ -84,7 +84,7 @@ def read_csv(
     before a line that is a row by itself.
 
     Args:
-        text: The table.
+        text: The table, which is not blank.
         is_row: Function that returns whether {column: value} of a line is a row by itself.
         notes: List to which the names of rows whose quotes are letters are added.
 
@@ -92,9 +92,7 @@ def read_csv(
         The name of the row and its {column: value}, a ValueError if it has other columns.
     """
     lines = list(io.StringIO(text, newline=""))
-    first = next((number for number, line in enumerate(lines) if line.strip()), None)
-    if first is None:
-        return
+    first = next(number for number, line in enumerate(lines) if line.strip())
     delimiter = max(DELIMITERS, key=lines[first].count)
     cells, read, _ = _read_record(lines[first:], delimiter, None)
     if cells is None:
@@ -120,13 +118,9 @@ def read_csv(
         if len(cells) == width:
             yield row, dict(zip(names, cells, strict=True))
         else:
-            yield (
-                row,
-                ValueError(
-                    f"{len(cells)} columns, but line {first + 1} has {width}{problem}; a text that"
-                    f" holds {delimiter!r} must be in double quotes, with its double quotes doubled"
-                ),
-            )
+            error = f"{len(cells)} columns, but line {first + 1} has {width}{problem}; a text that"
+            error += f" holds {delimiter!r} must be in double quotes, with its own ones doubled"
+            yield row, ValueError(error)
 
 
 def _read_record(
@@ -255,7 +249,7 @@ def _rows(
             yield f"entry {number} (counting from 0)", entry
     elif start == "{":
         yield from read_json_lines(text)
-    else:
+    elif start:
         yield from read_csv(text, is_row, notes)
 
 

@@ -201,15 +201,12 @@ def write_dataset(
         InputError: An argument is out of range, the folder has other files or cannot be written, or
             it holds another data set and `overwrite` is not set.
     """
-    arguments = {
-        "train": train,
-        "val": val,
-        "test": test,
-        "noise": noise,
-        "image_size": image_size,
-        "captions": captions,
-    }
-    _check_ranges(arguments)
+    counts = {"train": train, "val": val, "test": test}
+    arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
+    for name, value in arguments.items():
+        low, high = RANGES.get(name, RANGES["train"])
+        if not low <= value <= high:
+            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
     arguments.update(seed=seed, version=VERSION)
     try:
         if _is_complete(Path(output), arguments, overwrite):
@@ -220,13 +217,6 @@ def write_dataset(
             f"{error.filename or output}: {error.strerror}: choose another --output"
         ) from None
     return True
-
-
-def _check_ranges(arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
-        low, high = RANGES.get(name, RANGES["train"])
-        if not low <= value <= high:
-            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
 
 
 def _write(output: Path, arguments: dict[str, Any]) -> None:
