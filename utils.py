@@ -113,19 +113,10 @@ def gather_lists(values: Iterable[Any]) -> list[Any]:
     return [value for part in parts for value in part]
 
 
-def environment_number(name: str, default: int | None = None) -> int:
-    """Return a whole number from the environment.
-
-    Raises:
-        InputError: The variable is not a whole number, or is missing without a default.
-    """
-    text = os.environ.get(name) or default
-    if text is None:
-        raise InputError(
-            f"{name} is missing in the environment: start several processes by torchrun or srun, or"
-            " unset WORLD_SIZE"
-        )
-    if not str(text).isdecimal():
+def environment_number(name: str, default: int = 0) -> int:
+    """Return a whole number from the environment, as a launcher sets it. Raises InputError."""
+    text = os.environ.get(name) or str(default)
+    if not text.isdecimal():
         raise InputError(
             f"{name}={text} in the environment is not a whole number: unset it, or start by"
             " torchrun or srun"

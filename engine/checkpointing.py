@@ -1,19 +1,16 @@
 """Checkpoints of a run: write them atomically, find the newest, resume from it."""
 
-import contextlib
 import copy
-import hashlib
 import logging
-import mmap
+import math
 import os
-import re
 import shutil
-import struct
 import time
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,12 +32,9 @@ from utils import (
 if TYPE_CHECKING:
     from engine.trainer import TrainState
 
-# a zip file ends with a record of 22 bytes, which begins and ends with these bytes; its comment is
-# the SHA-256 in hexadecimal
-DIGEST_SIZE = 64
-END_OF_ZIP, COMMENT_LENGTH = b"PK\5\6", struct.pack("<H", DIGEST_SIZE)
-DAMAGED = "checkpoint {} is damaged: its SHA-256 does not match"
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
+FAILURES = (OSError, RuntimeError)  # of torch.save if a file cannot be written
+KEPT = "earlier checkpoints are untouched"
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +107,6 @@ class Checkpointer:
         self.minutes, self.iterations = save_interval(save_every)
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[None] | None = None
-        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Checkpointer":
@@ -160,7 +153,7 @@ class Checkpointer:
         if not is_main():
             return path
         self._saved_at = time.monotonic()
-        snapshot = copy_to_host(self._state_dict(state, lr), self._buffers, {})
+        snapshot = copy_to_host(self._state_dict(state, lr), {})
         # later work on this stream follows the copies; only the thread has to wait for them
         on_gpu = state.device.type == "cuda"
         copied = torch.cuda.current_stream().record_event() if on_gpu else None
@@ -198,20 +191,22 @@ class Checkpointer:
         keep: int | None,
         optional: bool,
     ) -> None:
-        """Write a checkpoint, then update checkpoint_last.pth, then remove old epochs."""
+        """Write a checkpoint, then remove an old epoch, then update checkpoint_last.pth."""
         if copied:
             copied.synchronize()
+        last = path.with_name(LAST)
         try:
-            with _writing_checkpoint(path), atomic_write(path, "w+b") as file:
+            with writing(path, KEPT, FAILURES), atomic_write(path) as file:
                 torch.save(snapshot, file)
-                add_digest(file)
                 file.flush()
-                if path.name == LAST and path.exists():
+                if path == last and path.exists():
                     os.replace(path, path.with_name(PREVIOUS))
-            if path.name != LAST:
-                copy_to_last(path)
             if keep:
-                rotate(path.parent, snapshot["epoch"], keep)
+                old = path.with_name(f"checkpoint_{snapshot['epoch'] - keep:02d}.pth")
+                old.unlink(missing_ok=True)
+            if path != last:
+                with writing(last, KEPT), atomic_write(last) as file, open(path, "rb") as source:
+                    shutil.copyfileobj(source, file)
         except TrainingStopped as error:
             if not optional:
                 raise
@@ -251,22 +246,15 @@ class Checkpointer:
         return self.iterations > 0 and (iteration + 1) % self.iterations == 0
 
 
-def copy_to_host(
-    value: Any,
-    buffers: dict[tuple[Any, ...], torch.Tensor],
-    copies: dict[tuple[Any, ...], torch.Tensor],
-    path: tuple[Any, ...] = (),
-) -> Any:
+def copy_to_host(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any:
     """Copy the tensors of a nested state into host memory, pinned if they are on a GPU.
 
     The call does not wait for a GPU: the copies are complete once its stream has run all work
-    queued so far.
+    queued so far. torch keeps pinned memory for the next copies when these are freed.
 
     Args:
         value: A tensor, or dicts and lists of tensors and plain values.
-        buffers: Memory of an earlier copy by path in the state, reused and extended.
         copies: An empty dict; it collects the copy of each distinct tensor.
-        path: Path of `value` in the state.
 
     Returns:
         The copied state. Tied weights are one tensor in it.
@@ -274,54 +262,15 @@ def copy_to_host(
     if isinstance(value, torch.Tensor):
         memory = value.data_ptr(), value.dtype, value.shape, value.stride()
         if memory not in copies:
-            buffer = buffers.get(path)
-            if buffer is None or (buffer.dtype, buffer.shape) != (value.dtype, value.shape):
-                buffer = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-                buffers[path] = buffer
-            copies[memory] = buffer.copy_(value, non_blocking=True)
+            copies[memory] = value.to("cpu", non_blocking=True, copy=True)
         return copies[memory]
     if isinstance(value, dict):
         copied = copy.copy(value)  # a state dict has attributes beside its items
-        copied.update(
-            {key: copy_to_host(item, buffers, copies, (*path, key)) for key, item in value.items()}
-        )
+        copied.update({key: copy_to_host(item, copies) for key, item in value.items()})
         return copied
     if isinstance(value, (list, tuple)):
-        return type(value)(
-            copy_to_host(item, buffers, copies, (*path, i)) for i, item in enumerate(value)
-        )
+        return type(value)(copy_to_host(item, copies) for item in value)
     return value
-
-
-def _writing_checkpoint(path: Path) -> contextlib.AbstractContextManager[None]:
-    # torch.save raises OSError or RuntimeError
-    return writing(path, "earlier checkpoints are untouched", (OSError, RuntimeError))
-
-
-def add_digest(file: IO[Any]) -> None:
-    """Append the SHA-256 of a zip file as its comment. The file is open to read and write."""
-    file.seek(-2, os.SEEK_END)
-    file.write(COMMENT_LENGTH)
-    file.seek(0)
-    # IO of typeshed has no readinto
-    digest = hashlib.file_digest(file, "sha256")  # ty: ignore[no-matching-overload]
-    file.write(digest.hexdigest().encode())
-
-
-def copy_to_last(path: Path) -> None:
-    """Copy a checkpoint to checkpoint_last.pth. Raises TrainingStopped."""
-    last = path.with_name(LAST)
-    with _writing_checkpoint(last), atomic_write(last) as file, open(path, "rb") as source:
-        shutil.copyfileobj(source, file)
-
-
-def rotate(folder: Path, epoch: int, keep: int) -> None:
-    """Remove the checkpoint_%02d.pth of all but the last `keep` epochs up to `epoch`."""
-    for path in folder.glob("checkpoint_*.pth"):
-        number = re.fullmatch(r"checkpoint_(\d+)\.pth", path.name)
-        if number and int(number[1]) <= epoch - keep:
-            with contextlib.suppress(OSError):  # a failure need not stop the run
-                path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,36 +293,26 @@ def find_resume_file(output_dir: Path | str, checkpoint: str, resume: bool) -> P
         The file, None for a new run.
 
     Raises:
-        InputError: On all ranks, if the run would overwrite the checkpoints of another.
+        InputError: On all ranks, if the run would overwrite the checkpoints of another, or all
+            checkpoints are damaged.
     """
     # torchrun's is set only on the node that caused the restart
     counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     restart = any(gather_lists([any(environment_number(name, 0) for name in counts)]))
-    result: Path | InputError | None = None
-    if is_main():
-        try:
-            result = _find_resume_file(Path(output_dir), checkpoint, resume, restart)
-        except InputError as error:
-            result = error
-    result = gather_lists([result])[0]
-    if isinstance(result, InputError):
-        raise result
-    return result
-
-
-def _find_resume_file(
-    output_dir: Path, checkpoint: str, resume: bool, restart: bool
-) -> Path | None:
-    if restart or (resume and not checkpoint):
-        if newest := newest_checkpoint(output_dir):
-            return newest
-    elif any(_read_progress(output_dir)):
-        remedy = (
-            "leave out --checkpoint to continue it" if resume else "add --resume to continue it"
-        )
+    files = gather_lists([run_files(output_dir)])[0]  # as rank 0 sees the folder
+    if files and (restart or (resume and not checkpoint)):
+        newest = gather_lists([newest_checkpoint(output_dir) if is_main() else None])[0]
+        if newest is None:
+            raise InputError(
+                f"--resume: {files[0]} is damaged, and there is no other checkpoint to resume from:"
+                " remove it to start a new run"
+            )
+        return newest
+    if files:
+        remedy = "leave out --checkpoint" if resume else "add --resume"
         raise InputError(
-            f"--output_dir {output_dir} holds a run already ({run_files(output_dir)[0].name}):"
-            f" {remedy}, name another folder, or remove it"
+            f"--output_dir {output_dir} holds a run already ({files[0].name}): {remedy} to continue"
+            " it, name another folder, or remove it"
         )
     if resume and checkpoint:
         return Path(checkpoint)
@@ -383,79 +322,44 @@ def _find_resume_file(
     return None
 
 
-def is_run_file(path: Path) -> bool:
-    """Return whether a path has the name of a run's checkpoint."""
-    return bool(re.fullmatch(r"checkpoint_(\d+|last|previous|best)\.pth", path.name))
-
-
 def run_files(folder: Path | str) -> list[Path]:
-    """Return the files in a folder that have the name of a run's checkpoint."""
-    return sorted(filter(is_run_file, Path(folder).glob("checkpoint_*.pth")))
+    """Return the checkpoints in a run's folder, checkpoint_last.pth first."""
+    folder = Path(folder)
+    epochs = sorted(folder.glob("checkpoint_[0-9]*.pth"))
+    named = (folder / LAST, folder / PREVIOUS, folder / BEST)
+    return [*filter(Path.exists, named), *epochs]
 
 
-def _read_progress(folder: Path) -> tuple[list[tuple[int, int, bool, Path]], list[str]]:
-    """Return (epoch, samples seen, is LAST, path) of each checkpoint, and errors of damaged ones.
+def newest_checkpoint(folder: Path | str) -> Path | None:
+    """Return the undamaged checkpoint of a run's folder with the most progress, by its content.
 
-    Raises:
-        InputError: A checkpoint has no state of a run: a run in this folder would replace it.
+    A note names each damaged one. A file of other code comes first, so that `resume` refuses it
+    before the run overwrites it. None if there is no undamaged checkpoint.
     """
-    saves, damaged = [], []
-    for path in run_files(folder):
-        try:
-            resume = read_checkpoint(path).get("resume")
-        except InputError as error:
-            damaged.append(str(error))
-            continue
-        if not isinstance(resume, dict) or not {"epoch", "samples_seen"} <= resume.keys():
-            if not has_right_digest(path):
-                damaged.append(DAMAGED.format(path))
-                continue
-            raise InputError(
-                f"--output_dir {folder}: {path} has the weights but not the state of a run, as"
-                " other code and tools.export write it; a run here would overwrite it. To start"
-                f" from its weights: --checkpoint {path} --output_dir OTHER"
-            )
-        # by samples, because the size of an iteration may have changed
-        saves.append((resume["epoch"], resume["samples_seen"], path.name == LAST, path))
-    return saves, damaged
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the undamaged checkpoint of a folder with the most progress, by its content.
-
-    A note names each damaged one.
-
-    Returns:
-        The file, None if there is no checkpoint.
-
-    Raises:
-        InputError: All checkpoints are damaged, or one has no state of a run.
-    """
-    saves, damaged = _read_progress(folder)
-    for *_, path in sorted(saves, reverse=True):
-        if not has_right_digest(path):
-            damaged.append(DAMAGED.format(path))
-            continue
-        for message in damaged:
-            logger.warning("%s; resuming from %s", message, path)
-        return path
-    if damaged:
-        raise InputError(
-            f"--resume: {damaged[0]}; there is no other checkpoint to resume from: remove it to"
-            " start a new run"
-        )
+    for path in sorted(run_files(folder), key=_progress, reverse=True):
+        if is_whole(path):
+            return path
+        logger.warning("checkpoint %s is damaged, its checksums do not match", path)
     return None
 
 
-def has_right_digest(path: Path) -> bool:
-    """Return whether a checkpoint's content matches its recorded SHA-256."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        end = content[-22 - DIGEST_SIZE : -DIGEST_SIZE]
-        if not (end.startswith(END_OF_ZIP) and end.endswith(COMMENT_LENGTH)):
-            return True  # other code wrote it without a digest
-        with memoryview(content) as view:
-            digest = hashlib.sha256(view[:-DIGEST_SIZE]).hexdigest().encode()
-        return digest == content[-DIGEST_SIZE:]
+def _progress(path: Path) -> tuple[float, int]:
+    """Return the epoch and its samples seen, infinity for a file that is damaged or not a run's."""
+    try:
+        saved = read_checkpoint(path)["resume"]
+        return saved["epoch"], saved["samples_seen"]
+    except (InputError, KeyError, TypeError):
+        return math.inf, 0
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a checkpoint can be read and matches the checksums that torch.save wrote."""
+    try:
+        read_checkpoint(path)
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # zipfile raises errors of many classes for damaged records
+        return False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -470,6 +374,8 @@ def saved_pretrained(path: Path) -> list[str]:
 def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     """Restore model, optimizer and progress of a saved run in place.
 
+    Options of the optimizer, such as weight_decay, keep their values.
+
     Args:
         path: The checkpoint.
         state: The run, at its beginning.
@@ -478,30 +384,53 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     Raises:
         InputError: The checkpoint does not fit the run.
     """
-    content = read_checkpoint(path)
+    content, config = read_checkpoint(path), state.config
     for key in ("optimizer", "resume", "config"):
         if not isinstance(content.get(key), dict):
             raise InputError(
-                f"--resume: {path} has no {key}, so it cannot be continued; --checkpoint alone"
-                " starts from its weights"
+                f"--resume: {path} has no {key}, so it cannot be continued; to start from its"
+                f" weights: --checkpoint {path} --output_dir OTHER"
             )
-    saved, saved_config, config = content["resume"], content["config"], state.config
-    if saved_config["optimizer"]["opt"].lower() != config.optimizer.opt.lower():
-        raise _other_optimizer(path)
-    check_vocabulary(state.model, content, path)
-    load_weights(state.model, named_tensors(content, path), path)
-    load_optimizer(state.optimizer, content["optimizer"], path)
+    saved, saved_config, optimizer = content["resume"], content["config"], content["optimizer"]
+    groups = state.optimizer.state_dict()["param_groups"]
+    params = [group["params"] for group in groups]
+    is_other = saved_config["optimizer"]["opt"].lower() != config.optimizer.opt.lower()
+    if is_other or params != [group["params"] for group in optimizer["param_groups"]]:
+        raise InputError(
+            f"--resume: {path} holds the state of another optimizer, or of other parameters: leave"
+            " optimizer, objectives, distill and the model as they were, or start from its weights"
+            " with --checkpoint alone"
+        )
     if saved["seed"] != state.seed:
         raise InputError(
             f"--resume: {path} has --seed {saved['seed']}, not {state.seed}: use that seed, or"
             " name another --output_dir"
         )
+    if saved["samples_seen"]:
+        _check_same_epoch(path, "the number of entries of train_file", saved["entries"], entries)
+        if any(name.endswith(".tar") for name in config.train_file or ()):
+            buffer = saved_config.get("shuffle_buffer")
+            _check_same_epoch(path, "shuffle_buffer", buffer, config.shuffle_buffer)
+    check_vocabulary(state.model, content, path)
+    load_weights(state.model, named_tensors(content, path), path)
+    state.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
     for name in PROGRESS:
         setattr(state, name, saved[name])
     state.best = saved["best"] and Best(**saved["best"])
     state.model.ranking = content.get("ranking")
-    if state.samples_seen:
-        _check_same_epoch(path, saved, saved_config, config, entries)
+    _log_differences(saved, saved_config, config)
+
+
+def _check_same_epoch(path: Path, what: str, then: Any, now: Any) -> None:
+    """Raise InputError if the rest of the epoch cannot be located."""
+    if then != now:
+        raise InputError(
+            f"--resume: {path} was saved within an epoch, and {what} changed from {then} to {now}:"
+            " change it when the epoch is over"
+        )
+
+
+def _log_differences(saved: dict[str, Any], saved_config: dict[str, Any], config: Config) -> None:
     if saved["world_size"] != world_size():
         logger.warning(
             "the run was saved by %d processes and continues with %d: every sample of the epoch is"
@@ -514,51 +443,3 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     changed = [key for key in now if key != "tokenizer" and saved_config.get(key) != now[key]]
     if changed:
         logger.warning("the configuration differs from the saved run's in %s", ", ".join(changed))
-
-
-def _check_same_epoch(
-    path: Path,
-    saved: dict[str, Any],
-    saved_config: dict[str, Any],
-    config: Config,
-    entries: int | None,
-) -> None:
-    """Raise InputError if the rest of the epoch cannot be located: its data or order changed."""
-    kept = [("the number of entries of train_file", entries, saved["entries"])]
-    if any(name.endswith(".tar") for name in config.train_file or []):
-        then = saved_config.get("shuffle_buffer")
-        kept.append(("shuffle_buffer", config.shuffle_buffer, then))
-    for what, now, then in kept:
-        if now != then:
-            raise InputError(
-                f"--resume: {path} was saved within an epoch, and {what} changed from {then} to"
-                f" {now}: change it when the epoch is over"
-            )
-
-
-def _other_optimizer(path: Path) -> InputError:
-    return InputError(
-        f"--resume: {path} holds the state of another optimizer, or of other parameters: leave"
-        " optimizer, objectives, distill and the model as they were, or start from its weights with"
-        " --checkpoint alone"
-    )
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], path: Path) -> None:
-    """Load the state of an optimizer. Options such as weight_decay keep their values.
-
-    Args:
-        optimizer: The optimizer.
-        state: Its saved state.
-        path: Path of the checkpoint, for the message.
-
-    Raises:
-        InputError: The state is of another optimizer.
-    """
-    for group, options in zip(state["param_groups"], optimizer.param_groups, strict=False):
-        # an older torch may have had fewer options
-        group |= {name: value for name, value in options.items() if name != "params"}
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError, IndexError):
-        raise _other_optimizer(path) from None

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from configs.config import Config
 from configs.load import load_config, override
 from configs.tasks import detect_task, find_task
-from engine.checkpointing import is_run_file, run_files
+from engine.checkpointing import run_files
 from models.weights import find_checkpoint, is_repository, named_tensors, read_checkpoint
 
 # keys that the weights of a checkpoint depend on
@@ -74,26 +76,19 @@ def choose_config(
     if file:
         config = load_config(file, overrides)
         if task == "vqa" and config.max_answer_tokens is None and evaluate:
-            length = saved.get("max_answer_tokens")
-            more = [f"max_answer_tokens={length}"] if length else []
-            config = override(config.to_dict(), more, file)
-        log.info("configuration: %s", file)
+            config = msgspec.structs.replace(
+                config, max_answer_tokens=saved.get("max_answer_tokens")
+            )
         return config, str(file)
     where = f"configuration of {checkpoint}"
     # the key schedular marks released code, which saves the paths of its own machine
     if saved and "schedular" not in saved and task_of_checkpoint(content, task, checkpoint) == task:
-        log.info("configuration: from %s (another: --config FILE)", checkpoint)
         return override(saved, overrides, where), checkpoint
     default = find_task(task).config
     if not (saved and evaluate):
-        log.info("configuration: %s (another: --config FILE)", default)
         return load_config(default, overrides), default
     model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
-    log.info(
-        "configuration: %s, with the model and tokenizer of %s (another: --config FILE)",
-        default,
-        checkpoint,
-    )
+    log.info("model and tokenizer: as in %s", checkpoint)
     return override({**load_config(default).to_dict(), **model}, overrides, where), default
 
 
@@ -121,7 +116,7 @@ def default_output_dir(task: str, source: str, evaluate: bool) -> Path:
             folder.
     """
     path = Path(source)
-    in_run = path.name == "config.yaml" or is_run_file(path)
+    in_run = path.name == "config.yaml" or path.name.startswith("checkpoint_")
     if evaluate and in_run and run_files(path.parent):
         return path.parent
     name = (path.parent.name if in_run else "") or path.stem

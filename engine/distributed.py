@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +59,10 @@ def init_process_group(device: str | None, timeout: float) -> torch.device:
     found = find_device(device)
     slurm_to_environment()
     world_size = environment_number("WORLD_SIZE", 1)
-    if found.type == "cuda":
-        found = _gpu_of_rank(found, several=world_size > 1)
     if world_size == 1:
         return found
+    if found.type == "cuda":
+        found = _gpu_of_rank()
     rendezvous = Rendezvous(world_size, timeout)
     options: dict[str, Any] = {"backend": "gloo"}
     if found.type == "cuda":
@@ -79,16 +78,9 @@ def init_process_group(device: str | None, timeout: float) -> torch.device:
     return found
 
 
-def _gpu_of_rank(device: torch.device, *, several: bool) -> torch.device:
-    """Return the GPU of this process, by its local rank if there are several processes."""
+def _gpu_of_rank() -> torch.device:
+    """Return the GPU of this process by its local rank. Raises InputError."""
     count = torch.cuda.device_count()
-    if not several:
-        if (device.index or 0) >= count:
-            raise InputError(
-                f"--device {device}: torch finds {count} GPUs here, the last one is"
-                f" cuda:{count - 1}"
-            )
-        return device
     number = environment_number("LOCAL_RANK", environment_number("SLURM_LOCALID", 0))
     if count == 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         number = 0  # srun may show each task only its own GPU; torchrun shows all
@@ -105,7 +97,7 @@ def _gpu_of_rank(device: torch.device, *, several: bool) -> torch.device:
 def check_agreement(
     config: Config, seed: int, tokenizer: Any, data_sets: Mapping[str, Any]
 ) -> None:
-    """Compare configuration, seed, tokenizer, code and data of all ranks.
+    """Compare configuration, seed, tokenizer, torch and data of all ranks.
 
     Every rank must call it.
 
@@ -113,7 +105,7 @@ def check_agreement(
         config: The complete configuration. Paths may differ.
         seed: The flag --seed.
         tokenizer: The tokenizer of the texts.
-        data_sets: The data sets by the key of their files.
+        data_sets: The data sets by split.
 
     Raises:
         InputError: On all ranks, if anything differs on any rank.
@@ -123,10 +115,10 @@ def check_agreement(
     keys = config.to_dict()
     facts = {f"the key {key}": keys[key] for key in keys if key not in KEYS_OF_A_NODE}
     facts["--seed"] = seed
-    facts |= {key: f"{len(data)} samples ({data.digest()})" for key, data in data_sets.items()}
+    for split, data in data_sets.items():
+        facts[f"{split}_file"] = f"{len(data)} samples ({data.digest()})"
     facts["the tokenizer"] = hash_contents([tokenizer.backend_tokenizer.to_str().encode()])
-    code = hash_contents(path.read_bytes() for path in _sources())
-    facts["the code"] = f"{code} with torch {torch.__version__}"
+    facts["torch"] = torch.__version__
     first, *others = gather_lists([facts])
     for number, other in enumerate(others, 1):
         for name in first | other:
@@ -135,12 +127,6 @@ def check_agreement(
                     f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {number}:"
                     " give all ranks the same files and flags"
                 )
-
-
-def _sources() -> list[Path]:
-    root = Path(__file__).resolve().parents[1]
-    folders = ("configs", "dataset", "engine", "evaluation", "models", "optim", "scheduler")
-    return sorted(path for folder in folders for path in (root / folder).glob("**/*.py"))
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
@@ -195,8 +181,7 @@ class StopSignal:
     def _record(self, signum: int, _: FrameType | None) -> None:
         # Slurm signals a preempted job twice, torchrun forwards a signal that its workers may have
         # received, and timeout(1) signals its command and then its group
-        launched = "RANK" in os.environ or "SLURM_PROCID" in os.environ
-        if self.signum and time.monotonic() - self._received >= (1 if launched else 0.2):
+        if self.signum and time.monotonic() - self._received >= 1:
             end_at_once(signum, None)
         self.signum, self._received = signum, time.monotonic()
 

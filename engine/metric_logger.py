@@ -205,15 +205,15 @@ class MetricLogger:
             return
         step = state.epoch * state.iterations + done
         rate = state.global_batch / seconds
+        losses = [f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n[:4] == "loss"]
         shown = {**means, "lr": self.lr, "samples_per_s": rate}
+        text = f"{' '.join(losses)} lr {self.lr:.1e} {rate:.1f} samples/s"
         if self.flops:
             shown["mfu"] = self.flops / seconds / self.peak
+            text += f" MFU {shown['mfu']:.1%}"
         self._draw(shown, step)
         left = (self.config.scheduler.epochs * state.iterations - step) * seconds
-        losses = [f"{n.removeprefix('loss_')} {v:.3f}" for n, v in means.items() if n[:4] == "loss"]
-        mfu = f" MFU {shown['mfu']:.1%}" if "mfu" in shown else ""
-        eta = f"{int(left // 3600)}:{int(left % 3600 // 60):02d}:{int(left % 60):02d}"
-        text = f"{' '.join(losses)} lr {self.lr:.1e} {rate:.1f} samples/s{mfu} run ETA {eta}"
+        text += f" run ETA {tqdm.format_interval(left)}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(iterations)
         due = done == self.end or time.monotonic() - self._line_at > LINE_EVERY

@@ -76,10 +76,8 @@ def writing(
         yield
     except failures as error:
         # torch.save reports only a wrong position; the operating system's error has the reason
-        reason = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None)
-        reason = reason or (
-            f"is the disk full? ({error})" if isinstance(error, RuntimeError) else error
-        )
+        reasons = (getattr(e, "strerror", None) for e in (error, error.__context__))
+        reason = next(filter(None, reasons), error)
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
 
 

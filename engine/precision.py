@@ -42,15 +42,14 @@ MAX_GRAPHS = 64
 
 def find_device(name: str | None) -> torch.device:
     """Return the device of a name, None for a GPU if there is one. Raises InputError."""
-    name = str(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch finds no GPU here, use --device cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cuda", "cpu"):
+    gpus = torch.cuda.device_count()
+    name = str(name or ("cuda" if gpus else "cpu"))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device {name}: this code does not run there, use cuda or cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        remedy = f"the last one is cuda:{gpus - 1}" if gpus else "use --device cpu"
+        raise InputError(f"--device {name}: torch finds {gpus} GPUs here, {remedy}")
     return device
 
 

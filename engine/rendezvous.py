@@ -28,7 +28,7 @@ def slurm_to_environment() -> None:
         "LOCAL_RANK": "SLURM_LOCALID",
     }
     for name, slurm_name in names.items():
-        os.environ[name] = str(environment_number(slurm_name))
+        os.environ[name] = os.environ[slurm_name]
     # a port for each job, as in scripts/slurm_pretrain.sh
     os.environ.setdefault("MASTER_PORT", str(10000 + environment_number("SLURM_JOB_ID") % 20000))
     # the first of a list such as node[01-04,07],gpu3; `scontrol show hostnames` is missing in most
@@ -47,19 +47,15 @@ class Rendezvous:
 
     def __init__(self, world_size: int, timeout: float) -> None:
         self.world_size, self.timeout = world_size, timeout
-        self.rank = environment_number("RANK")
-        host, self.port = os.environ.get("MASTER_ADDR"), environment_number("MASTER_PORT")
-        if not host:
-            raise InputError(
-                f"WORLD_SIZE is {world_size} but MASTER_ADDR is missing: start by torchrun, or"
-                " unset WORLD_SIZE"
-            )
-        if self.port > 65535:
-            raise InputError(
-                f"MASTER_PORT={self.port} in the environment is not a port, which is at most 65535:"
-                " start by torchrun"
-            )
-        self.host, self._begun, self._noticed = host, time.monotonic(), False
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise InputError(
+                    f"WORLD_SIZE is {world_size} but {name} is missing: start by torchrun or srun,"
+                    " or unset WORLD_SIZE"
+                )
+        self.rank, self.host = environment_number("RANK"), os.environ["MASTER_ADDR"]
+        self.port = environment_number("MASTER_PORT")
+        self._begun, self._noticed = time.monotonic(), False
 
     def meet(self) -> dist.Store:
         """Return a store that all ranks of this start of the run share. Raises InputError."""

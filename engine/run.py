@@ -116,22 +116,23 @@ def set_up(
         InputError: An input is wrong.
     """
     check_flags(task, args)
-    args.checkpoint = resolve_checkpoint(args.checkpoint, bool(args.resume))
+    if args.checkpoint not in ("", "random") and not is_repository(args.checkpoint):
+        # of a folder, a run continues from the newest checkpoint and else begins with the best
+        newest = newest_checkpoint(args.checkpoint) if args.resume else None
+        args.checkpoint = str(newest or find_checkpoint(args.checkpoint))
     device = init_process_group(args.device, args.timeout)
     config, output_dir, resume_from = find_run(task, args)
     tokenizer, config = load_tokenizer(config)
-    train_set, test_sets = build_datasets(task, args, config)
+    data_sets = build_datasets(task, args, config)
+    train_set = data_sets.get("train")
     if task.name == "vqa" and train_set and config.max_answer_tokens is None:
         length = train_set.longest_answer(tokenizer)
         config = msgspec.structs.replace(config, max_answer_tokens=length)
-    data_sets = {f"{split}_file": data for split, data in test_sets.items()}
-    if train_set is not None:
-        data_sets["train_file"] = train_set
     check_agreement(config, args.seed, tokenizer, data_sets)
     seed_everything(args.seed)
     model = build_model(task.name, config, tokenizer)
     if train_set is not None:
-        warn_without_negatives(model, train_set, config)
+        warn_without_negatives(model)
         warn_of_texts(train_set, tokenizer)
     if task.check:
         find(task.check)(model, **options)
@@ -140,21 +141,9 @@ def set_up(
     else:
         model.pretrained = load_initial_weights(task, args, model)
     model.to(device)
+    test_sets = {split: data for split, data in data_sets.items() if split != "train"}
     evaluator = Evaluator(task, model, tokenizer, config, test_sets, output_dir, options)
     return evaluator, train_set, resume_from
-
-
-def resolve_checkpoint(checkpoint: str, resume: bool) -> str:
-    """Return the file of --checkpoint in a folder: to resume the newest, else the best.
-
-    Raises:
-        InputError: There is no such checkpoint.
-    """
-    if checkpoint in ("", "random") or is_repository(checkpoint):
-        return checkpoint
-    file = find_checkpoint(checkpoint)
-    newest = newest_checkpoint(Path(checkpoint)) if resume and Path(checkpoint).is_dir() else None
-    return str(newest or file)
 
 
 @dataclass
@@ -261,11 +250,8 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
     flags = ("text_encoder", "vision_encoder", "tokenizer")
     named = [f"{key}={json.dumps(value)}" for key in flags if (value := getattr(args, key, None))]
     choose = {"file": args.config, "overrides": [*args.set, *named], "evaluate": args.evaluate}
-    output_dir, config = args.output_dir, None
-    if not (args.resume and output_dir):  # a resumed run has its configuration in its checkpoint
-        config, source = choose_config(task.name, args.checkpoint, **choose)
-        output_dir = output_dir or default_output_dir(task.name, source, args.evaluate)
-    output_dir = Path(output_dir)
+    config, source = choose_config(task.name, args.checkpoint, **choose)
+    output_dir = Path(args.output_dir or default_output_dir(task.name, source, args.evaluate))
     if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):
         output_dir /= "evaluation"
         log.warning(
@@ -284,41 +270,33 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
                 f"--resume: {resume_from} has task {found}, but this script's is {task.name}:"
                 " name another --output_dir"
             )
-        config, _ = choose_config(task.name, str(resume_from), **choose)
+        config, source = choose_config(task.name, str(resume_from), **choose)
     elif not (args.checkpoint or task.initialize):
         raise InputError(
             "--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or"
             " random"
         )
-    if config is None:
-        config, _ = choose_config(task.name, args.checkpoint, **choose)
+    log.info("configuration: %s%s", source, "" if args.config else " (another: --config FILE)")
     for line in notes(task.name, config, args.set, args.evaluate):
         log.warning("%s", line)
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     return config, output_dir, resume_from
 
 
-def build_datasets(
-    task: Task, args: argparse.Namespace, config: Config
-) -> tuple[Any, dict[str, Any]]:
-    """Return the training set, None with --evaluate, and the test sets by split.
+def build_datasets(task: Task, args: argparse.Namespace, config: Config) -> dict[str, Any]:
+    """Return the data sets by split, without `train` if --evaluate is set.
 
     Raises:
         InputError: The data is wrong, or there is nothing to evaluate.
     """
-    train_set = None
-    if not args.evaluate:
-        train_set = build_dataset(task.name, "train", config, seed=args.seed)
     splits = [split for split in task.files if args.split in (None, split)]
-    test_sets = {
-        split: build_dataset(task.name, split, config)
-        for split in splits
-        if getattr(config, task.files[split])
-    }
-    if args.evaluate and not test_sets:
+    given = [split for split in splits if getattr(config, task.files[split])]
+    if args.evaluate and not given:
         keys = " or ".join(dict.fromkeys(task.files[split] for split in splits))
         raise InputError(f"--evaluate needs the key {keys} of the configuration")
-    return train_set, test_sets
+    if not args.evaluate:
+        given = ["train", *given]
+    return {split: build_dataset(task.name, split, config, seed=args.seed) for split in given}
 
 
 def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> list[str]:
@@ -330,8 +308,8 @@ def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> 
     if args.checkpoint == "random":
         return []
     if args.checkpoint:
-        complete = args.evaluate
-        reports = [load_checkpoint(model, args.checkpoint, args.allow_missing, complete=complete)]
+        options = {"allow_missing": args.allow_missing, "complete": args.evaluate}
+        reports = [load_checkpoint(model, args.checkpoint, **options)]
     else:
         reports = find(task.initialize)(model, model.config)
     for report in reports:

@@ -27,21 +27,12 @@ GUESSING = 0.99 * (math.log(3) - 2 / 3 * math.log(2))
 log = logging.getLogger(__name__)
 
 
-def warn_without_negatives(model: "ALBEF", train_set: Any, config: Config) -> None:
-    """Warn if a model needs negatives and no batch of a rank can have one."""
-    if "itm" not in getattr(model, "objectives", ()) and model.task != "nlvr_pretrain":
-        return
-    # entries of an image share a group; None is a group of one entry; shards have no entries
-    entries = train_set.entries
-    first = entries[0].group if len(entries) else None
-    one_image = first is not None and all(entries[i].group == first for i in range(len(entries)))
-    if config.batch_size == 1 or one_image:
-        what = "text assignment" if model.task == "nlvr_pretrain" else "matching"
-        log.warning(
-            "%s is not trained, no batch has a negative: set batch_size to 2 or more, and"
-            " train on two or more images",
-            what,
-        )
+def warn_without_negatives(model: "ALBEF") -> None:
+    """Warn if a model needs negatives and no batch of a rank has one."""
+    is_pairs = model.task == "nlvr_pretrain"
+    if model.config.batch_size == 1 and (is_pairs or "itm" in getattr(model, "objectives", ())):
+        what = "text assignment" if is_pairs else "matching"
+        log.warning("%s is not trained, no batch has a negative: set batch_size to 2 or more", what)
 
 
 def warn_of_texts(train_set: EntryDataset, tokenizer: Tokenizer) -> None:

@@ -16,7 +16,7 @@ from engine.checkpointing import BEST, LAST, Best, Checkpointer, Progress
 from engine.distributed import StopSignal, settle_buckets, wrap_ddp
 from engine.launch import interruptible
 from engine.metric_logger import MetricLogger, summarize, write_log
-from engine.precision import autocast, compile_layers, compiles, device_peak, has_bf16, use_device
+from engine.precision import autocast, compile_layers, compiles, has_bf16, use_device
 from engine.signs import warn_of_training
 from models.albef import ALBEF
 from optim import create_optimizer, step_if_finite
@@ -354,22 +354,18 @@ def validate_epoch(state: TrainState, checkpointer: Checkpointer, validate: Vali
 def log_start(state: TrainState) -> None:
     """Log the global batch and the learning rate, and a warm-up that does not fit the run."""
     config, schedule = state.config, state.schedule
-    if state.epoch >= config.scheduler.epochs:
+    if state.epoch >= schedule.epochs:
         log.info(
             "the run is complete, it has %d epochs and scheduler.epochs is %d; to train on, --set"
             " scheduler.epochs=N",
             state.epoch,
-            config.scheduler.epochs,
+            schedule.epochs,
         )
         return
     if config.precision == "bf16" and not has_bf16(state.device):
         log.warning("this device has no bf16, training in fp32")
-    elif state.device.type == "cuda" and config.precision == "bf16":
-        if not device_peak(state.device, config):
-            name = torch.cuda.get_device_name(state.device)
-            log.warning("the peak speed of %s is unknown, so no MFU is shown", name)
     lr, reference = config.optimizer.lr, config.reference_batch
-    rule = f"as configured (reference_batch would scale it by sqrt({state.global_batch} / N))"
+    rule = "as configured"
     if reference:
         rule = f"{lr:.3g} x sqrt({state.global_batch} / reference_batch {reference})"
     log.info(
@@ -381,19 +377,13 @@ def log_start(state: TrainState) -> None:
         schedule.lr,
         rule,
     )
-    key, warmup = "warmup_epochs", schedule.warmup_epochs * WARMUP_STEP
-    where, available = "epoch 0", state.iterations
+    warmup, available = schedule.warmup_epochs * WARMUP_STEP, state.iterations
     if schedule.warmup_iters is not None:
-        key, warmup = "warmup_iters", schedule.warmup_iters
-        where, available = "the run", schedule.epochs * state.iterations
+        warmup, available = schedule.warmup_iters, schedule.epochs * state.iterations
     if warmup > available and schedule.warmup_lr != schedule.lr:
         log.warning(
-            "scheduler.%s %s is a warm-up of %d iterations, %s has only %d: it ends below the"
-            " learning rate; lower %s",
-            key,
-            getattr(schedule, key),
+            "scheduler: the warm-up takes %d iterations and only %d are there for it, so it ends"
+            " below the learning rate; lower warmup_iters or warmup_epochs",
             warmup,
-            where,
             available,
-            key,
         )

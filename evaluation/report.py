@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import TrainingStopped, atomic_write
+from engine.output_dir import writing
+from utils import atomic_write
 
 
 class Report(NamedTuple):
@@ -25,12 +26,8 @@ class Report(NamedTuple):
     def write(self, name: str, content: Any) -> Path:
         """Write a JSON file of results. Return its path. Raises TrainingStopped."""
         path = self.folder / name
-        try:
+        with writing(path, "make room, and evaluate again"):
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(path, "w") as file:
                 json.dump(content, file)
-        except OSError as error:
-            raise TrainingStopped(
-                f"cannot write {path}: {error.strerror}; make room, and evaluate again"
-            ) from None
         return path

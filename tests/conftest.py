@@ -53,7 +53,8 @@ def assert_released_step(model, losses, data):
 
 
 INFO = re.compile(
-    r"configuration: |training set: |model: |global batch |epoch \d+: |resuming from "
+    r"configuration: |model and tokenizer: |training set: |model: |global batch |epoch \d+: "
+    r"|resuming from "
     r"|the run is complete|  \w+: \d+ \(|.* tensors loaded"
 )
 

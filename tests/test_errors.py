@@ -135,11 +135,24 @@ def test_a_folder_with_checkpoints_of_other_code_is_refused(pretrain, pretrained
     before = contents(folder)
     status, message = pretrain(*resume)
     assert status == 2 and message.count("\n") == 1
-    assert f"--checkpoint {folder / 'checkpoint_00.pth'} --output_dir OTHER" in message
+    remedy = f"--checkpoint {folder / 'checkpoint_00.pth'} --output_dir OTHER"
+    assert (remedy if resume else "holds a run already") in message
     assert contents(folder) == before
     remedy = ["--checkpoint", folder / "checkpoint_00.pth", "--output_dir", tmp_path / "other"]
     assert pretrain(*remedy, scheduler={"epochs": 1})[0] == 0
     assert contents(folder) == before
+
+
+def test_a_run_continues_another_one_from_its_newest_checkpoint(pretrain, shapes, tmp_path):
+    """The folder's best checkpoint, with which other runs begin, is of an earlier epoch."""
+    keys = {"val_file": str(shapes / "val.json"), "test_file": None}
+    still = ["optimizer.lr=0", "scheduler.warmup_lr=0", "scheduler.min_lr=0"]
+    assert pretrain("--set", *still, **keys)[0] == 0
+    one = tmp_path / "out"
+    assert torch.load(one / "checkpoint_best.pth", weights_only=True)["epoch"] == 0
+    flags = ["--resume", "--checkpoint", one, "--output_dir", tmp_path / "two"]
+    assert pretrain(*flags, "--set", *still, "scheduler.epochs=3", **keys)[0] == 0
+    assert [entry["epoch"] for entry in log(tmp_path / "two")] == [2]
 
 
 def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(

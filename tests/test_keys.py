@@ -398,22 +398,10 @@ def test_objectives_that_a_task_does_not_have_are_refused(tiny_config, task, key
 
 
 @pytest.mark.parametrize("task", ["pretrain", "nlvr_pretrain", "retrieval"])
-def test_batches_without_negatives_are_named_at_the_start(script, shapes, tmp_path, task):
+def test_batches_without_negatives_are_named_at_the_start(script, tmp_path, task):
     assert "negative" not in script(task)[1]
     status, message = script(task, "--output_dir", tmp_path / "one", "--set", "batch_size=1")
-    assert status == 0 and "batch_size" in message
-    if task == "retrieval":
-        entries = [
-            {**entry, "image_id": 7}
-            for entry in json.loads((shapes / "retrieval_train.json").read_text())
-        ]
-        (tmp_path / "same.json").write_text(json.dumps(entries))
-        assert (
-            "negative"
-            in script(
-                task, "--output_dir", tmp_path / "same", train_file=str(tmp_path / "same.json")
-            )[1]
-        )
+    assert status == 0 and "negative" in message and "batch_size" in message
 
 
 # --------------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ from engine.checkpointing import (
     copy_to_host,
     find_resume_file,
     newest_checkpoint,
-    rotate,
 )
 from engine.launch import Interrupted
 from engine.output_dir import make_output_dir
@@ -172,28 +171,14 @@ def test_a_state_is_copied_as_it_is(tmp_path):
     """
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    state, buffers = (
-        {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]},
-        {},
-    )
-    for value in 1.0, 2.0:
-        torch.nn.init.constant_(model[0].weight, value)
-        copied = copy_to_host(state, buffers, {})
-        assert (
-            copied["model"]._metadata == state["model"]._metadata
-            and copied["other"][0]["step"] == 3
-        )
-        assert (copied["model"]["1.weight"] == value).all() and copied["other"][1] is None
-        assert (
-            copied["model"]["1.weight"]
-            is copied["model"]["0.weight"]
-            is not state["model"]["0.weight"]
-        )
-        addresses = {path: buffer.data_ptr() for path, buffer in buffers.items()}
-    assert (
-        addresses == {path: buffer.data_ptr() for path, buffer in buffers.items()}
-        and len(buffers) == 4
-    )
+    state = {"model": model.state_dict(), "other": [{"step": 3, "mean": torch.ones(2)}, None]}
+    torch.nn.init.constant_(model[0].weight, 1.0)
+    copied = copy_to_host(state, {})
+    torch.nn.init.constant_(model[0].weight, 2.0)
+    assert copied["model"]._metadata == state["model"]._metadata
+    assert copied["other"][0]["step"] == 3 and copied["other"][1] is None
+    assert copied["model"]["1.weight"] is copied["model"]["0.weight"]
+    assert (copied["model"]["1.weight"] == 1).all()
 
 
 def flip(data, position, bit=1):
@@ -208,7 +193,7 @@ DAMAGES = {
     "key resume": lambda data: flip(data, data.index(b"resume")),
     "key samples_seen": lambda data: flip(data, data.index(b"seen", data.index(b"resume"))),
     "version in the directory": lambda data: flip(data, data.rindex(b"PK\1\2") + 6, 64),
-    "digest": lambda data: flip(data, len(data) - 1),
+    "checksum": lambda data: flip(data, data.rindex(b"PK\1\2") + 16),
 }
 
 
@@ -236,7 +221,7 @@ def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys
     ):
         last.write_bytes(flip(data, position, 1 << random.integers(8)))
         found = newest_checkpoint(tmp_path)
-        if found == last:  # the flip removed the mark of the digest, and all checksums agree
+        if found == last:  # the flip is in a field that nothing reads, and all checksums agree
             assert all(
                 torch.equal(*pair)
                 for pair in zip(
@@ -407,18 +392,6 @@ def test_old_checkpoints_are_rotated_by_count(tiny_config, tmp_path):
         "checkpoint_03.pth",
         LAST,
     ]
-
-
-def test_rotation_keeps_the_best_and_the_last(tmp_path):
-    for name in ("00", "01", "07", "12", "best", "last", "previous"):
-        (tmp_path / f"checkpoint_{name}.pth").write_text("")
-    rotate(tmp_path, epoch=12, keep=1)
-    assert {path.stem.removeprefix("checkpoint_") for path in tmp_path.iterdir()} == {
-        "12",
-        "best",
-        "last",
-        "previous",
-    }
 
 
 def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
@@ -944,11 +917,11 @@ def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config
     [
         (
             {"warmup_iters": 13},
-            "scheduler.warmup_iters 13 is a warm-up of 13 iterations, the run has only 12",
+            "the warm-up takes 13 iterations and only 12 are there for it",
         ),
         (
             {"warmup_iters": None, "warmup_epochs": 1},
-            "warmup_epochs 1 is a warm-up of 100 iterations, epoch 0 has only 6",
+            "the warm-up takes 100 iterations and only 6 are there for it",
         ),
         ({"warmup_iters": 12}, None),
         ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it
