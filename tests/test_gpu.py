@@ -1,13 +1,13 @@
 """`make gpu` on a machine without GPU: its error, and all of its work on a tiny model."""
 
 import json
-import subprocess
 import sys
 from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, exit_status
+from helpers.launch import launch
 
 import Pretrain
 from configs.load import override
@@ -36,7 +36,6 @@ def size(tiny_config, monkeypatch):
         (4,),
         2,
         1,
-        (["../tests/mutants.py", "--help"],),
         {"backend": "eager"},
     )
     monkeypatch.setattr(pretrain_step, "full_size_config", lambda name, *keys: size.config(*keys))
@@ -72,7 +71,7 @@ def test_the_report_runs_end_to_end_and_says_what_is_wrong(size, tmp_path, monke
     modes = [(row["batch"], row["mode"]) for row in content["steps"]]
     assert modes == [(4, "eager"), (4, "compiled")] and content["scaling"]["1"] > 0
     page = (tmp_path / "report.md").read_text()
-    for part in ("| 4 | compiled |", "usage: mutants.py", "FAILED: again: 1 tensors differ"):
+    for part in ("| 4 | compiled |", "FAILED: again: 1 tensors differ"):
         assert part in page
 
 
@@ -84,13 +83,6 @@ def test_golden_values_that_are_off_are_said(size, monkeypatch, precision):
 
 
 def test_without_a_gpu_it_says_so_in_one_line():
-    ended = subprocess.run(
-        [sys.executable, "tests/gpu/report.py"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert (
-        ended.returncode == 2 and len(ended.stderr.splitlines()) == 1 and "no GPU" in ended.stderr
-    )
+    ended = launch("tests/gpu/report.py", processes=1)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2 and "no GPU" in line

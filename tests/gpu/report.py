@@ -6,7 +6,6 @@ make gpu    # writes output/gpu/report.json and report.md, and ends with the ver
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -38,7 +37,6 @@ class Size(NamedTuple):
         batches: Batch sizes of the table of steps.
         steps: Number of steps.
         processes: Number of processes.
-        tables: Command lines of benchmarks.
         compile_options: Options of torch.compile.
     """
 
@@ -46,7 +44,6 @@ class Size(NamedTuple):
     batches: tuple
     steps: int
     processes: int
-    tables: tuple
     compile_options: dict = {}
 
 
@@ -112,21 +109,6 @@ def measure_scaling(device, size):
     return rates
 
 
-def run_tables(size):
-    """Return what benchmarks print, by name."""
-    texts = {}
-    for name, *arguments in size.tables:
-        print(name, flush=True)
-        done = subprocess.run(
-            [sys.executable, f"benchmarks/{name}", *arguments],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        texts[name] = done.stdout if done.returncode == 0 else f"failed: {done.stderr[-300:]}"
-    return texts
-
-
 def table(title, *rows):
     """Return the lines of a table after an empty line and its title."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
@@ -153,7 +135,7 @@ def markdown(content):
         (count, f"{rate:.1f}", f"{rate / count / rates[1]:.0%}", f"{rate / count / alone:.0%}")
         for count, rate in rates.items()
     ]
-    lines = [
+    return [
         f"{content['machine']}, {content['processes']} of them",
         *table("", ("check", "found"), *content["checks"].items()),
         *table(
@@ -167,10 +149,6 @@ def markdown(content):
             *scaling,
         ),
     ]
-    for name, text in content["tables"].items():
-        indented = [f"    {line}".rstrip() for line in text.splitlines()]
-        lines += ["", f"`benchmarks/{name}`", "", *indented]
-    return lines
 
 
 def report(device, size, folder):
@@ -182,7 +160,6 @@ def report(device, size, folder):
         "checks": found,
         "steps": measure_steps(size),
         "scaling": measure_scaling(device, size),
-        "tables": run_tables(size),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(content, indent=1))
@@ -207,11 +184,6 @@ def main():
         batches=(32, 64, 128),
         steps=40,
         processes=torch.cuda.device_count(),
-        tables=(
-            ["dataloader.py", "--workers", "4", "8"],
-            ["retrieval_eval.py"],
-            ["vqa_ranking.py"],
-        ),
     )
     if report(torch.device("cuda"), size, args.output_dir):
         sys.exit(1)
