@@ -1,7 +1,7 @@
 """Puts one-line mistakes into the core, one at a time, and runs the tests of their module: `make
 mutants`.
 
-    python tests/mutants.py [FILE ...] [--list]
+    python tests/mutants.py [FILE ...] [--processes N]
 
 A mistake that the tests notice is killed, others survive. The table below is the list of mistakes;
 an equivalent one changes nothing that can be observed, and says why. FILE: only the mistakes in
@@ -9,14 +9,14 @@ these files.
 """
 
 import argparse
+import collections
 import os
-import queue
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -508,47 +508,48 @@ def applied(mutant):
     return text.replace(mutant.old, mutant.new)
 
 
-def run(mutant, folder):
-    """The outcome of a mutant's tests in a copy of the repository: killed with the test that
-    failed, or survived.
-    """
-    path, environment = (
-        folder / mutant.file,
-        {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+def copy_repository(folder):
+    """Copies the files that git tracks."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    path.write_text(applied(mutant))
-    tests = [
-        f"tests/test_{name}.py"
-        for name in TESTS[mutant.file].split()
-        if (ROOT / f"tests/test_{name}.py").exists()
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
-    try:
-        ended = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-        )
-    except subprocess.TimeoutExpired:
-        return "killed", "timeout"
-    finally:
-        shutil.copy(ROOT / mutant.file, path)
+    for name in filter(None, tracked.stdout.split("\0")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
+def run(mutant):
+    """The outcome of a mutant's tests in a copy of the repository, and the test that failed."""
+    if mutant.equivalent:
+        return "equivalent", mutant.equivalent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    tests = [f"tests/test_{name}.py" for name in TESTS[mutant.file].split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_repository(folder)
+        (folder / mutant.file).write_text(applied(mutant))
+        try:
+            ended = subprocess.run(
+                [*command, *tests],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return "killed", "timeout"
     if ended.returncode == 0:
         return "survived", ""
-    failed = [
-        line.split(" ")[1]
-        for line in ended.stdout.splitlines()
-        if line.startswith(("FAILED", "ERROR"))
-    ]
-    return "killed", failed[0] if failed else ended.stdout.strip().splitlines()[-1]
+    lines = ended.stdout.strip().splitlines()
+    failed = [line.split(" ")[1] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return "killed", [*failed, lines[-1]][0]
+
+
+def shown(mutant):
+    """The mutant as one line."""
+    return f"{mutant.file}: {mutant.old.strip()!r} -> {mutant.new.strip()!r}"
 
 
 def main():
@@ -557,53 +558,22 @@ def main():
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     args = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if not args.files or mutant.file in args.files]
-    waiting, outcomes, start = queue.SimpleQueue(), {}, time.monotonic()
-    for number, mutant in enumerate(chosen):
+    for mutant in chosen:  # a stale table is an error at once
         applied(mutant)
-        if mutant.equivalent:
-            outcomes[number] = "equivalent", mutant.equivalent
-        else:
-            waiting.put(number)
-
-    def work():
-        with tempfile.TemporaryDirectory() as folder:
-            tracked = subprocess.run(
-                ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-            )
-            for name in filter(None, tracked.stdout.split("\0")):
-                target = Path(folder) / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, target)
-            while True:
-                try:
-                    number = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                outcomes[number] = run(chosen[number], Path(folder))
-                state, detail = outcomes[number]
-                print(
-                    f"{state:9} {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}  {detail}",
-                    flush=True,
-                )
-
-    threads = [threading.Thread(target=work) for _ in range(args.processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    start, states = time.monotonic(), []
+    with ThreadPoolExecutor(args.processes) as pool:
+        for mutant, (state, detail) in zip(chosen, pool.map(run, chosen), strict=True):
+            print(f"{state:10} {shown(mutant)}  {detail}", flush=True)
+            states.append(state)
     print("\nsurvived:")
-    for number, (state, _) in sorted(outcomes.items()):
+    for mutant, state in zip(chosen, states, strict=True):
         if state == "survived":
-            print(
-                f"  {chosen[number].file}: {chosen[number].old.strip()!r} -> {chosen[number].new.strip()!r}"
-            )
-    counts = {
-        state: sum(outcome[0] == state for outcome in outcomes.values())
-        for state in ("killed", "survived", "equivalent")
-    }
+            print(f"  {shown(mutant)}")
+    counts = collections.Counter(states)
     share = 100 * counts["killed"] / max(1, counts["killed"] + counts["survived"])
     print(
-        f"{counts['killed']} killed, {counts['survived']} survived, {counts['equivalent']} equivalent: {share:.0f}% killed, "
+        f"{counts['killed']} killed, {counts['survived']} survived, "
+        f"{counts['equivalent']} equivalent: {share:.0f}% killed, "
         f"{(time.monotonic() - start) / 60:.0f} minutes"
     )
 
