@@ -23,6 +23,7 @@ from utils import Text, rank, world_size
 
 DATA = torch.load(Path(__file__).parents[1] / "golden/trajectory.pt", weights_only=True)
 BATCH_SIZE, BATCHES = 4, len(DATA["batches"])
+EPOCH = 12  # batches of an epoch of the variants, which have two: the queue wraps in each
 
 
 class Stop(Exception):
@@ -94,7 +95,7 @@ def follow(output_dir, served, resume_from=None, **keys):
 def main():
     init_process_group("cpu", 60)
     keys = dict(text.split("=") for text in sys.argv[2:])
-    follow(Path(sys.argv[1]), Served(len(DATA["batches"]) // 2), **keys)
+    follow(Path(sys.argv[1]), Served(EPOCH), **keys)
 
 
 if __name__ == "__main__":
