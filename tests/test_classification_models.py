@@ -1,5 +1,6 @@
 """VE, NLVR2 and text assignment against the released implementation's numbers."""
 
+import pytest
 import torch
 from conftest import assert_close, assert_released_step
 
@@ -7,24 +8,14 @@ from models import build_model
 from utils import Text
 
 
-def test_ve_loss_gradients_and_classes_are_the_released_ones(released):
-    data, model, text = released("ve")
+@pytest.mark.parametrize("task", ["ve", "nlvr"])
+def test_loss_gradients_and_classes_are_the_released_ones(released, task):
+    data, model, text = released(task)
+    images = data["image"].chunk(2 if task == "nlvr" else 1)
     with torch.no_grad():
-        assert_close(
-            "prediction", model.predict(data["image"], text), data["prediction"], 1e-4, 1e-5
-        )
-    losses = model.losses(data["image"], text, targets=data["targets"], alpha=data["alpha"])
-    assert_released_step(model, losses, data)
-
-
-def test_nlvr_loss_gradients_and_classes_are_the_released_ones(released):
-    data, model, text = released("nlvr")
-    first, second = data["image"].chunk(2)
-    with torch.no_grad():
-        assert_close(
-            "prediction", model.predict(first, second, text), data["prediction"], 1e-4, 1e-5
-        )
-    losses = model.losses(first, second, text, targets=data["targets"], alpha=data["alpha"])
+        prediction = model.predict(*images, text)
+    assert_close("prediction", prediction, data["prediction"], 1e-4, 1e-5)
+    losses = model.losses(*images, text, targets=data["targets"], alpha=data["alpha"])
     assert_released_step(model, losses, data)
 
 
@@ -37,17 +28,18 @@ def test_text_assignment_is_the_released_one(released, monkeypatch):
     assert_close("negative_weights", weights, data["negative_weights"], 1e-4, 1e-5)
     assert_close("prediction", prediction, data["prediction"], 1e-4, 1e-5)
     monkeypatch.setattr(model, "draw_pairs", lambda image_embeds: (first, second, data["labels"]))
-    assert_close(
-        "loss", model.losses(image, text)["loss"].detach(), torch.tensor(data["loss"]), 1e-4, 1e-5
-    )
+    loss = model.losses(image, text)["loss"].detach()
+    assert_close("loss", loss, torch.tensor(data["loss"]), 1e-4, 1e-5)
 
 
-def test_the_momentum_model_moves_once_for_an_optimizer_step(released):
-    data, model, text = released("ve")
+@pytest.mark.parametrize("task", ["ve", "vqa"])
+def test_the_momentum_model_moves_once_for_an_optimizer_step(released, task):
+    data, model, text = released(task)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.losses(
-        data["image"], text, targets=data["targets"], alpha=data["alpha"], update_momentum=False
-    )
+    inputs = {name: data[name] for name in ("targets", "n", "weights", "alpha") if name in data}
+    if task == "vqa":
+        inputs["answer"] = Text(data["answer_input_ids"], data["answer_attention_mask"])
+    model.losses(data["image"], text, **inputs, update_momentum=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -46,11 +46,11 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fake.py").write_text(SCRIPT)
 
-    def rows(**keys):
+    def rows(output="out", **keys):
         for row in keys.values():
             row.setdefault("script", "fake.py")
             row["flags"] = "--to {folder} " + row.get("flags", "")
-        return rows_of(keys, tmp_path / "out")
+        return rows_of(keys, tmp_path / output)
 
     return rows
 
@@ -66,23 +66,22 @@ def starts(row):
 
 def test_a_second_call_does_nothing_wherever_the_results_lie(fake, tmp_path):
     rows = fake(a={}, b={"from": "a"})
-    assert run(rows, ONE) == ([], [])
-    assert run(rows, ONE) == ([], [])
-    assert all(row.complete and starts(row) == 1 for row in rows.values())
+    for _ in range(2):
+        assert run(rows, ONE) == ([], [])
+        assert all(row.complete and starts(row) == 1 for row in rows.values())
     assert rows["b"].command[1:3] == ["--checkpoint", str(rows["a"].folder / "checkpoint_last.pth")]
-    rows["a"].folder.parent.rename(tmp_path / "moved")
-    keys = {"script": "fake.py", "flags": "--to {folder} "}
-    moved = rows_of({"a": keys, "b": {**keys, "from": "a"}}, tmp_path / "moved")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = fake("moved", a={}, b={"from": "a"})
     check_unchanged(moved)
     assert all(row.complete for row in moved.values())
 
 
 def test_what_a_row_creates_is_made_again_where_it_is_gone(fake, tmp_path):
-    rows = fake(a={"creates": "data.json"})
-    run(rows, ONE)
-    assert not rows["a"].complete
+    (row,) = fake(a={"creates": "data.json"}).values()
+    run({"a": row}, ONE)
+    assert not row.complete
     (tmp_path / "data.json").touch()
-    assert rows["a"].complete
+    assert row.complete
 
 
 def test_a_failing_row_is_reported_and_the_others_go_on(fake, capsys):
@@ -161,13 +160,17 @@ def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(
     assert "--seed 5" in " ".join(rows["a/seed5"].command)
 
 
-def test_wrong_rows_are_refused(fake, tmp_path):
-    assert "row b: there is no row c" in refusal(lambda: fake(b={"from": "c"}))
-    assert "wait for each other in a circle (a, b, a)" in refusal(
-        lambda: fake(a={"from": "b"}, b={"from": "a"})
-    )
-    assert "row a: flags" in refusal(lambda: fake(a={"flags": '"'}))
-    assert "row a: flags" in refusal(lambda: fake(a={"flags": "--set x=1"}))
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ({"b": {"from": "c"}}, "row b: there is no row c"),
+        ({"a": {"from": "b"}, "b": {"from": "a"}}, "wait for each other in a circle (a, b, a)"),
+        ({"a": {"flags": '"'}}, "row a: flags"),
+        ({"a": {"flags": "--set x=1"}}, "row a: flags"),
+    ],
+)
+def test_wrong_rows_are_refused(fake, rows, message):
+    assert message in refusal(lambda: fake(**copy.deepcopy(rows)))
 
 
 @pytest.mark.parametrize(
@@ -387,42 +390,31 @@ def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_conf
         },
         tmp_path / "out",
     )
-    assert report.chance(rows["b"], "test_k16_img_r5", rows) == pytest.approx(100 * 5 / 12)
-    assert report.chance(rows["a"], "test_img_r_mean", rows) == pytest.approx(
-        100 * (1 + 5 + 10) / 36
-    )
-    for name in ("of set", "its own", "its source's"):
-        assert report.chance(rows[name], "test_img_r5", rows) == pytest.approx(100 * 5 / 6)
-    assert report.chance(rows["a"], "val_img_r5", rows) == pytest.approx(100 * 5 / 6)
+    for name, metric, chance in (
+        ("b", "test_k16_img_r5", 5 / 12),
+        ("a", "test_img_r_mean", (1 + 5 + 10) / 36),
+        ("of set", "test_img_r5", 5 / 6),
+        ("its own", "test_img_r5", 5 / 6),
+        ("its source's", "test_img_r5", 5 / 6),
+        ("a", "val_img_r5", 5 / 6),
+    ):
+        assert report.chance(rows[name], metric, rows) == pytest.approx(100 * chance)
     assert report.chance(rows["another script's"], "test_acc", rows) is None
-    table = {
-        "columns": [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}],
-        "rows": {
-            "first": {"row": "a"},
-            "second": {"row": "of set"},
-            "third": {"row": "another script's"},
-        },
-    }
-    assert "| chance | 41.7 to 83.3 |" in list(page.number_table(table, rows))
+    columns = [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}]
+    lines = {name: {"row": name} for name in ("a", "of set", "another script's")}
+    text = list(page.number_table({"columns": columns, "rows": lines}, rows))
+    assert "| chance | 41.7 to 83.3 |" in text
 
 
 def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):
-    boxes = build_dataset(
-        "attributes", "test", {**tiny_config, "test_file": [str(shapes / "attributes.json")]}
-    ).entries
-    share = np.mean(
-        [
-            np.mean([label == 1 for label in labels if label >= 0])
-            for labels in zip(*(box.labels for box in boxes), strict=True)
-            if 1 in labels
-        ]
-    )
-    keys = {
-        "test_file": str(shapes / "attributes.json"),
-        "image_root": str(shapes),
-        "image_res": 32,
-    }
-    YAML(typ="safe").dump(keys, tmp_path / "attributes.yaml")
+    keys = {"test_file": [str(shapes / "attributes.json")], "image_root": str(shapes)}
+    boxes = build_dataset("attributes", "test", {**tiny_config, **keys}).entries
+    shares = [
+        np.mean([label == 1 for label in labels if label >= 0])
+        for labels in zip(*(box.labels for box in boxes), strict=True)
+        if 1 in labels
+    ]
+    YAML(typ="safe").dump({**keys, "image_res": 32}, tmp_path / "attributes.yaml")
     keys = {"script": "Attributes.py", "config": str(tmp_path / "attributes.yaml")}
     (row,) = rows_of({"c": keys}, tmp_path).values()
-    assert report.chance(row, "test_map", {}) == pytest.approx(100 * share)
+    assert report.chance(row, "test_map", {}) == pytest.approx(100 * np.mean(shares))
