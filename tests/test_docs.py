@@ -54,32 +54,24 @@ def page(request):
     return request.param
 
 
-def code(text):
-    """Return the code of a page: indented or fenced blocks and text in backticks."""
-    blocks = re.findall(r"(?:^    .*\n?)+", text, re.M) + re.findall(
-        r"^```.*?^```", text, re.M | re.S
-    )
-    return [*blocks, *re.findall(r"`([^`\n]+)`", text)]
+@pytest.fixture
+def named(page):
+    """Finds a pattern in the code of a page: indented or fenced blocks and text in backticks."""
+    text = page.read_text()
+    pieces = re.findall(r"(?:^    .*\n?)+|`[^`\n]+`", text, re.M)
+    pieces += re.findall(r"^```.*?^```", text, re.M | re.S)
+    return lambda pattern: {name for piece in pieces for name in re.findall(pattern, piece, re.M)}
 
 
-def test_files_exist(page):
-    named = set()
-    for piece in code(page.read_text()):
-        named |= set(
-            re.findall(
-                rf"(?<![\w/.])(?:{'|'.join(FOLDERS)})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)", piece
-            )
-        )
-        named |= set(re.findall(r"(?<![\w/.])[A-Z]\w+\.py", piece))
-        named |= {
-            f"{name.replace('.', '/')}.py"
-            for name in re.findall(
-                r"python -m ((?:dataset|models|experiments|examples|tools)\.\w+)", piece
-            )
-        }
+def test_files_exist(named):
+    folders = "|".join(FOLDERS)
+    files = named(rf"(?<![\w/.])(?:{folders})/[\w./*-]*\w\.(?:py|yaml|json|md|sh|pt)")
+    files |= named(r"(?<![\w/.])[A-Z]\w+\.py")
+    for module in named(r"python -m ((?:dataset|models|experiments|examples|tools)\.\w+)"):
+        files.add(f"{module.replace('.', '/')}.py")
     missing = {
         name
-        for name in named - {"configs/Rating.yaml"}  # of a task that extend.md adds
+        for name in files - {"configs/Rating.yaml"}  # of a task that extend.md adds
         if not list(ROOT.glob(name)) and not (ROOT / name.removesuffix(".py")).is_dir()
     }
     assert not missing
@@ -96,19 +88,10 @@ def test_links_lead_somewhere(page):
         }, target
 
 
-def test_flags_exist(page):
-    known = set(
-        re.findall(
-            r"\"(--[\w-]+)\"",
-            "".join(path.read_text() for path in [*SOURCES, ROOT / "tests/chaos.py"]),
-        )
-    )
-    named = {
-        flag
-        for piece in code(page.read_text())
-        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", piece)
-    }
-    assert not named - known - OTHERS
+def test_flags_exist(named):
+    code = "".join(path.read_text() for path in [*SOURCES, ROOT / "tests/chaos.py"])
+    known = set(re.findall(r"\"(--[\w-]+)\"", code))
+    assert not named(r"(?<![\w-])--[a-z][\w-]*") - known - OTHERS
 
 
 def test_keys_exist(page):
@@ -130,32 +113,21 @@ def test_keys_exist(page):
     assert not named - known
 
 
-def test_targets_of_make_exist(page):
+def test_targets_of_make_exist(named):
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z][\w-]*)(?: \S+)?:", makefile, re.M)) | set(
-        re.findall(r"\b(?:paper-\w+)", makefile)
-    )
-    named = {
-        name
-        for piece in code(page.read_text())
-        for name in re.findall(r"^ *make ([a-z][\w-]*)", piece, re.M)
-    }
-    assert not named - targets
+    targets = re.findall(r"^([a-z][\w-]*)(?: \S+)?:|\b(paper-\w+)", makefile, re.M)
+    assert not named(r"^ *make ([a-z][\w-]*)") - {name for pair in targets for name in pair}
 
 
 def test_tests_exist(page):
-    known = {}
-    for path in (ROOT / "tests").glob("test_*.py"):
-        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M):
-            known.setdefault(name, set()).add(f"tests/{path.name}")
-    text = page.read_text()
+    paths = (ROOT / "tests").glob("test_*.py")
+    tests = {path.name: re.findall(r"^def (test_\w+)", path.read_text(), re.M) for path in paths}
+    known = {name for names in tests.values() for name in names} | KEYS.keys()
     metrics = {"test_acc", "test_map", "test_map_head", "test_auc"}
-    assert not set(re.findall(r"`(test_\w+)`", text)) - known.keys() - KEYS.keys() - metrics
-    assert not [
-        pair
-        for pair in re.findall(r"(tests/test_\w+\.py)::`(test_\w+)`", text)
-        if pair[0] not in known.get(pair[1], ())
-    ]
+    text = page.read_text()
+    assert not set(re.findall(r"`(test_\w+)`", text)) - known - metrics
+    for file, name in re.findall(r"tests/(test_\w+\.py)::`(test_\w+)`", text):
+        assert name in tests[file]
 
 
 def test_the_page_of_keys_is_up_to_date():
