@@ -1,3 +1,5 @@
+import functools
+import importlib
 import json
 import logging
 import os
@@ -12,7 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from engine.launch import configure_logging
 
@@ -155,6 +156,18 @@ def shapes(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few_shapes(shapes, tmp_path_factory):
+    """The folder of shapes with lists of 40 entries to train on: epochs of five batches."""
+    folder = tmp_path_factory.mktemp("few")
+    for path in shapes.iterdir():
+        if path.name.endswith("_train.json"):
+            (folder / path.name).write_text(json.dumps(json.loads(path.read_text())[:40]))
+        else:
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sharded(shapes, tmp_path_factory):
     """The train_file of the pre-training data of shapes as WebDataset shards of 20 samples."""
     from tools.to_shards import convert
@@ -238,31 +251,36 @@ def pretrained(tiny_config, tmp_path):
 
 
 @pytest.fixture
-def pretrain(tiny_config, tmp_path, monkeypatch, capsys, caplog):
-    """Runs Pretrain.py with changed keys of the tiny configuration; returns (exit status, errors
-    and notes on stderr).
+def call(monkeypatch):
+    """Runs the main function of a module in this process, with a command line."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *map(str, arguments)])
+        importlib.import_module(module).main()
+
+    return run
+
+
+@pytest.fixture
+def run_script(call, tiny_config, tmp_path, capsys, caplog):
+    """Runs a script with changed keys of the tiny configuration; returns (exit status, errors and
+    notes on stderr).
     """
-    import Pretrain
+    from helpers.training import command_line
 
-    def call(*flags, **keys):
-        (tmp_path / "bert.json").write_text(json.dumps(tiny_config["bert_config"]))
-        config = {**tiny_config, "bert_config": str(tmp_path / "bert.json"), **keys}
-        YAML(typ="safe").dump(config, tmp_path / "config.yaml")
-        argv = [
-            "Pretrain.py",
-            "--config",
-            tmp_path / "config.yaml",
-            "--output_dir",
-            tmp_path / "out",
-            "--device",
-            "cpu",
-            *flags,
-        ]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
+    def run(script, *flags, **keys):
+        arguments = command_line({**tiny_config, **keys}, tmp_path / "out", tmp_path)
         with caplog.at_level(logging.WARNING):
-            return exit_status(Pretrain.main), capsys.readouterr().err
+            status = exit_status(lambda: call(script, *arguments, *flags))
+        return status, capsys.readouterr().err
 
-    return call
+    return run
+
+
+@pytest.fixture
+def pretrain(run_script):
+    """Runs Pretrain.py as run_script does."""
+    return functools.partial(run_script, "Pretrain")
 
 
 @pytest.fixture

@@ -5,17 +5,16 @@ whole, bad input.
 import itertools
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, exit_status, log
+from conftest import ROOT, log
 from helpers.launch import launch
+from helpers.tasks import data_of
 from helpers.training import command_line
 from PIL import Image
 
-import Attributes
 from configs.config import as_config
 from dataset.attributes import Attribute
 from dataset.build import build_dataset
@@ -30,34 +29,25 @@ from evaluation.attributes import (
 )
 from models import build_model
 from models.tokenizer import load_tokenizer
-from tools import visualize
 
 GOLDEN = json.loads((ROOT / "tests/golden/attributes.json").read_text())
 
 
 @pytest.fixture
 def config(tiny_config, shapes):
-    return {
-        **tiny_config,
-        "train_file": None,
-        "test_file": [str(shapes / "attributes.json")],
-        "batch_size_test": 5,
-    }
+    return {**tiny_config, **data_of("Attributes", shapes), "batch_size_test": 5}
 
 
 @pytest.fixture
-def call(config, tmp_path, monkeypatch, capsys):
-    """Runs Attributes.py on the configuration with some keys changed; returns (exit status, what is
-    printed).
+def evaluated(config, run_script):
+    """Runs Attributes.py on a checkpoint with some keys changed; returns (exit status, errors and
+    notes on stderr).
     """
 
-    def run(checkpoint, *flags, **keys):
-        arguments = command_line({**config, **keys}, tmp_path / "out", tmp_path)
-        argv = ["Attributes.py", *arguments, "--checkpoint", checkpoint, *flags]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        return exit_status(Attributes.main), "".join(capsys.readouterr())
+    def start(checkpoint, **keys):
+        return run_script("Attributes", "--checkpoint", checkpoint, **{**config, **keys})
 
-    return run
+    return start
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,23 +191,20 @@ BAD = {  # what changes, what the message says
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(call, pretrained, shapes, tmp_path, case):
+def test_bad_input_is_one_line(evaluated, pretrained, shapes, tmp_path, case):
     change, words = BAD[case]
-    status, text = call(pretrained, test_file=boxes_file(shapes, tmp_path, change))
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    status, text = evaluated(pretrained, test_file=boxes_file(shapes, tmp_path, change))
+    (line,) = re.findall("^error: .*$", text, re.M)
     assert status == 2 and text.endswith(f"{line}\n")
     assert re.search(words, line), line
     assert not (tmp_path / "out/log.txt").exists()
 
 
-def test_a_checkpoint_without_projections_is_refused(call, config, tmp_path):
+def test_a_checkpoint_without_projections_is_refused(evaluated, config, tmp_path):
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
-    status, text = call(tmp_path / "vqa.pth")
-    assert (
-        status == 2
-        and "_proj, which this task evaluates with" in text
-        and "of pre-training, retrieval or grounding" in text
-    )
+    status, text = evaluated(tmp_path / "vqa.pth")
+    assert status == 2 and "_proj, which this task evaluates with" in text
+    assert "of pre-training, retrieval or grounding" in text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -225,35 +212,28 @@ def test_a_checkpoint_without_projections_is_refused(call, config, tmp_path):
 
 
 def test_several_processes_evaluate_as_one_and_the_boxes_are_drawn(
-    call, config, pretrained, tmp_path, monkeypatch
+    call, config, pretrained, tmp_path, capsys
 ):
-    status, text = call(pretrained)
-    assert status == 0 and "12 boxes, 27 attributes" in text and "chance" in text
+    arguments = command_line(config, tmp_path / "out", tmp_path)
+    call("Attributes", *arguments, "--checkpoint", pretrained)
+    text = capsys.readouterr().out
+    assert "12 boxes, 27 attributes" in text and "chance" in text
     (entry,) = log(tmp_path / "out")
     result = json.loads((tmp_path / "out/result/attributes.json").read_text())
-    known = [
-        of["average_precision"]
-        for of in result["attributes"]
-        if of["average_precision"] is not None
-    ]
+    precisions = [of["average_precision"] for of in result["attributes"]]
+    known = [precision for precision in precisions if precision is not None]
     assert entry["test_map"] == result["map"]["all"] == pytest.approx(np.mean(known))
-    assert {"test_map_head", "test_map_appearance", "test_map_layout"} <= entry.keys() and len(
-        result["boxes"]
-    ) == 12
-    two = launch(
-        "Attributes.py",
-        *command_line(config, tmp_path / "two", tmp_path),
-        "--checkpoint",
-        pretrained,
-    )
+    assert {"test_map_head", "test_map_appearance", "test_map_layout"} <= entry.keys()
+    assert len(result["boxes"]) == 12
+    arguments = command_line(config, tmp_path / "two", tmp_path)
+    two = launch("Attributes.py", *arguments, "--checkpoint", pretrained)
     assert two.returncode == 0, two.stderr
     assert log(tmp_path / "two")[0] == pytest.approx(entry)
-    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path / "two")])
-    visualize.main()
+    call("tools.visualize", "--run", tmp_path / "two")
     assert (tmp_path / "two/attributes.png").stat().st_size > 10_000
 
 
-def test_every_flag_reaches_the_scores(config, monkeypatch):
+def test_every_flag_reaches_the_scores(config, call, monkeypatch):
     torch.manual_seed(0)
     model, tokenizer = build_model("attributes", config).eval(), load_tokenizer(config)[0]
     dataset, seen = build_dataset("attributes", "test", config), []
@@ -268,8 +248,7 @@ def test_every_flag_reaches_the_scores(config, monkeypatch):
         "engine.run.run_task", lambda *args, **options: seen.append(score_boxes(*given, **options))
     )
     for flags in ([], ["--prompts", "photo"], ["--noun", "object"], ["--score", "max"]):
-        monkeypatch.setattr(sys, "argv", ["Attributes.py", *flags])
-        Attributes.main()
+        call("Attributes", *flags)
     assert not any(np.array_equal(one, other) for one, other in itertools.combinations(seen, 2))
 
 

@@ -2,17 +2,14 @@
 effect.
 """
 
-import importlib
 import json
-import logging
-import sys
+from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-from conftest import ROOT, exit_status, refusal
-from helpers.tasks import TASKS as DATA
-from helpers.training import command_line
+from conftest import refusal
+from helpers.tasks import data_of
 
 import engine.run
 from configs.config import (
@@ -21,10 +18,9 @@ from configs.config import (
     OptimizerConfig,
     SchedulerConfig,
     as_config,
-    read_bert_config,
 )
-from configs.effects import notes, unread_keys
-from configs.load import load_config, override
+from configs.effects import notes, refuse_unread, unread_keys
+from configs.load import override
 from configs.tasks import TASKS
 from dataset.build import build_dataset
 from evaluation.retrieval import encode_texts
@@ -42,15 +38,6 @@ SCRIPTS = {
     "grounding": "Grounding",
     "relevance": "Relevance",
     "attributes": "Attributes",
-}
-MORE_DATA = {
-    "Pretrain": {"train_file": ["pretrain.json"], "test_file": ["test.json"]},
-    "Retrieval": {
-        "train_file": ["retrieval_train.json"],
-        "val_file": ["val.json"],
-        "test_file": ["test.json"],
-    },
-    "Attributes": {"train_file": None, "test_file": ["attributes.json"]},
 }
 # by task: keys that shared code reads although they have no effect in the task
 READ_IN_VAIN = {
@@ -100,40 +87,24 @@ def record_reads(monkeypatch):
     return read
 
 
+def read_alone(task, config):
+    """The configuration with defaults in place of the keys that a task does not read."""
+    unread = unread_keys(task, as_config(config))
+    return {**config, **{name: FIELDS[name].default for name in unread if name in config}}
+
+
 @pytest.fixture
-def script(tiny_config, shapes, tmp_path, monkeypatch, capsys, caplog):
+def script(run_script, tiny_config, few_shapes):
     """Run a task's script on its shapes with changed keys. Return (exit status, stderr)."""
 
-    def call(task, *flags, **keys):
-        name = SCRIPTS[task]
-        data = MORE_DATA.get(name) or DATA[name][0]
-        paths = {
-            key: [str(shapes / file) for file in files]
-            if isinstance(files, list)
-            else files and str(shapes / files)
-            for key, files in data.items()
-        }
-        paths |= (
-            {"vqa_root": str(shapes)}
-            if task == "vqa"
-            else {"refcoco_data": str(shapes)}
-            if task == "grounding"
-            else {}
-        )
-        used = {
-            key: value
-            for key, value in (tiny_config | paths).items()
-            if key not in unread_keys(task, as_config(tiny_config | paths))
-        }
-        config = {**used, "scheduler": {"epochs": 1, "warmup_epochs": 0}, **keys}
-        argv = [f"{name}.py", *command_line(config, tmp_path / "out", tmp_path), *flags]
-        argv += [] if task == "pretrain" or "--checkpoint" in flags else ["--checkpoint", "random"]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        with caplog.at_level(logging.WARNING):
-            status = exit_status(importlib.import_module(name).main)
-        return status, capsys.readouterr().err
+    def start(task, *flags, **keys):
+        config = read_alone(task, {**tiny_config, **data_of(SCRIPTS[task], few_shapes)})
+        config["scheduler"] = {"epochs": 1, "warmup_epochs": 0}
+        if task != "pretrain" and "--checkpoint" not in flags:
+            flags = *flags, "--checkpoint", "random"
+        return run_script(SCRIPTS[task], *flags, **{**config, **keys})
 
-    return call
+    return start
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -149,20 +120,18 @@ def test_the_table_says_which_task_reads_a_key(
 
     monkeypatch.setattr(engine.run, "choose_config", choose_config)
     monkeypatch.setattr(engine.run, "notes", lambda *args: [])
-    keys = {}
+    flags, keys = [], {}
     if task in ("pretrain", "nlvr_pretrain"):  # of lists and shards
-        keys = {"train_file": [str(shapes / "pretrain.json"), sharded]}
-    assert (
-        script(task, *(["--checkpoint", pretrained] if task == "attributes" else []), **keys)[0]
-        == 0
-    )
-    first = set(read)
+        keys["train_file"] = [str(shapes / "pretrain.json"), sharded]
+    if task == "attributes":
+        flags = ["--checkpoint", pretrained]
+    assert script(task, *flags, **keys)[0] == 0
+    known = set(read)
     if task == "vqa":
-        assert (
-            script(task, "--output_dir", pretrained.parent / "generated", answer_list=None)[0] == 0
-        )
+        folder = pretrained.parent / "generated"
+        assert script(task, "--output_dir", folder, answer_list=None)[0] == 0
+    read = (known | read) & FIELDS.keys()
     table = {name for name, field in FIELDS.items() if task in field.tasks}
-    read = (first | read) & FIELDS.keys()
     assert read - table == READ_IN_VAIN.get(task, set())
     assert table - read <= READ_ELSEWHERE
     assert not any(FIELDS[name].training for name in table) or task != "attributes"
@@ -172,35 +141,26 @@ def test_the_table_has_every_task():
     assert set(TASKS) == set().union(*(field.tasks for field in FIELDS.values()))
 
 
-def test_configurations_of_the_repository_have_no_key_in_vain():
-    for path in (ROOT / "configs").rglob("*.yaml"):
-        name = path.stem.lower()
-        task = next(
-            (task for task in sorted(TASKS, key=len, reverse=True) if name.startswith(task)),
-            "pretrain",
-        )
-        assert notes(task, load_config(path), [], False) == [], path
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("k_test=3", []),
+        ("schedular.decay_rate=0.5", []),
+        ("optimizer={temp_lr_scale: 2}", []),
+        ("coco_file=a.json", []),
+        ("image_embeds=recompute", ["pretrain", "retrieval"]),
+    ],
+)
+def test_keys_that_a_task_does_not_read_are_refused(flag, words):
+    message = refusal(refuse_unread, "ve", [flag])
+    assert all(word in message for word in [flag, *words])
 
 
-def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_path):
-    for flag in (
-        "k_test=3",
-        "schedular.decay_rate=0.5",
-        "optimizer={temp_lr_scale: 2}",
-        "coco_file=a.json",
-    ):
-        status, message = script("ve", "--set", flag)
-        assert status == 2 and flag in message and message.count("\n") == 1
-    status, message = script("ve", "--set", "image_embeds=recompute")
-    assert "pretrain" in message and "retrieval" in message and not (tmp_path / "out").exists()
-    status, message = script(
-        "ve", k_test=3, eos="[MASK]", eval_ema=False, coco_file="a.json", max_tokens=20
-    )
-    (line,) = message.splitlines()
-    assert status == 0 and "k_test" in line and "eos" in line
-    assert not {"eval_ema", "coco_file", "max_tokens"} & set(
-        line.replace(",", " ").replace(":", " ").split()
-    )
+def test_keys_that_a_task_does_not_read_end_or_are_named_once_in_a_run(script, tmp_path):
+    assert script("ve", "--set", "k_test=3")[0] == 2 and not (tmp_path / "out").exists()
+    keys = {"eval_ema": False, "coco_file": "a.json", "max_tokens": 20}
+    status, message = script("ve", k_test=3, eos="[MASK]", **keys)
+    assert (status, message) == (0, "note: ve does not read k_test, eos\n")
 
 
 @pytest.mark.parametrize(
@@ -221,19 +181,12 @@ def test_keys_that_a_task_does_not_read_are_refused_or_named_once(script, tmp_pa
     ],
 )
 def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
-    config = {**tiny_config, "val_file": ["val.json"], "answer_list": "a.json"}
-    config = as_config(
-        {
-            key: value
-            for key, value in config.items()
-            if key not in unread_keys(task, as_config(config))
-        }
-    ).to_dict()
+    data = {"val_file": ["val.json"], "answer_list": "a.json"}
+    config = read_alone(task, {**tiny_config, **data})
     (line,) = notes(task, override(config, flags, "config"), flags, False)
     assert f"{named}:" in line
-    (line,) = notes(
-        task, override(config, ["accumulate=2"], "config"), ["accumulate=2", "max_tokens=9"], True
-    )
+    flags = ["accumulate=2", "max_tokens=9"]
+    (line,) = notes(task, override(config, flags, "config"), flags, True)
     assert "accumulate:" in line
 
 
@@ -248,47 +201,19 @@ def test_evaluation_does_not_resume(script):
 
 @pytest.fixture
 def long_data(tiny_config, shapes, tmp_path):
-    """A configuration of every task with texts of 60 words, more than 30 word pieces."""
-    words, image = " ".join(["circle"] * 60), "images/test/000000.jpg"
-    common = {
-        "image": image,
-        "caption": words,
-        "image_id": 1,
-        "text": words,
-        "question": words,
-        "question_id": 1,
-        "dataset": "vqa",
-        "answer": ["red"],
-        "sentence": words,
-        "label": "entailment",
-        "query": words,
-        "ref_id": 0,
-    }
-    refs = json.loads((shapes / "grounding_test.json").read_text())
+    """A configuration of a data set whose texts have 60 words, more than 30 word pieces."""
+    keys = ("caption", "text", "question", "sentence", "query")
+    bert = {**tiny_config["bert_config"], "max_position_embeddings": 200}
 
-    def config_of(name, **keys):
-        entries = [dict(common)]
-        if name.startswith("nlvr_pretrain") or name == "pretrain_train":
-            entries[0]["caption"] = [words]
-        elif name.startswith("nlvr"):
-            entries[0] |= {"images": [image] * 2, "label": "True"}
-        elif name.startswith("relevance"):
-            entries = [common | {"label": label} for label in (0, 1)]
-        elif name == "retrieval_test":
-            entries[0]["caption"] = [words]
-        elif name == "grounding_test":
-            entries = [{**entry, "text": words} for entry in refs]
+    def config_of(name, text="circle " * 60, **more):
+        task, split = name.rsplit("_", 1)
+        data = data_of(SCRIPTS[task], shapes)
+        entries = json.loads(Path(*data[f"{split}_file"]).read_text())
+        for entry in entries:
+            entry |= {key: [text] if key == "caption" else text for key in keys if key in entry}
         (tmp_path / "long.json").write_text(json.dumps(entries))
-        bert = {**tiny_config["bert_config"], "max_position_embeddings": 200}
-        paths = {
-            f"{split}_file": [str(tmp_path / "long.json")] for split in ("train", "val", "test")
-        }
-        more = {
-            "vqa_root": str(shapes),
-            "refcoco_data": str(shapes),
-            "det_file": str(shapes / "refcoco+/dets.json"),
-        }
-        return as_config({**tiny_config, **paths, **more, "bert_config": bert, **keys})
+        data[f"{split}_file"] = [str(tmp_path / "long.json")]
+        return as_config({**tiny_config, **data, "bert_config": bert, **more})
 
     return config_of
 
@@ -318,34 +243,26 @@ def test_limits_of_texts_are_keys_of_every_task(long_data, name, default):
         dataset, tokenizer = build_dataset(*name.rsplit("_", 1), config), load_tokenizer(config)[0]
         if name == "retrieval_test":
             model = build_model("retrieval", config)
-            return encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))[
-                2
-            ].shape[1]
+            texts = encode_texts(model, dataset.texts, tokenizer, config, torch.device("cpu"))
+            return texts[2].shape[1]
         if name == "vqa_test":
             return dataset.collate_questions([dataset[0]], tokenizer)[1].input_ids.shape[1]
         batch = dataset.collate([dataset[0]], tokenizer)
         return (batch.question if name == "vqa_train" else batch.text).input_ids.shape[1]
 
+    parts = 2 if "relevance" in name else 1  # query and words, each with a token before it
     assert length() == default
-    assert length(max_tokens=9) == 9 and length(max_tokens=100, max_words=45) == (
-        92 if "relevance" in name else 46
-    )
-    assert length(max_words=5) == (12 if "relevance" in name else 6)
+    assert length(max_tokens=9) == 9
+    assert length(max_tokens=100, max_words=45) == parts * 46
+    assert length(max_words=5) == parts * 6
 
 
 def test_texts_of_which_max_words_leaves_nothing_cannot_be_used(long_data):
-    config = long_data("vqa_test", max_words=1)
-    (path,) = config.test_file
-    entries = json.loads(open(path).read())
     # clean-up keeps leading blanks, each of which counts as a word
-    entries[0]["question"] = "  where is the circle?"
-    with open(path, "w") as file:
-        json.dump(entries, file)
+    config = long_data("vqa_test", "  where is the circle?", max_words=1)
     assert "max_words" in refusal(build_dataset("vqa", "test", config).__getitem__, 0)
-    assert (
-        build_dataset("vqa", "test", msgspec.structs.replace(config, max_words=3))[0][1].strip()
-        == "where"
-    )
+    config = msgspec.structs.replace(config, max_words=3)
+    assert build_dataset("vqa", "test", config)[0][1].strip() == "where"
 
 
 def test_more_ids_than_the_model_has_positions_are_refused(script):
@@ -402,35 +319,3 @@ def test_batches_without_negatives_are_named_at_the_start(script, tmp_path, task
     assert "negative" not in script(task)[1]
     status, message = script(task, "--output_dir", tmp_path / "one", "--set", "batch_size=1")
     assert status == 0 and "negative" in message and "batch_size" in message
-
-
-# --------------------------------------------------------------------------------------------------
-# bert_config
-
-
-def test_misspelled_keys_of_bert_config_are_refused(tiny_config, tmp_path):
-    bert = tiny_config["bert_config"]
-    for wrong in ("hiden_dropout_prob", "hidden_dropout", "depth"):
-        assert wrong in refusal(read_bert_config, {**bert, wrong: 0.9})
-    (tmp_path / "bert.json").write_text(json.dumps({**bert, "hiden_dropout_prob": 0.9}))
-    message = refusal(read_bert_config, str(tmp_path / "bert.json"))
-    assert "did you mean hidden_dropout_prob" in message and "bert.json" in message
-
-
-def test_the_other_keys_of_hugging_faces_files_are_accepted(tiny_config, tmp_path):
-    from transformers import BertConfig
-
-    others = {
-        **BertConfig().to_dict(),
-        "pooler_num_attention_heads": 12,
-        "layer_norm_epsilon": 1e-5,
-    }
-    (tmp_path / "config.json").write_text(json.dumps({**others, **tiny_config["bert_config"]}))
-    own = read_bert_config(tiny_config["bert_config"])
-    assert read_bert_config(str(tmp_path / "config.json")) == own
-    assert (
-        read_bert_config(
-            {**tiny_config["bert_config"], "architectures": ["BertModel"], "model_type": "bert"}
-        )
-        == own
-    )

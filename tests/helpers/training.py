@@ -91,9 +91,11 @@ def torchrun(script, *arguments, processes=2, **environment):
 
 def command_line(config, output_dir, tmp_path):
     """Writes a configuration to a file. Returns the flags of a script that runs it on the CPU."""
-    path = tmp_path / "config.yaml"
-    (tmp_path / "bert.json").write_text(json.dumps(config["bert_config"]))
-    YAML(typ="safe").dump({**config, "bert_config": str(tmp_path / "bert.json")}, path)
+    path, bert = tmp_path / "config.yaml", config["bert_config"]
+    if isinstance(bert, dict):
+        (tmp_path / "bert.json").write_text(json.dumps(bert))
+        bert = str(tmp_path / "bert.json")
+    YAML(typ="safe").dump({**config, "bert_config": bert}, path)
     return ["--config", path, "--output_dir", output_dir, "--device", "cpu"]
 
 
