@@ -91,13 +91,11 @@ def training_signs(means: dict[str, Any], config: Config) -> Iterator[tuple[str,
     for side, encoder in (("image", "vision_encoder"), ("text", "text_encoder")):
         alike = means.get(f"train_{side}_cos", 0)
         if alike > ALIKE:
-            remedy = f"start from a pre-trained {encoder}"
-            if getattr(config, encoder) != "random":
-                remedy = "raise bert_config.fusion_layer" if side == "text" else "name another one"
+            other = "pre-trained" if getattr(config, encoder) == "random" else "different"
             yield (
                 f"{side}_cos",
                 f"the features of different {side}s are nearly identical (mean cosine {alike:.3f}):"
-                f" raise the learning rate or {remedy}",
+                f" raise the learning rate, or start from a {other} {encoder}",
             )
     loss = means.get("train_loss_itm", 0)
     if loss > GUESSING:

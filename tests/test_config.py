@@ -19,7 +19,8 @@ from models import build_model
 from optim import create_optimizer, parameter_groups
 from scheduler import learning_rate
 
-CONFIGS = [path for path in (ROOT / "configs").rglob("*.yaml")]
+# own.yaml names a BERT of the hub: test_sizes loads it with another one
+CONFIGS = [path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "own"]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -8,6 +8,8 @@ from conftest import refusal
 from safetensors.torch import save_file
 
 from configs.config import as_config
+from configs.effects import notes
+from configs.load import load_config
 from engine.checkpointing import LAST
 from models import build_model
 from optim import parameter_groups
@@ -74,6 +76,12 @@ def test_sizes_that_are_given_hold(encoders):
     assert (config.vision_heads, config.vision_width, config.bert.fusion_layer) == (4, 16, 3)
     config = as_config({"vision_encoder": "deit_tiny_patch16_224.fb_in1k"})
     assert (config.vision_width, config.vision_depth, config.vision_heads) == (192, 12, 3)
+
+
+def test_own_yaml_fits_the_encoders_that_it_names(encoders):
+    config = load_config("configs/own.yaml", [f"text_encoder={encoders[0]}"])
+    assert (config.bert.encoder_width, config.vision_depth) == (192, 12)
+    assert notes("pretrain", config, [], False) == []
 
 
 def test_encoders_without_sizes_are_named(encoders, tmp_path):
