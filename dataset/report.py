@@ -27,7 +27,7 @@ from dataset.images import ImageError, absolute, decode_image, read_image
 from dataset.loading import check_length
 from dataset.pool import begin_worker
 from dataset.shards import Shards, expand, image_and_captions, read_sample
-from dataset.text import count_words, is_blank, without_halves
+from dataset.text import NOTABLE, count_words, is_blank, without_halves
 from dataset.vqa import ROOTS, Question
 from evaluation.metrics import count_vqa_formulas
 from utils import InputError
@@ -326,7 +326,7 @@ class FileReport:
                 "share_of_word_pieces": unknown.total() / sum(self.pieces),
                 "most_frequent": dict(unknown.most_common(UNKNOWN_SHOWN)),
             }
-            if share > 0.5:
+            if share > NOTABLE:
                 self._note(
                     f"the vocabulary lacks {share:.1%} of the words; python -m tools.vocabulary"
                     " makes one from captions"

@@ -14,6 +14,7 @@ MAX_QUESTION_WORDS = 50  # words of a test question
 # ids of a text in pre-training and text assignment, and of a VQA question in training
 SHORT_TOKENS = 25
 MAX_TOKENS = 30  # ids of a text in retrieval and grounding
+NOTABLE = 0.05  # share of unknown words or cut texts that is worth a note
 
 
 class Limits(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.config import Config
 from dataset.base import EntryDataset, evenly
-from dataset.text import count_words, without_halves
+from dataset.text import NOTABLE, count_words, without_halves
 from engine.metric_logger import summarize
 from models.tokenizer import Tokenizer
 from scheduler import WARMUP_STEP
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from models.albef import ALBEF
 
 SAMPLE = 500  # entries whose texts are looked at
-SHARE = 0.05  # of unknown words or cut texts that is worth a line
 EARLIEST = 100  # iterations; before, nothing can have been learned
 ALIKE = 0.99  # mean cosine of features that are nearly identical
 # the loss of a head that has learned only that one of three pairs matches, less 1% (Equation 4)
@@ -56,13 +55,13 @@ def text_signs(train_set: EntryDataset, tokenizer: Tokenizer) -> Iterator[str]:
             texts, words, unknown = texts + 1, words + count, unknown + missing
             cut["max_words"] += len(kept) < len(whole)
             cut["max_tokens"] += pieces > limits["max_tokens"]
-    if len(unknown) > SHARE * words:
+    if len(unknown) > NOTABLE * words:
         yield (
             f"{len(unknown) / words:.0%} of the words are unknown to the vocabulary, such as"
             f" {unknown[0]!r}: make one from the captions (python -m tools.vocabulary)"
         )
     for key, number in cut.items():
-        if number > SHARE * texts:
+        if number > NOTABLE * texts:
             yield f"{number / texts:.0%} of the texts are cut by {key} {limits[key]}: raise it"
 
 

@@ -179,7 +179,6 @@ def test_less_than_one_batch_is_found(run, write, task):
 
 def test_what_the_task_does_not_read_is_not_looked_at(run, write):
     keys = {
-        "val_file": "absent.json",
         "vqa_root": "absent",
         "answer_list": "absent.json",
         "refcoco_data": "absent",

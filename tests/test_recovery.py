@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import chaos
@@ -193,10 +194,17 @@ def flip(data, position, bit=1):
     return data[:position] + bytes([data[position] ^ bit]) + data[position + 1 :]
 
 
+def within_weights(data):
+    """Return a position in the largest record of a zip file, behind its header."""
+    with zipfile.ZipFile(io.BytesIO(data)) as file:
+        largest = max(file.infolist(), key=lambda info: info.file_size)
+    return largest.header_offset + largest.file_size
+
+
 DAMAGES = {
     "empty": lambda data: b"",
     "half": lambda data: data[: len(data) // 2],
-    "weights": lambda data: flip(data, len(data) // 2),
+    "weights": lambda data: flip(data, within_weights(data)),
     "key resume": lambda data: flip(data, data.index(b"resume")),
     "key samples_seen": lambda data: flip(data, data.index(b"seen", data.index(b"resume"))),
     "version in the directory": lambda data: flip(data, data.rindex(b"PK\1\2") + 6, 64),
