@@ -160,6 +160,12 @@ def printable(path: str) -> str:
     return path if path.isprintable() else ascii(path)
 
 
+def percent(probability: float) -> str:
+    """Return a probability for the screen, in percent."""
+    # also in a large index, where all are small, one is not 0
+    return f"{probability:.1%}" if probability >= 0.001 else f"{100 * probability:.1g}%"
+
+
 def open_regular(path: Path | str) -> BufferedReader:
     """Open a regular file to read its bytes.
 

@@ -12,13 +12,20 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from configs.config import Config
 from configs.load import save_interval
 from engine.launch import Interrupted
 from engine.output_dir import writing
-from models.weights import check_vocabulary, load_weights, named_tensors, read_checkpoint
+from models.weights import (
+    check_vocabulary,
+    load_weights,
+    named_tensors,
+    read_checkpoint,
+    read_ranking,
+)
 from utils import (
     InputError,
     TrainingStopped,
@@ -180,7 +187,7 @@ class Checkpointer:
         if state.model.vocabulary:
             content["tokenizer_json"] = state.model.vocabulary
         if state.model.ranking:
-            content["ranking"] = state.model.ranking
+            content["ranking"] = msgspec.to_builtins(state.model.ranking)
         return content
 
     def _write(
@@ -417,7 +424,7 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     for name in PROGRESS:
         setattr(state, name, saved[name])
     state.best = saved["best"] and Best(**saved["best"])
-    state.model.ranking = content.get("ranking")
+    state.model.ranking = read_ranking(content, path)
     _log_differences(saved, saved_config, config)
 
 

@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +71,8 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
         InputError: An input is wrong. Nothing of a run is written before all inputs are checked.
         TrainingStopped: The run cannot go on.
     """
-    evaluator, train_set, resume_from = set_up(find_task(name), args, options)
+    task = find_task(name)
+    evaluator, train_set, resume_from = set_up(task, args, options)
     if train_set is None:
         evaluator.test_checkpoint(args.checkpoint)
         return
@@ -94,13 +97,27 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
     if best:
         epoch, file = best.epoch, output_dir / BEST
         which = f"best epoch by {evaluator.score} {best.score:.4g}"
-        load_checkpoint(model, file)
+        load_checkpoint(model, file, complete=True)
     if "test" in evaluator.test_sets:
         evaluator.test("test", f"epoch {epoch}", epoch)
     if is_main():
         # needed only while the last one may be incomplete
         (output_dir / PREVIOUS).unlink(missing_ok=True)
         print(f"{which}: epoch {epoch}, {file}")
+        for line in next_steps(task, config, output_dir):
+            log.info("%s", line)
+
+
+def next_steps(task: Task, config: Config, output_dir: Path) -> list[str]:
+    """Return lines with the commands that try a model which can search, none for other models."""
+    if "rank" not in task.methods:
+        return []
+    run, index = shlex.quote(str(output_dir)), shlex.quote(str(output_dir / "index"))
+    folder = shlex.quote(config.image_root) if os.path.isdir(config.image_root) else "FOLDER"
+    return [
+        f"to search: python -m tools.search index {folder} --checkpoint {run} --output {index}",
+        f"to try it in a browser: python -m tools.demo {run} --index {index}",
+    ]
 
 
 def set_up(

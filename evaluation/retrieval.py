@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -17,10 +18,12 @@ from engine.precision import autocast
 from evaluation.distributed import iter_rank_share, progress_bar
 from evaluation.metrics import chance_recall, recall_at_k
 from evaluation.report import Report
+from models.albef import Ranking
 from models.contrastive import (
     NO_CANDIDATE,
     ContrastiveModel,
     feature_similarity,
+    matched_with_prob,
     top_candidates,
 )
 from models.tokenizer import Tokenizer
@@ -151,7 +154,7 @@ def evaluate(
         tokenizer: The tokenizer.
         config: The configuration.
         device: Device of the model.
-        report: Destination of a table and of result/retrieval.json for the largest k, or None.
+        report: Destination of a table and of result/retrieval.json, None for no report.
         ks: Numbers of candidates to re-rank, by default k_test.
 
     Returns:
@@ -169,23 +172,28 @@ def evaluate(
     with autocast(config, device):
         image_embeds, image_feat = encode_images(model, dataset, config, device, keep=keep)
         text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
-        inputs = image_embeds, image_feat, text_embeds, text_feat, mask
-        scores_i2t, scores_t2i = model.rerank(*inputs, ks[-1], progress=bar)
-    sim = feature_similarity(image_feat, text_feat)
-    metrics = {0: recall_of(sim, sim.T, dataset)}
+        sim = feature_similarity(image_feat, text_feat)
+        pairs = top_candidates(sim, ks[-1]) | top_candidates(sim.T, ks[-1]).T
+        scores = model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=bar
+        )
+    logits, probs = scores.unbind(dim=2)
+    metrics, i2t, t2i = {0: recall_of(sim, sim.T, dataset)}, logits, logits.T
     for k in ks:
-        i2t = scores_i2t.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
-        t2i = scores_t2i.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
+        i2t = logits.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
+        t2i = logits.T.masked_fill(~top_candidates(sim.T, k), NO_CANDIDATE)
         metrics[k] = recall_of(i2t, t2i, dataset)
     if report:
-        report.write("retrieval.json", rankings(scores_i2t, scores_t2i, dataset))
+        about = {"k": ks[-1], "ranking": msgspec.to_builtins(model.ranking)}
+        found = rankings(sim, i2t, t2i, probs, model.temp.item(), dataset)
+        report.write("retrieval.json", about | found)
         print_table(f"{TASKS[model.task].title}, {report.title}", metrics, dataset)
     prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
     named = {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
     return {**named, "best_r_mean": max(named["r_mean"], named["itc_r_mean"])}
 
 
-def better_ranking(metrics: dict[str, float], config: Config) -> dict[str, Any] | None:
+def better_ranking(metrics: dict[str, float], config: Config) -> Ranking | None:
     """Return the ranking with the higher r_mean: ITC alone, or ITM of its k best candidates.
 
     Args:
@@ -193,13 +201,12 @@ def better_ranking(metrics: dict[str, float], config: Config) -> dict[str, Any] 
         config: The configuration; k_test is read.
 
     Returns:
-        Its name `by` and k, as checkpoints keep them, with both r_means in percent. None without
-        these metrics.
+        The ranking, None without these metrics.
     """
     if "itc_r_mean" not in metrics:
         return None
     itc, itm = metrics["itc_r_mean"], metrics["r_mean"]
-    return {"by": "itm" if itm > itc else "itc", "k": config.k_test, "itc": itc, "itm": itm}
+    return Ranking("itm" if itm > itc else "itc", config.k_test, itc, itm)
 
 
 def recall_of(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, float]:
@@ -224,43 +231,72 @@ def print_table(title: str, metrics: dict[int, dict[str, float]], dataset: Any) 
         print(f"{label:16}" + "".join(f"{values[name]:9.1f}" for name in TABLE))
 
 
-def rankings(scores_i2t: Tensor, scores_t2i: Tensor, dataset: Any) -> dict[str, Any]:
-    """Return the best re-ranked candidates of each query, as result/retrieval.json has them.
+def rankings(
+    sim: Tensor, i2t: Tensor, t2i: Tensor, probs: Tensor, temp: float, dataset: Any
+) -> dict[str, Any]:
+    """Return the best candidates of each query by ITM and by ITC, as result/retrieval.json.
 
     Args:
-        scores_i2t: [NI, NT].
-        scores_t2i: [NT, NI].
+        sim: Similarities [NI, NT].
+        i2t: ITM logits [NI, NT], NO_CANDIDATE for a pair that is not re-ranked.
+        t2i: ITM logits [NT, NI], likewise.
+        probs: Probabilities of a match [NI, NT].
+        temp: Temperature; probabilities by ITC are a softmax over all candidates.
         dataset: The RetrievalTestSet.
     """
+    txt2img, images, texts = dataset.txt2img, dataset.images, dataset.texts
 
-    def rank(
-        scores: Tensor, key: str, names: Sequence[str], is_hit: Callable[[int, int], bool]
-    ) -> list[list[dict[str, Any]]]:
-        values, indices = scores.topk(min(TOP, scores.shape[1]), dim=1)
-        rows = zip(values.tolist(), indices.tolist(), strict=True)
-        return [
-            [
-                {key: names[i], "score": round(value, 4), "hit": is_hit(query, i)}
-                for value, i in zip(*row, strict=True)
-                if value > NO_CANDIDATE
-            ]
-            for query, row in enumerate(rows)
-        ]
+    def rank_texts(scores: Tensor, probs: Tensor) -> list[list[dict[str, Any]]]:
+        return best_candidates(
+            scores, probs, "caption", texts, lambda image, text: txt2img[text] == image
+        )
 
-    txt2img = dataset.txt2img
-    texts = rank(scores_i2t, "caption", dataset.texts, lambda image, text: txt2img[text] == image)
-    images = rank(scores_t2i, "image", dataset.images, lambda text, image: txt2img[text] == image)
+    def rank_images(scores: Tensor, probs: Tensor) -> list[list[dict[str, Any]]]:
+        return best_candidates(
+            scores, probs, "image", images, lambda text, image: txt2img[text] == image
+        )
+
+    by_itm, by_itc = rank_texts(i2t, probs), rank_texts(sim, (sim / temp).softmax(dim=1))
+    of_images = zip(images, by_itm, by_itc, strict=True)
+    by_itm, by_itc = rank_images(t2i, probs.T), rank_images(sim.T, (sim.T / temp).softmax(dim=1))
+    of_texts = zip(texts, by_itm, by_itc, strict=True)
     return {
         "image_root": dataset.roots["image_root"],
         "image_to_text": [
-            {"image": image, "results": row}
-            for image, row in zip(dataset.images, texts, strict=True)
+            {"image": image, "results": itm, "itc_results": itc} for image, itm, itc in of_images
         ],
         "text_to_image": [
-            {"caption": text, "results": row}
-            for text, row in zip(dataset.texts, images, strict=True)
+            {"caption": text, "results": itm, "itc_results": itc} for text, itm, itc in of_texts
         ],
     }
+
+
+def best_candidates(
+    scores: Tensor,
+    probs: Tensor,
+    key: str,
+    names: Sequence[str],
+    is_hit: Callable[[int, int], bool],
+) -> list[list[dict[str, Any]]]:
+    """Return the TOP candidates of each query, the best first.
+
+    Args:
+        scores: Scores [Q, N], NO_CANDIDATE for none.
+        probs: Probabilities [Q, N].
+        key: Key of the name of a candidate.
+        names: Names of the candidates.
+        is_hit: Function (query, candidate) -> whether both belong together.
+    """
+    values, indices = scores.topk(min(TOP, scores.shape[1]), dim=1)
+    columns = indices.tolist(), values.tolist(), probs.gather(1, indices).tolist()
+    return [
+        [
+            {key: names[i], "score": round(value, 4), "probability": prob, "hit": is_hit(query, i)}
+            for i, value, prob in zip(*row, strict=True)
+            if value > NO_CANDIDATE
+        ]
+        for query, row in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def chance_metrics(dataset: Any) -> dict[str, float]:

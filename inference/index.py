@@ -1,8 +1,8 @@
 """An index of images that is kept up to date with folders and searched by a text or an example.
 
 An index is a folder of three files. features.npy has the features, float16 [N, D]; images.jsonl
-has the path, size and time of change of the image of each row; index.json has the digests of the
-model and its vocabulary, the configuration and the counts.
+has the path, size, time of change and hash of the image of each row; index.json has the digests of
+the model and its vocabulary, the configuration, the better ranking and the counts.
 """
 
 import contextlib
@@ -15,8 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
+from PIL import Image
+from scipy.fft import dctn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,13 +29,16 @@ from engine.output_dir import make_output_dir, writing
 from engine.precision import autocast, find_device
 from evaluation.distributed import iter_rank_share, progress_bar
 from inference.model import Inference, as_float, most_similar
+from models.albef import Ranking
 from models.contrastive import feature_similarity
-from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
+from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository, read_ranking
 from utils import InputError, alone, atomic_write, hash_contents, printable
 
-FORMAT = 1  # version of the files below
+FORMAT = 2  # version of the files below
 INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
 SAVE_EVERY = 30  # seconds
+ABOUT = ("checkpoint", "weights", "vocabulary", "task", "config")  # keys of INDEX, see Index
+SIDE, WAVES = 32, 12  # of a hash: pixels, and waves that are kept, in each direction
 ROWS = 256  # images that near_copies compares at a time with all others
 
 
@@ -42,23 +48,27 @@ class Index(NamedTuple):
     Attributes:
         paths: Absolute paths.
         states: Size of each file in bytes and its time of change in nanoseconds.
+        hashes: Hash of each image, see `hash_picture`.
         features: Normalized features, float16 [N, D], memory-mapped if they are read from a file.
         checkpoint: Absolute path or hub repository of the model.
         weights: Digest of the weights.
         vocabulary: Digest of the vocabulary.
         task: Task of the weights.
         config: Configuration of the model.
+        ranking: Ranking that a validation of the model measured to be better, None if none did.
         left: Number of images that an interrupted update has not indexed.
     """
 
     paths: list[str]
     states: list[tuple[int, int]]
+    hashes: list[str]
     features: np.ndarray
     checkpoint: str
     weights: str
     vocabulary: str
     task: str
     config: dict[str, Any]
+    ranking: Ranking | None
     left: int
 
 
@@ -77,12 +87,31 @@ class Hit(NamedTuple):
     Attributes:
         path: Absolute path.
         similarity: Similarity to the query (ITC), from -1 to 1.
+        itc: Probability by ITC, the softmax over all images of the index.
         match: Probability that image and text match (ITM), None if the image was not re-ranked.
     """
 
     path: str
     similarity: float
+    itc: float
     match: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Probability that ranks the image: by ITM if it was re-ranked, else by ITC."""
+        return self.itc if self.match is None else self.match
+
+
+class Copy(NamedTuple):
+    """An image of a group of near-copies.
+
+    Attributes:
+        path: Absolute path.
+        likeness: Share of equal bits of the hashes of this image and an earlier one of the group.
+    """
+
+    path: str
+    likeness: float
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,18 +145,26 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _read_files(folder: Path, about: dict[str, Any]) -> Index:
+    if about["format"] != FORMAT:
+        raise InputError(
+            f"{folder / INDEX}: has format {about['format']}, this version reads {FORMAT}: remove"
+            " the folder and index the images again"
+        )
     lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
     features = _read_file(
         folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
     )
     images = [json.loads(line) for line in lines]
-    if about["format"] != FORMAT or not len(images) == len(features) == about["images"]:
+    if not len(images) == len(features) == about["images"]:
         raise ValueError("its files do not belong together")
     return Index(
         [image["path"] for image in images],
         [(image["size"], image["mtime_ns"]) for image in images],
+        [image["hash"] for image in images],
         features,
-        **{key: about[key] for key in Index._fields[3:]},
+        **{key: about[key] for key in ABOUT},
+        ranking=read_ranking(about, folder / INDEX),
+        left=about["left"],
     )
 
 
@@ -154,10 +191,12 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
     """
     folder, token = Path(folder), secrets.token_hex(4)
     about: dict[str, Any] = {"format": FORMAT, "token": token, "images": len(index.paths)}
-    about |= dict(zip(Index._fields[3:], index[3:], strict=True))
+    about |= {key: getattr(index, key) for key in ABOUT}
+    about |= {"ranking": msgspec.to_builtins(index.ranking), "left": index.left}
+    rows = zip(index.paths, index.states, index.hashes, strict=True)
     images = [
-        json.dumps({"path": path, "size": size, "mtime_ns": date})
-        for path, (size, date) in zip(index.paths, index.states, strict=True)
+        json.dumps({"path": path, "size": size, "mtime_ns": date, "hash": value})
+        for path, (size, date), value in rows
     ]
     problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
     with writing(folder / INDEX, "the previous index is untouched"):
@@ -256,6 +295,7 @@ def load_model_of(
         config = {**config, "tokenizer": str(find_checkpoint(source))}
     model = Inference(index.task, config, source, find_device(device))
     model_digests(model, index, folder)
+    model.ranking = model.ranking or index.ranking  # an export of equal weights may lack it
     return model
 
 
@@ -320,7 +360,7 @@ def count_suffixes(others: Counter) -> str:
 
 
 class _Files(Dataset):
-    """Image files as pairs of values and problem; one of the two is empty."""
+    """Image files as values, hash and problem; either the values or the problem are empty."""
 
     def __init__(self, paths: list[str], transform: Callable[[Tensor], Tensor]) -> None:
         self.paths, self.transform = paths, transform
@@ -328,17 +368,34 @@ class _Files(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str, str]:
         try:
-            return self.transform(load_image(self.paths[index])), ""
+            pixels = self.transform(load_image(self.paths[index]))
         except ImageError as error:
-            return None, error.problem
+            return None, "", error.problem
+        return pixels, hash_picture(pixels), ""
 
 
-def _collate(samples: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    """Return the usable images uint8 [B, 3, R, R], None if there are none, and all problems."""
-    usable = [image for image, _ in samples if image is not None]
-    return torch.stack(usable) if usable else None, [problem for _, problem in samples]
+def _collate(
+    samples: list[tuple[Tensor | None, str, str]],
+) -> tuple[Tensor | None, list[str], list[str]]:
+    """Return usable images uint8 [B, 3, R, R], None if there are none, all hashes and problems."""
+    images, hashes, problems = (list(column) for column in zip(*samples, strict=True))
+    usable = [image for image in images if image is not None]
+    return torch.stack(usable) if usable else None, hashes, problems
+
+
+def hash_picture(pixels: Tensor) -> str:
+    """Return a perceptual hash of an image uint8 [3, H, W], in hexadecimal digits.
+
+    Its bits tell whether each of the lowest frequencies of the gray image, a square of WAVES x
+    WAVES coefficients of the cosine transform, is above their median. They hardly change if the
+    image is resized or encoded again.
+    """
+    gray = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
+    values = np.asarray(gray.resize((SIDE, SIDE), Image.Resampling.LANCZOS), np.float64)
+    waves = dctn(values, norm="ortho")[:WAVES, :WAVES]
+    return np.packbits(waves > np.median(waves)).tobytes().hex()
 
 
 @alone()
@@ -370,64 +427,75 @@ def update_index(
     model.require("embed_images")
     digests = model_digests(model, index, folder)
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
-    about = source, *digests, model.task, model.config.to_dict()
+    about = source, *digests, model.task, model.config.to_dict(), model.ranking
     before = dict(zip(index.paths, index.states, strict=True)) if index else {}
     images = images if prune else dict(sorted({**before, **images}.items()))
-    features = _unchanged(index, images)
-    todo = [path for path in images if path not in features]
-    kept, left, unusable, saved = len(features), len(todo), list(problems), time.monotonic()
+    rows = _unchanged(index, images)
+    todo = [path for path in images if path not in rows]
+    kept, left, unusable, saved = len(rows), len(todo), list(problems), time.monotonic()
     try:
         for embedded, failures in _embed(model, todo):
-            features |= embedded
+            rows |= embedded
             unusable += failures
             left -= len(embedded) + len(failures)
             if time.monotonic() - saved > SAVE_EVERY:
-                _write(folder, images, features, (*about, left), unusable)
+                _write(folder, images, rows, (*about, left), unusable)
                 saved = time.monotonic()
     finally:
-        _write(folder, images, features, (*about, left), unusable)
-    if not features:
+        _write(folder, images, rows, (*about, left), unusable)
+    if not rows:
         raise InputError(f"none of {len(images)} images can be used: {': '.join(unusable[-1])}")
-    return Changes(kept, len(features) - kept, len(before.keys() - images.keys()), unusable)
+    return Changes(kept, len(rows) - kept, len(before.keys() - images.keys()), unusable)
 
 
-def _unchanged(index: Index | None, images: dict[str, tuple[int, int]]) -> dict[str, np.ndarray]:
-    """Return the features [D] of the images that are as they were, by path."""
+def _unchanged(
+    index: Index | None, images: dict[str, tuple[int, int]]
+) -> dict[str, tuple[np.ndarray, str]]:
+    """Return the features [D] and hash of the images that are as they were, by path."""
     if index is None:
         return {}
-    rows = zip(index.paths, index.states, index.features, strict=True)
-    return {path: values for path, state, values in rows if images.get(path) == state}
+    rows = zip(index.paths, index.states, index.features, index.hashes, strict=True)
+    return {
+        path: (features, value)
+        for path, state, features, value in rows
+        if images.get(path) == state
+    }
 
 
 def _write(
     folder: str | Path,
     images: dict[str, tuple[int, int]],
-    features: dict[str, np.ndarray],
+    rows: dict[str, tuple[np.ndarray, str]],
     about: tuple[Any, ...],
     unusable: Sequence[tuple[str, str]],
 ) -> None:
-    """Write the index of the images that have features; about: the other attributes of Index."""
-    paths = [path for path in images if path in features]
+    """Write the index of the images that have a row; about: the other attributes of Index."""
+    paths = [path for path in images if path in rows]
     if paths:
         states = [images[path] for path in paths]
-        values = np.stack([features[path] for path in paths])
-        write_index(folder, Index(paths, states, values, *about), unusable)
+        features, hashes = zip(*(rows[path] for path in paths), strict=True)
+        index = Index(paths, states, list(hashes), np.stack(features), *about)
+        write_index(folder, index, unusable)
 
 
 @torch.no_grad()
 def _embed(
     model: Inference, paths: list[str]
-) -> Iterator[tuple[dict[str, np.ndarray], list[tuple[str, str]]]]:
-    """Yield for each batch the features [D] by path, and the paths with problems."""
+) -> Iterator[tuple[dict[str, tuple[np.ndarray, str]], list[tuple[str, str]]]]:
+    """Yield for each batch the features [D] and hashes by path, and the paths with problems."""
     data = _Files(paths, model.transform)
     with autocast(model.config, model.device):
-        for part, (pixels, problems) in iter_rank_share(
+        for part, (pixels, hashes, problems) in iter_rank_share(
             data, model.config, model.device, "images", _collate
         ):
-            rows = [(paths[i], problem) for i, problem in zip(part, problems, strict=True)]
-            usable = [path for path, problem in rows if not problem]
+            named = list(zip((paths[i] for i in part), hashes, problems, strict=True))
+            usable = [(path, value) for path, value, problem in named if not problem]
             values = model.model.encode_image(pixels)[1].half().cpu().numpy() if usable else []
-            yield dict(zip(usable, values, strict=True)), [row for row in rows if row[1]]
+            embedded = {
+                path: (features, value)
+                for (path, value), features in zip(usable, values, strict=True)
+            }
+            yield embedded, [(path, problem) for path, _, problem in named if problem]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,8 +524,8 @@ def search(
         image: Example, as `Inference.embed_images` takes it. With a text, the similarity is the
             mean of both.
         k: Number of hits.
-        rerank: Number of candidates to re-rank. Default: the key k_test.
-        threshold: Smallest probability of a match, or similarity if nothing is re-ranked.
+        rerank: Number of candidates to re-rank. Default: `default_rerank` of the model.
+        threshold: Smallest probability, of a match (ITM) or by ITC if nothing is re-ranked.
 
     Raises:
         InputError: There is nothing to search for, or all images are gone.
@@ -466,12 +534,13 @@ def search(
         raise InputError("nothing to search for: give a text, an image or both")
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
-    rerank = model.config.k_test if rerank is None else rerank
+    rerank = model.default_rerank if rerank is None else rerank
     rerank = 0 if text is None else rerank
     query = torch.stack(features).mean(dim=0, keepdim=True)
-    scores, best = most_similar(query, index.features, max(k, rerank), model.device)
-    found = zip(best[0].tolist(), scores[0].tolist(), strict=True)
-    hits = [Hit(index.paths[i], score) for i, score in found]
+    sim, best = most_similar(query, index.features, max(k, rerank), model.device)
+    probs = model.similarity_probs(sim, query, index.features)
+    found = zip(best[0].tolist(), sim[0].tolist(), probs[0].tolist(), strict=True)
+    hits = [Hit(index.paths[i], *scores) for i, *scores in found]
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
@@ -479,11 +548,9 @@ def search(
         )
     if text is not None and rerank:
         existing = _rerank(model, existing[:rerank], text) + existing[rerank:]
-    if threshold is not None and rerank:
-        existing = [hit for hit in existing if hit.match is not None and hit.match >= threshold]
-    elif threshold is not None:
-        existing = [hit for hit in existing if hit.similarity >= threshold]
-    return existing[:k]
+        # the others have no probability of a match
+        existing = existing if threshold is None else existing[:rerank]
+    return [hit for hit in existing if threshold is None or hit.score >= threshold][:k]
 
 
 def _rerank(model: Inference, hits: list[Hit], text: str) -> list[Hit]:
@@ -493,28 +560,52 @@ def _rerank(model: Inference, hits: list[Hit], text: str) -> list[Hit]:
     return [hits[i]._replace(match=probs[i].item()) for i in order]
 
 
-def near_copies(index: Index, threshold: float, device: torch.device) -> list[list[Hit]]:
-    """Return groups of images that look alike, with similarities.
+def describe_scores(model: Inference, hits: Sequence[Hit], total: int) -> list[str]:
+    """Return lines that say what the probabilities of hits are, and what ranked them.
 
-    An image joins the group of the earlier image that is most similar to it.
+    Args:
+        model: Model of the index.
+        hits: Hits of a search.
+        total: Number of images in the index.
+    """
+    by_match, measured = any(hit.match is not None for hit in hits), model.ranking
+    lines = [f"ITC: probability by similarity, a softmax over all {total:,} images"]
+    if by_match:
+        lines.insert(0, "ITM: probability that image and text match")
+    order = f"ranked by {'the logit of ITM, the rest by ITC' if by_match else 'ITC'}"
+    if measured:
+        better, worse = max(measured.itc, measured.itm), min(measured.itc, measured.itm)
+        order += f"; in the validation {measured.by.upper()} ranked better, mean recall"
+        order += f" {better:.1f}% against {worse:.1f}%"
+    return [*lines, order]
+
+
+def near_copies(index: Index, threshold: float, device: torch.device) -> list[list[Copy]]:
+    """Return groups of images whose hashes are alike.
+
+    An image joins the group of the earlier image that is most like it.
 
     Args:
         index: The index.
-        threshold: Smallest similarity, above 0.
+        threshold: Smallest share of equal bits, above 0.5.
         device: Device of the computation.
 
     Returns:
-        The images of each group; the similarity of the first one is 1.
+        The images of each group; the likeness of the first one is 1.
     """
-    features, roots, groups = as_float(index.features).to(device), [], {}
-    for start in progress_bar(range(0, len(features), ROWS), "comparing"):
+    hashes = np.frombuffer(bytes.fromhex("".join(index.hashes)), np.uint8)
+    bits = np.unpackbits(hashes.reshape(len(index.hashes), -1), axis=1)
+    # a sum of products of 1 and -1 is the number of equal bits without that of other bits
+    signs, roots, groups = as_float(bits).mul(2).sub(1).to(device), [], {}
+    for start in progress_bar(range(0, len(signs), ROWS), "comparing"):
         stop = start + ROWS
-        # only the similarities with earlier images
-        sim = feature_similarity(features[start:stop], features[:stop]).tril(start - 1)
-        for value, nearest in zip(*map(Tensor.tolist, sim.max(dim=1)), strict=True):
+        # 0 for an image itself and later ones, which is the product of unrelated hashes
+        products = feature_similarity(signs[start:stop], signs[:stop]).tril(start - 1)
+        likeness = products / (2 * bits.shape[1]) + 0.5
+        for value, nearest in zip(*map(Tensor.tolist, likeness.max(dim=1)), strict=True):
             number, close = len(roots), value >= threshold
             # an earlier image is already the root of its group
             roots.append(roots[nearest] if close else number)
-            hit = Hit(index.paths[number], value if close else 1.0)
-            groups.setdefault(roots[number], []).append(hit)
+            copy = Copy(index.paths[number], value if close else 1.0)
+            groups.setdefault(roots[number], []).append(copy)
     return [group for group in groups.values() if len(group) > 1]

@@ -36,7 +36,7 @@ from inference.inputs import (
     read_image,
 )
 from models import build_model
-from models.contrastive import feature_similarity, matched
+from models.contrastive import feature_similarity, matched_with_prob
 from models.gradcam import text_gradcam
 from models.tokenizer import load_tokenizer
 from models.weights import (
@@ -167,6 +167,7 @@ class Inference:
         transform: Function uint8 [3, H, W] -> uint8 [3, R, R].
         device: Device of the network.
         report: Report of loading the weights.
+        ranking: The ranking that a validation measured to be better, None if none did.
         batch_size: Images and pairs that are computed at a time.
     """
 
@@ -186,6 +187,7 @@ class Inference:
         # the class depends on the task; `serves` refuses methods that the task does not list
         self.model: Any = build_model(task, config, self.tokenizer)
         self.report = load_checkpoint(self.model, source, allow_missing, complete=True)
+        self.ranking = self.model.ranking
         self.model.to(device).eval()
         self.config = self.model.config
         self.transform = test_transform(config.resolution)
@@ -205,6 +207,14 @@ class Inference:
                 f"{method}: {self.source} has task {self.task}, which cannot do it: load a"
                 f" checkpoint of {' or '.join(others)}"
             )
+
+    @property
+    def default_rerank(self) -> int:
+        """Number of candidates that `rank` and searches re-rank by default.
+
+        It is 0 if a validation measured that ITC alone ranks better, else the key k_test.
+        """
+        return 0 if self.ranking and self.ranking.by == "itc" else self.config.k_test
 
     # ----------------------------------------------------------------------------------------------
     # images and texts together: pre-training, retrieval, grounding
@@ -251,8 +261,7 @@ class Inference:
         """Return the probabilities that images and texts match (ITM), of all pairs: [NI, NT]."""
         (images, one_image), (texts, one_text) = as_images(images), self._clean(texts)
         pairs = torch.ones(len(images), len(texts), dtype=torch.bool)
-        probs = self._itm(images, texts, pairs, lambda logits: logits.softmax(dim=1)[:, 1])
-        return _unwrap(probs, one_image, one_text)
+        return _unwrap(self._itm(images, texts, pairs)[1], one_image, one_text)
 
     @serves()
     def match_logits(self, images: Any, text: str) -> tuple[Tensor, Tensor]:
@@ -260,14 +269,9 @@ class Inference:
 
         The evaluation ranks by the logits of the class "match" (Section 5).
         """
-        (images, _), (texts, _), probs = as_images(images), self._clean([text]), []
-
-        def score(logits: Tensor) -> Tensor:  # called for one image after the other
-            probs.append(logits.softmax(dim=1)[:, 1].float().cpu())
-            return matched(logits)
-
-        pairs = torch.ones(len(images), 1, dtype=torch.bool)
-        return self._itm(images, texts, pairs, score)[:, 0], torch.cat(probs)
+        (images, _), (texts, _) = as_images(images), self._clean([text])
+        logits, probs = self._itm(images, texts, torch.ones(len(images), 1, dtype=torch.bool))
+        return logits[:, 0], probs[:, 0]
 
     @serves()
     def rank(
@@ -284,13 +288,14 @@ class Inference:
         """Return the k best images for each text, or the k best texts for each image.
 
         As in the evaluation (Section 5), the `rerank` most similar candidates are ranked by their
-        ITM logit, which is their score. The others follow, and their similarity is their score.
+        ITM logit, and the others follow by similarity. A score is a probability: of a match (ITM)
+        if the candidate was re-ranked, else that of `similarity_probs` (ITC).
 
         Args:
             images: Images; None if `image_features` are given and `rerank` is 0.
             texts: Texts; None if `text_features` are given and `rerank` is 0.
             k: Number of results.
-            rerank: Number of candidates. Default: the key k_test.
+            rerank: Number of candidates to re-rank. Default: `default_rerank`.
             of: Kind of the candidates, "images" or "texts".
             image_features: Features from `embed_images`; then only candidates are read.
             text_features: Features from `embed_texts`.
@@ -300,7 +305,7 @@ class Inference:
         """
         if of not in ("images", "texts"):
             raise InputError(f"rank: of={of!r}, it must be images or texts")
-        rerank = self.config.k_test if rerank is None else rerank
+        rerank = self.default_rerank if rerank is None else rerank
         if rerank and (images is None or texts is None):
             raise InputError(
                 "rank: re-ranking reads images and texts, give them beside the features or rerank=0"
@@ -313,13 +318,30 @@ class Inference:
         )
         by_text = of == "images"
         features = (text_feat, image_feat) if by_text else (image_feat, text_feat)
-        scores, best = most_similar(*features, max(k, rerank), self.device)
+        sim, best = most_similar(*features, max(k, rerank), self.device)
+        scores = self.similarity_probs(sim, *features)
         if rerank:
             ranked = self._rerank(images, texts, best[:, :rerank], by_text)
             scores[:, :rerank], best[:, :rerank] = ranked
         rows = zip(best[:, :k].tolist(), scores[:, :k].tolist(), strict=True)
         rows = [list(zip(*row, strict=True)) for row in rows]
         return rows[0] if (one_text if by_text else one_image) else rows
+
+    def similarity_probs(self, sim: Tensor, queries: Any, candidates: Any) -> Tensor:
+        """Return the probabilities by ITC: the softmax over all candidates (Equation 1).
+
+        The logits are the similarities, divided by the model's temperature.
+
+        Args:
+            sim: Similarities of each query with some of the candidates [Q, K].
+            queries: Features [Q, D].
+            candidates: Features of all candidates [N, D].
+        """
+        temp = self.model.temp.item()
+        total = torch.full((len(sim), 1), -torch.inf)
+        for _, part in similarity_blocks(queries, candidates, self.device):
+            total = total.logaddexp((part / temp).logsumexp(dim=1, keepdim=True).cpu())
+        return (sim / temp - total).exp()
 
     @serves()
     def ground(
@@ -527,9 +549,8 @@ class Inference:
         images: list,
         texts: list[str],
         pairs: Tensor,
-        score: Callable[[Tensor], Tensor] = matched,
-    ) -> Tensor:
-        """Return the score of pairs of images and texts, float32 [NI, NT].
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ITM logits and the probabilities of a match of pairs, float32 [NI, NT].
 
         Arguments as in `itm_scores` of the models.
         """
@@ -537,14 +558,16 @@ class Inference:
         image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device, keep=False)
         text_embeds, _, mask = self._encode_texts(texts)
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        return self.model.itm_scores(
-            image_embeds, text_embeds, mask, pairs, score=score, progress=progress
-        ).cpu()
+        scores = self.model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=progress
+        )
+        logits, probs = scores.cpu().unbind(dim=2)
+        return logits, probs
 
     def _rerank(
         self, images: list, texts: list[str], candidates: Tensor, by_text: bool
     ) -> tuple[Tensor, Tensor]:
-        """Rank candidates by matching; return their ITM logits and indices [Q, K].
+        """Rank candidates by their ITM logits; return probabilities and indices [Q, K].
 
         Args:
             images: All images.
@@ -558,9 +581,10 @@ class Inference:
         own_texts, t = text.unique(return_inverse=True)
         pairs = torch.zeros(len(own_images), len(own_texts), dtype=torch.bool)
         pairs[i, t] = True
-        logits = self._itm([images[n] for n in own_images], [texts[n] for n in own_texts], pairs)
-        scores, order = logits[i, t].sort(dim=1, descending=True, stable=True)
-        return scores, candidates.gather(1, order)
+        chosen = [images[n] for n in own_images], [texts[n] for n in own_texts]
+        logits, probs = (scores[i, t] for scores in self._itm(*chosen, pairs))
+        order = logits.argsort(dim=1, descending=True, stable=True)
+        return probs.gather(1, order), candidates.gather(1, order)
 
     def _pairs(self, images: Any, texts: Any) -> tuple[list, list[str], bool]:
         """Return the one or two images of each pair, the texts, and whether there is one pair."""
@@ -626,17 +650,30 @@ def most_similar(
     Returns:
         Similarities and indices [Q, min(k, N)] on the CPU, the best first.
     """
-    queries = as_float(queries).to(device)
     values = torch.empty(len(queries), 0, device=device)
     best = torch.empty(len(queries), 0, dtype=torch.long, device=device)
-    for start in range(0, len(candidates), BLOCK):
-        block = as_float(candidates[start : start + BLOCK]).to(device)
-        sim = _check_finite(feature_similarity(queries, block))
+    for start, sim in similarity_blocks(queries, candidates, device):
         numbers = torch.arange(start, start + sim.shape[1], device=device).expand_as(sim)
         values, best = torch.cat([values, sim], dim=1), torch.cat([best, numbers], dim=1)
         values, order = values.topk(min(k, values.shape[1]), dim=1)
         best = best.gather(1, order)
     return values.cpu(), best.cpu()
+
+
+def similarity_blocks(
+    queries: Any, candidates: Any, device: torch.device | str
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first candidate of each block of BLOCK, and the similarities [Q, B] with it.
+
+    Args:
+        queries: Features [Q, D].
+        candidates: Features [N, D].
+        device: Device of the computation.
+    """
+    queries = as_float(queries).to(device)
+    for start in range(0, len(candidates), BLOCK):
+        block = as_float(candidates[start : start + BLOCK]).to(device)
+        yield start, _check_finite(feature_similarity(queries, block))
 
 
 def best_rectangle(heat: np.ndarray, height: int, width: int) -> list[float]:

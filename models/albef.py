@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -22,6 +23,22 @@ class SpecialIds(NamedTuple):
     cls: int = 101
     mask: int = 103
     eos: int = 102  # end of an answer
+
+
+class Ranking(msgspec.Struct, frozen=True):
+    """The ranking that a validation measured to be better, as checkpoints keep it.
+
+    Attributes:
+        by: "itc" for similarity alone, "itm" for the matching head on the k most similar.
+        k: Number of candidates that were re-ranked.
+        itc: Mean recall by ITC in percent.
+        itm: Mean recall by ITM in percent.
+    """
+
+    by: Literal["itc", "itm"]
+    k: int
+    itc: float
+    itm: float
 
 
 def check_objectives(key: str, named: bool | Sequence[str], known: Sequence[str]) -> None:
@@ -43,8 +60,7 @@ class ALBEF(nn.Module):
 
     task: str  # set by build_model
     pretrained: Sequence[str] = ()  # names of parameters that a run began with weights for
-    # ITC or ITM, whichever ranked the last validation's data better, see evaluation.retrieval
-    ranking: dict[str, Any] | None = None
+    ranking: Ranking | None = None  # of the last validation, see evaluation.retrieval
     text_encoder: BertModel | BertForMaskedLM
     # of a model with momentum copies
     visual_encoder_m: VisionTransformer

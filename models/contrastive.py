@@ -41,6 +41,11 @@ def matched(logits: Tensor) -> Tensor:
     return logits[:, 1]
 
 
+def matched_with_prob(logits: Tensor) -> Tensor:
+    """Return the logit and the probability of "matched": itm_logits [B, 2] -> [B, 2]."""
+    return torch.stack([logits[:, 1], logits.softmax(dim=1)[:, 1]], dim=1)
+
+
 class ContrastiveModel(ALBEF):
     """ALBEF with projections, matching head, momentum encoders and queues of their features."""
 
@@ -305,15 +310,16 @@ class ContrastiveModel(ALBEF):
             text_embeds: As in `rerank`.
             attention_mask: Mask of the tokens [NT, L].
             pairs: Pairs to score, bool [NI, NT].
-            score: Function of itm_logits [B, 2] that returns scores [B].
+            score: Function of itm_logits [B, 2] that returns scores [B], or S of them [B, S].
             progress: Wrapper of the range of images, for a progress bar.
             rows: Maximum number of texts in a pass.
 
         Returns:
-            Scores [NI, NT] in float32, -100 for other pairs.
+            Scores [NI, NT], or [NI, NT, S], in float32, -100 for other pairs.
         """
         lengths, device = attention_mask.sum(dim=1).tolist(), pairs.device
-        scores = torch.zeros(pairs.shape, device=device)
+        kinds = score(torch.zeros(1, 2, device=device)).shape[1:]
+        scores = torch.zeros(*pairs.shape, *kinds, device=device)
         texts_of = pairs.cpu()
         for image in progress(range(rank(), len(pairs), world_size())):
             keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(device))
@@ -328,7 +334,7 @@ class ContrastiveModel(ALBEF):
         if is_distributed():
             # one rank has each score, so that the sum is exact; a maximum would drop NaN
             dist.all_reduce(scores)
-        return scores.masked_fill_(~pairs, NO_CANDIDATE)
+        return scores.masked_fill_(~pairs.reshape(*pairs.shape, *(1 for _ in kinds)), NO_CANDIDATE)
 
 
 def feature_similarity(image_feat: Tensor, text_feat: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
+import msgspec
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from configs.config import FILE_KEYS, Config
 from configs.tasks import TASKS
+from models.albef import ALBEF, Ranking
 from models.conversions import (
     bert_names,
     can_interpolate,
@@ -34,9 +36,6 @@ from models.momentum import copy_to_momentum_
 from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
 from utils import InputError
 
-if TYPE_CHECKING:
-    from models.albef import ALBEF
-
 # loaded together or not at all; only fine-tuned files have the last one
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
 FINE_TUNED = "fine-tuned for this task"
@@ -49,7 +48,7 @@ SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # names in a folder or a hub repository
 # files of a published export, with alternatives
 REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
-METADATA = ("config", "epoch", "tokenizer_json")  # keys of a .safetensors file, in JSON
+METADATA = ("config", "epoch", "tokenizer_json", "ranking")  # keys of a .safetensors file, in JSON
 
 
 # --------------------------------------------------------------------------------------------------
@@ -57,7 +56,7 @@ METADATA = ("config", "epoch", "tokenizer_json")  # keys of a .safetensors file,
 
 
 def load_checkpoint(
-    model: "ALBEF", path: Path | str, allow_missing: bool = False, complete: bool = False
+    model: ALBEF, path: Path | str, allow_missing: bool = False, complete: bool = False
 ) -> "LoadReport":
     """Load a checkpoint of any task into a model of any task, converting it as needed.
 
@@ -69,6 +68,7 @@ def load_checkpoint(
         path: A checkpoint, as `find_checkpoint` takes it.
         allow_missing: Whether to accept missing and unused tensors.
         complete: Whether the file must have the task's head and decoder, as an evaluation needs.
+            Then the model takes the file's ranking.
 
     Returns:
         A report on each tensor.
@@ -79,6 +79,7 @@ def load_checkpoint(
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     check_vocabulary(model, content, path)
+    model.ranking = read_ranking(content, path) if complete else None
     weights, names = named_tensors(content, path), model.state_dict()
     modules, in_file = ({name.split(".")[0] for name in state} for state in (names, weights))
     heads = fine_tuned_heads()
@@ -111,7 +112,7 @@ def fine_tuned_heads() -> set[str]:
     return {task.head for task in TASKS.values()} - {"", TASKS["pretrain"].head}
 
 
-def check_vocabulary(model: "ALBEF", content: Mapping[str, Any], path: Path | str) -> None:
+def check_vocabulary(model: ALBEF, content: Mapping[str, Any], path: Path | str) -> None:
     """Raise InputError if a checkpoint and the model have different vocabularies."""
     saved = content.get("tokenizer_json")
     if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
@@ -121,7 +122,15 @@ def check_vocabulary(model: "ALBEF", content: Mapping[str, Any], path: Path | st
         )
 
 
-def load_encoders(model: "ALBEF", config: Config) -> list["LoadReport"]:
+def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None:
+    """Return the ranking in a checkpoint, None if there is none. Raises InputError."""
+    try:
+        return msgspec.convert(content.get("ranking"), Ranking | None)
+    except msgspec.ValidationError as error:
+        raise InputError(f"{path}: ranking is not one of a validation ({error})") from None
+
+
+def load_encoders(model: ALBEF, config: Config) -> list["LoadReport"]:
     """Load BERT and DeiT weights (Section 3.1) unless the key is `random`.
 
     Args:
@@ -138,7 +147,7 @@ def load_encoders(model: "ALBEF", config: Config) -> list["LoadReport"]:
     return [load(model, source) for source, load in sources if source != "random"]
 
 
-def load_text_encoder(model: "ALBEF", source: Path | str) -> "LoadReport":
+def load_text_encoder(model: ALBEF, source: Path | str) -> "LoadReport":
     """Load BERT into the text and multimodal encoders of a pre-training model.
 
     Layers below fusion_layer become the text encoder, the rest the multimodal encoder.
@@ -164,7 +173,7 @@ def load_text_encoder(model: "ALBEF", source: Path | str) -> "LoadReport":
     return report
 
 
-def load_vision_encoder(model: "ALBEF", source: Path | str) -> "LoadReport":
+def load_vision_encoder(model: ALBEF, source: Path | str) -> "LoadReport":
     """Load a DeiT or timm ViT into a model's image encoder.
 
     Args:

@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant("models/contrastive.py", "t2i = top_candidates(sim.T, k).T", "t2i = i2t"),
     Mutant(
         "models/contrastive.py",
-        "scores = torch.zeros(pairs.shape",
+        "scores = torch.zeros(*pairs.shape",
         "scores = torch.full(pairs.shape, NO_CANDIDATE",
     ),
     Mutant("models/pretrain.py", "self.config.mlm_probability", "0.15"),
@@ -432,7 +432,7 @@ MUTANTS = [
     ),
     Mutant("engine/checkpointing.py", '    if saved["seed"] != state.seed:\n', "    if False:\n"),
     Mutant("engine/checkpointing.py", "return file.testzip() is None", "return True"),
-    Mutant("engine/run.py", "        load_checkpoint(model, file)\n", ""),
+    Mutant("engine/run.py", "        load_checkpoint(model, file, complete=True)\n", ""),
     Mutant("engine/run.py", "        if found != task.name:\n", "        if False:\n"),
     Mutant(
         "engine/run.py", '        output_dir /= "evaluation"\n', "        output_dir = output_dir\n"

@@ -23,7 +23,8 @@ from conftest import ROOT, contents, exit_status
 from PIL import Image
 
 from dataset.build import build_dataset
-from inference.index import find_images, open_index, read_index, update_index
+from inference.index import find_images, open_index, read_index, search, update_index
+from models.albef import Ranking
 from tools import demo
 from visualize import draw
 
@@ -103,16 +104,49 @@ def test_pseudo_targets_are_five_words_for_each_and_unknown_words_are_named(page
 
 def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, index, photos):
     model, call = models["retrieval"], page.find(read_index(index), models["retrieval"])
-    pictures, found, note = call(TEXT, False)
-    best = [photos[i] for i, _ in model.rank(photos, TEXT, page.TOP, rerank=0)]
-    assert found == best and "(ITC)" in note
-    pictures, found, note = call(TEXT, True)
+    pictures, note, found = call(TEXT, None, False)
+    ranked = model.rank(photos, TEXT, page.TOP, rerank=0)
+    assert found == [photos[i] for i, _ in ranked] and "ranked by ITC" in note
+    assert [caption.split()[0] for _, caption in pictures] == [f"{p:.1%}" for _, p in ranked]
+    pictures, note, found = call(TEXT, None, True)
     count = min(page.TOP, len(photos))  # k_test is 3, but all shown images have a probability
     assert set(found) == {photos[i] for i, _ in model.rank(photos, TEXT, count)} and "ITM" in note
     probs = model.match(found, TEXT).tolist()
     names = [f"{p:.1%} · {Path(f).name}" for p, f in zip(probs, found, strict=True)]
     assert [caption for _, caption in pictures] == names
-    assert call(" ?! ", True)[:2] == ([], []) and "nothing is left of it" in call(" ?! ", True)[2]
+    pictures, note, found = call(" ?! ", None, True)
+    assert pictures == found == [] and "nothing is left of it" in note
+    assert "nothing to search for" in call("", None, True)[1]
+
+
+def test_a_search_finds_by_an_example(page, models, index, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    model, call = models["retrieval"], page.find(read_index(index), models["retrieval"])
+    example = shutil.copy(photos[3], tmp_path / "example.jpg")
+    pictures, note, found = call("", example, True)
+    assert found[0] == photos[3] and "ranked by ITC" in note
+    both = call(TEXT, example, False)[2]
+    options = {"k": page.TOP, "rerank": 0}
+    assert both == [hit.path for hit in search(read_index(index), model, TEXT, example, **options)]
+    (tmp_path / "a.jpg").write_text("a text")
+    for image, message in (
+        (tmp_path / "a.jpg", "a.jpg: this is not a picture"),
+        (photos[3], "upl"),
+    ):
+        pictures, note, found = call(TEXT, str(image), True)
+        assert pictures == found == [] and message in note and str(tmp_path) not in note
+
+
+@pytest.mark.parametrize("by", ["itc", "itm"])
+def test_the_search_begins_with_the_ranking_that_was_measured_to_be_better(
+    page, models, index, monkeypatch, by
+):
+    model = models["retrieval"]
+    monkeypatch.setattr(model, "ranking", Ranking(by, 3, 30.0, 20.0))
+    blocks = page.build_page({"r": model}, {}, read_index(index), "r").blocks.values()
+    (box,) = (block for block in blocks if type(block).__name__ == "Checkbox")
+    assert box.value == (by == "itm")
+    assert "30.0% against 20.0%" in page.find(read_index(index), model)(TEXT, None, False)[1]
 
 
 def test_errors_are_notes_without_folders(page, models, photos, tmp_path, monkeypatch):
@@ -127,8 +161,9 @@ def test_errors_are_notes_without_folders(page, models, photos, tmp_path, monkey
     assert "no image yet" in match("pretrain", None, TEXT).note
     assert "no image yet" in two("nlvr", photo, None, TEXT).note
     for image, text, expected in (
-        (photo, "", "nothing is left of it after clean-up"),
-        (tmp_path / "a.jpg", TEXT, "a.jpg: not an image"),
+        (photo, "", "no caption yet"),
+        (photo, "?!", "nothing is left of it after clean-up"),
+        (tmp_path / "a.jpg", TEXT, "a.jpg: this is not a picture"),
         (tmp_path / "huge.png", TEXT, "huge.png: too large"),
     ):
         result, note, heat = match("pretrain", str(image), text)
@@ -335,8 +370,8 @@ def test_a_found_image_of_any_folder_opens_in_match(
             next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
             for event in ("click", "select")
         )
-        found = client.call(searching, [TEXT, False])["output"]["data"][0]
-        assert len(found) == min(page.TOP, len(photos))
+        found = client.call(searching, [TEXT, None, False, None])["output"]["data"][0]
+        assert len(found["value"]) == min(page.TOP, len(photos))
         event = {"index": 0, "value": None}
         answer = client.call(choosing, [None, TEXT], event)["output"]["data"]
         image = answer[2]
@@ -485,10 +520,11 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     (tmp_path / "broken.jpg").write_text("no image")
     see(browser, "button[aria-label='Remove Image']")[0].click()
     uploads = browser.find_elements("css selector", "input[type=file]")
-    uploads[0].send_keys(str(tmp_path / "broken.jpg"))
+    uploads[1].send_keys(str(tmp_path / "broken.jpg"))  # the first one is in Search
     see(browser, "button[aria-label='Remove Image']")
+    has_note(browser, "broken.jpg: this is not a picture")
     write(browser, TEXT)
-    has_note(browser, "broken.jpg: not an image")
+    has_note(browser, "broken.jpg: this is not a picture")
     for tab, text in (
         ("Ask", "comes from"),
         ("Entailment", "comes from"),
@@ -510,6 +546,38 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
         entry for entry in browser.get_log("browser") if entry["source"] in ("security", "network")
     ]
     assert not refused, refused
+
+
+def test_results_are_marked_when_a_setting_changes(address, browser, photos):
+    browser.get(address)
+    write(browser, TEXT)
+    see(browser, ".caption-label")
+    for change, undo in (
+        (lambda: see(browser, "textarea:not([disabled])")[0].send_keys("s"), "\b"),
+        (lambda: see(browser, "input[type=checkbox]")[0].click(), None),
+    ):
+        change()
+        has_note(browser, "outdated: ")
+        see(browser, "label", text="images (outdated)")
+        if undo:
+            see(browser, "textarea:not([disabled])")[0].send_keys(undo)
+        else:
+            change()
+        has_note(browser, "ITM: ")
+    browser.find_element("css selector", "input[type=file]").send_keys(photos[2])
+    has_note(browser, "outdated: ")
+    write(browser, TEXT)
+    has_note(browser, "ITM: ")
+
+
+def test_the_page_is_no_wider_than_a_telephone(address, browser):
+    metrics = {"width": 420, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.get(address)
+    write(browser, TEXT)
+    for picture in see(browser, ".thumbnail-item", 4):
+        assert 100 < picture.size["width"] and picture.rect["x"] + picture.size["width"] <= 420
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
 
 
 def first_share(browser, label):

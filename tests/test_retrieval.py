@@ -3,7 +3,10 @@ processes, bad input.
 """
 
 import json
+import os
 import re
+import shlex
+import sys
 
 import pytest
 import torch
@@ -15,7 +18,12 @@ from helpers.training import command_line, signal_at
 
 import engine.trainer
 import evaluation.retrieval
+from configs.config import as_config
+from configs.tasks import find_task
 from engine.launch import Interrupted
+from engine.run import next_steps
+from inference import load_model
+from tools import search
 from utils import TrainingStopped
 
 
@@ -51,7 +59,9 @@ def scores(monkeypatch):
 
     def evaluate(model, *args, **options):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return {**real(model, *args, **options), "r_mean": given.pop(0)}
+        score = given.pop(0)
+        changed = {"r_mean": score, "itc_r_mean": 50.0 + len(given)}
+        return {**real(model, *args, **options), **changed}
 
     monkeypatch.setattr(evaluation.retrieval, "evaluate", evaluate)
     return given, seen
@@ -92,12 +102,43 @@ def test_best_epoch_by_validation_is_kept_and_tested(
         "epoch 2: val r_mean 30, best 30 (epoch 1)",
     ]
     assert f"best epoch by val_r_mean 30: epoch 1, {folder / 'checkpoint_best.pth'}" in out
+    to_search, to_try = (line.partition(": python -m ")[2] for line in err.splitlines()[-2:])
+    assert shlex.split(to_try) == ["tools.demo", str(folder), "--index", str(folder / "index")]
+    monkeypatch.setattr(sys, "argv", shlex.split(to_search))  # as the run proposes
+    search.main()
+    assert (folder / "index/features.npy").exists()
     results = retrieved(folder)
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
     assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
-    best = folder / "checkpoint_best.pth"
-    run(config, folder, "--evaluate", "--split", "test", checkpoint=best)
+    best_file = folder / "checkpoint_best.pth"
+    run(config, folder, "--evaluate", "--split", "test", checkpoint=best_file)
     assert retrieved(folder / "evaluation") == results
+    # the better ranking in the validation of the best epoch, not of the last one
+    assert results["ranking"] == best["ranking"] != last["ranking"]
+    assert results["ranking"] == {"by": "itc", "k": config["k_test"], "itc": 53, "itm": 30}
+    assert results["k"] == config["k_test"]
+    model = load_model(folder, "cpu")
+    assert model.default_rerank == 0
+    for query in results["text_to_image"][::12]:
+        images = [os.path.join(config["image_root"], r["image"]) for r in query["results"]]
+        probs = [r["probability"] for r in query["results"]]
+        assert probs == pytest.approx(model.match(images, query["caption"]).tolist(), abs=1e-4)
+    images = [os.path.join(config["image_root"], q["image"]) for q in results["image_to_text"]]
+    texts = [query["caption"] for query in results["text_to_image"]]
+    for query, row in zip(
+        results["text_to_image"], model.rank(images, texts, k=10, rerank=0), strict=True
+    ):
+        found = [
+            (images.index(os.path.join(config["image_root"], r["image"])), r["probability"])
+            for r in query["itc_results"]
+        ]
+        assert found == [(i, pytest.approx(p, abs=1e-4)) for i, p in row]
+
+
+def test_a_run_of_a_model_that_cannot_search_proposes_no_search(config, tmp_path):
+    assert not next_steps(find_task("vqa"), as_config(config), tmp_path)
+    lines = next_steps(find_task("retrieval"), as_config({**config, "image_root": ""}), tmp_path)
+    assert " index FOLDER " in lines[0]
 
 
 def test_a_worse_epoch_after_a_resume_does_not_replace_the_best(config, run, tmp_path, scores):

@@ -18,6 +18,7 @@ from models.gradcam import default_block, itm_gradcam
 from models.tokenizer import build_tokenizer
 from tools import visualize as tool
 from utils import InputError, Text, TrainingStopped, seed_everything
+from visualize import draw
 from visualize.draw import draw_heat_maps
 from visualize.explain import (
     explain_answer,
@@ -314,7 +315,7 @@ def test_texts_are_the_most_similar_by_momentum_features(make, tokenizer):
     image_feat = feats[7:8]  # an image whose feature is that of text 7
     found = text_targets(model, image_feat, texts, texts[7], tokenizer)
     assert len(found) == 5 and found[0].text == texts[7] and found[0].hit and not found[1].hit
-    values, best = (feats @ image_feat[0]).topk(5)
+    values, best = (feats @ image_feat[0] / model.temp).softmax(dim=0).topk(5)
     assert [candidate.text for candidate in found] == [texts[i] for i in best]
     assert [candidate.score for candidate in found] == pytest.approx(values.tolist(), abs=1e-5)
     assert len(text_targets(model, image_feat, texts[:2], "", tokenizer)) == 2
@@ -498,10 +499,11 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
 
 
 def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, capsys):
-    result = {"score": 1.0, "hit": True, "image": "a.jpg", "caption": "dog"}
-    query = {"image": "a.jpg", "caption": "dog", "results": [result]}
+    result = {"probability": 0.5, "hit": True, "image": "a.jpg", "caption": "dog"}
+    query = {"image": "a.jpg", "caption": "dog", "results": [result], "itc_results": [result]}
     (tmp_path / "result").mkdir()
     rankings = {"image_root": "gone", "text_to_image": [query], "image_to_text": [query]}
+    rankings |= {"k": 4, "ranking": None}
     (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
     monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path)])
     assert exit_status(tool.main) == 2
@@ -509,3 +511,22 @@ def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, caps
         "result/retrieval.json: image gone/a.jpg: does not exist: check its path"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("by", ["itc", "itm", None])
+def test_both_rankings_are_drawn_and_the_measured_one_comes_first(pictures, monkeypatch, by):
+    figures = []
+    monkeypatch.setattr(draw, "_save", lambda figure, path: figures.append(figure))
+    result = {"probability": 0.5, "hit": True, "image": pictures[0], "caption": "dog"}
+    other = {"probability": 0.25, "hit": False, "image": pictures[1], "caption": "cat"}
+    query = {"image": pictures[0], "caption": "?", "results": [result], "itc_results": [other]}
+    rankings = {"image_root": "", "text_to_image": [query], "image_to_text": [query], "k": 4}
+    rankings["ranking"] = by and {"by": by, "k": 4, "itc": 30.0, "itm": 20.0}
+    draw.draw_retrieval(rankings, "retrieval.png")
+    titles = [axis.get_title() for axis in figures[0].axes]
+    shown = ["ITM 1: 50.0%", "ITC 1: 25.0%"]
+    assert [title for title in titles if title] == (shown[::-1] if by == "itc" else shown)
+    texts = [text.get_text() for axis in figures[0].axes for text in axis.texts]
+    assert (texts.index("ITC") < texts.index("ITM")) == (by == "itc")
+    assert " 25.0%  cat" in texts and " 50.0%  dog" in texts
+    assert ("better" in figures[0].get_suptitle()) == bool(by)

@@ -10,16 +10,17 @@ from typing import Any, NamedTuple
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
 from gradio.utils import get_upload_folder
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
 from dataset.base import evenly
+from dataset.images import FORMATS
 from dataset.vqa import reachable_answers
-from inference.index import Index, search
+from inference.index import Index, describe_scores, search
 from inference.inputs import read_image
 from inference.model import HeatMap, Inference
-from utils import InputError
+from utils import InputError, percent
 from visualize.explain import unknown_words
 
 # Gradio passes the file of an image unchanged, and the framework's decoder reports what is wrong
@@ -29,7 +30,13 @@ gr.Image.preprocess = lambda self, given: given and given.path  # ty: ignore[inv
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 TOP = 12  # images that a search shows
 RERANKED = 32  # largest number of candidates that a search re-ranks, so that the answer comes soon
+COLUMNS = 6  # of found images
+# on a telephone, the columns of Gradio's gallery would be wider than the screen
+NARROW = """@media (max-width: 640px) {
+  .found .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; }
+}"""
 HEIGHT = 400  # largest height and width of found images in pixels
+PICTURE: dict[str, Any] = {"sources": ["upload", "clipboard"], "buttons": [], "height": 260}
 EXAMPLES = 4
 SHOWN = 5  # answers and candidates
 UPLOAD = 50 * 2**20  # largest size of a file in bytes
@@ -198,6 +205,21 @@ def is_uploaded(path: str) -> bool:
     return os.path.isfile(path) and Path(os.path.realpath(path)).is_relative_to(folder)
 
 
+def check_pictures(*paths: str | None) -> None:
+    """Raise InputError if a file is not on this page or its content is not that of an image."""
+    for path in (path for path in paths if path is not None):
+        if not is_uploaded(path):
+            raise InputError("the image was not uploaded to this page, or too long ago")
+        try:
+            Image.open(path, formats=FORMATS).close()
+        except UnidentifiedImageError:
+            raise InputError(
+                f"{Path(path).name}: this is not a picture, drop a file of {', '.join(FORMATS)}"
+            ) from None
+        except Exception:  # broken in another way, which the decoder names
+            continue
+
+
 def ask(tab: Tab, models: dict[str, Inference]) -> Callable[..., Answer]:
     """Return the function of a tab: (name of a model, images, text) -> Answer."""
 
@@ -207,35 +229,40 @@ def ask(tab: Tab, models: dict[str, Inference]) -> Callable[..., Answer]:
         try:
             if len(images) < len(fields):
                 raise InputError("no image yet: drop one in its field, or click an example")
-            if not all(map(is_uploaded, images)):
-                raise InputError("the image was not uploaded to this page, or too long ago")
+            check_pictures(*images)
+            if not text:
+                raise InputError(f"no {tab.labels[-2]} yet: write one in its field")
             return tab.show(models[name], *images, text)
         except InputError as error:
-            message = str(error)
-            for image in images:  # the folders of Gradio mean nothing to the user
-                message = message.replace(f"{Path(image).parent}{os.sep}", "")
-            return Answer(None, message)
+            return Answer(None, describe_error(error, *images))
 
     return call
 
 
-def find(index: Index, model: Inference) -> Callable:
-    """Return the function of a search: (text, whether to re-rank) -> (pictures, paths, note)."""
+def describe_error(error: InputError, *images: str | None) -> str:
+    """Return the message of an error without the folders of Gradio, which users do not know."""
+    message = str(error)
+    for image in filter(None, images):
+        message = message.replace(f"{Path(image).parent}{os.sep}", "")
+    return message
 
-    def call(text: str, rerank: bool) -> tuple[list, list[str], str]:
+
+def find(index: Index, model: Inference) -> Callable[..., tuple[list, str, list[str]]]:
+    """Return the function of a search: (text, example, re-rank) -> (pictures, note, paths)."""
+
+    def call(text: str, image: str | None, rerank: bool) -> tuple[list, str, list[str]]:
         count = max(TOP, min(RERANKED, model.config.k_test)) if rerank else 0
         try:
-            hits = search(index, model, text, k=TOP, rerank=count)
+            check_pictures(image)
+            hits = search(index, model, text or None, image, k=TOP, rerank=count)
             pictures = [picture_of(hit.path) for hit in hits]
         except InputError as error:
-            return [], [], str(error)
-        scores = [f"{hit.match:.1%}" if rerank else f"{hit.similarity:.2f}" for hit in hits]
-        names = [
-            f"{score} · {Path(hit.path).name}" for score, hit in zip(scores, hits, strict=True)
-        ]
-        kind = f"match (ITM) of the {count} most similar ones" if rerank else "similarity (ITC)"
-        note = f"The best of {len(index.paths)} images by {kind}. Click one to open it in Match."
-        return list(zip(pictures, names, strict=True)), [hit.path for hit in hits], note
+            return [], describe_error(error, image), []
+        names = [f"{percent(hit.score)} · {Path(hit.path).name}" for hit in hits]
+        about = describe_scores(model, hits, len(index.paths))
+        about.append("Click an image to open it in Match.")
+        found = list(zip(pictures, names, strict=True))
+        return found, "\n".join(about), [hit.path for hit in hits]
 
     return call
 
@@ -287,18 +314,71 @@ def build_page(
 
 def add_search(index: Index, model: Inference) -> tuple[gr.State, gr.Gallery, gr.Textbox]:
     """Add the tab of the search; return the state of found paths, the gallery and the text."""
+    by_match = model.default_rerank > 0
     with gr.Tab("Search", id="Search"):
-        text = gr.Textbox(label="what the images should show")
-        rerank = gr.Checkbox(True, label="re-rank the most similar images by matching: slower")
-        button = gr.Button("Search", variant="primary")
-        note = gr.Textbox(f"{len(index.paths)} images", label="note", interactive=False)
+        with gr.Row():
+            with gr.Column(scale=3):
+                text = gr.Textbox(label="what the images should show")
+                rerank = gr.Checkbox(
+                    by_match, label="re-rank the most similar images by matching (ITM): slower"
+                )
+                button = gr.Button("Search", variant="primary")
+                note = gr.Textbox(f"{len(index.paths)} images", label="note", interactive=False)
+            with gr.Column(scale=1):
+                image = gr.Image(label="example image, with or without a text", **PICTURE)
         gallery = gr.Gallery(
-            label="images", columns=6, object_fit="contain", allow_preview=False, buttons=[]
+            label="images",
+            columns=COLUMNS,
+            object_fit="contain",
+            allow_preview=False,
+            buttons=[],
+            elem_classes="found",
         )
-        found = gr.State([])
-        events, inputs = [button.click, text.submit], [text, rerank]
-        gr.on(events, find(index, model), inputs, [gallery, found, note], **ONE_AT_A_TIME)
+        found, inputs = gr.State([]), [text, image, rerank]
+        add_events(button, text, find(index, model), inputs, [gallery, note, found])
     return found, gallery, text
+
+
+def add_events(
+    button: gr.Button, text: gr.Textbox, call: Callable, inputs: list, outputs: list
+) -> tuple[Callable, list]:
+    """Call a function by a button or Enter, and mark its results if an input changes afterwards.
+
+    Args:
+        button: The button.
+        text: Field in which Enter calls the function too.
+        call: Function of the inputs that returns the outputs.
+        inputs: Components.
+        outputs: The component of the results, the note, and other ones.
+
+    Returns:
+        The function and its outputs, with the state that the marks need.
+    """
+    last, label = gr.State(None), outputs[0].label
+    outdated = f"outdated: a setting has changed since, press {button.value} to update"
+
+    def remember(*given: Any) -> tuple:
+        answer = call(*given)
+        return gr.update(value=answer[0], label=label), *answer[1:], (given, answer[1])
+
+    def mark(*given: Any) -> tuple:
+        *values, before = given
+        named = gr.skip()
+        if before and tuple(values) == before[0]:
+            return gr.update(label=label), before[1]
+        if before:
+            named = gr.update(label=f"{label} (outdated)")
+        try:
+            check_pictures(*(v for c, v in zip(inputs, values, strict=True) if type(c) is gr.Image))
+        except InputError as error:
+            return named, str(error)
+        return named, f"{outdated}\n{before[1]}" if before else gr.skip()
+
+    results = [*outputs, last]
+    gr.on([button.click, text.submit], remember, inputs, results, **ONE_AT_A_TIME)
+    changes = [component.change for component in inputs]
+    gr.on(changes, mark, [*inputs, last], outputs[:2], trigger_mode="always_last", **QUIET)
+    return remember, results
 
 
 def add_tab(
@@ -312,17 +392,13 @@ def add_tab(
                 name = gr.Radio(
                     [*models], value=[*models][0], label="checkpoint", visible=len(models) > 1
                 )
-                options: dict[str, Any] = {
-                    "sources": ["upload", "clipboard"],
-                    "buttons": [],
-                    "height": 260,
-                }
-                images = [gr.Image(label=label, **options) for label in labels]
+                images = [gr.Image(label=label, **PICTURE) for label in labels]
                 text = gr.Textbox(label=kind)
                 button = gr.Button(verb, variant="primary")
             with gr.Column(scale=3):
                 if tab.method == "fill_in":
-                    result = gr.Dataframe(headers=["word", *map(str, range(1, SHOWN + 1))])
+                    headers = ["word", *map(str, range(1, SHOWN + 1))]
+                    result = gr.Dataframe(headers=headers, label="words")
                 else:
                     result = gr.Label(num_top_classes=SHOWN, label="probability")
                 note = gr.Textbox(tab.about, label="note", interactive=False)
@@ -332,8 +408,9 @@ def add_tab(
                     visible=tab.method != "fill_in",
                     buttons=["fullscreen"],
                 )
-        inputs, outputs, call = [name, *images, text], [result, note, heat], ask(tab, models)
-        gr.on([button.click, text.submit], call, inputs, outputs, **ONE_AT_A_TIME)
+        inputs = [name, *images, text]
+        outputs = [result, note, heat]
+        call, outputs = add_events(button, text, ask(tab, models), inputs, outputs)
         dataset = next((data[name] for name in models if name in data), ())
         rows = [
             [*dataset.files(i), min(dataset.entry(i).texts, key=len)]
@@ -375,4 +452,5 @@ def launch(page: gr.Blocks, host: str, port: int) -> None:
         app_kwargs={"lifespan": guard},
         max_file_size=UPLOAD,
         state_session_capacity=SESSIONS,
+        css=NARROW,
     )

@@ -111,7 +111,7 @@ def read_weights(
 def export_file(
     source: str | Path, target: str | Path, momentum: bool = False, overwrite: bool = False
 ) -> str:
-    """Write the weights of a checkpoint, its config and its epoch to a file, atomically.
+    """Write the weights of a checkpoint and its values of METADATA to a file, atomically.
 
     Args:
         source: Weight file, folder of a run or hub repository.
@@ -192,7 +192,9 @@ def export_folder(args: argparse.Namespace) -> str:
     make_output_dir(folder, lock=False, flag="--output")
     weights = folder / "model.safetensors"
     with writing(weights), atomic_write(weights) as file:
-        metadata = {"epoch": epoch} if isinstance(epoch, int) else {}
+        # other programs' checkpoints may hold anything under these names
+        found = {key: content.get(key) for key in ("epoch", "ranking")}
+        metadata = {key: value for key, value in found.items() if isinstance(value, int | dict)}
         write_weights(file, ".safetensors", tensors, metadata)
     write_files({folder / name: text.encode() for name, text in files.items()})
     return f"wrote {folder}/: {', '.join(files)}, {len(tensors)} tensors; add the license"

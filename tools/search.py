@@ -5,17 +5,18 @@
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.cli import Parser, at_least
 from engine.launch import interruptible, run_script
-from utils import InputError, printable
+from utils import InputError, percent, printable
 
 SHOWN = 5  # unusable images that are printed
 
@@ -58,28 +59,33 @@ query.add_argument(
     type=at_least(0),
     metavar="N",
     help="rank the N most similar images by their match with the text (ITM), 0 for none (default:"
-    " the checkpoint's k_test)",
+    " 0 if the checkpoint's validation ranked better by similarity, else its k_test)",
 )
 query.add_argument(
     "--threshold",
     type=float,
-    help="smallest probability of a match, or smallest similarity if nothing is re-ranked",
+    help="smallest probability, of a match (ITM) or by similarity (ITC) if nothing is re-ranked",
 )
-query.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
 query.add_argument(
     "--checkpoint", metavar="SOURCE", help="new path of the index's checkpoint, if it has moved"
 )
 copies = parser.add_command(
-    "duplicates", "List groups of images that look nearly alike.", "output/photos --threshold 0.99"
+    "duplicates",
+    "List groups of images that look nearly alike.",
+    "output/photos --html copies.html",
 )
 copies.add_argument("index", metavar="INDEX", help="folder of the index")
 copies.add_argument(
-    "--threshold", type=float, default=0.98, help="smallest similarity of near-copies, at most 1"
+    "--threshold",
+    type=float,
+    default=0.75,
+    help="smallest share of equal bits of the hashes of near-copies, above 0.5 and at most 1",
 )
 for command in (index, query, copies):
     command.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
 for command in (query, copies):
     command.add_argument("--json", action="store_true", help="print JSON, an object in each line")
+    command.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
 
 
 def show(path: str) -> str:
@@ -93,10 +99,19 @@ def note(text: str) -> None:
 
 
 def print_results(lines: Iterable[str]) -> None:
-    """Print lines to standard output, which a reader such as head may close early."""
+    """Print lines to standard output at once."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def ending_in_silence() -> Iterator[None]:
+    """End the block without a message if a reader such as head has closed the output."""
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
-        sys.stdout.flush()
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         # otherwise Python reports the error at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,7 +172,7 @@ def read_queries(args: argparse.Namespace) -> list[str | None]:
 def answer_queries(args: argparse.Namespace) -> None:
     """Print the images that fit best, and write the page."""
     from engine.output_dir import check_output
-    from inference.index import load_model_of, search
+    from inference.index import describe_scores, load_model_of, search
     from inference.inputs import UnknownWords
     from visualize.page import write_page
 
@@ -173,12 +188,13 @@ def answer_queries(args: argparse.Namespace) -> None:
             hits = search(index, model, text, args.image, **options)
         for warning in caught:
             note(f"note: {warning.message}")
+        about = describe_scores(model, hits, len(index.paths))
+        if args.html:
+            write_page(args.html, hits, about, text, args.image)
+            note(f"wrote {args.html}")
         if not (number or args.json):
-            note("   match  similarity  image")
+            note("\n".join([*about, "     ITM       ITC  image"]))
         print_results(format_hits(args, text, hits))
-    if args.html:
-        write_page(args.html, hits, len(index.paths), text, args.image)
-        note(f"wrote {args.html}")
 
 
 def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[str]:
@@ -188,7 +204,7 @@ def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[
         rows = [{**about, "rank": rank, **hit._asdict()} for rank, hit in enumerate(hits, 1)]
         return list(map(json.dumps, rows))
     lines = [
-        f"{'-' if hit.match is None else f'{hit.match:.1%}':>8}{hit.similarity:12.3f}"
+        f"{'-' if hit.match is None else percent(hit.match):>8}{percent(hit.itc):>10}"
         f"  {show(hit.path)}"
         for hit in hits
     ]
@@ -196,23 +212,36 @@ def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[
 
 
 def list_copies(args: argparse.Namespace) -> None:
-    """Print groups of near-copies, each image with its similarity to an earlier one."""
+    """Print groups of near-copies, each image with its likeness to an earlier one."""
+    from engine.output_dir import check_output
     from engine.precision import find_device
     from inference.index import near_copies
+    from visualize.page import write_groups
 
-    if not 0 < args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: must be above 0 and at most 1")
-    groups = near_copies(open_for_reading(args.index), args.threshold, find_device(args.device))
+    if not 0.5 < args.threshold <= 1:
+        raise InputError(f"--threshold {args.threshold}: must be above 0.5 and at most 1")
+    if args.html:
+        check_output(args.html, "--html")
+    index = open_for_reading(args.index)
+    groups = near_copies(index, args.threshold, find_device(args.device))
+    if args.html:
+        write_groups(args.html, groups, len(index.paths))
+        note(f"wrote {args.html}")
+    if not args.json:
+        note("equal: share of equal bits in the hashes of an image and an earlier one of its group")
+        note("   equal  image")
     for group in groups:
-        lines = [*(f"{hit.similarity:8.3f}  {show(hit.path)}" for hit in group), ""]
-        print_results([json.dumps([hit._asdict() for hit in group])] if args.json else lines)
+        lines = [*(f"{copy.likeness:8.1%}  {show(copy.path)}" for copy in group), ""]
+        print_results([json.dumps([copy._asdict() for copy in group])] if args.json else lines)
     note(f"{len(groups)} groups of {sum(map(len, groups))} images")
 
 
 def main() -> None:
     """Run the command on the command line."""
-    args = parser.parse_args()
-    {"index": make_index, "query": answer_queries, "duplicates": list_copies}[args.command](args)
+    commands = {"index": make_index, "query": answer_queries, "duplicates": list_copies}
+    with ending_in_silence():
+        args = parser.parse_args()
+        commands[args.command](args)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any) -> None:
         print("note: no texts to compare with, test_file is missing: name --texts", file=sys.stderr)
     title = [f"caption: {caption}", *unknown_words(word for word, _ in words)]
     title.append("words that the momentum model expects in place of each word:")
-    texts_title = f"the most similar of {len(texts)} texts:"
+    texts_title = f"the most similar of {len(texts)} texts, probability among them (ITC):"
     image = picture.permute(1, 2, 0).numpy()
     draw.draw_pseudo_targets(image, words, best, title, texts_title, args.output)
 

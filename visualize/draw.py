@@ -19,7 +19,7 @@ from PIL import Image
 from dataset.base import evenly
 from dataset.images import load_image
 from engine.output_dir import writing
-from utils import atomic_write
+from utils import atomic_write, percent
 from visualize.fonts import set_fonts
 
 DPI = 110
@@ -106,43 +106,69 @@ def _show_image(axis: Axes, *path: str) -> None:
 def draw_retrieval(
     rankings: Mapping[str, Any], path: str | Path, queries: int = 5, top: int = 5
 ) -> None:
-    """Draw texts with their best images, and images with their best captions.
+    """Draw texts with their best images, and images with their best captions, by ITM and ITC.
 
     Args:
-        rankings: Content of result/retrieval.json.
+        rankings: Content of result/retrieval.json. The ranking that a validation measured to be
+            better comes first.
         path: File to write.
         queries: Number of queries of each direction, spread over all of them.
         top: Number of results of each query.
     """
-    root = rankings["image_root"]
+    root, measured = rankings["image_root"], rankings["ranking"]
     texts, images = (
         [rankings[kind][i] for i in evenly(len(rankings[kind]), queries)]
         for kind in ("text_to_image", "image_to_text")
     )
-    rows = len(texts) + len(images)
-    figure = Figure(figsize=(13, 2.05 * rows + 0.6), layout="constrained")
+    shown = [("ITM", "results"), ("ITC", "itc_results")]
+    if measured and measured["by"] == "itc":
+        shown.reverse()
+    rows = 2 * len(texts) + len(images)
+    figure = Figure(figsize=(13, 2.05 * rows + 1), layout="constrained")
     grid = figure.add_gridspec(rows, top + 1, width_ratios=[1.6] + [1] * top)
     for row, query in enumerate(texts):
         caption = textwrap.fill(query["caption"], 28), "black"
-        _show_texts(figure.add_subplot(grid[row, 0]), [caption], x=0.5, ha="center", fontsize=11)
-        for place, result in enumerate(query["results"][:top], 1):
-            axis = figure.add_subplot(grid[row, place], xticks=[], yticks=[])
-            _show_image(axis, root, result["image"])
-            color = HIT if result["hit"] else MISS
-            axis.set_title(f"{place}: {result['score']:.1f}", fontsize=9, color=color)
-            axis.spines[:].set(color=color, linewidth=3.5)
-    for row, query in enumerate(images, len(texts)):
+        axis = figure.add_subplot(grid[2 * row : 2 * row + 2, 0])
+        _show_texts(axis, [caption], x=0.5, ha="center", fontsize=11)
+        for line, (name, key) in enumerate(shown, 2 * row):
+            for place, result in enumerate(query[key][:top], 1):
+                axis = figure.add_subplot(grid[line, place], xticks=[], yticks=[])
+                _show_result(axis, root, result, f"{name} {place}")
+    for row, query in enumerate(images, 2 * len(texts)):
         axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
         _show_image(axis, root, query["image"])
-        lines = []
-        for result in query["results"][:top]:
-            caption = textwrap.shorten(result["caption"], 110, placeholder=" ...")
-            lines.append((f"{result['score']:5.1f}  {caption}", HIT if result["hit"] else MISS))
-        _show_texts(figure.add_subplot(grid[row, 1:]), lines, x=0, fontsize=10)
-    figure.suptitle(
-        "queries and their best results with ITM scores: green is right, red is wrong", fontsize=13
-    )
+        halves = grid[row, 1:].subgridspec(1, 2)
+        for column, (name, key) in enumerate(shown):
+            lines = [(name, "black")]
+            for result in query[key][:top]:
+                caption = textwrap.shorten(result["caption"], 54, placeholder=" ...")
+                score = f"{percent(result['probability']):>6}"
+                lines.append((f"{score}  {caption}", HIT if result["hit"] else MISS))
+            _show_texts(figure.add_subplot(halves[column]), lines, x=0, fontsize=9)
+    figure.suptitle("\n".join(_about_rankings(rankings)), fontsize=12)
     _save(figure, path)
+
+
+def _show_result(axis: Axes, root: str, result: Mapping[str, Any], place: str) -> None:
+    """Show a found image in a frame whose color tells whether it is a hit."""
+    _show_image(axis, root, result["image"])
+    color = HIT if result["hit"] else MISS
+    axis.set_title(f"{place}: {percent(result['probability'])}", fontsize=9, color=color)
+    axis.spines[:].set(color=color, linewidth=3.5)
+
+
+def _about_rankings(rankings: Mapping[str, Any]) -> list[str]:
+    """Return the title of retrieval.png."""
+    lines = [
+        "queries and their best results: green is right, red is wrong",
+        f"ITM: probability of a match, the {rankings['k']} most similar ordered by its logit; ITC:"
+        " probability by similarity, a softmax over all candidates",
+    ]
+    if measured := rankings["ranking"]:
+        scores = f"{measured['itc']:.1f}% by ITC, {measured['itm']:.1f}% by ITM"
+        better = measured["by"].upper()
+        lines.append(f"{better} ranked better in the validation, mean recall {scores}")
+    return lines
 
 
 def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5) -> None:
@@ -253,10 +279,8 @@ def draw_heat_maps(
     _save(figure, path)
 
 
-def _draw_candidates(
-    axis: Axes, title: str, candidates: Sequence[Any], score: str, inches: float
-) -> None:
-    """Draw candidates with bars and scores in a format; green is a hit."""
+def _draw_candidates(axis: Axes, title: str, candidates: Sequence[Any], inches: float) -> None:
+    """Draw candidates with bars and probabilities; green is a hit."""
     axis.set(xlim=(0, 1), ylim=(4.5, -0.5))
     axis.axis("off")
     title, size = _fit(title, inches, 12)
@@ -269,9 +293,7 @@ def _draw_candidates(
         text = "\n".join(textwrap.wrap(candidate.text, 100))
         _, size = _fit(candidate.text, inches - 0.6, 10)
         axis.text(0.01, i, text, fontsize=size, va="center", color=color)
-        axis.text(
-            1, i, score.format(candidate.score), fontsize=9, ha="right", va="center", color=color
-        )
+        axis.text(1, i, percent(candidate.score), fontsize=9, ha="right", va="center", color=color)
 
 
 def draw_pseudo_targets(
@@ -305,10 +327,9 @@ def draw_pseudo_targets(
     axis.axis("off")
     for number, (word, candidates) in enumerate(words):
         axis = figure.add_subplot(grid[number // columns, 2 + number % columns])
-        _draw_candidates(axis, word, candidates, "{:.1%}", width)
+        _draw_candidates(axis, word, candidates, width)
     if texts:
-        _draw_candidates(
-            figure.add_subplot(grid[rows, :]), texts_title, texts, "{:.2f}", width * (columns + 2)
-        )
+        axis = figure.add_subplot(grid[rows, :])
+        _draw_candidates(axis, texts_title, texts, width * (columns + 2))
     figure.suptitle("\n".join(title), fontsize=13, x=0, ha="left", wrap=True)
     _save(figure, path)

@@ -58,7 +58,7 @@ class Candidate(NamedTuple):
 
     Attributes:
         text: The word or text.
-        score: Probability of a word, similarity of a text.
+        score: Probability of the word or text.
         hit: Whether the caption has it.
     """
 
@@ -264,6 +264,8 @@ def text_targets(
 ) -> list[Candidate]:
     """Return the TOP texts that are most similar to an image for the momentum model.
 
+    Their scores are the pseudo-targets of ITC, a softmax over all texts (Equation 5).
+
     Args:
         model: Model of pre-training in eval mode.
         image_feat: Feature of the momentum image encoder [1, D].
@@ -277,7 +279,8 @@ def text_targets(
         tokens = tokenize(batch, tokenizer, token_limit(model)).to(image_feat.device)
         _, text_feat = model.encode_text(tokens, momentum=True)
         similarities.append(feature_similarity(image_feat, text_feat)[0])
-    values, best = torch.cat(similarities).topk(min(TOP, len(texts)))
+    probs = (torch.cat(similarities) / model.temp).softmax(dim=0)
+    values, best = probs.topk(min(TOP, len(texts)))
     return [
         Candidate(texts[i], value, texts[i] == caption)
         for value, i in zip(values.tolist(), best.tolist(), strict=True)

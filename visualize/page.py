@@ -1,16 +1,18 @@
-"""Write the results of a search as one HTML file with thumbnails."""
+"""Write the results of a search or groups of near-copies as one HTML file with thumbnails."""
 
 import base64
 import io
 import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 
 from dataset.images import FORMATS
 from engine.output_dir import write_files
-from utils import open_regular, printable
+from utils import open_regular, percent, printable
 
 SIDE = 480  # pixels of a thumbnail's longer side, twice its size on most screens
 PAGE = """<!DOCTYPE html>
@@ -27,6 +29,7 @@ header {{ display: flex; gap: 1.25rem; align-items: center; margin-bottom: 1.5re
 header img {{ max-width: 9rem; max-height: 7rem; border-radius: 6px; }}
 h1 {{ font-size: 1.5rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }}
 p, small {{ color: var(--dim); margin: 0; }}
+h2 {{ font-size: 1rem; font-weight: 600; margin: 1.5rem 0 .5rem; }}
 main {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }}
 figure {{ margin: 0; border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }}
 figure a {{ display: flex; aspect-ratio: 4 / 3; align-items: center; justify-content: center;
@@ -37,53 +40,107 @@ figcaption {{ padding: .5rem .75rem .6rem; display: grid; grid-template-columns:
 figcaption > * {{ overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
 </style>
 <header>{example}<div><h1>{title}</h1><p>{summary}</p></div></header>
-<main>
-{figures}
-</main>
+{body}
 </html>
 """
+ROW = """{heading}<main>
+{figures}
+</main>"""
 FIGURE = """<figure><a href="{link}">{picture}</a>
 <figcaption title="{path}"><span>{rank}. {name}</span><span>{score}</span>
-<small>{folder}</small></figcaption></figure>"""
+<small>{folder}</small><small>{more}</small></figcaption></figure>"""
 
 
 def write_page(
-    path: str | Path, hits: list, total: int, text: str | None = None, image: str | None = None
+    path: str | Path,
+    hits: Sequence[Any],
+    about: Sequence[str],
+    text: str | None = None,
+    image: str | None = None,
 ) -> None:
     """Write the page of a search; nothing on it is loaded from elsewhere.
 
     Args:
         path: File to write.
-        hits: Images with absolute path, similarity and perhaps match.
-        total: Number of images in the index.
+        hits: Hits of `inference.index.search`.
+        about: Lines on their scores, from `inference.index.describe_scores`.
         text: Text of the query.
         image: Path of the query's example.
 
     Raises:
         TrainingStopped: The file cannot be written.
     """
-    folders = [os.path.dirname(hit.path) for hit in hits]
-    common, figures = os.path.commonpath(folders) if hits else os.sep, []
-    for rank, hit in enumerate(hits, 1):
-        folder, name = os.path.split(os.path.relpath(hit.path, common))
-        shown = {
-            "path": printable(hit.path),
-            "name": printable(name),
-            "folder": printable(folder),
-            "link": Path(hit.path).as_uri(),
-            "score": f"{hit.similarity:.3f}" if hit.match is None else f"{hit.match:.1%}",
-        }
-        shown = {key: escape(value) for key, value in shown.items()}
-        figures.append(FIGURE.format(picture=_thumbnail(hit.path), rank=rank, **shown))
+    common = _common_folder(hits)
+    figures = [
+        _figure(hit.path, common, rank, *_scores(hit.match, hit.itc))
+        for rank, hit in enumerate(hits, 1)
+    ]
     title = text or printable(os.path.basename(image or ""))
-    matched = any(hit.match is not None for hit in hits)
-    ranking = "matching (ITM), then by similarity (ITC)" if matched else "similarity (ITC)"
-    summary = f"{len(hits)} of {total:,} images, ranked by {ranking}, in {printable(common)}"
+    summary = [f"{len(hits)} images in {printable(common)}", *about]
+    _write(path, title, summary, ROW.format(heading="", figures="\n".join(figures)), image)
+
+
+def _scores(match: float | None, itc: float) -> tuple[str, str]:
+    """Return the score that ranks a hit, and the other one if there is one."""
+    by_itc = f"ITC {percent(itc)}"
+    return (by_itc, "") if match is None else (f"ITM {percent(match)}", by_itc)
+
+
+def write_groups(path: str | Path, groups: Sequence[Sequence[Any]], total: int) -> None:
+    """Write the page of near-copies, a row of pictures for each group.
+
+    Args:
+        path: File to write.
+        groups: Groups of `inference.index.near_copies`.
+        total: Number of images in the index.
+
+    Raises:
+        TrainingStopped: The file cannot be written.
+    """
+    copies = [copy for group in groups for copy in group]
+    common, rows = _common_folder(copies), []
+    for number, group in enumerate(groups, 1):
+        heading = f"<h2>Group {number}, {len(group)} images</h2>\n"
+        figures = [
+            _figure(copy.path, common, rank, f"{copy.likeness:.1%}")
+            for rank, copy in enumerate(group, 1)
+        ]
+        rows.append(ROW.format(heading=heading, figures="\n".join(figures)))
+    summary = [
+        f"{len(groups)} groups of {len(copies)} of {total:,} images in {printable(common)}",
+        "share of equal bits in the hashes of an image and an earlier one of its group",
+    ]
+    _write(path, "Near-copies", summary, "\n".join(rows))
+
+
+def _common_folder(images: Sequence[Any]) -> str:
+    """Return the deepest folder that has all images."""
+    return os.path.commonpath([os.path.dirname(image.path) for image in images] or [os.sep])
+
+
+def _figure(path: str, common: str, rank: int, score: str, more: str = "") -> str:
+    """Return the <figure> of an image, with its place below the common folder and its scores."""
+    folder, name = os.path.split(os.path.relpath(path, common))
+    shown = {
+        "path": printable(path),
+        "name": printable(name),
+        "folder": printable(folder),
+        "link": Path(path).as_uri(),
+        "score": score,
+        "more": more,
+    }
+    shown = {key: escape(value) for key, value in shown.items()}
+    return FIGURE.format(picture=_thumbnail(path), rank=rank, **shown)
+
+
+def _write(
+    path: str | Path, title: str, summary: Sequence[str], body: str, image: str | None = None
+) -> None:
     page = PAGE.format(
         title=escape(title),
         example=_thumbnail(image) if image else "",
-        summary=escape(summary),
-        figures="\n".join(figures),
+        summary="<br>".join(map(escape, summary)),
+        body=body,
     )
     write_files({Path(path): page.encode("utf-8", "replace")})
 
