@@ -6,6 +6,7 @@ import functools
 import html
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -309,31 +310,33 @@ def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(
         "batch_size_test=1",
         "num_workers=1",
     ]
+
+    def index_slowly():
+        os.dup2(os.open(tmp_path / "output", os.O_RDWR | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = (
+            os.fdopen(1, "w", closefd=False),
+            os.fdopen(2, "w", closefd=False),
+        )
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        load = functools.partial(slowly, indexing.load_image)
+        monkeypatch.setattr(indexing, "load_image", load)
+        os._exit(exit_status(tool.main))
+
     rng, done = random.Random(0), 0
     for signum in (signal.SIGKILL, signal.SIGTERM):
-        child = os.fork()
-        if not child:
-            os.dup2(os.open(tmp_path / "output", os.O_RDWR | os.O_CREAT), 1)
-            os.dup2(1, 2)
-            sys.stdout, sys.stderr = (
-                os.fdopen(1, "w", closefd=False),
-                os.fdopen(2, "w", closefd=False),
-            )
-            monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-            load = functools.partial(slowly, indexing.load_image)
-            monkeypatch.setattr(indexing, "load_image", load)
-            os._exit(exit_status(tool.main))
+        process = multiprocessing.get_context("fork").Process(target=index_slowly)
+        process.start()
         while (
             not (tmp_path / "index" / INDEX).exists()
             or len(read_index(tmp_path / "index").paths) < done + 12
         ):
+            assert process.is_alive()
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.2))
-        os.kill(child, signum)
-        _, status = os.waitpid(child, 0)
-        assert os.waitstatus_to_exitcode(status) == (
-            -signum if signum == signal.SIGKILL else 128 + signum
-        )
+        os.kill(process.pid, signum)
+        process.join()
+        assert process.exitcode == (-signum if signum == signal.SIGKILL else 128 + signum)
         state = read_index(tmp_path / "index")
         assert done < len(state.paths) < 60 and state.left
         done = len(state.paths)
