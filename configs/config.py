@@ -219,6 +219,9 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Ignored. Released files have it."""
     image_res: Annotated[Pixels | None, read_always()] = None
     """Height and width of the images in pixels, a multiple of `patch_size`."""
+    exif: Annotated[Literal["stored", "upright"], read_always()] = "stored"
+    """`upright` turns images by their EXIF orientation, `stored` ignores it. With `upright`, a test
+    set with boxes refuses images that have an orientation."""
     hflip: Annotated[bool, in_training()] = True
     """Flip half of the training images horizontally."""
     min_scale: Annotated[Share | None, in_training()] = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from configs.config import Config
 from dataset.base import EntryDataset, test_options
 from dataset.entries import by_id, digest, read_json
-from dataset.images import ImageError, load_image
+from dataset.images import ImageError, exif_of_boxes
 from dataset.transforms import test_transform
 from utils import InputError
 
@@ -185,7 +185,7 @@ class AttributeTestSet(EntryDataset):
     def read(self, index: int) -> Tensor:
         """Read a box, uint8 [3, R, R]. Raises ImageError if the image has another size."""
         (file,), (x, y, w, h) = self.files(index), self.entry(index).pixels
-        image, (height, width) = load_image(file), self.entry(index).size
+        image, (height, width) = self.load(file), self.entry(index).size
         if image.shape[1:] != (height, width):
             raise ImageError(
                 file,
@@ -199,5 +199,6 @@ class AttributeTestSet(EntryDataset):
 def test_set(config: Config, split: str) -> AttributeTestSet:
     """Build a test set of attributes, with bilinear resizing as in the published evaluation."""
     transform = test_transform(config.resolution, Image.Resampling.BILINEAR)
-    options = {**test_options(config), "transform": transform}
+    exif = exif_of_boxes(config.exif)
+    options = {**test_options(config), "transform": transform, "exif": exif}
     return AttributeTestSet(config.files(split), **options)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from configs.config import Config
-from dataset.images import ImageError, no_file
+from dataset.images import Exif, ImageError, load_image, no_file
 from dataset.store import Entries
 from dataset.text import NO_LIMITS, Limits, is_blank
 from dataset.transforms import test_transform, train_transform
@@ -36,6 +36,7 @@ class EntryDataset(Dataset):
         seed: Random seed of a training set, None for a test set.
         indices: Indices of the entries to use, by default all.
         limits: Limits of the texts. None keeps a limit of the entries' form.
+        exif: Effect of the images' EXIF orientation, see `decode_image`.
     """
 
     collate: Callable[..., Any]  # of a training set: (samples, tokenizer) -> batch
@@ -49,10 +50,11 @@ class EntryDataset(Dataset):
         seed: int | None = None,
         indices: Sequence[int] | None = None,
         limits: Limits = NO_LIMITS,
+        exif: Exif = "stored",
     ) -> None:
         self.entries, self.roots, self.transform, self.seed = entries, roots, transform, seed
         self.indices = range(len(entries)) if indices is None else indices
-        self.limits, self.epoch = limits, 0
+        self.limits, self.exif, self.epoch = limits, exif, 0
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -73,6 +75,10 @@ class EntryDataset(Dataset):
         """Return the paths of a sample's images."""
         entry = self.entry(index)
         return [os.path.join(self.roots[entry.root] or "", image) for image in entry.images]
+
+    def load(self, file: str) -> torch.Tensor:
+        """Read and decode an image, uint8 [3, H, W]. Raises ImageError."""
+        return load_image(file, self.exif)
 
     @property
     def max_tokens(self) -> int | None:
@@ -126,7 +132,7 @@ def train_options(
             None to resize the whole image.
 
     Returns:
-        The arguments roots, transform, seed and limits.
+        The arguments roots, transform, seed, limits and exif.
     """
     if config.min_scale is not None:
         min_scale = config.min_scale
@@ -137,11 +143,12 @@ def train_options(
 
 
 def test_options(config: Config) -> dict[str, Any]:
-    """Return the arguments roots, transform and limits of `EntryDataset` for a test set."""
+    """Return the arguments roots, transform, limits and exif of a test set."""
     return {
         "roots": {"image_root": config.image_root},
         "transform": test_transform(config.resolution),
         "limits": Limits(config.max_words, config.max_tokens),
+        "exif": config.exif,
     }
 
 

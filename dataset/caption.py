@@ -9,7 +9,7 @@ from torch import Tensor
 from configs.config import Config
 from dataset.base import EntryDataset, train_options
 from dataset.entries import Entry, Texts, digest
-from dataset.images import decode_image, load_image
+from dataset.images import decode_image
 from dataset.shards import Shards, expand, image_and_captions, read_sample
 from dataset.store import Entries
 from dataset.text import SHORT_TOKENS, is_blank, tokenize, without_halves
@@ -94,7 +94,7 @@ class CaptionDataset(EntryDataset):
         entry, (file,) = self.entry(index), self.files(index)
         caption = draw_caption(entry.texts, self.where(index), self.limits.words)
         image_id = -1 if entry.group is None else digest(entry.group) >> 1  # 63 bits
-        return CaptionSample(self.transform(load_image(file)), caption, image_id, file)
+        return CaptionSample(self.transform(self.load(file)), caption, image_id, file)
 
     def collate(self, samples: list[CaptionSample], tokenizer: Any) -> CaptionBatch:
         """Collate samples, with captions padded to the longest one."""
@@ -169,7 +169,7 @@ class ShardedCaptions(CaptionDataset):
         where = f"{position.path}: sample {sample['__key__']}"
         image, captions = image_and_captions(sample, where)
         caption = draw_caption(captions, where, self.limits.words)
-        image = self.transform(decode_image(image, where))
+        image = self.transform(decode_image(image, where, self.exif))
         return CaptionSample(image, caption, -1, f"{position.path}/{sample['__key__']}")
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from configs.config import Config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.entries import Entry
-from dataset.images import load_image
 from dataset.store import Entries
 from dataset.text import tokenize
 from utils import Text
@@ -66,7 +65,7 @@ class ClassificationDataset(EntryDataset):
     def read(self, index: int) -> ClassificationSample:
         """Read a sample."""
         entry, files = self.entry(index), self.files(index)
-        image = torch.stack([self.transform(load_image(file)) for file in files])
+        image = torch.stack([self.transform(self.load(file)) for file in files])
         return ClassificationSample(image, self.clean(index, entry.sentence), entry.target, files)
 
     def collate(self, samples: list[ClassificationSample], tokenizer: Any) -> ClassificationBatch:

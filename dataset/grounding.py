@@ -13,7 +13,7 @@ from configs.load import require
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset
 from dataset.entries import Entry
-from dataset.images import load_image
+from dataset.images import exif_of_boxes
 from dataset.refer import Refer, load_detections, load_refer
 from dataset.store import Entries
 from dataset.text import MAX_TOKENS, tokenize
@@ -132,7 +132,7 @@ class GroundingTestSet(EntryDataset):
     def read(self, index: int) -> GroundingSample:
         """Read a sample."""
         entry, (file,) = self.entry(index), self.files(index)
-        image = self.transform(load_image(file))
+        image = self.transform(self.load(file))
         return GroundingSample(image, self.clean(index, entry.text), entry.ref_id)
 
     def collate(self, samples: list[GroundingSample], tokenizer: Any) -> GroundingBatch:
@@ -164,5 +164,5 @@ def test_set(config: Config, split: str) -> GroundingTestSet:
     refer, detections = load_refer_and_detections(*(getattr(config, key) for key in keys))
     splits = ["val"] if split == "val" else None
     # test_file holds all splits together
-    options = test_options(config)
+    options = {**test_options(config), "exif": exif_of_boxes(config.exif)}
     return GroundingTestSet(config.files("test"), refer, detections, splits=splits, **options)

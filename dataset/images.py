@@ -4,11 +4,12 @@ import io
 import os
 import re
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from utils import read_regular
@@ -23,6 +24,9 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 # signal, it limits the time in every thread and process. Encoders write 10 scans; libtiff stops at
 # 100 too.
 MAX_SCANS = 100
+# what the EXIF orientation of an image does: nothing, it turns the image, or the image is refused
+Exif = Literal["stored", "upright", "refused"]
+APP1, SOS = 0xE1, 0xDA  # markers of a JPEG: EXIF or XMP data, and the first scan
 
 
 class ImageError(OSError):
@@ -40,11 +44,12 @@ class ImageError(OSError):
         super().__init__(f"{name}: {self.problem}")
 
 
-def load_image(path: Path | str) -> Tensor:
+def load_image(path: Path | str, exif: Exif = "stored") -> Tensor:
     """Read and decode an image file.
 
     Args:
         path: The file.
+        exif: As in `decode_image`.
 
     Returns:
         uint8 [3, H, W], as from `decode_image`.
@@ -52,7 +57,7 @@ def load_image(path: Path | str) -> Tensor:
     Raises:
         ImageError: The file is missing or unreadable, or `decode_image` refuses it.
     """
-    return decode_image(read_image(path), path)
+    return decode_image(read_image(path), path, exif)
 
 
 def read_image(path: Path | str) -> bytes:
@@ -85,24 +90,27 @@ def no_file(path: Path | str) -> str:
     )
 
 
-def decode_image(data: bytes, name: Path | str) -> Tensor:
+def decode_image(data: bytes, name: Path | str, exif: Exif = "stored") -> Tensor:
     """Decode an image of any mode that Pillow supports.
 
-    Pixels equal Pillow's convert("RGB"), as in the released code: EXIF orientation and transparency
-    are ignored, and an animation gives its first frame. Unlike in Pillow, 16-bit gray is scaled to
-    8 bits instead of clipped.
+    Pixels equal Pillow's convert("RGB"), as in the released code: transparency is ignored, and an
+    animation gives its first frame. Unlike in Pillow, 16-bit gray is scaled to 8 bits instead of
+    clipped.
 
     Args:
         data: Content of the file.
         name: Name of the image, for messages.
+        exif: "stored" ignores the EXIF orientation, except in TIFF files, which Pillow itself
+            turns. "upright" turns the image as `turn_upright` does. "refused" refuses an image that
+            "upright" would turn.
 
     Returns:
         RGB, uint8 [3, H, W], channels last in memory.
 
     Raises:
-        ImageError: The image is empty, corrupt or truncated, has another format than FORMATS or
-            32-bit values of unknown range. Before decoding: it has more than Image.MAX_IMAGE_PIXELS
-            pixels or MAX_SCANS scans.
+        ImageError: The image is empty, corrupt or truncated, has another format than FORMATS,
+            32-bit values of unknown range or a refused orientation. Before decoding: it has more
+            than Image.MAX_IMAGE_PIXELS pixels or MAX_SCANS scans.
     """
     if not data:
         raise ImageError(name, "empty file")
@@ -110,11 +118,11 @@ def decode_image(data: bytes, name: Path | str) -> Tensor:
         image = None
         if data.startswith(b"\xff\xd8\xff"):
             _check_scans(data, name)
-            image = _decode_jpeg(data, name)
+            image = _decode_jpeg(data, name, exif)
         if image is not None:
             return image
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            return decode_pillow(picture, name)
+            return decode_pillow(picture, name, exif)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -126,7 +134,7 @@ def decode_image(data: bytes, name: Path | str) -> Tensor:
         raise ImageError(name, "broken image", str(error)) from error
 
 
-def _decode_jpeg(data: bytes, name: Path | str) -> Tensor | None:
+def _decode_jpeg(data: bytes, name: Path | str, exif: Exif) -> Tensor | None:
     """Decode like Pillow, but faster. Return None for uncommon encodings such as CMYK."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
@@ -134,23 +142,85 @@ def _decode_jpeg(data: bytes, name: Path | str) -> Tensor | None:
             return None
         # simplejpeg types these int as SupportsInt
         _check_size(width, height, name)  # ty: ignore[invalid-argument-type]
-        return torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+        pixels = simplejpeg.decode_jpeg(data)
     except ValueError as error:
         if re.search("premature end|bad huffman code", str(error), re.IGNORECASE):
             raise  # Pillow may accept such a file and fill the missing part with gray
         return None
+    orientation = _orientation_to_apply(data, name, exif) if _has_metadata(data) else 1
+    if orientation != 1:
+        return from_pillow(_turn(Image.fromarray(pixels), orientation))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def decode_pillow(image: Image.Image, name: Path | str) -> Tensor:
+def _has_metadata(data: bytes) -> bool:
+    """Return whether a JPEG may have EXIF or XMP data, much faster than Pillow reads it."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != APP1:
+        if data[at + 1] == SOS:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return True  # or other bytes between the segments, which Pillow skips
+
+
+def decode_pillow(image: Image.Image, name: Path | str, exif: Exif = "stored") -> Tensor:
     """Convert a picture of Pillow to uint8 [3, H, W] with the pixels of `decode_image`.
 
     Raises ImageError, and what Pillow raises.
     """
     _check_size(*image.size, name)
-    image = image.copy()
+    copy = image.copy()
     # this key does not affect pixels of an RGB image, but Pillow warns about it
-    image.info.pop("transparency", None)
-    return from_pillow(_to_8_bits(image, name).convert("RGB"))
+    copy.info.pop("transparency", None)
+    orientation = _orientation_to_apply(image, name, exif)  # the copy has loaded the picture
+    return from_pillow(_turn(_to_8_bits(copy, name).convert("RGB"), orientation))
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turn or mirror a picture by its EXIF orientation, as Pillow's ImageOps.exif_transpose does.
+
+    Damaged EXIF data is ignored.
+    """
+    image.load()  # the orientation may follow the pixels
+    return _turn(image, _orientation(image))
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    if orientation == 1:
+        return image
+    image = image.copy()
+    image.info.clear()  # Pillow would encode other EXIF data again, which may fail
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return ImageOps.exif_transpose(image)
+
+
+def _orientation(source: Image.Image | bytes) -> int:
+    """Return the EXIF orientation of a loaded picture or of a JPEG's data, 1 if it has none."""
+    try:
+        if isinstance(source, bytes):
+            source = Image.open(io.BytesIO(source), formats=("JPEG",))  # reads the header only
+        found: Any = source.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # on damaged data Pillow raises SyntaxError, struct.error and more
+        return 1
+    return found if found in range(2, 9) else 1
+
+
+def _orientation_to_apply(source: Image.Image | bytes, name: Path | str, exif: Exif) -> int:
+    """Return the orientation to turn by. Raises ImageError if that is refused."""
+    orientation = 1 if exif == "stored" else _orientation(source)
+    if exif == "refused" and orientation != 1:
+        raise ImageError(
+            name,
+            "turned by EXIF",
+            "its boxes may refer to the stored or to the turned pixels; save it without an EXIF"
+            " orientation, or set exif to stored",
+        )
+    return orientation
+
+
+def exif_of_boxes(exif: Exif) -> Exif:
+    """Return how to read images that have boxes in pixels: refuse to turn them."""
+    return "refused" if exif == "upright" else exif
 
 
 def _check_scans(data: bytes, name: Path | str) -> None:

@@ -25,6 +25,13 @@ _FOLDER = re.compile(r"(train|val|test)\d{4}")  # folders of COCO's images
 _SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
 
+class Usage(NamedTuple):
+    """The file of an image under the image folder, and the names of the rows that use it."""
+
+    file: str
+    rows: list[str]
+
+
 class CaptionedFile(NamedTuple):
     """An image with its captions, before it becomes entries of a list."""
 
@@ -191,13 +198,21 @@ class ImageFinder:
     Attributes:
         paths: Path under the folder by the publisher's path.
         missing: Paths of the images that do not exist.
+        usages: Usage of each image by the path of its entries.
     """
 
     def __init__(self, image_root: str) -> None:
         self.image_root, self.paths, self.missing = image_root, {}, []
+        self.usages: dict[str, Usage] = {}
 
-    def __call__(self, path: str, suffix: str = "") -> str:
-        """Return the longest tail of a path that is a file with this suffix, else the path."""
+    def __call__(self, path: str, row: str, suffix: str = "") -> str:
+        """Return the longest tail of a path that is a file with this suffix, else the path.
+
+        Args:
+            path: The publisher's path, without the suffix.
+            row: Name of the row that uses the image.
+            suffix: Suffix that the entries of the lists leave out.
+        """
         if path not in self.paths:
             parts = path.split("/")
             tails = ["/".join(parts[i:]) for i in range(len(parts))]
@@ -210,7 +225,9 @@ class ImageFinder:
             if self.paths[path] is None:
                 self.paths[path] = path
                 self.missing.append(path + suffix)
-        return self.paths[path]
+        found = self.paths[path]
+        self.usages.setdefault(found, Usage(found + suffix, [])).rows.append(row)
+        return found
 
 
 def convert(
@@ -303,11 +320,11 @@ def _convert_coco(
             )
     for image_id, (name, texts) in captions.items():
         folder = _FOLDER.search(f"{name} {os.path.basename(path)}")
-        if usable := _usable(texts, f"{path} image {image_id}", problems):
+        where = f"{path} image {image_id}"
+        if usable := _usable(texts, where, problems):
             split = folder[1] if folder else "train"
-            lists[split].append(
-                CaptionedFile(find(f"{folder[0]}/{name}" if folder else name), usable, image_id)
-            )
+            image = find(f"{folder[0]}/{name}" if folder else name, where)
+            lists[split].append(CaptionedFile(image, usable, image_id))
 
 
 def _convert_karpathy(
@@ -318,7 +335,7 @@ def _convert_karpathy(
         if image.split not in _SPLITS:
             problems.append(f"{where}: its split is {image.split!r}")
         elif usable := _usable([sentence.raw for sentence in image.sentences], where, problems):
-            name = find("/".join(filter(None, (image.filepath, image.filename))))
+            name = find("/".join(filter(None, (image.filepath, image.filename))), where)
             image_id = next((key for key in (image.cocoid, image.imgid) if key is not None), number)
             lists[_SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
 
@@ -351,7 +368,8 @@ def _convert_vqa(
         folder = subtype.replace("-dev", "")
         split = next((split for split in ("train", "val") if subtype.startswith(split)), "test")
         for question in content.questions:
-            image = find(f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg")
+            where = f"{path} question {question.question_id}"
+            image = find(f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg", where)
             entry = {
                 "image": image,
                 "question": question.question,
@@ -365,8 +383,7 @@ def _convert_vqa(
             if answers is None or answers.image_id != question.image_id:
                 of = answers and f"its annotation belongs to image {answers.image_id}"
                 problems.append(
-                    f"{path} question {question.question_id} of image {question.image_id}:"
-                    f" {of or 'there is no annotation'}"
+                    f"{where} of image {question.image_id}: {of or 'there is no annotation'}"
                 )
                 continue
             given = [answer.answer for answer in answers.answers]
@@ -376,11 +393,11 @@ def _convert_vqa(
 def _convert_nlvr2(
     path: str, rows: list[tuple], find: ImageFinder, lists: Lists, problems: list[str]
 ) -> None:
-    for _, row in rows:
+    for where, row in rows:
         split = row.identifier.partition("-")[0]
         folder = f"images/train/{row.directory}" if split == "train" else split
         stem = row.identifier.rpartition("-")[0]
-        images = [find(f"{folder}/{stem}-img{number}.png") for number in (0, 1)]
+        images = [find(f"{folder}/{stem}-img{number}.png", where) for number in (0, 1)]
         entry = {"images": images, "sentence": row.sentence, "label": row.label}
         lists[_SPLITS[split.rstrip("0123456789")]].append(entry)
 
@@ -392,7 +409,7 @@ def _convert_snli_ve(
     split = _SPLITS[named[0]] if named else "train"
     for where, row in rows:
         if row.label in _LABELS:
-            image = find(row.image.removesuffix(".jpg"), ".jpg")
+            image = find(row.image.removesuffix(".jpg"), where, ".jpg")
             lists[split].append({"image": image, "sentence": row.sentence, "label": row.label})
         else:
             problems.append(f"{where}: its gold_label is {row.label!r}")

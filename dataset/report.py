@@ -1,6 +1,7 @@
 """Reports on annotation files: problems, repeated entries, lengths of texts, sizes of images."""
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -23,7 +24,7 @@ from dataset.cache import locate
 from dataset.caption import Pair
 from dataset.entries import Entry, digest, read_entries, where
 from dataset.grounding import Expression
-from dataset.images import ImageError, absolute, decode_image, read_image
+from dataset.images import Exif, ImageError, absolute, decode_image, exif_of_boxes, read_image
 from dataset.loading import check_length
 from dataset.pool import begin_worker
 from dataset.shards import Shards, expand, image_and_captions, read_sample
@@ -53,11 +54,12 @@ def begin() -> None:
     torch.set_num_threads(1)
 
 
-def decode(job: tuple) -> dict[str, Any]:
+def decode(job: tuple, exif: Exif) -> dict[str, Any]:
     """Decode an image of a list, or of a sample of a shard, as a run does.
 
     Args:
         job: Path of the image or shard, index, and Position of the sample in its shard, if any.
+        exif: As in `decode_image`.
     """
     path, index, *position = job
     seen: dict[str, Any] = {"index": index, "path": path}
@@ -69,7 +71,7 @@ def decode(job: tuple) -> dict[str, Any]:
             seen["digest"] = digest((data, seen["texts"]))
         else:
             data = read_image(path)
-        seen["side"] = min(decode_image(data, path).shape[1:])
+        seen["side"] = min(decode_image(data, path, exif).shape[1:])
     except InputError as error:
         seen["error"] = error
     except ImageError as error:
@@ -241,7 +243,9 @@ class FileReport:
         """Return an iterator of decode(job(i)) for indices below `length`, in worker processes."""
         indices, name = evenly(length, self.check.images), os.path.basename(self.path)
         bar = tqdm(indices, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
-        return self.check.run(decode, map(job, bar))
+        boxes, exif = self.form in (None, Expression), self.check.config.exif
+        run = functools.partial(decode, exif=exif_of_boxes(exif) if boxes else exif)
+        return self.check.run(run, map(job, bar))
 
     def _refuse(self, error: InputError, path: str, entry: int | str | None) -> None:
         """Count an entry that cannot be used."""

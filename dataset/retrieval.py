@@ -10,7 +10,7 @@ from configs.config import Config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.caption import CaptionDataset, Captioned
 from dataset.entries import Entry, Texts
-from dataset.images import absolute, load_image
+from dataset.images import absolute
 from dataset.store import Entries
 from dataset.text import MAX_TOKENS
 from utils import InputError
@@ -94,7 +94,7 @@ class RetrievalTestSet(EntryDataset):
     def read(self, index: int) -> Tensor:
         """Read an image, uint8 [3, R, R]."""
         (file,) = self.files(index)
-        return self.transform(load_image(file))
+        return self.transform(self.load(file))
 
 
 def train_set(config: Config, seed: int) -> CaptionDataset:

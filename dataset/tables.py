@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.entries import read_json_list
 from dataset.images import FORMATS, SUFFIXES
@@ -44,6 +44,22 @@ TEXTS = (
     "title",
 )
 DELIMITERS = ",\t;|"
+
+
+class Table(NamedTuple):
+    """The captions of a table or folder.
+
+    Attributes:
+        captions: Captions by image path.
+        rows: Names of the rows or caption files of each image.
+        problems: Problems of unusable rows.
+        summary: Description of what was read.
+    """
+
+    captions: dict[str, list[str]]
+    rows: dict[str, list[str]]
+    problems: list[str]
+    summary: str
 
 
 def decode(path: str, data: bytes, encoding: str | None = None) -> str:
@@ -186,7 +202,7 @@ def read_table(
     encoding: str | None = None,
     path_column: str | None = None,
     text_column: str | None = None,
-) -> tuple[dict[str, list[str]], list[str], str]:
+) -> Table:
     """Read a table of image paths and captions.
 
     Args:
@@ -197,14 +213,10 @@ def read_table(
         path_column: Column of the image paths, by default recognized by its name.
         text_column: Column of the captions, by default recognized by its name.
 
-    Returns:
-        The captions by image path, the problems of unusable rows, and a description of the columns
-        that were read.
-
     Raises:
         InputError: The file cannot be read.
     """
-    columns, notes, captions, problems = None, [], {}, []
+    columns, notes, captions, rows, problems = None, [], {}, {}, []
 
     def columns_of(row: dict) -> tuple[str, str]:
         nonlocal columns
@@ -223,8 +235,9 @@ def read_table(
             problems.append(f"{path} {name}: {error}")
         else:
             captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
-    summary = _describe(columns, notes)
-    return {image: list(texts) for image, texts in captions.items()}, problems, summary
+            rows.setdefault(image, []).append(f"{path} {name}")
+    captions = {image: list(texts) for image, texts in captions.items()}
+    return Table(captions, rows, problems, _describe(columns, notes))
 
 
 def _describe(columns: tuple[str, str] | None, notes: list[str]) -> str:
@@ -294,7 +307,7 @@ def _clean(texts: list) -> list[str]:
     return [" ".join(without_halves(text).split()) for text in texts]
 
 
-def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], list[str], str]:
+def read_folder(folder: str, image_root: str) -> Table:
     """Read the images of a folder and its subfolders with the captions in files beside them.
 
     As in shards, captions are the .txt file of the image's name, else "caption" in the .json file.
@@ -302,11 +315,8 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
     Args:
         folder: The folder.
         image_root: Folder that the resulting paths start from.
-
-    Returns:
-        The result of `read_table`.
     """
-    captions, problems = {}, []
+    captions, rows, problems = {}, {}, []
     for parent, folders, names in os.walk(folder):
         folders.sort()
         there, stems = set(names), set()
@@ -332,7 +342,8 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
                 texts = _clean(image_and_captions(sample, path)[1])
                 if not texts:
                     raise InputError(f"{path}: its caption is empty")
-                captions[os.path.relpath(path, image_root or os.curdir)] = texts
+                image = os.path.relpath(path, image_root or os.curdir)
+                captions[image], rows[image] = texts, [path]
             except OSError as error:
                 problems.append(f"{path}: its caption cannot be read ({error.strerror})")
             except InputError as error:
@@ -341,4 +352,5 @@ def read_folder(folder: str, image_root: str) -> tuple[dict[str, list[str]], lis
             name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems
         )
         problems += [f"{os.path.join(parent, name)}: no image of this name" for name in texts_alone]
-    return captions, problems, "captions from .txt and .json files of the images' names"
+    summary = "captions from .txt and .json files of the images' names"
+    return Table(captions, rows, problems, summary)

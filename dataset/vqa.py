@@ -13,7 +13,6 @@ from torch import Tensor
 from configs.config import Config, as_config
 from dataset.base import EntryDataset, test_options, train_options
 from dataset.entries import Entry, Texts, read_json
-from dataset.images import load_image
 from dataset.store import Entries
 from dataset.text import MAX_QUESTION_WORDS, SHORT_TOKENS, pre_question, tokenize, without_halves
 from utils import InputError, Text
@@ -199,7 +198,7 @@ class VQADataset(EntryDataset):
     def read(self, index: int) -> VQASample | tuple[Tensor, str]:
         """Read a sample: VQASample in training, (image, question) in testing."""
         entry, (file,) = self.entry(index), self.files(index)
-        image, question = self.transform(load_image(file)), self.clean(index, entry.question)
+        image, question = self.transform(self.load(file)), self.clean(index, entry.question)
         if self.seed is None:
             return image, question
         if entry.dataset == "vg":

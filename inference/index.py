@@ -23,7 +23,7 @@ from scipy.fft import dctn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.images import FORMATS, ImageError, load_image
+from dataset.images import FORMATS, Exif, ImageError, load_image
 from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.output_dir import make_output_dir, writing
 from engine.precision import autocast, find_device
@@ -362,15 +362,15 @@ def count_suffixes(others: Counter) -> str:
 class _Files(Dataset):
     """Image files as values, hash and problem; either the values or the problem are empty."""
 
-    def __init__(self, paths: list[str], transform: Callable[[Tensor], Tensor]) -> None:
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[str], transform: Callable[[Tensor], Tensor], exif: Exif) -> None:
+        self.paths, self.transform, self.exif = paths, transform, exif
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, str, str]:
         try:
-            pixels = self.transform(load_image(self.paths[index]))
+            pixels = self.transform(load_image(self.paths[index], self.exif))
         except ImageError as error:
             return None, "", error.problem
         return pixels, hash_picture(pixels), ""
@@ -426,6 +426,12 @@ def update_index(
     """
     model.require("embed_images")
     digests = model_digests(model, index, folder)
+    exif = index.config.get("exif", "stored") if index else model.config.exif
+    if exif != model.config.exif:
+        raise InputError(
+            f"{folder}: made with exif {exif}, not {model.config.exif}: add --set exif={exif}, or"
+            " make another index"
+        )
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
     about = source, *digests, model.task, model.config.to_dict(), model.ranking
     before = dict(zip(index.paths, index.states, strict=True)) if index else {}
@@ -483,7 +489,7 @@ def _embed(
     model: Inference, paths: list[str]
 ) -> Iterator[tuple[dict[str, tuple[np.ndarray, str]], list[tuple[str, str]]]]:
     """Yield for each batch the features [D] and hashes by path, and the paths with problems."""
-    data = _Files(paths, model.transform)
+    data = _Files(paths, model.transform, model.config.exif)
     with autocast(model.config, model.device):
         for part, (pixels, hashes, problems) in iter_rank_share(
             data, model.config, model.device, "images", _collate

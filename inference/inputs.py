@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset.images import ImageError, decode_pillow, load_image
+from dataset.images import Exif, ImageError, decode_pillow, load_image
 from dataset.text import is_blank, without_halves
 from models.tokenizer import Tokenizer
 from utils import InputError
@@ -104,13 +104,14 @@ def unknown_texts(texts: list[str], tokenizer: Tokenizer) -> list[str]:
     return [text for text, row in zip(texts, ids, strict=True) if special.issuperset(row)]
 
 
-def read_image(image: Any, name: str = "image") -> Tensor:
+def read_image(image: Any, name: str = "image", exif: Exif = "stored") -> Tensor:
     """Read an image as in training and testing.
 
     Args:
         image: A path, a picture of Pillow, an array uint8 [H, W] or [H, W, 3], or a tensor uint8
             [3, H, W].
         name: Name in messages if the image is not a path.
+        exif: Effect of the EXIF orientation of a file or a picture, see `decode_image`.
 
     Returns:
         RGB values, uint8 [3, H, W].
@@ -123,9 +124,9 @@ def read_image(image: Any, name: str = "image") -> Tensor:
         if grid and image.shape[2:] in ((), (3,)):
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
-            return decode_pillow(image, name)
+            return decode_pillow(image, name, exif)
         if not is_array(image):
-            return load_image(image)
+            return load_image(image, exif)
     except ImageError as error:
         raise InputError(str(error)) from None
     # Pillow raises many kinds if the picture is closed or its file is damaged
@@ -143,11 +144,13 @@ def read_image(image: Any, name: str = "image") -> Tensor:
 class Images(Dataset):
     """Images that are read on access and resized for the model: uint8 [3, R, R]."""
 
-    def __init__(self, images: list, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images, self.transform = images, transform
+    def __init__(
+        self, images: list, transform: Callable[[Tensor], Tensor], exif: Exif = "stored"
+    ) -> None:
+        self.images, self.transform, self.exif = images, transform, exif
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.transform(read_image(self.images[index], f"image {index}"))
+        return self.transform(read_image(self.images[index], f"image {index}", self.exif))

@@ -154,7 +154,8 @@ class Inference:
     """A model in eval mode with its tokenizer and transform.
 
     Images are paths, pictures of Pillow, arrays uint8 [H, W, 3] or tensors uint8 [3, H, W]; texts
-    are strings. A method takes one input or a list. Its result for a single input lacks that
+    are strings. The key exif decides whether paths and pictures are turned by their EXIF
+    orientation. A method takes one input or a list. Its result for a single input lacks that
     dimension. Methods raise InputError for unusable input, and if the task of the checkpoint does
     not list them in configs/tasks.py.
 
@@ -231,7 +232,7 @@ class Inference:
         """
         images, one = as_images(images)
         config = self._batch_config(num_workers=workers)
-        data = Images(images, self.transform)
+        data = Images(images, self.transform, self.config.exif)
         _, features = encode_images(self.model, data, config, self.device, keep=False)
         return features.cpu()[0] if one else features.cpu()
 
@@ -362,7 +363,8 @@ class Inference:
             images: Images, in pairs with `texts` as in `answer`.
             texts: Referring expressions.
             boxes: Candidates [[x, y, w, h], ...] in pixels; a list of such lists for several pairs.
-                Default: the best rectangle of whole patches.
+                If the key exif is "upright", the pixels are those of the turned image. Default: the
+                best rectangle of whole patches.
             mode: Heat map of the matching head, "itm", or of the similarity, "itc".
             block_num: Layer of the heat map. Default: the third multimodal one.
 
@@ -554,7 +556,7 @@ class Inference:
 
         Arguments as in `itm_scores` of the models.
         """
-        data = Images(images, self.transform)
+        data = Images(images, self.transform, self.config.exif)
         image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device, keep=False)
         text_embeds, _, mask = self._encode_texts(texts)
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
@@ -622,7 +624,7 @@ class Inference:
         for start in range(0, len(items), size):
             part = slice(start, start + size)
             pictures = [
-                [read_image(image, f"image {number}") for image in item]
+                [read_image(image, f"image {number}", self.config.exif) for image in item]
                 for number, item in enumerate(items[part], start)
             ]
             columns = [

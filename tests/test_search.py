@@ -286,9 +286,9 @@ def test_the_example_of_the_docs_runs(index, photos, tmp_path, capsys):
 # indexing
 
 
-def slowly(load, path):
+def slowly(load, *arguments):
     time.sleep(0.03)
-    return load(path)
+    return load(*arguments)
 
 
 def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(

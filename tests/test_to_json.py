@@ -108,6 +108,70 @@ def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
     assert status == 2 and "--test 4: there are 4 images" in printed
 
 
+def test_val_and_test_have_images_of_their_own(convert, tmp_path):
+    def val():
+        return json.loads((tmp_path / "out/val.json").read_text())
+
+    # two spellings of a path are one image
+    rows = [(name, word) for word in ("one", "two") for name in IMAGES]
+    rows += [(tmp_path / "photos" / name, "three") for name in IMAGES]
+    table = "path,text\n" + "".join(f"{name},{word}\n" for name, word in rows)
+    alone = convert(table, "--test", 1)[3]
+    for seed in range(6):
+        flags = ("--test", 1, "--val", 1, "--seed", seed)
+        status, printed, train, test, _ = convert(table, *flags)
+        entries = train + test + val()
+        assert status == 0 and sorted(entry["image"] for entry in entries) == sorted(IMAGES)
+        assert all(entry["caption"] == ["one", "two", "three"] for entry in entries)
+        assert "val.json: 1 images, 3 captions" in printed
+        held_out = val()
+        assert convert(table, *flags)[2:4] == (train, test) and val() == held_out
+        assert seed or test == alone  # --val draws from the images that --test leaves
+    assert convert(table, "--val", 3)[3] is None and len(val()) == 3
+    status, printed, *_ = convert(table, "--test", 2, "--val", 2)
+    assert status == 2 and "--test 2 --val 2" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def broken(shapes, tmp_path):
+    """Make files in the folder photos: a good image, and three that cannot be used."""
+    good = (shapes / "images/train/000000.jpg").read_bytes()
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True, exist_ok=True)
+    contents = {"a.jpg": good, "b.jpg": good[:-200], "c.jpg": b"<html>", "sub/d.jpg": b""}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+    return {"b.jpg": "broken image", "c.jpg": "not an image", "sub/d.jpg": "empty file"}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_check_leaves_rows_of_broken_images_out(convert, broken, workers):
+    table = "path,text\nb.jpg,one\na.jpg,two\nc.jpg,three\nsub/d.jpg,four\nb.jpg,five\n"
+    assert len(convert(table)[2]) == 4
+    status, printed, train, _, skipped = convert(table, "--check", "--workers", workers)
+    assert status == 0 and train == [{"image": "a.jpg", "caption": ["two"]}]
+    lines = {"line 2": "b.jpg", "line 4": "c.jpg", "line 5": "sub/d.jpg", "line 6": "b.jpg"}
+    found = sorted(skipped.splitlines())
+    assert len(found) == 4 and "left out, 4" in printed
+    for line, (row, name) in zip(found, sorted(lines.items()), strict=True):
+        assert line.startswith(f"captions.csv {row}: image photos/{name}: {broken[name]}")
+    # held-out images are usable
+    assert convert(table, "--check", "--test", 1)[0] == 2
+    table = "path,text\n" + "".join(f"{name},x\n" for name in broken)
+    status, printed, *files = convert(table, "--check")
+    assert status == 2 and files == [None, None, None] and "captions.csv line 2: " in printed
+
+
+def test_check_of_a_folder_names_its_images(broken, tmp_path, monkeypatch):
+    for name in ("a", "b", "c", "sub/d"):
+        (tmp_path / f"photos/{name}.txt").write_text("a caption")
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "photos", "--image_root", "photos", "--output", "out", "--check") == 0
+    assert [e["image"] for e in json.loads(Path("out/train.json").read_text())] == ["a.jpg"]
+    found = Path("out/skipped.txt").read_text().splitlines()
+    assert [line.partition(": ")[0] for line in found] == [f"photos/{name}" for name in broken]
+
+
 def test_rows_that_cannot_be_used_are_named_by_line(convert):
     table = (
         'path,text\na.jpg,"two\nlines"\nabsent.jpg,x\nb.jpg,a, b\n,x\nb.jpg, \nb.jpg,?!\n'
@@ -583,6 +647,31 @@ def test_official_files_become_the_lists_of_their_task(official, capsys, shapes,
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
+def test_check_of_official_files_leaves_entries_of_broken_images_out(
+    official, shapes, name, monkeypatch, capsys
+):
+    files, _, task = OFFICIAL[name]
+    complete = official(files)[1]
+    images = sorted(images_of(complete))
+    paths = [Path("photos", image if task != "ve" else f"{image}.jpg") for image in images]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(shapes / "images/train/000000.jpg", path)
+    assert official(files, "--check") == (0, complete)
+    paths[0].write_bytes(b"")
+    status, lists = official(files, "--check")
+    if len(images) > 1 and status == 0:
+        kept = [e for es in lists.values() for e in es]
+        everything = [e for es in complete.values() for e in es]
+        assert kept == [e for e in everything if images[0] not in images_of({"": [e]})]
+        found = Path("out/skipped.txt").read_text()
+        lost = [line for line in found.splitlines() if f"image {paths[0]}: empty file" in line]
+        assert len(lost) >= 1 and all(line.startswith(tuple(files)) for line in lost)
+    else:  # no entry remains
+        assert status == 2 and f"image {paths[0]}: empty file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_a_script_that_gets_an_official_file_names_the_command(tmp_path, name):
     files, _, _ = OFFICIAL[name]
     for file, content in files.items():
@@ -647,9 +736,9 @@ def test_official_captions_can_be_held_out_and_other_files_not(official, capsys)
     assert status == 0 and len(lists["test"]) == 1 and isinstance(lists["test"][0]["caption"], list)
     assert len(images_of(lists)) == 3
     for name in "Karpathy", "VQA", "NLVR2":
-        assert (
-            official(OFFICIAL[name][0], "--test", 1)[0] == 2 and "--test" in capsys.readouterr().err
-        )
+        for flag in "--test", "--val":
+            assert official(OFFICIAL[name][0], flag, 1)[0] == 2
+            assert flag in capsys.readouterr().err
     assert (
         official(OFFICIAL["COCO"][0], "--text", "caption")[0] == 2
         and "--text" in capsys.readouterr().err
@@ -691,7 +780,9 @@ def test_the_lines_of_the_readme_lead_from_photos_to_pictures(shapes, tmp_path, 
     monkeypatch.chdir(tmp_path)
     section = re.search("## Train on my data.*?\n## ", (ROOT / "README.md").read_text(), re.S)[0]
     for line in re.findall("^    python (.*)", section, re.M):
-        line = line.replace("--test 100", "--test 8").replace("PHOTO.jpg", entries[0]["image"])
+        line = line.replace("--test 100 --val 100", "--test 8 --val 4").replace(
+            "PHOTO.jpg", entries[0]["image"]
+        )
         line += " --set scheduler.epochs=1 num_workers=0" * line.startswith("Pretrain.py")
         name, *flags = shlex.split(line.removeprefix("-m "))
         monkeypatch.setattr(sys, "argv", [name, *flags])

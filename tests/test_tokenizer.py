@@ -230,6 +230,25 @@ def test_the_same_captions_give_the_same_vocabulary():
     )
 
 
+def test_a_smaller_vocabulary_than_asked_for_has_a_reason(call, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    often = [f"{a}{b}{c}" for a in "bcd" for b in "aei" for c in "kl"]  # 18 words
+    captions = [" ".join(often)] * 2 + ["zzxq yywv vwyy"]  # 3 words once
+
+    def make(size, captions=captions):
+        Path("train.json").write_text(json.dumps([{"image": "a.jpg", "caption": captions}]))
+        flags = ["--output", "v.txt", "--overwrite", "--size", size]
+        call("tools.vocabulary", "train.json", *flags)
+        return Path("v.txt").read_text().split(), capsys.readouterr().err
+
+    pieces, note = make(500)
+    assert all(words in note for words in ("--size 500", "2 times", "3 of the 21", "18"))
+    assert set(often) <= set(pieces) and not {"zzxq", "yywv", "vwyy"} & set(pieces)
+    assert make(len(pieces)) == (pieces, "")
+    more, note = make(500, captions * 2)  # what the note advises
+    assert {*often, "zzxq", "yywv", "vwyy"} <= set(more) and "0 of the 21" in note
+
+
 @pytest.mark.parametrize("existing", ["v.txt", "v.tokenizer_config.json"])
 def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, call, existing):
     monkeypatch.chdir(tmp_path)

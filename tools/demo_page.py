@@ -269,7 +269,7 @@ def find(index: Index, model: Inference) -> Callable[..., tuple[list, str, list[
 
 def picture_of(path: str) -> Image.Image:
     """Read an image and return it at a small size. Raises InputError."""
-    picture = Image.fromarray(read_image(path).permute(1, 2, 0).numpy())
+    picture = Image.fromarray(read_image(path, exif="upright").permute(1, 2, 0).numpy())
     picture.thumbnail((HEIGHT, HEIGHT))
     return picture
 

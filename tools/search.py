@@ -130,7 +130,7 @@ def make_index(args: argparse.Namespace) -> None:
     print_results(
         [
             f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} as before,"
-            f" {changes.embedded} embedded, {changes.removed} removed"
+            f" {changes.embedded} embedded, {changes.removed} removed; exif: {model.config.exif}"
         ]
     )
     if others:
@@ -181,6 +181,7 @@ def answer_queries(args: argparse.Namespace) -> None:
         check_output(args.html, "--html")
     index = open_for_reading(args.index)
     model = load_model_of(index, args.index, args.device, args.checkpoint)
+    note(f"{args.index}: {len(index.paths)} images, exif: {model.config.exif}")
     options = {"k": args.k, "rerank": args.rerank, "threshold": args.threshold}
     for number, text in enumerate(texts):
         with warnings.catch_warnings(record=True) as caught:

@@ -3,22 +3,23 @@
 A source is a table (CSV, TSV, JSON lines, a JSON list) with a path and a caption in each row, a
 folder of images with .txt or .json files, or official files of COCO's captions, Karpathy's splits,
 VQA v2, NLVR2 or SNLI-VE, which are recognized by their form. Unusable rows and files are left out
-and listed in skipped.txt.
+and listed in skipped.txt. --check also decodes every image.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
-from utils import InputError, read_regular
+from utils import InputError, cores, read_regular
 
 if TYPE_CHECKING:
-    from dataset.official import CaptionedFile
+    from dataset.official import CaptionedFile, Usage
 
 SHOWN = 5  # problems that are printed
 SKIPPED = "skipped.txt"
@@ -40,8 +41,23 @@ parser.add_argument(
     help="folder of the lists: train.json, val.json and test.json, each if it has entries",
 )
 parser.add_argument("--overwrite", action="store_true", help="replace existing lists")
+for split in ("test", "val"):
+    parser.add_argument(
+        f"--{split}",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help=f"images to hold out in {split}.json, with all their captions",
+    )
 parser.add_argument(
-    "--test", type=at_least(0), default=0, metavar="N", help="images to hold out in test.json"
+    "--check", action="store_true", help="decode every image and leave out entries of broken ones"
+)
+parser.add_argument(
+    "--workers",
+    type=at_least(1),
+    metavar="N",
+    default=cores(),
+    help="processes that decode images for --check",
 )
 parser.add_argument(
     "--path", metavar="NAME", help="column of the image paths (default: recognized by its name)"
@@ -52,17 +68,27 @@ parser.add_argument(
 parser.add_argument(
     "--encoding", metavar="NAME", help="encoding of a table, such as cp1252 (default: UTF-8)"
 )
-parser.add_argument("--seed", type=int, default=0, help="random seed of --test")
+parser.add_argument("--seed", type=int, default=0, help="random seed of --test and --val")
 
 
-def read_sources(args: argparse.Namespace) -> tuple[dict[str, list], list[str]]:
+class Sources(NamedTuple):
+    """Content of the sources.
+
+    Attributes:
+        lists: Entries of each split, CaptionedFile or a dict.
+        usages: Usage of each image by the path of its entries.
+        problems: Problems of entries that are left out.
+    """
+
+    lists: dict[str, list]
+    usages: dict[str, "Usage"]
+    problems: list[str]
+
+
+def read_sources(args: argparse.Namespace) -> Sources:
     """Read the sources of a command line.
 
-    Returns:
-        The entries of each split, and the problems of entries that are left out.
-
-    Raises:
-        InputError: A source cannot be read, or the sources do not belong together.
+    Raises InputError if one cannot be read, or if they do not belong together.
     """
     from dataset.official import recognize
 
@@ -88,9 +114,7 @@ def read_sources(args: argparse.Namespace) -> tuple[dict[str, list], list[str]]:
     return _read_captions(contents, args)
 
 
-def _read_official(
-    contents: dict[str, bytes], forms: dict[str, Any], image_root: str
-) -> tuple[dict[str, list], list[str]]:
+def _read_official(contents: dict[str, bytes], forms: dict[str, Any], image_root: str) -> Sources:
     """Read official files."""
     from dataset.official import ImageFinder, convert
 
@@ -103,22 +127,21 @@ def _read_official(
             f"note: {len(find.missing):,} of {len(find.paths):,} images are not in --image_root"
             f" {image_root or os.curdir}, such as {find.missing[0]}"
         )
-    return lists, problems
+    return Sources(lists, find.usages, problems)
 
 
-def _read_captions(
-    contents: dict[str, bytes | None], args: argparse.Namespace
-) -> tuple[dict[str, list], list[str]]:
+def _read_captions(contents: dict[str, bytes | None], args: argparse.Namespace) -> Sources:
     """Read tables and folders, which may have captions of the same images."""
-    from dataset.official import CaptionedFile
+    from dataset.images import absolute
+    from dataset.official import CaptionedFile, Usage
     from dataset.tables import read_folder, read_table
 
-    captions, problems, summaries = {}, [], []
+    first, captions, usages, problems, summaries = {}, {}, {}, [], []
     for source, data in contents.items():
         if data is None:
-            texts, skipped, summary = read_folder(source, args.image_root)
+            table = read_folder(source, args.image_root)
         else:
-            texts, skipped, summary = read_table(
+            table = read_table(
                 source,
                 data,
                 args.image_root,
@@ -126,10 +149,13 @@ def _read_captions(
                 path_column=args.path,
                 text_column=args.text,
             )
-        summaries.append(f"{source}: {summary}")
-        problems += skipped
-        for image, of_image in texts.items():
-            captions.setdefault(image, {}).update(dict.fromkeys(of_image))
+        summaries.append(f"{source}: {table.summary}")
+        problems += table.problems
+        for spelling, texts in table.captions.items():
+            # the first spelling of a path names the image
+            image = first.setdefault(absolute(args.image_root, spelling), spelling)
+            captions.setdefault(image, {}).update(dict.fromkeys(texts))
+            usages.setdefault(image, Usage(image, [])).rows.extend(table.rows[spelling])
     if not captions:
         raise InputError(
             f"{problems[0]} (none of {len(problems):,} can be used)"
@@ -138,31 +164,76 @@ def _read_captions(
         )
     print(*summaries, sep="\n")
     images = [CaptionedFile(image, list(texts)) for image, texts in captions.items()]
-    return {"train": images}, problems
+    return Sources({"train": images}, usages, problems)
 
 
-def hold_out(lists: dict[str, list], count: int, seed: int) -> dict[str, list]:
-    """Move `count` images, drawn at random, from the training list to the test list.
+def leave_out_broken(sources: Sources, image_root: str, workers: int) -> Sources:
+    """Decode all images, and leave out the entries of images that cannot be used.
 
-    Raises InputError if the sources have no captions or their own split, or too few images.
+    Raises InputError if no image can be used.
+    """
+    from tqdm import tqdm
+
+    from dataset.official import CaptionedFile
+    from dataset.pool import in_processes
+    from dataset.report import begin, decode
+
+    def usable(item: Any) -> bool:
+        if isinstance(item, CaptionedFile):
+            return item.image not in broken
+        return broken.keys().isdisjoint(item.get("images") or [item["image"]])
+
+    usages = sources.usages
+    paths = {image: os.path.join(image_root, usage.file) for image, usage in usages.items()}
+    bar = tqdm(paths, desc="decoding", unit="img", leave=False, disable=None, dynamic_ncols=True)
+    with in_processes(workers, begin) as run:
+        seen = run(
+            functools.partial(decode, exif="stored"), ((paths[image], image) for image in bar)
+        )
+        broken = {of["index"]: of["problem"] for of in seen if "problem" in of}
+    problems = [
+        f"{row}: {problem}" if row == paths[image] else f"{row}: image {paths[image]}: {problem}"
+        for image, problem in broken.items()
+        for row in usages[image].rows
+    ]
+    lists = {split: list(filter(usable, items)) for split, items in sources.lists.items()}
+    lists = {split: items for split, items in lists.items() if items}
+    if not lists:
+        raise InputError(f"{problems[0]} (none of {len(paths):,} images can be used)")
+    print(f"images: {len(paths):,} decoded, {len(broken):,} of them broken")
+    return Sources(lists, usages, sources.problems + problems)
+
+
+def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[str, list]:
+    """Move images, drawn at random, from the training list to other lists.
+
+    Args:
+        lists: Entries of each split.
+        counts: Number of images by split, test first: its images do not depend on the others.
+        seed: Random seed.
+
+    Raises:
+        InputError: The sources have no captions, their own split, or too few images.
     """
     from dataset.official import CaptionedFile
 
     images = lists.get("train", [])
-    if "test" in lists or not (images and isinstance(images[0], CaptionedFile)):
+    flags = " ".join(f"--{split} {count}" for split, count in counts.items())
+    if counts.keys() & lists.keys() or not (images and isinstance(images[0], CaptionedFile)):
         raise InputError(
-            "--test holds out images of captions to train on; the sources have their own split:"
+            f"{flags}: holds out images of captions to train on; the sources have their own split:"
             " leave it out"
         )
-    if count >= len(images):
+    if sum(counts.values()) >= len(images):
         raise InputError(
-            f"--test {count}: there are {len(images)} images, and some must remain to train on"
+            f"{flags}: there are {len(images)} images, and some must remain to train on"
         )
-    drawn = set(random.Random(seed).sample(range(len(images)), count))
-    parts = [], []
-    for i, image in enumerate(images):
-        parts[i in drawn].append(image)
-    return {**lists, "train": parts[0], "test": parts[1]}
+    rest, rng, parts = list(range(len(images))), random.Random(seed), {}
+    for split, count in counts.items():
+        drawn = set(rng.sample(rest, count))
+        parts[split] = [images[i] for i in sorted(drawn)]
+        rest = [i for i in rest if i not in drawn]
+    return {**lists, "train": [images[i] for i in rest], **parts}
 
 
 def entries_of(image: "CaptionedFile", split: str) -> list[dict[str, Any]]:
@@ -178,24 +249,35 @@ def entries_of(image: "CaptionedFile", split: str) -> list[dict[str, Any]]:
     return [{"image": image.image, "caption": image.captions}]
 
 
-def main() -> None:
-    """Convert the sources of the command line and print the number of entries."""
-    args = parser.parse_args()
+def format_lists(lists: dict[str, list]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the text of the file of each split, and a description of its content."""
     from dataset.official import CaptionedFile
-    from engine.output_dir import check_output, make_output_dir, write_files
 
-    lists, problems = read_sources(args)
-    if args.test:
-        lists = hold_out(lists, args.test, args.seed)
     files, counts = {}, {}
     for split, items in lists.items():
-        name, entries, counts[split] = f"{split}.json", items, f"{len(items):,} entries"
+        entries, counts[split] = items, f"{len(items):,} entries"
         if isinstance(items[0], CaptionedFile):
             entries = [entry for image in items for entry in entries_of(image, split)]
             captions = sum(len(image.captions) for image in items)
             counts[split] = f"{len(items):,} images, {captions:,} captions"
         lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
-        files[name] = "[" + ",\n ".join(lines) + "]\n"
+        files[split] = "[" + ",\n ".join(lines) + "]\n"
+    return files, counts
+
+
+def main() -> None:
+    """Convert the sources of the command line and print the number of entries."""
+    args = parser.parse_args()
+    from engine.output_dir import check_output, make_output_dir, write_files
+
+    sources = read_sources(args)
+    if args.check:
+        sources = leave_out_broken(sources, args.image_root, args.workers)
+    lists, problems = sources.lists, sources.problems
+    if held_out := {split: n for split in ("test", "val") if (n := getattr(args, split))}:
+        lists = hold_out(lists, held_out, args.seed)
+    texts, counts = format_lists(lists)
+    files = {f"{split}.json": text for split, text in texts.items()}
     if problems:
         files[SKIPPED] = "".join(f"{problem}\n" for problem in problems)
     make_output_dir(args.output, lock=False, flag="--output")

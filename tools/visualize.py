@@ -139,7 +139,8 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any) -> None:
     from visualize import draw
     from visualize.explain import text_targets, unknown_words
 
-    picture, max_words = read_image(args.image[0]), model.config.max_words or MAX_WORDS
+    picture = read_image(args.image[0], exif=model.config.exif)
+    max_words = model.config.max_words or MAX_WORDS
     words = model.fill_in(picture, args.text)
     files = [path for path in model.config.test_file or [] if os.path.isfile(path)]
     files = [args.texts] if args.texts else files

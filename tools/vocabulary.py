@@ -4,6 +4,7 @@ The vocabulary keeps accents and has no upper case (NFC). Name it by the key tok
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError
+
+MIN_FREQUENCY = 2  # of a pair of pieces that the trainer merges
 
 parser = Parser(__doc__, "train.json --size 5000 --output vocab.txt")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
@@ -35,7 +38,16 @@ def captions_of(files: list[str]) -> Iterator[str]:
         yield from map(without_halves, entry.texts)
 
 
-def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> list[str]:
+def frequencies(captions: Iterable[str]) -> Counter[str]:
+    """Count the words of captions, after the tokenizer's normalization."""
+    from models.tokenizer import OWN, word_pieces
+
+    backend = word_pieces({}, OWN)
+    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
+    return Counter(word for caption in captions for word, _ in split(normalize(caption)))
+
+
+def train_vocab(captions: Iterable[str], size: int) -> list[str]:
     """Train a WordPiece vocabulary.
 
     The same captions give the same pieces. The trainer numbers the letters inside of words in the
@@ -45,7 +57,6 @@ def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> l
     Args:
         captions: Texts to train on.
         size: Largest number of pieces.
-        min_frequency: Smallest frequency of a pair of pieces that is merged.
 
     Returns:
         The pieces in the order of their ids.
@@ -55,16 +66,14 @@ def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> l
     from models.tokenizer import OWN, SPECIAL, word_pieces
 
     backend, captions = word_pieces({}, OWN), list(captions)
-    normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
-    words = Counter(word for caption in captions for word, _ in split(normalize(caption)))
-    counts = Counter()
+    words, counts = frequencies(captions), Counter()
     for word, count in words.items():
         counts.update(dict.fromkeys(word, count))
     letters = sorted(counts, key=lambda letter: (-counts[letter], letter))[: max(1000, size)]
     inner = {letter for word in words for letter in word[1:]}
     trainer = WordPieceTrainer(
         vocab_size=size,
-        min_frequency=min_frequency,
+        min_frequency=MIN_FREQUENCY,
         initial_alphabet=letters,
         limit_alphabet=len(letters),
         special_tokens=[
@@ -76,6 +85,20 @@ def train_vocab(captions: Iterable[str], size: int, min_frequency: int = 2) -> l
     backend.train_from_iterator(captions, trainer)
     vocab = backend.get_vocab()
     return sorted(vocab, key=vocab.__getitem__)
+
+
+def explain_size(captions: Iterable[str], size: int) -> str:
+    """Return why the vocabulary of the captions has fewer pieces than `size`.
+
+    The trainer has then merged all pairs that are frequent enough.
+    """
+    words = frequencies(captions)
+    whole = sum(count >= MIN_FREQUENCY for count in words.values())
+    return (
+        f"fewer than --size {size:,}: pieces are merged if they occur together at least"
+        f" {MIN_FREQUENCY} times, and {len(words) - whole:,} of the {len(words):,} distinct words"
+        f" occur less often; the other {whole:,} are pieces. More captions give more pieces"
+    )
 
 
 def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
@@ -96,7 +119,8 @@ def main() -> None:
     from models.tokenizer import SPECIAL
 
     make_output_dir(args.output.parent, lock=False, flag="--output")
-    pieces = train_vocab(captions_of(args.files), args.size)
+    captions = list(captions_of(args.files))
+    pieces = train_vocab(captions, args.size)
     if len(pieces) == len(SPECIAL):
         raise InputError(
             f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
@@ -109,6 +133,8 @@ def main() -> None:
         f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must"
         f" be {len(pieces)} or auto"
     )
+    if len(pieces) < args.size:
+        print(f"note: {explain_size(captions, args.size)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from dataset.base import evenly
-from dataset.images import load_image
+from dataset.images import Exif, load_image
 from engine.output_dir import writing
 from utils import atomic_write, percent
 from visualize.fonts import set_fonts
@@ -99,8 +99,8 @@ def _show_texts(axis: Axes, lines: Sequence[tuple[str, str]], **style: Any) -> N
         axis.text(y=1 - (i + 0.5) / len(lines), s=text, color=color, va="center", **style)
 
 
-def _show_image(axis: Axes, *path: str) -> None:
-    axis.imshow(load_image(os.path.join(*path)).permute(1, 2, 0).numpy())
+def _show_image(axis: Axes, *path: str, exif: Exif = "upright") -> None:
+    axis.imshow(load_image(os.path.join(*path), exif).permute(1, 2, 0).numpy())
 
 
 def draw_retrieval(
@@ -184,7 +184,7 @@ def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5)
     grid = figure.add_gridspec(len(chosen), 3, width_ratios=[1, 2, 2])
     for row, box in enumerate(chosen):
         axis = figure.add_subplot(grid[row, 0], xticks=[], yticks=[], frame_on=False)
-        _show_image(axis, result["image_root"], box["image"])
+        _show_image(axis, result["image_root"], box["image"], exif="stored")  # as its boxes
         x, y, w, h = box["box"]
         style: dict[str, Any] = {"fill": False, "edgecolor": "#ff2d9b", "linewidth": 2.5}
         axis.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, **style))

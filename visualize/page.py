@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dataset.images import FORMATS
+from dataset.images import FORMATS, turn_upright
 from engine.output_dir import write_files
 from utils import open_regular, percent, printable
 
@@ -150,7 +150,7 @@ def _thumbnail(path: str) -> str:
     try:
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             image.draft("RGB", (SIDE, SIDE))  # decodes a JPEG at a reduced size
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = turn_upright(image).convert("RGB")
         image.thumbnail((SIDE, SIDE))
     except Exception:  # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
         return "cannot be read"
