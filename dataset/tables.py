@@ -230,7 +230,7 @@ def read_table(
 
     for name, row in _rows(path, decode(path, data, encoding), is_row, notes):
         try:
-            image, texts = _pair(row, columns_of, image_root)
+            image, texts = read_pair(row, columns_of, image_root)
         except ValueError as error:
             problems.append(f"{path} {name}: {error}")
         else:
@@ -274,7 +274,7 @@ def _find(image: str, image_root: str) -> str | None:
     )
 
 
-def _pair(
+def read_pair(
     row: Any, columns_of: Callable[[dict], tuple[str, str]], image_root: str
 ) -> tuple[str, list[str]]:
     """Return the image path and captions of a row. Raises ValueError if the row is unusable."""

@@ -9,7 +9,7 @@ from configs.config import BERT_FIELDS
 from configs.config import FIELDS as KEYS
 from configs.docs import MEANINGS, PAGE, list_keys, make_page
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path
     for path in ROOT.rglob("*.py")
@@ -34,6 +34,9 @@ FOLDERS = (
     "tools",
 )
 OTHERS = {  # flags of other programs
+    "--repo-type",
+    "--include",
+    "--local-dir",
     "--nproc_per_node",
     "--nnodes",
     "--max-restarts",

@@ -28,7 +28,10 @@ parser = Parser(
     __doc__.splitlines()[0], "captions.csv --image_root photos --output data/mine --test 100"
 )
 parser.add_argument(
-    "sources", nargs="+", metavar="SOURCE", help="table, folder or official files of one kind"
+    "sources",
+    nargs="+",
+    metavar="SOURCE",
+    help="table (CSV, TSV, JSON, Parquet), folder or official files of one kind",
 )
 parser.add_argument(
     "--image_root", default="", metavar="DIR", help="folder that the image paths start from"
@@ -91,7 +94,10 @@ def read_sources(args: argparse.Namespace) -> Sources:
     Raises InputError if one cannot be read, or if they do not belong together.
     """
     from dataset.official import recognize
+    from dataset.parquet import is_parquet
 
+    if any(map(is_parquet, args.sources)):
+        return _read_parquet(args)
     contents: dict[str, bytes | None] = {}  # None for a folder
     for source in args.sources:
         try:
@@ -234,6 +240,27 @@ def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[
         parts[split] = [images[i] for i in sorted(drawn)]
         rest = [i for i in rest if i not in drawn]
     return {**lists, "train": [images[i] for i in rest], **parts}
+
+
+def _read_parquet(args: argparse.Namespace) -> Sources:
+    """Read Parquet tables, whose images become files in the folder images of --output."""
+    from dataset.official import Usage
+    from dataset.parquet import is_parquet, read_parquet
+
+    if others := [source for source in args.sources if not is_parquet(source)]:
+        raise InputError(f"{others[0]}: convert it apart from Parquet files")
+    if args.encoding:
+        raise InputError("--encoding: Parquet files have none, leave it out")
+    table = read_parquet(
+        args.sources,
+        args.image_root,
+        args.output / "images",
+        image_column=args.path,
+        text_column=args.text,
+    )
+    print(*table.summaries, sep="\n")
+    usages = {image: Usage(image, rows) for image, rows in table.rows.items()}
+    return Sources(table.lists, usages, table.problems)
 
 
 def entries_of(image: "CaptionedFile", split: str) -> list[dict[str, Any]]:

@@ -1,0 +1,238 @@
+"""Reader of captions in Parquet tables, as Hugging Face data sets publish them.
+
+A row has an image, {bytes, path}, bytes or a path, and one or several captions. The bytes of images
+are written to files.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from dataset.images import FORMATS
+from dataset.official import CaptionedFile
+from dataset.tables import find_columns, read_pair
+from utils import InputError, TrainingStopped, hash_contents, open_regular
+
+SPLITS = {
+    "train": "train",
+    "restval": "train",
+    "validation": "val",
+    "valid": "val",
+    "val": "val",
+    "dev": "val",
+    "test": "test",
+}
+SPLIT_COLUMN = "split"
+ROWS = 64  # rows in memory, with their images
+
+
+class Columns(NamedTuple):
+    """Columns of a table.
+
+    Attributes:
+        image: Column of the images.
+        text: Name of the captions.
+        texts: Columns of the captions, several if they are numbered.
+        split: Whether there is a column of splits.
+    """
+
+    image: str
+    text: str
+    texts: list[str]
+    split: bool
+
+    def names(self) -> list[str]:
+        """Return the columns to read."""
+        return [self.image, *self.texts, *[SPLIT_COLUMN] * self.split]
+
+
+class ParquetCaptions(NamedTuple):
+    """The captions of Parquet tables.
+
+    Attributes:
+        lists: Images with their captions by split: train, val or test.
+        rows: Names of the rows of each image.
+        problems: Problems of unusable rows.
+        summaries: A description of each table.
+    """
+
+    lists: dict[str, list[CaptionedFile]]
+    rows: dict[str, list[str]]
+    problems: list[str]
+    summaries: list[str]
+
+
+def is_parquet(source: str) -> bool:
+    """Return whether a source is a Parquet table by its name."""
+    return source.lower().endswith(".parquet")
+
+
+def read_parquet(
+    sources: Sequence[str],
+    image_root: str,
+    folder: Path,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+) -> ParquetCaptions:
+    """Read Parquet tables and write the images that they hold.
+
+    The split of a row is in the column `split`, else in the name of the file, as in
+    `validation-00000-of-00002.parquet` or `test/0000.parquet`, else it is train.
+
+    Args:
+        sources: Files of the tables.
+        image_root: Folder that the resulting paths and the paths in the tables start from.
+        folder: Folder of the written images, which are named by their content.
+        image_column: Column of the images, by default recognized by its type or name.
+        text_column: Column of the captions, by default recognized by its name. NAME reads
+            NAME_0, NAME_1, ... if there is no such column.
+
+    Raises:
+        InputError: A table cannot be read, or no row can be used.
+        TrainingStopped: An image cannot be written.
+    """
+    captions, rows, problems, summaries = {}, {}, [], []
+    for source in sources:
+        with _open(source) as table:
+            columns = _find_columns(source, table.schema_arrow, image_column, text_column)
+            named = _split_of_name(source)
+            summaries.append(_describe(source, columns, named))
+            for number, row in enumerate(_rows(source, table, columns.names()), 1):
+                name = f"{source} row {number}"
+                try:
+                    split = _split_of_row(row, columns, named)
+                    image, texts = _pair(row, columns, image_root, folder)
+                except ValueError as error:
+                    problems.append(f"{name}: {error}")
+                    continue
+                # each text once
+                captions.setdefault(split, {}).setdefault(image, {}).update(dict.fromkeys(texts))
+                rows.setdefault(image, []).append(name)
+    if not captions:
+        raise InputError(
+            f"{problems[0]} (none of {len(problems):,} rows can be used)"
+            if problems
+            else f"{', '.join(sources)}: no rows"
+        )
+    lists = {
+        split: [CaptionedFile(image, list(texts)) for image, texts in captions[split].items()]
+        for split in dict.fromkeys(SPLITS.values())
+        if split in captions
+    }
+    return ParquetCaptions(lists, rows, problems, summaries)
+
+
+@contextlib.contextmanager
+def _open(source: str) -> Iterator[Any]:
+    """Open a table. Raises InputError."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")  # an optional requirement
+    except ImportError:
+        raise InputError(f"{source}: Parquet files need pyarrow: pip install pyarrow") from None
+    try:
+        file = open_regular(source)
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+    with file:
+        try:
+            table = parquet.ParquetFile(file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source}: not a Parquet file ({error})") from None
+        yield table
+
+
+def _rows(source: str, table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table as {column: value}. Raises InputError."""
+    batches = table.iter_batches(ROWS, columns=names)
+    while True:
+        try:
+            rows = next(batches).to_pylist()
+        except StopIteration:
+            return
+        # a damaged page raises OSError, text that is not UTF-8 ValueError
+        except (OSError, ValueError) as error:
+            raise InputError(f"{source}: cannot be read, download it again ({error})") from None
+        yield from rows
+
+
+def _find_columns(
+    source: str, schema: Any, image_column: str | None, text_column: str | None
+) -> Columns:
+    """Return the columns of a table. Raises InputError if there are none."""
+    types = {field.name: str(field.type) for field in schema}
+    # a type such as struct<bytes: binary, path: string>, or binary
+    holding = [name for name, kind in types.items() if re.match(r"(struct<.*)?\w*binary", kind)]
+    numbered: dict[str, list[str]] = {}
+    for name in types:
+        if match := re.fullmatch(r"(.*\D)_?\d+", name):
+            numbered.setdefault(match[1].rstrip("_"), []).append(name)
+    image, text = find_columns(
+        [*types, *(name for name in numbered if name not in types)],
+        image_column or next(iter(holding), None),
+        text_column,
+        source,
+    )
+    texts = [text] if text in types else numbered[text]
+    return Columns(image, text, texts, SPLIT_COLUMN in types)
+
+
+def _split_of_name(source: str) -> str | None:
+    """Return the split that the name of a file begins with, or its folder if it is a number."""
+    path = Path(source)
+    name = path.parent.name if path.stem.isdecimal() else re.split(r"[-_.]", path.stem)[0]
+    return SPLITS.get(name.lower())
+
+
+def _describe(source: str, columns: Columns, named: str | None) -> str:
+    """Describe what is read from a table."""
+    texts = f"column{'s' * (len(columns.texts) > 1)} {', '.join(map(repr, columns.texts))}"
+    split = f", split {named} by the name of the file" if named else ""
+    split = f", splits from column {SPLIT_COLUMN!r}" if columns.split else split
+    return f"{source}: images from column {columns.image!r}, captions from {texts}{split}"
+
+
+def _split_of_row(row: dict[str, Any], columns: Columns, named: str | None) -> str:
+    """Return the split of a row. Raises ValueError if it is unknown."""
+    if not columns.split:
+        return named or "train"
+    if row[SPLIT_COLUMN] not in SPLITS:
+        raise ValueError(f"its {SPLIT_COLUMN} is {row[SPLIT_COLUMN]!r}")
+    return SPLITS[row[SPLIT_COLUMN]]
+
+
+def _pair(
+    row: dict[str, Any], columns: Columns, image_root: str, folder: Path
+) -> tuple[str, list[str]]:
+    """Return the path and captions of a row. Raises ValueError if the row is unusable."""
+    image, texts = row[columns.image], [row[name] for name in columns.texts]
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        image = os.path.relpath(_write_image(image, folder), image_root or os.curdir)
+    text = texts[0] if len(texts) == 1 else [text for text in texts if text is not None]
+    names = columns.image, columns.text
+    return read_pair(dict(zip(names, (image, text), strict=True)), lambda _: names, image_root)
+
+
+def _write_image(data: bytes, folder: Path) -> Path:
+    """Write an image and return its path. Raises ValueError if it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            suffix = str(image.format).lower().replace("jpeg", "jpg")
+    except Exception:  # on broken data Pillow raises SyntaxError, struct.error and more
+        raise ValueError(f"its image is none of {', '.join(FORMATS)}, or damaged") from None
+    path = folder / f"{hash_contents([data])}.{suffix}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise TrainingStopped(f"cannot write {path}: {error.strerror}") from None
+    return path
