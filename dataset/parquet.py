@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset.images import FORMATS
 from dataset.official import CaptionedFile
-from dataset.tables import find_columns, read_pair
+from dataset.tables import find_columns, nothing_usable, read_pair
 from utils import InputError, TrainingStopped, hash_contents, open_regular
 
 SPLITS = {
@@ -117,11 +117,7 @@ def read_parquet(
                 captions.setdefault(split, {}).setdefault(image, {}).update(dict.fromkeys(texts))
                 rows.setdefault(image, []).append(name)
     if not captions:
-        raise InputError(
-            f"{problems[0]} (none of {len(problems):,} rows can be used)"
-            if problems
-            else f"{', '.join(sources)}: no rows"
-        )
+        raise nothing_usable(problems, sources)
     lists = {
         split: [CaptionedFile(image, list(texts)) for image, texts in captions[split].items()]
         for split in dict.fromkeys(SPLITS.values())

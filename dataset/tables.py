@@ -6,7 +6,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dataset.entries import read_json_list
@@ -192,6 +192,13 @@ def find_columns(
         columns.append(found)
     image_column, caption_column = columns
     return image_column, caption_column
+
+
+def nothing_usable(problems: Sequence[str], sources: Sequence[str]) -> InputError:
+    """Return the InputError for sources without a usable row."""
+    if problems:
+        return InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
+    return InputError(f"{', '.join(sources)}: no rows")
 
 
 def read_table(

@@ -167,17 +167,7 @@ def evaluate(
     config = as_config(config)
     model.eval()
     ks = sorted(ks or [config.k_test])
-    keep = config.image_embeds == "host"
-    bar = functools.partial(progress_bar, what="re-ranking")
-    with autocast(config, device):
-        image_embeds, image_feat = encode_images(model, dataset, config, device, keep=keep)
-        text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
-        sim = feature_similarity(image_feat, text_feat)
-        pairs = top_candidates(sim, ks[-1]) | top_candidates(sim.T, ks[-1]).T
-        scores = model.itm_scores(
-            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=bar
-        )
-    logits, probs = scores.unbind(dim=2)
+    sim, logits, probs = score_pairs(model, dataset, tokenizer, config, device, k=ks[-1])
     metrics, i2t, t2i = {0: recall_of(sim, sim.T, dataset)}, logits, logits.T
     for k in ks:
         i2t = logits.masked_fill(~top_candidates(sim, k), NO_CANDIDATE)
@@ -191,6 +181,35 @@ def evaluate(
     prefixes = {k: f"k{k}_" for k in ks} | {ks[-1]: "", 0: "itc_"}
     named = {prefixes[k] + name: v for k, values in metrics.items() for name, v in values.items()}
     return {**named, "best_r_mean": max(named["r_mean"], named["itc_r_mean"])}
+
+
+def score_pairs(
+    model: ContrastiveModel,
+    dataset: Any,
+    tokenizer: Tokenizer,
+    config: Config,
+    device: torch.device,
+    *,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score all pairs by ITC, and the k best candidates of each image and each text by ITM.
+
+    Returns:
+        Similarities, ITM logits and probabilities of a match, float32 [NI, NT] each. A pair that is
+        no candidate has the logit and the probability NO_CANDIDATE.
+    """
+    keep = config.image_embeds == "host"
+    bar = functools.partial(progress_bar, what="re-ranking")
+    with autocast(config, device):
+        image_embeds, image_feat = encode_images(model, dataset, config, device, keep=keep)
+        text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
+        sim = feature_similarity(image_feat, text_feat)
+        pairs = top_candidates(sim, k) | top_candidates(sim.T, k).T
+        scores = model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=bar
+        )
+    logits, probs = scores.unbind(dim=2)
+    return sim, logits, probs
 
 
 def better_ranking(metrics: dict[str, float], config: Config) -> Ranking | None:

@@ -271,6 +271,16 @@ def model_digests(model: Inference, index: Index | None, folder: str | Path) -> 
     return digests
 
 
+def check_exif(model: Inference, index: Index | None, folder: str | Path) -> None:
+    """Raise InputError if the images of the index were turned by another value of `exif`."""
+    exif = index.config.get("exif", "stored") if index else model.config.exif
+    if exif != model.config.exif:
+        raise InputError(
+            f"{folder}: made with exif {exif}, not {model.config.exif}: add --set exif={exif}, or"
+            " make another index"
+        )
+
+
 def load_model_of(
     index: Index, folder: str | Path, device: str | None = None, checkpoint: str | None = None
 ) -> Inference:
@@ -426,12 +436,7 @@ def update_index(
     """
     model.require("embed_images")
     digests = model_digests(model, index, folder)
-    exif = index.config.get("exif", "stored") if index else model.config.exif
-    if exif != model.config.exif:
-        raise InputError(
-            f"{folder}: made with exif {exif}, not {model.config.exif}: add --set exif={exif}, or"
-            " make another index"
-        )
+    check_exif(model, index, folder)
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
     about = source, *digests, model.task, model.config.to_dict(), model.ranking
     before = dict(zip(index.paths, index.states, strict=True)) if index else {}

@@ -140,7 +140,7 @@ def _read_captions(contents: dict[str, bytes | None], args: argparse.Namespace) 
     """Read tables and folders, which may have captions of the same images."""
     from dataset.images import absolute
     from dataset.official import CaptionedFile, Usage
-    from dataset.tables import read_folder, read_table
+    from dataset.tables import nothing_usable, read_folder, read_table
 
     first, captions, usages, problems, summaries = {}, {}, {}, [], []
     for source, data in contents.items():
@@ -163,11 +163,7 @@ def _read_captions(contents: dict[str, bytes | None], args: argparse.Namespace) 
             captions.setdefault(image, {}).update(dict.fromkeys(texts))
             usages.setdefault(image, Usage(image, [])).rows.extend(table.rows[spelling])
     if not captions:
-        raise InputError(
-            f"{problems[0]} (none of {len(problems):,} can be used)"
-            if problems
-            else f"{', '.join(args.sources)}: no rows"
-        )
+        raise nothing_usable(problems, args.sources)
     print(*summaries, sep="\n")
     images = [CaptionedFile(image, list(texts)) for image, texts in captions.items()]
     return Sources({"train": images}, usages, problems)
