@@ -208,7 +208,9 @@ class Evaluator:
         """
         metrics = self.measure("val")
         plain = {name.removeprefix("val_"): value for name, value in metrics.items()}
-        self.model.ranking = better_ranking(plain, self.config)
+        self.model.ranking = ranking = better_ranking(plain, self.config)
+        if ranking:
+            log.info("validation: mean recall %.4g by ITC, %.4g by ITM", ranking.itc, ranking.itm)
         return metrics, self.score
 
     def test_checkpoint(self, checkpoint: str) -> None:

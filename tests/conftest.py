@@ -55,7 +55,7 @@ def assert_released_step(model, losses, data):
 
 INFO = re.compile(
     r"configuration: |model and tokenizer: |training set: |model: |global batch |epoch \d+: "
-    r"|resuming from |to search: |to try it in a browser: "
+    r"|resuming from |validation: |to search: |to try it in a browser: "
     r"|the run is complete|  \w+: \d+ \(|.* tensors loaded"
 )
 
