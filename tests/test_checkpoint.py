@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM
 from configs.load import load_config
 from engine.checkpointing import resume
 from models import build_model
-from models.conversions import interpolate_pos_embed
+from models.conversions import interpolate_pos_embed, task_names
 from models.tokenizer import build_tokenizer
 from models.weights import (
     checkpoint_epoch,
@@ -580,3 +580,11 @@ def test_no_script_reads_a_file_in_another_way():
         'YAML(typ="safe").load': ["configs/load.py"],
         "Unpickler)": ["dataset/refer.py"],
     }
+
+
+def test_both_text_encoders_of_retrieval_have_their_names_in_pretraining(tiny_config):
+    weights = build_model("retrieval", tiny_config).state_dict()
+    names = task_names(build_model("pretrain", tiny_config), weights)
+    for encoder in ("text_encoder", "text_encoder_m"):
+        rest = "embeddings.word_embeddings.weight"
+        assert names[f"{encoder}.bert.{rest}"] == f"{encoder}.{rest}"

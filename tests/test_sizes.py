@@ -82,6 +82,7 @@ def test_own_yaml_fits_the_encoders_that_it_names(encoders):
     config = load_config("configs/own.yaml", [f"text_encoder={encoders[0]}"])
     assert (config.bert.encoder_width, config.vision_depth) == (192, 12)
     assert notes("pretrain", config, [], False) == []
+    assert len(build_model("pretrain", config).visual_encoder.blocks) == 12
 
 
 def test_encoders_without_sizes_are_named(encoders, tmp_path):
