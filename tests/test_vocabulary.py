@@ -101,7 +101,10 @@ def test_another_vocabulary_of_the_same_size_is_refused_by_name(
     assert str(vocab) in message and str(checkpoint) in message
     config = ["--config", tmp_path / "config.yaml"]
     for main, flags in (
-        (Pretrain.main, ["--evaluate", "--checkpoint", checkpoint, *config]),
+        (
+            Pretrain.main,
+            ["--evaluate", "--checkpoint", checkpoint, "--output_dir", tmp_path / "test", *config],
+        ),
         (Pretrain.main, ["--checkpoint", checkpoint, "--output_dir", tmp_path / "new", *config]),
         (
             Pretrain.main,
