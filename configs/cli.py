@@ -163,7 +163,7 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     parser.set_defaults(evaluate=not trains, split=None, resume=False)
     start = "weights to start from" if trains else "weights to evaluate"
     texts = {
-        "--config": ("FILE", f"YAML file (default: that of the task's --checkpoint, or {config})"),
+        "--config": ("FILE", f"YAML file (default: configuration in --checkpoint, or {config})"),
         "--output_dir": (
             "DIR",
             "folder for checkpoints, log and results (default: output/ and the configuration's"

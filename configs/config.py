@@ -594,8 +594,8 @@ def complete(flat: Mapping[str, Any], where: str) -> Config:
     return config
 
 
-def with_sizes(flat: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Add the sizes of pre-trained encoders that a configuration names without their sizes.
+def with_sizes(flat: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Add the sizes of encoders that a configuration names without their sizes.
 
     Args:
         flat: Values by key.
@@ -604,28 +604,28 @@ def with_sizes(flat: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     Raises:
         InputError: An encoder that is named cannot be read.
     """
-
-    def named_by_default(key: str) -> tuple[Any, ...]:
-        return None, "random", FIELDS[key].default
-
-    vision, text, bert = (
-        flat.get(key) for key in ("vision_encoder", "text_encoder", "bert_config")
+    given = {key: value for key, value in flat.items() if value is not None}
+    # the sizes of the default encoders are the defaults of their keys
+    vision, text = (
+        None if given.get(key) in ("random", FIELDS[key].default) else given.get(key)
+        for key in ("vision_encoder", "text_encoder")
     )
-    if vision not in named_by_default("vision_encoder") and any(
-        flat.get(key) is None for key in VIT_KEYS
-    ):
+    added: dict[str, Any] = {}
+    if isinstance(vision, str) and not given.keys() >= set(VIT_KEYS):
         from models.sizes import vit_sizes  # which imports timm
 
-        given = {key: value for key, value in flat.items() if value is not None}
-        flat = {**flat, **vit_sizes(str(vision)), **given}
-    partial = isinstance(bert, Mapping) and any(bert.get(key) is None for key in BERT_REQUIRED)
-    if text not in named_by_default("text_encoder") and (bert is None or partial):
+        added = {key: size for key, size in vit_sizes(vision).items() if key not in given}
+    bert = given.get("bert_config", {})
+    if (
+        isinstance(text, str)
+        and isinstance(bert, Mapping)
+        and not bert.keys() >= set(BERT_REQUIRED)
+    ):
         from models.sizes import bert_sizes
 
-        width = flat.get("vision_width") or FIELDS["vision_width"].default
-        given = read_bert_values(bert or {}, where)
-        flat = {**flat, "bert_config": bert_sizes(str(text), width) | given}
-    return flat
+        width = {"vision_width": FIELDS["vision_width"].default, **given, **added}["vision_width"]
+        added["bert_config"] = bert_sizes(text, width) | read_bert_values(bert, where)
+    return {**flat, **added}
 
 
 def checked(flat: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 Lists = dict[str, list]  # entries by split
 _Filled = Annotated[list[T], Meta(min_length=1)]
 _FOLDER = re.compile(r"(train|val|test)\d{4}")  # folders of COCO's images
-_SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
+SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
 
 class Usage(NamedTuple):
@@ -332,12 +332,12 @@ def _convert_karpathy(
 ) -> None:
     for number, image in enumerate(content.images):
         where = f"{path} image {number} (counting from 0)"
-        if image.split not in _SPLITS:
+        if image.split not in SPLITS:
             problems.append(f"{where}: its split is {image.split!r}")
         elif usable := _usable([sentence.raw for sentence in image.sentences], where, problems):
             name = find("/".join(filter(None, (image.filepath, image.filename))), where)
             image_id = next((key for key in (image.cocoid, image.imgid) if key is not None), number)
-            lists[_SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
+            lists[SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
 
 
 def _convert_vqa(
@@ -399,14 +399,14 @@ def _convert_nlvr2(
         stem = row.identifier.rpartition("-")[0]
         images = [find(f"{folder}/{stem}-img{number}.png", where) for number in (0, 1)]
         entry = {"images": images, "sentence": row.sentence, "label": row.label}
-        lists[_SPLITS[split.rstrip("0123456789")]].append(entry)
+        lists[SPLITS[split.rstrip("0123456789")]].append(entry)
 
 
 def _convert_snli_ve(
     path: str, rows: list[tuple], find: ImageFinder, lists: Lists, problems: list[str]
 ) -> None:
     named = re.search("train|val|dev|test", os.path.basename(path))
-    split = _SPLITS[named[0]] if named else "train"
+    split = SPLITS[named[0]] if named else "train"
     for where, row in rows:
         if row.label in _LABELS:
             image = find(row.image.removesuffix(".jpg"), where, ".jpg")

@@ -16,19 +16,11 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dataset.images import FORMATS
-from dataset.official import CaptionedFile
+from dataset.official import SPLITS, CaptionedFile
 from dataset.tables import find_columns, nothing_usable, read_pair
-from utils import InputError, TrainingStopped, hash_contents, open_regular
+from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular
 
-SPLITS = {
-    "train": "train",
-    "restval": "train",
-    "validation": "val",
-    "valid": "val",
-    "val": "val",
-    "dev": "val",
-    "test": "test",
-}
+NAMES = {**SPLITS, "validation": "val", "valid": "val"}  # splits by their names in data sets
 SPLIT_COLUMN = "split"
 ROWS = 64  # rows in memory, with their images
 
@@ -120,7 +112,7 @@ def read_parquet(
         raise nothing_usable(problems, sources)
     lists = {
         split: [CaptionedFile(image, list(texts)) for image, texts in captions[split].items()]
-        for split in dict.fromkeys(SPLITS.values())
+        for split in dict.fromkeys(NAMES.values())
         if split in captions
     }
     return ParquetCaptions(lists, rows, problems, summaries)
@@ -184,11 +176,11 @@ def _split_of_name(source: str) -> str | None:
     """Return the split that the name of a file begins with, or its folder if it is a number."""
     path = Path(source)
     name = path.parent.name if path.stem.isdecimal() else re.split(r"[-_.]", path.stem)[0]
-    return SPLITS.get(name.lower())
+    return NAMES.get(name.lower())
 
 
 def _describe(source: str, columns: Columns, named: str | None) -> str:
-    """Describe what is read from a table."""
+    """Return a line with the columns and the split of a table."""
     texts = f"column{'s' * (len(columns.texts) > 1)} {', '.join(map(repr, columns.texts))}"
     split = f", split {named} by the name of the file" if named else ""
     split = f", splits from column {SPLIT_COLUMN!r}" if columns.split else split
@@ -199,9 +191,9 @@ def _split_of_row(row: dict[str, Any], columns: Columns, named: str | None) -> s
     """Return the split of a row. Raises ValueError if it is unknown."""
     if not columns.split:
         return named or "train"
-    if row[SPLIT_COLUMN] not in SPLITS:
+    if row[SPLIT_COLUMN] not in NAMES:
         raise ValueError(f"its {SPLIT_COLUMN} is {row[SPLIT_COLUMN]!r}")
-    return SPLITS[row[SPLIT_COLUMN]]
+    return NAMES[row[SPLIT_COLUMN]]
 
 
 def _pair(
@@ -228,7 +220,8 @@ def _write_image(data: bytes, folder: Path) -> Path:
     path = folder / f"{hash_contents([data])}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with atomic_write(path) as file:
+            file.write(data)
     except OSError as error:
         raise TrainingStopped(f"cannot write {path}: {error.strerror}") from None
     return path

@@ -42,19 +42,22 @@ def warn_of_texts(train_set: EntryDataset, tokenizer: Tokenizer) -> None:
 
 def text_signs(train_set: EntryDataset, tokenizer: Tokenizer) -> Iterator[str]:
     """Yield a line for each limit of the texts that costs much, judged by a sample of the lists."""
-    most = tokenizer.model_max_length
-    limits = {"max_words": sys.maxsize, "max_tokens": min(train_set.max_tokens or most, most)}
+    indices = evenly(len(train_set.indices), SAMPLE)
+    if not indices:  # all samples are in shards
+        return
+    form, most = train_set.entries.form, tokenizer.model_max_length
+    limits = {
+        "max_words": train_set.limits.words or form.max_words,
+        "max_tokens": min(train_set.max_tokens or most, most),
+    }
     texts, words, unknown, cut = 0, 0, [], dict.fromkeys(limits, 0)
-    for index in evenly(len(train_set.indices), SAMPLE):
-        form = train_set.entries.form
-        limits["max_words"] = train_set.limits.words or form.max_words
-        for text in train_set.entry(index).texts:
-            whole = without_halves(form.clean(text, sys.maxsize))
-            kept = form.clean(whole, limits["max_words"])
-            pieces, count, missing = count_words(kept, tokenizer)
-            texts, words, unknown = texts + 1, words + count, unknown + missing
-            cut["max_words"] += len(kept) < len(whole)
-            cut["max_tokens"] += pieces > limits["max_tokens"]
+    for text in (text for index in indices for text in train_set.entry(index).texts):
+        whole = without_halves(form.clean(text, sys.maxsize))
+        kept = form.clean(whole, limits["max_words"])
+        pieces, count, missing = count_words(kept, tokenizer)
+        texts, words, unknown = texts + 1, words + count, unknown + missing
+        cut["max_words"] += len(kept) < len(whole)
+        cut["max_tokens"] += pieces > limits["max_tokens"]
     if len(unknown) > NOTABLE * words:
         yield (
             f"{len(unknown) / words:.0%} of the words are unknown to the vocabulary, such as"

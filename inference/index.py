@@ -273,7 +273,7 @@ def model_digests(model: Inference, index: Index | None, folder: str | Path) -> 
 
 def check_exif(model: Inference, index: Index | None, folder: str | Path) -> None:
     """Raise InputError if the images of the index were turned by another value of `exif`."""
-    exif = index.config.get("exif", "stored") if index else model.config.exif
+    exif = index.config["exif"] if index else model.config.exif
     if exif != model.config.exif:
         raise InputError(
             f"{folder}: made with exif {exif}, not {model.config.exif}: add --set exif={exif}, or"
@@ -606,7 +606,7 @@ def near_copies(index: Index, threshold: float, device: torch.device) -> list[li
     """
     hashes = np.frombuffer(bytes.fromhex("".join(index.hashes)), np.uint8)
     bits = np.unpackbits(hashes.reshape(len(index.hashes), -1), axis=1)
-    # a sum of products of 1 and -1 is the number of equal bits without that of other bits
+    # the product of two rows of 1 and -1: number of equal bits minus number of different bits
     signs, roots, groups = as_float(bits).mul(2).sub(1).to(device), [], {}
     for start in progress_bar(range(0, len(signs), ROWS), "comparing"):
         stop = start + ROWS

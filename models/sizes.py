@@ -7,16 +7,16 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from configs.config import read_bert_values
+from configs.config import VIT_KEYS, read_bert_values
 from models.hub import find_file
 from models.weights import WEIGHT_FILES, read_weights
 from utils import InputError
 
-HEAD_WIDTH = 64  # of each attention head in timm's and DeiT's ViTs; weights do not tell it
+HEAD_WIDTH = 64  # of each attention head in timm's and DeiT's ViTs; the weights do not have it
 
 
 def vit_sizes(source: str) -> dict[str, int]:
-    """Return the keys vision_width, vision_depth, vision_heads and patch_size of a ViT.
+    """Return the keys VIT_KEYS of a ViT.
 
     Args:
         source: The key vision_encoder: a name of timm, a weight file, a folder or a hub name.
@@ -31,9 +31,9 @@ def vit_sizes(source: str) -> dict[str, int]:
             raise InputError(f"vision_encoder: {source} of timm is not a plain ViT")
         # timm types a list of modules as one module
         attention: Any = vit.blocks[0].attn
-        return _sizes(
-            vit.embed_dim, len(vit.blocks), attention.num_heads, vit.patch_embed.patch_size[0]
-        )
+        patch = vit.patch_embed.patch_size[0]
+        sizes = vit.embed_dim, len(vit.blocks), attention.num_heads, patch
+        return dict(zip(VIT_KEYS, sizes, strict=True))
     path = find_file(source, WEIGHT_FILES, "vision_encoder")
     weights = read_weights(path)
     patches = weights.get("patch_embed.proj.weight")
@@ -44,16 +44,8 @@ def vit_sizes(source: str) -> dict[str, int]:
             " (patch_embed.proj.weight, blocks.0, ...)"
         )
     width, _, patch, _ = patches.shape
-    return _sizes(width, depth, max(1, width // HEAD_WIDTH), patch)
-
-
-def _sizes(width: int, depth: int, heads: int, patch: int) -> dict[str, int]:
-    return {
-        "vision_width": width,
-        "vision_depth": depth,
-        "vision_heads": heads,
-        "patch_size": patch,
-    }
+    sizes = width, depth, max(1, width // HEAD_WIDTH), patch
+    return dict(zip(VIT_KEYS, sizes, strict=True))
 
 
 def bert_sizes(source: str, encoder_width: int) -> dict[str, Any]:

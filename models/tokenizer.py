@@ -82,7 +82,7 @@ class Tokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single="[CLS] $A", special_tokens=[("[CLS]", self.cls_token_id)]
         )
-        # a tokenizer.json may pad and cut all texts, as those of sentence-transformers do
+        # a tokenizer.json of sentence-transformers pads and cuts all texts
         backend.no_padding()
         backend.no_truncation()
         self.backend_tokenizer = backend

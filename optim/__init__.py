@@ -41,6 +41,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [
         {"params": params, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), params in groups.items()
+        if params
     ]
 
 

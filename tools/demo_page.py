@@ -318,7 +318,7 @@ def add_search(index: Index, model: Inference) -> tuple[gr.State, gr.Gallery, gr
     with gr.Tab("Search", id="Search"):
         with gr.Row():
             with gr.Column(scale=3):
-                text = gr.Textbox(label="what the images should show")
+                text = gr.Textbox(label="description of the images")
                 rerank = gr.Checkbox(
                     by_match, label="re-rank the most similar images by matching (ITM): slower"
                 )
