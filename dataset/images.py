@@ -205,6 +205,15 @@ def _orientation(source: Image.Image | bytes) -> int:
     return found if found in range(2, 9) else 1
 
 
+def has_orientation(data: bytes) -> bool:
+    """Return whether `upright` turns or mirrors an image file, which `decode_image` has decoded."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _has_metadata(data) and _orientation(data) != 1
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image.load()  # the orientation may follow the pixels
+        return _orientation(image) != 1
+
+
 def _orientation_to_apply(source: Image.Image | bytes, name: Path | str, exif: Exif) -> int:
     """Return the orientation to turn by. Raises ImageError if that is refused."""
     orientation = 1 if exif == "stored" else _orientation(source)

@@ -24,7 +24,15 @@ from dataset.cache import locate
 from dataset.caption import Pair
 from dataset.entries import Entry, digest, read_entries, where
 from dataset.grounding import Expression
-from dataset.images import Exif, ImageError, absolute, decode_image, exif_of_boxes, read_image
+from dataset.images import (
+    Exif,
+    ImageError,
+    absolute,
+    decode_image,
+    exif_of_boxes,
+    has_orientation,
+    read_image,
+)
 from dataset.loading import check_length
 from dataset.pool import begin_worker
 from dataset.shards import Shards, expand, image_and_captions, read_sample
@@ -72,6 +80,7 @@ def decode(job: tuple, exif: Exif) -> dict[str, Any]:
         else:
             data = read_image(path)
         seen["side"] = min(decode_image(data, path, exif).shape[1:])
+        seen["exif"] = has_orientation(data)
     except InputError as error:
         seen["error"] = error
     except ImageError as error:
@@ -173,7 +182,7 @@ class FileReport:
         self.counts = defaultdict(Counter)
         self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
         self.words, self.pieces = array("L"), array("L")  # of each text
-        self.all_words = self.small = 0
+        self.all_words = self.small = self.turned = 0
 
     def read(self) -> dict[str, Any]:
         """Read a list or a file of boxes, and its images."""
@@ -287,6 +296,7 @@ class FileReport:
         side = seen["side"]
         bins = (name for last, name in BINS.items() if side <= last)
         self.counts["shorter_side"][next(bins, LAST_BIN)] += 1
+        self.turned += seen["exif"]
         self.small += side < (self.check.config.image_res or 0)
 
     def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
@@ -350,6 +360,7 @@ class FileReport:
                 name: self.counts["shorter_side"][name] for name in (*BINS.values(), LAST_BIN)
             },
             "smaller_than_image_res": self.small,
+            "with_exif_orientation": self.turned,
         }
         if training:
             trained.update(images)

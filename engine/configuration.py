@@ -92,6 +92,19 @@ def choose_config(
     return override({**load_config(default).to_dict(), **model}, overrides, where), default
 
 
+def warn_of_exif(config: Config, checkpoint: str) -> None:
+    """Log a note if the images of the checkpoint's training were turned by another `exif`."""
+    exif = _saved_config(checkpoint)[1].get("exif", config.exif)
+    if exif != config.exif:
+        log.warning(
+            "exif is %s, but %s in the configuration of %s: --set exif=%s reads images as there",
+            config.exif,
+            exif,
+            checkpoint,
+            exif,
+        )
+
+
 def _saved_config(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the content of a checkpoint and its configuration, each {} if it is missing."""
     if not (checkpoint and (Path(checkpoint).exists() or is_repository(checkpoint))):

@@ -30,7 +30,12 @@ from engine.checkpointing import (
     run_files,
     saved_pretrained,
 )
-from engine.configuration import choose_config, default_output_dir, task_of_checkpoint
+from engine.configuration import (
+    choose_config,
+    default_output_dir,
+    task_of_checkpoint,
+    warn_of_exif,
+)
 from engine.distributed import check_agreement, init_process_group
 from engine.metric_logger import MetricLogger, write_log
 from engine.output_dir import make_output_dir, writing
@@ -327,6 +332,7 @@ def load_initial_weights(task: Task, args: argparse.Namespace, model: ALBEF) -> 
     if args.checkpoint == "random":
         return []
     if args.checkpoint:
+        warn_of_exif(model.config, args.checkpoint)
         options = {"allow_missing": args.allow_missing, "complete": args.evaluate}
         reports = [load_checkpoint(model, args.checkpoint, **options)]
     else:

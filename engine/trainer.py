@@ -356,7 +356,7 @@ def log_start(state: TrainState) -> None:
     config, schedule = state.config, state.schedule
     if state.epoch >= schedule.epochs:
         log.info(
-            "the run is complete, it has %d epochs and scheduler.epochs is %d; to train on, --set"
+            "the run is complete, it has %d epochs and scheduler.epochs is %d; to continue, --set"
             " scheduler.epochs=N",
             state.epoch,
             schedule.epochs,

@@ -1,4 +1,4 @@
-"""A trained model in Python: `from inference import load_model` (docs/python.md)."""
+"""A trained model in Python: `from inference import load_model` (docs/inference.md)."""
 
 from inference.model import HeatMap, Inference, load_model
 

@@ -263,10 +263,12 @@ def model_digests(model: Inference, index: Index | None, folder: str | Path) -> 
     )
     digests = weights, hash_contents([model.model.vocabulary.encode()])
     if index and digests != (index.weights, index.vocabulary):
-        part = "weights" if weights != index.weights else "vocabulary"
+        part = "vocabulary of the index differs"
+        if weights != index.weights:
+            part = "weights of the index differ"
         raise InputError(
-            f"{folder}: made with other {part} than those of {model.source}: name the checkpoint"
-            f" {index.checkpoint}, or make another index"
+            f"{folder}: the {part} from {model.source}: name the checkpoint {index.checkpoint}, or"
+            " make another index"
         )
     return digests
 
@@ -555,7 +557,7 @@ def search(
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
-            f"{hits[0].path}: gone, as are all images that fit: index the images again"
+            f"{hits[0].path}: does not exist, nor does any other hit: index the images again"
         )
     if text is not None and rerank:
         existing = _rerank(model, existing[:rerank], text) + existing[rerank:]

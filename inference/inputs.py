@@ -37,7 +37,7 @@ def check_box(box: Any) -> None:
     are_numbers = len(values) == 4 and values.dtype.kind in "iuf" and np.isfinite(values).all()
     if not (are_numbers and values[2:].min() > 0):
         raise InputError(
-            f"box {reprlib.repr(box)} is not [x, y, width, height] of a box with pixels"
+            f"box {reprlib.repr(box)} is not [x, y, width, height] with a positive width and height"
         )
 
 

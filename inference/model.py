@@ -383,7 +383,9 @@ class Inference:
             for values, (picture,), given in zip(heat.cpu(), pictures, boxes[part], strict=True):
                 size = picture.shape[1:]
                 candidates = [best_rectangle(values.numpy(), *size)] if given is None else given
-                scored = zip(candidates, box_scores(values, *size, candidates), strict=True)
+                scored = zip(
+                    candidates, map(float, box_scores(values, *size, candidates)), strict=True
+                )
                 found.append(sorted(scored, key=lambda box: -box[1]))
         return found[0] if one else found
 
@@ -604,8 +606,8 @@ class Inference:
         texts = texts * count if len(texts) == 1 else texts
         if len(items) != len(texts):
             raise InputError(
-                f"{len(items)} images and {len(texts)} texts are not pairs: give as many of each,"
-                " or one of one"
+                f"{len(items)} images and {len(texts)} texts are not pairs: give equally many,"
+                " or a single image or text"
             )
         return items, texts, one
 
@@ -699,7 +701,7 @@ def best_rectangle(heat: np.ndarray, height: int, width: int) -> list[float]:
     area = tall[:, :, None, None] * wide
     valid = (tall[:, :, None, None] > 0) & (wide > 0)
     scores = np.where(valid, sums / np.sqrt(np.where(valid, area, 1)), -np.inf)
-    top, bottom, left, right = np.unravel_index(scores.argmax(), scores.shape)
+    top, bottom, left, right = map(int, np.unravel_index(scores.argmax(), scores.shape))
     return [
         left * width / columns,
         top * height / rows,

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from conftest import tiny
 
-from dataset.shapes import write_dataset
+from dataset.shapes.files import write_dataset
 
 KINDS = ["everything", "process", "data worker", "launcher by SIGTERM"]
 # after these there is nothing left that restarts the run

@@ -148,7 +148,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A small folder of the built-in data set."""
-    from dataset.shapes import write_dataset
+    from dataset.shapes.files import write_dataset
 
     folder = tmp_path_factory.mktemp("shapes")
     write_dataset(folder, train=48, val=4, test=12, noise=0.1, seed=0, image_size=48, captions=3)

@@ -1,4 +1,4 @@
-"""What becomes of faulty data: docs/faults.md has the table of which every row is tested here or in
+"""What becomes of faulty data. tests/FAULTS.md has a table whose rows are tested here or in
 test_images.py.
 """
 
@@ -334,7 +334,7 @@ def test_duplicated_entries_are_used_as_they_are(tiny_config, folder):
 
 
 def test_every_row_of_the_table_names_a_test():
-    page = (ROOT / "docs/faults.md").read_text()
+    page = (ROOT / "tests/FAULTS.md").read_text()
     rows = [
         line
         for line in page.splitlines()

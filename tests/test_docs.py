@@ -1,5 +1,6 @@
 """Whatever the documentation names exists: files, links, flags, keys, targets of make, tests."""
 
+import ast
 import re
 
 import pytest
@@ -9,7 +10,11 @@ from configs.config import BERT_FIELDS
 from configs.config import FIELDS as KEYS
 from configs.docs import MEANINGS, PAGE, list_keys, make_page
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    path
+    for folder in (".", "docs", "tests", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.md"))
+]
 SOURCES = [
     path
     for path in ROOT.rglob("*.py")
@@ -37,6 +42,7 @@ OTHERS = {  # flags of other programs
     "--repo-type",
     "--include",
     "--local-dir",
+    "--logdir",
     "--nproc_per_node",
     "--nnodes",
     "--max-restarts",
@@ -131,6 +137,31 @@ def test_tests_exist(page):
     assert not set(re.findall(r"`(test_\w+)`", text)) - known - metrics
     for file, name in re.findall(r"tests/(test_\w+\.py)::`(test_\w+)`", text):
         assert name in tests[file]
+
+
+def test_messages_of_the_page_on_troubles_exist():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    tables = re.findall(r"^\| message or symptom \|.*\n(?:\|.*\n)+", page, re.M)
+    shown = [
+        message
+        for table in tables
+        for row in table.splitlines()[2:]
+        for message in re.findall("`([^`]+)`", row.split(" | ")[0])
+        if not message.startswith(("make ", "python ", ".venv"))
+    ]
+    texts = [text for path in SOURCES for text in literals(ast.parse(path.read_text()))]
+    pieces = [(message, piece) for message in shown for piece in message.split("...")]
+    absent = {m for m, piece in pieces if not any(piece.strip() in text for text in texts)}
+    assert len(shown) > 80 and not absent
+
+
+def literals(tree):
+    """The constant parts of the texts in a module."""
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
 
 
 def test_the_page_of_keys_is_up_to_date():

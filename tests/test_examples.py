@@ -36,7 +36,7 @@ def run(tiny_config, tmp_path, monkeypatch):
 
 
 def test_tcl_averages_the_four_contrasts(released, monkeypatch):
-    tcl = replace(TASKS["pretrain"], model="examples.tcl:TCL")
+    tcl = replace(TASKS["pretrain"], model="examples.tcl_model:TCL")
     monkeypatch.setitem(TASKS, "pretrain", tcl)
     data, model, text = released("pretrain", distill=False)
     seen, encode = [], model.encode_image

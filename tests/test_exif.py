@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import struct
 import sys
@@ -238,6 +239,24 @@ def test_check_reads_images_as_the_key_says(shapes, folders, tiny_config, monkey
         seen.clear()
 
 
+def test_check_counts_images_with_an_orientation(small, tiny_config, tmp_path):
+    from dataset.report import Check
+
+    for number, orientation in enumerate((0, 1, 6, 3)):
+        for suffix, format in (("jpg", "JPEG"), ("png", "PNG")):
+            data = encoded(small, format, exif=exif(orientation))
+            (tmp_path / f"{number}.{suffix}").write_bytes(data)
+    small.save(tmp_path / "4.jpg")
+    (tmp_path / "5.jpg").write_bytes(lying(b"no image"))
+    entries = [{"image": path.name, "caption": "red"} for path in sorted(tmp_path.iterdir())]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    keys = {"image_root": str(tmp_path), "train_file": [str(tmp_path / "list.json")]}
+    for key in ("stored", "upright"):
+        config = build_config(tiny_config, **keys, test_file=None, exif=key)
+        (report,) = Check("pretrain", config, None, map).report_files()
+        assert (report["looked_at"], report["with_exif_orientation"]) == (10, 4)
+
+
 def build_config(values, **keys):
     from configs.config import as_config
 
@@ -274,6 +293,19 @@ def test_a_run_keeps_the_key_in_its_checkpoint(pretrain, tmp_path, pair):
     flat, turned = pair
     assert model.config.exif == "upright"
     assert torch.equal(model.embed_images(flat), model.embed_images(turned))
+
+
+def test_weights_that_were_trained_with_another_value_are_noted(
+    run_script, pretrain, few_shapes, tiny_config, tmp_path
+):
+    assert pretrain("--output_dir", tmp_path / "before", exif="upright")[0] == 0
+    config = {**tiny_config, **data_of("VE", few_shapes), "scheduler": {"epochs": 1}}
+    flags = "--checkpoint", tmp_path / "before", "--output_dir"
+    for key, noted in (("stored", True), ("upright", False)):
+        status, printed = run_script("VE", *flags, tmp_path / key, **{**config, "exif": key})
+        lines = [line for line in printed.splitlines() if "exif" in line]
+        assert status == 0 and len(lines) == noted, printed
+        assert not noted or re.match("note: exif is stored, but upright in .*before", lines[0])
 
 
 def test_an_index_keeps_the_key_and_names_it(folders, files, tmp_path, monkeypatch, capsys, pair):

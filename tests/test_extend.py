@@ -1,5 +1,7 @@
-"""docs/extend.md: a row of the table, a data set, a model and an evaluation are a new task."""
+"""docs/extend.md: its new task runs, and its extension points have the signatures of the code."""
 
+import importlib
+import inspect
 import json
 import re
 import sys
@@ -17,9 +19,31 @@ from dataset.build import build_dataset
 from engine.launch import Interrupted
 from inference import load_model
 from models import build_model
+from models.pretrain import Pretrain
+from models.retrieval import Retrieval
 
-SECTION = (ROOT / "docs/extend.md").read_text().partition("## Add a task")[2]
+PAGE = (ROOT / "docs/extend.md").read_text()
+SECTION = PAGE.partition("## Add a task")[2]
 MODULES = ("dataset.rating", "models.rating", "evaluation.rating")
+
+
+def test_extension_points_have_the_signatures_of_the_code():
+    section = PAGE.partition("## Extension points")[2].partition("## Recipes")[0]
+    methods = re.findall(r"^\|[^|]*\| `Pretrain\.(\w+)\((.*?)\)`", section, re.M)
+    functions = re.findall(r"\| `(\w+)\((.*?)\)` in `(\S+)\.py`", section)
+    assert len(methods) == 13 and len(functions) == 3
+    points = [(getattr(Pretrain, name), shown) for name, shown in methods]
+    for name, shown, file in functions:
+        module = importlib.import_module(file.replace("/", ".").removesuffix(".__init__"))
+        points.append((getattr(module, name), shown))
+    for function, shown in points:
+        parameters = dict(inspect.signature(function).parameters)
+        parameters.pop("self", None)
+        assert shown.replace("*, ", "") == ", ".join(
+            "**" * (value.kind is value.VAR_KEYWORD) + name for name, value in parameters.items()
+        )
+    callers = set(re.findall(r"(Pretrain|Retrieval)\.(\w+)", section))
+    assert all(hasattr({"Pretrain": Pretrain, "Retrieval": Retrieval}[c], n) for c, n in callers)
 
 
 @pytest.fixture

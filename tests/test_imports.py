@@ -7,16 +7,16 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = sorted(
-    str(path.relative_to(ROOT))
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"))
-    if "run_script(main)" in path.read_text()
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("dataset/*/*.py"))
+    if path.parent.name not in ("benchmarks", "tests") and "run_script(main)" in path.read_text()
 )
 USED_LATER = {"transformers", "tensorboard", "matplotlib", "gradio", "sklearn", "scipy", "pandas"}
 HELP = """
 import runpy, sys
 sys.argv = [sys.argv[1], "--help"]
 try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 finally:
     print(*sys.modules)
 """

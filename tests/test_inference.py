@@ -2,6 +2,7 @@
 and order; bad input.
 """
 
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from evaluation.metrics import box_scores
 from evaluation.retrieval import encode_images, encode_texts
 from evaluation.vqa import answer_all
 from inference import Inference, load_model
+from inference.index import search
 from inference.inputs import UnknownWords
 from inference.model import BLOCK, best_rectangle, most_similar
 from models.contrastive import NO_CANDIDATE, feature_similarity
@@ -304,6 +306,7 @@ def test_ground_ranks_boxes_by_the_maps_of_the_evaluation(models, shapes, mode, 
         assert close(sorted(expected, reverse=True), [score for _, score in row])
         assert own[int(np.argmax(expected))] == row[0][0]
     ((box, score),) = model.ground(images[0], texts[0], mode=mode)
+    assert {type(value) for value in (*box, score)} == {float}  # not of numpy
     assert score >= found[0][0][1] * 0.5 and box[2] > 0 and box[3] > 0
 
 
@@ -652,11 +655,10 @@ def python(files, shapes, tmp_path, monkeypatch):
     """
 
     def run(page):
-        code = "\n".join(
-            block.split("```")[0] for block in (ROOT / page).read_text().split("```python\n")[1:]
-        )
+        text = (ROOT / page).read_text().partition("\n## Search in folders")[0]
+        code = "\n".join(block.split("```")[0] for block in text.split("```python\n")[1:])
         for name, path in NAMES.items():
-            assert page != "docs/python.md" or name in code
+            assert page != "docs/inference.md" or name in code
             code = code.replace(f'"{name}"', f'"{files.get(path) or path}"')
         monkeypatch.chdir(tmp_path)
         (tmp_path / "photos").symlink_to(shapes / "images/test")
@@ -679,13 +681,29 @@ NAMES = {
 
 
 def test_the_examples_of_the_docs_run(python, capsys, tmp_path):
-    python("docs/python.md")
+    python("docs/inference.md")
     assert len(capsys.readouterr().out.splitlines()) > 10 and (tmp_path / "heat.png").exists()
     methods = {
         name for name, value in vars(Inference).items() if callable(value) and name[0] != "_"
     }
-    page = (ROOT / "docs/python.md").read_text().partition("## Images")[2]
+    page = (ROOT / "docs/inference.md").read_text().partition("## Methods")[2]
     assert len(methods) == 15 and all(f".{name}(" in page for name in methods)
+
+
+def test_the_docs_have_the_signatures_of_the_code():
+    page = (ROOT / "docs/inference.md").read_text()
+    shown = re.findall(r"^(?:\| `|    )(\w+)(\(.*\))(?:` \||  ?->)", page, re.M)
+    assert len(shown) == 14
+    for name, arguments in shown:
+        function = {"load_model": load_model, "search": search}.get(name)
+        signature = inspect.signature(function or getattr(Inference, name))
+        parameters = [
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in signature.parameters.values()
+            if parameter.name != "self"
+        ]
+        plain = str(inspect.Signature(parameters)).replace("'", '"')
+        assert arguments == plain, name
 
 
 def test_the_example_of_the_readme_has_five_lines_and_prints_a_similarity_and_a_match(

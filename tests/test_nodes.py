@@ -1,5 +1,5 @@
 """Several nodes and Slurm, played on this machine: torchrun on each, restarts, srun, the batch
-script (docs/training.md).
+script (docs/distributed.md).
 """
 
 import os

@@ -1,5 +1,5 @@
 """What a run survives: kills, full disks, dying processes and workers, damaged files, steps that go
-wrong (docs/faults.md).
+wrong (tests/FAULTS.md).
 """
 
 import contextlib

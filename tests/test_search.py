@@ -275,7 +275,8 @@ def test_the_bits_of_a_hash_are_those_of_the_cosine_transform():
 
 def test_the_example_of_the_docs_runs(index, photos, tmp_path, capsys):
     index(photos / "0", name="photos")
-    code = (ROOT / "docs/search.md").read_text().split("```python\n")[1].split("```")[0]
+    page = (ROOT / "docs/inference.md").read_text().partition("### Search in Python")[2]
+    code = page.split("```python\n")[1].split("```")[0]
     exec(code.replace('"output/photos"', repr(str(tmp_path / "photos"))), {})
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "20 (20, 8)"
@@ -607,7 +608,7 @@ BAD = {
     ),
     "another checkpoint": (
         "index {}/photos --checkpoint {}/pretrain.pth",
-        "made with other weights than those of .*pretrain.pth: .*retrieval.pth",
+        "the weights of the index differ from .*pretrain.pth: .*retrieval.pth",
     ),
     "another folder": ("index {}/photos --output {}/photos", "photos: has files, but no index"),
     "unwritable": (
@@ -636,7 +637,7 @@ BAD = {
     ),
     "other weights": (
         "query {}/index star --checkpoint {}/pretrain.pth",
-        "made with other weights",
+        "the weights of the index differ",
     ),
     "k": ("query {}/index star -k 0", "argument -k: 0 is out of range, it must be at least 1"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
@@ -644,7 +645,7 @@ BAD = {
         "duplicates {}/index --threshold 2",
         "--threshold 2.0: must be above 0.5 and at most 1",
     ),
-    "all gone": ("query {}/gone star", "gone, as are all images"),
+    "all gone": ("query {}/gone star", "does not exist, nor does any other hit"),
     "none usable": (
         "index {}/broken --output {}/new",
         "none of 1 images can be used: .*broken/a.jpg: not an image",

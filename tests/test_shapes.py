@@ -24,13 +24,11 @@ from dataset.shapes import (
     nlvr,
     relevance,
     ve,
-    vocabulary,
     vqa,
     words,
-    write_dataset,
 )
 from dataset.shapes.__main__ import main
-from dataset.shapes.files import draw_split
+from dataset.shapes.files import draw_split, vocabulary, write_dataset
 from dataset.shapes.scenes import (
     BACKGROUNDS,
     COLORS,

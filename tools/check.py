@@ -1,8 +1,8 @@
 """Check all data that a task's configuration names, and report the problems.
 
 A run refuses the first wrong entry of a list, and replaces or refuses unusable samples
-(docs/faults.md). This command reads to the end and decodes every image once. If it finds no
-problem, it also builds the data sets, so that the task's script accepts the data.
+(docs/troubleshooting.md). This command reads to the end and decodes every image once. If it finds
+no problem, it also builds the data sets, so that the task's script accepts the data.
 """
 
 import contextlib
@@ -106,7 +106,9 @@ def print_report(report: dict[str, Any]) -> None:
         lines += ["", *(f"{key}: {shown}" for key, value in of.items() if (shown := _shown(value)))]
     problems = report["problems"]
     lines += ["", *(f"note: {note}" for note in report["notes"])]
-    lines.append(f"{len(problems)} problems (docs/faults.md)" if problems else "No problems.")
+    lines.append(
+        f"{len(problems)} problems (docs/troubleshooting.md)" if problems else "No problems."
+    )
     for of in problems[:SHOWN]:
         where = name_entry(of["file"], of["entry"])
         lines.append(f"{where}: {of['problem']}".removeprefix(": "))

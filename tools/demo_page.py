@@ -139,14 +139,14 @@ TABS = (
     Tab(
         "Match",
         "match",
-        "Do the image and the caption belong together, and what in the image says so?",
+        "Do the image and the caption belong together, and which patches decide?",
         ("image", "caption", "Match"),
         show_match,
     ),
     Tab(
         "Ask",
         "answer",
-        "What is the answer to a question about the image, and what in the image says so?",
+        "What is the answer to a question about the image, and which patches decide?",
         ("image", "question", "Ask"),
         show_answers,
     ),

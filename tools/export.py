@@ -63,7 +63,9 @@ parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
 )
 parser.add_argument(
-    "--momentum", action="store_true", help="keep the momentum model and its queues, to train on"
+    "--momentum",
+    action="store_true",
+    help="keep the momentum model and its queues, to continue training",
 )
 parser.add_argument(
     "--overwrite", action="store_true", help="replace an existing file, folder or repository"

@@ -134,7 +134,7 @@ def make_index(args: argparse.Namespace) -> None:
         ]
     )
     if others:
-        note(f"left out: files that are no images by suffix: {count_suffixes(others)}")
+        note(f"left out: files without the suffix of an image: {count_suffixes(others)}")
     for path, problem in changes.unusable[:SHOWN]:
         note(f"left out: {show(path)}: {problem}")
     if (count := len(changes.unusable)) > SHOWN:

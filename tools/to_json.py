@@ -108,8 +108,8 @@ def read_sources(args: argparse.Namespace) -> Sources:
     forms = {source: form for source, data in files.items() if (form := recognize(data))}
     if (args.path or args.text or args.encoding) and len(forms) == len(files):
         raise InputError(
-            f"--path, --text and --encoding apply to tables, and {args.sources[0]} is none: leave"
-            " them out"
+            f"--path, --text and --encoding apply to tables, and {args.sources[0]} is not a"
+            " table: leave them out"
         )
     if len(forms) == len(contents):
         return _read_official(files, forms, args.image_root)
@@ -246,7 +246,7 @@ def _read_parquet(args: argparse.Namespace) -> Sources:
     if others := [source for source in args.sources if not is_parquet(source)]:
         raise InputError(f"{others[0]}: convert it apart from Parquet files")
     if args.encoding:
-        raise InputError("--encoding: Parquet files have none, leave it out")
+        raise InputError("--encoding: Parquet files have no encoding, leave it out")
     table = read_parquet(
         args.sources,
         args.image_root,

@@ -21,7 +21,7 @@ parser.add_argument(
     "--queries",
     type=at_least(1),
     default=5,
-    help="queries of retrieval.png, boxes of attributes.png",
+    help="number of queries in retrieval.png, of boxes in attributes.png",
 )
 parser.add_argument(
     "--checkpoint",
@@ -61,8 +61,8 @@ parser.add_argument(
     "--output",
     type=Path,
     metavar="PATH",
-    help="folder of --run (default: the run), else the picture (default: heatmap.png or"
-    " pseudo_targets.png)",
+    help="picture to write (default: heatmap.png or pseudo_targets.png); with --run, the folder of"
+    " its pictures (default: the run)",
 )
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"

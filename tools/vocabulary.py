@@ -1,6 +1,6 @@
 """Train a WordPiece vocabulary on the captions of annotation files, in any language.
 
-The vocabulary keeps accents and has no upper case (NFC). Name it by the key tokenizer.
+The vocabulary is in lower case and keeps accents (NFC). The key tokenizer names it.
 """
 
 import json
@@ -21,8 +21,8 @@ parser.add_argument(
     "--output",
     required=True,
     type=Path,
-    help="file to write: vocab.txt, with one word piece a line and tokenizer_config.json beside it,"
-    " or tokenizer.json, one file for both",
+    help="file to write: vocab.txt (one word piece a line; a second file tokenizer_config.json"
+    " beside it) or tokenizer.json (one file)",
 )
 parser.add_argument("--overwrite", action="store_true", help="replace existing files")
 parser.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")

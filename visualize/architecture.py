@@ -5,20 +5,16 @@ Colors and lines are readable on light and dark pages, at a width of 800 pixels.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configs.cli import Parser
 from configs.config import Config
 from configs.load import load_config, require
-from dataset.text import SHORT_TOKENS
 from engine.launch import run_script
-from engine.output_dir import check_output, writing
 from utils import InputError, atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SIZE = 8, 5.1  # inches, which are the units of all positions
 INK, LINE = "#1b1f24", "#768390"  # on boxes, and outside of them
@@ -65,6 +61,8 @@ def distilled(config: Config) -> list[str]:
 
 def list_encoders(config: Config) -> list[Box]:
     """Return the inputs and encoders of the model."""
+    from dataset.text import SHORT_TOKENS
+
     bert, side = config.bert, config.resolution // config.patch_size
     fusion, layers = bert.fusion_layer, bert.num_hidden_layers
     size = f"width {bert.hidden_size}, {bert.num_attention_heads} heads"
@@ -108,8 +106,10 @@ def list_objectives(config: Config) -> list[Box]:
     return [*boxes, Box("momentum", (5.92, 0.95, 1.98, 1.2), copies)]
 
 
-def draw_box(axes: Axes, box: Box) -> None:
+def draw_box(axes: "Axes", box: Box) -> None:
     """Draw a box with its text, and a bar for each layer at its left."""
+    from matplotlib.patches import FancyBboxPatch, Rectangle
+
     x, y, width, height = box.place
     fill, edge = FILL[box.kind]
     style: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 1.2}
@@ -125,7 +125,7 @@ def draw_box(axes: Axes, box: Box) -> None:
         axes.text(middle, at, line, color=INK, weight=weight, ha="center", va="center", size=9)
 
 
-def draw_arrow(axes: Axes, *points: tuple[float, float], dashed: bool = False) -> None:
+def draw_arrow(axes: "Axes", *points: tuple[float, float], dashed: bool = False) -> None:
     """Draw an arrow along points."""
     x, y = zip(*points, strict=True)
     style: dict[str, Any] = {"color": LINE, "linewidth": 1.4}
@@ -136,12 +136,12 @@ def draw_arrow(axes: Axes, *points: tuple[float, float], dashed: bool = False) -
     axes.annotate("", end, start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
 
 
-def draw_label(axes: Axes, place: tuple[float, float], text: str) -> None:
+def draw_label(axes: "Axes", place: tuple[float, float], text: str) -> None:
     """Draw text outside of the boxes, centered; an arrow may pass between two lines."""
     axes.text(*place, text, color=LINE, size=9, ha="center", va="center", linespacing=1.8)
 
 
-def draw_arrows(axes: Axes, config: Config) -> None:
+def draw_arrows(axes: "Axes", config: Config) -> None:
     """Draw what each part sees."""
     soft = f"soft targets\nα {config.alpha:g}"
     draw_label(axes, (1.15, 4.93), "bars: layers, dashed: no gradient")
@@ -177,6 +177,11 @@ def draw_architecture(config: Config, path: Path) -> None:
         InputError: The configuration lacks a key.
         TrainingStopped: The file cannot be written.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    from engine.output_dir import writing
+
     require(config, "bert_config", "image_res")
     figure = Figure(figsize=SIZE)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, SIZE[0]), ylim=(0, SIZE[1]))
@@ -194,6 +199,8 @@ def draw_architecture(config: Config, path: Path) -> None:
 def main() -> None:
     """Draw the configuration of the command line."""
     args = parser.parse_args()
+    from engine.output_dir import check_output
+
     if args.output.suffix not in (".svg", ".png", ".pdf"):
         raise InputError(f"--output {args.output}: a picture ends in .svg, .png or .pdf")
     check_output(args.output)

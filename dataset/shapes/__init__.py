@@ -16,14 +16,10 @@ other files have the released annotation formats, a module each:
 - nlvr: each statement is once true and once false of two images of a split, so that the text alone
   says nothing
 - grounding in the form of RefCOCO+: expressions that fit one object of at least two and name no
-place; testA refers to circles, hearts and moons, testB to the other shapes, both in the test
-images; refs(unc).p is REFER's file, dets.json has detected boxes - attributes in the form of OVAD:
-sheets of four pictures of one object each, a box around each picture; color, background, size,
-pattern, position - relevance: queries and ads of a picture and a title. Half of the relevant ads
-show the object of the query, the others name it. Pictures alone, or titles alone, give a ROC AUC of
-75%
+  place. testA refers to circles, hearts and moons, testB to the other shapes, both in the test
+  images. refs(unc).p is REFER's file, dets.json has detected boxes
+- attributes in the form of OVAD: sheets of four pictures of one object each, a box around each
+  picture; color, background, size, pattern, position
+- relevance: queries and ads of a picture and a title. Half of the relevant ads show the object of
+  the query, the others name it. Pictures alone, or titles alone, give a ROC AUC of 75%
 """
-
-from .files import vocabulary, write_dataset
-
-__all__ = ["vocabulary", "write_dataset"]

@@ -3,8 +3,6 @@
 from configs.cli import Parser, at_least
 from engine.launch import run_script
 
-from .files import TASKS, vocabulary, write_dataset
-
 
 def main() -> None:
     """Make the data set from the command line."""
@@ -32,6 +30,8 @@ def main() -> None:
         help="replace a data set that was made with other arguments",
     )
     args = flags.parse_args()
+    from .files import TASKS, vocabulary, write_dataset
+
     made = write_dataset(**vars(args))
     print(
         f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes,"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pretrain_step
 import torch
 
-from dataset.shapes import write_dataset
+from dataset.shapes.files import write_dataset
 from engine.precision import compile_layers
 from engine.trainer import create_train_state, train_step
 from models import build_model
