@@ -771,14 +771,14 @@ def test_other_objects_are_not_taken_for_official_files():
         assert recognize(data) is None
 
 
-def test_the_lines_of_the_readme_lead_from_photos_to_pictures(shapes, tmp_path, monkeypatch):
+def test_the_lines_of_the_page_lead_from_photos_to_pictures(shapes, tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "photos").symlink_to(shapes)
     entries = json.loads((shapes / "pretrain.json").read_text())
     rows = [f'{entry["image"]},"{text}"\n' for entry in entries for text in entry["caption"]]
     (tmp_path / "captions.csv").write_text("".join(["path,text\n", *rows]))
     monkeypatch.chdir(tmp_path)
-    section = re.search("## Train on my data.*?\n## ", (ROOT / "README.md").read_text(), re.S)[0]
+    section = re.search("## Your own data.*?\n## ", (ROOT / "docs/data.md").read_text(), re.S)[0]
     # the other ways need weights of the hub
     first, from_scratch = section.split("**A released")[0], section.split("**From scratch**")[1]
     for line in re.findall("^    python (.*)", first + from_scratch, re.M):

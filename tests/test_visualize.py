@@ -513,6 +513,32 @@ def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, caps
     )
 
 
+@pytest.mark.parametrize("by", ["itc", "itm"])
+def test_a_caption_is_drawn_alone_with_its_best_images(pictures, tmp_path, monkeypatch, capsys, by):
+    figures, save = [], draw._save
+    monkeypatch.setattr(draw, "_save", lambda *args: (figures.append(args[0]), save(*args)))
+    result = {"probability": 0.5, "hit": True, "image": pictures[0]}
+    other = {"probability": 0.25, "hit": False, "image": pictures[1]}
+    query = {"caption": "a dog", "results": [result, other], "itc_results": [other] * 9}
+    rankings = {"image_root": "", "text_to_image": [query], "image_to_text": [{}] * 1500, "k": 4}
+    rankings["ranking"] = {"by": by, "k": 4, "itc": 30.0, "itm": 20.0}
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
+    run = ["visualize", "--run", str(tmp_path), "--caption"]
+    monkeypatch.setattr(sys, "argv", [*run, "a dog"])
+    tool.main()
+    assert {path.name for path in tmp_path.glob("*.png")} == {"query.png"}
+    titles = [axis.get_title() for axis in figures[0].axes]
+    wrong = [f"{place}: 25.0%" for place in range(1, 6)]
+    assert titles == (wrong if by == "itc" else ["1: 50.0%", "2: 25.0%"])
+    assert figures[0].get_suptitle() == "“a dog”"
+    assert f"1,500 images by {by.upper()}" in figures[0].get_supxlabel()
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [*run, "a cat"])
+    assert exit_status(tool.main) == 2
+    assert "no such caption" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("by", ["itc", "itm", None])
 def test_both_rankings_are_drawn_and_the_measured_one_comes_first(pictures, monkeypatch, by):
     figures = []

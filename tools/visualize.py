@@ -1,6 +1,7 @@
 """Draw the curves and results of a run, or explain a model's decision on an image.
 
 --run draws curves.png of the TensorBoard files, retrieval.png and attributes.png of the results.
+--run with --caption draws query.png, a caption of the test set with its five best images.
 --checkpoint draws heat maps of the model's decision on an image and a text (Figures 4 to 6 of the
 paper). --pseudo_targets draws the words and texts that the momentum model proposes (Figure 2).
 """
@@ -22,6 +23,9 @@ parser.add_argument(
     type=at_least(1),
     default=5,
     help="number of queries in retrieval.png, of boxes in attributes.png",
+)
+parser.add_argument(
+    "--caption", metavar="TEXT", help="caption of the test set of --run, drawn alone in query.png"
 )
 parser.add_argument(
     "--checkpoint",
@@ -93,6 +97,22 @@ def draw_run(folder: Path, output: Path, queries: int) -> None:
         print(f"wrote {output / 'curves.png'}")
     for path, draw in results.items():
         draw_result(path, output / f"{path.stem}.png", draw, queries)
+
+
+def draw_caption(folder: Path, output: Path, caption: str) -> None:
+    """Draw query.png of a run: a caption of its test set with the best images."""
+    from visualize.draw import draw_query
+
+    def draw(rankings: Any, picture: Path, _: int) -> None:
+        queries = {query["caption"]: query for query in rankings["text_to_image"]}
+        if caption not in queries:
+            raise InputError(
+                f"--caption: the test set of {folder} has no such caption, name one such as"
+                f' "{next(iter(queries))}"'
+            )
+        draw_query(rankings, queries[caption], picture)
+
+    draw_result(folder / "result/retrieval.json", output / "query.png", draw, 1)
 
 
 def draw_result(result: Path, picture: Path, draw: Any, queries: int) -> None:
@@ -214,8 +234,11 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.run) == bool(args.checkpoint):
         raise InputError("name either --run, a run to draw, or --checkpoint, a model to explain")
-    if args.run:
-        draw_run(Path(args.run), args.output or Path(args.run), args.queries)
+    folder = Path(args.run) if args.run else None
+    if folder and args.caption is not None:
+        draw_caption(folder, args.output or folder, args.caption)
+    elif folder:
+        draw_run(folder, args.output or folder, args.queries)
     else:
         draw_model(args)
 

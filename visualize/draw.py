@@ -115,14 +115,11 @@ def draw_retrieval(
         queries: Number of queries of each direction, spread over all of them.
         top: Number of results of each query.
     """
-    root, measured = rankings["image_root"], rankings["ranking"]
+    root, shown = rankings["image_root"], _better_first(rankings)
     texts, images = (
         [rankings[kind][i] for i in evenly(len(rankings[kind]), queries)]
         for kind in ("text_to_image", "image_to_text")
     )
-    shown = [("ITM", "results"), ("ITC", "itc_results")]
-    if measured and measured["by"] == "itc":
-        shown.reverse()
     rows = 2 * len(texts) + len(images)
     figure = Figure(figsize=(13, 2.05 * rows + 1), layout="constrained")
     grid = figure.add_gridspec(rows, top + 1, width_ratios=[1.6] + [1] * top)
@@ -149,11 +146,41 @@ def draw_retrieval(
     _save(figure, path)
 
 
-def _show_result(axis: Axes, root: str, result: Mapping[str, Any], place: str) -> None:
+def draw_query(
+    rankings: Mapping[str, Any], query: Mapping[str, Any], path: str | Path, top: int = 5
+) -> None:
+    """Draw a caption with its best images in one row, readable at a width of 800 pixels.
+
+    Args:
+        rankings: Content of result/retrieval.json.
+        query: The entry of the caption in its `text_to_image`.
+        path: File to write.
+        top: Number of images.
+    """
+    name, key = _better_first(rankings)[0]
+    figure = Figure(figsize=(8, 2.35), layout="constrained")
+    for place, result in enumerate(query[key][:top], 1):
+        axis = figure.add_subplot(1, top, place, xticks=[], yticks=[])
+        _show_result(axis, rankings["image_root"], result, str(place), fontsize=12)
+    figure.suptitle("\n".join(textwrap.wrap(f"“{query['caption']}”", 70)), fontsize=14)
+    best = f"the best of {len(rankings['image_to_text']):,} images by {name} with probabilities"
+    figure.supxlabel(f"{best}: green is right, red is wrong", fontsize=11)
+    _save(figure, path)
+
+
+def _better_first(rankings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the names of both rankings and their keys, the measured better one first."""
+    names, measured = [("ITM", "results"), ("ITC", "itc_results")], rankings["ranking"]
+    return names[::-1] if measured and measured["by"] == "itc" else names
+
+
+def _show_result(
+    axis: Axes, root: str, result: Mapping[str, Any], place: str, fontsize: float = 9
+) -> None:
     """Show a found image in a frame whose color tells whether it is a hit."""
     _show_image(axis, root, result["image"])
     color = HIT if result["hit"] else MISS
-    axis.set_title(f"{place}: {percent(result['probability'])}", fontsize=9, color=color)
+    axis.set_title(f"{place}: {percent(result['probability'])}", fontsize=fontsize, color=color)
     axis.spines[:].set(color=color, linewidth=3.5)
 
 
