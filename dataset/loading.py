@@ -303,6 +303,9 @@ class Loader(DataLoader):
                 " lower num_workers or the batch size; if shared memory did (/dev/shm), start the"
                 " container with a larger --shm-size"
             ) from None
+        # The workers end now. If the error's traceback kept the iterator, garbage collection would
+        # wait 10 seconds for each worker (torch 2.x).
+        del batches
         if isinstance(batch.error, ExceptionWrapper):
             batch.error.reraise()
         raise batch.error

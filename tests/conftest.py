@@ -262,6 +262,17 @@ def call(monkeypatch):
 
 
 @pytest.fixture
+def run_main(call, capsys):
+    """Runs the main function of a module; returns (exit status, stdout, stderr)."""
+
+    def run(module, *arguments):
+        status = exit_status(lambda: call(module, *arguments))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def run_script(call, tiny_config, tmp_path, capsys, caplog):
     """Runs a script with changed keys of the tiny configuration; returns (exit status, errors and
     notes on stderr).

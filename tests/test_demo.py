@@ -3,6 +3,7 @@ nothing leaves the machine.
 """
 
 import argparse
+import functools
 import http.client
 import json
 import os
@@ -19,7 +20,8 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, contents, exit_status
+from conftest import ROOT, contents
+from helpers.launch import free_port
 from PIL import Image
 
 from dataset.build import build_dataset
@@ -49,21 +51,15 @@ def index(models, photos, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """Runs the tool; returns (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["demo", "--device", "cpu", *map(str, arguments)])
-        return exit_status(demo.main), *capsys.readouterr()
-
-    return call
+    return functools.partial(run_main, "tools.demo", "--device", "cpu")
 
 
 @pytest.fixture
 def port():
     """A free port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    return free_port()
 
 
 @pytest.mark.parametrize("task", ["pretrain", "vqa", "ve", "nlvr"])
@@ -261,8 +257,8 @@ def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(
 class Client:
     """HTTP client of a page that serves one model, like a program or a script of another site."""
 
-    def __init__(self, port, name):
-        self.port, self.name = port, name
+    def __init__(self, port, name, uploads):
+        self.port, self.name, self.uploads = port, name, uploads
 
     def request(self, method, path, body=None, **headers):
         """Return (status, headers, body); keyword arguments replace headers."""
@@ -311,15 +307,17 @@ class Client:
         return status, answer
 
 
-@pytest.fixture
-def client(page, models, port, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def client(page, models, tmp_path_factory):
     """A client of a page with the tab Entailment."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
-    monkeypatch.setattr(page, "UPLOAD", 2**21)
-    blocks = page.build_page({"ve": models["ve"]}, {}, None)
-    page.launch(blocks, "127.0.0.1", port)
-    yield Client(port, "ve")
-    blocks.close(verbose=False)
+    uploads = tmp_path_factory.mktemp("uploads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(uploads))
+        patch.setattr(page, "UPLOAD", 2**21)
+        blocks = page.build_page({"ve": models["ve"]}, {}, None)
+        page.launch(blocks, "127.0.0.1", port := free_port())
+        yield Client(port, "ve", uploads)
+        blocks.close(verbose=False)
 
 
 META = {"_type": "gradio.FileData"}
@@ -364,7 +362,7 @@ def test_a_found_image_of_any_folder_opens_in_match(
     blocks = page.build_page({"r": models["retrieval"]}, {}, read_index(index), "r")
     page.launch(blocks, "127.0.0.1", port)
     try:
-        client = Client(port, "r")
+        client = Client(port, "r", tmp_path)
         functions = json.loads(client.request("GET", "/config")[2])["dependencies"]
         searching, choosing = (
             next(i for i, function in enumerate(functions) if function["targets"][0][1] == event)
@@ -419,17 +417,17 @@ def test_other_hosts_and_origins_are_refused(client):
 def test_too_large_an_upload_is_refused_and_not_kept(client, page, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert client.upload(b"x" * 2**20)[0] == 200
-    before = contents(tmp_path)
+    before = contents(client.uploads)
     assert client.upload(b"x" * (page.UPLOAD + 1))[0] == 413
-    assert contents(tmp_path) == before
+    assert contents(client.uploads) == before and not contents(tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
 # in a browser
 
 
-@pytest.fixture
-def address(page, models, index, shapes, port):
+@pytest.fixture(scope="module")
+def address(page, models, index, shapes):
     """The address of a page with every tab, and examples in each."""
     chosen = {task: models[task] for task in ("pretrain", "retrieval", "vqa", "ve", "nlvr")}
     data = {}
@@ -438,13 +436,13 @@ def address(page, models, index, shapes, port):
         paths = {"test_file": [str(shapes / f"{name}.json")], "vqa_root": str(shapes)}
         data[task] = build_dataset(task, "test", {**model.config.to_dict(), **paths})
     blocks = page.build_page(chosen, data, read_index(index), "retrieval")
-    page.launch(blocks, "127.0.0.1", port)
+    page.launch(blocks, "127.0.0.1", port := free_port())
     yield f"http://127.0.0.1:{port}/"
     blocks.close(verbose=False)
 
 
-@pytest.fixture
-def browser(tmp_path):
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
     """A headless Chromium."""
     webdriver = pytest.importorskip(
         "selenium.webdriver", reason="needs Selenium: pip install -r requirements-dev.txt"
@@ -463,7 +461,7 @@ def browser(tmp_path):
         "disable-background-networking",
         "disable-component-update",
         "disable-sync",
-        f"user-data-dir={tmp_path / 'chromium'}",
+        f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
         "window-size=1300,1100",
     ):
         options.add_argument(f"--{flag}")
@@ -578,6 +576,7 @@ def test_the_page_is_no_wider_than_a_telephone(address, browser):
     for picture in see(browser, ".thumbnail-item", 4):
         assert 100 < picture.size["width"] and picture.rect["x"] + picture.size["width"] <= 420
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def first_share(browser, label):

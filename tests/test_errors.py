@@ -271,41 +271,6 @@ def test_files_of_the_repository_are_found_from_any_folder(pretrain, tmp_path, m
         assert status == 2 and "absent.txt" in message
 
 
-SCRIPTS = (
-    "Pretrain",
-    "Pretrain_nlvr",
-    "Retrieval",
-    "VQA",
-    "VE",
-    "NLVR",
-    "Grounding",
-    "Attributes",
-    "Relevance",
-)
-
-
-TOOLS = ("tools.download", "tools.export", "tools.search", "tools.visualize", "tools.demo")
-
-
-@pytest.mark.parametrize(
-    "script",
-    [*SCRIPTS, *TOOLS, "tools.check", "tools.to_json", "tools.to_shards", "tools.vocabulary"],
-)
-def test_help_does_not_wait_for_torch(script):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        *(["-m", script] if "." in script else [f"{script}.py"]),
-        "--help",
-    ]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0 and "argparse" in told.stderr and "torch" not in told.stderr
-    assert "example:" in told.stdout
-    assert "world_size" not in told.stdout and "text_decoder" not in told.stdout
-    assert "ruamel" not in told.stderr and "msgspec" not in told.stderr or "." in script
-
-
 @pytest.mark.parametrize("flag", ["--help_keys", "--help-keys"])
 def test_all_keys_are_listed(flag):
     command = [sys.executable, "-X", "importtime", "VE.py", flag]

@@ -2,14 +2,14 @@
 what it says.
 """
 
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from chaos import assert_same_run
-from conftest import ROOT, assert_close, log
+from conftest import assert_close, log
+from helpers.launch import start_alone
 from helpers.training import command_line, signal_at
 from ruamel.yaml import YAML
 
@@ -76,20 +76,12 @@ def test_tcl_averages_the_four_contrasts(released, monkeypatch):
 
 
 def test_tcl_runs_as_a_program(tiny_config, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "examples.tcl",
-        *command_line(tiny_config, tmp_path / "out", tmp_path),
-    ]
-    done = subprocess.run(
-        list(map(str, [*command, "--set", "scheduler.epochs=1"])),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "last epoch: epoch 0, " in done.stdout
+    arguments = command_line(tiny_config, tmp_path / "out", tmp_path)
+    command = ["-m", "examples.tcl", *arguments, "--set", "scheduler.epochs=1"]
+    program, output, errors = start_alone(tmp_path / "said", *command)
+    program.join(120)
+    assert program.exitcode == 0, errors.read_text()
+    assert "last epoch: epoch 0, " in output.read_text()
 
 
 def test_tcl_trains_resumes_exactly_and_leaves_a_model_that_every_task_loads(

@@ -81,7 +81,11 @@ def test_a_step_waits_for_nothing_and_copies_its_batch_alone(
     tiny_config, shapes, monkeypatch, script, precision
 ):
     name, file = TASKS[script]
+    # a layer of each kind
+    bert = {**tiny_config["bert_config"], "num_hidden_layers": 2, "fusion_layer": 1}
     keys = {
+        "bert_config": bert,
+        "vision_depth": 1,
         "train_file": [str(shapes / file)],
         "vqa_root": str(shapes),
         "precision": precision,

@@ -20,7 +20,6 @@ from models import build_model
 from models.hub import fetch
 from models.tokenizer import build_tokenizer, load_tokenizer
 from models.weights import find_checkpoint, read_checkpoint, write_weights
-from tools import export as tool
 from utils import seed_everything
 
 IMAGE, CAPTION = "images/test/000000.jpg", "a red circle"
@@ -54,12 +53,11 @@ def run_folder(shapes, tmp_path_factory):
 
 
 @pytest.fixture
-def export(monkeypatch, capsys):
+def export(run_main):
     """Runs the tool; returns (exit status, stdout, the last line of stderr)."""
 
     def call(source, *flags):
-        monkeypatch.setattr(sys, "argv", list(map(str, ["export", "--checkpoint", source, *flags])))
-        status, (out, err) = exit_status(tool.main), capsys.readouterr()
+        status, out, err = run_main("tools.export", "--checkpoint", source, *flags)
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         assert len(errors) == (status != 0), err
         return status, out, "".join(errors)

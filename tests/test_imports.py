@@ -23,20 +23,25 @@ finally:
 
 
 def imported(program, *arguments):
-    """The names of the modules that a program has imported at its end."""
+    """What a program prints, and the names of the modules that it has imported at its end."""
     command = [sys.executable, "-c", program, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
+    *printed, modules = done.stdout.splitlines()
+    return "\n".join(printed), set(modules.split())
 
 
 def test_a_model_is_loaded_without_libraries_of_training_and_drawing():
-    modules = imported("import sys; from inference import load_model; print(*sys.modules)")
+    _, modules = imported("import sys; from inference import load_model; print(*sys.modules)")
     assert "torch" in modules
     assert not modules & USED_LATER
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_printed_before_slow_libraries_are_imported(command):
-    modules = imported(HELP, command)
+    printed, modules = imported(HELP, command)
     assert "configs.cli" in modules
     assert not modules & {*USED_LATER, "torch", "timm", "numpy", "PIL", "huggingface_hub"}
+    assert "example:" in printed
+    assert "world_size" not in printed and "text_decoder" not in printed
+    if not command.startswith("tools"):
+        assert not modules & {"ruamel", "ruamel.yaml", "msgspec"}

@@ -455,12 +455,6 @@ def test_importing_and_using_a_model_changes_nothing_in_the_process(files, photo
     assert not done.stderr
 
 
-def test_the_import_takes_no_library_of_drawing_or_training():
-    code = "import sys, inference; print(sorted({'matplotlib', 'tensorboard'} & {*sys.modules}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
-
-
 def test_sources_and_precision(files, models, photos, tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -13,6 +13,7 @@ import chaos
 import pytest
 from chaos import assert_same_run
 from conftest import log
+from helpers.launch import as_srun, free_port, launch, start_alone
 
 from engine.rendezvous import slurm_to_environment
 
@@ -47,12 +48,6 @@ def slurm(tmp_path_factory):
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "1",
     }
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 def free_job_id():
@@ -96,18 +91,14 @@ def calls(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(config, slurm, tmp_path_factory):
-    """The folder of a run that nothing happened to, started by srun without torchrun."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    environment = in_job(slurm, folder, MASTER_PORT=str(free_port()))
-    arguments = ["--config", config, "--output_dir", folder / "run", "--device", "cpu"]
-    command = ["srun", "--ntasks=2", sys.executable, "Pretrain.py", *arguments]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
+def undisturbed(config, tmp_path_factory):
+    """The folder of a run that nothing happened to, started as by srun without torchrun."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    arguments = ["--config", config, "--output_dir", folder, "--device", "cpu"]
+    result = launch("Pretrain.py", *arguments, launcher=as_srun)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("global batch 8: 2 processes x batch_size 4") == 1, result.stderr
-    return folder / "run"
+    return folder
 
 
 def test_srun_without_torchrun(undisturbed):
@@ -156,42 +147,21 @@ def test_on_two_nodes_a_killed_process_is_restarted_and_resumes_without_being_to
 ):
     # the launcher of the other process does not count a restart: to it a node has gone and come
     # back
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nnodes=2",
-        "--nproc_per_node=1",
-        "--max-restarts=1",
-        "--rdzv_backend=c10d",
-        "--rdzv_id=run",
-        f"--rdzv_endpoint=localhost:{free_port()}",
-        "tests/helpers/troubled.py",
-        "--config",
-        config,
-        "--output_dir",
-        tmp_path / "run",
-        "--device",
-        "cpu",
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "TRACE": str(tmp_path / "trace"),
-        "MISHAP": "1",
-    }
-    nodes, outputs = [], [tmp_path / f"node{number}.out" for number in range(2)]
+    torchrun = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts=1".split()
+    torchrun += "--rdzv_backend=c10d --rdzv_id=run".split()
+    torchrun += [f"--rdzv_endpoint=localhost:{free_port()}", ROOT / "tests/helpers/troubled.py"]
+    arguments = ["--config", config, "--output_dir", tmp_path / "run", "--device", "cpu"]
+    environment = {"TRACE": tmp_path / "trace", "MISHAP": "14"}
+    nodes = [start_alone(tmp_path / "said", *torchrun, *arguments, **environment) for _ in range(2)]
     try:
-        for output in outputs:
-            with open(output, "w") as file:
-                nodes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-                )
-        statuses = [node.wait(240) for node in nodes]
+        for node, *_ in nodes:
+            node.join(240)
     finally:
-        for node in nodes:
+        for node, *_ in nodes:
             node.terminate()
-    assert statuses == [0, 0], "\n".join(output.read_text() for output in outputs)
+    assert [node.exitcode for node, *_ in nodes] == [0, 0], "\n".join(
+        errors.read_text() for _, _, errors in nodes
+    )
     # the last save was at the end of epoch 0
     assert chaos.lives(tmp_path / "trace") == [list(range(15)), list(range(12, ITERATIONS))]
     assert_same_run(undisturbed, tmp_path / "run")
@@ -203,7 +173,7 @@ def test_at_sigterm_the_batch_script_saves_and_requeues_and_the_next_start_goes_
     (tmp_path / "a copy").mkdir()
     (tmp_path / "a copy/scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "a copy/Pretrain.py").symlink_to(ROOT / "tests/helpers/troubled.py")
-    environment = in_job(slurm, tmp_path, TRACE=str(tmp_path / "trace"), MISHAP="1")
+    environment = in_job(slurm, tmp_path, TRACE=str(tmp_path / "trace"), MISHAP="14")
     job = environment["SLURM_JOB_ID"]
     arguments = ["--config", config, "--output_dir", "the run", "--device", "cpu"]
     first = submit(tmp_path, environment, *arguments)
@@ -309,15 +279,7 @@ def test_a_node_ends_with_the_status_of_an_input_error(tmp_path):
         "if os.environ['RANK'] == '1':\n    said.touch()\n    sys.exit(2)\n"
         "while not said.exists():\n    time.sleep(0.01)\nsys.exit(1)"
     )
-    command = [
-        sys.executable,
-        "scripts/node.py",
-        "--standalone",
-        "--nproc_per_node=2",
-        tmp_path / "run.py",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SLURMD_NODENAME": "localhost"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    command = [ROOT / "scripts/node.py", "--standalone", "--nproc_per_node=2", tmp_path / "run.py"]
+    node, _, errors = start_alone(tmp_path / "node", *command, SLURMD_NODENAME="localhost")
+    node.join(120)
+    assert node.exitcode == 2 and "Traceback" not in errors.read_text(), errors.read_text()

@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import exit_status
 from PIL import Image
 
 from dataset.build import build_dataset
-from tools import to_json
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -35,7 +33,7 @@ def embedded(*numbers):
 
 
 @pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
+def convert(tmp_path, monkeypatch, run_main):
     """Convert tables {file name: {column: values}} into the folder out.
 
     Returns (exit status, printed text, the lists by split, lines of skipped.txt).
@@ -46,13 +44,11 @@ def convert(tmp_path, monkeypatch, capsys):
         for name, columns in tables.items():
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             parquet.write_table(pyarrow.table(columns), name, row_group_size=2)
-        argv = ["to_json", *tables, "--output", "out", "--overwrite", *flags]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        status = exit_status(to_json.main)
+        status, *said = run_main("tools.to_json", *tables, "--output", "out", "--overwrite", *flags)
         lists = {path.stem: json.loads(path.read_text()) for path in Path("out").glob("*.json")}
         skipped = Path("out/skipped.txt")
         lines = skipped.read_text().splitlines() if skipped.exists() else []
-        return status, "".join(capsys.readouterr()), lists, lines
+        return status, "".join(said), lists, lines
 
     return call
 

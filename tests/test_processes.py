@@ -3,9 +3,9 @@ a process of its own.
 """
 
 import json
+import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,8 +15,8 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, problems
-from helpers.launch import start_alone
-from helpers.training import broken_copy, command_line, torchrun
+from helpers.launch import as_torchrun, free_port, start_alone
+from helpers.training import broken_copy, command_line
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -58,8 +58,8 @@ def start(tmp_path_factory):
 class Script:
     """A started script."""
 
-    def __init__(self, process, errors):
-        self.process, self.pid, self.errors = process, process.pid, errors
+    def __init__(self, process, output, errors):
+        self.process, self.pid, self.output, self.errors = process, process.pid, output, errors
 
     def stderr(self):
         return self.errors.read_text()
@@ -198,15 +198,9 @@ def test_a_process_that_waits_for_the_others_says_so_and_obeys_signals(
     tiny_config, start, tmp_path, signum, rank
 ):
     arguments = command_line(tiny_config, tmp_path / "run", tmp_path)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    environment = {
-        "WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    run = start("Pretrain.py", *arguments, **environment)
+    port = free_port()
+    environment = {**as_torchrun(rank, 2), "MASTER_PORT": port, "NOTICE": 0.5}
+    run = start("tests/helpers/troubled.py", *arguments, **environment)
     until(lambda: run.stderr().endswith("\n"))
     said = run.stderr()
     assert f"rank {1 - rank} of 2" in said and f"127.0.0.1:{port}" in said and "WORLD_SIZE" in said
@@ -238,8 +232,9 @@ def test_the_processes_of_a_check_end_with_it(tiny_config, start, tmp_path):
     assert status == 128 + signal.SIGTERM and len(said.splitlines()) == 1, said
 
 
-def test_all_processes_of_torchrun_say_the_same_once():
-    said = torchrun("VE.py", "--outptu_dir", "x").stderr
+def test_all_processes_of_torchrun_say_the_same_once(start):
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    _, said = ending(start(*torchrun, "VE.py", "--outptu_dir", "x"))
     assert said.count("did you mean --output_dir?") == 1, said
 
 
@@ -300,6 +295,7 @@ class Bug(Dataset):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("error", [ValueError, EOFError, ConnectionResetError, RuntimeError])
 def test_a_bug_in_a_data_set_keeps_its_traceback_in_a_data_worker(error, workers):
+    before = multiprocessing.active_children()
     with pytest.raises(error) as caught:
         list(
             Loader(
@@ -310,9 +306,12 @@ def test_a_bug_in_a_data_set_keeps_its_traceback_in_a_data_worker(error, workers
             )
         )
     assert type(caught.value) is error and (not workers or "in __getitem__" in str(caught.value))
+    assert multiprocessing.active_children() == before
 
 
-def test_a_data_worker_that_dies_while_the_others_start_is_noticed_at_the_next_batch():
+def test_a_data_worker_that_dies_while_the_others_start_is_noticed_at_the_next_batch(
+    start, tmp_path
+):
     program = """
 import os, signal, time, torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Iterator
@@ -326,12 +325,12 @@ def kill_one(self, *arguments, **options):
     return start(self, *arguments, **options)
 
 Iterator._reset = kill_one
+Iterator._try_get_data.__defaults__ = (0.2,)  # how often it looks for dead workers
 try:
     list(Loader(range(9), None, workers=2, device=torch.device("cpu")))
 except WorkerDied:
     print("died")
 """
-    told = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert (told.stdout, told.stderr) == ("died\n", "")
+    (tmp_path / "program.py").write_text(program)
+    script = start(tmp_path / "program.py")
+    assert ending(script) == (0, "") and script.output.read_text() == "died\n"

@@ -25,9 +25,10 @@ import numpy as np
 import pytest
 import torch
 from chaos import assert_same_run
-from conftest import ROOT, limit, log, refusal
+from conftest import ROOT, limit, log, refusal, tiny
 from helpers.launch import launch, start
 from helpers.training import CPU, at, command_line, run, signal_at, stop_at
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import engine.trainer
 from configs.config import as_config
@@ -212,26 +213,43 @@ DAMAGES = {
 }
 
 
+@pytest.fixture
+def begun(begun_once, tmp_path):
+    """A copy of the folder of a run that was stopped in its third iteration."""
+    return shutil.copytree(begun_once, tmp_path / "begun")
+
+
+@pytest.fixture(scope="module")
+def begun_once(shapes, tmp_path_factory):
+    stop_at(3, tiny(shapes), folder := tmp_path_factory.mktemp("begun"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(shapes, tmp_path_factory):
+    """The folder of a run that was stopped in its last iteration, the twelfth."""
+    stop_at(12, {**tiny(shapes), "save_every": 4}, folder := tmp_path_factory.mktemp("ended"))
+    (folder / "checkpoint_01.pth").unlink()  # the same state as the last one
+    return folder
+
+
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(tiny_config, tmp_path, capsys, whole, damage):
-    stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
-    last = tmp_path / LAST
+def test_a_damaged_checkpoint_is_passed_over(tiny_config, ended, tmp_path, capsys, whole, damage):
+    folder = shutil.copytree(ended, tmp_path / "run")
+    last = folder / LAST
     last.write_bytes(damage(last.read_bytes()))
-    (tmp_path / "checkpoint_01.pth").unlink()  # the same state
-    run({**tiny_config, "save_every": 4}, tmp_path, resume=True)
+    run({**tiny_config, "save_every": 4}, folder, resume=True)
     assert f"note: checkpoint {last}" in capsys.readouterr().err
-    assert_same_run(whole, tmp_path)
+    assert_same_run(whole, folder)
 
 
-def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys):
-    stop_at(12, {**tiny_config, "save_every": 4}, tmp_path)
+def test_no_flipped_bit_is_used_or_blocks_recovery(tmp_path, capsys):
+    before = [tmp_path / PREVIOUS, tmp_path / "checkpoint_00.pth"]
+    for epoch, path in enumerate([before[1], tmp_path / LAST, tmp_path / LAST]):
+        save(path, epoch=epoch, iteration=5)
     last, random = tmp_path / LAST, np.random.default_rng(0)
-    (tmp_path / "checkpoint_01.pth").unlink()  # the same state
-    data, before = (
-        last.read_bytes(),
-        [tmp_path / "checkpoint_previous.pth", tmp_path / "checkpoint_00.pth"],
-    )
-    for position in random.integers(len(data), size=30).tolist() + list(
+    data = last.read_bytes()
+    for position in random.integers(len(data), size=100).tolist() + list(
         range(len(data) - 90, len(data), 4)
     ):
         last.write_bytes(flip(data, position, 1 << random.integers(8)))
@@ -250,12 +268,11 @@ def test_no_flipped_bit_is_used_or_blocks_recovery(tiny_config, tmp_path, capsys
     capsys.readouterr()
 
 
-def test_a_run_of_another_seed_is_not_continued(tiny_config, tmp_path):
-    stop_at(3, tiny_config, tmp_path)
-    state = torch.load(tmp_path / LAST, weights_only=True)
+def test_a_run_of_another_seed_is_not_continued(tiny_config, begun):
+    state = torch.load(begun / LAST, weights_only=True)
     state["resume"]["seed"] += 1
-    torch.save(state, tmp_path / LAST)
-    assert "--seed" in refusal(run, tiny_config, tmp_path, True)
+    torch.save(state, begun / LAST)
+    assert "--seed" in refusal(run, tiny_config, begun, True)
 
 
 def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
@@ -423,20 +440,18 @@ def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
     )
 
 
-def test_resuming_with_another_optimizer_is_refused(tiny_config, tmp_path):
-    stop_at(3, tiny_config, tmp_path)
+def test_resuming_with_another_optimizer_is_refused(tiny_config, begun):
     for change in ({"opt": "sgd"}, {"temp_lr_scale": 0.1}):
         config = {**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}
-        assert "holds the state of another optimizer" in refusal(run, config, tmp_path, True)
+        assert "holds the state of another optimizer" in refusal(run, config, begun, True)
 
 
-def test_within_an_epoch_the_data_must_stay(tiny_config, sharded, tmp_path):
-    stop_at(3, tiny_config, tmp_path / "run")
+def test_within_an_epoch_the_data_must_stay(tiny_config, begun, sharded, tmp_path):
     (entries,) = (json.loads(Path(file).read_text()) for file in tiny_config["train_file"])
     (tmp_path / "fewer.json").write_text(json.dumps(entries[:40]))
     config = {**tiny_config, "train_file": [str(tmp_path / "fewer.json")]}
     assert "number of entries of train_file changed from 48 to 40" in refusal(
-        run, config, tmp_path / "run", True
+        run, config, begun, True
     )
     config = {**tiny_config, "train_file": [sharded]}
     stop_at(3, config, tmp_path / "shards")
@@ -445,14 +460,10 @@ def test_within_an_epoch_the_data_must_stay(tiny_config, sharded, tmp_path):
     )
 
 
-def test_resuming_takes_the_new_weight_decay(tiny_config, tmp_path):
-    stop_at(3, tiny_config, tmp_path)
-    run(
-        {**tiny_config, "optimizer": {**tiny_config["optimizer"], "weight_decay": 0.5}},
-        tmp_path,
-        resume=True,
-    )
-    groups = torch.load(tmp_path / LAST, weights_only=True)["optimizer"]["param_groups"]
+def test_resuming_takes_the_new_weight_decay(tiny_config, begun):
+    optimizer = {**tiny_config["optimizer"], "weight_decay": 0.5}
+    run({**tiny_config, "optimizer": optimizer}, begun, resume=True)
+    groups = torch.load(begun / LAST, weights_only=True)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.0, 0.5]
 
 
@@ -490,9 +501,10 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, monkeypatch):
 
 def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
     config = chaos.write_run(tmp_path, epochs=6)
-    assert chaos.start(config, tmp_path / "whole", tmp_path / "whole.trace").wait() == 0, (
-        tmp_path / "whole.out"
-    ).read_text()
+    arguments = ["--config", config, "--output_dir", tmp_path / "whole", "--device", "cpu"]
+    trace = str(tmp_path / "whole.trace")
+    whole = launch("tests/helpers/troubled.py", *arguments, TRACE=trace)
+    assert whole.returncode == 0, whole.stderr
     (iterations,) = map(len, chaos.lives(tmp_path / "whole.trace"))
     kinds = ["process", "data worker", "everything"]
     chaos.disturb(
@@ -602,7 +614,7 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(
     }
     trace = tmp_path / "trace"
     first, second = pair(
-        command_line(config, tmp_path / "run", tmp_path), timeout=15, TRACE=str(trace)
+        command_line(config, tmp_path / "run", tmp_path), timeout=8, TRACE=str(trace)
     )
     deadline = time.monotonic() + 120
     while not (trace.exists() and len(trace.read_text().splitlines()) > 14):
@@ -678,7 +690,15 @@ def batches_of(config, dataset):
     return batches
 
 
-def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_path, capsys):
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let torch (2.x) look for dead data workers every 0.2 seconds instead of 5."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))
+
+
+def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(
+    tiny_config, tmp_path, capsys, impatient
+):
     config = {**tiny_config, "num_workers": 2}
     whole = [
         batch.files
@@ -691,7 +711,7 @@ def test_a_dead_data_worker_is_replaced_and_nothing_is_lost(tiny_config, tmp_pat
     assert capsys.readouterr().err.count("a data worker died") == 2
 
 
-def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path):
+def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path, impatient):
     config = {**tiny_config, "num_workers": 1}
     dataset = dying_worker(
         build_dataset("pretrain", "train", config, seed=1), 7, times=1000, notes=tmp_path
@@ -710,21 +730,26 @@ def test_three_processes_resume_exactly(tiny_config, tmp_path):
         "num_workers": 1,
         "test_file": None,
         "save_every": "3 iterations",
+        "scheduler": {**tiny_config["scheduler"], "epochs": 3},
     }
     whole = launch("Pretrain.py", *command_line(config, tmp_path / "whole", tmp_path), processes=3)
     assert whole.returncode == 0, whole.stderr
+    arguments = command_line(config, tmp_path / "parts", tmp_path)
     # an epoch has 8 iterations. INTERRUPT: a signal to one process near the end of the first epoch,
-    # after which all processes stop at the same iteration; SIGNAL: a signal at its end; MISHAP: a
-    # kill in the middle of the second epoch
-    for trouble in ("INTERRUPT", "SIGNAL", "MISHAP"):
-        arguments = command_line(config, tmp_path / trouble, tmp_path)
-        stopped = launch("tests/helpers/troubled.py", *arguments, processes=3, **{trouble: "1"})
+    # after which all processes stop at the same iteration; SIGNAL: a signal at the end of the
+    # second; MISHAP: a kill in the middle of the third
+    epochs = []
+    for trouble in ({"INTERRUPT": "1"}, {"SIGNAL": "1"}, {"MISHAP": "22"}):
+        stopped = launch(
+            "tests/helpers/troubled.py", *arguments, "--resume", processes=3, **trouble
+        )
         assert stopped.returncode and (
-            trouble == "MISHAP" or "continue with --resume" in stopped.stderr
+            "MISHAP" in trouble or "continue with --resume" in stopped.stderr
         ), stopped.stderr
-        rest = launch("Pretrain.py", *arguments, "--resume", processes=3)
-        assert rest.returncode == 0, rest.stderr
-        assert_same_run(tmp_path / "whole", tmp_path / trouble)
+        epochs.append(read_checkpoint(newest_checkpoint(tmp_path / "parts"))["resume"]["epoch"])
+    rest = launch("Pretrain.py", *arguments, "--resume", processes=3)
+    assert rest.returncode == 0 and epochs == [1, 2, 2], rest.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_another_number_of_processes_goes_on_with_the_samples_not_yet_seen(

@@ -10,12 +10,11 @@ import json
 import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT, refusal
+from helpers.launch import start_alone
 
 from models import build_model
 from models.weights import load_checkpoint
@@ -189,7 +188,7 @@ def test_order_is_free_and_damage_is_refused_by_name(name, tmp_path):
 # configuration argv[1]. Prints for each the names left at ones, the bytes of the model and of the
 # file, and by how many bytes the memory that is not pages of a file has grown at most.
 LOAD = """
-import json, os, sys, threading, time
+import ctypes, json, os, sys, threading, time
 import torch
 from models import build_model
 from models.weights import load_checkpoint, write_weights
@@ -207,6 +206,9 @@ def sample():
         samples.append(memory())
         time.sleep(0.001)
 
+# glibc keeps freed blocks below a moving threshold for reuse, which would hide what loading takes
+M_MMAP_THRESHOLD = -3
+ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)
 samples = []
 threading.Thread(target=sample, daemon=True).start()
 state = {name: value.zero_() for name, value in build("pretrain").state_dict().items()}
@@ -240,12 +242,11 @@ def test_loading_takes_the_memory_of_the_model_alone(tmp_path):
     bert |= {"num_hidden_layers": 2, "fusion_layer": 1, "vocab_size": 1000}
     config = {"image_res": 64, "bert_config": bert, "vision_depth": 3, "queue_size": 64}
     paths = [str(tmp_path / f"file{suffix}") for suffix in (".pth", ".safetensors")]
-    # glibc keeps freed blocks below a moving threshold for reuse, which would hide what loading
-    # takes
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", LOAD, json.dumps(config), *paths]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for ones, model, file, grown in map(json.loads, done.stdout.splitlines()):
+    (tmp_path / "load.py").write_text(LOAD)
+    command = [tmp_path / "load.py", json.dumps(config), *paths]
+    load, output, errors = start_alone(tmp_path / "said", *command)
+    load.join(120)
+    assert load.exitcode == 0, errors.read_text()
+    for ones, model, file, grown in map(json.loads, output.read_text().splitlines()):
         assert file > 250e6 and first_parts(ones) == HEAD
         assert 0.9 * model < grown < model + 0.1 * file

@@ -56,14 +56,9 @@ def checkpoints(files):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(run_main):
     """Runs the tool; returns (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["search", *map(str, arguments)])
-        return exit_status(tool.main), *capsys.readouterr()
-
-    return call
+    return functools.partial(run_main, "tools.search")
 
 
 @pytest.fixture
@@ -781,7 +776,10 @@ def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints,
     assert "60 images, 20 as before" in index(photos)
 
 
-def test_of_two_indexings_at_once_the_second_is_refused(run, photos, checkpoints, tmp_path):
+def test_of_two_indexings_at_once_the_second_is_refused(
+    run, photos, checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("engine.output_dir.LOCK_TIMEOUT", 0.3)
     (tmp_path / "index").mkdir()
     flags = ["--checkpoint", checkpoints / "retrieval.pth", "--output", tmp_path / "index"]
     with FileLock(tmp_path / "index/.lock"):

@@ -21,7 +21,7 @@ IMAGES = ("a.jpg", "b.jpg", "c.jpg", "sub/d.jpg")
 
 
 @pytest.fixture
-def convert(tmp_path, monkeypatch, capsys):
+def convert(tmp_path, run_main):
     """Convert a table, given as bytes or text, into a new folder.
 
     Returns (exit status, printed text, train.json, test.json, skipped.txt).
@@ -34,14 +34,13 @@ def convert(tmp_path, monkeypatch, capsys):
         path, out = tmp_path / name, tmp_path / "out"
         path.write_bytes(table if isinstance(table, bytes) else table.encode())
         shutil.rmtree(out, ignore_errors=True)
-        argv = ["to_json", path, "--image_root", tmp_path / "photos", "--output", out, *flags]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
-        status = exit_status(to_json.main)
+        arguments = [path, "--image_root", tmp_path / "photos", "--output", out, *flags]
+        status, *said = run_main("tools.to_json", *arguments)
         files = [
             (out / file).read_text(encoding="utf-8") if (out / file).exists() else None
             for file in ("train.json", "test.json", "skipped.txt")
         ]
-        printed = "".join(capsys.readouterr()).replace(f"{tmp_path}/", "")
+        printed = "".join(said).replace(f"{tmp_path}/", "")
         train, test = (file and json.loads(file) for file in files[:2])
         return status, printed, train, test, files[2] and files[2].replace(f"{tmp_path}/", "")
 
@@ -162,11 +161,11 @@ def test_check_leaves_rows_of_broken_images_out(convert, broken, workers):
     assert status == 2 and files == [None, None, None] and "captions.csv line 2: " in printed
 
 
-def test_check_of_a_folder_names_its_images(broken, tmp_path, monkeypatch):
+def test_check_of_a_folder_names_its_images(broken, tmp_path, monkeypatch, run):
     for name in ("a", "b", "c", "sub/d"):
         (tmp_path / f"photos/{name}.txt").write_text("a caption")
     monkeypatch.chdir(tmp_path)
-    assert run(monkeypatch, "photos", "--image_root", "photos", "--output", "out", "--check") == 0
+    assert run("photos", "--image_root", "photos", "--output", "out", "--check") == 0
     assert [e["image"] for e in json.loads(Path("out/train.json").read_text())] == ["a.jpg"]
     found = Path("out/skipped.txt").read_text().splitlines()
     assert [line.partition(": ")[0] for line in found] == [f"photos/{name}" for name in broken]
@@ -299,12 +298,13 @@ def test_a_stray_quote_costs_no_other_row(convert, name):
     assert ("letters" in printed) == (name not in ("delimiters", "several lines"))
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["to_json", *map(str, argv)])
-    return exit_status(to_json.main)
+@pytest.fixture
+def run(call):
+    """Runs the tool; returns its exit status."""
+    return lambda *arguments: exit_status(lambda: call("tools.to_json", *arguments))
 
 
-def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, monkeypatch, capsys):
+def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, run, capsys):
     convert("path,text\na.jpg,a\nb.jpg,b\nx.jpg,x\n", "--test", 1)
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert {path.name for path in before} == {"train.json", "test.json", "skipped.txt"}
@@ -316,12 +316,9 @@ def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, mo
         "--output",
         tmp_path / "out",
     ]
-    assert (
-        run(monkeypatch, *command) == 2
-        and str(tmp_path / "out/train.json") in capsys.readouterr().err
-    )
+    assert run(*command) == 2 and str(tmp_path / "out/train.json") in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    assert run(monkeypatch, *command, "--overwrite") == 0
+    assert run(*command, "--overwrite") == 0
     printed = capsys.readouterr().out
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert json.loads(after.pop("train.json")) == [{"image": "a.jpg", "caption": ["new"]}]
@@ -332,7 +329,7 @@ def test_an_earlier_conversion_stays_unless_told_otherwise(convert, tmp_path, mo
     )
 
 
-def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
+def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch, run):
     files = {
         "a.txt": "a dog\n",
         "b.json": '{"caption": ["b", "c"], "url": "x"}',
@@ -355,7 +352,7 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
     (tmp_path / "photos" / "sub/e.jpg").touch()
     monkeypatch.chdir(tmp_path)
     for root, prefix in ("photos", ""), ("", "photos/"):
-        assert run(monkeypatch, "photos", "--image_root", root, "--output", f"out{root}") == 0
+        assert run("photos", "--image_root", root, "--output", f"out{root}") == 0
         entries = {
             entry["image"]: entry["caption"]
             for entry in json.loads(Path(f"out{root}/train.json").read_text())
@@ -374,17 +371,16 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch):
             "photos/sub/e.jpg",
         ]
     for source in "configs", "photos/sub/e.txt", "/dev/zero":
-        assert run(monkeypatch, source, "--output", "none") == 2
+        assert run(source, "--output", "none") == 2
 
 
-def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_path, monkeypatch):
+def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_path, run):
     images = sorted(path.name for path in (shapes / "images/train").iterdir())[:8]
     rows = [f"{name},{text} circle\n" for name in images for text in ("a red", "the blue")]
     (tmp_path / "my.csv").write_text("".join(["path,text\n", *rows]))
     root = str(shapes / "images/train")
     assert (
         run(
-            monkeypatch,
             tmp_path / "my.csv",
             "--image_root",
             root,
@@ -596,7 +592,7 @@ OFFICIAL = {
 
 
 @pytest.fixture
-def official(tmp_path, monkeypatch):
+def official(tmp_path, monkeypatch, run):
     """Write official files and convert them. Return (exit status, the lists by split)."""
     monkeypatch.chdir(tmp_path)
 
@@ -604,7 +600,7 @@ def official(tmp_path, monkeypatch):
         for name, content in files.items():
             Path(name).write_text(content if isinstance(content, str) else json.dumps(content))
         shutil.rmtree("out", ignore_errors=True)
-        status = run(monkeypatch, *files, "--image_root", "photos", "--output", "out", *flags)
+        status = run(*files, "--image_root", "photos", "--output", "out", *flags)
         return status, {
             path.stem: json.loads(path.read_text()) for path in Path("out").glob("*.json")
         }

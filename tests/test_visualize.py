@@ -1,12 +1,11 @@
 """tools.visualize: a picture for every task, words, candidates of the momentum model, bad input."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, exit_status
+from conftest import ROOT
 from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
@@ -72,7 +71,7 @@ def pictures(tmp_path):
 
 
 @pytest.fixture
-def visualize(make, pictures, tmp_path, monkeypatch, capsys):
+def visualize(make, pictures, tmp_path, monkeypatch, run_main):
     """Runs the tool on a task's checkpoint and fitting images.
 
     Returns (exit status, stdout, stderr).
@@ -84,11 +83,9 @@ def visualize(make, pictures, tmp_path, monkeypatch, capsys):
             checkpoint = {"model": model.state_dict(), "config": model.config.to_dict()}
         torch.save(checkpoint, tmp_path / f"{task}.pth")
         images = pictures[: 2 if "nlvr" in task else 1] if images is None else images
-        argv = ["visualize", "--checkpoint", tmp_path / f"{task}.pth", "--image", *images]
-        argv += ["--device", "cpu", *flags]
-        monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])
         monkeypatch.chdir(tmp_path)
-        return exit_status(tool.main), *capsys.readouterr()
+        arguments = ["--checkpoint", tmp_path / f"{task}.pth", "--image", *images]
+        return run_main("tools.visualize", *arguments, "--device", "cpu", *flags)
 
     return call
 
@@ -471,18 +468,13 @@ def test_a_run_or_a_checkpoint_must_be_named(visualize):
 @pytest.mark.parametrize(
     "content", ["", "[1, ", "[]", '{"image_to_text": []}', '{"text_to_image": 3, "image_root": ""}']
 )
-def test_results_that_no_evaluation_has_written_are_one_line(
-    tmp_path, monkeypatch, capsys, content
-):
+def test_results_that_no_evaluation_has_written_are_one_line(tmp_path, run_main, content):
     (tmp_path / "result").mkdir()
     for name in ("retrieval", "attributes"):
         (tmp_path / f"result/{name}.json").write_text(content)
-        monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path)])
-        assert exit_status(tool.main) == 2
-        said = capsys.readouterr().err
-        assert (
-            said.count("\n") == 1 and f"result/{name}.json: not the result of an evaluation" in said
-        )
+        status, _, said = run_main("tools.visualize", "--run", tmp_path)
+        assert status == 2 and said.count("\n") == 1
+        assert f"result/{name}.json: not the result of an evaluation" in said
         (tmp_path / f"result/{name}.json").unlink()
 
 
@@ -498,19 +490,16 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(tmp_path, monkey
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.png", "before")]
 
 
-def test_rankings_whose_images_are_gone_are_one_line(tmp_path, monkeypatch, capsys):
+def test_rankings_whose_images_are_gone_are_one_line(tmp_path, run_main):
     result = {"probability": 0.5, "hit": True, "image": "a.jpg", "caption": "dog"}
     query = {"image": "a.jpg", "caption": "dog", "results": [result], "itc_results": [result]}
     (tmp_path / "result").mkdir()
     rankings = {"image_root": "gone", "text_to_image": [query], "image_to_text": [query]}
     rankings |= {"k": 4, "ranking": None}
     (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
-    monkeypatch.setattr(sys, "argv", ["visualize", "--run", str(tmp_path)])
-    assert exit_status(tool.main) == 2
-    assert (
-        "result/retrieval.json: image gone/a.jpg: does not exist: check its path"
-        in capsys.readouterr().err
-    )
+    status, _, said = run_main("tools.visualize", "--run", tmp_path)
+    assert status == 2
+    assert "result/retrieval.json: image gone/a.jpg: does not exist: check its path" in said
 
 
 @pytest.mark.parametrize("by", ["itc", "itm"])

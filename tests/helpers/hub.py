@@ -15,6 +15,7 @@ import huggingface_hub
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # the client would wait 40 ms for each body
 
     def answer(self, status=200, content=b"", **headers):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -24,7 +24,8 @@ MODULES = [
     for path in (task.model, task.train_data, task.test_data, task.evaluate)
     if path
 ]
-SERVER.set_forkserver_preload(["engine.run", *MODULES])
+LATER = ["torch.distributed.run", "torch.utils.tensorboard"]  # what runs import later
+SERVER.set_forkserver_preload(["engine.run", *LATER, *MODULES])
 TIMEOUT = 300  # seconds without an end of any process
 
 
@@ -62,10 +63,11 @@ def begin(argv, environment, said, alone=False):
 
 
 def start_alone(folder, *arguments, **environment):
-    """Start a script in a session of its own. Return (process, file of its stderr).
+    """Start a script in a session of its own. Return (process, files of its stdout and stderr).
 
     What it prints goes to NUMBER.out and NUMBER.err in the folder.
     """
+    folder.mkdir(exist_ok=True)
     number = len(list(folder.iterdir()))
     said = [folder / f"{number}.{kind}" for kind in ("out", "err")]
     for path in said:
@@ -76,24 +78,43 @@ def start_alone(folder, *arguments, **environment):
         target=begin, args=(list(map(str, arguments)), environment, said, True)
     )
     process.start()
-    return process, said[1]
+    return process, *said
 
 
-def start(folder, script, *arguments, processes=2, **environment):
-    """Start a script of the repository in several processes.
+def free_port():
+    """Return a free port of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def as_torchrun(rank, processes):
+    """Return the variables that torchrun gives to a process."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+    }
+
+
+def as_srun(rank, processes):
+    """Return the variables that srun gives to a task, one a node."""
+    return {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NUM_TASKS": str(processes),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+    }
+
+
+def start(folder, script, *arguments, processes=2, launcher=as_torchrun, **environment):
+    """Start a script of the repository in several processes, with the variables of a launcher.
 
     What they print goes to RANK.out and RANK.err in the folder.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        **environment,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-    }
+    common = {**os.environ, **environment, "MASTER_PORT": str(free_port())}
     argv, started = [str(ROOT / script), *map(str, arguments)], []
     for rank in range(processes):
         said = [Path(folder, f"{rank}.{kind}") for kind in ("out", "err")]
@@ -102,20 +123,20 @@ def start(folder, script, *arguments, processes=2, **environment):
         started.append(
             SERVER.Process(
                 target=begin,
-                args=(argv, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, said),
+                args=(argv, {**common, **launcher(rank, processes)}, said),
             )
         )
         started[-1].start()
     return started
 
 
-def launch(script, *arguments, processes=2, **environment):
-    """Run a script of the repository in several processes.
+def launch(script, *arguments, processes=2, **options):
+    """Run a script of the repository in several processes, with the options of `start`.
 
     Return a subprocess.CompletedProcess of them all.
     """
     with tempfile.TemporaryDirectory() as folder:
-        started = start(folder, script, *arguments, processes=processes, **environment)
+        started = start(folder, script, *arguments, processes=processes, **options)
         left = {process.sentinel: process for process in started}
         while left:
             ended = wait(left, TIMEOUT)

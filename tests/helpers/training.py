@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -80,13 +78,6 @@ def stop_at(number, config, folder):
     """Runs until a signal in the number-th step."""
     with pytest.raises(Interrupted):
         run(config, folder, forward=signal_at(number))
-
-
-def torchrun(script, *arguments, processes=2, **environment):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", script, *map(str, arguments)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def command_line(config, output_dir, tmp_path):

@@ -6,14 +6,16 @@ FILES=PREFIX   each process appends the files of its batches to PREFIX and its r
 INTERRUPT      process 1 gets SIGTERM in its 8th iteration, and the main process gets no CPU when it
                leaves
 ERROR=WORDS    process 1 raises ValueError(ERROR) in it
-MISHAP         in iteration 14 of the first start, process 1 sends SIGTERM to the process BATCH, or
-               without that is killed; the run goes on when SIGTERM has come to all of its processes
+MISHAP=NUMBER  in this iteration of the first start, process 1 sends SIGTERM to the process BATCH,
+               or without that is killed; the run goes on when SIGTERM has come to all of its
+               processes
 OTHER=FILE     rank 1 has this configuration
 HOLD           the main process writes "heard" to TRACE at a signal in its first iteration, which
                does not end
 SLOW=SECONDS   a checkpoint takes so long to be written, in the middle
 FULL           the disk is full whenever an epoch ends, and the clock of process 1 stands still
-SIGNAL         process 1 gets SIGTERM when the first epoch ends
+SIGNAL         process 1 gets SIGTERM when an epoch ends
+NOTICE=SECONDS the main process says so soon that it waits for others
 """
 
 import errno
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from engine import checkpointing, trainer
+from engine import checkpointing, rendezvous, trainer
 from engine.launch import SIGNALS, run_script
 from utils import is_main, rank
 
@@ -78,7 +80,7 @@ def troubled_step(state, batches, alpha):
             raise ValueError(trouble["ERROR"])
         if "INTERRUPT" in trouble:
             os.kill(os.getpid(), signal.SIGTERM)
-    if "MISHAP" in trouble and number == 14 and first_start:
+    if number == int(trouble.get("MISHAP", -1)) and first_start:
         meet_mishap()
     output = train_step(state, batches, alpha)
     if "FILES" in trouble:
@@ -119,6 +121,8 @@ if "FULL" in trouble:
     torch.save = save_to_full_disk
     if trouble["RANK"] == "1":
         checkpointing.time = SimpleNamespace(monotonic=lambda: 0.0)
+if "NOTICE" in trouble:
+    rendezvous.NOTICE = float(trouble["NOTICE"])
 if "SIGNAL" in trouble:
     trainer.end_epoch = interrupted_end_epoch
 run_script(script.main)
