@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -18,7 +18,6 @@ LAST_CHECKPOINT = "checkpoint_last.pth"
 RECORD = "experiment.json"  # in the folder of a run
 
 AtLeastOne = msgspec.Meta(min_length=1)
-Table = dict[str, Any]  # a table of the report, see experiments/report.py
 
 
 class RowKeys(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -50,6 +49,31 @@ class RowKeys(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
         return self.source not in ("", "random")
 
 
+class Claim(msgspec.Struct, forbid_unknown_fields=True):
+    """A claim of the paper as a test on numbers of rows, written down before the runs.
+
+    The effect of a seed is `times` the difference of two means, of the numbers in `plus` and in
+    `minus`. A number is "ROW METRIC": a metric in log.txt of the row's run with this seed.
+
+    Attributes:
+        source: Section, table or figure of the paper.
+        text: The claim in a sentence.
+        plus: Numbers that the claim expects to be higher, or equal within `margin`.
+        minus: Numbers that the claim expects to be lower, or equal within `margin`.
+        times: Factor of the difference. An interaction of two settings has 2.
+        margin: Largest effect in points that counts as none, for a claim of equality.
+        paper: The paper's numbers for `plus` and `minus`.
+    """
+
+    source: str
+    text: str
+    plus: Annotated[list[str], AtLeastOne]
+    minus: Annotated[list[str], AtLeastOne]
+    times: float = 1
+    margin: float | None = None
+    paper: dict[Literal["plus", "minus"], list[float]] = {}
+
+
 class Experiments(msgspec.Struct):
     """The content of an experiment file.
 
@@ -57,17 +81,15 @@ class Experiments(msgspec.Struct):
         output: Folder of the results.
         rows: The rows by name, with `each` filled in.
         page: File of the report, "" for a table of tasks on stdout.
-        title: Title of the page.
-        about: First paragraph of the page.
-        tables: The tables of the page by name.
+        claims: The claims that the page tests, by title.
+        left_out: Claims that no row tests, with the reason, by title.
     """
 
     output: str
     rows: Annotated[dict[str, Any], AtLeastOne]
     page: str = ""
-    title: str = ""
-    about: str = ""
-    tables: dict[str, Table] = {}
+    claims: dict[str, Claim] = {}
+    left_out: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -240,7 +262,7 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
     if not module and "{folder}" not in keys.flags:
         command += ["--output_dir", str(folder)]
     command += ["--checkpoint", source] * bool(source)
-    command += ["--seed", str(seed)] * (seed is not None)
+    command += ["--seed", str(seed)] * (seed is not None and not module)
     command += [*flags, *["--set"] * bool(keys.set), *keys.overrides]
     return Row(run, keys, seed, folder, needs, command)
 
@@ -264,18 +286,13 @@ def with_needs(rows: Rows, names: Iterable[str]) -> Rows:
     return {name: row for name, row in rows.items() if name in wanted}
 
 
-def rows_of_table(experiments: Experiments, name: str, rows: Rows) -> list[str]:
-    """Return the names of the rows that a table shows. Raises InputError if there is no table."""
-    if name not in experiments.tables:
-        raise InputError(f"there is no table {name}, only {', '.join(experiments.tables)}")
-    table = experiments.tables[name]
-    lines = table.get("rows", {}).values()
-    names = {
-        column["row"].format_map(line) for column in table.get("columns", ()) for line in lines
-    }
-    names |= {line for line in lines if isinstance(line, str)}
-    names |= {picture["row"] for picture in table.get("pictures", ())}
-    return [row.name for row in rows.values() if names & {row.name, row.group}]
+def select(rows: Rows, names: Iterable[str]) -> Rows:
+    """Return the runs of these rows and all runs that they need. Raises InputError."""
+    wanted = {name: [run.name for run in rows.values() if run.group == name] for name in names}
+    missing = [name for name, runs in wanted.items() if not runs]
+    if missing:
+        raise InputError(f"--rows: there is no row {missing[0]}, `--dry_run` lists the rows")
+    return with_needs(rows, [run for runs in wanted.values() for run in runs])
 
 
 def effective_config(row: Row, rows: Rows) -> Config | None:

@@ -1,7 +1,7 @@
 """Run the rows of an experiment file side by side, each once, and write its report.
 
   python -m experiments.run experiments/shapes.yaml
-  python -m experiments.run experiments/paper.yaml --table table1 --dry_run
+  python -m experiments.run experiments/paper.yaml --rows full hard --dry_run
 
 A row is one command. Its result is a folder under the file's `output`. A row waits for the rows
 that it starts from. A complete row is not started again, and an interrupted one continues. If a row
@@ -14,7 +14,8 @@ The keys of a row, of which only script is required:
   from     a row whose checkpoint_last.pth is --checkpoint, ROW/FILE.pth for another file, or random
   needs    other rows to wait for; a row named data is needed by all
   flags    the rest of the command line; {folder} is the row's folder, without it --output_dir
-  seeds    a run for each, ROW/seed0, ...; a row without seeds starts from the first seed of ROW
+  seeds    a run for each, ROW/seed0, ...; a row without seeds starts from the first seed of ROW.
+           A script gets --seed, a module does not
   each     values of {each}, a row for each
   creates  a file that a complete row has
   minutes  expected minutes on one core
@@ -44,9 +45,8 @@ from experiments.rows import (
     check_unchanged,
     expand,
     read_experiments,
-    rows_of_table,
+    select,
     settings,
-    with_needs,
 )
 from utils import TrainingStopped, cores
 
@@ -194,7 +194,9 @@ def main() -> None:
     """Run or show the rows of an experiment file."""
     parser = Parser(__doc__)
     parser.add_argument("file", help="experiment file, such as experiments/shapes.yaml")
-    parser.add_argument("--table", help="run only the rows of this table of the file")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="ROW", help="run only these rows and those that they need"
+    )
     parser.add_argument(
         "--scratch",
         action="store_true",
@@ -216,8 +218,8 @@ def main() -> None:
     experiments = read_experiments(args.file)
     output = args.output or Path(experiments.output + "-scratch" * args.scratch)
     rows = expand(experiments, output, scratch=args.scratch)
-    if args.table:
-        rows = with_needs(rows, rows_of_table(experiments, args.table, rows))
+    if args.rows:
+        rows = select(rows, args.rows)
     check_unchanged(rows)
     if args.dry_run:
         show(rows, args.jobs or 2)

@@ -151,7 +151,7 @@ def shapes(tmp_path_factory):
     from dataset.shapes.files import write_dataset
 
     folder = tmp_path_factory.mktemp("shapes")
-    write_dataset(folder, train=48, val=4, test=12, noise=0.1, seed=0, image_size=48, captions=3)
+    write_dataset(folder, train=48, val=8, test=12, noise=0.1, seed=0, image_size=48, captions=3)
     return folder
 
 

@@ -1,6 +1,7 @@
 """The driver of experiments runs each row once; the reports show finished rows and chance."""
 
 import copy
+import csv
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import ROOT, refusal
@@ -16,13 +18,14 @@ from ruamel.yaml import YAML
 
 from dataset.build import build_dataset
 from experiments import page, report
+from experiments.claims import effects, holm, judge
 from experiments.rows import (
+    Claim,
     check_unchanged,
     expand,
     parse_experiments,
     read_experiments,
-    rows_of_table,
-    with_needs,
+    select,
 )
 from experiments.run import Place, run, show
 
@@ -156,7 +159,9 @@ def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(
     )
     assert list(rows) == ["a/seed3", "b/seed3", "c", "a/seed5", "b/seed5"]
     assert rows["b/seed5"].needs == ["a/seed5"] and rows["c"].needs == ["a/seed3"]
-    assert list(with_needs(rows, ["c"])) == ["a/seed3", "c"]
+    assert list(select(rows, ["c"])) == ["a/seed3", "c"]
+    assert list(select(rows, ["b"])) == ["a/seed3", "b/seed3", "a/seed5", "b/seed5"]
+    assert "--rows: there is no row d" in refusal(select, rows, ["d"])
     assert "--seed 5" in " ".join(rows["a/seed5"].command)
 
 
@@ -205,8 +210,8 @@ def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
     content = read_experiments(f"experiments/{name}.yaml")
     rows = expand(content, "output/none")
     check_unchanged(rows)  # reads every configuration
-    for table in content.tables:
-        assert rows_of_table(content, table, rows)
+    for made in content.claims.values():
+        assert effects(made, rows) == ({}, 5)
     show(rows, 2)
     said = capsys.readouterr().out
     assert all(f"{row} (" in said for row in rows) and "minutes on one core are left" in said
@@ -221,11 +226,9 @@ def test_make_shows_the_runs_without_running_them(tmp_path):
     for name in "experiments engine configs utils.py requirements.txt constraints.txt data".split():
         (tmp_path / name).symlink_to(ROOT / name)
     call = subprocess.run(
-        ["make", "-n", "paper-table5"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ["make", "-n", "paper"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert (
-        "grounding/itm3 (1 min): python Grounding.py" in call.stdout and "VQA.py" not in call.stdout
-    )
+    assert "grounding/itm2/seed4 (1 min): python Grounding.py" in call.stdout
     assert not (tmp_path / "output").exists()
 
 
@@ -243,98 +246,114 @@ def complete(rows, name, seconds=60, **metrics):
     )
 
 
-PAGE = {
-    "output": "out",
-    "page": "docs/page.md",
-    "title": "A page",
-    "about": "What it is.",
-    "rows": {
-        "a": {"script": "VE.py", "config": "config.yaml", "seeds": [0, 1]},
-        "b": {"script": "VE.py", "seeds": [0, 1]},
-        "c": {"script": "NLVR.py"},
-        "picture": {"script": "tools.visualize", "flags": "--output {folder}/figure.png"},
-    },
-    "tables": {
-        "one": {
-            "title": "One",
-            "columns": [{"label": "VE", "row": "{row}", "metric": "test_acc"}],
-            "rows": {
-                "first": {"row": "a", "paper": {"VE": 77.0}},
-                "second": {"row": "b", "paper": {"VE": 79.5}},
-                "third": {"row": "c"},
-            },
-            "trends": {
-                "better": {"from": "first", "to": "second"},
-                "new": {"from": "second", "to": "third"},
-            },
-        },
-        "bound": {
-            "title": "Bound",
-            "history": "train_mi_bound",
-            "picture": {"metric": "mi_bound", "file": "b.png"},
-            "rows": {"a": "a"},
-        },
-        "figures": {"title": "Figures", "pictures": [{"row": "picture", "about": "A figure."}]},
-    },
-}
+@pytest.fixture
+def paper(tmp_path, monkeypatch):
+    """experiments/paper.yaml, its rows in a folder of the test, and its page there."""
+    monkeypatch.chdir(ROOT)
+    content = read_experiments("experiments/paper.yaml")
+    content = msgspec.structs.replace(content, page=str(tmp_path / "docs/results.md"))
+    return content, expand(content, tmp_path / "out"), tmp_path
 
 
-def test_a_page_has_means_trends_minutes_and_what_is_missing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.yaml").write_text("image_res: 64\n")
-    content = parse_experiments(PAGE, "file")
-    rows = expand(content, tmp_path / "out")
-    complete(rows, "a/seed0", test_acc=50, train_mi_bound=1.25)
-    complete(rows, "a/seed1", test_acc=54, train_mi_bound=9)
-    complete(rows, "b/seed0", test_acc=60, seconds=120)
-    complete(rows, "picture", seconds=0)
-    Image.effect_noise((2200, 100), 50).save(rows["picture"].folder / "figure.png")
-    report.report(content, tmp_path / "out")
-    text = (tmp_path / "docs/page.md").read_text()
-    assert "4 of 6 runs are complete, 4 minutes together, each on one core." in text
-    assert (
-        "| first | 52.0 ± 2.8 [77.00] |" in text
-        and "| second | 60.0 [79.50] |" in text
-        and "| third | – |" in text
-    )
-    assert "| chance | 33.3 |" in text and "| a | 1.25 |" in text
-    assert "- **better**: VE +8.0 (the paper +2.50)\n" in text and "- **new**: not run yet" in text
-    assert (
-        "5 runs, including runs of other tables, 4 minutes. Not complete yet: c, b/seed1." in text
-    )
-    with Image.open(tmp_path / "docs/page/picture.png") as picture:
-        assert picture.size == (1100, 50)
+def test_a_page_has_claims_numbers_and_what_is_missing(paper):
+    content, rows, folder = paper
+    for seed in range(5):
+        recall = {"test_txt_r_mean": 90 + seed, "test_img_r_mean": 80}
+        itc = {"test_itc_txt_r_mean": 80, "test_itc_img_r_mean": 69 + seed / 9}
+        k16 = {f"test_k16_{key[5:]}": number for key, number in recall.items()}
+        complete(rows, f"downstream/ranking/seed{seed}", **recall, **itc, **k16)
+        if seed < 2:
+            complete(rows, f"full/VE/seed{seed}", test_acc=70 + 4 * seed)
+    complete(rows, "baselines", seconds=120, test_ve_text=33.3)
+    complete(rows, "figure4", seconds=0)
+    Image.effect_noise((2000, 100), 50).save(rows["figure4"].folder / "figure.png")
+    report.report(content, folder / "out")
+    text = (folder / "docs/results.md").read_text()
+    assert f"9 of {len(rows)} runs, 9 minutes together, each on one core" in text
+    assert "are supported: ITM after ITC, number of candidates." in text
+    claims = {line.split(":")[0][2:]: line for line in text.splitlines() if " (Table 6) |" in line}
+    # 10 + seed and 11 - seed / 9 on the two sides: mean 11.39, its standard error 0.31
+    assert "| +11.4 (+10.5 to +12.3) |" in claims["ITM after ITC"]
+    assert "| +2.0 | supported |" in claims["ITM after ITC"]
+    equal = "| +0.0 (+0.0 to +0.0) | below 0.001 | +0.2 | supported |"
+    assert equal in claims["number of candidates"]
+    assert "| – | – | +0.3 | 0 of 5 seeds |" in claims["hard negatives in fine-tuning"]
+    assert "| Full | – [97.47] | – [92.58] | 72.0 ± 2.8 [80.12] | – [74.42] |" in text
+    assert "| most frequent answer to the text | 33.3 | – | – |" in text
+    runs = list(csv.DictReader((folder / "docs/results/runs.csv").open()))
+    assert [run["run"] for run in runs] == list(rows)
+    found = {run["run"]: run for run in runs}
+    assert found["full/VE/seed1"]["metrics"] == "test_acc=74.00"
+    assert found["full/VE/seed1"]["minutes"] == "1.0" and not found["full/VE/seed2"]["minutes"]
+    with Image.open(folder / "docs/results/claims.png") as picture:
+        assert picture.width > 800
+    with Image.open(folder / "docs/results/figure4.png") as picture:
+        assert picture.size == (1000, 50) and "results/figure5.png" not in text
+
+
+def claim(**keys):
+    return Claim(source="Table 0", text="A test.", plus=["a x"], minus=["b x"], **keys)
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "paper", "interval", "verdict"),
+    ("effects", "margin", "interval", "p", "verdict"),
     [
-        # differences of 10, 11 and 9, seed by seed
-        ([50, 52, 54], [60, 63, 63], 1.4, (7.52, 12.48), "supported"),
-        ([50, 52, 54], [60, 63, 63], -1.4, (7.52, 12.48), "contradicted"),
-        ([60, 63, 63], [50, 52, 54], None, (-12.48, -7.52), "contradicted"),
-        ([50, 60, 70], [52, 61, 73], None, (-0.48, 4.48), "inconclusive"),
-        ([50, 52, 54], [50, 52, 54], None, (0, 0), "inconclusive"),
-        ([50, 52, 54], [60, 63, 63], 0.01, (7.52, 12.48), "no trend in the paper"),
-        # different seeds: Welch's interval
-        ([50, 52, 54], [60, 62, 63, 63], None, (6.00, 14.00), "supported"),
-        ([50, 60, 70], [60, 70], None, (-19.88, 29.88), "inconclusive"),
-        ([50], [60], 1.4, None, None),
-        ([50, 52], [60], None, None, None),
+        ([10, 11, 9], None, (7.52, 12.48), 0.0033, "supported"),
+        ([-10, -11, -9], None, (-12.48, -7.52), 0.0033, "contradicted"),
+        ([2, 1, 3, -4], None, (-4.45, 5.45), 0.7688, "inconclusive"),
+        ([0, 0, 0], None, (0, 0), 1, "inconclusive"),
+        ([0.1, -0.1, 0.2, 0.1], 1, (-0.125, 0.275), 0.0003, "supported"),
+        ([0.9, -0.1, 0.2, 1.8], 1, (-0.64, 2.04), 0.2643, "inconclusive"),
+        ([2.1, 2.2, 2.0], 1, (1.85, 2.35), 0.9986, "contradicted"),
     ],
 )
-def test_a_trend_has_a_verdict_by_its_interval_and_single_runs_have_none(
-    before, after, paper, interval, verdict
+def test_a_claim_has_a_verdict_by_its_interval_and_its_margin(
+    effects, margin, interval, p, verdict
 ):
-    said = page.compare(dict(enumerate(before)), dict(enumerate(after)), paper)
-    if interval is None:
-        assert "95%" not in said and not said.endswith(
-            ("supported", "contradicted", "inconclusive")
-        )
-        return
-    found = page.difference_interval(dict(enumerate(before)), dict(enumerate(after)))
-    assert found == pytest.approx(interval, abs=0.005)
-    assert f"95% {interval[0]:+.1f} to {interval[1]:+.1f}" in said and said.endswith(verdict)
+    (finding,) = judge([claim(margin=margin)], [(dict(enumerate(effects)), len(effects))])
+    assert finding.interval == pytest.approx(interval, abs=0.005)
+    assert finding.p == pytest.approx(p, abs=0.0001) and finding.verdict == verdict
+
+
+def test_verdicts_wait_for_all_seeds_and_are_corrected_for_all_claims():
+    strong, weak = {0: 10.0, 1: 11.0, 2: 9.0}, {0: 3.0, 1: 4.0, 2: 1.5}
+    findings = judge([claim()] * 3, [(strong, 3), (weak, 3), (strong, 5)])
+    assert [finding.verdict for finding in findings] == [
+        "supported",
+        "inconclusive",
+        "3 of 5 seeds",
+    ]
+    assert findings[0].p == pytest.approx(3 * 0.0033, abs=0.0001)  # Holm
+    assert findings[1].p == pytest.approx(2 * 0.0599, abs=0.001)
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_effects_are_paired_by_seed_and_a_number_names_its_row(fake):
+    rows = fake(a={"seeds": [3, 5]}, b={"seeds": [3, 5]}, c={"seeds": [3, 5]})
+    for name, numbers in {"a": (50, 60), "b": (40, 58), "c": (10, 20)}.items():
+        for seed, number in zip((3, 5), numbers, strict=True):
+            complete(rows, f"{name}/seed{seed}", x=number)
+    assert effects(claim(times=2), rows) == ({3: 20, 5: 4}, 2)
+    both = msgspec.structs.replace(claim(), plus=["a x", "c x"])
+    assert effects(both, rows) == ({3: -10, 5: -18}, 2)
+    assert effects(msgspec.structs.replace(claim(), plus=["a y"]), rows) == ({}, 2)
+    for number in ("a", "d x"):
+        wrong = msgspec.structs.replace(claim(), plus=[number])
+        assert number in refusal(effects, wrong, rows)
+
+
+def test_of_pages_without_any_effect_at_most_five_percent_have_a_verdict():
+    """Simulates pages of 13 claims on 5 seeds, whose effects are noise."""
+    rng, pages, wrong = np.random.default_rng(0), 400, 0
+    for drawn in rng.standard_normal((pages, 13, 5)).tolist():
+        findings = judge([claim()] * 13, [(dict(enumerate(row)), 5) for row in drawn])
+        wrong += any(finding.verdict != "inconclusive" for finding in findings)
+    assert wrong / pages <= 0.05 + 2 * (0.05 * 0.95 / pages) ** 0.5
+    # a difference as large as the margin is not a claim of equality
+    equal = [claim(margin=1)]
+    margins = 1 + rng.standard_normal((1000, 5))
+    found = [judge(equal, [(dict(enumerate(row)), 5)])[0].verdict for row in margins.tolist()]
+    assert found.count("supported") / 1000 <= 0.05 + 2 * (0.05 * 0.95 / 1000) ** 0.5
 
 
 def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch, capsys):
@@ -400,10 +419,9 @@ def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_conf
     ):
         assert report.chance(rows[name], metric, rows) == pytest.approx(100 * chance)
     assert report.chance(rows["another script's"], "test_acc", rows) is None
-    columns = [{"label": "R@5", "row": "{row}", "metric": "test_img_r5"}]
-    lines = {name: {"row": name} for name in ("a", "of set", "another script's")}
-    text = list(page.number_table({"columns": columns, "rows": lines}, rows))
-    assert "| chance | 41.7 to 83.3 |" in text
+    line = ("a", [("a", "test_img_r5"), None], [97.5, None])
+    text = list(page.number_table(["R@5", "none"], [line], rows))
+    assert text[2:4] == ["| a | – [97.50] | – |", "| chance | 41.7 | – |"]
 
 
 def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):

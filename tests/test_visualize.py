@@ -18,7 +18,7 @@ from models.tokenizer import build_tokenizer
 from tools import visualize as tool
 from utils import InputError, Text, TrainingStopped, seed_everything
 from visualize import draw
-from visualize.draw import draw_heat_maps
+from visualize.draw import Effect, Panel, draw_effects, draw_heat_maps, draw_panels
 from visualize.explain import (
     explain_answer,
     explain_class,
@@ -503,7 +503,9 @@ def test_rankings_whose_images_are_gone_are_one_line(tmp_path, run_main):
 
 
 @pytest.mark.parametrize("by", ["itc", "itm"])
-def test_a_caption_is_drawn_alone_with_its_best_images(pictures, tmp_path, monkeypatch, capsys, by):
+def test_a_caption_is_drawn_alone_with_its_best_images(
+    pictures, tmp_path, monkeypatch, run_main, by
+):
     figures, save = [], draw._save
     monkeypatch.setattr(draw, "_save", lambda *args: (figures.append(args[0]), save(*args)))
     result = {"probability": 0.5, "hit": True, "image": pictures[0]}
@@ -513,19 +515,15 @@ def test_a_caption_is_drawn_alone_with_its_best_images(pictures, tmp_path, monke
     rankings["ranking"] = {"by": by, "k": 4, "itc": 30.0, "itm": 20.0}
     (tmp_path / "result").mkdir()
     (tmp_path / "result/retrieval.json").write_text(json.dumps(rankings))
-    run = ["visualize", "--run", str(tmp_path), "--caption"]
-    monkeypatch.setattr(sys, "argv", [*run, "a dog"])
-    tool.main()
+    assert run_main("tools.visualize", "--run", tmp_path, "--caption", "a dog")[0] == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"query.png"}
     titles = [axis.get_title() for axis in figures[0].axes]
     wrong = [f"{place}: 25.0%" for place in range(1, 6)]
     assert titles == (wrong if by == "itc" else ["1: 50.0%", "2: 25.0%"])
     assert figures[0].get_suptitle() == "“a dog”"
     assert f"1,500 images by {by.upper()}" in figures[0].get_supxlabel()
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [*run, "a cat"])
-    assert exit_status(tool.main) == 2
-    assert "no such caption" in capsys.readouterr().err
+    status, _, error = run_main("tools.visualize", "--run", tmp_path, "--caption", "a cat")
+    assert status == 2 and "no such caption" in error
 
 
 @pytest.mark.parametrize("by", ["itc", "itm", None])
@@ -545,3 +543,18 @@ def test_both_rankings_are_drawn_and_the_measured_one_comes_first(pictures, monk
     assert (texts.index("ITC") < texts.index("ITM")) == (by == "itc")
     assert " 25.0%  cat" in texts and " 50.0%  dog" in texts
     assert ("better" in figures[0].get_suptitle()) == bool(by)
+
+
+def test_panels_and_effects_are_drawn(tmp_path):
+    image, heat = np.zeros((20, 30, 3), np.uint8), np.eye(3)
+    box = [1, 2, 10, 10]
+    panels = [Panel(image, heat, "a", right=True, boxes=[box, box]), Panel(image, None, "b")]
+    draw_panels([panels, panels[:1]], tmp_path / "panels.png")
+    effects = {
+        "a": Effect(2, (1, 3), 1.5, "supported"),
+        "b": Effect(-40, None, None, "1 of 5 seeds"),
+    }
+    draw_effects(effects, tmp_path / "effects.png")
+    for name in ("panels", "effects"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.width > 500 and len(set(picture.convert("L").getdata())) > 10

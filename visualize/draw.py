@@ -5,7 +5,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -34,6 +34,7 @@ TITLES = {
     "temp": "temperature",
     "lr": "learning rate",
 }
+VERDICT_COLORS = {"supported": HIT, "contradicted": MISS, "inconclusive": "#d98a00"}
 # the colors of heat maps: cold is clear, and the hottest lets the object shine through
 _COLORS = matplotlib.colormaps["turbo"](np.linspace(0.1, 0.95, 256))
 _COLORS[:, 3] = np.linspace(0, 0.65, 256)
@@ -89,6 +90,56 @@ def draw_lines(curves: Mapping[str, Sequence[np.ndarray]], name: str, path: str 
         axis.plot(steps, _average(values), label=run)
     axis.grid(alpha=0.3)
     axis.legend()
+    _save(figure, path)
+
+
+class Effect(NamedTuple):
+    """A difference to draw.
+
+    Attributes:
+        mean: The difference.
+        interval: Its interval, None if unknown.
+        reference: A published difference, None if there is none.
+        verdict: Key of VERDICT_COLORS, gray for others.
+    """
+
+    mean: float
+    interval: tuple[float, float] | None
+    reference: float | None
+    verdict: str
+
+
+def draw_effects(effects: Mapping[str, Effect], path: str | Path) -> None:
+    """Draw differences with their intervals, a line each (forest plot).
+
+    Args:
+        effects: The differences by label.
+        path: File to write.
+    """
+    figure = Figure(figsize=(9, 0.8 + 0.38 * len(effects)), layout="constrained")
+    axis = figure.add_subplot(xlabel="difference in points (◇ the paper's)")
+    for y, effect in enumerate(effects.values()):
+        color = VERDICT_COLORS.get(effect.verdict, "gray")
+        if effect.interval:
+            axis.plot(effect.interval, (y, y), color=color, linewidth=2)
+        axis.plot(effect.mean, y, "o", color=color)
+        if effect.reference is not None:
+            axis.plot(effect.reference, y, "D", color="black", fillstyle="none", markersize=5)
+        axis.annotate(
+            effect.verdict,
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            color=color,
+            fontsize=9,
+        )
+    axis.set_yticks(range(len(effects)), list(effects))
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=5)
+    ticks = [-20, -10, -5, -2, 0, 2, 5, 10, 20, 40]
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.grid(axis="x", alpha=0.3)
     _save(figure, path)
 
 
@@ -303,6 +354,51 @@ def draw_heat_maps(
         heat, ax=axes, label="attention × gradient", format="%.2g", aspect=25, fraction=0.05
     )
     figure.suptitle("\n".join(title), fontsize=13, wrap=True)
+    _save(figure, path)
+
+
+class Panel(NamedTuple):
+    """An image with a title, perhaps with a heat map and a box.
+
+    Attributes:
+        image: The image, uint8 [H, W, 3].
+        heat: Heat map [h, w], None for the plain image.
+        title: Title.
+        right: Whether the model is right, None if that is unknown. It is the color of the title.
+        boxes: Boxes [x, y, w, h] in pixels, the model's first, then dashed the true one.
+        hottest: Largest value of the scale of the heat map, by default its own.
+    """
+
+    image: np.ndarray
+    heat: np.ndarray | None
+    title: str
+    right: bool | None = None
+    boxes: Sequence[Sequence[float]] = ()
+    hottest: float | None = None
+
+
+def draw_panels(rows: Sequence[Sequence[Panel]], path: str | Path) -> None:
+    """Draw panels in rows."""
+    columns, width = max(map(len, rows)), WIDTH / max(map(len, rows))
+    figure = Figure(figsize=(WIDTH, (width + 0.5) * len(rows)), layout="compressed")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for of_row, panels in zip(axes, rows, strict=True):
+        for axis, panel in zip(of_row, panels, strict=False):
+            if panel.heat is None:
+                height, side = panel.image.shape[:2]
+                axis.imshow(_small(panel.image), extent=(0, side, height, 0))
+            else:
+                hottest = panel.heat.max() if panel.hottest is None else panel.hottest
+                scale = PowerNorm(0.5, 0, hottest or 1)
+                _show_heat(axis, panel.image, panel.heat, scale)
+            color = "black" if panel.right is None else HIT if panel.right else MISS
+            for (x, y, w, h), line in zip(panel.boxes, ("-", ":"), strict=False):
+                axis.add_patch(
+                    Rectangle((x, y), w, h, fill=False, ec=color, linewidth=3, linestyle=line)
+                )
+            axis.set_title("\n".join(textwrap.wrap(panel.title, 36)), fontsize=11, color=color)
     _save(figure, path)
 
 

@@ -19,7 +19,7 @@ from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, Scene, Scenes, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
-VERSION = 6  # version of the generator; data of another version is replaced
+VERSION = 7  # version of the generator; data of another version is replaced
 TASKS = {
     "retrieval": captions,
     "VQA": vqa,
@@ -92,10 +92,7 @@ def draw_split(
         scene["captions"] = captions.write_captions(
             rng, scene, split, count=per_image, noise=noise, others=scenes
         )
-        covered, _ = ve.plan(split, i, seed)
-        scene["covered"] = (
-            ve.draw_cover(random.Random(f"{seed}/{split}/{i}/cover"), scene) if covered else None
-        )
+        scene["covered"] = ve.draw_cover(random.Random(f"{seed}/{split}/{i}/cover"), scene)
     return scenes
 
 

@@ -6,9 +6,18 @@ from random import Random
 from typing import NamedTuple
 
 from .scenes import Scene, Scenes, each_scene
-from .words import KEYS, NUMBERS, Facts, count_fitting, facts_of, phrase, with_article
+from .words import (
+    KEYS,
+    NUMBERS,
+    Facts,
+    Index,
+    count_fitting,
+    facts_of,
+    index_scenes,
+    phrase,
+    with_article,
+)
 
-Index = dict[tuple[str, ...], list[int]]  # see index_scenes
 TRIES, PAIR_TRIES = 100, 60
 FILES = ("nlvr_train.json", "nlvr_dev.json", "nlvr_test.json")
 PER_SCENE = {"train": 2, "val": 1, "test": 1}  # statements of a scene
@@ -101,17 +110,6 @@ NUMERIC = (
 )
 NUMERIC_SHARE = 0.3
 TEXTS = tuple(text for statement in SETS + NUMERIC for text in statement.sentences)
-
-
-def index_scenes(scenes: list[Scene]) -> Index:
-    """Return the indices of scenes by the values of facts, as {("red", "star"): [0, 7], ...}."""
-    index = {(): list(range(len(scenes)))}
-    for i, scene in enumerate(scenes):
-        for values in sorted(
-            {tuple(o[key] for key in keys) for o in scene["objects"] for keys in KEYS}
-        ):
-            index.setdefault(values, []).append(i)
-    return index
 
 
 def find_pair(

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 from random import Random
 
-from .scenes import COLORS, FILLS, SHAPES, SIZES, Object
+from .scenes import COLORS, FILLS, SHAPES, SIZES, Object, Scene
 
 Facts = dict[str, str]
+Index = dict[tuple[str, ...], list[int]]  # see index_scenes
 
 # Synonyms by name, the usual word first.
 WORDS = {
@@ -93,3 +94,14 @@ def phrase(rng: Random, facts: Facts, count: int = 1, noun: str = NOUNS[0]) -> s
     if "shape" not in facts:
         words.append(noun)
     return " ".join([*words[:-1], words[-1] if count == 1 else plural(words[-1])])
+
+
+def index_scenes(scenes: list[Scene]) -> Index:
+    """Return the indices of scenes by the values of facts, as {("red", "star"): [0, 7], ...}."""
+    index = {(): list(range(len(scenes)))}
+    for i, scene in enumerate(scenes):
+        for values in sorted(
+            {tuple(o[key] for key in keys) for o in scene["objects"] for keys in KEYS}
+        ):
+            index.setdefault(values, []).append(i)
+    return index

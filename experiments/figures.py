@@ -1,0 +1,128 @@
+"""Draw Figures 2 and 4 to 6 of the paper for the first six images of a test file.
+
+  python -m experiments.figures 4 --checkpoint output/paper/grounding/seed0 \
+      --data data/paper/tasks --output figure4.png
+
+2: words that the momentum model expects in place of the last word of a caption.
+4: boxes of referring expressions. 5: answers to questions. 6: heat maps of the words of a caption.
+Nothing is selected: the figure has the first entry of each image, and marks right and wrong ones.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from configs.cli import Parser
+from engine.launch import run_script
+from utils import InputError, percent, read_regular
+
+if TYPE_CHECKING:
+    from inference import Inference
+    from visualize.draw import Panel
+
+IMAGES = 6
+WORDS = 8  # columns of Figure 6
+FILES = {2: "test.json", 4: "grounding_test.json", 5: "vqa_test.json", 6: "test.json"}
+
+parser = Parser(__doc__)
+parser.add_argument("figure", type=int, choices=list(FILES), help="number of the figure")
+parser.add_argument("--checkpoint", required=True, help="checkpoint of the task of the figure")
+parser.add_argument("--data", type=Path, required=True, help="folder of a shapes data set")
+parser.add_argument("--output", required=True, help="picture to write")
+
+
+def first_entries(data: Path, file: str) -> list[dict[str, Any]]:
+    """Return the first entry of each of the first images of a file. Raises InputError."""
+    try:
+        entries = json.loads(read_regular(data / file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{data / file}: {error}") from None
+    found: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        found.setdefault(entry["image"], entry)
+    return list(found.values())[:IMAGES]
+
+
+def expected_words(model: "Inference", data: Path) -> "list[list[Panel]]":
+    """Return a panel for each image with the expected last words of its caption (Figure 2)."""
+    from dataset.images import load_image
+    from visualize.draw import Panel
+
+    panels = []
+    for entry in first_entries(data, FILES[2]):
+        path, caption = data / entry["image"], entry["caption"][0]
+        word, candidates = model.fill_in(path, caption)[-1]
+        before = caption.rsplit(" ", 1)[0]
+        words = ", ".join(f"{found.text} {percent(found.score)}" for found in candidates[:3])
+        picture = load_image(str(path)).permute(1, 2, 0).numpy()
+        title = f"{before} [{word}]:\n{words}"
+        panels.append(Panel(picture, None, title, right=candidates[0].hit))
+    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+
+
+def expressions(model: "Inference", data: Path) -> "list[list[Panel]]":
+    """Return a panel for each image with the box of an expression (Figure 4)."""
+    from dataset.refer import box_iou, load_detections, load_refer
+    from evaluation.metrics.grounding import RIGHT_IOU
+    from visualize.draw import Panel
+
+    refer = load_refer(str(data))
+    detected = load_detections(str(data / "refcoco+/dets.json"), refer)
+    panels = []
+    for entry in first_entries(data, FILES[4]):
+        path, text, ref_id = data / entry["image"], entry["text"], entry["ref_id"]
+        candidates = [box[:4] for box in detected[int(refer.refs[ref_id]["image_id"])]]
+        best, _ = model.ground(path, text, candidates)[0]
+        right = box_iou(best, refer.boxes[ref_id]) >= RIGHT_IOU
+        heat = model.heat_map(path, text)
+        boxes = [best, refer.boxes[ref_id]]
+        panels.append(Panel(heat.pictures[0], heat.whole, text, right=right, boxes=boxes))
+    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+
+
+def questions(model: "Inference", data: Path) -> "list[list[Panel]]":
+    """Return a panel for each image with the answer to a question (Figure 5)."""
+    from experiments.baselines import usual_answer
+    from visualize.draw import Panel
+
+    panels = []
+    for entry in first_entries(data, FILES[5]):
+        path, question = data / entry["image"], entry["question"]
+        answers = str(data / "answer_list.json")
+        answer, true = model.answer(path, question, answers)[0][0], usual_answer(entry)
+        heat = model.heat_map(path, question, answers)
+        title = f"{question} {answer}" + f" (not {true})" * (answer != true)
+        panels.append(Panel(heat.pictures[0], heat.whole, title, right=answer == true))
+    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+
+
+def words(model: "Inference", data: Path) -> "list[list[Panel]]":
+    """Return a row for each image with the heat maps of the words of its caption (Figure 6)."""
+    from visualize.draw import Panel
+
+    rows = []
+    for entry in first_entries(data, FILES[6]):
+        heat = model.heat_map(data / entry["image"], entry["caption"][0])
+        maps = zip(heat.words[:WORDS], heat.by_word, strict=False)
+        (picture,), hottest = heat.pictures, heat.by_word.max()
+        row = [Panel(picture, maps, word, hottest=hottest) for word, maps in maps]
+        rows.append([Panel(picture, None, ""), *row])
+    return rows
+
+
+FIGURES = {2: expected_words, 4: expressions, 5: questions, 6: words}
+
+
+def main() -> None:
+    """Draw a figure."""
+    args = parser.parse_args()
+    from inference import load_model
+    from visualize.draw import draw_panels
+
+    model = load_model(args.checkpoint)
+    draw_panels(FIGURES[args.figure](model, args.data), args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    run_script(main)
