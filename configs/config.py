@@ -146,7 +146,7 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     lr: Annotated[Number, in_training()] = 1e-4
     """Learning rate after the warm-up, for the global batch size `reference_batch`."""
     weight_decay: Annotated[Number, in_training()] = 0.02
-    """Weight decay of all parameters but biases and one-dimensional ones."""
+    """Weight decay of all parameters except biases and other one-dimensional parameters."""
     opt_eps: Annotated[Number | None, in_training()] = None
     """Epsilon of the optimizer. Default: the optimizer's."""
     opt_betas: Annotated[
@@ -156,8 +156,8 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     temp_lr_scale: Annotated[Number, in_training(with_trait("contrastive"))] = 1.0
     """Factor of the temperature's learning rate, for learning rates far above 1e-4."""
     new_lr_scale: Annotated[Number, in_training()] = 1.0
-    """Factor of the learning rate of parameters without pre-trained weights. The temperature has
-    `temp_lr_scale` instead."""
+    """Factor of the learning rate of parameters without pre-trained weights. `temp_lr_scale` is the
+    factor of the temperature."""
 
 
 class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -192,7 +192,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         read_if(evaluates_file("val_file"), file=True, wanted=PATHS_WANTED),
     ] = None
     """Annotation files of the validation set, which selects the best epoch. Pre-training is
-    validated by zero-shot retrieval. Default: no validation, the last epoch is the result."""
+    validated by zero-shot retrieval. Default: no validation, and the last epoch is tested."""
     test_file: Annotated[
         Paths | None,
         read_if(evaluates_file("test_file"), file=True, wanted=PATHS_WANTED),
@@ -292,7 +292,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[Share, in_training(with_trait("distills"))] = 0.995
     """Momentum of the momentum model."""
     queue_size: Annotated[Rows, in_training(with_trait("contrastive"))] = 65536
-    """Number of momentum features in the queue."""
+    """Number of momentum features in each queue (image, text). ITC contrasts the batch with them."""
     mlm_probability: Annotated[Share, in_training(is_task("pretrain"))] = 0.15
     """Share of masked tokens."""
     k_test: Annotated[AtLeast1, read_if(lambda task: _searches(task) or task.name == "vqa")] = 128
@@ -330,7 +330,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     gradient_checkpointing: Annotated[bool, in_training()] = False
     """Compute the layers' activations again in the backward pass, which saves memory."""
     deterministic: Annotated[bool, read_always()] = False
-    """Repeat results exactly on a GPU. Results on a CPU always repeat."""
+    """Make results on a GPU repeat exactly. Results on a CPU always do."""
     log_every: Annotated[AtLeast1, in_training()] = 50
     """Number of iterations between two fetches of the losses from a GPU."""
     save_every: Annotated[
@@ -339,12 +339,13 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     ] = "15 minutes"
     """Interval of checkpoints within an epoch. A bare number is iterations, 0 is never."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
-    """Number of last epochs whose `checkpoint_%02d.pth` are kept. Default: all."""
+    """Number of the latest `checkpoint_%02d.pth` to keep. Default: all."""
     patience: Annotated[AtLeast1 | None, in_training(lambda task: bool(task.score))] = None
     """End training after this number of epochs without a better validation score. Default: train
     all epochs."""
     max_skipped_steps: Annotated[AtLeast0, in_training()] = 0
-    """Number of steps that may be skipped because their gradients are not finite."""
+    """Largest number of steps of a run whose loss or gradients are NaN or infinite. Training stops
+    above it."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     scheduler: SchedulerConfig = SchedulerConfig()
