@@ -292,7 +292,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[Share, in_training(with_trait("distills"))] = 0.995
     """Momentum of the momentum model."""
     queue_size: Annotated[Rows, in_training(with_trait("contrastive"))] = 65536
-    """Number of momentum features in each queue (image, text). ITC contrasts the batch with them."""
+    """Number of momentum features in each queue, one of images and one of texts. ITC contrasts the
+    batch with them."""
     mlm_probability: Annotated[Share, in_training(is_task("pretrain"))] = 0.15
     """Share of masked tokens."""
     k_test: Annotated[AtLeast1, read_if(lambda task: _searches(task) or task.name == "vqa")] = 128

@@ -663,12 +663,12 @@ def python(files, shapes, tmp_path, monkeypatch):
 
 
 NAMES = {
-    "flickr30k.pth": "retrieval",
-    "refcoco.pth": "retrieval",
-    "vqa.pth": "vqa",
+    "weights/flickr30k.pth": "retrieval",
+    "weights/refcoco.pth": "retrieval",
+    "weights/vqa.pth": "vqa",
     "output/VE": "ve",
     "output/NLVR": "nlvr",
-    "ALBEF.pth": "pretrain",
+    "weights/ALBEF.pth": "pretrain",
     "photo.jpg": "photos/000000.jpg",
     "other.jpg": "photos/000001.jpg",
 }
