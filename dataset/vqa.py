@@ -82,8 +82,8 @@ class Question(Asked):
         super().check(first)
         if self.dataset == "vg" and self.answer is not None:
             raise InputError(
-                "an answer of Visual Genome has one annotator and cannot be scored; leave such"
-                " entries, or their answers, out",
+                "an answer of Visual Genome has one annotator and cannot be scored; remove such"
+                " entries or their answers",
                 "wrong 'answer'",
             )
         if isinstance(self.answer, str):

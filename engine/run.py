@@ -252,10 +252,10 @@ def check_flags(task: Task, args: argparse.Namespace) -> None:
         raise InputError("an evaluation needs --checkpoint, the weights to evaluate")
     if args.resume and args.evaluate:
         raise InputError(
-            "--resume continues a training, and --evaluate does not train: leave one of them out"
+            "--resume continues a training, and --evaluate does not train: leave out one of them"
         )
     if args.split and not args.evaluate:
-        raise InputError(f"--split {args.split} is a split for --evaluate: add --evaluate")
+        raise InputError(f"--split {args.split} has an effect only with --evaluate: add --evaluate")
     if args.evaluate and args.split not in (None, *task.files) or args.evaluate and not task.files:
         raise InputError(
             f"--evaluate{' --split ' * bool(args.split)}{args.split or ''}: this task has nothing"

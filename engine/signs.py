@@ -103,6 +103,6 @@ def training_signs(means: dict[str, Any], config: Config) -> Iterator[tuple[str,
     if loss > GUESSING:
         yield (
             "loss_itm",
-            f"matching (ITM) has not begun to learn, its loss {loss:.3f} is a guess's: rank by ITC,"
-            " and train for more epochs or on more pairs",
+            f"matching (ITM) has not begun to learn, its loss {loss:.3f} is the loss of guessing:"
+            " rank by ITC, and train for more epochs or on more pairs",
         )

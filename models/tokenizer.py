@@ -344,8 +344,8 @@ def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Confi
     most = bert.max_position_embeddings
     if (config.max_tokens or 0) > most:
         raise InputError(
-            f"max_tokens is {config.max_tokens}, and max_position_embeddings of bert_config {most}:"
-            " lower it"
+            f"max_tokens is {config.max_tokens}, but max_position_embeddings of bert_config is"
+            f" {most}: lower it"
         )
     tokenizer.model_max_length = most  # unless the task has a smaller limit
     bert = msgspec.structs.replace(bert, vocab_size=size)

@@ -87,8 +87,8 @@ class VQA(ALBEF):
         self.max_answer_tokens = config.max_answer_tokens or min(ANSWER_TOKENS, longest)
         if self.max_answer_tokens > longest:
             raise InputError(
-                f"max_answer_tokens is {self.max_answer_tokens}, bert_config has "
-                f"max_position_embeddings for {longest}: lower it"
+                f"max_answer_tokens is {self.max_answer_tokens}, but max_position_embeddings of"
+                f" bert_config allows only {longest}: lower it"
             )
         if config.distill:
             check_objectives("distill", config.distill, [])

@@ -359,8 +359,8 @@ def _check_complete(
     if unused:
         raise InputError(
             f"{source} has {len(unused)} tensors that the model has no place for:"
-            f" {summarize_names(unused)}; is it of a deeper model, of another kind or fusion_layer,"
-            f" or of a task with two images?{hint}"
+            f" {summarize_names(unused)}; is it from a deeper model, from another kind of model,"
+            f" from another fusion_layer, or from a task with two images?{hint}"
         )
 
 
@@ -400,7 +400,7 @@ def _copy(
     if untied:
         raise InputError(
             f"{source}: {untied[0]} differ but are one parameter of the model ({len(untied)} such"
-            " pairs): is it of a model with another `share`?"
+            " pairs): is it from a model with another `share`?"
         )
 
 

@@ -149,7 +149,7 @@ def test_rank_reads_only_the_candidates_where_features_are_given(models, photos)
     sim = model.similarity(features, "a red circle") / model.model.temp.item()
     values = sim.softmax(dim=0).topk(5).values
     assert np.allclose([score for _, score in by_similarity], values, atol=2e-3)
-    assert "re-ranking reads images and texts" in refusal(
+    assert "re-ranking needs images and texts" in refusal(
         lambda: model.rank(None, "a star", image_features=features)
     )
 

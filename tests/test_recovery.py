@@ -957,11 +957,11 @@ def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config
     [
         (
             {"warmup_iters": 13},
-            "the warm-up takes 13 iterations and only 12 are there for it",
+            "the warm-up takes 13 iterations, but only 12 are available",
         ),
         (
             {"warmup_iters": None, "warmup_epochs": 1},
-            "the warm-up takes 100 iterations and only 6 are there for it",
+            "the warm-up takes 100 iterations, but only 6 are available",
         ),
         ({"warmup_iters": 12}, None),
         ({"warmup_iters": 13, "warmup_lr": 1e-3}, None),  # nothing changes during it

@@ -210,7 +210,7 @@ def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
         "result/vqa_result_epoch0.json",
     }
     message = refusal(evaluate, config, folder, "--split", "val")
-    assert "--split val is a split for --evaluate" in message
+    assert "--split val has an effect only with --evaluate" in message
     config["val_file"] = None
     message = refusal(evaluate, config, tmp_path / "new", "--evaluate", "--split", "val")
     assert "--evaluate needs the key val_file" in message

@@ -154,7 +154,7 @@ def main() -> None:
         keys = dict.fromkeys(check.files.values())
         if not any(getattr(config, key) for key in keys):
             raise InputError(
-                f"{args.config} names no file that {args.task} reads, by any of the keys"
+                f"{args.config} names no file that {args.task} reads: set one of the keys"
                 f" {', '.join(keys)}"
             )
         report = {"task": args.task, "config": args.config, "others": load_others(check)}

@@ -1,4 +1,4 @@
-"""Serve a page on which trained models can be tried, in the browser of this machine.
+"""Serve a page to try trained models in the browser of this machine.
 
 The page has a tab for each method of the checkpoints: search in an index, matching with heat maps,
 questions, entailment, statements on two images, and the pseudo-targets of Figure 2. No data leaves

@@ -43,14 +43,16 @@ BROKEN = (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EO
 
 TABLE = "\n".join(f"  {name:20} {file:24} {text}" for name, (file, text) in FILES.items())
 parser = Parser(__doc__ + TABLE, "ALBEF_4M --output weights/")
-parser.add_argument("names", nargs="+", choices=[*FILES, "all"], metavar="NAME", help="what to get")
+parser.add_argument(
+    "names", nargs="+", choices=[*FILES, "all"], metavar="NAME", help="names, or all"
+)
 parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="folder to write to")
 parser.add_argument("--no_unpack", action="store_true", help="leave archives packed")
 parser.add_argument(
     "--mirror",
     default=os.environ.get("ALBEF_MIRROR", RELEASED),
     metavar="ADDRESS",
-    help="folder with these file names, also set by the variable ALBEF_MIRROR",
+    help="address of a folder with these files, also set by the variable ALBEF_MIRROR",
 )
 
 

@@ -58,13 +58,13 @@ query.add_argument(
     "--rerank",
     type=at_least(0),
     metavar="N",
-    help="rank the N most similar images by their match with the text (ITM), 0 for none (default:"
-    " 0 if the checkpoint's validation ranked better by similarity, else its k_test)",
+    help="number of most similar images to re-rank by ITM (default: 0 if ITC was better in the"
+    " checkpoint's validation, else k_test)",
 )
 query.add_argument(
     "--threshold",
     type=float,
-    help="smallest probability, of a match (ITM) or by similarity (ITC) if nothing is re-ranked",
+    help="smallest probability, by ITM or by ITC if no image is re-ranked",
 )
 query.add_argument(
     "--checkpoint", metavar="SOURCE", help="new path of the index's checkpoint, if it has moved"
@@ -79,7 +79,7 @@ copies.add_argument(
     "--threshold",
     type=float,
     default=0.75,
-    help="smallest share of equal bits of the hashes of near-copies, above 0.5 and at most 1",
+    help="smallest share of equal bits in the hashes of two copies, above 0.5 and at most 1",
 )
 for command in (index, query, copies):
     command.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")

@@ -41,7 +41,7 @@ parser.add_argument(
     required=True,
     type=Path,
     metavar="DIR",
-    help="folder of the lists: train.json, val.json and test.json, each if it has entries",
+    help="folder for train.json, val.json and test.json",
 )
 parser.add_argument("--overwrite", action="store_true", help="replace existing lists")
 for split in ("test", "val"):
@@ -53,7 +53,7 @@ for split in ("test", "val"):
         help=f"images to hold out in {split}.json, with all their captions",
     )
 parser.add_argument(
-    "--check", action="store_true", help="decode every image and leave out entries of broken ones"
+    "--check", action="store_true", help="decode every image, and leave out unusable images"
 )
 parser.add_argument(
     "--workers",
@@ -115,7 +115,8 @@ def read_sources(args: argparse.Namespace) -> Sources:
         return _read_official(files, forms, args.image_root)
     if forms:
         raise InputError(
-            f"{next(iter(forms))}: is an official file: convert it apart from tables and folders"
+            f"{next(iter(forms))}: is an official file: convert it in a call without tables and"
+            " folders"
         )
     return _read_captions(contents, args)
 
@@ -223,8 +224,8 @@ def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[
     flags = " ".join(f"--{split} {count}" for split, count in counts.items())
     if counts.keys() & lists.keys() or not (images and isinstance(images[0], CaptionedFile)):
         raise InputError(
-            f"{flags}: holds out images of captions to train on; the sources have their own split:"
-            " leave it out"
+            f"{flags}: the sources have their own split, or no captions to train on: leave out"
+            " these flags"
         )
     if sum(counts.values()) >= len(images):
         raise InputError(
@@ -244,7 +245,7 @@ def _read_parquet(args: argparse.Namespace) -> Sources:
     from dataset.parquet import is_parquet, read_parquet
 
     if others := [source for source in args.sources if not is_parquet(source)]:
-        raise InputError(f"{others[0]}: convert it apart from Parquet files")
+        raise InputError(f"{others[0]}: not a Parquet file, convert it in another call")
     if args.encoding:
         raise InputError("--encoding: Parquet files have no encoding, leave it out")
     table = read_parquet(

@@ -22,7 +22,7 @@ parser.add_argument(
     "--queries",
     type=at_least(1),
     default=5,
-    help="number of queries in retrieval.png, of boxes in attributes.png",
+    help="number of queries in retrieval.png and of boxes in attributes.png",
 )
 parser.add_argument(
     "--caption", metavar="TEXT", help="caption of the test set of --run, drawn alone in query.png"
@@ -36,7 +36,7 @@ parser.add_argument(
     "--image", nargs="+", metavar="FILE", help="image, two for NLVR2 and text assignment"
 )
 parser.add_argument(
-    "--text", "--question", help="text, caption or question; of relevance QUERY [SEP] WORDS"
+    "--text", "--question", help="text, caption or question; for relevance QUERY [SEP] WORDS"
 )
 parser.add_argument(
     "--answer", help="answer to explain (default: the best of answer_list, else a generated one)"
@@ -50,8 +50,8 @@ parser.add_argument(
 parser.add_argument(
     "--block_num",
     type=int,
-    help="layer, counted from 0 (default: of itm the third with cross-attention but not the last,"
-    " of itc the last)",
+    help="layer, counted from 0 (default for itm: the third with cross-attention, or an earlier one"
+    " if it is the last; default for itc: the last)",
 )
 parser.add_argument(
     "--pseudo_targets", action="store_true", help="draw the proposals of the momentum model"
@@ -65,15 +65,17 @@ parser.add_argument(
     "--output",
     type=Path,
     metavar="PATH",
-    help="picture to write (default: heatmap.png or pseudo_targets.png); with --run, the folder of"
-    " its pictures (default: the run)",
+    help="file to write (default: heatmap.png or pseudo_targets.png); with --run, the folder to"
+    " write to (default: the run)",
 )
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
 )
 parser.add_set()
 parser.add_argument(
-    "--allow_missing", action="store_true", help="leave weights random that --checkpoint lacks"
+    "--allow_missing",
+    action="store_true",
+    help="keep initial weights for tensors that --checkpoint lacks",
 )
 parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
 

@@ -1,6 +1,6 @@
 """Train a WordPiece vocabulary on the captions of annotation files, in any language.
 
-The vocabulary is in lower case and keeps accents (NFC). The key tokenizer names it.
+The vocabulary is in lower case and keeps accents (NFC). Set the key tokenizer to its path.
 """
 
 import json
