@@ -6,7 +6,9 @@
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/Attributes.yaml", "--checkpoint refcoco.pth", trains=False)
+parser = task_parser(
+    __doc__, "configs/Attributes.yaml", "--checkpoint weights/refcoco.pth", trains=False
+)
 parser.add_argument(
     "--prompts",
     choices=["the", "a", "none", "photo", "all"],

@@ -3,7 +3,9 @@
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/Grounding.yaml", "--checkpoint refcoco.pth --evaluate")
+parser = task_parser(
+    __doc__, "configs/Grounding.yaml", "--checkpoint weights/refcoco.pth --evaluate"
+)
 parser.add_argument(
     "--gradcam_mode",
     choices=["itm", "itc"],

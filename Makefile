@@ -16,7 +16,7 @@ RUN = +$(if $(DRY),test ! -x $(BIN)/python ||) $(BIN)/python -m experiments.run
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z].*:.*## / { split($$1, name, " "); printf "%-16s%s\n", name[1], $$2 }' Makefile
 
-quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500: 6 GB of disk, 7 min on two cores
+quickstart: .venv/installed  ## pre-train on drawn scenes and retrieve among 500: 6 GB of disk, minutes on two cores
 	$(BIN)/python -m dataset.shapes --output data/shapes
 	$(BIN)/python Pretrain.py --config configs/shapes/Pretrain.yaml --output_dir output/quickstart --resume
 	$(BIN)/python -m tools.visualize --run output/quickstart

@@ -6,7 +6,7 @@ Does the text describe the first image, the second, or neither?
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint ALBEF.pth")
+parser = task_parser(__doc__, "configs/NLVR_pretrain.yaml", "--checkpoint weights/ALBEF.pth")
 
 
 def main() -> None:

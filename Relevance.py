@@ -3,7 +3,7 @@
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/Relevance.yaml", "--checkpoint ALBEF.pth")
+parser = task_parser(__doc__, "configs/Relevance.yaml", "--checkpoint weights/ALBEF.pth")
 parser.add_argument(
     "--alone",
     action="store_true",

@@ -4,7 +4,7 @@ from configs.cli import at_least, task_parser
 from engine.launch import run_script
 
 parser = task_parser(
-    __doc__, "configs/Retrieval_flickr.yaml", "--checkpoint ALBEF.pth --k_test 16 128"
+    __doc__, "configs/Retrieval_flickr.yaml", "--checkpoint weights/ALBEF.pth --k_test 16 128"
 )
 parser.add_argument(
     "--k_test",

@@ -3,7 +3,9 @@
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/VE.yaml", "--checkpoint ALBEF.pth --set optimizer.lr=1e-5")
+parser = task_parser(
+    __doc__, "configs/VE.yaml", "--checkpoint weights/ALBEF.pth --set optimizer.lr=1e-5"
+)
 
 
 def main() -> None:

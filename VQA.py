@@ -5,7 +5,7 @@ from argparse import SUPPRESS
 from configs.cli import task_parser
 from engine.launch import run_script
 
-parser = task_parser(__doc__, "configs/VQA.yaml", "--checkpoint ALBEF.pth --set k_test=64")
+parser = task_parser(__doc__, "configs/VQA.yaml", "--checkpoint weights/ALBEF.pth --set k_test=64")
 # accepted for released command lines, without effect: --checkpoint initializes the decoder
 parser.add_argument("--text_decoder", help=SUPPRESS)
 

@@ -223,7 +223,7 @@ def print_loaders(folder, photos, workers):
     images = {"files": list(folder.glob("images/*/*")), "shards": list(folder.glob("shards/*.tar"))}
     timings, caches = {}, {"warm": make_warm, "cold": make_cold}
     if not can_be_cold(images["shards"][0]):
-        print(f"\nno cold page cache: {folder} is in memory, set TMPDIR to a folder on a disk")
+        print(f"\na cold cache is not measured, {folder} is in memory: set TMPDIR to a disk folder")
         del caches["cold"]
     for turn, cache, number, source in itertools.product(
         range(LOADER_ROUNDS), caches, workers, train_files

@@ -272,7 +272,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     objectives: Annotated[
         Objectives, in_training(with_trait("contrastive"), wanted="a list of itc, mlm, itm")
     ] = ("itc", "mlm", "itm")
-    """Objectives to train."""
+    """Objectives of training."""
     hard_negatives: Annotated[bool, in_training(with_trait("contrastive"))] = True
     """Draw the negatives of ITM by contrastive similarity. `false` draws them uniformly."""
     distill: Annotated[
@@ -309,7 +309,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     share: Annotated[Literal["cross_attention", "all", "none"], read_if(with_trait("pairs"))] = (
         "cross_attention"
     )
-    """Parameters that the two layers of a pair share."""
+    """Parameters that the two blocks of an NLVR2 layer share."""
     eval_ema: Annotated[bool | None, read_never()] = None
     """Ignored. Released files have it."""
 
@@ -338,7 +338,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         Interval,
         in_training(wanted="minutes or iterations, as in 15 minutes or 1000 iterations"),
     ] = "15 minutes"
-    """Interval of checkpoints within an epoch. A bare number is iterations, 0 is never."""
+    """Interval of saves within an epoch. A number without a unit counts iterations. With 0 a run
+    saves only at the end of an epoch."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
     """Number of the latest `checkpoint_%02d.pth` to keep. Default: all."""
     patience: Annotated[AtLeast1 | None, in_training(lambda task: bool(task.score))] = None

@@ -290,7 +290,7 @@ def _scan(job: tuple[str, str]) -> None:
         # tarfile accepts any bytes after a whole member as the end
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it is cut short or damaged after a whole member")
+            raise tarfile.ReadError("it is cut short, or damaged behind an intact member")
     last_dot = _cut_at_last_dot(path, [file for file, _ in files])
     runs = itertools.groupby(files, key=lambda file: _cut(file[0], last_dot)[0])
     starts = [next(members)[1] for _, members in runs]

@@ -136,8 +136,8 @@ def read_image(image: Any, name: str = "image", exif: Exif = "stored") -> Tensor
     if tensor and len(image) == 3 and image.numel():
         return image.cpu()
     raise InputError(
-        f"{name}: {image.dtype} {list(image.shape)} is not an image: an array is uint8 [H, W, 3] or"
-        " [H, W], a tensor uint8 [3, H, W] with values, both from 0 to 255"
+        f"{name}: {image.dtype} {list(image.shape)} is not an image: give an array uint8 [H, W, 3]"
+        " or [H, W], or a tensor uint8 [3, H, W], each with values from 0 to 255"
     )
 
 

@@ -514,7 +514,7 @@ BAD = {
     "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: .*expected str"),
     "floats": (
         lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))),
-        "image 0: float64 .* an array is uint8",
+        "image 0: float64 .* give an array uint8",
     ),
     "200 megapixels": (
         lambda m, f: m["retrieval"].embed_images(HUGE),

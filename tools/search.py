@@ -20,11 +20,11 @@ from utils import InputError, percent, printable
 
 SHOWN = 5  # unusable images that are printed
 
-parser = Parser(__doc__, "index photos --checkpoint flickr30k.pth --output output/photos")
+parser = Parser(__doc__, "index photos --checkpoint weights/flickr30k.pth --output output/photos")
 index = parser.add_command(
     "index",
     "Embed the images of folders and add them to an index.",
-    "photos --checkpoint flickr30k.pth --output output/photos",
+    "photos --checkpoint weights/flickr30k.pth --output output/photos",
 )
 index.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of images, at any depth")
 index.add_argument(

@@ -16,7 +16,9 @@ from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError
 
-parser = Parser(__doc__, '--checkpoint refcoco.pth --image photo.jpg --text "a man with a hat"')
+parser = Parser(
+    __doc__, '--checkpoint weights/refcoco.pth --image photo.jpg --text "a man with a hat"'
+)
 parser.add_argument("--run", metavar="DIR", help="folder of a run to draw")
 parser.add_argument(
     "--queries",
