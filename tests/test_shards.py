@@ -775,7 +775,7 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
 
 def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys):
     message = refusal(lambda: to_shards.convert(lists, tmp_path, tmp_path / "out", samples=10))
-    assert message.startswith(f"--image_root {tmp_path}: none of 27 images looked for exists")
+    assert message.startswith(f"--image_root {tmp_path}: none of 27 images exists")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     assert "cannot write there" in refusal(

@@ -209,7 +209,7 @@ def check_pictures(*paths: str | None) -> None:
     """Raise InputError if a file is not on this page or its content is not that of an image."""
     for path in (path for path in paths if path is not None):
         if not is_uploaded(path):
-            raise InputError("the image was not uploaded to this page, or too long ago")
+            raise InputError("the image was not uploaded to this page, or its upload has expired")
         try:
             Image.open(path, formats=FORMATS).close()
         except UnidentifiedImageError:

@@ -178,8 +178,8 @@ def _check_images(annotations: "Entries", image_root: str) -> None:
     paths = [os.path.join(image_root, annotations[i].image) for i in indices]
     if not any(map(os.path.isfile, paths)):
         raise InputError(
-            f"--image_root {image_root or '(not given)'}: none of {len(paths)} images looked for"
-            f" exists, such as {paths[0]}; name the folder that the lists' image paths start from"
+            f"--image_root {image_root or '(not given)'}: none of {len(paths)} images exists, such"
+            f" as {paths[0]}; name the folder that the lists' image paths start from"
         )
 
 

@@ -1,6 +1,7 @@
 """Draw the curves and results of a run, or explain a model's decision on an image.
 
---run draws curves.png of the TensorBoard files, retrieval.png and attributes.png of the results.
+--run draws curves.png from the TensorBoard files, and retrieval.png or attributes.png from the
+results.
 --run with --caption draws query.png, a caption of the test set with its five best images.
 --checkpoint draws heat maps of the model's decision on an image and a text (Figures 4 to 6 of the
 paper). --pseudo_targets draws the words and texts that the momentum model proposes (Figure 2).
