@@ -47,7 +47,7 @@ TESTS = {
     "models/momentum.py": "losses pretrain_model trajectory",
     "models/weights.py": "checkpoint released_weights",
     "models/conversions.py": "checkpoint released_weights",
-    "optim/__init__.py": "config trajectory loop recovery",
+    "optim/__init__.py": "sizes config trajectory loop recovery",
     "scheduler/__init__.py": "config trajectory loop",
     "engine/precision.py": "device compile loop",
     "engine/trainer.py": "trajectory loop engine retrieval recovery",
