@@ -31,6 +31,7 @@ TABLE1 = {
 RECALLS = ("test_txt_r_mean", "test_img_r_mean")
 SPLITS = ("val_d", "testA_d", "testB_d")
 
+NOT_RUN = "Not run yet."
 PICTURE_WIDTH = 1000  # pixels of the figures beside the page
 COLORS = 128  # of the figures
 FIGURES = {
@@ -71,7 +72,7 @@ def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Row
     yield f"Of {len(findings)} claims of the paper, these are supported: {named('supported')}."
     yield f"Contradicted: {named('contradicted')}."
     yield f"Inconclusive: {named('inconclusive')}."
-    reasons = (f"{title} ({reason})" for title, reason in experiments.left_out.items())
+    reasons = (f"{title}: {reason}" for title, reason in experiments.left_out.items())
     yield f"Not tested: {'; '.join(reasons) or 'none'}; not all seeds are run: {named('waiting')}."
     complete = [row for row in rows.values() if row.complete]
     machines = sorted({row.read_record()["machine"] for row in complete}) or ["no machine yet"]
@@ -154,12 +155,17 @@ def number_table(
 ) -> Iterator[str]:
     """Yield a table of the mean ± standard deviation over seeds, with a line of chance.
 
+    Without any number the table is a line that says so.
+
     Args:
         header: Names of the columns.
         lines: Label, a row and metric or None for each column, and the paper's numbers or None.
         rows: The rows of the file.
     """
     lines, text = list(lines), []
+    if not any(values(*cell, rows) for _, cells, _ in lines for cell in cells if cell):
+        yield from [NOT_RUN, ""]
+        return
     for label, cells, paper in lines:
         numbers = [shown(values(*cell, rows)) if cell else MISSING for cell in cells]
         known = [f" [{number:.2f}]" if number else "" for number in paper or [None] * len(cells)]

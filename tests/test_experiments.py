@@ -280,6 +280,7 @@ def test_a_page_has_claims_numbers_and_what_is_missing(paper):
     assert "| – | – | +0.3 | 0 of 5 seeds |" in claims["hard negatives in fine-tuning"]
     assert "| Full | – [97.47] | – [92.58] | 72.0 ± 2.8 [80.12] | – [74.42] |" in text
     assert "| most frequent answer to the text | 33.3 | – | – |" in text
+    assert text.count("\nNot run yet.\n") == 4  # grounding, noise, relevance, momentum
     runs = list(csv.DictReader((folder / "docs/results/runs.csv").open()))
     assert [run["run"] for run in runs] == list(rows)
     found = {run["run"]: run for run in runs}
@@ -420,8 +421,10 @@ def test_chance_is_that_of_the_data_and_of_a_rows_own_settings(shapes, tiny_conf
         assert report.chance(rows[name], metric, rows) == pytest.approx(100 * chance)
     assert report.chance(rows["another script's"], "test_acc", rows) is None
     line = ("a", [("a", "test_img_r5"), None], [97.5, None])
+    assert list(page.number_table(["R@5", "none"], [line], rows)) == ["Not run yet.", ""]
+    complete(rows, "a", test_img_r5=50)
     text = list(page.number_table(["R@5", "none"], [line], rows))
-    assert text[2:4] == ["| a | – [97.50] | – |", "| chance | 41.7 | – |"]
+    assert text[2:4] == ["| a | 50.0 [97.50] | – |", "| chance | 41.7 | – |"]
 
 
 def test_chance_of_attributes_is_the_share_of_positives(shapes, tiny_config, tmp_path):
