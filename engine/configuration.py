@@ -97,7 +97,8 @@ def warn_of_exif(config: Config, checkpoint: str) -> None:
     exif = _saved_config(checkpoint)[1].get("exif", config.exif)
     if exif != config.exif:
         log.warning(
-            "exif is %s, but %s in the configuration of %s: --set exif=%s reads images as there",
+            "exif is %s, but %s in the configuration of %s: --set exif=%s to turn images as in its"
+            " training",
             config.exif,
             exif,
             checkpoint,
