@@ -389,6 +389,31 @@ def test_what_ends_a_run_waits_for_the_write(tiny_config, tmp_path, monkeypatch,
     assert not list(tmp_path.glob(".*.tmp"))
 
 
+@pytest.mark.parametrize(
+    "how, ended",
+    [
+        ("error", pytest.raises(ValueError)),
+        ("signal", pytest.raises(TrainingStopped, match="No sp")),
+    ],
+)
+def test_a_write_that_fails_is_reported_whatever_ends_the_run(
+    tiny_config, tmp_path, monkeypatch, caplog, how, ended
+):
+    def fail(state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def validate():  # after the save of the epoch
+        if how == "error":
+            raise ValueError("on purpose")
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"val_score": 1.0}, "val_score"
+
+    monkeypatch.setattr("torch.save", fail)
+    with ended:
+        run(tiny_config, tmp_path, validate=validate)
+    assert ("cannot write" in caplog.text and "No space left" in caplog.text) == (how == "error")
+
+
 def test_an_output_dir_that_vanishes_stops_the_run(tiny_config, tmp_path):
     with pytest.raises(
         TrainingStopped, match=f"cannot write {tmp_path / 'run'}/.*: No such file or directory"
