@@ -308,10 +308,7 @@ class Inference:
             raise InputError(f"rank: of={of!r}, it must be images or texts")
         rerank = self.default_rerank if rerank is None else rerank
         if rerank and (images is None or texts is None):
-            raise InputError(
-                "rank: re-ranking needs images and texts besides their features: give both, or"
-                " rerank=0"
-            )
+            raise InputError("rank: re-ranking needs images and texts: give both, or rerank=0")
         images, image_feat, one_image = _rankable(
             "image", images, image_features, as_images, self.embed_images
         )
