@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -150,10 +151,21 @@ def interruptible(message: str) -> Iterator[None]:
                 signal.signal(other, end_at_once)
             raise Interrupted(signum, message)
 
+    def repeat(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Python ignores exceptions in callbacks, such as hooks after a fork: send the signal again
+        error = unraisable.exc_value
+        if isinstance(error, Interrupted):
+            signal.signal(error.signum, interrupt)
+            threading.Timer(0.01, os.kill, (process, error.signum)).start()
+        else:
+            report(unraisable)
+
     before = {signum: signal.signal(signum, interrupt) for signum in SIGNALS}
+    report, sys.unraisablehook = sys.unraisablehook, repeat
     try:
         yield
     finally:
+        sys.unraisablehook = report
         for signum, handler in before.items():
             if signal.getsignal(signum) is interrupt:
                 signal.signal(signum, handler)

@@ -279,6 +279,27 @@ def test_all_keys_are_listed(flag):
     assert "\nscheduler.epochs: a whole number from 1\n    default: 30; tasks: all" in shown.stdout
 
 
+def test_a_signal_in_a_callback_ends_the_program():
+    """Python ignores an exception in a callback, such as a finalizer or a hook after a fork."""
+    program = """
+import os, signal, time
+from engine.launch import run_script
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+def main():
+    Finalized()
+    time.sleep(60)
+run_script(main)
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "SIGTERM: ended before it was complete\n"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_is_one_line(signum):
     script = subprocess.Popen(

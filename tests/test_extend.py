@@ -99,7 +99,7 @@ def test_a_new_task_trains_resumes_and_is_evaluated(script, tmp_path, monkeypatc
 
 
 def test_a_new_task_is_known_from_python(script, rating, tmp_path):
-    assert len(build_dataset("rating", "val", rating)) == 4
+    assert len(build_dataset("rating", "val", rating)) == 8
     assert detect_task(build_model("rating", rating).state_dict()) == "rating"
     script(tmp_path / "run", "--set", "scheduler.epochs=1")
     model = load_model(tmp_path / "run")
