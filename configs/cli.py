@@ -213,6 +213,6 @@ def _add_training_flags(parser: Parser) -> None:
         const=True,
         type=_parse_bool,
         metavar="True",
-        help="continue the run in --output_dir from its last checkpoint; with Pretrain.py,"
-        " --checkpoint may name another run",
+        help="continue the run in --output_dir from its last checkpoint (only Pretrain.py: or from"
+        " --checkpoint, which may belong to another run)",
     )

@@ -103,7 +103,7 @@ def print_tasks(experiments: Experiments, output: Path) -> None:
             print(f"{first:11}{label:20}{cells[0]:>8}{cells[1]:>14}{cells[2]:>13}{time:>9}")
             first = time = ""
     fine_tuning = sum(spent[name] for name in tasks if rows[name].keys.script != "Pretrain.py")
-    print(f"minutes of the fine-tuning runs together: {fine_tuning:.1f}, one core each")
+    print(f"all fine-tuning runs: {fine_tuning:.1f} minutes, each on one core")
 
 
 def report(experiments: Experiments, output: Path) -> None:
