@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from configs.load import load_config
 from engine.metric_logger import read_curves
 from experiments.claims import LEVEL, Finding, find, paper_effect
 from experiments.report import MISSING, chance, runs_of, shown, value, values
-from experiments.rows import Claim, Experiments, Rows, expand
+from experiments.rows import Claim, Experiments, Row, Rows, expand
 from utils import atomic_write
 from visualize.draw import Effect, draw_effects, draw_lines
 
@@ -82,9 +83,15 @@ def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Row
     )
 
 
-def minutes(runs: Iterable[Any]) -> str:
+def minutes(runs: Iterable[Row]) -> str:
     """Return the minutes of runs together."""
     return f"{sum(row.minutes for row in runs):.0f}"
+
+
+def scenes(row: Row, split: str) -> str:
+    """Return the number of scenes of a data row's split as text."""
+    path = Path(row.keys.creates)
+    return f"{json.loads(path.read_bytes())[split]:,}" if path.exists() else MISSING
 
 
 def set_up(rows: Rows) -> Iterator[str]:
@@ -108,9 +115,10 @@ def set_up(rows: Rows) -> Iterator[str]:
     names = ["image encoder", "text encoder", "multimodal encoder", "epochs", "negatives of ITC"]
     names.append("momentum")
     lines = [
-        ["pre-training data", "4.0 million images, noisy web captions", "16,000 drawn scenes"],
+        ["pre-training images", "4.0 million", scenes(rows["noise/30"], "train")],
         *zip(names, describe(paper), describe(here), strict=True),
-        ["fine-tuning data", "the data sets of each task", "8,000 other scenes, 2,000 to test"],
+        ["fine-tuning images", "the data sets of each task", scenes(rows["tasks"], "train")],
+        ["test images", "the data sets of each task", scenes(rows["tasks"], "test")],
         ["seeds", "not stated", str(len(runs_of("full", rows)))],
     ]
     yield from ["## Set-up", "", *markdown(["", "paper", "here"], lines), ""]
@@ -186,8 +194,8 @@ def blind_baselines(rows: Rows) -> Iterator[str]:
     def rule(name: str) -> str:
         return shown(values("baselines", f"test_{name}", rows))
 
-    def trained(row: str, metric: str) -> str:
-        return shown(values(row, metric, rows))
+    def accuracies(name: str) -> list[str]:
+        return [shown(values(name.format(task), "test_acc", rows)) for task in ("VE", "VQA")]
 
     lines = [
         ["most frequent answer", rule("ve_majority"), rule("vqa_majority"), MISSING],
@@ -196,24 +204,9 @@ def blind_baselines(rows: Rows) -> Iterator[str]:
         ["the same to text and curtain", rule("ve_text_and_curtain"), *[MISSING] * 2],
         ["random box", *[MISSING] * 2, rule("grounding_box_val_d")],
         ["random object", *[MISSING] * 2, rule("grounding_object_val_d")],
-        [
-            "`full` trained on texts alone",
-            trained("without_image/VE", "test_acc"),
-            trained("without_image/VQA", "test_acc"),
-            MISSING,
-        ],
-        [
-            "`full` trained on images alone",
-            trained("without_text/VE", "test_acc"),
-            trained("without_text/VQA", "test_acc"),
-            MISSING,
-        ],
-        [
-            "`full`",
-            trained("full/VE", "test_acc"),
-            trained("full/VQA", "test_acc"),
-            trained("grounding", "val_d"),
-        ],
+        ["`full` fine-tuned on texts alone", *accuracies("without_image/{}"), MISSING],
+        ["`full` fine-tuned on images alone", *accuracies("without_text/{}"), MISSING],
+        ["`full`", *accuracies("full/{}"), shown(values("grounding", "val_d", rows))],
     ]
     yield from [
         "## Blind baselines",
@@ -317,12 +310,16 @@ def noise(rows: Rows) -> Iterator[str]:
     ]
 
 
-def others(rows: Rows) -> Iterator[str]:
-    """Yield the tables of relevance and of the choice of the momentum."""
+def relevance(rows: Rows) -> Iterator[str]:
+    """Yield the table of relevance."""
     metrics = ("test_auc", "test_auc_other_image", "test_auc_other_words")
     lines = [("fine-tuned", [("relevance", metric) for metric in metrics], (82.74, None, None))]
     header = ["AUC", "another ad's image", "another ad's words"]
     yield from ["## Query-ad relevance", "", *number_table(header, lines, rows)]
+
+
+def momentum(rows: Rows) -> Iterator[str]:
+    """Yield the table of the runs that chose the momentum."""
     choices = {
         "momentum 0.5": "momentum/0.5",
         "momentum 0.95": "momentum/0.95",
@@ -430,7 +427,8 @@ def write_page(experiments: Experiments, output: Path, path: Path) -> None:
         *table6(rows),
         *table5(rows),
         *noise(rows),
-        *others(rows),
+        *relevance(rows),
+        *momentum(rows),
         *information(rows, folder),
         *figures(rows, folder),
     ]

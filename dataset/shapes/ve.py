@@ -80,7 +80,7 @@ def index_scenes(scenes: list[Scene]) -> Index:
 def find_scenes(
     rng: Random, scene: Scene, index: Index
 ) -> tuple[dict[str, str], dict[str, str], dict[str, list[int]]] | None:
-    """Draw what a hypothesis names and states, and return the scenes that it can be about.
+    """Draw the subject and the predicate of a hypothesis, and find scenes for each label.
 
     Args:
         rng: Generator of random numbers.
