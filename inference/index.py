@@ -574,7 +574,7 @@ def _rerank(model: Inference, hits: list[Hit], text: str) -> list[Hit]:
 
 
 def describe_scores(model: Inference, hits: Sequence[Hit], total: int) -> list[str]:
-    """Return lines that say what the probabilities of hits are, and what ranked them.
+    """Describe the probabilities of hits, and the ranking that ordered them.
 
     Args:
         model: Model of the index.

@@ -361,7 +361,7 @@ class Inference:
             images: Images, in pairs with `texts` as in `answer`.
             texts: Referring expressions.
             boxes: Candidates [[x, y, w, h], ...] in pixels; a list of such lists for several pairs.
-                If the key exif is "upright", the pixels are those of the turned image. Default: the
+                If the key exif is "upright", these are pixels of the turned image. Default: the
                 best rectangle of whole patches.
             mode: Heat map of the matching head, "itm", or of the similarity, "itc".
             block_num: Layer of the heat map. Default: the third multimodal one.

@@ -206,7 +206,7 @@ def is_uploaded(path: str) -> bool:
 
 
 def check_pictures(*paths: str | None) -> None:
-    """Raise InputError if a file is not on this page or its content is not that of an image."""
+    """Raise InputError if a file is not on this page or is not an image."""
     for path in (path for path in paths if path is not None):
         if not is_uploaded(path):
             raise InputError("the image was not uploaded to this page, or its upload has expired")
