@@ -71,7 +71,7 @@ def _chances(task: str, config: Config, split: str) -> Mapping[str, float]:
 
 def chance(row: Row, metric: str, rows: Rows) -> float | None:
     """Return the metric of guessing in percent with a run's settings, None if it is unknown."""
-    task = TASKS.get(Path(row.keys.script).stem.lower())
+    task = row.keys.task
     split = "val" if metric.startswith("val") else "test"
     try:
         config = effective_config(row, rows)

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from configs.config import Config
+from configs.effects import refuse_unread
 from configs.load import load_config, override, parse_yaml
+from configs.tasks import TASKS, Task
 from utils import InputError, atomic_write, read_regular
 
 LAST_CHECKPOINT = "checkpoint_last.pth"
@@ -42,6 +44,11 @@ class RowKeys(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
             f"{key}={value if isinstance(value, str) else msgspec.json.encode(value).decode()}"
             for key, value in self.set.items()
         ]
+
+    @property
+    def task(self) -> Task | None:
+        """The task that the script is named after, if any."""
+        return TASKS.get(PurePosixPath(self.script).stem.lower())
 
     @property
     def has_source(self) -> bool:
@@ -255,6 +262,11 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
         ) from None
     if "--set" in flags:
         raise InputError(f"row {name}: flags contain --set, use the key set of the row instead")
+    try:
+        if keys.task:
+            refuse_unread(keys.task.name, keys.overrides)
+    except InputError as error:
+        raise InputError(f"row {name}: {error}") from None
     module = not keys.script.endswith(".py")
     command = ["-m", keys.script] if module else [keys.script]
     if keys.config:

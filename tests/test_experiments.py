@@ -172,6 +172,7 @@ def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(
         ({"a": {"from": "b"}, "b": {"from": "a"}}, "wait for each other in a circle (a, b, a)"),
         ({"a": {"flags": '"'}}, "row a: flags"),
         ({"a": {"flags": "--set x=1"}}, "row a: flags"),
+        ({"a": {"script": "VQA.py", "set": {"image_root": "x"}}}, "row a: --set image_root"),
     ],
 )
 def test_wrong_rows_are_refused(fake, rows, message):
