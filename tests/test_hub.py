@@ -235,6 +235,9 @@ def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
         (["--push", "lab/a"], "add --output FOLDER/"),
         (["--push", "lab/a", "--output", "a.pth"], "end --output a.pth with"),
         ([], "--output is missing"),
+        (["--output", "a.pth", "--config", "configs/VE.yaml"], "--config"),
+        (["--output", "a.pth", "--set", "alpha=0"], "--set"),
+        (["--output", "a/", "--public"], "--public"),
         (["--push", "a b", "--output", f"{tmp_path}/x/"], "write USER/NAME"),
     ):
         status, _, err = export(checkpoint, *flags)

@@ -273,6 +273,10 @@ def main() -> None:
         raise InputError("--output is missing: name the file or the FOLDER/ to write")
     if args.push and args.output and not to_folder:
         raise InputError(f"--push needs a folder: end --output {args.output} with a slash")
+    if (args.config or args.set) and not to_folder:
+        raise InputError("--config and --set have an effect only with --output FOLDER/")
+    if args.public and not args.push:
+        raise InputError("--public has an effect only with --push")
     from models.hub import check_repository, upload
 
     folder = Path(args.output or args.checkpoint)
