@@ -1,6 +1,6 @@
-"""Evaluate attributes of objects in boxes zero-shot (OVAD), such as "red" or "made of wood".
+"""Evaluate zero-shot which attributes, such as "red", the objects in boxes have (OVAD).
 
---checkpoint is a model of pre-training, retrieval or grounding.
+--checkpoint names a model of pre-training, retrieval or grounding.
 """
 
 from configs.cli import task_parser
@@ -13,16 +13,16 @@ parser.add_argument(
     "--prompts",
     choices=["the", "a", "none", "photo", "all"],
     default="the",
-    help="templates of the prompts",
+    help='templates of the prompts, such as "the red"; all: the templates of the, a and none',
 )
 parser.add_argument(
-    "--noun", default="", help="noun for every object in the prompts, such as object"
+    "--noun", default="", help='noun in the prompts, such as object in "the red object"'
 )
 parser.add_argument(
     "--score",
     choices=["mean", "max"],
     default="mean",
-    help="score of an attribute over its synonyms and templates",
+    help="whether the score of an attribute is the mean or the largest similarity of its prompts",
 )
 
 

@@ -10,13 +10,14 @@ parser.add_argument(
     "--gradcam_mode",
     choices=["itm", "itc"],
     default="itm",
-    help="itm: cross-attention of the multimodal encoder; itc: self-attention of the ViT",
+    help="attention to explain. itm: cross-attention of the multimodal encoder; itc: self-attention"
+    " of the ViT",
 )
 parser.add_argument(
     "--block_num",
     type=int,
-    help="block whose attention is used (default: for itm the third multimodal layer, or the"
-    " last one if there are fewer; for itc the last block of the ViT)",
+    help="index of the layer to explain, from 0. Default for itm: the third multimodal layer, or"
+    " the last if there are fewer. Default for itc: the last layer of the ViT",
 )
 
 

@@ -1,6 +1,7 @@
 """Fine-tune ALBEF for NLVR2 (Section 5): is a sentence true of two images?
 
---checkpoint is a model after text assignment (Pretrain_nlvr.py) or a pre-trained one ("w/o TA").
+--checkpoint names a model of text assignment (Pretrain_nlvr.py), or a pre-trained model to train
+without text assignment ("w/o TA" in Table 7).
 """
 
 from configs.cli import task_parser

@@ -1,4 +1,4 @@
-"""Pre-train ALBEF on image-caption pairs (Section 3), and evaluate it zero-shot on test_file."""
+"""Pre-train ALBEF on image-caption pairs (Section 3), then evaluate zero-shot retrieval."""
 
 from configs.cli import task_parser
 from engine.launch import run_script
@@ -7,7 +7,8 @@ parser = task_parser(__doc__, "configs/Pretrain.yaml", "--set batch_size=32 accu
 parser.add_argument(
     "--vision_encoder",
     metavar="VIT",
-    help="ViT weights: timm name, folder, .pth, .safetensors, or random",
+    help="ViT weights: timm name, folder, .pth, .safetensors, or random (default: the key"
+    " vision_encoder)",
 )
 
 

@@ -1,6 +1,6 @@
 """Pre-train ALBEF for NLVR2 by text assignment (Section 5).
 
-Does the text describe the first image, the second, or neither?
+The model learns whether a text describes the first image, the second image, or neither.
 """
 
 from configs.cli import task_parser

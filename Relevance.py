@@ -7,7 +7,7 @@ parser = task_parser(__doc__, "configs/Relevance.yaml", "--checkpoint weights/AL
 parser.add_argument(
     "--alone",
     action="store_true",
-    help="also test ads with the image or the words of another ad",
+    help="also evaluate each ad with the image of another ad, and with the words of another ad",
 )
 
 

@@ -3,13 +3,14 @@
     python benchmarks/dataloader.py                     # the transform
     python benchmarks/dataloader.py --workers 0 1 2     # also the loader with so many data workers
 
-The first table compares the obvious Pillow and torchvision path with dataset/transforms.py. The
-second table compares a JSON list with image files in folders of 1,000 and shards made of the same
-pairs. A row is whole epochs of Pretrain.py's batches, the start of the workers included and
-normalization, which runs on the GPU, excluded. Compared rows take turns. CPU times are of all
-processes together, and steadier than the clock on a shared machine. For a cold page cache the
-kernel drops the pages of the files before every epoch (posix_fadvise). Directories and the cache of
-the disk, or of the host of a virtual one, stay.
+The first table compares the obvious path by Pillow and torchvision with dataset/transforms.py. The
+second table compares a JSON list, whose images are files in folders of 1,000, with shards of the
+same pairs. Each row measures whole epochs of the batches of Pretrain.py. The time includes the
+start of the workers and excludes normalization, which runs on the GPU. Epochs of files and of
+shards alternate. CPU times are the sum over all processes. On a shared machine they vary less than
+elapsed times. For a cold page cache, the kernel drops the pages of the files before every epoch
+(posix_fadvise). Cached directories and the cache of the disk, or of a virtual disk's host, are not
+dropped.
 """
 
 import argparse
@@ -275,7 +276,7 @@ def main():
         nargs="+",
         help="also measure the loader with these numbers of data workers",
     )
-    parser.add_argument("--rounds", type=int, default=15, help="of the transform")
+    parser.add_argument("--rounds", type=int, default=15, help="number of rounds of the transform")
     args = parser.parse_args()
     torch.set_num_threads(1)  # as data workers do
     with tempfile.TemporaryDirectory() as name:

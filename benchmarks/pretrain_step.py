@@ -1,10 +1,10 @@
 """Measure time and memory of a full-size pre-training step, fast path against plain path.
 
 The model is ViT-B/16 at 256 px and BERT-base with a vocabulary of 30,522. The queue has 65,536
-entries, the texts have 12 to 25 tokens. A step has all parts of a step of the training loop:
-masking, momentum, losses, gradients and AdamW. The plain path is tests/helpers/plain.py. Every row
-runs in a process of its own, so that peak memory is its own. The peak of the machine's matrix
-products is measured before and after a row.
+entries. The texts have 12 to 25 tokens. A step has all parts of a step of the training loop:
+masking, the momentum update, losses, gradients and AdamW. The plain path is tests/helpers/plain.py.
+Each row runs in its own process, so that its peak memory does not include other rows. The speed of
+the machine's matrix products is measured before and after each row.
 
     python benchmarks/pretrain_step.py [--batch_size 8] [--steps 3]
 """

@@ -1,10 +1,10 @@
-"""Scores per second of re-ranking with the full-size model at 384 px, fast and plain path.
+"""Measure scores per second of re-ranking with the full-size model at 384 px, fast and plain.
 
-A score is one (query, candidate) pair of one direction. The fast path is
-ContrastiveModel.rerank. The plain path (tests/helpers/plain.py) takes
-query by query, computes each image's keys and values anew for every candidate and pads every text
-to 30 tokens, as the released evaluation does; it is timed on part of the queries. Texts have 7 to
-17 tokens, 12 on average. Both paths run in one process, one after the other.
+A score belongs to one pair of a query and a candidate, in one direction. The fast path is
+ContrastiveModel.rerank. As in the released evaluation, the plain path (tests/helpers/plain.py)
+takes one query at a time, computes an image's keys and values again for every candidate, and pads
+every text to 30 tokens. It is timed on part of the queries. Texts have 7 to 17 tokens, 12 on
+average. Both paths run in one process, one after the other.
 
     python benchmarks/retrieval_eval.py [--images 8] [--texts 480] [--k 128]
 """

@@ -1,10 +1,10 @@
-"""Seconds per question of ranking VQA answers with the full-size model, fast and plain path.
+"""Measure seconds per question of ranking VQA answers with the full-size model, fast and plain.
 
-The fast path is VQA.rank_answers. The plain path (tests/helpers/plain.py) decodes every candidate
-whole, padded to the longest answer of the list, with its own copy of the question's states, as the
-released code does. Both encode the questions with their images first, which is timed apart. The
-answers are random, with 1 to 4 word pieces as VQA's list has. Both paths run in one process, one
-after the other.
+The fast path is VQA.rank_answers. As in the released code, the plain path (tests/helpers/plain.py)
+pads every candidate to the longest answer of the list, and decodes all of its tokens with a
+separate copy of the question's states. Before the ranking, both paths encode the questions with
+their images, which is timed separately. The answers are random and have 1 to 4 word pieces, like
+the answers of VQA's list. Both paths run in one process, one after the other.
 
     python benchmarks/vqa_ranking.py [--questions 4] [--answers 3128] [--k 128]
 """

@@ -13,8 +13,8 @@ TIMEOUT = 1800  # seconds that a rank waits for other ranks
 
 # help of flags that name a checkpoint, as models.weights.find_checkpoint takes it
 CHECKPOINT_HELP = (
-    "a .pth or .safetensors file, a run folder (its best epoch, else its last), or a hub repository"
-    " USER/NAME[@REVISION]"
+    "a .pth or .safetensors file, a run folder (its best epoch, or its last if there is no best),"
+    " or a hub repository USER/NAME[@REVISION]"
 )
 
 
@@ -163,19 +163,26 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     parser.set_defaults(evaluate=not trains, split=None, resume=False)
     start = "weights to start from" if trains else "weights to evaluate"
     texts = {
-        "--config": ("FILE", f"YAML file (default: configuration in --checkpoint, or {config})"),
+        "--config": (
+            "FILE",
+            f"YAML file (default: the configuration in --checkpoint, or else {config})",
+        ),
         "--output_dir": (
             "DIR",
-            "folder for checkpoints, log and results (default: output/ and the configuration's"
-            " name; with --evaluate, evaluation/ in the checkpoint's run)",
+            "folder for checkpoints, log and results (default: output/NAME, with the name of the"
+            " configuration; to evaluate a checkpoint of a run, evaluation/ in the run folder)",
         ),
         "--checkpoint": ("FILE", f"{start}: {CHECKPOINT_HELP}"),
         "--text_encoder": (
             "BERT",
-            "BERT weights: hub name, folder, .bin, .safetensors, or random (default: key"
+            "BERT weights: hub name, folder, .bin, .safetensors, or random (default: the key"
             " text_encoder)",
         ),
-        "--tokenizer": ("VOCAB", "vocabulary: file, folder or hub name (default: text_encoder's)"),
+        "--tokenizer": (
+            "VOCAB",
+            "vocabulary: file, folder or hub name (default: the key tokenizer, or else the"
+            " vocabulary of text_encoder)",
+        ),
     }
     for flag, (metavar, text) in texts.items():
         default = "" if flag == "--checkpoint" else None
@@ -191,11 +198,13 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     )
     parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
     parser.add_argument("--seed", default=42, type=at_least(0), help="random seed")
-    wait = "seconds to wait for other ranks"
+    wait = "seconds that a rank waits for other ranks"
     parser.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help=wait)
     parser.add_set()
     names = "--help_keys", "--help-keys"
-    parser.add_argument(*names, action=_ShowKeys, nargs=0, help="list all keys and exit")
+    parser.add_argument(
+        *names, action=_ShowKeys, nargs=0, help="list all configuration keys and exit"
+    )
     # accepted for released command lines, without effect: the launcher decides
     for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -205,7 +214,7 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
 def _add_training_flags(parser: Parser) -> None:
     """Add the flags of tasks that train."""
     parser.add_argument(
-        "--split", choices=["val", "test"], help="split that --evaluate evaluates (default: all)"
+        "--split", choices=["val", "test"], help="split to evaluate with --evaluate (default: all)"
     )
     parser.add_argument(
         "--resume",
@@ -213,6 +222,6 @@ def _add_training_flags(parser: Parser) -> None:
         const=True,
         type=_parse_bool,
         metavar="True",
-        help="continue the run in --output_dir from its last checkpoint (only Pretrain.py: or from"
-        " --checkpoint, which may belong to another run)",
+        help="continue the run in --output_dir from its last checkpoint. In Pretrain.py,"
+        " --checkpoint may name a checkpoint of another run to continue instead",
     )

@@ -110,13 +110,13 @@ class BertConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True)
     num_attention_heads: Count
     """Number of attention heads, a divisor of `hidden_size`."""
     fusion_layer: AtLeast0
-    """Index of the first multimodal layer. The layers below are the text encoder."""
+    """Index of the first multimodal layer. The layers below it form the text encoder."""
     encoder_width: Width
     """Width of the image embeddings, equal to `vision_width`."""
     intermediate_size: Width = 3072
     """Width of the feed-forward layers."""
     max_position_embeddings: Rows = 512
-    """Number of position embeddings, the maximum number of token ids of a text."""
+    """Number of position embeddings. A text has at most this number of token ids."""
     type_vocab_size: Count = 2
     """Number of token type embeddings. ALBEF uses the first one only."""
     pad_token_id: AtLeast0 = 0
@@ -124,9 +124,9 @@ class BertConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True)
     layer_norm_eps: Number = 1e-12
     """Epsilon of layer normalization."""
     hidden_dropout_prob: Share = 0.1
-    """Dropout of the layers' outputs."""
+    """Dropout probability of the layers' outputs."""
     attention_probs_dropout_prob: Share = 0.1
-    """Dropout of the attention weights."""
+    """Dropout probability of the attention weights."""
     initializer_range: Number = 0.02
     """Standard deviation of random initial weights."""
     hidden_act: Literal["gelu"] = "gelu"
@@ -148,16 +148,16 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     weight_decay: Annotated[Number, in_training()] = 0.02
     """Weight decay of all parameters except biases and other one-dimensional parameters."""
     opt_eps: Annotated[Number | None, in_training()] = None
-    """Epsilon of the optimizer. Default: the optimizer's."""
+    """Epsilon of the optimizer. Default: the optimizer's own value."""
     opt_betas: Annotated[
         tuple[Beta, Beta] | None, in_training(wanted="two numbers from 0 to below 1")
     ] = None
-    """Two decay rates of the optimizer's moving averages. Default: the optimizer's."""
+    """Two decay rates of the optimizer's moving averages. Default: the optimizer's own values."""
     temp_lr_scale: Annotated[Number, in_training(with_trait("contrastive"))] = 1.0
-    """Factor of the temperature's learning rate, for learning rates far above 1e-4."""
+    """Factor of the temperature's learning rate. Set it below 1 if `lr` is far above 1e-4."""
     new_lr_scale: Annotated[Number, in_training()] = 1.0
-    """Factor of the learning rate of parameters without pre-trained weights. `temp_lr_scale` is the
-    factor of the temperature."""
+    """Factor of the learning rate of parameters without pre-trained weights. The temperature has
+    the factor `temp_lr_scale` instead."""
 
 
 class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -168,18 +168,20 @@ class SchedulerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     epochs: Annotated[AtLeast1, in_training()] = 30
     """Number of epochs."""
     min_lr: Annotated[Number, in_training()] = 1e-5
-    """Learning rate at the end."""
+    """Learning rate at the end of the cosine."""
     decay_rate: Annotated[Number, read_never()] = 1.0
     """Ignored. Released files have it."""
     warmup_lr: Annotated[Number, in_training()] = 1e-5
-    """Learning rate at the start."""
+    """Learning rate at the start of the warm-up."""
     warmup_epochs: Annotated[AtLeast0, in_training()] = 10
-    """Length of the warm-up in steps of 100 iterations, within the first epoch."""
+    """Length of the warm-up in units of 100 iterations. The warm-up ends with the first epoch at
+    the latest."""
     cooldown_epochs: Annotated[AtLeast0, read_never()] = 0
     """Ignored. Released files have it."""
     warmup_iters: Annotated[AtLeast0 | None, in_training()] = None
-    """Length of a linear warm-up in iterations, followed by a cosine by iteration. Default: the
-    released schedule, which changes by epoch."""
+    """Length of a linear warm-up in iterations. After the warm-up the learning rate follows the
+    cosine at every iteration. Default: the released schedule, whose cosine changes the rate once
+    per epoch."""
 
 
 class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -192,7 +194,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
         read_if(evaluates_file("val_file"), file=True, wanted=PATHS_WANTED),
     ] = None
     """Annotation files of the validation set, which selects the best epoch. Pre-training is
-    validated by zero-shot retrieval. Default: no validation, and the last epoch is tested."""
+    validated by zero-shot retrieval. Default: there is no validation, and the last epoch is
+    tested."""
     test_file: Annotated[
         Paths | None,
         read_if(evaluates_file("test_file"), file=True, wanted=PATHS_WANTED),
@@ -206,13 +209,13 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     vg_root: Annotated[str | None, read_if(is_task("vqa"), file=True)] = None
     """Folder of the images of Visual Genome."""
     answer_list: Annotated[str | None, read_if(is_task("vqa"), file=True)] = None
-    """JSON file with the candidate answers. Answers are generated if it is missing."""
+    """JSON file with the candidate answers. Without this key answers are generated."""
     refcoco_data: Annotated[str | None, read_if(is_task("grounding"), file=True)] = None
     """Folder of REFER's data sets."""
     refer_dataset: Annotated[
         Literal["refcoco", "refcoco+", "refcocog"], read_if(is_task("grounding"))
     ] = "refcoco+"
-    """Data set of REFER, a folder in `refcoco_data`."""
+    """Name of the data set of REFER. It is also the name of its folder in `refcoco_data`."""
     det_file: Annotated[str | None, read_if(is_task("grounding"), file=True)] = None
     """JSON file with the detected boxes of each image."""
     coco_file: Annotated[str | None, read_never(file=True)] = None
@@ -220,8 +223,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     image_res: Annotated[Pixels | None, read_always()] = None
     """Height and width of the images in pixels, a multiple of `patch_size`."""
     exif: Annotated[Literal["stored", "upright"], read_always()] = "stored"
-    """`upright` turns images by their EXIF orientation, `stored` ignores it. With `upright`, a test
-    set with boxes refuses images that have an orientation."""
+    """`upright` turns images by their EXIF orientation. `stored` ignores the orientation. With
+    `upright`, images with an orientation are refused in a test set with boxes."""
     hflip: Annotated[bool, in_training()] = True
     """Flip half of the training images horizontally."""
     min_scale: Annotated[Share | None, in_training()] = None
@@ -230,34 +233,38 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     randaugment: Annotated[bool, in_training()] = True
     """Apply RandAugment to the training images."""
     max_skipped: Annotated[Share, in_training()] = 0.01
-    """Largest share of unusable images or captions in an epoch. Training stops above it."""
+    """Maximum share of unusable images or captions in an epoch. Training stops above this share."""
     num_workers: Annotated[Annotated[int, Meta(ge=0, le=1000)] | None, read_always()] = None
-    """Number of data workers of each rank. Default: CPU cores of each rank, at most 8."""
+    """Number of data workers per rank. Default: the number of CPU cores per rank, at most 8."""
     shuffle_buffer: Annotated[AtLeast1, in_training(with_trait("captions"))] = 20000
-    """Number of samples of shards that are shuffled together."""
+    """Number of samples that are shuffled together if training reads shards."""
     max_words: Annotated[AtLeast1 | None, read_if(lambda task: task.name != "attributes")] = None
-    """Maximum number of words of a text. Default: 30, in a test question 50, in a query or an ad
-    512."""
+    """Maximum number of words of a text. Default: 50 for a test question of VQA, 512 for a query or
+    an ad, and 30 for other texts."""
     max_tokens: Annotated[Annotated[int, Meta(ge=2, le=sys.maxsize)] | None, read_always()] = None
-    """Maximum number of token ids of a text, `[CLS]` included. Default: 25 in pre-training, text
-    assignment, VQA training questions and attributes, 30 in retrieval and grounding, 64 in
-    relevance, else `max_position_embeddings`, which no value may exceed."""
+    """Maximum number of token ids of a text, including `[CLS]`. It may not exceed
+    `max_position_embeddings`. Default: 25 in pre-training, text assignment, attributes and for VQA
+    training questions; 30 in retrieval and grounding; 64 in relevance; otherwise
+    `max_position_embeddings`."""
 
     bert_config: Annotated[
         BertConfig | None, read_always(file=True, wanted="a path or a mapping of keys to values")
     ] = None
-    """JSON file or mapping with the sizes of the text encoder and the multimodal encoder. Keys that
-    are missing come from the config.json of `text_encoder`, with `fusion_layer` half of the
-    layers."""
+    """JSON file or mapping with the sizes of the text encoder and the multimodal encoder. If
+    `text_encoder` names another encoder, missing keys come from its config.json, and the upper half
+    of its layers becomes the multimodal encoder."""
     vision_width: Annotated[Width, read_always()] = 768
-    """Width of the image encoder. If `vision_encoder` is given, its width is the default."""
+    """Width of the image encoder. If `vision_encoder` names another encoder, the default is the
+    width of that encoder."""
     vision_depth: Annotated[Count, read_always()] = 12
-    """Number of layers of the image encoder. Default as for `vision_width`."""
-    vision_heads: Annotated[Count, read_always()] = 12
-    """Number of attention heads of the image encoder, a divisor of `vision_width`. Default as for
+    """Number of layers of the image encoder. The default depends on `vision_encoder`, as for
     `vision_width`."""
+    vision_heads: Annotated[Count, read_always()] = 12
+    """Number of attention heads of the image encoder, a divisor of `vision_width`. The default
+    depends on `vision_encoder`, as for `vision_width`."""
     patch_size: Annotated[Pixels, read_always()] = 16
-    """Height and width of an image patch in pixels. Default as for `vision_width`."""
+    """Height and width of an image patch in pixels. The default depends on `vision_encoder`, as for
+    `vision_width`."""
     embed_dim: Annotated[Width, read_if(with_trait("projects"))] = 256
     """Width of the projected features of contrastive learning."""
     text_encoder: Annotated[str, read_always(file=True)] = "bert-base-uncased"
@@ -292,46 +299,51 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     momentum: Annotated[Share, in_training(with_trait("distills"))] = 0.995
     """Momentum of the momentum model."""
     queue_size: Annotated[Rows, in_training(with_trait("contrastive"))] = 65536
-    """Number of momentum features in each queue, one of images and one of texts. ITC contrasts the
-    batch with them."""
+    """Number of momentum features in the queue of images and in the queue of texts. ITC contrasts
+    the batch with both queues."""
     mlm_probability: Annotated[Share, in_training(is_task("pretrain"))] = 0.15
-    """Share of masked tokens."""
+    """Share of tokens that are masked for MLM."""
     k_test: Annotated[AtLeast1, read_if(lambda task: _searches(task) or task.name == "vqa")] = 128
     """Number of candidates to re-rank for each image, text or question."""
     image_embeds: Annotated[Literal["host", "recompute"], read_if(_searches)] = "host"
-    """Keep the image embeddings of an evaluation in host memory, or compute them again."""
+    """`host` keeps the image embeddings of an evaluation in host memory. `recompute` computes them
+    again when they are needed."""
     eos: Annotated[str, read_if(is_task("vqa"))] = "[SEP]"
     """Token that ends an answer."""
     num_beams: Annotated[Count, read_if(is_task("vqa"))] = 3
-    """Number of beams of generated answers."""
+    """Number of beams in the beam search that generates answers."""
     max_answer_tokens: Annotated[AtLeast1 | None, read_if(is_task("vqa"))] = None
-    """Maximum number of tokens of a generated answer. Default: longest of `train_file`, or 10."""
+    """Maximum number of tokens of a generated answer. Default: the length of the longest answer in
+    `train_file`, which checkpoints keep, or else 10."""
     share: Annotated[Literal["cross_attention", "all", "none"], read_if(with_trait("pairs"))] = (
         "cross_attention"
     )
-    """Parameters that the two blocks of an NLVR2 layer share."""
+    """Parameters that the two blocks of an NLVR2 layer share: key and value projections of
+    cross-attention, all parameters, or none."""
     eval_ema: Annotated[bool | None, read_never()] = None
     """Ignored. Released files have it."""
 
     batch_size: Annotated[AtLeast1 | None, in_training()] = None
-    """Number of training samples of each rank in a step, or in a micro-batch with `accumulate`."""
+    """Number of training samples per rank in each micro-batch. A step has `accumulate`
+    micro-batches."""
     batch_size_test: Annotated[AtLeast1, read_if(lambda task: bool(task.evaluate))] = 64
-    """Number of samples of each rank in a batch of an evaluation."""
+    """Number of samples per rank in a batch of an evaluation."""
     accumulate: Annotated[AtLeast1, in_training()] = 1
     """Number of micro-batches of an optimizer step."""
     clip_grad: Annotated[Number | None, in_training()] = None
     """Maximum norm of the gradients. Default: no clipping."""
     reference_batch: Annotated[AtLeast1 | None, in_training()] = None
-    """Global batch size that the learning rates are for. Another size scales them by the square
-    root of the ratio. Default: no scaling."""
+    """Global batch size for which the learning rates were chosen. At another global batch size the
+    rates are multiplied by the square root of (global batch size / `reference_batch`). Default: no
+    scaling."""
     precision: Annotated[Literal["fp32", "bf16"], read_always()] = "fp32"
     """Precision of the matrix products. Weights, heads and losses are always float32."""
     compile: Annotated[Literal["auto"] | bool, in_training(wanted="auto or true or false")] = "auto"
     """Compile the model. `auto` compiles on a GPU unless `deterministic` is set."""
     gradient_checkpointing: Annotated[bool, in_training()] = False
-    """Compute the layers' activations again in the backward pass, which saves memory."""
+    """Save memory by computing the layers' activations again in the backward pass."""
     deterministic: Annotated[bool, read_always()] = False
-    """Make results on a GPU repeat exactly. Results on a CPU always do."""
+    """Make results on a GPU exactly reproducible. Results on a CPU always are."""
     log_every: Annotated[AtLeast1, in_training()] = 50
     """Number of iterations between two fetches of the losses from a GPU."""
     save_every: Annotated[
@@ -341,13 +353,13 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Interval of saves within an epoch. A number without a unit counts iterations. With 0 a run
     saves only at the end of an epoch."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
-    """Number of the latest `checkpoint_%02d.pth` to keep. Default: all."""
+    """Number of the latest epochs whose `checkpoint_%02d.pth` is kept. Default: all."""
     patience: Annotated[AtLeast1 | None, in_training(lambda task: bool(task.score))] = None
     """End training after this number of epochs without a better validation score. Default: train
     all epochs."""
     max_skipped_steps: Annotated[AtLeast0, in_training()] = 0
-    """Largest number of steps of a run whose loss or gradients are NaN or infinite. Training stops
-    above it."""
+    """Maximum number of steps of a run whose loss or gradients are NaN or infinite. Training stops
+    if there are more."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer."""
     scheduler: SchedulerConfig = SchedulerConfig()

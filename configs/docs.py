@@ -24,10 +24,11 @@ HEADER = """\
 
 <!-- written by `python -m configs.docs` -->
 
-A configuration file is a YAML mapping of these keys. `--set key=value` overrides them. Every file
-may have every key. The column "tasks" names the tasks that read a key. "training" marks keys that
-an evaluation does not read. Released files may write `schedular` for `scheduler`,
-`batch_size_train` for `batch_size`, and `scheduler.lr` for `optimizer.lr`.
+A configuration file is a YAML mapping of these keys. `--set key=value` overrides a key of the file.
+Every file may have every key. The column "tasks" names the tasks that read a key. The word
+"training" in this column marks keys that an evaluation does not read. Released files may write
+`schedular` for `scheduler`, `batch_size_train` for `batch_size`, and `scheduler.lr` for
+`optimizer.lr`.
 """
 
 

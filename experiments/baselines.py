@@ -1,9 +1,10 @@
-"""Scores of rules that do not read both inputs, in percent, from annotation files of shapes.
+"""Compute the scores of rules that do not see both inputs, from annotation files of shapes.
 
   python -m experiments.baselines data/shapes --output_dir output/baselines
 
-A rule answers with the most frequent label of the training entries that share its input. It is
-the majority label if no training entry shares it.
+A rule sees a part of the input, such as the text. It answers with the most frequent label of the
+training entries with the same part. If there is no such entry, it answers with the most frequent
+label of all. Scores are in percent.
 """
 
 import json

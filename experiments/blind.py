@@ -1,10 +1,10 @@
-"""Write copies of annotation files without images or without texts, to train blind baselines.
+r"""Write copies of annotation files without images or without texts, to train blind baselines.
 
   python -m experiments.blind data/shapes/ve_train.json data/shapes/ve_test.json \
       --without image --output data/blind
 
-Each entry keeps its label. Without images all entries have one gray picture, without texts all
-have the sentence of the first entry.
+Each entry keeps its label. --without image gives all entries the same gray picture. --without text
+gives all entries the text of the first entry.
 """
 
 import json

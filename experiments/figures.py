@@ -1,11 +1,15 @@
-"""Draw Figures 2 and 4 to 6 of the paper for the first six images of a test file.
+r"""Draw Figures 2 and 4 to 6 of the paper for the first six images of a test file.
 
   python -m experiments.figures 4 --checkpoint output/paper/grounding/seed0 \
       --data data/paper/tasks --output figure4.png
 
-2: words that the momentum model expects in place of the last word of a caption.
-4: boxes of referring expressions. 5: answers to questions. 6: heat maps of the words of a caption.
-Nothing is selected: the figure has the first entry of each image, and marks right and wrong ones.
+Figure 2: words that the momentum model expects in place of the last word of a caption.
+Figure 4: boxes of referring expressions.
+Figure 5: answers to questions.
+Figure 6: heat maps of the words of a caption.
+
+The examples are not selected: a figure shows the first entry of each image. Figures mark right and
+wrong predictions.
 """
 
 import json
@@ -26,7 +30,9 @@ FILES = {2: "test.json", 4: "grounding_test.json", 5: "vqa_test.json", 6: "test.
 
 parser = Parser(__doc__)
 parser.add_argument("figure", type=int, choices=list(FILES), help="number of the figure")
-parser.add_argument("--checkpoint", required=True, help="checkpoint of the task of the figure")
+parser.add_argument(
+    "--checkpoint", required=True, help="checkpoint of the task that the figure shows"
+)
 parser.add_argument("--data", type=Path, required=True, help="folder of a shapes data set")
 parser.add_argument("--output", required=True, help="picture to write")
 

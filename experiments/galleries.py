@@ -1,10 +1,10 @@
-"""Evaluate retrieval on a test file that is divided into galleries, with one caption per image.
+r"""Evaluate retrieval on a test file that is divided into galleries, with one caption per image.
 
   python -m experiments.galleries --checkpoint output/paper/full/seed0 \
       --test_file data/paper/tasks/test.json --output_dir output/galleries
 
-Recall depends on the number of candidates, so that galleries of one size are comparable. The
-metrics in log.txt are means over the galleries.
+Recall depends on the number of candidates. So recall is comparable only between galleries of equal
+size. The metrics in log.txt are means over the galleries.
 """
 
 import json
@@ -20,9 +20,9 @@ from utils import InputError, atomic_write, read_regular
 parser = Parser(__doc__)
 parser.add_argument("--checkpoint", required=True, help="checkpoint of pre-training or retrieval")
 parser.add_argument("--test_file", required=True, help="JSON list of images with captions")
-parser.add_argument("--size", type=at_least(2), default=500, help="images of a gallery")
+parser.add_argument("--size", type=at_least(2), default=500, help="number of images in a gallery")
 parser.add_argument(
-    "--k_test", type=at_least(1), nargs="+", default=[16], help="candidates to re-rank"
+    "--k_test", type=at_least(1), nargs="+", default=[16], help="number of candidates to re-rank"
 )
 parser.add_argument("--output_dir", type=Path, required=True, help="folder of the results")
 

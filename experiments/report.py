@@ -3,8 +3,9 @@
   python -m experiments.report experiments/shapes.yaml
   python -m experiments.report experiments/paper.yaml
 
-Runs need not be complete. Numbers come from log.txt of the runs, minutes from the records of the
-driver, and chance from the data. experiments/page.py explains the tables of a page.
+The report has the runs that are complete. Metrics come from log.txt of the runs, minutes from the
+records of experiments.run, and chance levels from the data. experiments/page.py explains the tables
+of a page.
 """
 
 import functools
@@ -124,7 +125,7 @@ def main() -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder of the results (default: output of the file)",
+        help="folder of the results (default: the key output of the file)",
     )
     args = parser.parse_args()
     experiments = read_experiments(args.file)

@@ -3,23 +3,26 @@
   python -m experiments.run experiments/shapes.yaml
   python -m experiments.run experiments/paper.yaml --rows full hard --dry_run
 
-A row is one command. Its result is a folder under the file's `output`. A row waits for the rows
-that it starts from. A complete row is not started again, and an interrupted one continues. If a row
-fails, the end of its log is shown and the other rows go on.
+A row is one command. Its result is a folder below the folder `output` of the file. A row waits for
+the rows that it starts from. A complete row is not started again. An interrupted row continues. If
+a row fails, the end of its log is shown and the other rows go on.
 
-The keys of a row, of which only script is required:
+The keys of a row are listed below. Only `script` is required.
   script   a script of the repository, or a module such as dataset.shapes
   config   a YAML file of configs/
   set      keys of the configuration to change
-  from     a row whose checkpoint_last.pth is --checkpoint, ROW/FILE.pth for another file, or random
-  needs    other rows to wait for; a row named data is needed by all
-  flags    the rest of the command line; {folder} is the row's folder, without it --output_dir
-  seeds    a run for each, ROW/seed0, ...; a row without seeds starts from the first seed of ROW.
-           A script gets --seed, a module does not
-  each     values of {each}, a row for each
-  creates  a file that a complete row has
+  from     the value of --checkpoint: ROW for the file checkpoint_last.pth of that row, ROW/FILE.pth
+           for another file, or random
+  needs    a list of other rows to wait for. All rows wait for a row with the name `data`
+  flags    the rest of the command line. {folder} stands for the row's folder. If {folder} does not
+           occur, a script gets the folder as --output_dir
+  seeds    a list of seeds. Each gives a run, ROW/seed0, ROW/seed1, ... A script gets the seed as
+           --seed, a module does not. If a row without seeds starts from ROW, it starts from the
+           first seed
+  each     a list of values. Each gives a row, in which {each} stands for the value
+  creates  a file that exists if the row is complete
   minutes  expected minutes on one core
-  metrics  names in log.txt by label, for the table of tasks
+  metrics  a mapping of labels in the table of tasks to names in log.txt
 """
 
 import ctypes
@@ -195,25 +198,27 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("file", help="experiment file, such as experiments/shapes.yaml")
     parser.add_argument(
-        "--rows", nargs="+", metavar="ROW", help="run only these rows and those that they need"
+        "--rows", nargs="+", metavar="ROW", help="run only these rows and the rows that they need"
     )
     parser.add_argument(
         "--scratch",
         action="store_true",
-        help="start from random weights, without the pre-training rows; write to OUTPUT-scratch",
+        help="leave out pre-training, start from random weights, and write to OUTPUT-scratch",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="folder of the results (default: output of the file)",
+        help="folder of the results (default: the key output of the file)",
     )
     parser.add_argument(
         "--jobs",
         type=at_least(1),
-        help="number of runs side by side (default: one for each GPU, or else for each core)",
+        help="number of parallel runs (default: number of GPUs, or of cores if there is no GPU)",
     )
-    parser.add_argument("--dry_run", action="store_true", help="only show the runs")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show the runs without starting them"
+    )
     args = parser.parse_args()
     experiments = read_experiments(args.file)
     output = args.output or Path(experiments.output + "-scratch" * args.scratch)

@@ -1,15 +1,15 @@
-"""A run of several processes is killed again and again, at random instants, and must end as if
-nothing had happened.
+"""Kill a run of several processes at random times, and compare it with an undisturbed run.
 
     python tests/chaos.py [--kills 20] [--processes 2] [--seed 0]
 
-Pre-training on a small set of shapes, with a data worker in each process, runs undisturbed, and
-once more with kills: SIGKILL for everything at once, for one process (torchrun restarts all), for a
-data worker (it is replaced), and SIGTERM for the launcher (the run saves and ends); what has ended
-is started again with the same command. In the end weights, optimizer state and log.txt must be
-those of the undisturbed run, bit for bit, and no more may have been done twice than lies between a
-kill and the last save that was complete: while one is being written, the run trains on until the
-next.
+Both runs pre-train on a small set of shapes, with a data worker in each process. There are four
+kinds of kills: SIGKILL to all processes at once, SIGKILL to one process (torchrun restarts all),
+SIGKILL to a data worker (it is replaced), and SIGTERM to the launcher (the run saves and ends). A
+run that has ended is started again with the same command.
+
+In the end weights, optimizer state and log.txt must equal the undisturbed run, bit for bit. The
+repeated iterations must be at most the iterations between each kill and the last complete save.
+Training goes on during a save, so these can be the iterations of two save intervals.
 """
 
 import argparse
@@ -222,7 +222,7 @@ def main():
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument(
-        "--longest", type=float, default=6, help="seconds of training between two kills, at most"
+        "--longest", type=float, default=6, help="maximum seconds of training between two kills"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Check all data that a task's configuration names, and report the problems.
 
-A run refuses the first wrong entry of a list, and replaces or refuses unusable samples
-(docs/troubleshooting.md). This command reads to the end and decodes every image once. If it finds
+A run stops at the first wrong entry of a list, and replaces or refuses unusable samples
+(docs/troubleshooting.md). This command reads all entries and decodes every image once. If there is
 no problem, it also builds the data sets, so that the task's script accepts the data.
 """
 
@@ -29,13 +29,17 @@ parser.add_argument("task", choices=list(TASKS), metavar="TASK", help=f"one of {
 parser.add_argument("config", metavar="CONFIG", help="YAML file of the task")
 parser.add_set()
 parser.add_argument(
-    "--workers", type=at_least(1), metavar="N", default=cores(), help="processes that decode images"
+    "--workers",
+    type=at_least(1),
+    metavar="N",
+    default=cores(),
+    help="number of processes that decode images",
 )
 parser.add_argument(
     "--images",
     type=at_least(0),
     metavar="N",
-    help="decode N evenly spaced images of every file (default: all)",
+    help="decode only N evenly spaced images of every annotation file (default: all)",
 )
 parser.add_argument("--output", type=Path, metavar="FILE", help="JSON file for the whole report")
 parser.add_argument("--overwrite", action="store_true", help="replace an existing report")

@@ -1,8 +1,8 @@
 """Serve a page to try trained models in the browser of this machine.
 
-The page has a tab for each method of the checkpoints: search in an index, matching with heat maps,
-questions, entailment, statements on two images, and the pseudo-targets of Figure 2. No data leaves
-the machine, and no other machine can open the page.
+The page has a tab for each use of the checkpoints: search in an index, matching with heat maps,
+answers to questions, entailment, statements on two images, and pseudo-targets (Figure 2 of the
+paper). No data leaves the machine, and no other machine can open the page.
 """
 
 import argparse
@@ -28,7 +28,7 @@ parser.add_argument(
     help="model of any task: weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
 )
 parser.add_argument(
-    "--index", metavar="INDEX", help="index of images to search in, made by tools.search"
+    "--index", metavar="INDEX", help="index of images to search in, written by tools.search"
 )
 parser.add_argument("--port", type=int, default=7860, help=f"port of http://{HOST}")
 parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")

@@ -1,10 +1,11 @@
 """Download the released files of ALBEF and unpack the archives among them.
 
-An interrupted download continues. The SHA-256 of a downloaded file is recorded beside it in
-FILE.sha256 and verified whenever the file is named here or loaded. Unpacking keeps existing files.
-The variables http_proxy, https_proxy and no_proxy name proxies.
+The same command continues an interrupted download. The SHA-256 of a downloaded file is recorded in
+FILE.sha256. It is verified whenever this command names the file again or a script loads the file.
+Unpacking keeps existing files. The environment variables http_proxy, https_proxy and no_proxy
+configure proxies.
 
-names:
+names of the files:
 """
 
 import os
@@ -44,15 +45,19 @@ BROKEN = (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, zlib.error, EO
 TABLE = "\n".join(f"  {name:20} {file:24} {text}" for name, (file, text) in FILES.items())
 parser = Parser(__doc__ + TABLE, "ALBEF_4M --output weights/")
 parser.add_argument(
-    "names", nargs="+", choices=[*FILES, "all"], metavar="NAME", help="names, or all"
+    "names",
+    nargs="+",
+    choices=[*FILES, "all"],
+    metavar="NAME",
+    help="names of files from the list above, or all",
 )
 parser.add_argument("--output", type=Path, default=Path(), metavar="DIR", help="folder to write to")
-parser.add_argument("--no_unpack", action="store_true", help="leave archives packed")
+parser.add_argument("--no_unpack", action="store_true", help="do not unpack archives")
 parser.add_argument(
     "--mirror",
     default=os.environ.get("ALBEF_MIRROR", RELEASED),
     metavar="ADDRESS",
-    help="address of a folder with these files, also set by the variable ALBEF_MIRROR",
+    help="address of a folder with these files; the environment variable ALBEF_MIRROR sets it, too",
 )
 
 

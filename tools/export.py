@@ -1,8 +1,8 @@
-"""Export the weights and configuration of a checkpoint, without the state of training.
+"""Export the weights and configuration of a checkpoint, without the training state.
 
---output FILE writes a .safetensors or .pth file with the names of the released checkpoints, which
-every script accepts as a checkpoint. --output FOLDER/ writes the files of a hub repository, with
-the vocabulary and a model card. --push uploads the folder.
+--output FILE writes a .safetensors or .pth file, which every script accepts as --checkpoint. The
+tensors have the names of the released checkpoints. --output FOLDER/ writes the files of a hub
+repository, including the vocabulary and a model card. --push uploads the folder.
 """
 
 import argparse
@@ -53,12 +53,17 @@ parser.add_argument(
     help="weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
 )
 parser.add_argument(
-    "--output", metavar="FILE", help="file to write, .safetensors or .pth, or FOLDER/ for the hub"
+    "--output", metavar="FILE", help=".safetensors or .pth file to write, or FOLDER/ for the hub"
 )
 parser.add_argument(
-    "--push", metavar="USER/NAME", help="upload FOLDER/, or the exported folder --checkpoint"
+    "--push",
+    metavar="USER/NAME",
+    help="hub repository to upload FOLDER/ to. Without --output, upload the exported folder that"
+    " --checkpoint names",
 )
-parser.add_argument("--public", action="store_true", help="make a new repository of --push public")
+parser.add_argument(
+    "--public", action="store_true", help="make the repository public if --push creates it"
+)
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"
 )

@@ -1,7 +1,8 @@
 """Search folders of images by a text or an example, and list near-copies.
 
-`index` adds the images of folders to an index, and embeds changed images again. `query` and
-`duplicates` read the index. Results go to standard output, notes to standard error.
+The command `index` adds the images of folders to an index, and embeds changed images again. The
+commands `query` and `duplicates` read the index. Results go to standard output, and notes go to
+standard error.
 """
 
 import argparse
@@ -26,9 +27,11 @@ index = parser.add_command(
     "Embed the images of folders and add them to an index.",
     "photos --checkpoint weights/flickr30k.pth --output output/photos",
 )
-index.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of images, at any depth")
 index.add_argument(
-    "--prune", action="store_true", help="remove indexed images that are not in a FOLDER"
+    "folders", nargs="+", metavar="FOLDER", help="folder of images; subfolders are included"
+)
+index.add_argument(
+    "--prune", action="store_true", help="remove images from the index if they are in no FOLDER"
 )
 index.add_argument(
     "--checkpoint",
@@ -50,24 +53,26 @@ query = parser.add_command(
 query.add_argument("index", metavar="INDEX", help="folder of the index")
 query.add_argument("text", nargs="?", metavar="TEXT", help="description of the images")
 query.add_argument(
-    "--image", metavar="FILE", help="example image; with a text, images similar to both"
+    "--image",
+    metavar="FILE",
+    help="example image. With TEXT, search for images that are similar to both",
 )
-query.add_argument("--queries", metavar="FILE", help="file with a text in each line")
-query.add_argument("-k", type=at_least(1), default=20, help="images to print")
+query.add_argument("--queries", metavar="FILE", help="file that has a TEXT in each line")
+query.add_argument("-k", type=at_least(1), default=20, help="number of images to print")
 query.add_argument(
     "--rerank",
     type=at_least(0),
     metavar="N",
-    help="number of most similar images to re-rank by ITM (default: 0 if ITC was better in the"
-    " checkpoint's validation, else k_test)",
+    help="number of most similar images to re-rank by ITM (default: the key k_test, but 0 if ITC"
+    " ranked better in the checkpoint's validation)",
 )
 query.add_argument(
     "--threshold",
     type=float,
-    help="smallest probability, by ITM or by ITC if no image is re-ranked",
+    help="smallest probability of an image to print: by ITM, or by ITC if no image is re-ranked",
 )
 query.add_argument(
-    "--checkpoint", metavar="SOURCE", help="new path of the index's checkpoint, if it has moved"
+    "--checkpoint", metavar="SOURCE", help="new path of the checkpoint, if it has moved"
 )
 copies = parser.add_command(
     "duplicates",
@@ -79,13 +84,13 @@ copies.add_argument(
     "--threshold",
     type=float,
     default=0.75,
-    help="smallest share of equal bits in the hashes of two copies, above 0.5 and at most 1",
+    help="smallest share of equal bits in the hashes of near-copies, above 0.5 and at most 1",
 )
 for command in (index, query, copies):
     command.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
-for command in (query, copies):
-    command.add_argument("--json", action="store_true", help="print JSON, an object in each line")
-    command.add_argument("--html", metavar="PAGE", help="also write a page of thumbnails")
+for command, line in ((query, "an object for each image"), (copies, "a list for each group")):
+    command.add_argument("--json", action="store_true", help=f"print JSON lines, {line}")
+    command.add_argument("--html", metavar="PAGE", help="also write an HTML page with thumbnails")
 
 
 def show(path: str) -> str:

@@ -1,9 +1,13 @@
 """Convert tables, folders of captions and official annotation files into JSON lists.
 
-A source is a table (CSV, TSV, JSON lines, a JSON list) with a path and a caption in each row, a
-folder of images with .txt or .json files, or official files of COCO's captions, Karpathy's splits,
-VQA v2, NLVR2 or SNLI-VE, which are recognized by their form. Unusable rows and files are left out
-and listed in skipped.txt. --check also decodes every image.
+There are three kinds of sources:
+
+- a table (CSV, TSV, JSON lines, a JSON list, Parquet) with an image and a caption in each row
+- a folder of images with captions in .txt or .json files
+- official files of COCO's captions, Karpathy's splits, VQA v2, NLVR2 or SNLI-VE, which are
+  recognized by their content
+
+Unusable rows and files are left out and listed in skipped.txt. --check also decodes every image.
 """
 
 import argparse
@@ -31,7 +35,8 @@ parser.add_argument(
     "sources",
     nargs="+",
     metavar="SOURCE",
-    help="table (CSV, TSV, JSON, Parquet), folder or official files of one kind",
+    help="table (CSV, TSV, JSON, Parquet), folder of images, or official annotation files of one"
+    " kind, such as VQA v2",
 )
 parser.add_argument(
     "--image_root", default="", metavar="DIR", help="folder that the image paths start from"
@@ -50,7 +55,7 @@ for split in ("test", "val"):
         type=at_least(0),
         default=0,
         metavar="N",
-        help=f"images to hold out in {split}.json, with all their captions",
+        help=f"number of images to hold out in {split}.json, with all their captions",
     )
 parser.add_argument(
     "--check", action="store_true", help="decode every image, and leave out unusable images"
@@ -60,7 +65,7 @@ parser.add_argument(
     type=at_least(1),
     metavar="N",
     default=cores(),
-    help="processes that decode images for --check",
+    help="number of processes that decode images for --check",
 )
 parser.add_argument(
     "--path", metavar="NAME", help="column of the image paths (default: recognized by its name)"

@@ -1,8 +1,8 @@
 """Write pre-training lists and their image files into WebDataset shards.
 
-Network and spinning disks read a few large files faster than millions of small ones. Images are
-copied byte for byte, and equal inputs give equal shards. After an interruption the same command
-continues.
+Network file systems and hard disks read a few large files faster than millions of small ones.
+Images are copied byte for byte. Equal inputs give equal shards. After an interruption the same
+command continues.
 """
 
 import functools
@@ -25,18 +25,18 @@ MADE_OF = "shards.json"
 CHECKED = 1000  # images whose existence is checked before the first is copied
 
 parser = Parser(__doc__.splitlines()[0], "train.json --image_root photos --output data/shards")
-parser.add_argument("lists", nargs="+", metavar="train.json", help="lists of {image, caption}")
+parser.add_argument("lists", nargs="+", metavar="train.json", help="JSON lists of {image, caption}")
 parser.add_argument("--image_root", default="", help="folder that the image paths start from")
 parser.add_argument(
     "--output", required=True, type=Path, metavar="DIR", help="folder of the shards"
 )
 parser.add_argument(
-    "--samples", type=at_least(1), default=10000, help="entries of the lists in a shard"
+    "--samples", type=at_least(1), default=10000, help="number of list entries per shard"
 )
 parser.add_argument(
     "--workers",
     type=at_least(1),
-    help="shards written at a time (default: the number of cores, 8 at most)",
+    help="number of shards written in parallel (default: the number of cores, at most 8)",
 )
 
 

@@ -1,10 +1,11 @@
 """Draw the curves and results of a run, or explain a model's decision on an image.
 
 --run draws curves.png from the TensorBoard files, and retrieval.png or attributes.png from the
-results.
---run with --caption draws query.png, a caption of the test set with its five best images.
+results. --run with --caption draws query.png: a caption of the test set and its five best images.
+
 --checkpoint draws heat maps of the model's decision on an image and a text (Figures 4 to 6 of the
-paper). --pseudo_targets draws the words and texts that the momentum model proposes (Figure 2).
+paper). --checkpoint with --pseudo_targets draws the words and texts that the momentum model
+proposes (Figure 2 of the paper).
 """
 
 import argparse
@@ -28,7 +29,7 @@ parser.add_argument(
     help="number of queries in retrieval.png and of boxes in attributes.png",
 )
 parser.add_argument(
-    "--caption", metavar="TEXT", help="caption of the test set of --run, drawn alone in query.png"
+    "--caption", metavar="TEXT", help="caption of the test set of --run to draw in query.png"
 )
 parser.add_argument(
     "--checkpoint",
@@ -36,25 +37,31 @@ parser.add_argument(
     help="model of any task: weight file, folder of a run, or hub repository USER/NAME[@REVISION]",
 )
 parser.add_argument(
-    "--image", nargs="+", metavar="FILE", help="image, two for NLVR2 and text assignment"
+    "--image",
+    nargs="+",
+    metavar="FILE",
+    help="image to explain; NLVR2 and text assignment need two",
 )
 parser.add_argument(
-    "--text", "--question", help="text, caption or question; for relevance QUERY [SEP] WORDS"
+    "--text", "--question", help='text, caption or question; for relevance "QUERY [SEP] WORDS"'
 )
 parser.add_argument(
-    "--answer", help="answer to explain (default: the best of answer_list, else a generated one)"
+    "--answer",
+    help="answer to explain (default: the best answer of answer_list; without answer_list, a"
+    " generated answer)",
 )
 parser.add_argument(
     "--gradcam_mode",
     choices=["itm", "itc"],
     default="itm",
-    help="itm: cross-attention, a map for each word; itc: self-attention of the image encoder",
+    help="attention to explain. itm: cross-attention, with a map for each word; itc: self-attention"
+    " of the image encoder, without maps of words",
 )
 parser.add_argument(
     "--block_num",
     type=int,
-    help="layer, counted from 0 (default for itm: the third with cross-attention, or an earlier one"
-    " if it is the last; default for itc: the last)",
+    help="index of the layer, from 0. Default for itm: the third layer with cross-attention, or an"
+    " earlier one if the model has no later layer. Default for itc: the last layer",
 )
 parser.add_argument(
     "--pseudo_targets", action="store_true", help="draw the proposals of the momentum model"
@@ -62,14 +69,15 @@ parser.add_argument(
 parser.add_argument(
     "--texts",
     metavar="FILE",
-    help="texts for --pseudo_targets, one a line or a JSON list with captions (default: test_file)",
+    help="file of texts that --pseudo_targets compares with the image: a text in each line, or a"
+    " JSON list with captions (default: the key test_file)",
 )
 parser.add_argument(
     "--output",
     type=Path,
     metavar="PATH",
-    help="file to write (default: heatmap.png or pseudo_targets.png); with --run, the folder to"
-    " write to (default: the run)",
+    help="file to write (default: heatmap.png or pseudo_targets.png). With --run, it is the folder"
+    " to write to (default: the folder of the run)",
 )
 parser.add_argument(
     "--config", metavar="FILE", help="YAML file of the training, for a checkpoint without one"

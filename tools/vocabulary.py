@@ -1,6 +1,7 @@
 """Train a WordPiece vocabulary on the captions of annotation files, in any language.
 
-The vocabulary is in lower case and keeps accents (NFC). Set the key tokenizer to its path.
+The vocabulary is in lower case and keeps accents (NFC). Set the configuration key tokenizer to the
+path of the vocabulary.
 """
 
 import json
@@ -21,11 +22,11 @@ parser.add_argument(
     "--output",
     required=True,
     type=Path,
-    help="file to write: vocab.txt (one word piece a line; a second file tokenizer_config.json"
-    " beside it) or tokenizer.json (one file)",
+    help="vocab.txt or tokenizer.json to write. vocab.txt has one word piece per line, and a file"
+    " tokenizer_config.json is written beside it. tokenizer.json needs no other file",
 )
 parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-parser.add_argument("--size", type=at_least(1), default=30522, help="largest number of word pieces")
+parser.add_argument("--size", type=at_least(1), default=30522, help="maximum number of word pieces")
 
 
 def captions_of(files: list[str]) -> Iterator[str]:

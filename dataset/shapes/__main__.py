@@ -8,11 +8,13 @@ def main() -> None:
     """Make the data set from the command line."""
     flags = Parser("Make the shapes data set: images, vocabulary, annotation files of all tasks.")
     flags.add_argument(
-        "--output", required=True, help="folder to write to, the image_root of the annotation files"
+        "--output",
+        required=True,
+        help="folder to write to; it is the image_root of the annotation files",
     )
-    flags.add_argument("--train", type=int, default=16000, help="training scenes")
-    flags.add_argument("--val", type=int, default=500, help="validation scenes")
-    flags.add_argument("--test", type=int, default=500, help="test scenes")
+    flags.add_argument("--train", type=int, default=16000, help="number of training scenes")
+    flags.add_argument("--val", type=int, default=500, help="number of validation scenes")
+    flags.add_argument("--test", type=int, default=500, help="number of test scenes")
     flags.add_argument(
         "--noise", type=float, default=0.05, help="share of corrupted pre-training captions"
     )
@@ -20,10 +22,12 @@ def main() -> None:
         "--seed",
         type=at_least(0),
         default=0,
-        help="another seed draws other scenes from the same split",
+        help="random seed of the scenes; train, val and test are disjoint for any seeds",
     )
-    flags.add_argument("--image_size", type=int, default=96, help="side of the images in pixels")
-    flags.add_argument("--captions", type=int, default=4, help="captions per image")
+    flags.add_argument(
+        "--image_size", type=int, default=96, help="height and width of the images in pixels"
+    )
+    flags.add_argument("--captions", type=int, default=4, help="number of captions per image")
     flags.add_argument(
         "--overwrite",
         action="store_true",

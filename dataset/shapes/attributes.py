@@ -1,7 +1,7 @@
 """Zero-shot attributes in the form of OVAD: sheets of four pictures, a box around each picture.
 
-A box is a picture, not its object: without its surroundings an object has neither size nor
-position. Its object is red, big, striped, in the middle; it has a white background.
+A box surrounds a picture, not only its object, because size and position of an object show only in
+its surroundings. Attributes are, for example, red, big, striped, in the middle, white background.
 """
 
 from random import Random

@@ -1,9 +1,9 @@
 """Query-ad relevance: an ad is a picture with a title, each with facts that the other lacks.
 
 A query names an object. Half of the relevant ads show the object, and the other half name it in the
-title; none do both. Titles depend on the query only. A model that reads only pictures or only
-titles finds half of the relevant ads. It cannot tell the others from irrelevant ones, which gives a
-ROC AUC of 75%.
+title. No ad does both. Titles depend on the query only. A model that reads only pictures or only
+titles finds half of the relevant ads. It cannot tell the other half from irrelevant ads, which
+gives a ROC AUC of 75%.
 """
 
 from itertools import product

@@ -1,8 +1,8 @@
 """Visual entailment: hypotheses on pictures with a curtain over a quadrant.
 
 A hypothesis names the only object with a shape or a color, and affirms or denies another fact of
-it. It is neutral if the curtain hides the object. Each hypothesis has three pictures, one for each
-label. So neither the hypothesis nor the curtain alone tells the label.
+the object. The label is neutral if the curtain hides the object. Each hypothesis has three
+pictures, one for each label. So neither the hypothesis nor the curtain alone tells the label.
 """
 
 from collections import Counter, defaultdict
