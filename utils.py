@@ -118,8 +118,8 @@ def environment_number(name: str, default: int = 0) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise InputError(
-            f"{name}={text} in the environment is not a whole number: unset it, or start by"
-            " torchrun or srun"
+            f"environment variable {name}={text} is not a whole number: unset {name}, or start the"
+            " script with torchrun or srun"
         )
     return int(text)
 

@@ -20,7 +20,7 @@ POLICY = os.environ.get("OMP_WAIT_POLICY", "default")
 NAME = (
     torch.cuda.get_device_name()
     if DEVICE.type == "cuda"
-    else f"CPU, {torch.get_num_threads()} threads ({POLICY} waits)"
+    else f"CPU, {torch.get_num_threads()} threads (OMP_WAIT_POLICY {POLICY})"
 )
 MACHINE = f"{NAME}, torch {torch.__version__}"
 CLS = 101

@@ -224,7 +224,9 @@ def print_loaders(folder, photos, workers):
     images = {"files": list(folder.glob("images/*/*")), "shards": list(folder.glob("shards/*.tar"))}
     timings, caches = {}, {"warm": make_warm, "cold": make_cold}
     if not can_be_cold(images["shards"][0]):
-        print(f"\na cold cache is not measured, {folder} is in memory: set TMPDIR to a disk folder")
+        print(
+            f"\na cold cache is not measured, because {folder} is in memory: set TMPDIR to a disk"
+        )
         del caches["cold"]
     for turn, cache, number, source in itertools.product(
         range(LOADER_ROUNDS), caches, workers, train_files
@@ -250,7 +252,7 @@ def print_loaders(folder, photos, workers):
         count = sum(len(batch.files) for batch in batches)
         seconds = (time.perf_counter() - start) / count, (cpu_seconds() - cpu) / count
         timings.setdefault((cache, number), {}).setdefault(source, []).append(seconds)
-    print(f"\n{PAIRS} pairs, {FOLDER} a folder or shard", end=", ")
+    print(f"\n{PAIRS} pairs, {FOLDER} in each folder or shard", end=", ")
     print(f"batches of {BATCH_SIZE}, {LOADER_ROUNDS} rounds")
     print(
         f"{'page cache':<12}{'workers':<9}{'images/s: files':>15}{'shards':>8}{'ratio':>7}"

@@ -86,8 +86,8 @@ def main():
             cells += "".join(f"{duration(n * elapsed / pairs):>14}" for n in all_pairs)
             print(f"{path:8}{precision:>10}{cells}", flush=True)
     print(
-        "the last columns extrapolate to all pairs of both directions; pairs that the directions"
-        " share cost the fast path less"
+        "the last columns extrapolate to all pairs of both directions; the fast path takes less"
+        " time if both directions share pairs, because it scores a shared pair once"
     )
 
 

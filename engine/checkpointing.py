@@ -311,21 +311,21 @@ def find_resume_file(output_dir: Path | str, checkpoint: str, resume: bool) -> P
         newest = gather_lists([newest_checkpoint(output_dir) if is_main() else None])[0]
         if newest is None:
             raise InputError(
-                f"--resume: {files[0]} is damaged, and there is no other checkpoint to resume from:"
-                " remove it to start a new run"
+                f"--resume: {files[0]} is damaged, and {output_dir} has no undamaged checkpoint:"
+                " remove the damaged files to start a new run"
             )
         return newest
     if files:
         remedy = "leave out --checkpoint" if resume else "add --resume"
         raise InputError(
             f"--output_dir {output_dir} holds a run already ({files[0].name}): {remedy} to continue"
-            " it, name another folder, or remove it"
+            " that run, name another folder, or remove this folder"
         )
     if resume and checkpoint:
         return Path(checkpoint)
     if resume or restart:
         reason = "--resume" if resume else "restart"
-        logger.warning("%s: %s has no checkpoint yet, a new run starts", reason, output_dir)
+        logger.warning("%s: %s has no checkpoint yet, so a new run starts", reason, output_dir)
     return None
 
 
@@ -346,7 +346,7 @@ def newest_checkpoint(folder: Path | str) -> Path | None:
     for path in sorted(run_files(folder), key=_progress, reverse=True):
         if is_whole(path):
             return path
-        logger.warning("checkpoint %s is damaged, its checksums do not match", path)
+        logger.warning("checkpoint %s is damaged: its checksums do not match", path)
     return None
 
 
@@ -395,8 +395,8 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     for key in ("optimizer", "resume", "config"):
         if not isinstance(content.get(key), dict):
             raise InputError(
-                f"--resume: {path} has no {key}, so it cannot be continued; to start from its"
-                f" weights: --checkpoint {path} --output_dir OTHER"
+                f"--resume: {path} has no {key}, so its run cannot be continued; to start a new run"
+                f" from its weights, add --checkpoint {path} --output_dir OTHER"
             )
     saved, saved_config, optimizer = content["resume"], content["config"], content["optimizer"]
     groups = state.optimizer.state_dict()["param_groups"]
@@ -404,14 +404,14 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     is_other = saved_config["optimizer"]["opt"].lower() != config.optimizer.opt.lower()
     if is_other or params != [group["params"] for group in optimizer["param_groups"]]:
         raise InputError(
-            f"--resume: {path} holds the state of another optimizer, or of other parameters: leave"
-            " optimizer, objectives, distill and the model as they were, or start from its weights"
-            " with --checkpoint alone"
+            f"--resume: {path} was saved with another optimizer or other parameters: restore the"
+            " keys optimizer, objectives, distill and the keys of the model, or start a new run"
+            f" from its weights with --checkpoint {path} --output_dir OTHER"
         )
     if saved["seed"] != state.seed:
         raise InputError(
-            f"--resume: {path} has --seed {saved['seed']}, not {state.seed}: use that seed, or"
-            " name another --output_dir"
+            f"--resume: {path} was trained with --seed {saved['seed']}, not {state.seed}: give"
+            f" --seed {saved['seed']}, or name another --output_dir"
         )
     if saved["samples_seen"]:
         _check_same_epoch(path, "the number of entries of train_file", saved["entries"], entries)
@@ -433,7 +433,7 @@ def _check_same_epoch(path: Path, what: str, then: Any, now: Any) -> None:
     if then != now:
         raise InputError(
             f"--resume: {path} was saved within an epoch, and {what} changed from {then} to {now}:"
-            " change it when the epoch is over"
+            " undo the change until the epoch is complete"
         )
 
 
@@ -449,4 +449,6 @@ def _log_differences(saved: dict[str, Any], saved_config: dict[str, Any], config
     now = config.to_dict()
     changed = [key for key in now if key != "tokenizer" and saved_config.get(key) != now[key]]
     if changed:
-        logger.warning("the configuration differs from the saved run's in %s", ", ".join(changed))
+        logger.warning(
+            "keys that differ from the configuration of the saved run: %s", ", ".join(changed)
+        )

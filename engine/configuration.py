@@ -88,7 +88,7 @@ def choose_config(
     if not (saved and evaluate):
         return load_config(default, overrides), default
     model = {key: saved[key] for key in MODEL_KEYS if saved.get(key) is not None}
-    log.info("model and tokenizer: as in %s", checkpoint)
+    log.info("model and tokenizer: configured as in %s", checkpoint)
     return override({**load_config(default).to_dict(), **model}, overrides, where), default
 
 
@@ -97,11 +97,11 @@ def warn_of_exif(config: Config, checkpoint: str) -> None:
     exif = _saved_config(checkpoint)[1].get("exif", config.exif)
     if exif != config.exif:
         log.warning(
-            "exif is %s, but %s in the configuration of %s: --set exif=%s to turn images as in its"
-            " training",
+            "exif is %s, but %s was trained with exif %s: add --set exif=%s to turn images as in"
+            " that training",
             config.exif,
-            exif,
             checkpoint,
+            exif,
             exif,
         )
 

@@ -86,8 +86,8 @@ def _gpu_of_rank() -> torch.device:
         number = 0  # srun may show each task only its own GPU; torchrun shows all
     if number >= count:
         raise InputError(
-            f"process {number} of this machine has no GPU, torch finds {count} here: start as many"
-            f" processes as GPUs (torchrun --nproc_per_node={count}), or use --device cpu"
+            f"local rank {number} has no GPU, because torch finds only {count} on this machine:"
+            f" start one process per GPU (torchrun --nproc_per_node={count}), or use --device cpu"
         )
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)

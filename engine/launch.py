@@ -37,7 +37,7 @@ def run_script(main: Callable[[], None]) -> None:
     configure_logging()
     status, message = 0, ""
     try:
-        with interruptible("ended before it was complete"):
+        with interruptible("the command ended before it was complete"):
             main()
             if is_distributed():
                 gather_lists([])  # the launcher ends all processes as soon as one has exited
@@ -118,8 +118,8 @@ def add_memory_hint(error: Exception) -> None:
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
         error.add_note(
-            "out of memory: lower batch_size (not below 2; batch_size_test in an evaluation), "
-            "set precision to bf16 or gradient_checkpointing to true"
+            "out of memory: in training, lower batch_size to 2 or more, set precision to bf16, or"
+            " set gradient_checkpointing to true; in an evaluation, lower batch_size_test"
         )
 
 
@@ -128,8 +128,8 @@ def print_traceback(error: Exception) -> None:
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     error.add_note(
-        f"rank {rank()}: if another rank has ended before, its error is the cause; continue with"
-        " --resume"
+        f"rank {rank()}: if another rank failed first, the error of that rank is the cause; add"
+        " --resume to continue the run"
     )
     print("".join(traceback.format_exception(error)), end="", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

@@ -160,7 +160,7 @@ class MetricLogger:
         what = f"{', '.join(bad)} not finite in epoch {state.epoch} iteration {step.iteration}"
         files = gather_lists([] if all(math.isfinite(local[name]) for name in bad) else step.files)
         done = (
-            "was done, its gradients were finite"
+            "was taken, because its gradients were finite"
             if math.isfinite(values["grad_norm"])
             else "was skipped"
         )
@@ -168,15 +168,15 @@ class MetricLogger:
         if is_main():
             path = self.output_dir / "bad_steps.txt"
             append(path, [f"{what}: the step {done}; {listed}"])
-            logger.warning("%s: the step %s; its files are in %s", what, done, path)
+            logger.warning("%s: the step %s; %s lists its files", what, done, path)
         skipped, limit = (
             state.skipped_steps_before + state.skipped_steps,
             self.config.max_skipped_steps,
         )
         if skipped > limit:
             raise TrainingStopped(
-                f"{what}; {skipped} steps skipped, max_skipped_steps is {limit}; --resume continues"
-                f" from the last checkpoint in {self.output_dir}; {listed}"
+                f"{what}; {skipped} steps were not finite, and max_skipped_steps is {limit};"
+                f" --resume continues from the last checkpoint in {self.output_dir}; {listed}"
             )
 
     def _note_skipped(self, state: "TrainState", count: int) -> None:
@@ -190,9 +190,9 @@ class MetricLogger:
         if count > self.config.max_skipped * samples:
             last = gather_lists(self.skipped)[-1]
             raise TrainingStopped(
-                f"{count} entries could not be used, more than {self.config.max_skipped:.1%}"
-                f" (max_skipped) of an epoch's {samples}; they are listed in {path}, one of them:"
-                f" {last}"
+                f"{count} entries could not be used, but max_skipped allows only"
+                f" {self.config.max_skipped:.1%} of the {samples} samples of an epoch; {path} lists"
+                f" the unusable entries, such as {last}"
             )
 
     def _show(

@@ -17,11 +17,11 @@ log = logging.getLogger(__name__)
 
 def log_overview(model: "ALBEF", train_set: EntryDataset, device: torch.device) -> None:
     """Log the device, the size of the training set, and which weights are pre-trained."""
-    name = f"CPU, {torch.get_num_threads()} threads"
+    name = f"a CPU with {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     log.info("training set: %s", describe_data(train_set))
-    log.info("model: %s, on %s", describe_weights(model), name)
+    log.info("model: on %s, %s", name, describe_weights(model))
 
 
 def describe_data(train_set: EntryDataset) -> str:

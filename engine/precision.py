@@ -45,11 +45,11 @@ def find_device(name: str | None) -> torch.device:
     gpus = torch.cuda.device_count()
     name = str(name or ("cuda" if gpus else "cpu"))
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name}: this code does not run there, use cuda or cpu")
+        raise InputError(f"--device {name} is not supported: use cuda or cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
         remedy = f"the last one is cuda:{gpus - 1}" if gpus else "use --device cpu"
-        raise InputError(f"--device {name}: torch finds {gpus} GPUs here, {remedy}")
+        raise InputError(f"--device {name}: torch finds {gpus} GPUs here: {remedy}")
     return device
 
 
@@ -109,8 +109,10 @@ def compiles(config: Config, device: torch.device) -> bool:
             " Python's header files"
         )
         if not automatic:
-            raise InputError(f"compile: {problem}; install them, or --set compile=auto") from None
-        logger.warning("%s; training without it", problem)
+            raise InputError(
+                f"compile: {problem}; install them, or add --set compile=auto"
+            ) from None
+        logger.warning("%s; training goes on without torch.compile", problem)
         return False
     # a layer that the compiler does not support runs uncompiled
     torch._dynamo.config.suppress_errors = automatic

@@ -50,8 +50,8 @@ class Rendezvous:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise InputError(
-                    f"WORLD_SIZE is {world_size} but {name} is missing: start by torchrun or srun,"
-                    " or unset WORLD_SIZE"
+                    f"WORLD_SIZE is {world_size} in the environment, but {name} is missing: start"
+                    " the script with torchrun or srun, or unset WORLD_SIZE"
                 )
         self.rank, self.host = environment_number("RANK"), os.environ["MASTER_ADDR"]
         self.port = environment_number("MASTER_PORT")
@@ -69,20 +69,20 @@ class Rendezvous:
     def _failure(self, reason: str) -> InputError:
         cause = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "WORLD_SIZE"
         return InputError(
-            f"--timeout {self.timeout:g}: {reason}; start {self.world_size} processes by torchrun"
-            f" or srun, or unset {cause} to run one alone"
+            f"--timeout {self.timeout:g}: {reason}; start {self.world_size} processes with"
+            f" torchrun or srun, or unset {cause} to run a single process"
         )
 
     def _pause(self, missing: str) -> None:
         """Wait a moment, and log once which ranks are missing. Raises InputError at the timeout."""
         waited = time.monotonic() - self._begun
-        reason = f"{missing} of {self.world_size} processes not reached at {self.host}:{self.port}"
+        reason = f"{missing} did not connect at {self.host}:{self.port}"
         if waited > self.timeout:
             raise self._failure(reason)
         if waited > NOTICE and not self._noticed:
             self._noticed = True
             # every rank: rank 0 may be the missing one
-            logger.error("note: waiting, %s", self._failure(reason))
+            logger.error("note: still waiting, %s", self._failure(reason))
         time.sleep(0.02)
 
     def _connect(self) -> dist.Store:
@@ -121,7 +121,7 @@ class Rendezvous:
                     store.set(f"albef/answer/{number}", prefix)
             if missing:
                 shown = ", ".join(map(str, sorted(missing)[:8]))
-                self._pause(f"rank {shown}{', ...' * (len(missing) > 8)}")
+                self._pause(f"rank{'s' * (len(missing) > 1)} {shown}{', ...' * (len(missing) > 8)}")
         return prefix
 
     def _receive_prefix(self, store: dist.Store) -> str:

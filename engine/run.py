@@ -202,7 +202,7 @@ class Evaluator:
         except NotFinite as error:
             files = ", ".join(getattr(self.config, self.task.files[split]))
             raise TrainingStopped(
-                f"{split} {files}: {error}; no metric is reported, evaluate another checkpoint"
+                f"{split} {files}: {error}; no metric is reported: evaluate another checkpoint"
             ) from None
         return {prefixed(split, name): value for name, value in metrics.items()}
 
@@ -249,7 +249,7 @@ def prefixed(split: str, name: str) -> str:
 def check_flags(task: Task, args: argparse.Namespace) -> None:
     """Raise InputError if flags contradict each other or the task."""
     if args.evaluate and args.checkpoint in ("", "random"):
-        raise InputError("an evaluation needs --checkpoint, the weights to evaluate")
+        raise InputError("--evaluate needs --checkpoint: name the weights to evaluate")
     if args.resume and args.evaluate:
         raise InputError(
             "--resume continues a training, and --evaluate does not train: leave out one of them"
@@ -279,7 +279,9 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
     if args.evaluate and (run_files(output_dir) or (output_dir / "config.yaml").exists()):
         output_dir /= "evaluation"
         log.warning(
-            "%s holds a run, the results of this evaluation go to %s", output_dir.parent, output_dir
+            "%s holds a run, so the results of this evaluation go to %s",
+            output_dir.parent,
+            output_dir,
         )
     make_output_dir(output_dir, lock=not args.evaluate)
     resume_from = None
@@ -291,16 +293,18 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
         found = task_of_checkpoint(read_checkpoint(resume_from), task.name, resume_from)
         if found != task.name:
             raise InputError(
-                f"--resume: {resume_from} has task {found}, but this script's is {task.name}:"
-                " name another --output_dir"
+                f"--resume: {resume_from} is a checkpoint of task {found}, but this script trains"
+                f" task {task.name}: name another --output_dir"
             )
         config, source = choose_config(task.name, str(resume_from), **choose)
     elif not (args.checkpoint or task.initialize):
         raise InputError(
             "--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or"
-            " random"
+            " give --checkpoint random"
         )
-    log.info("configuration: %s%s", source, "" if args.config else " (another: --config FILE)")
+    log.info(
+        "configuration: %s%s", source, "" if args.config else " (to use another: --config FILE)"
+    )
     for line in notes(task.name, config, args.set, args.evaluate):
         log.warning("%s", line)
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
@@ -317,7 +321,7 @@ def build_datasets(task: Task, args: argparse.Namespace, config: Config) -> dict
     given = [split for split in splits if getattr(config, task.files[split])]
     if args.evaluate and not given:
         keys = " or ".join(dict.fromkeys(task.files[split] for split in splits))
-        raise InputError(f"--evaluate needs the key {keys} of the configuration")
+        raise InputError(f"--evaluate has no data: set the key {keys} of the configuration")
     if not args.evaluate:
         given = ["train", *given]
     return {split: build_dataset(task.name, split, config, seed=args.seed) for split in given}

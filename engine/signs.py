@@ -30,8 +30,10 @@ def warn_without_negatives(model: "ALBEF") -> None:
     """Warn if a model needs negatives and no batch of a rank has one."""
     is_pairs = model.task == "nlvr_pretrain"
     if model.config.batch_size == 1 and (is_pairs or "itm" in getattr(model, "objectives", ())):
-        what = "text assignment" if is_pairs else "matching"
-        log.warning("%s is not trained, no batch has a negative: set batch_size to 2 or more", what)
+        what = "text assignment" if is_pairs else "matching (ITM)"
+        log.warning(
+            "%s is not trained, because no batch has a negative: set batch_size to 2 or more", what
+        )
 
 
 def warn_of_texts(train_set: EntryDataset, tokenizer: Tokenizer) -> None:
@@ -61,11 +63,11 @@ def text_signs(train_set: EntryDataset, tokenizer: Tokenizer) -> Iterator[str]:
     if len(unknown) > NOTABLE * words:
         yield (
             f"{len(unknown) / words:.0%} of the words are unknown to the vocabulary, such as"
-            f" {unknown[0]!r}: make one from the captions (python -m tools.vocabulary)"
+            f" {unknown[0]!r}: make a vocabulary from the captions (python -m tools.vocabulary)"
         )
     for key, number in cut.items():
         if number > NOTABLE * texts:
-            yield f"{number / texts:.0%} of the texts are cut by {key} {limits[key]}: raise it"
+            yield f"{number / texts:.0%} of the texts are cut by {key} {limits[key]}: raise {key}"
 
 
 def warn_of_training(state: "TrainState") -> None:
@@ -103,6 +105,6 @@ def training_signs(means: dict[str, Any], config: Config) -> Iterator[tuple[str,
     if loss > GUESSING:
         yield (
             "loss_itm",
-            f"matching (ITM) has not begun to learn, its loss {loss:.3f} is the loss of guessing:"
+            f"matching (ITM) has not begun to learn: its loss {loss:.3f} is the loss of guessing;"
             " rank by ITC, and train for more epochs or on more pairs",
         )

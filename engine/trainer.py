@@ -107,7 +107,8 @@ def create_train_state(
     iterations = len(data) // config.accumulate
     if not iterations:
         raise InputError(
-            f"accumulate {config.accumulate}: an epoch has only {len(data)} batches, lower it"
+            f"accumulate {config.accumulate}: an epoch has only {len(data)} batches; lower"
+            " accumulate"
         )
     use_device(config, device)
     for param in model.idle_parameters():
@@ -179,7 +180,11 @@ def has_stalled(state: TrainState) -> bool:
     best, waited = state.best.epoch, state.epoch - 1 - state.best.epoch
     if waited < patience:
         return False
-    log.info("no better validation score in %d epochs (patience), the best is %d", waited, best)
+    log.info(
+        "training stops (patience): %d epochs without a better score, the best epoch is %d",
+        waited,
+        best,
+    )
     return True
 
 
@@ -333,7 +338,7 @@ def validate_epoch(state: TrainState, checkpointer: Checkpointer, validate: Vali
     if not math.isfinite(score):
         raise TrainingStopped(
             f"epoch {state.epoch}: the validation score {name} is {score}, so the best epoch is"
-            f" unknown; {folder / LAST} holds this epoch"
+            f" unknown; {folder / LAST} has the weights of this epoch"
         )
     write_log(folder, state.epoch, **metrics)
     # the best one may have been moved away; rank 0 decides, because scores may differ in rounding
@@ -356,14 +361,14 @@ def log_start(state: TrainState) -> None:
     config, schedule = state.config, state.schedule
     if state.epoch >= schedule.epochs:
         log.info(
-            "the run is complete, it has %d epochs and scheduler.epochs is %d; to continue, --set"
-            " scheduler.epochs=N",
+            "the run is complete: it has trained %d epochs, and scheduler.epochs is %d; to"
+            " continue, add --set scheduler.epochs=N",
             state.epoch,
             schedule.epochs,
         )
         return
     if config.precision == "bf16" and not has_bf16(state.device):
-        log.warning("this device has no bf16, training in fp32")
+        log.warning("this device does not support bf16, so training uses fp32")
     lr, reference = config.optimizer.lr, config.reference_batch
     rule = "as configured"
     if reference:

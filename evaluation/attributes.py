@@ -221,8 +221,8 @@ def write_report(
     means = mean_precisions(precisions, attributes)
     mean_chance = mean_precisions(chance, attributes)
     print(
-        f"zero-shot attributes, {report.title}: {len(boxes)} boxes, {len(attributes)} attributes,"
-        f" {len(attributes) - precisions.count(None)} with a positive; mean average precision,"
+        f"zero-shot attributes, {report.title}: {len(boxes)} boxes, {len(attributes)} attributes"
+        f" ({len(attributes) - precisions.count(None)} with a positive); mean average precision in"
         " percent"
     )
     print(f"{'':24}{'mAP':>9}{'chance':>9}")

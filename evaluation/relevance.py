@@ -103,7 +103,7 @@ def evaluate(
             f", with the {part} of another ad {metrics[f'auc_other_{part}']:.2f}%" for part in parts
         ]
         print(
-            f"relevance, {report.title}: ROC AUC {metrics['auc']:.2f}% of {len(dataset)} pairs"
+            f"relevance, {report.title}: ROC AUC {metrics['auc']:.2f}% on {len(dataset)} pairs"
             f" (chance 50.00%){''.join(swapped)}"
         )
     return metrics

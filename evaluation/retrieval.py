@@ -242,7 +242,7 @@ def print_table(title: str, metrics: dict[int, dict[str, float]], dataset: Any) 
         dataset: The RetrievalTestSet.
     """
     images, texts = len(dataset.images), len(dataset.texts)
-    print(f"{title}, {images} images and {texts} texts, percent")
+    print(f"{title}, {images} images and {texts} texts, recall in percent")
     print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
     reranked = {f"ITC + ITM, k {k}": values for k, values in metrics.items() if k}
     chance = chance_recall(images, texts, dataset.img2txt)

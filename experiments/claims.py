@@ -54,7 +54,9 @@ def effects(claim: Claim, rows: Rows) -> tuple[Numbers, int]:
             row, _, metric = number.partition(" ")
             runs = {run.seed for run in runs_of(row, rows)}
             if not metric or not runs:
-                raise InputError(f"claim {claim.text!r}: {number!r} is not a row and a metric")
+                raise InputError(
+                    f"claim {claim.text!r}: {number!r} is not a row of the file and a metric"
+                )
             seeds = runs if seeds is None else seeds & runs
             side.append(values(row, metric, rows))
     seeds = seeds or set()

@@ -97,7 +97,7 @@ def questions(model: "Inference", data: Path) -> "list[list[Panel]]":
         answers = str(data / "answer_list.json")
         answer, true = model.answer(path, question, answers)[0][0], usual_answer(entry)
         heat = model.heat_map(path, question, answers)
-        title = f"{question} {answer}" + f" (not {true})" * (answer != true)
+        title = f"{question} {answer}" + f" (true: {true})" * (answer != true)
         panels.append(Panel(heat.pictures[0], heat.whole, title, right=answer == true))
     return [panels[i : i + 3] for i in range(0, len(panels), 3)]
 

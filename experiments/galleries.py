@@ -47,7 +47,9 @@ def write_galleries(source: str, size: int, folder: Path) -> list[Path]:
         with atomic_write(files[-1], "w") as file:
             json.dump(gallery, file)
     if not files:
-        raise InputError(f"--test_file {source}: only {len(entries)} images: lower --size {size}")
+        raise InputError(
+            f"--test_file {source} has only {len(entries)} images: lower --size {size}"
+        )
     return files
 
 

@@ -37,10 +37,11 @@ PICTURE_WIDTH = 1000  # pixels of the figures beside the page
 COLORS = 128  # of the figures
 FIGURES = {
     "figure2": "Figure 2: the words that the momentum model expects in place of the last word of a"
-    " caption, in brackets.",
-    "figure4": "Figure 4: Grad-CAM on cross-attention of the model fine-tuned for grounding, its"
-    " box and, dotted, the true one.",
-    "figure5": "Figure 5: Grad-CAM on cross-attention of the VQA model, and its answers.",
+    " caption. The last word of the caption is in brackets.",
+    "figure4": "Figure 4: Grad-CAM on cross-attention of the model fine-tuned for grounding. The"
+    " box of the model is solid, the true box is dotted.",
+    "figure5": "Figure 5: Grad-CAM on cross-attention of the VQA model, and the answers of that"
+    " model.",
     "figure6": "Figure 6: Grad-CAM on cross-attention of the pre-trained model for the words of a"
     " caption. The maps of a caption share one scale.",
 }
@@ -61,7 +62,7 @@ def signed(number: float | None) -> str:
 
 
 def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Rows) -> Iterator[str]:
-    """Yield the five sentences that begin the page."""
+    """Yield the sentences that begin the page."""
     titles: dict[str, list[str]] = {}
     for title, finding in findings.items():
         verdict = "waiting" if finding.verdict.endswith("seeds") else finding.verdict
@@ -70,16 +71,17 @@ def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Row
     def named(verdict: str) -> str:
         return ", ".join(titles.get(verdict, ())) or "none"
 
-    yield f"Of {len(findings)} claims of the paper, these are supported: {named('supported')}."
+    yield f"This page tests {len(findings)} claims of the paper. Supported: {named('supported')}."
     yield f"Contradicted: {named('contradicted')}."
     yield f"Inconclusive: {named('inconclusive')}."
-    reasons = (f"{title}: {reason}" for title, reason in experiments.left_out.items())
-    yield f"Not tested: {'; '.join(reasons) or 'none'}; not all seeds are run: {named('waiting')}."
+    reasons = (f"{title}, because {reason}" for title, reason in experiments.left_out.items())
+    yield f"Waiting for runs of some seeds: {named('waiting')}."
+    yield f"Not tested: {'; '.join(reasons) or 'none'}."
     complete = [row for row in rows.values() if row.complete]
     machines = sorted({row.read_record()["machine"] for row in complete}) or ["no machine yet"]
     yield (
-        f"The page has {len(complete)} of {len(rows)} runs, {minutes(complete)} minutes together,"
-        f" each on {' or '.join(machines)} ([runs](results/runs.csv))."
+        f"{len(complete)} of {len(rows)} [runs](results/runs.csv) are complete. They took"
+        f" {minutes(complete)} minutes in total, each on {' or '.join(machines)}."
     )
 
 
@@ -104,16 +106,18 @@ def set_up(rows: Rows) -> Iterator[str]:
         bert = config.bert_config
         return [
             f"{config.vision_depth} blocks of width {config.vision_width},"
-            f" {config.image_res} pixels, patches of {config.patch_size}",
+            f" images of {config.image_res} x {config.image_res} pixels,"
+            f" patches of {config.patch_size} x {config.patch_size}",
             f"{bert.fusion_layer} layers of width {bert.hidden_size}",
             f"{bert.num_hidden_layers - bert.fusion_layer} layers",
             str(config.scheduler.epochs),
             f"queue of {config.queue_size:,}",
-            f"{config.momentum}, alpha {config.alpha}",
+            f"{config.momentum}",
+            f"{config.alpha}",
         ]
 
     names = ["image encoder", "text encoder", "multimodal encoder", "epochs", "negatives of ITC"]
-    names.append("momentum")
+    names += ["momentum of the momentum model", "alpha, the weight of the distilled targets"]
     lines = [
         ["pre-training images", "4.0 million", scenes(rows["noise/30"], "train")],
         *zip(names, describe(paper), describe(here), strict=True),
@@ -147,13 +151,16 @@ def claim_table(
         picture = f"{folder.name}/claims.png"
         yield from [f"![Effect of each claim with its 95% interval]({picture})", ""]
     yield from [
-        "A claim, its direction and its numbers are in `experiments/paper.yaml`, written before"
-        " the runs. The effect is the mean difference in points, paired by seed, with its 95% t"
-        " interval. A claim on several numbers takes their mean. p is corrected for the number of"
-        f" claims by Holm's method. A claim is supported or contradicted if p is below {LEVEL}. A"
-        " claim of equality is tested against its margin by two one-sided t tests.",
+        "`experiments/paper.yaml` defines each claim, its direction and its numbers. It was"
+        " written before the runs. A claim compares two sides, and a side is the mean of its"
+        " numbers. The effect is the difference of the two sides in points, computed for each seed"
+        " and averaged over the seeds. Its interval is the 95% t interval. p is corrected for the"
+        f" number of claims by Holm's method. If p is below {LEVEL}, the sign of the effect decides"
+        " whether a claim is supported or contradicted. Otherwise the claim is inconclusive. A"
+        " claim of equality is supported if two one-sided t tests against its margin have a p below"
+        f" {LEVEL}. It is contradicted if the interval is outside of the margin.",
         "",
-        *markdown(["claim", "effect", "p", "the paper's", "verdict"], lines),
+        *markdown(["claim", "effect", "p", "effect in the paper", "verdict"], lines),
         "",
     ]
 
@@ -198,11 +205,15 @@ def blind_baselines(rows: Rows) -> Iterator[str]:
         return [shown(values(name.format(task), "test_acc", rows)) for task in ("VE", "VQA")]
 
     lines = [
-        ["most frequent answer", rule("ve_majority"), rule("vqa_majority"), MISSING],
-        ["most frequent answer to the text", rule("ve_text"), rule("vqa_text"), MISSING],
-        ["most frequent answer to the place of the curtain", rule("ve_curtain"), *[MISSING] * 2],
-        ["the same to text and curtain", rule("ve_text_and_curtain"), *[MISSING] * 2],
-        ["random box", *[MISSING] * 2, rule("grounding_box_val_d")],
+        ["most frequent answer of all", rule("ve_majority"), rule("vqa_majority"), MISSING],
+        ["most frequent answer for each text", rule("ve_text"), rule("vqa_text"), MISSING],
+        ["most frequent answer for each place of the curtain", rule("ve_curtain"), *[MISSING] * 2],
+        [
+            "most frequent answer for each text and place of the curtain",
+            rule("ve_text_and_curtain"),
+            *[MISSING] * 2,
+        ],
+        ["random detected box", *[MISSING] * 2, rule("grounding_box_val_d")],
         ["random object", *[MISSING] * 2, rule("grounding_object_val_d")],
         ["`full` fine-tuned on texts alone", *accuracies("without_image/{}"), MISSING],
         ["`full` fine-tuned on images alone", *accuracies("without_text/{}"), MISSING],
@@ -211,8 +222,10 @@ def blind_baselines(rows: Rows) -> Iterator[str]:
     yield from [
         "## Blind baselines",
         "",
-        "In visual entailment each sentence comes once with each label. In VQA each question has"
-        " two pictures with different answers. So the text alone does not tell the answer.",
+        "The table has test accuracies in percent. In visual entailment each sentence occurs once"
+        " with each label, and a curtain hides a quadrant of half of the pictures. In VQA each"
+        " question is asked about two pictures with different answers. So the text alone does not"
+        " determine the answer.",
         "",
         *markdown(["", "visual entailment", "VQA", "grounding, val"], lines),
         "",
@@ -231,9 +244,12 @@ def table1(rows: Rows) -> Iterator[str]:
     yield from [
         "## Table 1: the proposed methods",
         "",
-        "TR and IR are means of R@1, R@5 and R@10. Here they are zero-shot, in four galleries of"
-        " 500 images with one caption each, and ITM re-ranks 16 candidates. The paper's numbers [in"
-        " brackets] are after fine-tuning on Flickr30K. Without ITC there are no candidates.",
+        "MoD is momentum distillation, and ITM_hard has contrastive hard negatives. Full is"
+        " ITC_MoD + MLM_MoD + ITM_hard. TR (text retrieval) and IR (image retrieval) are means of"
+        " R@1, R@5 and R@10. Here they are zero-shot, in four galleries of 500 images with one"
+        " caption each. ITC selects 16 candidates, and ITM re-ranks them, so a model without ITC"
+        " has no TR and IR. The numbers in brackets are the paper's. Its TR and IR are after"
+        " fine-tuning on Flickr30K.",
         "",
         *number_table(["TR", "IR", "visual entailment", "VQA"], lines, rows),
     ]
@@ -261,8 +277,8 @@ def table6(rows: Rows) -> Iterator[str]:
     yield from [
         "## Table 6: candidates that ITM re-ranks, and negatives in fine-tuning",
         "",
-        "The paper ranks 1,000 images with 16, 128 and 256 candidates. Its numbers [in brackets]"
-        " stand beside 4, 16 and 64 candidates among 500 images.",
+        "Here ITM re-ranks k = 4, 16 and 64 candidates among 500 images. The numbers in brackets"
+        " are the paper's for 16, 128 and 256 candidates among 1,000 images.",
         "",
         *number_table(header, lines, rows),
     ]
@@ -279,7 +295,8 @@ def table5(rows: Rows) -> Iterator[str]:
     yield from [
         "## Table 5: grounding by Grad-CAM",
         "",
-        "Percent of expressions whose detected box has an overlap above 0.5 with the true one.",
+        "The table has the percentage of expressions for which the chosen box has an IoU of at"
+        " least 0.5 with the true box.",
         "",
         *number_table(["val", "testA", "testB"], lines, rows),
     ]
@@ -304,7 +321,8 @@ def noise(rows: Rows) -> Iterator[str]:
     yield from [
         "## Caption noise and momentum distillation",
         "",
-        "Zero-shot retrieval after pre-training with 0, 30 and 60% of noisy captions.",
+        "The runs measure zero-shot retrieval after pre-training with 0%, 30% and 60% noisy"
+        " captions.",
         "",
         *number_table(header, lines, rows),
     ]
@@ -333,10 +351,11 @@ def momentum(rows: Rows) -> Iterator[str]:
     yield from [
         "## Choice of the momentum",
         "",
-        "The paper's momentum of 0.995 averages over 200 steps, less than a thousandth of its"
-        " pre-training. The same share of the 2,000 steps here is a step or two. These runs compare"
-        " momenta on 500 validation scenes, with a seed that no claim uses. alpha is 0.4 as in the"
-        " paper unless stated.",
+        "The paper's momentum of 0.995 averages the weights over about 200 steps, which is less"
+        " than a thousandth of the paper's pre-training. The same share of the 2,000 steps here is"
+        " one or two steps. So these runs compare smaller momenta by zero-shot retrieval on 500"
+        " validation scenes. No claim uses their seed. alpha, the weight of the distilled targets,"
+        " is 0.4 as in the paper unless a row names another value.",
         "",
         *number_table(["TR", "IR"], lines, rows),
     ]
@@ -356,7 +375,8 @@ def information(rows: Rows, folder: Path) -> Iterator[str]:
         yield from [
             "## Section 4: the bound on mutual information",
             "",
-            "log(candidates) - InfoNCE of the one-hot ITC term in nats, with the first seed.",
+            "The bound is log(number of candidates) minus the InfoNCE loss of ITC with one-hot"
+            " targets, in nats. The curves are of the first seed.",
             "",
             f"![Bound on mutual information over training]({folder.name}/mutual_information.png)",
             "",
@@ -370,8 +390,8 @@ def figures(rows: Rows, folder: Path) -> Iterator[str]:
         yield from [
             "## Figures 2 and 4 to 6",
             "",
-            "Each figure shows the first entry of the first six images of its test file. Nothing is"
-            " selected. Green is right, red is wrong.",
+            "Each figure shows the first entry of each of the first six images in its test file,"
+            " without any selection. Green marks right results, red marks wrong ones.",
             "",
         ]
     for name, text in complete.items():
@@ -418,7 +438,7 @@ def write_page(experiments: Experiments, output: Path, path: Path) -> None:
         " ".join(summary(experiments, findings, rows)),
         "",
         "`make paper` runs all rows of `experiments/paper.yaml` and writes this page. A second call"
-        " runs nothing again.",
+        " repeats no complete run.",
         "",
         *claim_table(experiments.claims, findings, folder),
         *set_up(rows),

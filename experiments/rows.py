@@ -226,8 +226,8 @@ def expand(experiments: Experiments, output: Path | str, *, scratch: bool = Fals
         TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
     except CycleError as error:
         raise InputError(
-            f"rows wait for each other in a circle ({', '.join(error.args[1])}): correct from or"
-            " needs of one of them"
+            f"rows wait for each other in a circle ({', '.join(error.args[1])}): change the key"
+            " `from` or `needs` of one of these rows"
         ) from None
     return rows
 
@@ -258,10 +258,10 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
         flags = [part.replace("{folder}", str(folder)) for part in shlex.split(keys.flags)]
     except ValueError as error:
         raise InputError(
-            f"row {name}: flags {keys.flags!r} are not a command line: {error}"
+            f"row {name}: the key `flags` is {keys.flags!r}, not a command line: {error}"
         ) from None
     if "--set" in flags:
-        raise InputError(f"row {name}: flags contain --set, use the key set of the row instead")
+        raise InputError(f"row {name}: the key `flags` has --set: use the key `set` instead")
     try:
         if keys.task:
             refuse_unread(keys.task.name, keys.overrides)
@@ -282,7 +282,7 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
 def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None) -> str:
     """Return the run that a run needs from another row: with the same seed, else its first seed."""
     if other not in rows:
-        raise InputError(f"row {name}: there is no row {other} that it could start from")
+        raise InputError(f"row {name}: it needs the row {other}, which is not in the file")
     seeds = rows[other].seeds
     return f"{other}/seed{seed if seed in seeds else seeds[0]}" if seeds else other
 
@@ -303,7 +303,7 @@ def select(rows: Rows, names: Iterable[str]) -> Rows:
     wanted = {name: [run.name for run in rows.values() if run.group == name] for name in names}
     missing = [name for name, runs in wanted.items() if not runs]
     if missing:
-        raise InputError(f"--rows: there is no row {missing[0]}, `--dry_run` lists the rows")
+        raise InputError(f"--rows: there is no row {missing[0]}: --dry_run lists the rows")
     return with_needs(rows, [run for runs in wanted.values() for run in runs])
 
 
@@ -350,7 +350,7 @@ def check_unchanged(rows: Rows) -> None:
         changed = [key for key, value in now.items() if then.get(key, value) != value]
         if changed:
             raise InputError(
-                f"row {row.name} has changed since it was run, {changed[0]} was"
-                f" {then[changed[0]]}: remove {row.folder} (and what started from it) to run it"
-                " again, or rename the changed row"
+                f"row {row.name} has changed since it was run: {changed[0]} was"
+                f" {then[changed[0]]}; to run it again, remove {row.folder} and the folders of the"
+                " rows that started from it; to keep the result, rename the changed row"
             )

@@ -130,7 +130,7 @@ def finish(row: Row, status: int) -> None:
     record["seconds"] += time.time() - record.pop("began")
     row.write_record({**record, "complete": status == 0})
     ended = f"ended with status {status}" if status else "complete"
-    print(f"{row.name}: {ended}, {row.minutes:.1f} minutes")
+    print(f"{row.name}: {ended} after {row.minutes:.1f} minutes")
     with open(row.log, errors="replace") as log:
         for line in deque(log, TAIL):
             print(f"    {line.rstrip()}", flush=True)
@@ -175,7 +175,7 @@ def run(rows: Rows, places: Iterable[Place]) -> tuple[list[str], list[str]]:
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
         raise Interrupted(
-            error.signum, "the running rows have saved their state, continue by the same command"
+            error.signum, "the running rows have saved their state: continue with the same command"
         ) from None
 
 
@@ -188,8 +188,8 @@ def show(rows: Rows, jobs: int) -> None:
         state = f"complete, {row.minutes:.1f} min" if complete else f"{expected:g} min"
         print(f"{name} ({state}): python {shlex.join(row.command)}")
     print(
-        f"about {left:.0f} minutes on one core are left, {left / jobs:.0f} with {jobs} runs side by"
-        " side"
+        f"about {left:.0f} minutes are left on one core, or {left / jobs:.0f} with {jobs} runs side"
+        " by side"
     )
 
 
@@ -239,8 +239,8 @@ def main() -> None:
 
         report(experiments, output)
     if failed:
-        skipped = f"; not run because of them: {', '.join(left)}" if left else ""
-        raise TrainingStopped(f"failed: {', '.join(failed)}{skipped}")
+        skipped = f"; not run, because they need a failed row: {', '.join(left)}" if left else ""
+        raise TrainingStopped(f"rows that failed: {', '.join(failed)}{skipped}")
 
 
 if __name__ == "__main__":

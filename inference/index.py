@@ -128,7 +128,8 @@ def read_index(folder: str | Path) -> Index:
         except (OSError, ValueError, LookupError, TypeError) as error:
             if about == _read_about(folder):  # otherwise an update has just replaced the files
                 raise InputError(
-                    f"{folder}: damaged ({error}), remove it and index the images again"
+                    f"{folder}: the index is damaged ({error}): remove it and index the images"
+                    " again"
                 ) from None
 
 
@@ -138,7 +139,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
         return json.loads((folder / INDEX).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{folder}: no index there, it lacks {INDEX}: tools.search index makes one"
+            f"{folder}: no index there, {INDEX} is missing: make one with tools.search index"
         ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / INDEX}: cannot be read ({error})") from None
@@ -147,8 +148,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
 def _read_files(folder: Path, about: dict[str, Any]) -> Index:
     if about["format"] != FORMAT:
         raise InputError(
-            f"{folder / INDEX}: has format {about['format']}, this version reads {FORMAT}: remove"
-            " the folder and index the images again"
+            f"{folder / INDEX}: has format {about['format']}, but this version reads format"
+            f" {FORMAT}: remove the folder and index the images again"
         )
     lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
     features = _read_file(
@@ -237,7 +238,7 @@ def open_index(folder: str | Path) -> Index | None:
     folder = Path(folder)
     exists = (folder / INDEX).is_file()
     if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise InputError(f"--output {folder}: has files, but no index: name a folder of its own")
+        raise InputError(f"--output {folder}: has files but no index: name an empty or new folder")
     make_output_dir(folder, flag="--output")
     if not exists:
         return None
@@ -263,12 +264,12 @@ def model_digests(model: Inference, index: Index | None, folder: str | Path) -> 
     )
     digests = weights, hash_contents([model.model.vocabulary.encode()])
     if index and digests != (index.weights, index.vocabulary):
-        part = "vocabulary of the index differs"
+        part = "another vocabulary"
         if weights != index.weights:
-            part = "weights of the index differ"
+            part = "other weights"
         raise InputError(
-            f"{folder}: the {part} from {model.source}: name the checkpoint {index.checkpoint}, or"
-            " make another index"
+            f"{folder}: the index was made with {part} than {model.source} has: name the checkpoint"
+            f" {index.checkpoint}, or make another index"
         )
     return digests
 
@@ -278,8 +279,8 @@ def check_exif(model: Inference, index: Index | None, folder: str | Path) -> Non
     exif = index.config["exif"] if index else model.config.exif
     if exif != model.config.exif:
         raise InputError(
-            f"{folder}: made with exif {exif}, not {model.config.exif}: add --set exif={exif}, or"
-            " make another index"
+            f"{folder}: the index was made with exif {exif}, not {model.config.exif}: add --set"
+            f" exif={exif}, or make another index"
         )
 
 
@@ -300,7 +301,7 @@ def load_model_of(
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
         raise InputError(
-            f"{folder}: its checkpoint {source} does not exist, name it by --checkpoint"
+            f"{folder}: its checkpoint {source} does not exist: give its path with --checkpoint"
         )
     config = index.config
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
@@ -332,7 +333,7 @@ def find_images(
     found, others, problems = {}, {}, {}
     for root in folders:
         if not os.path.isdir(root):
-            raise InputError(f"{root}: not an existing folder, name a folder of images")
+            raise InputError(f"{root}: not an existing folder: name a folder of images")
         errors, images = [], 0
         for path, real in _files_below(os.path.abspath(root), errors.append):
             suffix = os.path.splitext(path)[1].lower()
@@ -349,7 +350,9 @@ def find_images(
         if not images:
             reasons = [f"{error.filename}: {error.strerror}" for error in errors]
             reasons.append(f"other files: {count_suffixes(Counter(others.values()))}")
-            raise InputError(f"{root}: no {', '.join(FORMATS)} image in it or below ({reasons[0]})")
+            raise InputError(
+                f"{root}: no {', '.join(FORMATS)} image in this folder or below it ({reasons[0]})"
+            )
     return dict(sorted(found.values())), list(problems.items()), Counter(others.values())
 
 
@@ -457,7 +460,9 @@ def update_index(
     finally:
         _write(folder, images, rows, (*about, left), unusable)
     if not rows:
-        raise InputError(f"none of {len(images)} images can be used: {': '.join(unusable[-1])}")
+        raise InputError(
+            f"none of {len(images)} images can be used, for example {': '.join(unusable[-1])}"
+        )
     return Changes(kept, len(rows) - kept, len(before.keys() - images.keys()), unusable)
 
 
@@ -557,7 +562,7 @@ def search(
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
-            f"{hits[0].path}: does not exist, nor does any other hit: index the images again"
+            f"the images of all hits are missing, such as {hits[0].path}: index the images again"
         )
     if text is not None and rerank:
         existing = _rerank(model, existing[:rerank], text) + existing[rerank:]
@@ -585,11 +590,11 @@ def describe_scores(model: Inference, hits: Sequence[Hit], total: int) -> list[s
     lines = [f"ITC: probability by similarity, a softmax over all {total:,} images"]
     if by_match:
         lines.insert(0, "ITM: probability that image and text match")
-    order = f"ranked by {'the logit of ITM, the rest by ITC' if by_match else 'ITC'}"
+    order = f"ranked by {'the logit of ITM, images without ITM by ITC' if by_match else 'ITC'}"
     if measured:
         better, worse = max(measured.itc, measured.itm), min(measured.itc, measured.itm)
-        order += f"; in the validation {measured.by.upper()} ranked better, mean recall"
-        order += f" {better:.1f}% against {worse:.1f}%"
+        order += f"; in the validation after training {measured.by.upper()} ranked better, with a"
+        order += f" mean recall of {better:.1f}% against {worse:.1f}%"
     return [*lines, order]
 
 

@@ -83,7 +83,7 @@ def as_texts(
         cleaned.append(clean(text))
         if is_blank(cleaned[-1]):
             raise InputError(
-                f"text {reprlib.repr(text)}: nothing is left of it after clean-up, give a text with"
+                f"text {reprlib.repr(text)}: nothing is left of it after clean-up: give a text with"
                 " words"
             )
     if unknown := unknown_texts(cleaned, tokenizer):
@@ -136,8 +136,8 @@ def read_image(image: Any, name: str = "image", exif: Exif = "stored") -> Tensor
     if tensor and len(image) == 3 and image.numel():
         return image.cpu()
     raise InputError(
-        f"{name}: {image.dtype} {list(image.shape)} is not an image: give an array uint8 [H, W, 3]"
-        " or [H, W], or a tensor uint8 [3, H, W], each with values from 0 to 255"
+        f"{name}: {image.dtype} {list(image.shape)} is not an image: give a uint8 array [H, W, 3]"
+        " or [H, W], or a uint8 tensor [3, H, W]"
     )
 
 

@@ -45,10 +45,10 @@ def check_objectives(key: str, named: bool | Sequence[str], known: Sequence[str]
     """Raise InputError if the configuration key names an objective that the task does not have."""
     unknown = [] if isinstance(named, bool) else [name for name in named if name not in known]
     if unknown:
-        remedy = "this task has one loss, set true or false"
+        remedy = "this task has only one loss: set true or false"
         if known:
-            remedy = f"in this task it may name {', '.join(known)}"
-        raise InputError(f"{key} names {', '.join(unknown)}: {remedy}")
+            remedy = f"this task has only the objectives {', '.join(known)}"
+        raise InputError(f"{key} names {', '.join(unknown)}, but {remedy}")
 
 
 class ALBEF(nn.Module):
@@ -87,13 +87,14 @@ class ALBEF(nn.Module):
         self.bert_config = config.bert
         if self.bert_config.vocab_size == "auto":
             raise InputError(
-                "bert_config: vocab_size is auto, models.tokenizer.load_tokenizer(config) sets it"
+                "bert_config: vocab_size is auto; call models.tokenizer.load_tokenizer(config),"
+                " which sets it"
             )
         vision_width, encoder_width = config.vision_width, self.bert_config.encoder_width
         if encoder_width != vision_width:
             raise InputError(
                 f"vision_width {vision_width} differs from encoder_width {encoder_width} of "
-                "bert_config: both are the width of the image embeddings, make them equal"
+                "bert_config: both are the width of the image embeddings, so make them equal"
             )
         self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:

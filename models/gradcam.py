@@ -99,14 +99,12 @@ def check_block(model: ALBEF, block_num: int, mode: str = "itm") -> None:
         block_num: Index of the block.
         mode: "itm" for cross-attention, "itc" for the image encoder.
     """
-    first, end, what = 0, len(model.visual_encoder.blocks), "those of the image encoder"
+    first, end, what = 0, len(model.visual_encoder.blocks), "the image encoder has the blocks"
     if mode == "itm":
         first, end = model.bert.fusion_layer, len(model.bert.encoder.layer)
-        what = "those with cross-attention"
+        what = "cross-attention is in the blocks"
     if not first <= block_num < end:
-        raise InputError(
-            f"--block_num {block_num}: {what} are the blocks {first} to {end - 1}, counted from 0"
-        )
+        raise InputError(f"--block_num {block_num}: {what} {first} to {end - 1}, counted from 0")
 
 
 def text_gradcam(

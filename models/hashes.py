@@ -35,7 +35,9 @@ def recorded_hash(path: Path | str) -> str | None:
     text = read_regular(record).decode("utf-8", "replace")
     digest = re.search(r"^\\?([0-9a-fA-F]{64})\b", text, re.MULTILINE)
     if not digest:
-        raise InputError(f"{record}: holds no SHA-256; remove it, or write it with sha256sum")
+        raise InputError(
+            f"{record}: holds no SHA-256: remove this file, or write it with sha256sum"
+        )
     return digest[1].lower()
 
 
@@ -60,8 +62,8 @@ def verify_hash(path: Path | str) -> bool:
     if differs:
         record = hash_record(path)
         raise InputError(
-            f"{path}: its SHA-256 is not the one in {record}, so it was damaged or changed: move it"
-            f" away and download it again, or remove {record} if the change is meant"
+            f"{path}: its SHA-256 is not the one in {record}, so the file was damaged or changed:"
+            f" move it away and download it again, or remove {record} if you changed the file"
         )
     _verified[str(path)] = state
     return True

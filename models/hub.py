@@ -77,7 +77,8 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         raise InputError(f"{wanted} not a valid hub name: {hint}") from None
     except errors.RemoteEntryNotFoundError:
         raise InputError(
-            f"{wanted} the hub repository has no {' or '.join(choices)}: check the name"
+            f"{wanted} the hub repository of this name has no {' or '.join(choices)}: check the"
+            " name"
         ) from None
     except (errors.LocalEntryNotFoundError, *NETWORK) as error:
         cause = error if isinstance(error, NETWORK) else problem or error.__cause__ or error
@@ -138,7 +139,7 @@ def _check_headers(response: Any) -> None:
         if not re.fullmatch(r'(W/)?"?[\w-]{1,200}"?', value):
             raise InputError(
                 f"the hub at {response.url.host} sends the header {header}: {ascii(value)[:200]},"
-                " which is not a file name of its cache: check HF_ENDPOINT"
+                " which cannot be a file name in the cache: check HF_ENDPOINT"
             )
 
 
@@ -149,7 +150,7 @@ def _pushing(name: str) -> Iterator[HfApi]:
         yield HfApi()
     except errors.HFValidationError:
         raise InputError(
-            f"--push {name}: not a valid name of a repository, write USER/NAME"
+            f"--push {name}: not a valid name of a repository: write USER/NAME"
         ) from None
     except NETWORK as error:
         raise InputError(f"--push {name}: {_explain(error)}") from None
@@ -208,4 +209,4 @@ def _explain(error: BaseException) -> str:
         )
     login = "log in (hf auth login) or set HF_TOKEN, and "
     login *= error.response.status_code in (401, 403)
-    return f"the hub refuses it ({text}): {login}check the name"
+    return f"the hub refuses the request ({text}): {login}check the name"

@@ -193,7 +193,8 @@ def build_tokenizer(source: Path | str) -> Tokenizer:
     missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
     if missing:
         raise InputError(
-            f"tokenizer: {path} is not a vocabulary, it lacks {', '.join(missing)}: {REMEDY}"
+            f"tokenizer: {path} is not a vocabulary, because it lacks {', '.join(missing)}:"
+            f" {REMEDY}"
         )
     return Tokenizer(backend)
 
@@ -264,7 +265,7 @@ def _read_settings(source: Path | str, vocab: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a JSON object")
     for key, default in UNCASED.items():
         if settings.get(key, default) not in (True, False, default, OWN.get(key)):
-            raise ValueError(f"{path}: {key} is {settings[key]!r}")
+            raise ValueError(f"{path}: {key} has the unsupported value {settings[key]!r}")
     return settings
 
 
@@ -274,8 +275,9 @@ def _note_unused(path: Path, vocab: dict[str, int], normalizer: Normalizer) -> N
     unused = [word for word in words if normalizer.normalize_str(word).strip() != word]
     if unused:
         print(
-            f"note: tokenizer {path} drops accents and upper case; {len(unused)} of its pieces are"
-            f" never used, such as {unused[0]!r}: is {settings_file(path)} missing?",
+            f"note: tokenizer {path} drops accents and upper case, so {len(unused)} of its pieces"
+            f" are never used, such as {unused[0]!r}: check whether {settings_file(path)} is"
+            " missing",
             file=sys.stderr,
         )
 
@@ -298,7 +300,7 @@ def difference(definition: str, other: str) -> str:
     for number in sorted(vocabs[0].keys() | vocabs[1].keys()):
         first, second = (vocab.get(number, "not used") for vocab in vocabs)
         if first != second:
-            return f"id {number} is {first!r}, here {second!r}"
+            return f"id {number} is {first!r} in one and {second!r} in the other"
     return "" if words[0] == words[1] else "case, accents or punctuation are treated differently"
 
 
@@ -313,7 +315,7 @@ def vocabulary_of(config: Config) -> str:
         return config.tokenizer
     if source == "random":
         raise InputError(
-            "text_encoder is random, so the key tokenizer must name a vocab file, a folder or a hub"
+            "text_encoder is random, so the key tokenizer must be a vocab file, a folder or a hub"
             " name"
         )
     return str(Path(source).parent) if Path(source).is_file() else source
@@ -337,15 +339,15 @@ def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Confi
     size = len(tokenizer)
     if bert.vocab_size not in ("auto", size):
         raise InputError(
-            f"tokenizer {source} has {size} word pieces and bert_config has vocab_size"
-            f" {bert.vocab_size}: name the tokenizer that belongs to the config, or set vocab_size"
+            f"tokenizer {source} has {size} word pieces, but bert_config has vocab_size"
+            f" {bert.vocab_size}: name the tokenizer that belongs to bert_config, or set vocab_size"
             f" to {size}"
         )
     most = bert.max_position_embeddings
     if (config.max_tokens or 0) > most:
         raise InputError(
             f"max_tokens is {config.max_tokens}, but max_position_embeddings of bert_config is"
-            f" {most}: lower it"
+            f" {most}: lower max_tokens"
         )
     tokenizer.model_max_length = most  # unless the task has a smaller limit
     bert = msgspec.structs.replace(bert, vocab_size=size)

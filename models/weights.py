@@ -86,7 +86,7 @@ def load_checkpoint(
     needed = dict.fromkeys(heads, FINE_TUNED) | NEEDED
     for module in modules & needed.keys() - in_file if complete else ():
         raise InputError(
-            f"{path} has no {module}, which this task evaluates with: name a checkpoint"
+            f"{path} has no {module}, which the evaluation of this task needs: name a checkpoint"
             f" {needed[module]}"
         )
     names = task_names(model, weights)
@@ -127,7 +127,9 @@ def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None
     try:
         return msgspec.convert(content.get("ranking"), Ranking | None)
     except msgspec.ValidationError as error:
-        raise InputError(f"{path}: ranking is not one of a validation ({error})") from None
+        raise InputError(
+            f"{path}: the key ranking is not a ranking that a validation saves ({error})"
+        ) from None
 
 
 def load_encoders(model: ALBEF, config: Config) -> list["LoadReport"]:
@@ -333,12 +335,12 @@ def _check_shapes(
     if not misfits:
         return
     hint = (
-        "the file is of another configuration (image_res, patch_size, vision_width, embed_dim,"
-        " bert_config) or task"
+        "the file belongs to another task, or to a configuration with another value of image_res,"
+        " patch_size, vision_width, embed_dim or bert_config"
     )
     if all(_module(name) in fine_tuned_heads() for name in misfits):
         hint = (
-            "it is the head of another task: start from pre-trained weights, or name a checkpoint"
+            "the head belongs to another task; start from pre-trained weights, or name a checkpoint"
             " of this task"
         )
     shown = summarize_names([f"{name} {why}" for name, why in misfits.items()], 3)
@@ -349,18 +351,18 @@ def _check_complete(
     source: Path | str, missing: list[str], unused: list[str], *, has_flag: bool
 ) -> None:
     """Raise InputError for missing and unused tensors. has_flag: the user has --allow_missing."""
-    hint = " --allow_missing accepts this" if has_flag else ""
+    hint = ", or add --allow_missing to load it nevertheless" if has_flag else ""
     if missing:
         instead = f"it has {summarize_names(unused, 2)} instead; " if unused else ""
         raise InputError(
             f"{source} lacks {len(missing)} tensors of the model: {summarize_names(missing)};"
-            f" {instead}is it the right file?{hint}"
+            f" {instead}check that this is the right file{hint}"
         )
     if unused:
         raise InputError(
             f"{source} has {len(unused)} tensors that the model has no place for:"
-            f" {summarize_names(unused)}; is it from a deeper model, from another kind of model,"
-            f" from another fusion_layer, or from a task with two images?{hint}"
+            f" {summarize_names(unused)}; check whether the file is from a deeper model, another"
+            f" kind of model, another fusion_layer or a task with two images{hint}"
         )
 
 
@@ -394,13 +396,14 @@ def _copy(
                 broken.append(in_file)
     if broken:
         raise InputError(
-            f"{source}: {len(broken)} tensors hold NaN, infinity or nothing:"
+            f"{source}: {len(broken)} tensors hold NaN or infinity, or have no values:"
             f" {summarize_names(broken)}; use another checkpoint"
         )
     if untied:
         raise InputError(
-            f"{source}: {untied[0]} differ but are one parameter of the model ({len(untied)} such"
-            " pairs): is it from a model with another `share`?"
+            f"{source}: the tensors {untied[0]} differ, but the model shares them as one parameter"
+            f" ({len(untied)} such pairs): check whether the file is from a model with another"
+            " value of the key share"
         )
 
 
@@ -487,7 +490,9 @@ def find_checkpoint(source: Path | str) -> Path:
     if is_repository(source):
         path = fetch(str(source), REPOSITORY, "checkpoint")[0]
         if not config_beside(path):
-            raise InputError(f"checkpoint {source}: its config.json is not from tools.export")
+            raise InputError(
+                f"checkpoint {source}: its config.json was not written by tools.export"
+            )
     elif not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path
@@ -531,11 +536,11 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         zipfile.BadZipFile,
     ) as error:
         reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise InputError(f"checkpoint {path} cannot be read, it may be cut off: {reason}") from None
+        raise InputError(f"checkpoint {path} cannot be read and may be cut off: {reason}") from None
     except Exception:  # pickle.UnpicklingError and other errors of broken pickles
         raise InputError(
-            f"checkpoint {path} is not a checkpoint, or holds more than tensors, numbers and text;"
-            " no code in it was run"
+            f"checkpoint {path} is not a checkpoint, or holds objects other than tensors, numbers"
+            " and text; no code from the file was run"
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
@@ -588,8 +593,8 @@ def config_beside(path: Path | str) -> dict[str, Any]:
         is_beside = isinstance(name, str) and Path(name).name == name
         if not (is_beside and file.with_name(name).is_file()):
             raise InputError(
-                f"{file}: {key} is {reprlib.repr(name)}, which is not a file beside it: remove the"
-                " key, and name the file by --set"
+                f"{file}: {key} is {reprlib.repr(name)}, which is not a file in the same folder:"
+                " remove the key, and name the file with --set"
             )
         config[key] = str(file.with_name(name))
     vocabulary = file.with_name(VOCABULARY)

@@ -67,12 +67,16 @@ def create_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
     if name not in list_optimizers():
-        raise InputError(f"optimizer: opt is {config.opt!r}, neither adamW nor a name of timm")
+        raise InputError(
+            f"optimizer: opt is {config.opt!r}, neither adamW nor an optimizer of timm"
+        )
     optimizer = create_optimizer_v2(
         groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options
     )
     for option in options.keys() - optimizer.defaults.keys():
-        raise InputError(f"optimizer: {config.opt} has no {option}, remove opt_{option}")
+        raise InputError(
+            f"optimizer: {config.opt} has no option {option}: remove the key opt_{option}"
+        )
     return optimizer
 
 

@@ -203,7 +203,7 @@ def test_bad_input_is_one_line(evaluated, pretrained, shapes, tmp_path, case):
 def test_a_checkpoint_without_projections_is_refused(evaluated, config, tmp_path):
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
     status, text = evaluated(tmp_path / "vqa.pth")
-    assert status == 2 and "_proj, which this task evaluates with" in text
+    assert status == 2 and "_proj, which the evaluation of this task needs" in text
     assert "of pre-training, retrieval or grounding" in text
 
 

@@ -61,7 +61,7 @@ CASES = {
         lambda d: {"vision_encoder": "deit_base_patch16_224.fb_in1k"},
         ["vision_encoder", "local copy"],
     ),
-    "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must name"]),
+    "no tokenizer": (lambda d: {"tokenizer": None}, ["tokenizer must be a vocab file"]),
     "captions for a vocabulary": (
         lambda d: {"tokenizer": write(d / "captions.json", [GOOD])},
         ["captions.json is not a vocabulary"],
@@ -297,7 +297,7 @@ run_script(main)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50)
     assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr == "SIGTERM: ended before it was complete\n"
+    assert done.stderr == "SIGTERM: the command ended before it was complete\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -144,11 +144,11 @@ def test_changed_settings_are_refused_also_in_what_a_row_starts_from(fake, tmp_p
     (tmp_path / "config.yaml").write_text("image_res: 64\nk_test: 128\n")  # what it was by default
     check_unchanged(rows())
     (tmp_path / "config.yaml").write_text("image_res: 32\n")
-    assert "row a has changed since it was run, image_res was 64" in refusal(
+    assert "row a has changed since it was run: image_res was 64" in refusal(
         check_unchanged, rows()
     )
     (rows()["a"].folder / "experiment.json").unlink()
-    assert "row b has changed since it was run, a: image_res" in refusal(check_unchanged, rows())
+    assert "row b has changed since it was run: a: image_res" in refusal(check_unchanged, rows())
     keys["a"]["set"] = {"k_tset": 3}
     assert "did you mean k_test?" in refusal(check_unchanged, rows())
 
@@ -168,10 +168,10 @@ def test_seeds_come_one_after_the_other_and_what_starts_from_them_takes_its_own(
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ({"b": {"from": "c"}}, "row b: there is no row c"),
+        ({"b": {"from": "c"}}, "row b: it needs the row c, which is not in the file"),
         ({"a": {"from": "b"}, "b": {"from": "a"}}, "wait for each other in a circle (a, b, a)"),
-        ({"a": {"flags": '"'}}, "row a: flags"),
-        ({"a": {"flags": "--set x=1"}}, "row a: flags"),
+        ({"a": {"flags": '"'}}, "row a: the key `flags`"),
+        ({"a": {"flags": "--set x=1"}}, "row a: the key `flags`"),
         ({"a": {"script": "VQA.py", "set": {"image_root": "x"}}}, "row a: --set image_root"),
     ],
 )
@@ -215,7 +215,7 @@ def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
         assert effects(made, rows) == ({}, 5)
     show(rows, 2)
     said = capsys.readouterr().out
-    assert all(f"{row} (" in said for row in rows) and "minutes on one core are left" in said
+    assert all(f"{row} (" in said for row in rows) and "minutes are left on one core" in said
     assert "(0 min)" not in said
 
 
@@ -270,8 +270,9 @@ def test_a_page_has_claims_numbers_and_what_is_missing(paper):
     Image.effect_noise((2000, 100), 50).save(rows["figure4"].folder / "figure.png")
     report.report(content, folder / "out")
     text = (folder / "docs/results.md").read_text()
-    assert f"9 of {len(rows)} runs, 9 minutes together, each on one core" in text
-    assert "are supported: ITM after ITC, number of candidates." in text
+    assert f"9 of {len(rows)} [runs](results/runs.csv) are complete." in text
+    assert "They took 9 minutes in total, each on one core" in text
+    assert "Supported: ITM after ITC, number of candidates." in text
     claims = {line.split(":")[0][2:]: line for line in text.splitlines() if " (Table 6) |" in line}
     # 10 + seed and 11 - seed / 9 on the two sides: mean 11.39, its standard error 0.31
     assert "| +11.4 (+10.5 to +12.3) |" in claims["ITM after ITC"]
@@ -280,7 +281,7 @@ def test_a_page_has_claims_numbers_and_what_is_missing(paper):
     assert equal in claims["number of candidates"]
     assert "| – | – | +0.3 | 0 of 5 seeds |" in claims["hard negatives in fine-tuning"]
     assert "| Full | – [97.47] | – [92.58] | 72.0 ± 2.8 [80.12] | – [74.42] |" in text
-    assert "| most frequent answer to the text | 33.3 | – | – |" in text
+    assert "| most frequent answer for each text | 33.3 | – | – |" in text
     assert text.count("\nNot run yet.\n") == 4  # grounding, noise, relevance, momentum
     runs = list(csv.DictReader((folder / "docs/results/runs.csv").open()))
     assert [run["run"] for run in runs] == list(rows)

@@ -194,7 +194,7 @@ def test_revisions_are_pinned_and_without_one_the_newest_is_loaded(
     fetch.cache_clear()
     load_model(f"lab/a@{first}", "cpu")
     assert not hub.requests  # a commit in the cache needs no network
-    assert "refuses it" in refusal(load_model, "lab/a@v7")
+    assert "refuses the request" in refusal(load_model, "lab/a@v7")
 
 
 def test_offline_and_without_a_network_the_cache_serves(
@@ -222,11 +222,14 @@ def test_offline_and_without_a_network_the_cache_serves(
 
 
 def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
-    assert "checkpoint: lab/a is not a local file or folder, and the hub refuses it" in refusal(
-        load_model, "lab/a"
+    assert (
+        "checkpoint: lab/a is not a local file or folder, and the hub refuses the request"
+        in refusal(load_model, "lab/a")
     )
     hub.repositories["lab/other"] = {"commits": {"0" * 40: {"a.txt": b""}}, "main": "0" * 40}
-    assert "the hub repository has no model.safetensors" in refusal(load_model, "lab/other")
+    assert "the hub repository of this name has no model.safetensors" in refusal(
+        load_model, "lab/other"
+    )
     assert "weights/ALBEF.pth does not exist: check the path" in refusal(
         load_model, "weights/ALBEF.pth"
     )

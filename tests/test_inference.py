@@ -204,7 +204,7 @@ def test_what_a_validation_measured_to_be_better_ranks_unless_told_otherwise(
             {**torch.load(files["retrieval"], weights_only=True), "ranking": broken},
             tmp_path / "bad.pth",
         )
-        assert "bad.pth: ranking" in refusal(load_model, tmp_path / "bad.pth", "cpu")
+        assert "bad.pth: the key ranking" in refusal(load_model, tmp_path / "bad.pth", "cpu")
 
 
 def test_probabilities_of_similarities_are_the_softmax_over_all_candidates(models, monkeypatch):
@@ -488,7 +488,7 @@ BAD = {
     ),
     "device": (
         lambda m, f: load_model(f["ve"], device="tpu9"),
-        "this code does not run there, use cuda or cpu",
+        "is not supported: use cuda or cpu",
     ),
     "precision": (
         lambda m, f: load_model(f["ve"], precision="fp8"),
@@ -496,7 +496,7 @@ BAD = {
     ),
     "other task": (
         lambda m, f: m["ve"].rank(["a.jpg"], "a"),
-        "rank: .*ve.pth has task ve.*checkpoint of pretrain or retrieval or grounding",
+        "rank: .*ve.pth is a checkpoint of task ve,.*checkpoint of pretrain or retrieval",
     ),
     "answer": (lambda m, f: m["pretrain"].answer("a.jpg", "a"), "checkpoint of vqa"),
     "empty text": (
@@ -514,7 +514,7 @@ BAD = {
     "object": (lambda m, f: m["retrieval"].embed_images([3]), "image 0: .*expected str"),
     "floats": (
         lambda m, f: m["retrieval"].embed_images(np.zeros((8, 8, 3))),
-        "image 0: float64 .* give an array uint8",
+        "image 0: float64 .* give a uint8 array",
     ),
     "200 megapixels": (
         lambda m, f: m["retrieval"].embed_images(HUGE),
@@ -527,11 +527,11 @@ BAD = {
     ),
     "itc of VE": (
         lambda m, f: m["ve"].heat_map("a.jpg", "a", mode="itc"),
-        "no similarity for mode itc",
+        "mode itc needs a similarity",
     ),
     "of": (
         lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"),
-        "it must be images or texts",
+        "but must be images or texts",
     ),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "features of others": (
@@ -540,7 +540,7 @@ BAD = {
     ),
     "mode": (
         lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"),
-        "mode='gradcam', it must be itm or itc",
+        "mode is 'gradcam', but must be itm or itc",
     ),
     "configuration": (
         lambda m, f: load_model(f["ve"], config="/dev/null"),

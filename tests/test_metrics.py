@@ -349,7 +349,7 @@ def test_image_without_detections_and_unknown_ref_are_refused():
         (grounding_accuracy, {9: cams[0]}, *known, detections),
         (chance_grounding, refs, boxes, detections, [9]),
     ):
-        assert "ref_id 9 of test_file is not among the refs" in refusal(*call)
+        assert "ref_id 9 of test_file is not among the RefCOCO+ refs" in refusal(*call)
 
 
 def test_recall_at_k_against_a_count_by_hand():

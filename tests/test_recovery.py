@@ -277,7 +277,9 @@ def test_a_run_of_another_seed_is_not_continued(tiny_config, begun):
 
 def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
     (tmp_path / LAST).write_bytes(b"PK\x03\x04 half a file")
-    assert "remove it to start a new run" in refusal(find_resume_file, tmp_path, "", True)
+    assert "remove the damaged files to start a new run" in refusal(
+        find_resume_file, tmp_path, "", True
+    )
     assert "holds a run already" in refusal(find_resume_file, tmp_path, "", False)
 
 
@@ -460,7 +462,7 @@ def test_the_newest_checkpoint_is_the_one_that_has_seen_most(tmp_path):
 
 def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
     save(tmp_path / LAST, epoch=1)
-    assert "leave out --checkpoint to continue it" in refusal(
+    assert "leave out --checkpoint to continue that run" in refusal(
         find_resume_file, tmp_path, "elsewhere/checkpoint_00.pth", True
     )
 
@@ -468,7 +470,7 @@ def test_resuming_another_file_in_the_folder_of_a_run_is_refused(tmp_path):
 def test_resuming_with_another_optimizer_is_refused(tiny_config, begun):
     for change in ({"opt": "sgd"}, {"temp_lr_scale": 0.1}):
         config = {**tiny_config, "optimizer": {**tiny_config["optimizer"], **change}}
-        assert "holds the state of another optimizer" in refusal(run, config, begun, True)
+        assert "was saved with another optimizer" in refusal(run, config, begun, True)
 
 
 def test_within_an_epoch_the_data_must_stay(tiny_config, begun, sharded, tmp_path):
@@ -548,7 +550,7 @@ def test_a_restart_resumes_without_being_told(tmp_path, monkeypatch, capsys, var
     assert find_resume_file(tmp_path / "run", "x.pth", resume=True) == last
     assert find_resume_file(tmp_path / "new", "x.pth", resume=True) == Path("x.pth")
     assert find_resume_file(tmp_path / "new", "", resume=False) is None
-    assert "has no checkpoint yet, a new run starts" in capsys.readouterr().err
+    assert "has no checkpoint yet, so a new run starts" in capsys.readouterr().err
     monkeypatch.setenv(variable, "0")
     assert "holds a run already" in refusal(find_resume_file, tmp_path / "run", "", False)
     monkeypatch.setenv(variable, "abc")
@@ -648,7 +650,7 @@ def test_when_one_process_dies_or_hangs_the_other_ends_within_the_timeout(
     os.kill(second.pid, signum)
     status, message = end_of(first, tmp_path / "0.err")
     assert status == 1
-    assert "Traceback" in message and "rank 0: if another rank has ended before" in message
+    assert "Traceback" in message and "rank 0: if another rank failed first" in message
     assert newest_checkpoint(tmp_path / "run") is not None
 
 
@@ -658,7 +660,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown(tiny_config, pair, tmp_pa
     status, message = end_of(second, tmp_path / "1.err")
     assert status == 1 and "ValueError: broken on purpose" in message
     status, message = end_of(first, tmp_path / "0.err")
-    assert status == 1 and "rank 0: if another rank has ended before" in message
+    assert status == 1 and "rank 0: if another rank failed first" in message
 
 
 def test_a_signal_before_validation_ends_all_processes_after_the_save(
@@ -858,7 +860,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_reported(
     assert len(lines) == 2 and "not finite in epoch 0 iteration 2: the step was skipped" in lines[0]
     assert lines[0].count(".jpg") == 8 and "loss_mlm" in lines[0]
     assert capfd.readouterr().err.count("the step was skipped") == 2
-    with pytest.raises(TrainingStopped, match="3 steps skipped, max_skipped_steps is 2") as error:
+    with pytest.raises(
+        TrainingStopped, match="3 steps were not finite, and max_skipped_steps is 2"
+    ) as error:
         run(config, tmp_path / "again", forward=change_losses({3, 8, 10}, times(factor)))
     message = str(error.value)
     assert (

@@ -485,7 +485,9 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
     (tmp_path / "model.safetensors").unlink()
     status, _, err = run("query", tmp_path / "index", "a star")
     assert (
-        status == 2 and "its checkpoint" in err and "does not exist, name it by --checkpoint" in err
+        status == 2
+        and "its checkpoint" in err
+        and "does not exist: give its path with --checkpoint" in err
     )
     assert (
         run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "retrieval.pth")[0]
@@ -591,21 +593,24 @@ HUGE = Image.new("1", (20000, 10000))
 BAD = {
     "no such folder": ("index {}/nowhere", "nowhere: not an existing folder"),
     "a file": ("index {}/text.txt", "text.txt: not an existing folder"),
-    "an empty folder": ("index {}/photos {}/empty", "empty: no .* image in it or below"),
+    "an empty folder": (
+        "index {}/photos {}/empty",
+        "empty: no .* image in this folder or below it",
+    ),
     "other files": (
         "index {}/others",
-        "others: no .* image in it or below .*other files: 1 .*, 1 ",
+        "others: no .* image in this folder or below it .*other files: 1 .*, 1 ",
     ),
     "no checkpoint": ("index {}/photos --checkpoint no.pth", "no.pth does not exist"),
     "another task": (
         "index {}/photos --checkpoint {}/vqa.pth",
-        "vqa.pth has task vqa, which cannot do it",
+        "vqa.pth is a checkpoint of task vqa, which lacks this method",
     ),
     "another checkpoint": (
         "index {}/photos --checkpoint {}/pretrain.pth",
-        "the weights of the index differ from .*pretrain.pth: .*retrieval.pth",
+        "the index was made with other weights than .*pretrain.pth has: .*retrieval.pth",
     ),
-    "another folder": ("index {}/photos --output {}/photos", "photos: has files, but no index"),
+    "another folder": ("index {}/photos --output {}/photos", "photos: has files but no index"),
     "unwritable": (
         "index {}/photos --output {}/text.txt/index",
         "text.txt/index: cannot write there",
@@ -619,7 +624,10 @@ BAD = {
     "index is a file": ("query {}/text.txt star", "text.txt: no index there"),
     "another format": ("query {}/format star", "index.json: has format 99, .*index the images"),
     "no JSON": ("query {}/nojson star", "index.json: cannot be read"),
-    "damaged index": ("query {}/damaged star", "damaged: damaged .*remove it and index"),
+    "damaged index": (
+        "query {}/damaged star",
+        "damaged: the index is damaged .*remove it and index",
+    ),
     "nothing to search": ("query {}/index", "give a text, an image or both"),
     "blank text": ("query {}/index ?!", "nothing is left of it"),
     "empty text": ("query {}/index ''", "nothing is left of it"),
@@ -632,7 +640,7 @@ BAD = {
     ),
     "other weights": (
         "query {}/index star --checkpoint {}/pretrain.pth",
-        "the weights of the index differ",
+        "the index was made with other weights",
     ),
     "k": ("query {}/index star -k 0", "argument -k: 0 is out of range, it must be at least 1"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
@@ -640,10 +648,10 @@ BAD = {
         "duplicates {}/index --threshold 2",
         "--threshold 2.0: must be above 0.5 and at most 1",
     ),
-    "all gone": ("query {}/gone star", "does not exist, nor does any other hit"),
+    "all gone": ("query {}/gone star", "the images of all hits are missing"),
     "none usable": (
         "index {}/broken --output {}/new",
-        "none of 1 images can be used: .*broken/a.jpg: not an image",
+        "none of 1 images can be used, for example .*broken/a.jpg: not an image",
     ),
 }
 

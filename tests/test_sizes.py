@@ -55,7 +55,7 @@ def test_a_run_takes_the_sizes_of_the_encoders_that_it_names(pretrain, encoders,
     assert {group["lr_scale"] for group in content["optimizer"]["param_groups"]} == {1, 5}
     more = ("--resume", "--set", "scheduler.epochs=2", scale)
     status, notes = pretrain(*more, vision_encoder=vit, **keys)
-    assert status == 0 and "differs from the saved run's in scheduler" in notes
+    assert status == 0 and "configuration of the saved run: scheduler" in notes
     assert torch.load(tmp_path / "out" / LAST, weights_only=True)["epoch"] == 1
 
 
@@ -87,7 +87,7 @@ def test_own_yaml_fits_the_encoders_that_it_names(encoders):
 
 def test_encoders_without_sizes_are_named(encoders, tmp_path):
     bert, vit = encoders
-    assert "resnet50 of timm is not a plain ViT" in refusal(
+    assert "the timm model resnet50 is not a plain ViT" in refusal(
         as_config, {"vision_encoder": "resnet50"}
     )
     save_file({"x": torch.zeros(1)}, vit)

@@ -145,10 +145,14 @@ def test_data_sets_can_be_handed_to_a_process(config_of, script):
 
 # a stopped run of VE: how a command line may not fit it, what the message says
 UNFIT = {
-    "another task": ("NLVR", {}, "checkpoint_last.pth has task ve, but this script's is nlvr"),
+    "another task": (
+        "NLVR",
+        {},
+        "checkpoint_last.pth is a checkpoint of task ve, but this script trains task nlvr",
+    ),
     "other data": ("VE", {"train_file": ["ve_val.json"]}, "the number of entries of train_file"),
-    "another architecture": ("VE", {"vision_depth": 1}, "or of other parameters"),
-    "another optimizer": ("VE", {"optimizer": {"opt": "sgd"}}, "the state of another optimizer"),
+    "another architecture": ("VE", {"vision_depth": 1}, "or other parameters"),
+    "another optimizer": ("VE", {"optimizer": {"opt": "sgd"}}, "was saved with another optimizer"),
     "no epochs": ("VE", {"scheduler": {"epochs": 0}}, "scheduler.epochs is 0"),
     "too much accumulation": ("VE", {"accumulate": 1000}, "accumulate 1000"),
 }
@@ -170,7 +174,7 @@ def test_a_run_says_where_it_stands_and_what_comes_next(config_of, run, call, tm
     folder = tmp_path / "run"
     run("VE", config_of("VE"), folder, "--resume")
     out, err = capsys.readouterr()
-    assert f"note: --resume: {folder} has no checkpoint yet, a new run starts" in err
+    assert f"note: --resume: {folder} has no checkpoint yet, so a new run starts" in err
     assert re.findall(r"epoch \d: val acc \S+, best \S+ \(epoch \d\)", err)
     (best,) = re.findall(r"^best epoch by val_acc .*: epoch (\d), (.*)$", out, re.MULTILINE)
     assert best[1] == str(folder / "checkpoint_best.pth")
@@ -185,7 +189,7 @@ def test_a_run_says_where_it_stands_and_what_comes_next(config_of, run, call, tm
     assert f"configuration: {folder / 'checkpoint_'}" in err and "epoch 2, iteration 0" in err
     call("VE", *resume, "scheduler.epochs=1")
     err = capsys.readouterr().err
-    assert "the run is complete, it has 3 epochs and scheduler.epochs is 1" in err
+    assert "the run is complete: it has trained 3 epochs, and scheduler.epochs is 1" in err
     assert "global batch" not in err
     assert [entry["epoch"] for entry in log(folder)] == [0, 1, 2]
 
@@ -213,7 +217,7 @@ def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
     assert "--split val has an effect only with --evaluate" in message
     config["val_file"] = None
     message = refusal(evaluate, config, tmp_path / "new", "--evaluate", "--split", "val")
-    assert "--evaluate needs the key val_file" in message
+    assert "--evaluate has no data: set the key val_file" in message
 
 
 @pytest.fixture
@@ -587,7 +591,7 @@ BAD_INPUT = {
         "Grounding",
         "--set",
         "objectives=[mlm]",
-        "objectives names mlm: .* itc, itm",
+        "objectives names mlm, .* itc, itm",
     ),
     "eos out of the vocabulary": ("VQA", "eos", "</s>", "eos is '</s>', which is not a token"),
     "same question twice": (

@@ -269,8 +269,8 @@ def test_a_vocabulary_replaces_no_file_unless_told_to(tmp_path, monkeypatch, cal
 def test_a_hub_without_the_file_or_the_repository(hub):
     hub.repositories["lab/bert"] = {"commits": {"0" * 40: {}}, "main": "0" * 40}
     message = refusal(build_tokenizer, "lab/bert")
-    assert "the hub repository has no tokenizer.json or vocab.txt" in message
-    assert "the hub refuses it" in refusal(build_tokenizer, "lab/other")
+    assert "the hub repository of this name has no tokenizer.json or vocab.txt" in message
+    assert "the hub refuses the request" in refusal(build_tokenizer, "lab/other")
 
 
 def test_a_hub_out_of_reach_is_not_said_to_lack_a_file(hub, monkeypatch):

@@ -426,7 +426,7 @@ CASES = {
     "one image for NLVR2": ("nlvr", DOG, ["wide.jpg"], ["--image: task nlvr takes 2, 1 given"]),
     "two images for VE": ("ve", DOG, ["wide.jpg", "tall.jpg"], ["takes 1, 2 given"]),
     "pseudo-targets of VE": ("ve", [*DOG, "--pseudo_targets"], None, ["fill_in", "task ve"]),
-    "similarity of VE": ("ve", [*DOG, "--gradcam_mode", "itc"], None, ["no similarity"]),
+    "similarity of VE": ("ve", [*DOG, "--gradcam_mode", "itc"], None, ["needs a similarity"]),
     "empty text": ("ve", ["--text", " ?! "], None, ["text ' ?! '", "nothing is left"]),
     "empty question": ("vqa", ["--question", "?"], None, ["text '?'", "nothing is left"]),
     "nowhere to write": ("ve", [*DOG, "--output", "no/x.png"], None, ["--output no/x.png"]),

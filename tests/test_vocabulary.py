@@ -78,7 +78,7 @@ def test_a_run_is_whole_wherever_it_is_moved(trained, own, tmp_path, monkeypatch
         more = ["--resume", "--output_dir", moved, "--set", f"scheduler.epochs={3 + len(flags)}"]
         assert script(monkeypatch, Pretrain.main, *more, *flags) == 0
         out = capsys.readouterr().err
-        assert "differs from the saved run's in scheduler\n" in out and "resuming from" in out
+        assert "configuration of the saved run: scheduler\n" in out and "resuming from" in out
     assert read_checkpoint(moved / "checkpoint_last.pth")["epoch"] == 4
     shutil.rmtree(moved / "tensorboard")
     (moved / "tokenizer.json").unlink()

@@ -129,8 +129,8 @@ def _by_id(mapping: Mapping[Id, Any]) -> dict[int, Any]:
 def _find_ref(refs: Mapping[int, Any], ref_id: int) -> Mapping[str, Any]:
     if ref_id not in refs:
         raise InputError(
-            f"ref_id {ref_id} of test_file is not among the refs: correct test_file, refcoco_data"
-            " or refer_dataset"
+            f"ref_id {ref_id} of test_file is not among the RefCOCO+ refs: correct test_file,"
+            " refcoco_data or refer_dataset"
         )
     return refs[ref_id]
 

@@ -83,7 +83,8 @@ def vqa_accuracy(
             lacking = "prediction" if question_id in annotated else "annotation"
             raise InputError(
                 f"question {question_id} has no {lacking} ({len(predicted)} predictions,"
-                f" {len(annotated)} annotated questions): give both for the same questions"
+                f" {len(annotated)} annotated questions): give predictions and annotations of"
+                " the same questions"
             )
     if not annotated:
         raise InputError("there are no predictions and no annotations to score")
@@ -127,17 +128,17 @@ def describe_vqa_formulas(counts: Mapping[str, int]) -> str:
     """Return one line on the counts of `count_vqa_formulas`."""
     formulas = {
         "official": (
-            f"by the official formula for {counts['official']} questions with {OFFICIAL_ANSWERS}"
-            " answers"
+            f"by the official formula for the {counts['official']} questions with"
+            f" {OFFICIAL_ANSWERS} answers"
         ),
         "own": (
-            f"by min(1, matches / min(3, n)) with both sides normalized for {counts['own']}"
+            f"by min(1, matches / min(3, n)) of normalized answers for the {counts['own']}"
             " questions with another number n of answers"
         ),
     }
     capped = (
-        f"; no prediction can have 100% on {counts['capped']}: their answers differ, or are not"
-        " spelled as normalized"
+        f"; on {counts['capped']} questions no prediction can have 100%, because their answers"
+        " differ or are not in normalized spelling"
     )
     used = " and ".join(text for name, text in formulas.items() if counts[name])
     return used + capped * (counts["capped"] > 0)
@@ -187,8 +188,8 @@ def _human_answers(annotation: Mapping[str, Any]) -> list[str]:
     given = [answer.get("answer") if isinstance(answer, dict) else answer for answer in given]
     if not given or not all(isinstance(answer, str) for answer in given):
         raise InputError(
-            f"question {annotation['question_id']}: its annotation must have the annotators'"
-            ' answers, as answer: ["yes", ...] or answers: [{"answer": "yes"}, ...]'
+            f"question {annotation['question_id']}: its annotation lacks the annotators'"
+            ' answers: give "answer": ["yes", ...] or "answers": [{"answer": "yes"}, ...]'
         )
     if len(given) != OFFICIAL_ANSWERS:
         return [_normalized(answer) for answer in given]
