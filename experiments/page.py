@@ -222,10 +222,10 @@ def blind_baselines(rows: Rows) -> Iterator[str]:
     yield from [
         "## Blind baselines",
         "",
-        "The table has test accuracies in percent. In visual entailment each sentence occurs once"
-        " with each label, and a curtain hides a quadrant of half of the pictures. In VQA each"
-        " question is asked about two pictures with different answers. So the text alone does not"
-        " determine the answer.",
+        "The table has test accuracies in percent. In visual entailment a curtain hides a quadrant"
+        " of each picture, and each sentence occurs once with each label. In VQA each question is"
+        " asked about two pictures with different answers. So the text alone does not determine"
+        " the answer.",
         "",
         *markdown(["", "visual entailment", "VQA", "grounding, val"], lines),
         "",
