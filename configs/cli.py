@@ -100,25 +100,24 @@ class Parser(argparse.ArgumentParser):
             if action and not _find_key(key):
                 value = "" if action.nargs in (0, "?") else f" {value}"
                 raise InputError(
-                    f"--set {text}: {key} is not a key of the configuration but a flag, write "
-                    f"--{key}{value}"
+                    f"--set {text}: {key} is a flag, not a configuration key; write --{key}{value}"
                 )
         return result
 
     def _describe_unknown(self, unknown: list[str]) -> str:
         flag, _, value = unknown[0].partition("=")
         if not flag.startswith("-"):
-            return f"{flag}: not expected there; --help lists the flags"
+            return f"{flag}: unexpected argument; --help lists the flags"
         key = _find_key(flag.lstrip("-").replace("-", "_"))
         if key and "--set" in self._option_string_actions:
             follows = len(unknown) > 1 and not unknown[1].startswith("--")
             value = value or (unknown[1] if follows else "...")
-            return f"{flag}: not a flag but a key of the configuration, write --set {key}={value}"
+            return f"{flag}: {key} is a configuration key, not a flag; write --set {key}={value}"
         actions = self._option_string_actions.items()
         visible = [name for name, action in actions if action.help != argparse.SUPPRESS]
         near = difflib.get_close_matches(flag, visible, 1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists them"
-        return f"{flag}: there is no such flag, {hint}"
+        hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
+        return f"{flag}: there is no such flag; {hint}"
 
 
 def _find_key(name: str) -> str:
@@ -135,7 +134,7 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= sys.maxsize:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be at least {low}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"

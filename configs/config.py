@@ -150,7 +150,7 @@ class OptimizerConfig(Section, kw_only=True, frozen=True, forbid_unknown_fields=
     opt_eps: Annotated[Number | None, in_training()] = None
     """Epsilon of the optimizer. Default: the optimizer's own value."""
     opt_betas: Annotated[
-        tuple[Beta, Beta] | None, in_training(wanted="two numbers from 0 to below 1")
+        tuple[Beta, Beta] | None, in_training(wanted="two numbers, each at least 0 and below 1")
     ] = None
     """Two decay rates of the optimizer's moving averages. Default: the optimizer's own values."""
     temp_lr_scale: Annotated[Number, in_training(with_trait("contrastive"))] = 1.0
@@ -277,14 +277,15 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Vocabulary file, folder or hub name. Default: the tokenizer of `text_encoder`."""
 
     objectives: Annotated[
-        Objectives, in_training(with_trait("contrastive"), wanted="a list of itc, mlm, itm")
+        Objectives,
+        in_training(with_trait("contrastive"), wanted="a list of one or more of itc, mlm, itm"),
     ] = ("itc", "mlm", "itm")
     """Objectives of training."""
     hard_negatives: Annotated[bool, in_training(with_trait("contrastive"))] = True
     """Draw the negatives of ITM by contrastive similarity. `false` draws them uniformly."""
     distill: Annotated[
         bool | Objectives,
-        in_training(with_trait("distills"), wanted="true or false or a list of itc, mlm, itm"),
+        in_training(with_trait("distills"), wanted="true, false or a list of itc, mlm, itm"),
     ] = True
     """Use momentum distillation, for all objectives or for the listed ones."""
     alpha: Annotated[Share, in_training(with_trait("distills"))] = 0.4
@@ -338,7 +339,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     scaling."""
     precision: Annotated[Literal["fp32", "bf16"], read_always()] = "fp32"
     """Precision of the matrix products. Weights, heads and losses are always float32."""
-    compile: Annotated[Literal["auto"] | bool, in_training(wanted="auto or true or false")] = "auto"
+    compile: Annotated[Literal["auto"] | bool, in_training(wanted="auto, true or false")] = "auto"
     """Compile the model. `auto` compiles on a GPU unless `deterministic` is set."""
     gradient_checkpointing: Annotated[bool, in_training()] = False
     """Save memory by computing the layers' activations again in the backward pass."""
@@ -348,7 +349,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Number of iterations between two fetches of the losses from a GPU."""
     save_every: Annotated[
         Interval,
-        in_training(wanted="minutes or iterations, as in 15 minutes or 1000 iterations"),
+        in_training(wanted="minutes or iterations, such as 15 minutes or 1000 iterations"),
     ] = "15 minutes"
     """Interval of saves within an epoch. A number without a unit counts iterations. With 0 a run
     saves only at the end of an epoch."""
@@ -458,7 +459,11 @@ def _describe(kind: inspect.Type, choices: tuple[Any, ...]) -> str:
         case inspect.IntType() | inspect.FloatType():
             what = "a whole number" if isinstance(kind, inspect.IntType) else "a number"
             limited = kind.le is not None and kind.le < sys.maxsize
-            return f"{what} from {kind.ge:g}" + (f" to {kind.le:,}" if limited else "")
+            return (
+                f"{what} from {kind.ge:g} to {kind.le:,}"
+                if limited
+                else f"{what} of at least {kind.ge:g}"
+            )
         case inspect.BoolType():
             return "true or false"
         case inspect.LiteralType():
@@ -531,7 +536,7 @@ def check_known(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
         near = [name for name in known if name.endswith(f".{key}")]
         near = near or difflib.get_close_matches(key, [*known, *SECTIONS, *OTHER_NAMES], 1, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "docs/config.md lists all keys"
-        raise InputError(f"{where}: unknown key {_REPR.repr(key)}, {hint}")
+        raise InputError(f"{where}: unknown key {_REPR.repr(key)}; {hint}")
 
 
 def check_values(values: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
@@ -540,7 +545,7 @@ def check_values(values: Mapping[str, Any], fields: Mapping[str, Field], where: 
     for key, value in values.items():
         if not fields[key].accepts(value):
             raise InputError(
-                f"{where}: {key} is {_REPR.repr(value)}, it must be {fields[key].wanted}"
+                f"{where}: {key} is {_REPR.repr(value)}; it must be {fields[key].wanted}"
             )
 
 
@@ -550,8 +555,8 @@ def _check_multiple(config: Section, key: str, divisor: str, where: str) -> None
     if value is not None and value % part:
         multiple = max(1, round(value / part)) * part
         raise InputError(
-            f"{where}: {key} {value} is not a multiple of {divisor} {part}: set {key} to "
-            f"{multiple}, or another {divisor}"
+            f"{where}: {key} {value} is not a multiple of {divisor} {part}; set {key} to "
+            f"{multiple}, or choose another {divisor}"
         )
 
 
@@ -590,7 +595,7 @@ def flatten(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if value is not None and flat.get(key) not in (None, value):
             raise InputError(
                 f"{where}: {names[key]} is {_REPR.repr(flat[key])} and {name} is "
-                f"{_REPR.repr(value)}: they are one key, keep one of them"
+                f"{_REPR.repr(value)}, but they are two names of one key; keep one of them"
             )
         if flat.get(key) is None:
             flat[key], names[key] = value, name
@@ -677,8 +682,9 @@ def read_bert_config(
     _check_multiple(config, "hidden_size", "num_attention_heads", where)
     if config.fusion_layer >= config.num_hidden_layers:
         raise InputError(
-            f"{where}: fusion_layer is {config.fusion_layer}, it must be below num_hidden_layers "
-            f"{config.num_hidden_layers}: the layers from there on fuse text and image"
+            f"{where}: fusion_layer is {config.fusion_layer}, but it must be below "
+            f"num_hidden_layers {config.num_hidden_layers}; the layers from fusion_layer on fuse "
+            "text and image"
         )
     return config
 
@@ -731,7 +737,7 @@ def _items(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         elif value is not None:  # all lines of the section may be comments
             raise InputError(
-                f"{where}: {key} is {_REPR.repr(value)}, it must be a mapping of keys to values"
+                f"{where}: {key} is {_REPR.repr(value)}; it must be a mapping of keys to values"
             )
 
 

@@ -19,8 +19,14 @@ def refuse_unread(task: str, overrides: list[str]) -> None:
         for key in values:
             readers = FIELDS[key].tasks if key in FIELDS else (task,)
             if task not in readers:
-                others = f"only {', '.join(readers)}" if readers else "nor does any other task"
-                raise InputError(f"{shown}: {task} does not read {key}, {others}: leave it out")
+                others = (
+                    f"the tasks that read it: {', '.join(readers)}"
+                    if readers
+                    else "no task reads it"
+                )
+                raise InputError(
+                    f"{shown}: task {task} does not read {key}; leave it out ({others})"
+                )
 
 
 def unread_keys(task: str, config: Config) -> list[str]:
@@ -43,9 +49,9 @@ def idle_keys(task: str, config: Config) -> Iterator[tuple[str, list[str]]]:
     if config.scheduler.warmup_iters is not None:
         yield "warmup_iters is set", ["scheduler.warmup_epochs"]
     if row.score and getattr(config, row.files["val"]):
-        yield "the best epoch by validation and the last one are kept", ["keep_checkpoints"]
+        yield "only the best and the last epoch are kept", ["keep_checkpoints"]
     else:
-        yield "nothing is validated", ["patience"]
+        yield "there is no validation", ["patience"]
     if not config.distill:
         yield "distill is false", ["alpha", "warm_up"]
     if "mlm" not in objectives:
@@ -56,9 +62,9 @@ def idle_keys(task: str, config: Config) -> Iterator[tuple[str, list[str]]]:
     if "itm" not in objectives:
         yield "objectives lacks itm", ["hard_negatives"]
     if task == "vqa" and not config.answer_list:
-        yield "answers are generated without answer_list", ["k_test"]
+        yield "answers are generated (answer_list is not set)", ["k_test"]
     if task == "vqa" and config.answer_list:
-        yield "answers are chosen from answer_list", ["num_beams", "max_answer_tokens"]
+        yield "answers are not generated (answer_list is set)", ["num_beams", "max_answer_tokens"]
 
 
 def notes(task: str, config: Config, overrides: list[str], evaluate: bool) -> list[str]:
@@ -71,11 +77,11 @@ def notes(task: str, config: Config, overrides: list[str], evaluate: bool) -> li
         evaluate: Whether the run evaluates only.
     """
     unread = unread_keys(task, config)
-    lines = [f"{task} does not read {', '.join(unread)}"] * bool(unread)
+    lines = [f"task {task} does not read {', '.join(unread)}"] * bool(unread)
     given = [key for text in overrides for key in parse_override(text)[1]]
     training = [key for key in given if evaluate and FIELDS[key].training]
-    for reason, keys in [("nothing is trained", training), *idle_keys(task, config)]:
+    for reason, keys in [("the run only evaluates", training), *idle_keys(task, config)]:
         named = [key for key in keys if key in given and (keys is training or key not in training)]
         if named:
-            lines.append(f"{', '.join(named)}: no effect, {reason}")
+            lines.append(f"{', '.join(named)}: no effect, because {reason}")
     return lines

@@ -36,7 +36,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise InputError(f"--config {path}: {error.strerror}") from None
     config = parse_yaml(content, path)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: a configuration is a mapping of keys to values")
+        raise InputError(f"{path}: the configuration must be a mapping of keys to values")
     if "tokenizer" in config:
         config["tokenizer"] = beside(path, config["tokenizer"])
     return override(config, overrides, path)

@@ -239,7 +239,7 @@ TASKS: dict[str, Task] = {
 def find_task(name: str) -> Task:
     """Return the row of a task. Raises InputError if there is no such task."""
     if name not in TASKS:
-        raise InputError(f"task {name!r} is unknown, the tasks are {', '.join(TASKS)}")
+        raise InputError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[name]
 
 
@@ -256,6 +256,6 @@ def detect_task(state: Mapping[str, Any]) -> str:
             return task.name
     heads = dict.fromkeys(task.head for task in TASKS.values() if task.head)
     raise InputError(
-        "the checkpoint belongs to none of the tasks: it has neither text_decoder nor one of"
+        "cannot tell the task of the checkpoint: it has none of the modules text_decoder,"
         f" {', '.join(heads)}"
     )

@@ -21,9 +21,9 @@ FREQUENCIES = get_args(Frequency)
 MIN_AREA = 50  # smallest area of an evaluated object, in pixels
 FORMS = {}  # the files are not lists of entries
 _WANTED = (
-    'a file of attributes is {"images": [...], "attributes": [{id, name: "type:value/synonym",'
+    'the file must have the form {"images": [...], "attributes": [{id, name: "type:value/synonym",'
     ' type, parent_type, freq_set, is_has_att}, ...], "annotations": [{image_id,'
-    " bbox: [x, y, w, h], area, att_vec}, ...]}: correct it"
+    " bbox: [x, y, w, h], area, att_vec}, ...]}"
 )
 
 
@@ -103,20 +103,19 @@ def read_boxes(path: str) -> tuple[list[Attribute], list[Box]]:
             continue
         if min(pixels[2:]) < 1:
             raise InputError(
-                f"{where}: bbox {annotation.bbox} has no whole pixel: correct it, or area"
-                f" {annotation.area}"
+                f"{where}: bbox {annotation.bbox} is narrower or lower than one pixel, but area is"
+                f" {annotation.area}; correct bbox or area"
             )
         image = images[annotation.image_id]
         size = image.height, image.width
         boxes.append(Box(image.file_name, size, pixels, annotation.att_vec, where))
     if not boxes:
         raise InputError(
-            f"{path}: has no annotation with an area of {MIN_AREA} pixels or more: name another"
-            " file"
+            f"{path} has no annotation with an area of {MIN_AREA} pixels or more; name another file"
         )
     if not any(1 in box.labels for box in boxes):
         raise InputError(
-            f"{path}: no att_vec has a 1, so no average precision is defined: correct it"
+            f"{path}: no att_vec has a 1, so average precision is undefined; correct the labels"
         )
     return attributes, boxes
 
@@ -128,19 +127,18 @@ def _check_annotation(
     image, labels = images.get(annotation.image_id), len(annotation.att_vec)
     if image is None:
         raise InputError(
-            f"{where}: image_id {annotation.image_id} is not among the images: correct it or add"
-            " the image"
+            f"{where}: no image has the id {annotation.image_id}; correct image_id or add the image"
         )
     if labels != attributes:
         raise InputError(
-            f"{where}: att_vec has {labels} labels for {attributes} attributes: give each attribute"
-            " one, -1 if it is not labeled"
+            f"{where}: att_vec has {labels} labels for {attributes} attributes; write one label for"
+            " each attribute (-1: not labeled)"
         )
     x, y, w, h = map(int, annotation.bbox)
     if min(annotation.bbox) < 0 or x + w > image.width or y + h > image.height:
         raise InputError(
             f"{where}: bbox {annotation.bbox} lies outside of its image of {image.width} x"
-            f" {image.height} pixels: correct it"
+            f" {image.height} pixels; correct bbox"
         )
     return x, y, w, h
 
@@ -166,7 +164,7 @@ class AttributeTestSet(EntryDataset):
         for file, (attributes, _) in zip(files, read, strict=True):
             if attributes != self.attributes:
                 raise InputError(
-                    f"{file}: has other attributes than {files[0]}: evaluate one after the other"
+                    f"{file} and {files[0]} have different attributes; evaluate one after the other"
                 )
         super().__init__([box for _, boxes in read for box in boxes], **options)
 
@@ -190,8 +188,8 @@ class AttributeTestSet(EntryDataset):
             raise ImageError(
                 file,
                 "wrong size",
-                f"{self.where(index)} is in an image of {width} x {height} pixels, this one has "
-                f"{image.shape[2]} x {image.shape[1]}: it is another image",
+                f"{self.where(index)} belongs to an image of {width} x {height} pixels, but this "
+                f"image has {image.shape[2]} x {image.shape[1]}; correct the path of the image",
             )
         return self.transform(image[:, y : y + h, x : x + w])
 

@@ -91,7 +91,7 @@ class EntryDataset(Dataset):
         # happens only with a small max_words: the entry was checked with the limit of its form
         if is_blank(cleaned):
             raise InputError(
-                f"{self.where(index)}: its text is empty after clean-up and max_words"
+                f"{self.where(index)}: its text is empty after clean-up and the cut to max_words:"
                 f" {self.limits.words}"
             )
         return cleaned
@@ -106,7 +106,8 @@ class EntryDataset(Dataset):
                 return self.read(index)
             except ImageError as error:
                 raise InputError(
-                    f"cannot read a test image: {error}; every image of the test file counts"
+                    f"cannot read a test image: {error}; an evaluation needs every image of the"
+                    " test file"
                 ) from None
         # torch.manual_seed would format a stack trace for every unused kind of device
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -117,7 +118,7 @@ class EntryDataset(Dataset):
             except (ImageError, InputError) as error:
                 skipped.append(str(error))
             index = int(torch.randint(len(self), ()))
-        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last one: {skipped[-1]}")
+        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries; the last error: {skipped[-1]}")
 
 
 def train_options(
@@ -175,8 +176,8 @@ def check_images(dataset: EntryDataset, *, sample: int | None = None) -> None:
     for key, root in dataset.roots.items():
         if root and not os.path.isdir(root):
             raise InputError(
-                f"{key}: folder {root} does not exist; set {key} to the folder that the image paths"
-                " of the annotation files start from"
+                f"{key}: folder {root} does not exist; set {key} to the folder that image paths in"
+                " the annotation files are relative to"
             )
     # look up an image once even if many samples share it; the first sample is reported
     checked = {path: i for i in reversed(evenly(listed, sample)) for path in dataset.files(i)}
@@ -187,7 +188,7 @@ def check_images(dataset: EntryDataset, *, sample: int | None = None) -> None:
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
         problem, remedy = no_file(path).split(": ")
         raise InputError(
-            f"{dataset.where(i)}: image {path} {problem} ({len(missing)} of the {len(checked)}"
-            f" images checked are missing, {share:.1%}); {remedy}, correct {roots}, or remove such"
-            " entries from the annotation file"
+            f"{dataset.where(i)}: image {path} {problem} ({len(missing)} of {len(checked)}"
+            f" checked images are missing, {share:.1%}); {remedy}, correct {roots}, or remove"
+            " entries with missing images from the annotation file"
         )

@@ -62,7 +62,7 @@ def load_cached(
             loaded = [load(name) for name in names]
     usable = [content for content in loaded if content is not None]
     if len(usable) < len(loaded):
-        raise _unusable(folder, "the cache lost files that were just written: start again")
+        raise _unusable(folder, "the cache lost files that were just written; start again")
     return usable
 
 
@@ -112,7 +112,7 @@ def locate(index: int, ends: Sequence[int]) -> tuple[int, int]:
         IndexError: The index is negative or too large.
     """
     if not 0 <= index < ends[-1]:
-        raise IndexError(f"index {index} of {ends[-1]}")
+        raise IndexError(f"index {index} is out of range for length {ends[-1]}")
     file = bisect.bisect(ends, index)
     return file, index - (ends[file - 1] if file else 0)
 
@@ -132,9 +132,11 @@ def cache_folder() -> str:
     with contextlib.suppress(OSError):
         os.makedirs(folder, mode=0o700, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise _unusable(folder, "cannot write to this cache folder: change its permissions")
+        raise _unusable(folder, "cannot write to this cache folder; change its permissions")
     if os.stat(folder).st_mode & stat.S_IWOTH:
-        raise _unusable(folder, "everyone can write here, also compiled code: change its mode")
+        raise _unusable(
+            folder, "every user can write to this cache folder, also compiled code; change its mode"
+        )
     return folder
 
 

@@ -22,7 +22,7 @@ MIN_SCALE = 0.2  # smallest share of the image that a crop keeps in pre-training
 class Captioned(Entry):
     """One or several captions."""
 
-    wanted = 'captions are entries {"caption": text or list of texts}'
+    wanted = 'a list of captions needs entries {"caption": text or list of texts}'
     caption: str | Texts
 
     @property

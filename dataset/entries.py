@@ -249,14 +249,14 @@ def _refuse_content(path: Path | str, start: str) -> None:
     """Raise InputError for a file without entries. start: its first character, if any."""
     if start == "{":
         lines = (
-            "holds a JSON object, not a list of entries; if it is JSON lines (an object a line),"
+            "holds a JSON object, not a list of entries; if it has one JSON object per line,"
             f" convert it: jq -s . {path} > list.json"
         )
         raise InputError(f"{path}: {advice(path) or lines}")
     problem = {"": "is empty", "[": "is an empty list"}.get(start, "is not a JSON list")
     raise InputError(
         f'{path}: {problem}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...].'
-        " python -m tools.to_json converts tables, folders and official files"
+        " To convert tables, folders or official files, run python -m tools.to_json"
     )
 
 
@@ -264,8 +264,8 @@ def refuse_shard(path: Path | str) -> None:
     """Raise InputError if a list is named like a WebDataset shard."""
     if os.fspath(path).endswith(".tar"):
         raise InputError(
-            f"{path}: is a WebDataset shard; only train_file of pre-training and text assignment"
-            " reads shards"
+            f"{path}: is a WebDataset shard; only train_file of pre-training and of text"
+            " assignment may name shards"
         )
 
 
@@ -273,7 +273,7 @@ def unreadable(path: Path | str, error: OSError) -> InputError:
     """Return the InputError for an OSError of a data file."""
     return InputError(
         f"{path}: cannot read this file ({error.strerror}); correct its path in the config"
-        " (relative paths start at the folder you run in)"
+        " (relative paths start at the working directory)"
     )
 
 
@@ -330,8 +330,8 @@ def by_id(values: Iterable[V], path: Path | str, what: str) -> dict[int, V]:
     for value in values:
         if found.setdefault(value.id, value) != value:
             raise InputError(
-                f"{path}: {what} {value.id} occurs twice, with different content: correct one of"
-                " them"
+                f"{path}: {what} {value.id} occurs twice with different content; correct one of the"
+                " two"
             )
     return found
 

@@ -62,8 +62,9 @@ class Expression(GroundingPair):
         common = min(len(parts), len(ref_parts))
         if parts[-common:] != ref_parts[-common:]:
             raise InputError(
-                f"image {self.image} is not {image}, the image of ref_id {self.ref_id}; correct the"
-                " entry, or set refer_dataset or refcoco_data to the data set of this file",
+                f"image is {self.image}, but the image of ref_id {self.ref_id} is {image}; correct"
+                " the entry, or set refcoco_data and refer_dataset to the data set that test_file"
+                " was made from",
                 "another image than its ref's",
             )
 
@@ -125,8 +126,8 @@ class GroundingTestSet(EntryDataset):
         self.refer, self.detections = refer, detections
         if not len(self):
             raise InputError(
-                f"test_file {', '.join(files)}: has no expression of {', '.join(splits)}; name the"
-                " files of all splits"
+                f"test_file {', '.join(files)}: no expression belongs to the splits"
+                f" {', '.join(splits)}; test_file must name the files of all splits"
             )
 
     def read(self, index: int) -> GroundingSample:

@@ -80,7 +80,7 @@ def absolute(root: str | None, image: str) -> str:
 def no_file(path: Path | str) -> str:
     """Return the problem of a path that is not a file, and the remedy."""
     if "://" in str(path):
-        return "is a URL: download the image and name its file"
+        return "is a URL: download the image and name its local path"
     if os.path.isdir(path):
         return "is a folder: name an image file in it"
     return (
@@ -126,7 +126,9 @@ def decode_image(data: bytes, name: Path | str, exif: Exif = "stored") -> Tensor
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(name, "not an image", f"it is none of {', '.join(FORMATS)}") from None
+        raise ImageError(
+            name, "not an image", f"its format is none of {', '.join(FORMATS)}"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(name, "too large", str(error)) from None
     # on a broken file Pillow raises SyntaxError, ValueError, EOFError and more
@@ -221,8 +223,8 @@ def _orientation_to_apply(source: Image.Image | bytes, name: Path | str, exif: E
         raise ImageError(
             name,
             "turned by EXIF",
-            "its boxes may refer to the stored or to the turned pixels; save it without an EXIF"
-            " orientation, or set exif to stored",
+            "its boxes may refer to the stored or to the turned pixels; save the image without an"
+            " EXIF orientation, or set exif: stored",
         )
     return orientation
 
@@ -241,7 +243,7 @@ def _check_scans(data: bytes, name: Path | str) -> None:
         raise ImageError(
             name,
             "too slow to decode",
-            f"{scans} scans, the limit is {MAX_SCANS}; save the image again",
+            f"{scans} scans exceed the limit of {MAX_SCANS}; save the image again",
         )
 
 
@@ -253,7 +255,7 @@ def _check_size(width: int, height: int, name: Path | str) -> None:
         raise ImageError(
             name,
             "too large",
-            f"{width} x {height} pixels, the limit is {limit} (PIL.Image.MAX_IMAGE_PIXELS)",
+            f"{width} x {height} pixels exceed the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)",
         )
 
 
@@ -266,7 +268,7 @@ def _to_8_bits(image: Image.Image, name: Path | str) -> Image.Image:
         raise ImageError(
             name,
             "unknown range of gray",
-            "the white value of 32-bit float is unknown; save the image with 8 bits",
+            "the value of white in a 32-bit float image is unknown; save the image with 8 bits",
         )
     if image.mode.startswith("I"):
         values = np.asarray(image)
@@ -275,7 +277,7 @@ def _to_8_bits(image: Image.Image, name: Path | str) -> Image.Image:
             raise ImageError(
                 name,
                 "unknown range of gray",
-                f"32-bit values of {low} to {high}; save the image with 8 bits",
+                f"32-bit values range from {low} to {high}; save the image with 8 bits",
             )
         # mode I holds 16-bit values (PGM) or 8-bit values (TIFF)
         if image.mode != "I" or high > 255:

@@ -37,7 +37,7 @@ def check_length(length: int, batch_size: int, world_size: int) -> None:
     if length < batch_size * world_size:
         processes = f" on each of {world_size} processes" if world_size > 1 else ""
         raise InputError(
-            f"train_file has {length} entries, less than one batch of {batch_size}{processes}: "
+            f"train_file has {length} entries, fewer than one batch of {batch_size}{processes}; "
             "lower batch_size"
         )
 
@@ -159,8 +159,8 @@ class TrainBatches:
             except WorkerDied as error:
                 failures += 1
                 if failures > MAX_WORKER_DEATHS:
-                    raise TrainingStopped(f"{failures} times in a row {error}") from None
-                log.warning("%s; starting the workers again", error)
+                    raise TrainingStopped(f"{failures} failures in a row: {error}") from None
+                log.warning("%s. Starting the workers again.", error)
                 self.sampler.begin(self.sampler.epoch, seen)
 
 
@@ -299,9 +299,9 @@ class Loader(DataLoader):
             ):
                 raise
             raise WorkerDied(
-                f"a data worker died ({str(error) or type(error).__name__}); if memory ran out,"
-                " lower num_workers or the batch size; if shared memory did (/dev/shm), start the"
-                " container with a larger --shm-size"
+                f"a data worker died ({str(error) or type(error).__name__}). If memory ran out,"
+                " lower num_workers or the batch size. If shared memory (/dev/shm) ran out, start"
+                " the container with a larger --shm-size"
             ) from None
         # The workers end now. If the error's traceback kept the iterator, garbage collection would
         # wait 10 seconds for each worker (torch 2.x).

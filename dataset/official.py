@@ -269,7 +269,9 @@ def convert(
         held = ", ".join(f"{path} holds {form.title}" for path, form in forms.items())
         raise InputError(f"{held}: convert one kind at a time")
     if not lists:
-        raise InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
+        raise InputError(
+            f"{problems[0]} (first of {len(problems):,} problems; no entry can be used)"
+        )
     return dict(lists), problems
 
 
@@ -278,7 +280,7 @@ def _read_whole(path: str, data: bytes, form: type[Official]) -> Official:
         return msgspec.json.decode(data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: holds {form.title}, but a part is malformed ({error}): download it again"
+            f"{path}: holds {form.title}, but a part is malformed ({error}); download it again"
         ) from None
 
 
@@ -301,7 +303,7 @@ def _usable(captions: list[str], where: str, problems: list[str]) -> list[str]:
     usable = [caption for caption in captions if not is_blank(pre_caption(caption, MAX_WORDS))]
     if len(usable) < max(1, len(captions)):
         problems.append(
-            f"{where}: {len(usable)} of {len(captions)} captions can be used, the others are empty"
+            f"{where}: {len(usable)} of {len(captions)} captions can be used; the others are empty"
         )
     return usable
 
@@ -333,7 +335,7 @@ def _convert_karpathy(
     for number, image in enumerate(content.images):
         where = f"{path} image {number} (counting from 0)"
         if image.split not in SPLITS:
-            problems.append(f"{where}: its split is {image.split!r}")
+            problems.append(f"{where}: its split {image.split!r} is unknown")
         elif usable := _usable([sentence.raw for sentence in image.sentences], where, problems):
             name = find("/".join(filter(None, (image.filepath, image.filename))), where)
             image_id = next((key for key in (image.cocoid, image.imgid) if key is not None), number)
@@ -360,8 +362,8 @@ def _convert_vqa(
     for path, content in contents.items():
         if content.data_subtype not in asked:
             raise InputError(
-                f"{path}: holds the annotations of {content.data_subtype} without the questions:"
-                " name their file, too"
+                f"{path} holds the annotations of {content.data_subtype}, but no file has the"
+                " questions; name the file of questions too"
             )
     for path, content in questions.items():
         subtype = content.data_subtype
@@ -412,4 +414,4 @@ def _convert_snli_ve(
             image = find(row.image.removesuffix(".jpg"), where, ".jpg")
             lists[split].append({"image": image, "sentence": row.sentence, "label": row.label})
         else:
-            problems.append(f"{where}: its gold_label is {row.label!r}")
+            problems.append(f"{where}: its gold_label {row.label!r} is not a class")

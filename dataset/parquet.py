@@ -147,7 +147,9 @@ def _rows(source: str, table: Any, names: list[str]) -> Iterator[dict[str, Any]]
             return
         # a damaged page raises OSError, text that is not UTF-8 ValueError
         except (OSError, ValueError) as error:
-            raise InputError(f"{source}: cannot be read, download it again ({error})") from None
+            raise InputError(
+                f"{source}: cannot be read ({error}); download the file again"
+            ) from None
         yield from rows
 
 
@@ -182,8 +184,8 @@ def _split_of_name(source: str) -> str | None:
 def _describe(source: str, columns: Columns, named: str | None) -> str:
     """Return a line with the columns and the split of a table."""
     texts = f"column{'s' * (len(columns.texts) > 1)} {', '.join(map(repr, columns.texts))}"
-    split = f", split {named} by the name of the file" if named else ""
-    split = f", splits from column {SPLIT_COLUMN!r}" if columns.split else split
+    split = f"; split from the name of the file: {named}" if named else ""
+    split = f"; splits from column {SPLIT_COLUMN!r}" if columns.split else split
     return f"{source}: images from column {columns.image!r}, captions from {texts}{split}"
 
 
@@ -192,7 +194,7 @@ def _split_of_row(row: dict[str, Any], columns: Columns, named: str | None) -> s
     if not columns.split:
         return named or "train"
     if row[SPLIT_COLUMN] not in NAMES:
-        raise ValueError(f"its {SPLIT_COLUMN} is {row[SPLIT_COLUMN]!r}")
+        raise ValueError(f"its {SPLIT_COLUMN} {row[SPLIT_COLUMN]!r} is unknown")
     return NAMES[row[SPLIT_COLUMN]]
 
 
@@ -216,7 +218,9 @@ def _write_image(data: bytes, folder: Path) -> Path:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             suffix = str(image.format).lower().replace("jpeg", "jpg")
     except Exception:  # on broken data Pillow raises SyntaxError, struct.error and more
-        raise ValueError(f"its image is none of {', '.join(FORMATS)}, or damaged") from None
+        raise ValueError(
+            f"its image is damaged, or its format is none of {', '.join(FORMATS)}"
+        ) from None
     path = folder / f"{hash_contents([data])}.{suffix}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

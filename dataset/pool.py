@@ -85,8 +85,8 @@ def in_processes(
             except BrokenProcessPool:
                 first = item[0] if isinstance(item, (list, tuple)) else item
                 raise TrainingStopped(
-                    f"a worker process died at {first} or soon after: lower --workers if memory ran"
-                    " out, else remove that file"
+                    f"a worker process died at {first} or soon after. If memory ran out, lower"
+                    " --workers; otherwise remove that file"
                 ) from None
             yield done
 

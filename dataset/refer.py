@@ -14,7 +14,7 @@ from configs.config import REFER
 from dataset.entries import as_form, by_id, read_json
 from utils import InputError, open_regular
 
-_NOT_RELEASED = "this is not the released file of REFER, download it again"
+_NOT_RELEASED = "this is not the released file of REFER; download it again"
 _DETECTIONS_ARE = "det_file must be {image_id: [[x, y, w, h, score], ...]}"
 
 
@@ -76,7 +76,8 @@ class _PlainUnpickler(pickle.Unpickler):
         """Refuse every class."""
         wanted = ascii(f"{module}.{name}")
         raise InputError(
-            f"{self.path}: refused to load, it would import and run {wanted}; {_NOT_RELEASED}"
+            f"{self.path}: refused to load, because it would import and run {wanted};"
+            f" {_NOT_RELEASED}"
         )
 
 
@@ -118,13 +119,13 @@ def load_refer(folder: str, name: str = "refcoco+") -> Refer:
         for key, known in (("image_id", images), ("ann_id", objects)):
             if getattr(ref, key) not in known:
                 raise InputError(
-                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both must"
-                    f" belong to {name}"
+                    f"{where}: {key} {getattr(ref, key)} is not in {instances_path}; both files"
+                    f" must belong to {name}"
                 )
         if objects[ref.ann_id].image_id != ref.image_id:
             raise InputError(
-                f"{where}: its image is {ref.image_id}, but the image of its annotation"
-                f" {ref.ann_id} in {instances_path} is {objects[ref.ann_id].image_id}; both must"
+                f"{where}: its image_id is {ref.image_id}, but its annotation {ref.ann_id} in"
+                f" {instances_path} has image_id {objects[ref.ann_id].image_id}; both files must"
                 f" belong to {name}"
             )
         refs[ref.ref_id] = {"image_id": ref.image_id, "split": ref.split}
@@ -152,7 +153,7 @@ def load_detections(det_file: str, refer: Refer) -> dict[int, list[list[float]]]
             or an image of a tested ref has no box. The message names the file and the image.
     """
     if not os.path.isfile(det_file):
-        raise InputError(f"det_file {det_file} does not exist; correct the config key det_file")
+        raise InputError(f"det_file {det_file} does not exist; correct the key det_file")
     detections = {}
     for image_id, boxes in read_json(det_file, dict[str, object], _DETECTIONS_ARE).items():
         if not image_id.isdecimal():
@@ -169,16 +170,16 @@ def load_detections(det_file: str, refer: Refer) -> dict[int, list[list[float]]]
             )
             if max(inside[0], 0) * max(inside[1], 0) < w * h / 2:
                 raise InputError(
-                    f"{where}: box {[x, y, w, h]} lies outside of {image['file_name']} of"
-                    f" {image['width']} x {image['height']} pixels: det_file must be of the images"
-                    " of refcoco_data"
+                    f"{where}: box {[x, y, w, h]} lies outside of {image['file_name']}, which has"
+                    f" {image['width']} x {image['height']} pixels; det_file must hold detections"
+                    " for the images of refcoco_data"
                 )
     for ref_id, ref in refer.refs.items():
         if is_tested(ref) and not detections.get(ref["image_id"]):
             raise InputError(
                 f"{det_file}: no box for image {ref['image_id']} (ref {ref_id}, split"
-                f" {ref['split']}); det_file must hold detections for every image outside of the"
-                " split train"
+                f" {ref['split']}); det_file must hold detections for every image that is not in"
+                " the split train"
             )
     return detections
 
@@ -207,6 +208,5 @@ def _read_plain_pickle(path: str) -> Any:
         raise
     except Exception as error:  # damaged pickles raise almost any exception
         raise InputError(
-            f"{path}: cannot be read ({type(error).__name__}: {ascii(str(error))}), damaged or cut"
-            f" short; {_NOT_RELEASED}"
+            f"{path}: cannot be read ({type(error).__name__}: {ascii(str(error))}); {_NOT_RELEASED}"
         ) from None

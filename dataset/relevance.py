@@ -66,7 +66,7 @@ def test_set(config: Config, split: str) -> ClassificationDataset:
     labels = {entry.label for entry in dataset.entries}
     if len(labels) == 1:
         raise InputError(
-            f"{split}_file {dataset.entries.files[0]}: all labels are {labels.pop()}, the ROC AUC"
-            " needs both: add the other"
+            f"{split}_file {dataset.entries.files[0]}: all labels are {labels.pop()}, but the ROC"
+            " AUC needs both classes; add entries with the other label"
         )
     return dataset

@@ -235,7 +235,7 @@ class FileReport:
 
         def name(index: int) -> str:
             shard, number = locate(index, ends)
-            return f"number {number} of {os.path.basename(paths[shard])}"
+            return f"sample {number} of {os.path.basename(paths[shard])}"
 
         for seen in self._decode(len(shards), job):
             path, key = seen["path"], seen.get("key")
@@ -268,7 +268,7 @@ class FileReport:
         self.digests.append(value)
         self.indices.append(index)
         if not all([self._add_text(text) for text in texts]):
-            problem = "a caption is empty after clean-up: correct or remove it"
+            problem = "a caption is empty after clean-up; correct or remove it"
             self._refuse(InputError(problem, "empty text"), path, entry)
 
     def _add_text(self, text: str) -> bool:
@@ -316,7 +316,7 @@ class FileReport:
         self.report |= {
             "wrong": dict(self.counts["wrong"].most_common()),
             "duplicates": len(later),
-            "first_duplicates": [f"{name(i)} as {name(j)}" for i, j in pairs],
+            "first_duplicates": [f"{name(i)} repeats {name(j)}" for i, j in pairs],
             "texts": len(self.words),
         }
         self._report_texts()
@@ -342,8 +342,8 @@ class FileReport:
             }
             if share > NOTABLE:
                 self._note(
-                    f"the vocabulary lacks {share:.1%} of the words; python -m tools.vocabulary"
-                    " makes one from captions"
+                    f"the vocabulary lacks {share:.1%} of the words; to make a vocabulary from"
+                    " captions, run python -m tools.vocabulary"
                 )
 
     def _report_images(self, images: Sequence) -> None:
@@ -366,7 +366,9 @@ class FileReport:
             trained.update(images)
             share = self.counts["unusable"].total() / max(1, looked_at)
             if share > self.check.config.max_skipped:
-                self._note(f"{share:.1%} of the images cannot be used, more than max_skipped")
+                self._note(
+                    f"{share:.1%} of the images cannot be used, which is more than max_skipped"
+                )
 
     def _note(self, text: str) -> None:
         self.check.notes.append(f"{self.report['key']} {self.path}: {text}")

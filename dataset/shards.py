@@ -59,8 +59,8 @@ def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
     for entry in map(str, entries):
         if _URL.match(entry):
             raise InputError(
-                f"train_file: {entry} is not a file of this machine: mount the storage it is on, or"
-                " download it, and name the local path"
+                f"train_file: {entry} is not a local file; download the shard or mount its"
+                " storage, and name the local path"
             )
         if entry.endswith(".tar"):
             shards += _expand_pattern(entry)
@@ -72,8 +72,8 @@ def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
         if real in seen:
             same = "" if seen[real] == path else f" (as {seen[real]})"
             raise InputError(
-                f"train_file: shard {path} is named twice{same}; name it once, or an epoch has its"
-                " samples twice"
+                f"train_file: shard {path} is named twice{same}; name it once, so that an epoch has"
+                " its samples once"
             )
         seen[real] = path
     return json_files, shards
@@ -85,7 +85,8 @@ def _expand_pattern(pattern: str) -> list[str]:
         names = list(braceexpand(pattern, escape=False))
     except ValueError:
         raise InputError(
-            f"train_file: {pattern} has an unmatched brace; write shards as {{00000..01242}}.tar"
+            f"train_file: {pattern} has an unmatched brace; write a range of shards as"
+            " {00000..01242}.tar"
         ) from None
     # a wildcard without a match stays in the list and is reported as missing
     paths = [
@@ -97,8 +98,8 @@ def _expand_pattern(pattern: str) -> list[str]:
     if missing:
         raise InputError(
             f"train_file: shard {missing[0]} does not exist ({len(missing)} of the {len(paths)}"
-            f" that {pattern} stands for are missing): copy them there, or correct train_file"
-            " (relative paths start at the folder you run in)"
+            f" shards of {pattern} are missing); copy the missing shards, or correct train_file"
+            " (relative paths start at the working directory)"
         )
     return paths
 
@@ -138,9 +139,9 @@ class Shards:
         self.others = [int(kept[1]) for kept in self._kept]
         self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
-            others = ", nor do the other shards" if paths[1:] else ""
+            others = ", nor does any other shard" if paths[1:] else ""
             raise InputError(
-                f"train_file: {paths[0]} holds no sample{others}; a shard holds files like"
+                f"train_file: {paths[0]} holds no sample{others}; a shard must hold files such as"
                 " 000000012.jpg and 000000012.txt"
             )
 
@@ -203,7 +204,7 @@ def read_sample(position: Position) -> Sample:
                 if sample and len(data) == end - start:
                     return sample
     raise TrainingStopped(
-        f"{path}: has changed since the run started: restore it, and continue with --resume"
+        f"{path}: has changed since the run started; restore it and continue with --resume"
     )
 
 
@@ -280,8 +281,8 @@ def _scan(job: tuple[str, str]) -> None:
         for member in _members(archive):
             if member.issparse():
                 raise InputError(
-                    f"{path}: member {reprlib.repr(member.name)} is sparse, which readers of shards"
-                    " do not support: make this shard again without tar's --sparse"
+                    f"{path}: member {reprlib.repr(member.name)} is a sparse file, which is not"
+                    " supported; make this shard again without tar's --sparse"
                 )
             if member.isreg() and _cut(member.name):
                 files.append((member.name, member.offset))
@@ -290,7 +291,7 @@ def _scan(job: tuple[str, str]) -> None:
         # tarfile accepts any bytes after a whole member as the end
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it is cut short, or damaged behind an intact member")
+            raise tarfile.ReadError("it is cut short, or damaged after an intact member")
     last_dot = _cut_at_last_dot(path, [file for file, _ in files])
     runs = itertools.groupby(files, key=lambda file: _cut(file[0], last_dot)[0])
     starts = [next(members)[1] for _, members in runs]
@@ -313,9 +314,9 @@ def _cut_at_last_dot(path: str, names: list[str]) -> bool:
             lost = lost or _image_by_last_dot(run)
     if lost and image:
         raise InputError(
-            f"{path}: names are cut into key and suffix at their first dot, so member"
-            f" {reprlib.repr(lost)} is not an image, unlike others: rename the members so that"
-            " their only dot is before the suffix"
+            f"{path}: a name is cut into key and suffix at its first dot, so member"
+            f" {reprlib.repr(lost)} is not an image, but other members are; rename the members so"
+            " that each name has one dot, before the suffix"
         )
     return lost is not None
 
@@ -346,11 +347,11 @@ def _errors_of(path: str, kind: type[Exception]) -> Iterator[None]:
         yield
     except (tarfile.TarError, OverflowError) as error:
         raise kind(
-            f"{path}: not a complete tar file ({error}): copy or download this shard again"
+            f"{path}: not a complete tar file ({error}); copy or download this shard again"
         ) from None
     except OSError as error:
         raise kind(
-            f"{path}: cannot read this shard ({error.strerror}): check its storage and permissions"
+            f"{path}: cannot read this shard ({error.strerror}); check its storage and permissions"
         ) from None
 
 
@@ -361,7 +362,7 @@ def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             member = archive.next()
         # a wrong map of a sparse member, or an impossible size
         except (ValueError, MemoryError) as error:
-            raise tarfile.ReadError(f"a wrong header, {error}") from None
+            raise tarfile.ReadError(f"wrong header: {error}") from None
         if member is None:
             return
         # tarfile keeps every member that it has read

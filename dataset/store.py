@@ -89,7 +89,7 @@ class Entries(Sequence[E]):
             raise TrainingStopped(str(error)) from None
         if store.name != name:
             raise TrainingStopped(
-                f"{self.files[file]}: has changed since the run started: restore it, and"
+                f"{self.files[file]}: has changed since the run started; restore it and"
                 " continue with --resume"
             )
         return store
@@ -115,7 +115,7 @@ class _Store:
         self.index = np.memmap(f"{name}.index", kind, "r").view(np.ndarray)
         end, self._count = self.index[-1].tolist()
         if end != len(self.lines) or len(self.index) != -(-self._count // _GROUP) + 1:
-            raise ValueError("the files do not belong together")
+            raise ValueError("the index does not match the lines")
 
     def __len__(self) -> int:
         return self._count

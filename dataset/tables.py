@@ -75,7 +75,7 @@ def decode(path: str, data: bytes, encoding: str | None = None) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or name its"
+            f"{path} line {line}: not {error.encoding} text; save the file as UTF-8, or pass its"
             " encoding, such as --encoding cp1252"
         ) from None
 
@@ -134,8 +134,8 @@ def read_csv(
         if len(cells) == width:
             yield row, dict(zip(names, cells, strict=True))
         else:
-            error = f"{len(cells)} columns, but line {first + 1} has {width}{problem}; a text that"
-            error += f" holds {delimiter!r} must be in double quotes, with its own ones doubled"
+            error = f"{len(cells)} columns, but line {first + 1} has {width}{problem}; put a text"
+            error += f" with {delimiter!r} in double quotes, and double each quote inside the text"
             yield row, ValueError(error)
 
 
@@ -186,8 +186,8 @@ def find_columns(
         if found is None:
             raise InputError(
                 f"{path}: none of the columns {', '.join(map(repr, names))} is called"
-                f" {wanted or ', '.join(known)}; name the right one with {flag} (line 1 of a CSV or"
-                " TSV file names the columns)"
+                f" {wanted or ' or '.join(known)}; name the right column with {flag} (line 1 of a"
+                " CSV or TSV file names the columns)"
             )
         columns.append(found)
     image_column, caption_column = columns
@@ -197,7 +197,9 @@ def find_columns(
 def nothing_usable(problems: Sequence[str], sources: Sequence[str]) -> InputError:
     """Return the InputError for sources without a usable row."""
     if problems:
-        return InputError(f"{problems[0]} (none of {len(problems):,} can be used)")
+        return InputError(
+            f"{problems[0]} (first of {len(problems):,} problems; no row can be used)"
+        )
     return InputError(f"{', '.join(sources)}: no rows")
 
 
@@ -254,7 +256,8 @@ def _describe(columns: tuple[str, str] | None, notes: list[str]) -> str:
         summary = "images from column {!r}, captions from column {!r}".format(*columns)
     if notes:
         summary += (
-            f"; rows in which double quotes are letters: {len(notes):,}, the first is {notes[0]}"
+            f"; rows in which double quotes are ordinary characters: {len(notes):,}, the first is"
+            f" {notes[0]}"
         )
     return summary
 
@@ -288,7 +291,7 @@ def read_pair(
     if isinstance(row, ValueError):
         raise row
     if not isinstance(row, dict):
-        raise ValueError("not an object")
+        raise ValueError("not a JSON object")
     columns = columns_of(row)
     image, texts = map(row.get, columns)
     if not isinstance(image, str) or not image.strip():
@@ -296,8 +299,8 @@ def read_pair(
     found = _find(image.strip(), image_root)
     if found is None:
         raise ValueError(
-            f"image {os.path.join(image_root, image.strip())} does not exist; paths start from"
-            " --image_root"
+            f"image {os.path.join(image_root, image.strip())} does not exist; paths are"
+            " relative to --image_root"
         )
     texts = _clean(texts if isinstance(texts, list) else [texts])
     if not texts:
@@ -337,7 +340,7 @@ def read_folder(folder: str, image_root: str) -> Table:
                     stems.add(stem)
                     problems.append(
                         f"{path}: has a caption, but its format is none of"
-                        f" {', '.join(FORMATS)}: convert it"
+                        f" {', '.join(FORMATS)}; convert it"
                     )
                 continue
             stems.add(stem)
@@ -358,6 +361,8 @@ def read_folder(folder: str, image_root: str) -> Table:
         texts_alone = (
             name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems
         )
-        problems += [f"{os.path.join(parent, name)}: no image of this name" for name in texts_alone]
-    summary = "captions from .txt and .json files of the images' names"
+        problems += [
+            f"{os.path.join(parent, name)}: no image has this name" for name in texts_alone
+        ]
+    summary = "captions from .txt and .json files that are named like the images"
     return Table(captions, rows, problems, summary)

@@ -13,7 +13,7 @@ class Entailment(Labeled):
     """A sentence about an image."""
 
     wanted = (
-        'VE needs entries {"image": name, perhaps without .jpg, "sentence": text, "label":'
+        'VE needs entries {"image": name with or without .jpg, "sentence": text, "label":'
         f" {' or '.join(LABELS)}}}"
     )
     image: str

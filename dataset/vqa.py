@@ -50,8 +50,8 @@ class TrainingQuestion(Asked):
     """A training question with its annotators' answers, one answer in Visual Genome."""
 
     wanted = (
-        'VQA trains on entries {"image": path, "question": text} with "dataset": "vqa" and'
-        ' "answer": list of texts, or "dataset": "vg" and "answer": text'
+        'VQA trains on entries {"image": path, "question": text, "dataset": "vqa", "answer": list'
+        ' of texts} or {"image": path, "question": text, "dataset": "vg", "answer": text}'
     )
     max_tokens = SHORT_TOKENS
     dataset: Source
@@ -61,15 +61,18 @@ class TrainingQuestion(Asked):
         """Raise InputError if the question is blank or the answers have the wrong form."""
         super().check(first)
         if isinstance(self.answer, list) != (self.dataset == "vqa"):
-            raise InputError(f"'answer' is {reprlib.repr(self.answer)}", "wrong 'answer'")
+            raise InputError(
+                f"'answer' is {reprlib.repr(self.answer)} although 'dataset' is {self.dataset!r}",
+                "wrong 'answer'",
+            )
 
 
 class Question(Asked):
     """A question for testing, with or without the answers of the annotators."""
 
     wanted = (
-        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number}'
-        ' and optionally "dataset": "vqa" or "vg" and, for vqa, "answer": list of texts'
+        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number};'
+        ' optional are "dataset": "vqa" or "vg", and with "vqa" also "answer": list of texts'
     )
     max_words: ClassVar[int] = MAX_QUESTION_WORDS
     question_id: str | int
@@ -82,8 +85,7 @@ class Question(Asked):
         super().check(first)
         if self.dataset == "vg" and self.answer is not None:
             raise InputError(
-                "an answer of Visual Genome has one annotator and cannot be scored; remove such"
-                " entries or their answers",
+                "an answer of Visual Genome has only one annotator, so it cannot be scored",
                 "wrong 'answer'",
             )
         if isinstance(self.answer, str):
@@ -127,7 +129,7 @@ def load_answer_list(path: str) -> list[str]:
     repeated, count = Counter(answers).most_common(1)[0]
     if count > 1:
         raise InputError(
-            f"answer_list: {path} has {reprlib.repr(repeated)} {count} times: keep it once"
+            f"answer_list: {path} has {reprlib.repr(repeated)} {count} times; keep it once"
         )
     return answers
 
@@ -172,8 +174,8 @@ class VQADataset(EntryDataset):
         for key, root in self.roots.items():
             if root is None:
                 raise InputError(
-                    f"the configuration lacks the key {key}, the folder of images that {files[0]}"
-                    " refers to"
+                    f"the configuration lacks the key {key}; set it to the folder of the images"
+                    f" that {files[0]} names"
                 )
         if seed is None:
             self._check_questions()
@@ -184,15 +186,16 @@ class VQADataset(EntryDataset):
         for i, entry in enumerate(self.entries):
             if entry.question_id in ids:
                 raise InputError(
-                    f"{self.where(i)}: another entry has the question_id {entry.question_id!r} too"
+                    f"{self.where(i)}: an earlier entry has the same question_id"
+                    f" {entry.question_id!r}"
                 )
             ids.add(entry.question_id)
             if entry.answer is None:
                 unanswered.append(i)
         if 0 < len(unanswered) < len(self):
             raise InputError(
-                f"{self.where(unanswered[0])} has no 'answer', though others have: give all of them"
-                " answers, or none"
+                f"{self.where(unanswered[0])} has no 'answer', but other entries have; give"
+                " answers to all entries or to none"
             )
 
     def read(self, index: int) -> VQASample | tuple[Tensor, str]:
@@ -261,8 +264,8 @@ def test_set(config: Config, split: str) -> VQADataset:
     dataset = VQADataset(files, eos=config.eos, answers=answers, **options)
     if split == "val" and not dataset.annotations():
         raise InputError(
-            f"val_file {files[0]} has no answers to compare with: leave val_file out, the last"
-            " epoch is then the result"
+            f"val_file {files[0]} has no answers to compare with; leave val_file out to use the"
+            " last epoch as the result"
         )
     return dataset
 

@@ -138,11 +138,11 @@ BAD = {  # what changes, what the message says
     ),
     "box without pixels": (
         lambda c: c["annotations"][0].update(bbox=[0, 0, 0.9, 80]),
-        "annotation 0 .*has no whole pixel",
+        "annotation 0 .*is narrower or lower than one pixel",
     ),
     "no such image": (
         lambda c: c["annotations"][0].update(image_id=77),
-        "image_id 77 is not among the images",
+        "no image has the id 77",
     ),
     "neither is nor has": (
         lambda c: c["attributes"][4].update(is_has_att="was"),

@@ -427,7 +427,7 @@ def test_repeated_entries_and_images_of_train_and_test(run, write, shapes):
         )
     )
     status, out, report = run(train_file=train, test_file=test)
-    assert status == 0 and "entry 3 as entry 1, entry 4 as entry 1" in out
+    assert status == 0 and "entry 3 repeats entry 1, entry 4 repeats entry 1" in out
     assert report["files"][0]["duplicates"] == 2 and report["files"][1]["duplicates"] == 0
     assert report["files"][1]["images_also_trained_on"] == 1 and "images_also_trained_on: 1" in out
 
@@ -514,7 +514,7 @@ def test_shards(run, tmp_path, shapes):
     )
     assert of["looked_at"] == 5 and of["unusable"] == {"not an image": 1}
     assert of["unknown_words"]["most_frequent"] == {"я": 1}
-    assert of["first_duplicates"] == ["number 6 of 0.tar as number 0 of 0.tar"]
+    assert of["first_duplicates"] == ["sample 6 of 0.tar repeats sample 0 of 0.tar"]
     assert [entry for entry, _ in problems_of(report)] == [None, "c", "d", "e", "f"]
     assert "1.tar: not a complete tar file" in out and "0.tar: sample e: no image" in out
     assert "files_in_no_sample" not in of

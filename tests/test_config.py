@@ -252,22 +252,22 @@ def test_a_configuration_is_a_value():
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("quue_size: 5", "unknown key 'quue_size', did you mean queue_size?"),
+        ("quue_size: 5", "unknown key 'quue_size'; did you mean queue_size?"),
         (
             "optimizer: {weigth_decay: 0.1}",
-            "unknown key 'optimizer.weigth_decay', did you mean optimizer.weight_decay?",
+            "unknown key 'optimizer.weigth_decay'; did you mean optimizer.weight_decay?",
         ),
-        ("batch_size: many", "batch_size is 'many', it must be a whole number"),
-        ("queue_size: 1,000", "queue_size is '1,000', it must be"),
-        ("queue_size: 1.5", "queue_size is 1.5, it must be a"),
+        ("batch_size: many", "batch_size is 'many'; it must be a whole number"),
+        ("queue_size: 1,000", "queue_size is '1,000'; it must be"),
+        ("queue_size: 1.5", "queue_size is 1.5; it must be a"),
         (
             "save_every: 15 mins",
-            "save_every is '15 mins', it must be minutes or iterations, as in 15 minutes",
+            "save_every is '15 mins'; it must be minutes or iterations, such as 15 minutes",
         ),
-        ("save_every: 1.5 iterations", "save_every is '1.5 iterations', it must be"),
-        ("save_every: -1", "save_every is -1, it must be"),
-        ("hflip: 3", "hflip is 3, it must be true or false"),
-        ("temp: 0", "temp is 0, it must be a number from 0.001 to 0.5"),
+        ("save_every: 1.5 iterations", "save_every is '1.5 iterations'; it must be"),
+        ("save_every: -1", "save_every is -1; it must be"),
+        ("hflip: 3", "hflip is 3; it must be true or false"),
+        ("temp: 0", "temp is 0; it must be a number from 0.001 to 0.5"),
         ("temp: 1.0e+9", "temp is 1000000000.0"),
         ("vision_depth: 10000000", "vision_depth is 10000000"),
         ("queue_size: 1099511627776", "queue_size is 1099511627776"),
@@ -278,11 +278,11 @@ def test_a_configuration_is_a_value():
         ("precision: fp16", "it must be one of fp32, bf16"),
         (
             "objectives: [itc, mln]",
-            "objectives is ['itc', 'mln'], it must be a list of itc, mlm, itm",
+            "objectives is ['itc', 'mln']; it must be a list of one or more of itc, mlm, itm",
         ),
         ("objectives: []", "objectives is []"),
-        ("scheduler: 3", "scheduler is 3, it must be a mapping"),
-        ("scheduler: {sched: step}", "scheduler.sched is 'step', it must be cosine"),
+        ("scheduler: 3", "scheduler is 3; it must be a mapping"),
+        ("scheduler: {sched: step}", "scheduler.sched is 'step'; it must be cosine"),
         ("a: [1, 2", "line"),
         ("- 1", "mapping of keys"),
     ],
@@ -319,7 +319,7 @@ def test_optimizers_by_name():
     assert type(create_optimizer({"opt": "lamb"}, model)).__name__ == "Lamb"
     assert "adamZ" in refusal(create_optimizer, {"opt": "adamZ"}, model)
     betas = {"opt": "sgd", "opt_betas": [0.8, 0.95]}
-    assert "sgd has no betas, remove opt_betas" in refusal(create_optimizer, betas, model)
+    assert "sgd has no option betas" in refusal(create_optimizer, betas, model)
 
 
 def test_files_of_the_repository_are_found_from_any_folder(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_pseudo_targets_are_five_words_for_each_and_unknown_words_are_named(page
     assert [row[0] for row in answer.result] == ["a", "red", "щ [UNK]", "circle"]
     for row, (_, candidates) in zip(answer.result, words, strict=True):
         assert row[1:] == [f"{c.text} {c.score:.1%}{' ✓' if c.hit else ''}" for c in candidates]
-    assert "not in the vocabulary, all the same to the model: щ" in answer.note
+    assert "not in the vocabulary, so the model reads each as [UNK]: щ" in answer.note
 
 
 def test_a_search_ranks_as_the_model_and_says_what_its_numbers_are(page, models, index, photos):
@@ -126,7 +126,7 @@ def test_a_search_finds_by_an_example(page, models, index, photos, tmp_path, mon
     assert both == [hit.path for hit in search(read_index(index), model, TEXT, example, **options)]
     (tmp_path / "a.jpg").write_text("a text")
     for image, message in (
-        (tmp_path / "a.jpg", "a.jpg: this is not a picture"),
+        (tmp_path / "a.jpg", "a.jpg: this is not an image"),
         (photos[3], "upl"),
     ):
         pictures, note, found = call(TEXT, str(image), True)
@@ -159,7 +159,7 @@ def test_errors_are_notes_without_folders(page, models, photos, tmp_path, monkey
     for image, text, expected in (
         (photo, "", "no caption yet"),
         (photo, "?!", "nothing is left of it after clean-up"),
-        (tmp_path / "a.jpg", TEXT, "a.jpg: this is not a picture"),
+        (tmp_path / "a.jpg", TEXT, "a.jpg: this is not an image"),
         (tmp_path / "huge.png", TEXT, "huge.png: too large"),
     ):
         result, note, heat = match("pretrain", str(image), text)
@@ -520,9 +520,9 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     uploads = browser.find_elements("css selector", "input[type=file]")
     uploads[1].send_keys(str(tmp_path / "broken.jpg"))  # the first one is in Search
     see(browser, "button[aria-label='Remove Image']")
-    has_note(browser, "broken.jpg: this is not a picture")
+    has_note(browser, "broken.jpg: this is not an image")
     write(browser, TEXT)
-    has_note(browser, "broken.jpg: this is not a picture")
+    has_note(browser, "broken.jpg: this is not an image")
     for tab, text in (
         ("Ask", "comes from"),
         ("Entailment", "comes from"),

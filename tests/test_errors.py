@@ -78,7 +78,7 @@ CASES = {
     ),
     "patch beyond the image": (
         lambda d: {"image_res": 40},
-        ["image_res 40", "patch_size 16", "set image_res to 32, or another patch_size"],
+        ["image_res 40", "patch_size 16", "set image_res to 32, or choose another patch_size"],
     ),
     "heads of the ViT": (
         lambda d: {"vision_heads": 3},
@@ -206,12 +206,12 @@ def test_whole_program_trains_evaluates_draws_and_resumes_when_finished(
         (["--outptu_dir", "x"], "did you mean --output_dir?"),
         (["--output_dir", "README.md/out"], "--output_dir README.md/out: cannot write there"),
         (["--seed", "x"], "--seed: invalid int value"),
-        (["--seed", "-1"], "--seed: -1 is out of range, it must be at least 0"),
+        (["--seed", "-1"], "--seed: -1 is out of range; it must be at least 0"),
         (["--timeout", "nan"], "--timeout: nan is out of range"),
         (["--device", "abacus"], "--device abacus"),
         (["--device", "mps"], "--device mps"),
         (["--evaluate"], "needs --checkpoint"),
-        (["x"], "x: not expected there"),
+        (["x"], "x: unexpected argument"),
     ],
 )
 def test_wrong_flags_and_keys_are_one_line_with_the_remedy(pretrain, tmp_path, flags, words):
@@ -276,7 +276,10 @@ def test_all_keys_are_listed(flag):
     command = [sys.executable, "-X", "importtime", "VE.py", flag]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0 and "torch" not in shown.stderr
-    assert "\nscheduler.epochs: a whole number from 1\n    default: 30; tasks: all" in shown.stdout
+    assert (
+        "\nscheduler.epochs: a whole number of at least 1\n    default: 30; tasks: all"
+        in shown.stdout
+    )
 
 
 def test_a_signal_in_a_callback_ends_the_program():

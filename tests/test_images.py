@@ -72,7 +72,7 @@ def test_other_plug_ins_are_not_asked(monkeypatch, picture, format):
         raise AssertionError("Ghostscript was called")
 
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
-    with pytest.raises(OSError, match="^photo.jpg: not an image: it is none of JPEG, PNG"):
+    with pytest.raises(OSError, match="^photo.jpg: not an image: its format is none of JPEG, PNG"):
         decode_image(encoded(picture.crop((0, 0, 61, 43)), format), "photo.jpg")
 
 

@@ -160,7 +160,7 @@ def test_keys_that_a_task_does_not_read_end_or_are_named_once_in_a_run(script, t
     assert script("ve", "--set", "k_test=3")[0] == 2 and not (tmp_path / "out").exists()
     keys = {"eval_ema": False, "coco_file": "a.json", "max_tokens": 20}
     status, message = script("ve", k_test=3, eos="[MASK]", **keys)
-    assert (status, message) == (0, "note: ve does not read k_test, eos\n")
+    assert (status, message) == (0, "note: task ve does not read k_test, eos\n")
 
 
 @pytest.mark.parametrize(

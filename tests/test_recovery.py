@@ -744,7 +744,7 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path, i
         build_dataset("pretrain", "train", config, seed=1), 7, times=1000, notes=tmp_path
     )
     with pytest.raises(
-        TrainingStopped, match="4 times in a row a data worker died.*num_workers.*--shm-size"
+        TrainingStopped, match="4 failures in a row: a data worker died.*num_workers.*--shm-size"
     ):
         list(batches_of(config, dataset))
 

@@ -161,7 +161,7 @@ def test_pickle_that_runs_a_command_is_refused(folder, case):
     (folder / "created").unlink()
     message = refused_refs(folder, data)
     assert f"it would import and run '{name}'" in message
-    assert "this is not the released file of REFER, download it again" in message
+    assert "this is not the released file of REFER; download it again" in message
     assert not (folder / "created").exists()
 
 
@@ -258,7 +258,7 @@ def test_the_data_set_is_the_named_one(folder):
 
 def test_ids_that_do_not_mean_the_same_are_refused(folder):
     message = refused_refs(folder, python2_pickle([{**REFS[1], "image_id": 6}], 2))
-    assert "ref 1: its image is 6, but the image of its annotation 11" in message
+    assert "ref 1: its image_id is 6, but its annotation 11 in" in message
     for part, what in (("images", "image 6"), ("annotations", "annotation 12")):
         twice = [*INSTANCES[part], {**INSTANCES[part][-1], "height": 7, "bbox": [0, 0, 9, 9]}]
         assert f"{what} occurs twice" in refused_instances(
@@ -375,7 +375,7 @@ def test_boxes_outside_of_the_image_of_their_id_are_refused(folder, refer, box):
     message = refusal(load_detections, path, refer)
     assert (
         message.startswith(f"{path}: image 5: box {list(map(float, box[:4]))}")
-        and "5.jpg of 40 x 30" in message
+        and "5.jpg, which has 40 x 30" in message
     )
 
 

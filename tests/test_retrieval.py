@@ -237,7 +237,7 @@ BAD_INPUT = {
     "k_test 0 in the configuration": (
         {"k_test": 0},
         [],
-        "k_test is 0, it must be a whole number from 1",
+        "k_test is 0; it must be a whole number of at least 1",
     ),
     "no checkpoint": ({}, ["--checkpoint", ""], "--checkpoint is missing"),
     "train list as test_file": (

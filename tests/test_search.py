@@ -352,12 +352,12 @@ def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(
     gone = len(set(indexed) & set(removed))
     assert kept > 5 and gone
     out = index(folder, "--prune")
-    assert f"50 images, {kept} as before, {50 - kept} embedded" in out and f"{gone} removed" in out
+    assert f"50 images, {kept} unchanged, {50 - kept} embedded" in out and f"{gone} removed" in out
     index(folder, name="anew")
     assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
     lists = [(tmp_path / name / UNUSABLE).read_text() for name in ("index", "anew")]
     assert lists[0] == lists[1] and lists[0].count("not an image") == 3
-    assert "50 images, 50 as before, 0 embedded, 0 removed" in index(folder)
+    assert "50 images, 50 unchanged, 0 embedded, 0 removed" in index(folder)
 
 
 def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoints, tmp_path):
@@ -372,7 +372,7 @@ def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoint
     (folder / "notes.txt").write_text("nothing to see")
     out = index(folder)
     assert (
-        "20 images, 0 as before, 20 embedded" in out
+        "20 images, 0 unchanged, 20 embedded" in out
         and out.count("left out:") == 7
         and "1 .txt" in out
     )
@@ -390,24 +390,24 @@ def test_what_cannot_be_used_is_listed_and_tried_again(index, photos, checkpoint
     assert len(lines) == 6
     (folder / "dangling.jpg").unlink()
     draw_photo(folder / "dangling.jpg", 1)
-    assert "21 images, 20 as before, 1 embedded" in index(folder)
+    assert "21 images, 20 unchanged, 1 embedded" in index(folder)
 
 
 def test_indexing_adds_and_prune_removes(run, index, photos, checkpoints, tmp_path):
     folder = shutil.copytree(photos / "0", tmp_path / "mine")
     (folder / "IMG_1.HEIC").touch()
     assert "1 .heic" in index(folder)
-    assert "40 images, 20 as before, 20 embedded" in index(photos / "1")
+    assert "40 images, 20 unchanged, 20 embedded" in index(photos / "1")
     (folder / "0/00.jpg").unlink()
     both = read_index(tmp_path / "index")
-    assert "40 images, 40 as before, 0 embedded" in index(folder) and "0 removed" in index(
+    assert "40 images, 40 unchanged, 0 embedded" in index(folder) and "0 removed" in index(
         photos / "1"
     )
     assert_same(read_index(tmp_path / "index"), both)
-    assert "39 images, 39 as before, 0 embedded, 1 removed" in index(
+    assert "39 images, 39 unchanged, 0 embedded, 1 removed" in index(
         folder, photos / "1", "--prune"
     )
-    assert "20 images, 20 as before, 0 embedded, 19 removed" in index(photos / "1", "--prune")
+    assert "20 images, 20 unchanged, 0 embedded, 19 removed" in index(photos / "1", "--prune")
     index(photos / "1", name="anew")
     assert_same(read_index(tmp_path / "index"), read_index(tmp_path / "anew"))
 
@@ -419,7 +419,7 @@ def test_a_change_is_seen_by_its_date_alone(index, photos, tmp_path):
     index(tmp_path / "photos")
     before = read_index(tmp_path / "index")
     second.save(tmp_path / "photos/a.bmp")
-    assert "1 images, 0 as before, 1 embedded" in index(tmp_path / "photos")
+    assert "1 images, 0 unchanged, 1 embedded" in index(tmp_path / "photos")
     after = read_index(tmp_path / "index")
     assert before.states[0][0] == after.states[0][0]
     assert not np.array_equal(before.features, after.features)
@@ -476,7 +476,7 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
         "--set",
         "precision=bf16",
     )
-    assert status == 0 and "20 as before, 0 embedded" in out
+    assert status == 0 and "20 unchanged, 0 embedded" in out
     found = read_index(tmp_path / "index")
     assert (
         found.checkpoint == str(tmp_path / "model.safetensors")
@@ -642,7 +642,7 @@ BAD = {
         "query {}/index star --checkpoint {}/pretrain.pth",
         "the index was made with other weights",
     ),
-    "k": ("query {}/index star -k 0", "argument -k: 0 is out of range, it must be at least 1"),
+    "k": ("query {}/index star -k 0", "argument -k: 0 is out of range; it must be at least 1"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
     "threshold": (
         "duplicates {}/index --threshold 2",
@@ -781,7 +781,7 @@ def test_a_full_disk_leaves_the_index_as_it_was(run, index, photos, checkpoints,
         limit(None)
     assert status == 1 and "index.json: File too large; the previous index is untouched" in err
     assert contents(tmp_path / "index") == before
-    assert "60 images, 20 as before" in index(photos)
+    assert "60 images, 20 unchanged" in index(photos)
 
 
 def test_of_two_indexings_at_once_the_second_is_refused(

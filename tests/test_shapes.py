@@ -131,7 +131,7 @@ def test_finished_data_is_kept_and_interrupted_data_is_made_anew(tmp_path, monke
     before = contents(tmp_path)
     assert (
         f"{tmp_path}: " in (said := refusal(lambda: write_dataset(tmp_path, **TINY)))
-        and "another train" in said
+        and "other values of train" in said
     )
     assert contents(tmp_path) == before
     with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_arguments_out_of_range(tmp_path, wrong):
 def test_more_scenes_than_combinations(monkeypatch):
     monkeypatch.setattr("dataset.shapes.scenes.COUNT_WEIGHTS", (1, 0, 0, 0, 0))
     assert refusal(lambda: draw_split("test", 64, 48, per_image=1, noise=0, seed=0)).startswith(
-        "--test: only"
+        "--test: found only"
     )
 
 

@@ -313,7 +313,7 @@ def test_any_damage_ends_in_a_message_or_in_samples(tmp_path):
 
 def test_shards_without_samples_are_refused_if_all_are(tmp_path):
     empty = [write_tar(tmp_path / f"{i}.tar", []) for i in range(2)]
-    assert "0.tar holds no sample, nor do the other shards" in refusal(Shards, empty)
+    assert "0.tar holds no sample, nor does any other shard" in refusal(Shards, empty)
     assert counts([*empty, write_shard(tmp_path / "2.tar", range(1))]) == [0, 0, 1]
 
 
@@ -752,13 +752,15 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     root, out = tmp_path / "images", tmp_path / "out"
     to_shards.convert(lists, root, out, samples=10)
     before = contents(out)
-    assert "other samples" in refusal(lambda: to_shards.convert(lists, root, out, samples=11))
+    assert "another value of samples" in refusal(
+        lambda: to_shards.convert(lists, root, out, samples=11)
+    )
     for other in (lists[:1], lists[::-1]):
-        assert "other lists" in refusal(
+        assert "another value of lists" in refusal(
             lambda other=other: to_shards.convert(other, root, out, samples=10)
         )
     (tmp_path / "other").symlink_to(root)
-    assert "other image_root" in refusal(
+    assert "another value of image_root" in refusal(
         lambda: to_shards.convert(lists, tmp_path / "other", out, samples=10)
     )
     (tmp_path / "2.json").write_text(
@@ -775,7 +777,7 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
 
 def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys):
     message = refusal(lambda: to_shards.convert(lists, tmp_path, tmp_path / "out", samples=10))
-    assert message.startswith(f"--image_root {tmp_path}: none of 27 images exists")
+    assert message.startswith(f"--image_root {tmp_path}: none of 27 checked images exists")
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").touch()
     assert "cannot write there" in refusal(

@@ -578,7 +578,7 @@ BAD_INPUT = {
         "VQA",
         "test_file",
         [{**QUESTION, "answer": ["a"]}, {**QUESTION, "question_id": 8}],
-        "entry 1 .*has no 'answer', though others have",
+        "entry 1 .*has no 'answer', but other entries have",
     ),
     "answers of Visual Genome to score": (
         "VQA",
@@ -598,7 +598,7 @@ BAD_INPUT = {
         "VQA",
         "test_file",
         [QUESTION, QUESTION],
-        "entry 1 .*question_id 7 too",
+        "entry 1 .*same question_id 7",
     ),
     "empty question": ("VQA", "test_file", [{**QUESTION, "question": "?"}], "text '\\?' is empty"),
     "unknown label": (
@@ -627,7 +627,7 @@ BAD_INPUT = {
         "Relevance",
         "val_file",
         [AD, AD],
-        "val_file .*all labels are 1, the ROC AUC needs both",
+        "val_file .*all labels are 1, but the ROC AUC needs both",
     ),
     "one image": (
         "NLVR",
@@ -676,12 +676,17 @@ BAD_INPUT = {
     "evaluation of pre-trained weights": ("VE", "--evaluate", None, "has no cls_head.*fine-tuned"),
     "evaluation of text assignment": ("Pretrain_nlvr", "--evaluate", None, "nothing to evaluate"),
     "long answers": ("VQA", "max_answer_tokens", 40, "max_answer_tokens is 40"),
-    "no beams": ("VQA", "num_beams", 0, "num_beams is 0, it must be a whole number from 1"),
+    "no beams": (
+        "VQA",
+        "num_beams",
+        0,
+        "num_beams is 0; it must be a whole number from 1 to 1,000",
+    ),
     "unknown sharing": (
         "NLVR",
         "share",
         "some",
-        "share is 'some', it must be one of cross_attention, all, none",
+        "share is 'some'; it must be one of cross_attention, all, none",
     ),
 }
 

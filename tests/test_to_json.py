@@ -72,7 +72,12 @@ TABLES = {
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_of_every_kind_give_the_same_list(convert, name):
     status, printed, train, test, skipped = convert(TABLES[name])
-    assert status == 0 and train == ROWS and test is skipped is None and "letters" not in printed
+    assert (
+        status == 0
+        and train == ROWS
+        and test is skipped is None
+        and "ordinary characters" not in printed
+    )
 
 
 def test_columns_may_be_named(convert):
@@ -83,7 +88,7 @@ def test_columns_may_be_named(convert):
     status, printed, *_ = convert(table)
     assert (
         status == 2
-        and "none of the columns 'id', 'alt', 'where', 'what' is called path" in printed
+        and "none of the columns 'id', 'alt', 'where', 'what' is called path or" in printed
         and "--path" in printed
     )
     status, printed, *_ = convert(table, "--path", "absent")
@@ -104,7 +109,7 @@ def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
     assert convert(table, "--test", 2)[2:4] == (train, test)
     assert any(convert(table, "--test", 2, "--seed", seed)[3] != test for seed in range(1, 6))
     status, printed, *_ = convert(table, "--test", 4)
-    assert status == 2 and "--test 4: there are 4 images" in printed
+    assert status == 2 and "--test 4: the sources have 4 images" in printed
 
 
 def test_val_and_test_have_images_of_their_own(convert, tmp_path):
@@ -151,7 +156,7 @@ def test_check_leaves_rows_of_broken_images_out(convert, broken, workers):
     assert status == 0 and train == [{"image": "a.jpg", "caption": ["two"]}]
     lines = {"line 2": "b.jpg", "line 4": "c.jpg", "line 5": "sub/d.jpg", "line 6": "b.jpg"}
     found = sorted(skipped.splitlines())
-    assert len(found) == 4 and "left out, 4" in printed
+    assert len(found) == 4 and "left out: 4 items" in printed
     for line, (row, name) in zip(found, sorted(lines.items()), strict=True):
         assert line.startswith(f"captions.csv {row}: image photos/{name}: {broken[name]}")
     # held-out images are usable
@@ -195,7 +200,7 @@ def test_rows_that_cannot_be_used_are_named_by_line(convert):
         and "'text' is empty" in lines[4][1]
     )
     assert (
-        "left out, 9 (out/skipped.txt lists all)" in printed
+        "left out: 9 items (out/skipped.txt lists all)" in printed
         and printed.count("captions.csv line") == to_json.SHOWN
     )
     table = (
@@ -216,7 +221,11 @@ def test_rows_that_cannot_be_used_are_named_by_line(convert):
 @pytest.mark.parametrize(
     "table, words",
     {
-        "path,text\nx.jpg,a\ny.jpg,b\n": ("line 2", "photos/x.jpg does not exist", "none of 2"),
+        "path,text\nx.jpg,a\ny.jpg,b\n": (
+            "line 2",
+            "photos/x.jpg does not exist",
+            "first of 2 problems",
+        ),
         "a.jpg,a dog\nb.jpg,a cat\n": (
             "'a.jpg', 'a dog'",
             "line 1 of a CSV or TSV file names the columns",
@@ -295,7 +304,7 @@ def test_a_stray_quote_costs_no_other_row(convert, name):
     assert [
         int(re.search(r" line (\d+)", line)[1]) for line in (skipped or "").splitlines()
     ] == left_out
-    assert ("letters" in printed) == (name not in ("delimiters", "several lines"))
+    assert ("ordinary characters" in printed) == (name not in ("delimiters", "several lines"))
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_pictures_of_pseudo_targets(visualize, tmp_path):
     status, out, err = visualize(
         "pretrain", "--pseudo_targets", "--text", "two red dogs", keys={"test_file": None}
     )
-    assert status == 0 and "note: no texts" in err
+    assert status == 0 and "so no texts are ranked" in err
     assert Image.open(tmp_path / "pseudo_targets.png").height < with_texts[1]
 
 
@@ -250,9 +250,9 @@ def test_an_answer_is_ranked_or_generated_and_scored(make, tokenizer):
 def test_answers_come_from_the_flag_or_the_list(visualize, tmp_path):
     (tmp_path / "answers.json").write_text('["red", "blue"]')
     answers = {"answer_list": str(tmp_path / "answers.json")}
-    assert "generated" in visualize("vqa", "--question", "what color")[2]
-    assert "generated" not in visualize("vqa", "--question", "what color", keys=answers)[2]
-    assert "generated" not in visualize("vqa", "--question", "what color", "--answer", "red")[2]
+    assert "generates" in visualize("vqa", "--question", "what color")[2]
+    assert "generates" not in visualize("vqa", "--question", "what color", keys=answers)[2]
+    assert "generates" not in visualize("vqa", "--question", "what color", "--answer", "red")[2]
     (tmp_path / "answers.json").write_text('{"red": 1}')
     status, _, err = visualize("vqa", "--question", "what color", keys=answers)
     assert status == 2 and "answers.json" in err and "answer_list" in err
@@ -399,13 +399,16 @@ def test_words_that_the_vocabulary_lacks_are_marked(visualize, figures, make, to
         assert status == 0, err
         labels = [axis.get_title() or axis.get_title("left") for axis in figures[-1].axes]
         assert "щ [UNK]" in labels and "dogs" in labels
-        assert "not in the vocabulary, all the same to the model: щ" in figures[-1].get_suptitle()
+        assert (
+            "not in the vocabulary, so the model reads each as [UNK]: щ"
+            in figures[-1].get_suptitle()
+        )
 
 
 def test_the_task_is_read_from_the_tensors(make):
     for task in TASKS:
         assert detect_task(make(task).state_dict()) == task
-    with pytest.raises(InputError, match="none of the tasks"):
+    with pytest.raises(InputError, match="cannot tell the task"):
         detect_task({"cls_token": torch.zeros(1)})
 
 
@@ -423,8 +426,13 @@ CASES = {
     ),
     "no text": ("retrieval", [], None, ["--text is missing"]),
     "answer for VE": ("ve", [*DOG, "--answer", "cat"], None, ["--answer", "only VQA"]),
-    "one image for NLVR2": ("nlvr", DOG, ["wide.jpg"], ["--image: task nlvr takes 2, 1 given"]),
-    "two images for VE": ("ve", DOG, ["wide.jpg", "tall.jpg"], ["takes 1, 2 given"]),
+    "one image for NLVR2": (
+        "nlvr",
+        DOG,
+        ["wide.jpg"],
+        ["--image: task nlvr takes 2 images, not 1"],
+    ),
+    "two images for VE": ("ve", DOG, ["wide.jpg", "tall.jpg"], ["takes 1 image, not 2"]),
     "pseudo-targets of VE": ("ve", [*DOG, "--pseudo_targets"], None, ["fill_in", "task ve"]),
     "similarity of VE": ("ve", [*DOG, "--gradcam_mode", "itc"], None, ["needs a similarity"]),
     "empty text": ("ve", ["--text", " ?! "], None, ["text ' ?! '", "nothing is left"]),

@@ -60,7 +60,9 @@ def load_others(check: "Check") -> dict[str, str]:
     others = {root: folder for root, folder in check.roots.items() if folder}
     for root in check.missing_roots:
         others[root] += ": does not exist"
-        check.add(f"{root}: folder {check.roots[root]} does not exist; set {root} to another one")
+        check.add(
+            f"{root}: folder {check.roots[root]} does not exist; set {root} to another folder"
+        )
 
     load = functools.partial(_load_file, check, others)
     vocabulary = "tokenizer" if config.tokenizer else "text_encoder"
@@ -91,7 +93,7 @@ def _load_file(
     except InputError as error:
         # a name with a suffix is a file, not a hub repository
         if error.kind == "network" and not os.path.splitext(name)[1]:
-            others[key] = f"{name}: not checked, the hub cannot be reached"
+            others[key] = f"{name}: not checked, because the hub cannot be reached"
             check.notes.append(str(error))
         else:
             others[key] = f"{name}: cannot be used"
@@ -111,7 +113,7 @@ def print_report(report: dict[str, Any]) -> None:
     problems = report["problems"]
     lines += ["", *(f"note: {note}" for note in report["notes"])]
     lines.append(
-        f"{len(problems)} problems (docs/troubleshooting.md)" if problems else "No problems."
+        f"{len(problems)} problems; see docs/troubleshooting.md" if problems else "No problems."
     )
     for of in problems[:SHOWN]:
         where = name_entry(of["file"], of["entry"])
@@ -143,14 +145,14 @@ def main() -> None:
     config = load_config(args.config, args.set)
     require(config, "bert_config")
     if args.output and args.output.exists() and not args.overwrite:
-        raise InputError(f"--output: {args.output} exists: name another file or add --overwrite")
+        raise InputError(f"--output: {args.output} exists; name another file or add --overwrite")
     with contextlib.ExitStack() as stack:
         if args.output:
             try:
                 file = stack.enter_context(atomic_write(args.output, "w"))
             except OSError as error:
                 raise InputError(
-                    f"--output {args.output}: cannot write there ({error.strerror}), name another"
+                    f"--output {args.output}: cannot write there ({error.strerror}); name another"
                     " file"
                 ) from None
         jobs = stack.enter_context(in_processes(args.workers, begin))
@@ -158,7 +160,7 @@ def main() -> None:
         keys = dict.fromkeys(check.files.values())
         if not any(getattr(config, key) for key in keys):
             raise InputError(
-                f"{args.config} names no file that {args.task} reads: set one of the keys"
+                f"{args.config} names no file that task {args.task} reads; set one of the keys"
                 f" {', '.join(keys)}"
             )
         report = {"task": args.task, "config": args.config, "others": load_others(check)}

@@ -39,11 +39,11 @@ def check_environment(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise InputError("Gradio is missing: pip install -r requirements-demo.txt")
     if not (args.checkpoint or args.index):
-        raise InputError("name a checkpoint or an --index")
+        raise InputError("nothing to serve: name a checkpoint or pass --index")
     try:
         socket.create_server((HOST, args.port)).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"--port {args.port}: {error}, name another port") from None
+        raise InputError(f"--port {args.port}: {error}; name another port") from None
 
 
 def load_models(args: argparse.Namespace, tabs: Any) -> dict[str, Any]:
@@ -57,9 +57,11 @@ def load_models(args: argparse.Namespace, tabs: Any) -> dict[str, Any]:
         if any(map(model.can, tabs)):
             models[source] = model
         else:
-            print(f"note: {source} is left out, task {model.task} has no tab", file=sys.stderr)
+            print(
+                f"note: {source} is left out, because task {model.task} has no tab", file=sys.stderr
+            )
     if not (models or args.index):
-        raise InputError("none of the checkpoints has a tab, name one of another task")
+        raise InputError("none of the checkpoints has a tab; name a checkpoint of another task")
     return models
 
 
@@ -112,7 +114,9 @@ def main() -> None:
         page = demo_page.build_page(models, read_test_data(models), index, searching)
         with interruptible("the page is closed"):
             demo_page.launch(page, HOST, args.port)
-            print(f"open http://{HOST}:{args.port} in a browser; Ctrl-C ends it", flush=True)
+            print(
+                f"open http://{HOST}:{args.port} in a browser; Ctrl-C ends the server", flush=True
+            )
             threading.Event().wait()
 
 

@@ -69,7 +69,7 @@ class Answer(NamedTuple):
 
 def explain(result: dict[str, float], heat: HeatMap, *lines: str) -> Answer:
     """Return a result with notes and the picture of a heat map."""
-    lines += (f"The picture shows where “{heat.verdict}” comes from, by Grad-CAM.",)
+    lines += (f"The picture shows which patches lead to “{heat.verdict}” (Grad-CAM).",)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "heat.png")
         heat.draw(path)
@@ -81,7 +81,7 @@ def explain(result: dict[str, float], heat: HeatMap, *lines: str) -> Answer:
 def show_match(model: Inference, image: str, text: str) -> Answer:
     """Answer with the probability of a match."""
     match, similarity = model.match(image, text), model.similarity(image, text)
-    note = f"Similarity of the features (ITC): {similarity:.2f}, from −1 to 1."
+    note = f"Cosine similarity of image and text (ITC), from −1 to 1: {similarity:.2f}."
     return explain({"match": match, "no match": 1 - match}, model.heat_map(image, text), note)
 
 
@@ -89,7 +89,11 @@ def show_answers(model: Inference, image: str, question: str) -> Answer:
     """Answer with the best answers to a question."""
     answers = reachable_answers(model.config)
     found = model.answer(image, question, answers)
-    note = f"The {len(found)} likeliest of {len(answers)} answers." if answers else "Generated."
+    note = (
+        f"The {len(found)} likeliest of {len(answers)} answers."
+        if answers
+        else "The answer is generated."
+    )
     result = {text or "(empty)": probability for text, probability in found}
     return explain(result, model.heat_map(image, question, answers), note)
 
@@ -113,7 +117,7 @@ def show_pseudo_targets(model: Inference, image: str, text: str) -> Answer:
         [word, *(f"{c.text} {c.score:.1%}{' ✓' * c.hit}" for c in candidates)]
         for word, candidates in words
     ]
-    note = "In training these are the soft targets of a masked word. ✓ marks the word itself."
+    note = "In training, these are the soft targets of a masked word. ✓ marks the caption's word."
     return Answer(table, "\n".join([note, *unknown_words(word for word, _ in words)]))
 
 
@@ -195,7 +199,7 @@ class LocalOnly:
         app, headers = self.app, Headers(scope=scope)
         origin = headers.get("origin", f"http://{self.hosts[0]}").removeprefix("http://")
         if headers.get("host") not in self.hosts or origin not in self.hosts:
-            app = PlainTextResponse("this page is for the browser of its own machine\n", 403)
+            app = PlainTextResponse(f"this page opens only as http://{self.hosts[0]}\n", 403)
         await app(scope, receive, send_with_policy)
 
 
@@ -214,7 +218,7 @@ def check_pictures(*paths: str | None) -> None:
             Image.open(path, formats=FORMATS).close()
         except UnidentifiedImageError:
             raise InputError(
-                f"{Path(path).name}: this is not a picture, drop a file of {', '.join(FORMATS)}"
+                f"{Path(path).name}: this is not an image; drop a file of {', '.join(FORMATS)}"
             ) from None
         except Exception:  # broken in another way, which the decoder names
             continue
@@ -228,10 +232,10 @@ def ask(tab: Tab, models: dict[str, Inference]) -> Callable[..., Answer]:
         images = [image for image in fields if image is not None]
         try:
             if len(images) < len(fields):
-                raise InputError("no image yet: drop one in its field, or click an example")
+                raise InputError("no image yet; drop one in its field, or click an example")
             check_pictures(*images)
             if not text:
-                raise InputError(f"no {tab.labels[-2]} yet: write one in its field")
+                raise InputError(f"no {tab.labels[-2]} yet; write one in its field")
             return tab.show(models[name], *images, text)
         except InputError as error:
             return Answer(None, describe_error(error, *images))
@@ -320,7 +324,8 @@ def add_search(index: Index, model: Inference) -> tuple[gr.State, gr.Gallery, gr
             with gr.Column(scale=3):
                 text = gr.Textbox(label="description of the images")
                 rerank = gr.Checkbox(
-                    by_match, label="re-rank the most similar images by matching (ITM): slower"
+                    by_match,
+                    label="re-rank the most similar images by matching (ITM), which is slower",
                 )
                 button = gr.Button("Search", variant="primary")
                 note = gr.Textbox(f"{len(index.paths)} images", label="note", interactive=False)
@@ -355,7 +360,7 @@ def add_events(
         The function and its outputs, with the state that the marks need.
     """
     last, label = gr.State(None), outputs[0].label
-    outdated = f"outdated: a setting has changed since, press {button.value} to update"
+    outdated = f"outdated: a setting has changed; press {button.value} to update"
 
     def remember(*given: Any) -> tuple:
         answer = call(*given)

@@ -73,17 +73,19 @@ def receive(url: str, part: Path) -> None:
         if error.code == 416:  # the part is longer than the file
             part.unlink()
         elif error.code < 500 and error.code not in (408, 425, 429):
-            raise InputError(f"{url}: the server answers {error.code}, try a --mirror") from None
+            raise InputError(f"{url}: the server answers {error.code}; try a --mirror") from None
         raise
     except (InvalidURL, ValueError) as error:
         raise InputError(f"{url}: not a valid address ({error})") from None
     with response:
         if response.length is None or response.headers.get_content_type() == "text/html":
-            raise InputError(f"{url}: a page or a stream instead of a file, try another --mirror")
+            raise InputError(
+                f"{url}: the server sends a web page or a stream, not a file; try a --mirror"
+            )
         if response.status != 206:
             start = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise HTTPException("the server sends other bytes than the missing ones")
+            raise HTTPException("the server sends other bytes than requested")
         size = start + response.length
         progress = tqdm(total=size, initial=start, unit="B", unit_scale=True, disable=None)
         with open(part, "ab" if start else "wb", buffering=0) as file, progress:
@@ -106,7 +108,7 @@ def download(url: str, path: Path) -> None:
         failures, most = 1 if received > most else failures + 1, max(most, received)
         if failures == ATTEMPTS:
             raise InputError(
-                f"{url}: {reason}, check the network and --mirror; the same command continues at"
+                f"{url}: {reason}; check the network and --mirror. The same command continues at"
                 f" {received:,} bytes"
             )
         wait = BACKOFF * 2 ** (failures - 1)
@@ -124,13 +126,13 @@ def unpack(path: Path) -> None:
             target = path.parent / file.relative_to(unpacked)
             target.parent.mkdir(parents=True, exist_ok=True)
             if os.path.lexists(target):
-                print(f"{target}: kept, it exists already")
+                print(f"{target}: kept, because it exists already")
             else:
                 shutil.move(file, target)  # a folder of the user may be a link to another disk
     except BROKEN as error:
         raise InputError(
-            f"{path}: damaged or unsafe ({error}), remove it and {path.name}.sha256 and download"
-            " it again"
+            f"{path}: damaged or unsafe ({error}); remove this file and {path.name}.sha256, and"
+            " download it again"
         ) from None
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
@@ -168,8 +170,8 @@ def main() -> None:
             provide(f"{args.mirror.rstrip('/')}/{file}", args.output / file, unpacking=unpacking)
         except OSError as error:  # of the disk
             raise InputError(
-                f"{error.filename or args.output}: {error.strerror or error}, make room or name"
-                " another --output; the same command continues"
+                f"{error.filename or args.output}: {error.strerror or error}; make room or name"
+                " another --output. The same command continues the download"
             ) from None
 
 

@@ -178,7 +178,9 @@ def export_folder(args: argparse.Namespace) -> str:
 
     folder = Path(args.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not args.overwrite:
-        raise InputError(f"--output {folder}/ exists already: name another one or add --overwrite")
+        raise InputError(
+            f"--output {folder}/ exists already; name another folder or add --overwrite"
+        )
     content, tensors, _ = read_weights(args.checkpoint, args.momentum)
     task = task_of_checkpoint(content, detect_task(tensors), args.checkpoint)
     epoch = content.get("epoch")
@@ -204,7 +206,8 @@ def export_folder(args: argparse.Namespace) -> str:
         metadata = {key: value for key, value in found.items() if isinstance(value, int | dict)}
         write_weights(file, ".safetensors", tensors, metadata)
     write_files({folder / name: text.encode() for name, text in files.items()})
-    return f"wrote {folder}/: {', '.join(files)}, {len(tensors)} tensors; add the license"
+    wrote = f"wrote {folder}/: {', '.join(files)}, {len(tensors)} tensors"
+    return f"{wrote}; add a license before you publish it"
 
 
 def read_metrics(log: Path, epoch: int | None) -> dict[str, float]:
@@ -265,7 +268,7 @@ def published_files(folder: Path) -> list[str]:
     names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
-            f"--push: {folder} lacks {', '.join(missing)}: add --output FOLDER/ to write them first"
+            f"--push: {folder} lacks {', '.join(missing)}; add --output FOLDER/ to write them first"
         )
     return names
 

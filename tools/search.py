@@ -130,16 +130,18 @@ def make_index(args: argparse.Namespace) -> None:
     images, problems, others = find_images(args.folders)
     before = open_index(args.output)
     model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
-    with interruptible(f"{args.output} has the images embedded so far; the same command continues"):
+    with interruptible(
+        f"{args.output} keeps the images embedded so far; the same command continues"
+    ):
         changes = update_index(args.output, before, model, images, problems, prune=args.prune)
     print_results(
         [
-            f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} as before,"
+            f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} unchanged,"
             f" {changes.embedded} embedded, {changes.removed} removed; exif: {model.config.exif}"
         ]
     )
     if others:
-        note(f"left out: files without the suffix of an image: {count_suffixes(others)}")
+        note(f"left out: files without an image suffix: {count_suffixes(others)}")
     for path, problem in changes.unusable[:SHOWN]:
         note(f"left out: {show(path)}: {problem}")
     if (count := len(changes.unusable)) > SHOWN:
@@ -162,7 +164,7 @@ def read_queries(args: argparse.Namespace) -> list[str | None]:
     from utils import read_regular
 
     if Path(args.text or "").suffix.lower() in SUFFIXES and os.path.isfile(args.text):
-        raise InputError(f"TEXT {args.text} is an image file, write --image {args.text}")
+        raise InputError(f"TEXT {args.text} is an image file; write --image {args.text}")
     if not args.queries:
         return [args.text]
     if args.text is not None or args.html:
@@ -234,7 +236,7 @@ def list_copies(args: argparse.Namespace) -> None:
         write_groups(args.html, groups, len(index.paths))
         note(f"wrote {args.html}")
     if not args.json:
-        note("equal: share of equal bits in the hashes of an image and an earlier one of its group")
+        note("equal: share of equal hash bits of an image and an earlier image of its group")
         note("   equal  image")
     for group in groups:
         lines = [*(f"{copy.likeness:8.1%}  {show(copy.path)}" for copy in group), ""]

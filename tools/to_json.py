@@ -113,15 +113,15 @@ def read_sources(args: argparse.Namespace) -> Sources:
     forms = {source: form for source, data in files.items() if (form := recognize(data))}
     if (args.path or args.text or args.encoding) and len(forms) == len(files):
         raise InputError(
-            f"--path, --text and --encoding apply to tables, and {args.sources[0]} is not a"
-            " table: leave them out"
+            f"--path, --text and --encoding apply to tables, but {args.sources[0]} is not a table;"
+            " leave these flags out"
         )
     if len(forms) == len(contents):
         return _read_official(files, forms, args.image_root)
     if forms:
         raise InputError(
-            f"{next(iter(forms))}: is an official file: convert it in a call without tables and"
-            " folders"
+            f"{next(iter(forms))} is an official file; convert it in another call, without tables"
+            " and folders"
         )
     return _read_captions(contents, args)
 
@@ -207,7 +207,7 @@ def leave_out_broken(sources: Sources, image_root: str, workers: int) -> Sources
     lists = {split: list(filter(usable, items)) for split, items in sources.lists.items()}
     lists = {split: items for split, items in lists.items() if items}
     if not lists:
-        raise InputError(f"{problems[0]} (none of {len(paths):,} images can be used)")
+        raise InputError(f"{problems[0]} (none of the {len(paths):,} images can be used)")
     print(f"images: {len(paths):,} decoded, {len(broken):,} of them broken")
     return Sources(lists, usages, sources.problems + problems)
 
@@ -229,12 +229,12 @@ def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[
     flags = " ".join(f"--{split} {count}" for split, count in counts.items())
     if counts.keys() & lists.keys() or not (images and isinstance(images[0], CaptionedFile)):
         raise InputError(
-            f"{flags}: the sources have their own split, or no captions to train on: leave out"
+            f"{flags}: the sources have their own split, or no captions to train on; leave out"
             " these flags"
         )
     if sum(counts.values()) >= len(images):
         raise InputError(
-            f"{flags}: there are {len(images)} images, and some must remain to train on"
+            f"{flags}: the sources have {len(images)} images, and some must remain for training"
         )
     rest, rng, parts = list(range(len(images))), random.Random(seed), {}
     for split, count in counts.items():
@@ -250,9 +250,9 @@ def _read_parquet(args: argparse.Namespace) -> Sources:
     from dataset.parquet import is_parquet, read_parquet
 
     if others := [source for source in args.sources if not is_parquet(source)]:
-        raise InputError(f"{others[0]}: not a Parquet file, convert it in another call")
+        raise InputError(f"{others[0]}: not a Parquet file; convert it in another call")
     if args.encoding:
-        raise InputError("--encoding: Parquet files have no encoding, leave it out")
+        raise InputError("--encoding: Parquet files have no encoding; leave this flag out")
     table = read_parquet(
         args.sources,
         args.image_root,
@@ -325,7 +325,7 @@ def main() -> None:
     if args.overwrite and stale:
         print(f"note: kept from an earlier conversion: {', '.join(stale)}")
     if problems:
-        print(f"left out, {len(problems):,} ({args.output / SKIPPED} lists all):")
+        print(f"left out: {len(problems):,} items ({args.output / SKIPPED} lists all)")
         print(*(f"  {problem}" for problem in problems[:SHOWN]), sep="\n")
 
 

@@ -59,7 +59,7 @@ def write_shard(job: tuple[Path, Sequence[int]], annotations: "Entries", image_r
 
     shard, indices = job
     list_of_skipped, skipped = shard.with_name(f"{shard.stem}_skipped.txt"), []
-    remedy = "make room and run the same command again, complete shards are kept"
+    remedy = "make room and run the same command again; complete shards are kept"
     with (
         writing(shard, remedy),
         atomic_write(shard) as file,
@@ -178,8 +178,9 @@ def _check_images(annotations: "Entries", image_root: str) -> None:
     paths = [os.path.join(image_root, annotations[i].image) for i in indices]
     if not any(map(os.path.isfile, paths)):
         raise InputError(
-            f"--image_root {image_root or '(not given)'}: none of {len(paths)} images exists, such"
-            f" as {paths[0]}; name the folder that the lists' image paths start from"
+            f"--image_root {image_root or '(not given)'}: none of {len(paths)} checked images"
+            f" exists, for example {paths[0]}; name the folder that image paths in the lists are"
+            " relative to"
         )
 
 
@@ -195,14 +196,16 @@ def _check_origin(output: Path, origin: dict[str, Any]) -> None:
     if not path.exists():
         if any(output.glob("*.tar")):
             raise InputError(
-                f"--output {output}: holds shards but no {MADE_OF}, the record of their inputs:"
+                f"--output {output}: holds shards but no {MADE_OF}, which records their inputs;"
                 f" {remedy}"
             )
         write_files({path: json.dumps(origin, indent=1).encode()})
     before = json.loads(path.read_bytes())
     for key, value in origin.items():
         if before.get(key) != value:
-            raise InputError(f"{path}: the shards there were made with other {key}: {remedy}")
+            raise InputError(
+                f"{path}: the existing shards were made with another value of {key}; {remedy}"
+            )
 
 
 def main() -> None:
@@ -217,8 +220,8 @@ def main() -> None:
     )
     if skipped:
         print(
-            f"{skipped} entries were left out, their images cannot be read:"
-            f" {args.output / 'skipped.txt'}"
+            f"{skipped} entries were left out, because their images cannot be read"
+            f" ({args.output / 'skipped.txt'} lists them)"
         )
     names = f"{{00000..{count - 1:05d}}}" if count > 1 else "00000"
     print(f"train_file: ['{args.output}/{names}.tar']")

@@ -101,11 +101,14 @@ def draw_run(folder: Path, output: Path, queries: int) -> None:
     results = {folder / f"result/{name}.json": draw for name, draw in results.items()}
     results = {path: draw for path, draw in results.items() if path.exists()}
     if not (tensorboard.is_dir() or results):
-        raise InputError(f"--run {folder}: no run there, it has neither tensorboard nor result")
+        raise InputError(
+            f"--run {folder}: not the folder of a run; it has neither tensorboard/ nor a result"
+            " to draw"
+        )
     if tensorboard.is_dir():
         curves = read_curves(tensorboard)
         if not TITLES.keys() & curves.keys():
-            raise InputError(f"{tensorboard}: no curves there yet, train first")
+            raise InputError(f"{tensorboard}: no curves yet; train first")
         draw_curves(curves, output / "curves.png")
         print(f"wrote {output / 'curves.png'}")
     for path, draw in results.items():
@@ -120,8 +123,8 @@ def draw_caption(folder: Path, output: Path, caption: str) -> None:
         queries = {query["caption"]: query for query in rankings["text_to_image"]}
         if caption not in queries:
             raise InputError(
-                f"--caption: the test set of {folder} has no such caption, name one such as"
-                f' "{next(iter(queries))}"'
+                f"--caption: the test set of {folder} has no such caption; name one of its"
+                f' captions, such as "{next(iter(queries))}"'
             )
         draw_query(rankings, queries[caption], picture)
 
@@ -185,12 +188,17 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any) -> None:
             _, image_feat = model.model.encode_image(image, momentum=True)
         best = text_targets(model.model, image_feat, texts, caption, model.tokenizer)
     elif args.texts:
-        raise InputError(f"--texts {args.texts}: no text in it")
+        raise InputError(f"--texts {args.texts}: the file has no text")
     else:
-        print("note: no texts to compare with, test_file is missing: name --texts", file=sys.stderr)
+        print(
+            "note: test_file is missing, so no texts are ranked; add --texts FILE to choose texts",
+            file=sys.stderr,
+        )
     title = [f"caption: {caption}", *unknown_words(word for word, _ in words)]
     title.append("words that the momentum model expects in place of each word:")
-    texts_title = f"the most similar of {len(texts)} texts, probability among them (ITC):"
+    texts_title = (
+        f"the most similar of {len(texts)} texts, with softmax over all of these texts (ITC):"
+    )
     image = picture.permute(1, 2, 0).numpy()
     draw.draw_pseudo_targets(image, words, best, title, texts_title, args.output)
 
@@ -204,11 +212,12 @@ def draw_heat_map(args: argparse.Namespace, model: Any) -> None:
         answers = answers or reachable_answers(model.config)
         if not answers:
             print(
-                "note: the answer is generated, answer_list is missing: name --answer",
+                "note: answer_list is missing, so the model generates the answer; add --answer TEXT"
+                " to choose one",
                 file=sys.stderr,
             )
     elif answers:
-        raise InputError(f"--answer: task {model.task} has no answers, only VQA has")
+        raise InputError(f"--answer: task {model.task} has no answers; only VQA has answers")
     images = args.image if len(args.image) == 2 else args.image[0]
     options = {"mode": args.gradcam_mode, "block_num": args.block_num}
     model.heat_map(images, args.text, answers, **options).draw(args.output)
@@ -234,7 +243,10 @@ def draw_model(args: argparse.Namespace) -> None:
     print(model.report, file=sys.stderr)
     count = 2 if "pairs" in find_task(model.task).traits else 1
     if len(args.image) != count:
-        raise InputError(f"--image: task {model.task} takes {count}, {len(args.image)} given")
+        raise InputError(
+            f"--image: task {model.task} takes {count} {'images' if count > 1 else 'image'}, not"
+            f" {len(args.image)}"
+        )
     if args.pseudo_targets:
         draw_pseudo_targets(args, model)
     else:
@@ -246,7 +258,7 @@ def main() -> None:
     """Draw a run, or explain a model, as the command line says."""
     args = parser.parse_args()
     if bool(args.run) == bool(args.checkpoint):
-        raise InputError("name either --run, a run to draw, or --checkpoint, a model to explain")
+        raise InputError("pass either --run to draw a run, or --checkpoint to explain a model")
     folder = Path(args.run) if args.run else None
     if folder and args.caption is not None:
         draw_caption(folder, args.output or folder, args.caption)

@@ -96,9 +96,10 @@ def explain_size(captions: Iterable[str], size: int) -> str:
     words = frequencies(captions)
     whole = sum(count >= MIN_FREQUENCY for count in words.values())
     return (
-        f"fewer than --size {size:,}: pieces are merged if they occur together at least"
-        f" {MIN_FREQUENCY} times, and {len(words) - whole:,} of the {len(words):,} distinct words"
-        f" occur less often; the other {whole:,} are pieces. More captions give more pieces"
+        f"the vocabulary has fewer pieces than --size {size:,}. Pieces are merged if they occur"
+        f" together at least {MIN_FREQUENCY} times. {len(words) - whole:,} of the {len(words):,}"
+        f" distinct words occur less often; the other {whole:,} words are pieces. More captions"
+        " give more pieces"
     )
 
 

@@ -214,8 +214,8 @@ def draw_query(
         axis = figure.add_subplot(1, top, place, xticks=[], yticks=[])
         _show_result(axis, rankings["image_root"], result, str(place), fontsize=12)
     figure.suptitle("\n".join(textwrap.wrap(f"“{query['caption']}”", 70)), fontsize=14)
-    best = f"the best of {len(rankings['image_to_text']):,} images by {name} with probabilities"
-    figure.supxlabel(f"{best}: green is right, red is wrong", fontsize=11)
+    best = f"the best of {len(rankings['image_to_text']):,} images by {name}, with probabilities"
+    figure.supxlabel(f"{best}; green: right, red: wrong", fontsize=11)
     _save(figure, path)
 
 
@@ -238,14 +238,15 @@ def _show_result(
 def _about_rankings(rankings: Mapping[str, Any]) -> list[str]:
     """Return the title of retrieval.png."""
     lines = [
-        "queries and their best results: green is right, red is wrong",
-        f"ITM: probability of a match, the {rankings['k']} most similar ordered by its logit; ITC:"
-        " probability by similarity, a softmax over all candidates",
+        "queries and their best results; green: right, red: wrong",
+        f"ITM: probability of a match; the {rankings['k']} most similar candidates are ordered by"
+        " its logit",
+        "ITC: probability by similarity, a softmax over all candidates",
     ]
     if measured := rankings["ranking"]:
         scores = f"{measured['itc']:.1f}% by ITC, {measured['itm']:.1f}% by ITM"
         better = measured["by"].upper()
-        lines.append(f"{better} ranked better in the validation, mean recall {scores}")
+        lines.append(f"{better} ranked better in the validation; mean recall: {scores}")
     return lines
 
 
@@ -275,8 +276,7 @@ def draw_attributes(result: Mapping[str, Any], path: str | Path, count: int = 5)
                 lines.append((textwrap.shorten(text, 60, placeholder=" ..."), color))
             _show_texts(axis, lines, x=0, fontsize=10)
     figure.suptitle(
-        "boxes with their best and worst attributes: green is right, red is wrong, gray not"
-        " labeled",
+        "boxes with their best and worst attributes; green: right, red: wrong, gray: not labeled",
         fontsize=13,
     )
     _save(figure, path)

@@ -94,7 +94,9 @@ def split_words(text: str, model: ALBEF, tokenizer: Tokenizer) -> Phrase:
 def unknown_words(words: Iterable[str]) -> list[str]:
     """Return a line that names the words with UNKNOWN, or no line if there are none."""
     lacking = ", ".join(word.removesuffix(UNKNOWN) for word in words if word.endswith(UNKNOWN))
-    return [f"not in the vocabulary, all the same to the model: {lacking}"] if lacking else []
+    return (
+        [f"not in the vocabulary, so the model reads each as [UNK]: {lacking}"] if lacking else []
+    )
 
 
 def join_pieces(heat: Tensor, pieces: list[list[int]]) -> Tensor:

@@ -39,7 +39,7 @@ def main() -> None:
     made = write_dataset(**vars(args))
     print(
         f"{args.output}: {args.train} train, {args.val} val and {args.test} test scenes,"
-        f" {args.captions} captions each, vocabulary of {len(vocabulary())}"
+        f" {args.captions} captions each, a vocabulary of {len(vocabulary())} word pieces"
         + ("" if made else " (already there)")
     )
     for name, task in TASKS.items():

@@ -136,14 +136,14 @@ def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bo
     if not isinstance(made, dict) or "complete" not in made:
         if output.is_dir() and any(output.iterdir()):
             raise InputError(
-                f"{output}: holds other files and no data set of shapes: choose another --output"
+                f"{output}: holds files but no data set of shapes; choose another --output"
             )
         return False
     other = ", ".join(key for key, value in arguments.items() if made.get(key) != value)
     if made["complete"] and other and not overwrite:
         raise InputError(
-            f"{output}: holds a data set made with another {other}: choose another --output, or"
-            " pass --overwrite"
+            f"{output}: holds a data set made with other values of {other}; choose another"
+            " --output, or pass --overwrite"
         )
     return made["complete"] and not other
 
@@ -211,7 +211,7 @@ def write_dataset(
         _write(Path(output), arguments)
     except OSError as error:
         raise InputError(
-            f"{error.filename or output}: {error.strerror}: choose another --output"
+            f"{error.filename or output}: {error.strerror}; choose another --output"
         ) from None
     return True
 

@@ -202,8 +202,7 @@ def draw_scene(rng: Random, split: str, image_size: int, taken: Collection = ())
             break
     else:
         raise InputError(
-            f"--{split}: only {len(taken)} different combinations of objects found; ask for fewer"
-            " scenes"
+            f"--{split}: found only {len(taken)} different combinations of objects; lower --{split}"
         )
     objects = place_objects(rng, combination, image_size)
     boxes = [o["box"] for o in objects]
