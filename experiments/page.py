@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -62,7 +63,7 @@ def signed(number: float | None) -> str:
 
 
 def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Rows) -> Iterator[str]:
-    """Yield the sentences that begin the page."""
+    """Yield the lines that begin the page."""
     titles: dict[str, list[str]] = {}
     for title, finding in findings.items():
         verdict = "waiting" if finding.verdict.endswith("seeds") else finding.verdict
@@ -71,12 +72,19 @@ def summary(experiments: Experiments, findings: Mapping[str, Finding], rows: Row
     def named(verdict: str) -> str:
         return ", ".join(titles.get(verdict, ())) or "none"
 
-    yield f"This page tests {len(findings)} claims of the paper. Supported: {named('supported')}."
-    yield f"Contradicted: {named('contradicted')}."
-    yield f"Inconclusive: {named('inconclusive')}."
+    for verdict in ("supported", "contradicted", "inconclusive"):
+        yield f"{verdict.capitalize()}: {named(verdict)}."
     reasons = (f"{title}, because {reason}" for title, reason in experiments.left_out.items())
-    yield f"Waiting for runs of some seeds: {named('waiting')}."
+    if "waiting" in titles:
+        yield f"Not decided until all seeds are run: {named('waiting')}."
     yield f"Not tested: {'; '.join(reasons) or 'none'}."
+    found = values("grounding", "val_d", rows)
+    guessed = values("baselines", "test_grounding_object_val_d", rows)
+    if found and guessed and fmean(found.values()) < fmean(guessed.values()):
+        yield (
+            f"Grounding did not come out: the model finds {shown(found)}% of the objects, while a"
+            f" random object of the image is the right one in {shown(guessed)}%."
+        )
     complete = [row for row in rows.values() if row.complete]
     machines = sorted({row.read_record()["machine"] for row in complete}) or ["no machine yet"]
     yield (
@@ -154,7 +162,8 @@ def claim_table(
         "`experiments/paper.yaml` defines each claim, its direction and its numbers. It was"
         " written before the runs. A claim compares two sides, and a side is the mean of its"
         " numbers. The effect is the difference of the two sides in points, computed for each seed"
-        " and averaged over the seeds. Its interval is the 95% t interval. p is corrected for the"
+        " and averaged over the seeds. The effect of distillation against noise is the difference"
+        " of two such differences. The interval is the 95% t interval. p is corrected for the"
         f" number of claims by Holm's method. If p is below {LEVEL}, the sign of the effect decides"
         " whether a claim is supported or contradicted. Otherwise the claim is inconclusive. A"
         " claim of equality is supported if two one-sided t tests against its margin have a p below"
@@ -291,6 +300,7 @@ def table5(rows: Rows) -> Iterator[str]:
         ("ITM, layer before the last", [("grounding/itm2", s) for s in SPLITS], None),
         ("ITM, last layer", [("grounding", s) for s in SPLITS], None),
         ("the paper: ITM, third of six layers", [None] * 3, (58.46, 65.89, 46.25)),
+        ("random object", [("baselines", f"test_grounding_object_{s}") for s in SPLITS], None),
     ]
     yield from [
         "## Table 5: grounding by Grad-CAM",
@@ -331,9 +341,16 @@ def noise(rows: Rows) -> Iterator[str]:
 def relevance(rows: Rows) -> Iterator[str]:
     """Yield the table of relevance."""
     metrics = ("test_auc", "test_auc_other_image", "test_auc_other_words")
-    lines = [("fine-tuned", [("relevance", metric) for metric in metrics], (82.74, None, None))]
-    header = ["AUC", "another ad's image", "another ad's words"]
-    yield from ["## Query-ad relevance", "", *number_table(header, lines, rows)]
+    lines = [("fine-tuned", [("relevance", metric) for metric in metrics], None)]
+    header = ["image and words", "another ad's image", "another ad's words"]
+    yield from [
+        "## Query-ad relevance",
+        "",
+        "The table has the ROC AUC in percent (chance 50). The published number is of another"
+        " metric.",
+        "",
+        *number_table(header, lines, rows),
+    ]
 
 
 def momentum(rows: Rows) -> Iterator[str]:
@@ -435,7 +452,9 @@ def write_page(experiments: Experiments, output: Path, path: Path) -> None:
     lines = [
         "# The paper's claims on drawn scenes",
         "",
-        " ".join(summary(experiments, findings, rows)),
+        f"Small models, pre-trained on drawn scenes, test {len(findings)} claims of the paper:",
+        "",
+        *(f"- {line}" for line in summary(experiments, findings, rows)),
         "",
         "`make paper` runs all rows of `experiments/paper.yaml` and writes this page. A second call"
         " repeats no complete run.",
