@@ -168,8 +168,8 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
         ),
         "--output_dir": (
             "DIR",
-            "folder for checkpoints, log and results (default: output/NAME, with the name of the"
-            " configuration; to evaluate a checkpoint of a run, evaluation/ in the run folder)",
+            "folder for checkpoints, log and results. Default: output/ and the name of the"
+            " configuration; with --evaluate: the folder evaluation/ in the run of the checkpoint",
         ),
         "--checkpoint": ("FILE", f"{start}: {CHECKPOINT_HELP}"),
         "--text_encoder": (

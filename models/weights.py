@@ -128,7 +128,7 @@ def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None
         return msgspec.convert(content.get("ranking"), Ranking | None)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"{path}: the key ranking is not a ranking that a validation saves ({error})"
+            f"{path}: the entry 'ranking' does not have the form that a validation saves ({error})"
         ) from None
 
 

@@ -204,7 +204,7 @@ def test_what_a_validation_measured_to_be_better_ranks_unless_told_otherwise(
             {**torch.load(files["retrieval"], weights_only=True), "ranking": broken},
             tmp_path / "bad.pth",
         )
-        assert "bad.pth: the key ranking" in refusal(load_model, tmp_path / "bad.pth", "cpu")
+        assert "bad.pth: the entry 'ranking'" in refusal(load_model, tmp_path / "bad.pth", "cpu")
 
 
 def test_probabilities_of_similarities_are_the_softmax_over_all_candidates(models, monkeypatch):

@@ -108,8 +108,8 @@ def download(url: str, path: Path) -> None:
         failures, most = 1 if received > most else failures + 1, max(most, received)
         if failures == ATTEMPTS:
             raise InputError(
-                f"{url}: {reason}; check the network and --mirror. The same command continues at"
-                f" {received:,} bytes"
+                f"{url}: {reason}; check the network and --mirror. To continue at"
+                f" {received:,} bytes, repeat the command"
             )
         wait = BACKOFF * 2 ** (failures - 1)
         print(f"{path.name}: {reason}; retry in {wait:.0f} s", file=sys.stderr, flush=True)
@@ -170,8 +170,8 @@ def main() -> None:
             provide(f"{args.mirror.rstrip('/')}/{file}", args.output / file, unpacking=unpacking)
         except OSError as error:  # of the disk
             raise InputError(
-                f"{error.filename or args.output}: {error.strerror or error}; make room or name"
-                " another --output. The same command continues the download"
+                f"{error.filename or args.output}: {error.strerror or error}; make room and"
+                " repeat the command to continue, or name another --output"
             ) from None
 
 
