@@ -188,7 +188,8 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Configuration of a task. Every task accepts every key."""
 
     train_file: Annotated[Paths | None, in_training(file=True, wanted=PATHS_WANTED)] = None
-    """Annotation files of the training set: JSON, or shards (`*.tar`) in pre-training."""
+    """Annotation files of the training set: JSON. Pre-training and text assignment also read shards
+    (`*.tar`)."""
     val_file: Annotated[
         Paths | None,
         read_if(evaluates_file("val_file"), file=True, wanted=PATHS_WANTED),
@@ -215,7 +216,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     refer_dataset: Annotated[
         Literal["refcoco", "refcoco+", "refcocog"], read_if(is_task("grounding"))
     ] = "refcoco+"
-    """Name of the data set of REFER. It is also the name of its folder in `refcoco_data`."""
+    """Data set of REFER. Its folder in `refcoco_data` must have the same name."""
     det_file: Annotated[str | None, read_if(is_task("grounding"), file=True)] = None
     """JSON file with the detected boxes of each image."""
     coco_file: Annotated[str | None, read_never(file=True)] = None
@@ -243,19 +244,19 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     an ad, and 30 for other texts."""
     max_tokens: Annotated[Annotated[int, Meta(ge=2, le=sys.maxsize)] | None, read_always()] = None
     """Maximum number of token ids of a text, including `[CLS]`. It may not exceed
-    `max_position_embeddings`. Default: 25 in pre-training, text assignment, attributes and for VQA
-    training questions; 30 in retrieval and grounding; 64 in relevance; otherwise
-    `max_position_embeddings`."""
+    `max_position_embeddings`. Default: 25 for pre-training, text assignment, attributes and the
+    training questions of VQA; 30 for retrieval and grounding; 64 for relevance;
+    `max_position_embeddings` for other texts."""
 
     bert_config: Annotated[
         BertConfig | None, read_always(file=True, wanted="a path or a mapping of keys to values")
     ] = None
     """JSON file or mapping with the sizes of the text encoder and the multimodal encoder. If
-    `text_encoder` names another encoder, missing keys come from its config.json, and the upper half
-    of its layers becomes the multimodal encoder."""
+    `text_encoder` names an encoder other than the default, missing keys come from its config.json,
+    and the upper half of its layers becomes the multimodal encoder."""
     vision_width: Annotated[Width, read_always()] = 768
-    """Width of the image encoder. If `vision_encoder` names another encoder, the default is the
-    width of that encoder."""
+    """Width of the image encoder. If `vision_encoder` names an encoder, the default is the width of
+    that encoder."""
     vision_depth: Annotated[Count, read_always()] = 12
     """Number of layers of the image encoder. The default depends on `vision_encoder`, as for
     `vision_width`."""
@@ -291,7 +292,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     alpha: Annotated[Share, in_training(with_trait("distills"))] = 0.4
     """Weight of the momentum model's soft targets."""
     warm_up: Annotated[bool, in_training(with_trait("distills"))] = True
-    """Raise `alpha` from 0 within the first epoch."""
+    """Raise `alpha` linearly from 0 to its value in the first epoch."""
     temp: Annotated[
         Annotated[float, Meta(ge=TEMP_RANGE[0], le=TEMP_RANGE[1])],
         in_training(with_trait("contrastive")),
@@ -314,8 +315,9 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     num_beams: Annotated[Count, read_if(is_task("vqa"))] = 3
     """Number of beams in the beam search that generates answers."""
     max_answer_tokens: Annotated[AtLeast1 | None, read_if(is_task("vqa"))] = None
-    """Maximum number of tokens of a generated answer. Default: the length of the longest answer in
-    `train_file`, which checkpoints keep, or else 10."""
+    """Maximum number of tokens of a generated answer. Default: in training, the length of the
+    longest answer in `train_file`; in an evaluation, the value of the checkpoint, or 10 if the
+    checkpoint has none."""
     share: Annotated[Literal["cross_attention", "all", "none"], read_if(with_trait("pairs"))] = (
         "cross_attention"
     )
@@ -354,7 +356,7 @@ class Config(Section, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Interval of saves within an epoch. A number without a unit counts iterations. With 0 a run
     saves only at the end of an epoch."""
     keep_checkpoints: Annotated[AtLeast1 | None, in_training()] = None
-    """Number of the latest epochs whose `checkpoint_%02d.pth` is kept. Default: all."""
+    """Number of `checkpoint_%02d.pth` to keep. Older files are removed. Default: all are kept."""
     patience: Annotated[AtLeast1 | None, in_training(lambda task: bool(task.score))] = None
     """End training after this number of epochs without a better validation score. Default: train
     all epochs."""
