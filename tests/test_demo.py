@@ -510,7 +510,7 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     probability, _, name = captions[0].partition(" · ")
     assert any(path.endswith(name) for path in photos)
     see(browser, ".thumbnail-item")[0].click()  # opens the tab Match
-    has_note(browser, "comes from")
+    has_note(browser, "(Grad-CAM)")
     assert float(probability[:-1]) / 100 == pytest.approx(first_share(browser, "match"), abs=0.01)
     see(browser, "img[src$='.png']")
     write(browser, "?!")
@@ -524,9 +524,9 @@ def test_every_tab_in_a_browser(address, browser, photos, tmp_path):
     write(browser, TEXT)
     has_note(browser, "broken.jpg: this is not an image")
     for tab, text in (
-        ("Ask", "comes from"),
-        ("Entailment", "comes from"),
-        ("Two images", "comes from"),
+        ("Ask", "(Grad-CAM)"),
+        ("Entailment", "(Grad-CAM)"),
+        ("Two images", "(Grad-CAM)"),
         ("Pseudo-targets", "soft targets"),
     ):
         see(browser, "button[role=tab]", text=tab)[0].click()

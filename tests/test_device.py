@@ -189,7 +189,7 @@ def test_one_process_uses_the_gpu_it_is_told(joined):
 @pytest.mark.parametrize("gpus, environment", [(1, TORCHRUN), (2, {**SRUN, "LOCAL_RANK": "3"})])
 def test_more_processes_than_gpus_are_refused(joined, gpus, environment):
     said = refusal(lambda: joined(gpus, **environment))
-    assert f"torch finds {gpus} here" in said and f"--nproc_per_node={gpus}" in said
+    assert f"torch finds only {gpus} on" in said and f"--nproc_per_node={gpus}" in said
 
 
 def test_a_launcher_that_does_not_say_where_the_others_are_is_one_line(monkeypatch):
