@@ -1,4 +1,4 @@
-"""Evaluate zero-shot which attributes, such as "red", the objects in boxes have (OVAD).
+"""Evaluate zero-shot attribute recognition (OVAD): which attributes does the object in a box have?
 
 --checkpoint names a model of pre-training, retrieval or grounding.
 """
@@ -13,10 +13,13 @@ parser.add_argument(
     "--prompts",
     choices=["the", "a", "none", "photo", "all"],
     default="the",
-    help='templates of the prompts, such as "the red"; all: the templates of the, a and none',
+    help="templates of the prompts: 'the' gives prompts such as \"the red\"; 'all' joins the"
+    " templates of 'the', 'a' and 'none'",
 )
 parser.add_argument(
-    "--noun", default="", help='noun in the prompts, such as object in "the red object"'
+    "--noun",
+    default="",
+    help="noun of the prompts: 'object' gives prompts such as \"the red object\"",
 )
 parser.add_argument(
     "--score",

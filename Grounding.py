@@ -10,8 +10,8 @@ parser.add_argument(
     "--gradcam_mode",
     choices=["itm", "itc"],
     default="itm",
-    help="attention to explain. itm: cross-attention of the multimodal encoder; itc: self-attention"
-    " of the ViT",
+    help="attention that the heat maps show. itm: cross-attention of the multimodal encoder; itc:"
+    " self-attention of the ViT",
 )
 parser.add_argument(
     "--block_num",

@@ -1,7 +1,7 @@
 """Fine-tune ALBEF for NLVR2 (Section 5): is a sentence true of two images?
 
---checkpoint names a model of text assignment (Pretrain_nlvr.py), or a pre-trained model to train
-without text assignment ("w/o TA" in Table 7).
+--checkpoint names a model that text assignment has trained (Pretrain_nlvr.py). It may also name a
+model of pre-training, to leave out text assignment ("w/o TA" in Table 7).
 """
 
 from configs.cli import task_parser

@@ -1,4 +1,4 @@
-"""Fine-tune ALBEF for query-ad relevance: is an ad of an image and words relevant to a query?"""
+"""Fine-tune ALBEF for query-ad relevance: is an ad (image and words) relevant to a query?"""
 
 from configs.cli import task_parser
 from engine.launch import run_script

@@ -11,7 +11,7 @@ parser.add_argument(
     nargs="+",
     type=at_least(1),
     metavar="K",
-    help="numbers of candidates to re-rank, each for a row of the table (default: the key k_test)",
+    help="numbers of candidates to re-rank; each adds a row to the table (default: the key k_test)",
 )
 
 

@@ -168,8 +168,9 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
         ),
         "--output_dir": (
             "DIR",
-            "folder for checkpoints, log and results. Default: output/ and the name of the"
-            " configuration; with --evaluate: the folder evaluation/ in the run of the checkpoint",
+            "folder for checkpoints, log and results. Default: output/NAME, where NAME is"
+            " made from the path of the configuration file. Default with --evaluate, if"
+            " --checkpoint names a run: evaluation/ in the folder of this run",
         ),
         "--checkpoint": ("FILE", f"{start}: {CHECKPOINT_HELP}"),
         "--text_encoder": (
@@ -221,6 +222,7 @@ def _add_training_flags(parser: Parser) -> None:
         const=True,
         type=_parse_bool,
         metavar="True",
-        help="continue the run in --output_dir from its last checkpoint. In Pretrain.py,"
-        " --checkpoint may name a checkpoint of another run to continue instead",
+        help="continue the run in --output_dir from its last checkpoint. Only"
+        " Pretrain.py can continue a run of another folder: add --checkpoint with a checkpoint of"
+        " that run",
     )

@@ -91,8 +91,8 @@ class EntryDataset(Dataset):
         # happens only with a small max_words: the entry was checked with the limit of its form
         if is_blank(cleaned):
             raise InputError(
-                f"{self.where(index)}: its text is empty after clean-up and the cut to max_words:"
-                f" {self.limits.words}"
+                f"{self.where(index)}: its text is empty after clean-up and truncation to"
+                f" max_words {self.limits.words}"
             )
         return cleaned
 

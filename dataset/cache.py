@@ -135,7 +135,9 @@ def cache_folder() -> str:
         raise _unusable(folder, "cannot write to this cache folder; change its permissions")
     if os.stat(folder).st_mode & stat.S_IWOTH:
         raise _unusable(
-            folder, "every user can write to this cache folder, also compiled code; change its mode"
+            folder,
+            "every user can write to this cache folder, which also holds compiled code; change its"
+            " mode",
         )
     return folder
 

@@ -65,7 +65,7 @@ class Expression(GroundingPair):
                 f"image is {self.image}, but the image of ref_id {self.ref_id} is {image}; correct"
                 " the entry, or set refcoco_data and refer_dataset to the data set that test_file"
                 " was made from",
-                "another image than its ref's",
+                "not the image of its 'ref_id'",
             )
 
 

@@ -72,8 +72,8 @@ def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
         if real in seen:
             same = "" if seen[real] == path else f" (as {seen[real]})"
             raise InputError(
-                f"train_file: shard {path} is named twice{same}; name it once, so that an epoch has"
-                " its samples once"
+                f"train_file: shard {path} is named twice{same}, so an epoch would have its samples"
+                " twice; name it once"
             )
         seen[real] = path
     return json_files, shards
@@ -314,9 +314,9 @@ def _cut_at_last_dot(path: str, names: list[str]) -> bool:
             lost = lost or _image_by_last_dot(run)
     if lost and image:
         raise InputError(
-            f"{path}: a name is cut into key and suffix at its first dot, so member"
-            f" {reprlib.repr(lost)} is not an image, but other members are; rename the members so"
-            " that each name has one dot, before the suffix"
+            f"{path}: the suffix of a name starts at the first dot, so member"
+            f" {reprlib.repr(lost)} has no image suffix, but other members have one; rename the"
+            " members so that each name has one dot, before the suffix"
         )
     return lost is not None
 

@@ -186,8 +186,8 @@ def find_columns(
         if found is None:
             raise InputError(
                 f"{path}: none of the columns {', '.join(map(repr, names))} is called"
-                f" {wanted or ' or '.join(known)}; name the right column with {flag} (line 1 of a"
-                " CSV or TSV file names the columns)"
+                f" {wanted or ' or '.join(known)}; name the right column with {flag} (in CSV"
+                " and TSV files, line 1 holds the names of the columns)"
             )
         columns.append(found)
     image_column, caption_column = columns

@@ -219,7 +219,7 @@ class Checkpointer:
                 raise
             # a full disk may be emptied before the next save; stopping would lose the progress
             every = f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
-            logger.warning("%s; training goes on, and saves again after %s", error, every)
+            logger.warning("%s; training goes on, and the next save follows after %s", error, every)
 
     def _wait(self) -> str:
         """Wait for the pending write of this process. Return why it failed, "" if it did not."""

@@ -387,8 +387,8 @@ def log_start(state: TrainState) -> None:
         warmup, available = schedule.warmup_iters, schedule.epochs * state.iterations
     if warmup > available and schedule.warmup_lr != schedule.lr:
         log.warning(
-            "scheduler: the warm-up takes %d iterations, but only %d are available, so it ends"
-            " below the learning rate; lower warmup_iters or warmup_epochs",
+            "scheduler: the warm-up takes %d iterations, but only %d are available, so the"
+            " learning rate does not reach its full value; lower warmup_iters or warmup_epochs",
             warmup,
             available,
         )

@@ -1,4 +1,4 @@
-"""Compute the scores of rules that do not see both inputs, from annotation files of shapes.
+"""Compute the scores of rules that see a part of the input, for annotation files of shapes.
 
   python -m experiments.baselines data/shapes --output_dir output/baselines
 

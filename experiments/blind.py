@@ -1,4 +1,4 @@
-r"""Write copies of annotation files without images or without texts, to train blind baselines.
+r"""Write copies of annotation files whose images or texts are hidden, to train blind baselines.
 
   python -m experiments.blind data/shapes/ve_train.json data/shapes/ve_test.json \
       --without image --output data/blind

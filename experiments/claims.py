@@ -55,7 +55,8 @@ def effects(claim: Claim, rows: Rows) -> tuple[Numbers, int]:
             runs = {run.seed for run in runs_of(row, rows)}
             if not metric or not runs:
                 raise InputError(
-                    f"claim {claim.text!r}: {number!r} is not a row of the file and a metric"
+                    f"claim {claim.text!r}: {number!r} does not have the form ROW METRIC, or the"
+                    " file lacks this row"
                 )
             seeds = runs if seeds is None else seeds & runs
             side.append(values(row, metric, rows))

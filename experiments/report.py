@@ -1,11 +1,11 @@
-"""Report on the runs of an experiment file: a table of tasks, or the page that the file names.
+"""Report the complete runs of an experiment file as a table of tasks or as a page.
 
   python -m experiments.report experiments/shapes.yaml
   python -m experiments.report experiments/paper.yaml
 
-The report has the runs that are complete. Metrics come from log.txt of the runs, minutes from the
-records of experiments.run, and chance levels from the data. experiments/page.py explains the tables
-of a page.
+If the file has the key `page`, the report is written to this path. If not, a table of tasks is
+printed. Metrics come from log.txt of the runs, minutes from the records of experiments.run, and
+chance levels from the data. experiments/page.py explains the tables of a page.
 """
 
 import functools

@@ -3,14 +3,14 @@
   python -m experiments.run experiments/shapes.yaml
   python -m experiments.run experiments/paper.yaml --rows full hard --dry_run
 
-A row is one command. Its result is a folder below the folder `output` of the file. A row waits for
-the rows that it starts from. A complete row is not started again. An interrupted row continues. If
-a row fails, the end of its log is shown and the other rows go on.
+A row is one command. It has a folder inside the folder that the key `output` of the file names. A
+row waits for the rows that it starts from. A complete row is not started again. An interrupted row
+continues. If a row fails, the end of its log is shown and the other rows go on.
 
 The keys of a row are listed below. Only `script` is required.
   script   a script of the repository, or a module such as dataset.shapes
   config   a YAML file of configs/
-  set      keys of the configuration to change
+  set      new values of keys of the configuration
   from     the value of --checkpoint: ROW for the file checkpoint_last.pth of that row, ROW/FILE.pth
            for another file, or random
   needs    a list of other rows to wait for. All rows wait for a row with the name `data`
@@ -20,9 +20,9 @@ The keys of a row are listed below. Only `script` is required.
            --seed, a module does not. If a row without seeds starts from ROW, it starts from the
            first seed
   each     a list of values. Each gives a row, in which {each} stands for the value
-  creates  a file that exists if the row is complete
+  creates  a file that the row creates. If it is missing, the row is not complete
   minutes  expected minutes on one core
-  metrics  a mapping of labels in the table of tasks to names in log.txt
+  metrics  the metrics in the table of tasks: a mapping from a label to the name in log.txt
 """
 
 import ctypes
@@ -175,7 +175,7 @@ def run(rows: Rows, places: Iterable[Place]) -> tuple[list[str], list[str]]:
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
         raise Interrupted(
-            error.signum, "the running rows have saved their state: continue with the same command"
+            error.signum, "the running rows have saved their state: repeat the command to continue"
         ) from None
 
 

@@ -590,7 +590,7 @@ def describe_scores(model: Inference, hits: Sequence[Hit], total: int) -> list[s
     lines = [f"ITC: probability by similarity, a softmax over all {total:,} images"]
     if by_match:
         lines.insert(0, "ITM: probability that image and text match")
-    order = f"ranked by {'the logit of ITM, images without ITM by ITC' if by_match else 'ITC'}"
+    order = f"ranked by {'the logit of ITM, then images without ITM by ITC' if by_match else 'ITC'}"
     if measured:
         better, worse = max(measured.itc, measured.itm), min(measured.itc, measured.itm)
         order += f"; in the validation after training {measured.by.upper()} ranked better, with a"

@@ -305,7 +305,7 @@ class Inference:
             A list [(index, score), ...] for each query, the best first.
         """
         if of not in ("images", "texts"):
-            raise InputError(f"rank: of is {of!r}, but must be images or texts")
+            raise InputError(f"rank: of={of!r}, but it must be 'images' or 'texts'")
         rerank = self.default_rerank if rerank is None else rerank
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking needs images and texts: give both, or set rerank=0")

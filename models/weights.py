@@ -361,8 +361,9 @@ def _check_complete(
     if unused:
         raise InputError(
             f"{source} has {len(unused)} tensors that the model has no place for:"
-            f" {summarize_names(unused)}; check whether the file is from a deeper model, another"
-            f" kind of model, another fusion_layer or a task with two images{hint}"
+            f" {summarize_names(unused)}; check whether the file belongs to a deeper model, to"
+            " another kind of model, to a model with another fusion_layer, or to a task with two"
+            f" images{hint}"
         )
 
 

@@ -302,7 +302,7 @@ def test_expressions_to_test_on(run, shapes, write):
     assert report["files"][0]["wrong"] == {
         "unknown 'ref_id'": 1,
         "no 'ref_id'": 1,
-        "another image than its ref's": 1,
+        "not the image of its 'ref_id'": 1,
     }
     assert "lacks the key refcoco_data" in problems_of(run(**keys)[2])[0][1]
 

@@ -531,7 +531,7 @@ BAD = {
     ),
     "of": (
         lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"),
-        "but must be images or texts",
+        "but it must be 'images' or 'texts'",
     ),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "features of others": (

@@ -295,7 +295,7 @@ def test_a_full_disk_within_an_epoch_is_survived(tiny_config, tmp_path, capfd, w
         limit(None)
     assert (
         "cannot write" in (message := capfd.readouterr().err)
-        and "saves again after 2 iterations" in message
+        and "the next save follows after 2 iterations" in message
     )
     assert_same_run(whole, tmp_path)
 

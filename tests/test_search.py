@@ -338,7 +338,7 @@ def test_killed_twice_changed_and_thinned_it_equals_one_made_in_one_go(
         done = len(state.paths)
     assert (
         "SIGTERM" in (tmp_path / "output").read_text()
-        and "the same command continues" in (tmp_path / "output").read_text()
+        and "repeat the command to continue" in (tmp_path / "output").read_text()
     )
 
     every = sorted(folder.rglob("*[0-9].jpg"))

@@ -92,7 +92,7 @@ def test_names_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     assert "x*.tar does not exist" in refusal(expand, ["x*.tar"])
     assert "none/0*.tar does not exist (1 of the 2" in refusal(expand, ["{.,none}/0*.tar"])
     assert "{00000..3.tar has an unmatched brace" in refusal(expand, ["{00000..3.tar"])
-    assert "00001.tar is named twice;" in refusal(expand, ["00001.tar", "x.json", "00001.tar"])
+    assert "00001.tar is named twice, so" in refusal(expand, ["00001.tar", "x.json", "00001.tar"])
     assert f"{tmp_path}/00001.tar is named twice (as 00001.tar)" in refusal(
         expand, ["00001.tar", tmp_path / "00001.tar"]
     )
@@ -796,6 +796,6 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(to_shards, "add_member", full)
-    with pytest.raises(TrainingStopped, match="No space left .*run the same command again"):
+    with pytest.raises(TrainingStopped, match="No space left .*repeat the command"):
         to_shards.convert(lists, tmp_path / "images", tmp_path / "out", samples=10, workers=2)
     assert not list((tmp_path / "out").glob("*.tar"))

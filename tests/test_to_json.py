@@ -228,7 +228,7 @@ def test_rows_that_cannot_be_used_are_named_by_line(convert):
         ),
         "a.jpg,a dog\nb.jpg,a cat\n": (
             "'a.jpg', 'a dog'",
-            "line 1 of a CSV or TSV file names the columns",
+            "line 1 holds the names of the columns",
         ),
         "path,text\n": ("no rows",),
         "": ("no rows",),

@@ -1,8 +1,8 @@
 """Check all data that a task's configuration names, and report the problems.
 
 A run stops at the first wrong entry of a list, and replaces or refuses unusable samples
-(docs/troubleshooting.md). This command reads all entries and decodes every image once. If there is
-no problem, it also builds the data sets, so that the task's script accepts the data.
+(docs/troubleshooting.md). This command reads all entries and decodes every image once. If it finds
+no problem, it also builds the data sets as the script of the task does.
 """
 
 import contextlib

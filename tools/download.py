@@ -1,9 +1,9 @@
 """Download the released files of ALBEF and unpack the archives among them.
 
-The same command continues an interrupted download. The SHA-256 of a downloaded file is recorded in
-FILE.sha256. It is verified whenever this command names the file again or a script loads the file.
-Unpacking keeps existing files. The environment variables http_proxy, https_proxy and no_proxy
-configure proxies.
+To continue an interrupted download, repeat the command. The SHA-256 of a downloaded file is
+recorded in FILE.sha256. It is verified whenever this command names the file again or a script loads
+the file. Unpacking keeps existing files. The environment variables http_proxy, https_proxy and
+no_proxy configure proxies.
 
 names of the files:
 """

@@ -69,7 +69,8 @@ query.add_argument(
 query.add_argument(
     "--threshold",
     type=float,
-    help="smallest probability of an image to print: by ITM, or by ITC if no image is re-ranked",
+    help="print only images whose probability is at least this. It is the probability by ITM, or by"
+    " ITC if no image is re-ranked",
 )
 query.add_argument(
     "--checkpoint", metavar="SOURCE", help="new path of the checkpoint, if it has moved"
@@ -131,7 +132,7 @@ def make_index(args: argparse.Namespace) -> None:
     before = open_index(args.output)
     model = load_model(args.checkpoint, args.device, config=args.config, overrides=args.set)
     with interruptible(
-        f"{args.output} keeps the images embedded so far; the same command continues"
+        f"{args.output} keeps the images embedded so far; repeat the command to continue"
     ):
         changes = update_index(args.output, before, model, images, problems, prune=args.prune)
     print_results(
@@ -236,7 +237,7 @@ def list_copies(args: argparse.Namespace) -> None:
         write_groups(args.html, groups, len(index.paths))
         note(f"wrote {args.html}")
     if not args.json:
-        note("equal: share of equal hash bits of an image and an earlier image of its group")
+        note("equal: share of hash bits in which an image equals an earlier image of its group")
         note("   equal  image")
     for group in groups:
         lines = [*(f"{copy.likeness:8.1%}  {show(copy.path)}" for copy in group), ""]

@@ -1,8 +1,8 @@
 """Write pre-training lists and their image files into WebDataset shards.
 
 Network file systems and hard disks read a few large files faster than millions of small ones.
-Images are copied byte for byte. Equal inputs give equal shards. After an interruption the same
-command continues.
+Images are copied byte for byte. Equal inputs give equal shards. To continue after an
+interruption, repeat the command.
 """
 
 import functools
@@ -59,7 +59,7 @@ def write_shard(job: tuple[Path, Sequence[int]], annotations: "Entries", image_r
 
     shard, indices = job
     list_of_skipped, skipped = shard.with_name(f"{shard.stem}_skipped.txt"), []
-    remedy = "make room and run the same command again; complete shards are kept"
+    remedy = "make room and repeat the command; complete shards are kept"
     with (
         writing(shard, remedy),
         atomic_write(shard) as file,

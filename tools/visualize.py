@@ -29,7 +29,7 @@ parser.add_argument(
     help="number of queries in retrieval.png and of boxes in attributes.png",
 )
 parser.add_argument(
-    "--caption", metavar="TEXT", help="caption of the test set of --run to draw in query.png"
+    "--caption", metavar="TEXT", help="caption to draw in query.png, from the test set of --run"
 )
 parser.add_argument(
     "--checkpoint",
@@ -54,14 +54,14 @@ parser.add_argument(
     "--gradcam_mode",
     choices=["itm", "itc"],
     default="itm",
-    help="attention to explain. itm: cross-attention, with a map for each word; itc: self-attention"
-    " of the image encoder, without maps of words",
+    help="attention that the heat maps show. itm: cross-attention, with a map for each word; itc:"
+    " self-attention of the image encoder, without maps of words",
 )
 parser.add_argument(
     "--block_num",
     type=int,
-    help="index of the layer, from 0. Default for itm: the third layer with cross-attention, or an"
-    " earlier one if the model has no later layer. Default for itc: the last layer",
+    help="index of the layer, from 0. Default for itm: the third layer with cross-attention, or the"
+    " last but one of at most three. Default for itc: the last layer",
 )
 parser.add_argument(
     "--pseudo_targets", action="store_true", help="draw the proposals of the momentum model"

@@ -108,7 +108,7 @@ def write_groups(path: str | Path, groups: Sequence[Sequence[Any]], total: int) 
         rows.append(ROW.format(heading=heading, figures="\n".join(figures)))
     summary = [
         f"{len(groups)} groups with {len(copies)} of the {total:,} images in {printable(common)}",
-        "share of equal hash bits of an image and an earlier image of its group",
+        "share of hash bits in which an image equals an earlier image of its group",
     ]
     _write(path, "Near-copies", summary, "\n".join(rows))
 

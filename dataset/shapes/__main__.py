@@ -22,7 +22,8 @@ def main() -> None:
         "--seed",
         type=at_least(0),
         default=0,
-        help="random seed of the scenes; train, val and test are disjoint for any seeds",
+        help="random seed of the scenes. Each combination of objects belongs to one split, the same"
+        " for all seeds",
     )
     flags.add_argument(
         "--image_size", type=int, default=96, help="height and width of the images in pixels"

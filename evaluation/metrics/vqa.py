@@ -133,7 +133,7 @@ def describe_vqa_formulas(counts: Mapping[str, int]) -> str:
         ),
         "own": (
             f"by min(1, matches / min(3, n)) of normalized answers for the {counts['own']}"
-            " questions with another number n of answers"
+            f" questions whose number n of answers is not {OFFICIAL_ANSWERS}"
         ),
     }
     capped = (
