@@ -222,7 +222,7 @@ def _add_training_flags(parser: Parser) -> None:
         const=True,
         type=_parse_bool,
         metavar="True",
-        help="continue the run in --output_dir from its last checkpoint. Only"
-        " Pretrain.py can continue a run of another folder: add --checkpoint with a checkpoint of"
-        " that run",
+        help="continue the run in --output_dir from its last checkpoint. To"
+        " continue a run of another folder, add --checkpoint with a checkpoint of that run; only"
+        " Pretrain.py can do this",
     )

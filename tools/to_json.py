@@ -250,7 +250,9 @@ def _read_parquet(args: argparse.Namespace) -> Sources:
     from dataset.parquet import is_parquet, read_parquet
 
     if others := [source for source in args.sources if not is_parquet(source)]:
-        raise InputError(f"{others[0]}: not a Parquet file; convert it in another call")
+        raise InputError(
+            f"{others[0]}: not a Parquet file; convert it separately from Parquet files"
+        )
     if args.encoding:
         raise InputError("--encoding: Parquet files have no encoding; leave this flag out")
     table = read_parquet(
