@@ -533,7 +533,7 @@ def test_killed_at_random_and_restarted_equals_undisturbed(tmp_path):
     whole = launch("tests/helpers/troubled.py", *arguments, TRACE=trace)
     assert whole.returncode == 0, whole.stderr
     (iterations,) = map(len, chaos.lives(tmp_path / "whole.trace"))
-    kinds = ["process", "data worker", "everything"]
+    kinds = ["data worker", "everything"]  # tests/test_nodes.py kills one process
     chaos.disturb(
         config, tmp_path / "parts", tmp_path / "parts.trace", kinds, random.Random(3), longest=1
     )
