@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from tokenizers import AddedToken, decoders, models, processors
@@ -129,36 +129,14 @@ class Tokenizer:
         """Return the text of token ids [L]."""
         return self.backend_tokenizer.decode(list(map(int, ids)), skip_special_tokens)
 
-    def get_vocab(self) -> dict[str, int]:
-        """Return the id of each word piece."""
-        return self.backend_tokenizer.get_vocab()
-
-    @overload
-    def convert_tokens_to_ids(self, tokens: str) -> int: ...
-
-    @overload
-    def convert_tokens_to_ids(self, tokens: Iterable[str]) -> list[int]: ...
-
-    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> int | list[int]:
-        """Return the id of a word piece or a list of ids. An unknown piece has the id of [UNK]."""
-        if not isinstance(tokens, str):
-            return [self.convert_tokens_to_ids(token) for token in tokens]
-        found = self.backend_tokenizer.token_to_id(tokens)
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Return the id of a word piece. An unknown piece has the id of [UNK]."""
+        found = self.backend_tokenizer.token_to_id(token)
         return self.unk_token_id if found is None else found
 
-    @overload
-    def convert_ids_to_tokens(self, ids: int) -> str | None: ...
-
-    @overload
-    def convert_ids_to_tokens(self, ids: "Iterable[int] | Tensor") -> list[str | None]: ...
-
-    def convert_ids_to_tokens(
-        self, ids: "int | Iterable[int] | Tensor"
-    ) -> str | None | list[str | None]:
-        """Return the word piece of an id or a list of them. None stands for an unknown id."""
-        if isinstance(ids, int):
-            return self.backend_tokenizer.id_to_token(ids)
-        return [self.backend_tokenizer.id_to_token(int(token)) for token in ids]
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        """Return the word piece of an id, "" for an unknown id."""
+        return self.backend_tokenizer.id_to_token(token_id) or ""
 
 
 def build_tokenizer(source: Path | str) -> Tokenizer:

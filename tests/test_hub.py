@@ -89,7 +89,10 @@ def test_a_folder_has_weights_configuration_vocabulary_and_card(
         "tokenizer.json",
         "README.md",
     }
-    assert build_tokenizer(folder).get_vocab() == build_tokenizer(shapes / "vocab.txt").get_vocab()
+    assert (
+        build_tokenizer(folder).backend_tokenizer.get_vocab()
+        == build_tokenizer(shapes / "vocab.txt").backend_tokenizer.get_vocab()
+    )
     config = load_config(folder / "config.json")  # JSON is YAML
     assert config.bert_config.vocab_size == len((shapes / "vocab.txt").read_text().splitlines())
     assert config.bert_config.hidden_act == "gelu" and config.image_res == 32

@@ -54,9 +54,15 @@ def test_folder_with_vocab_or_tokenizer_json(tokenizer, tmp_path):
 def test_marks_and_line_ends_of_windows_and_other_separators_do_not_move_ids(tokenizer, tmp_path):
     vocab = Path("tests/golden/vocab.txt").read_text()
     (tmp_path / "vocab.txt").write_bytes(b"\xef\xbb\xbf" + vocab.replace("\n", "\r\n").encode())
-    assert build_tokenizer(tmp_path / "vocab.txt").get_vocab() == tokenizer.get_vocab()
+    assert (
+        build_tokenizer(tmp_path / "vocab.txt").backend_tokenizer.get_vocab()
+        == tokenizer.backend_tokenizer.get_vocab()
+    )
     (tmp_path / "vocab.txt").write_bytes((vocab + "\u2028\nlast\n").encode())
-    assert build_tokenizer(tmp_path / "vocab.txt").get_vocab()["last"] == len(tokenizer) + 1
+    assert (
+        build_tokenizer(tmp_path / "vocab.txt").backend_tokenizer.get_vocab()["last"]
+        == len(tokenizer) + 1
+    )
 
 
 # as of a model that is not BERT
@@ -154,7 +160,7 @@ def test_own_vocabularies_keep_marks_in_any_composition_and_no_case(vocabulary, 
             assert tokenizer(unicodedata.normalize(form, caption).upper())["input_ids"] == expected
     assert tokenizer.decode(ids[2], skip_special_tokens=True) == "un café"
     plain = vocabulary(["a red circle", "a blue circle"], output)
-    theirs = BertTokenizer(plain.get_vocab(), strip_accents=False)
+    theirs = BertTokenizer(plain.backend_tokenizer.get_vocab(), strip_accents=False)
     for text in ("a red Circle", "circled, red", "un café"):
         assert plain(text)["input_ids"] == theirs(text)["input_ids"][:-1]
 

@@ -4,8 +4,7 @@
 values, and {} fits every object.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import product
+from collections.abc import Iterable
 from random import Random
 
 from .scenes import COLORS, FILLS, SHAPES, SIZES, Object, Scene
@@ -69,20 +68,6 @@ def facts_of(obj: Object, keys: Iterable[str]) -> Facts:
 def count_fitting(objects: Iterable[Object], facts: Facts) -> int:
     """Count the objects that the facts fit."""
     return sum(all(o[key] == value for key, value in facts.items()) for o in objects)
-
-
-def draw_absent(rng: Random, objects: Iterable[Object], keys: Sequence[str]) -> Facts:
-    """Draw facts that fit no object, mostly near misses.
-
-    In a near miss all values occur but not on one object, or one of the values occurs.
-    """
-    present = {tuple(o[key] for key in keys) for o in objects}
-    seen = {value for values in present for value in values}
-    free = [values for values in product(*(TABLES[key] for key in keys)) if values not in present]
-    common = [sum(value in seen for value in values) for values in free]
-    least = min(rng.choices((2, 1, 0), (5, 4, 1))[0], max(common))
-    near = [values for values, count in zip(free, common, strict=True) if count >= least]
-    return dict(zip(keys, rng.choice(near), strict=True))
 
 
 def phrase(rng: Random, facts: Facts, count: int = 1, noun: str = NOUNS[0]) -> str:
