@@ -146,7 +146,7 @@ def claim_table(
         mean = finding.mean if finding.effects else None
         low, high = finding.interval or (None, None)
         interval = f" ({signed(low)} to {signed(high)})" if finding.interval else ""
-        p = f"{finding.p:.3f}" if finding.p >= 0.001 else "below 0.001"
+        p = f"{finding.p:.4f}" if finding.p >= 0.001 else "below 0.001"
         p = MISSING if finding.verdict.endswith("seeds") else p
         paper = paper_effect(claim)
         cells = [signed(mean) + interval, p, signed(paper), finding.verdict]
