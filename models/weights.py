@@ -361,9 +361,8 @@ def _check_complete(
     if unused:
         raise InputError(
             f"{source} has {len(unused)} tensors that the model has no place for:"
-            f" {summarize_names(unused)}; check whether the file belongs to a deeper model, to"
-            " another kind of model, to a model with another fusion_layer, or to a task with two"
-            f" images{hint}"
+            f" {summarize_names(unused)}; check whether it is of a deeper model, of another kind of"
+            f" model, of another fusion_layer, or of a task with two images{hint}"
         )
 
 
