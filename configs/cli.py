@@ -160,6 +160,33 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     """
     parser = Parser(description, f"--config {config} {example}")
     parser.set_defaults(evaluate=not trains, split=None, resume=False)
+    _add_sources(parser, config, trains)
+    shown = "evaluate only, without training" if trains else argparse.SUPPRESS
+    parser.add_argument("--evaluate", action="store_true", help=shown)
+    if trains:
+        _add_training_flags(parser)
+    parser.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="keep initial weights for tensors that --checkpoint lacks",
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
+    parser.add_argument("--seed", default=42, type=at_least(0), help="random seed")
+    wait = "seconds that a rank waits for other ranks"
+    parser.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help=wait)
+    parser.add_set()
+    names = "--help_keys", "--help-keys"
+    parser.add_argument(
+        *names, action=_ShowKeys, nargs=0, help="list all configuration keys and exit"
+    )
+    # accepted for released command lines, without effect: the launcher decides
+    for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_sources(parser: Parser, config: str, trains: bool) -> None:
+    """Add the flags of files and folders: configuration, output, weights and vocabulary."""
     start = "weights to start from" if trains else "weights to evaluate"
     texts = {
         "--config": (
@@ -187,28 +214,6 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
     for flag, (metavar, text) in texts.items():
         default = "" if flag == "--checkpoint" else None
         parser.add_argument(flag, metavar=metavar, default=default, help=text)
-    shown = "evaluate only, without training" if trains else argparse.SUPPRESS
-    parser.add_argument("--evaluate", action="store_true", help=shown)
-    if trains:
-        _add_training_flags(parser)
-    parser.add_argument(
-        "--allow_missing",
-        action="store_true",
-        help="keep initial weights for tensors that --checkpoint lacks",
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
-    parser.add_argument("--seed", default=42, type=at_least(0), help="random seed")
-    wait = "seconds that a rank waits for other ranks"
-    parser.add_argument("--timeout", default=TIMEOUT, type=at_least(1, float), help=wait)
-    parser.add_set()
-    names = "--help_keys", "--help-keys"
-    parser.add_argument(
-        *names, action=_ShowKeys, nargs=0, help="list all configuration keys and exit"
-    )
-    # accepted for released command lines, without effect: the launcher decides
-    for name in ("--world_size", "--dist_url", "--distributed", "--local_rank", "--local-rank"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    return parser
 
 
 def _add_training_flags(parser: Parser) -> None:
