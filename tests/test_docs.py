@@ -9,6 +9,8 @@ from conftest import ROOT
 from configs.config import BERT_FIELDS
 from configs.config import FIELDS as KEYS
 from configs.docs import MEANINGS, PAGE, list_keys, make_page
+from configs.load import load_config
+from dataset.text import SHORT_TOKENS
 
 PAGES = [
     path
@@ -172,3 +174,26 @@ def test_the_page_of_keys_is_up_to_date():
     names = [line.partition(":")[0] for line in list_keys().splitlines() if line[0] != " "]
     assert names == [*KEYS, *(f"bert_config.{name}" for name in BERT_FIELDS)]
     assert all(MEANINGS[name].endswith(".") for name in names)
+
+
+def test_the_picture_of_the_architecture_has_the_numbers_of_its_configuration():
+    config = load_config(ROOT / "configs/Pretrain.yaml")
+    bert, side = config.bert, config.resolution // config.patch_size
+    fusion, size = bert.fusion_layer, f"width {bert.hidden_size}, {bert.num_attention_heads} heads"
+    picture = (ROOT / "docs/architecture.svg").read_text()
+    assert re.findall(r"<text[^>]*>([^<]*\d[^<]*)</text>", picture) == [
+        f"{config.resolution} × {config.resolution} pixels",
+        f"{side} × {side} patches of {config.patch_size}²",
+        f"[CLS], at most {SHORT_TOKENS} tokens",
+        f"MLM: {config.mlm_probability:.0%} masked",
+        f"ViT, {config.vision_depth} layers",
+        f"width {config.vision_width}",
+        f"{config.vision_heads} heads",
+        *(f"BERT layers 1 to {fusion}", size),
+        *(f"BERT layers {fusion + 1} to {bert.num_hidden_layers}", size),
+        f"[CLS] projected to {config.embed_dim}, temperature {config.temp:g}",
+        f"{bert.vocab_size:,}",
+        f"m ← {config.momentum:g} m + {1 - config.momentum:.3g} θ",
+        f"{config.queue_size:,} image and",
+        *[f"α {config.alpha:g}"] * 2,
+    ]
