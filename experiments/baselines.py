@@ -16,7 +16,7 @@ from typing import Any
 from configs.cli import Parser
 from engine.launch import run_script
 from engine.output_dir import make_output_dir
-from utils import InputError, atomic_write, read_regular
+from utils import atomic_write
 
 Entry = dict[str, Any]
 Key = Callable[[Entry], Any]
@@ -41,18 +41,20 @@ def usual_answer(entry: Entry) -> str:
     return Counter(entry["answer"]).most_common(1)[0][0]
 
 
-def entailment(data: Path, read: Callable[[str], Any]) -> dict[str, float]:
+def entailment(data: Path) -> dict[str, float]:
     """Return the accuracy of rules for visual entailment."""
+    from dataset.entries import read_json_list
+
     covers = {
         f"{split}_covered/{Path(scene['image']).stem}": scene["covered"]
         for split in ("train", "test")
-        for scene in read(f"scenes_{split}.json")
+        for scene in read_json_list(data / f"scenes_{split}.json")
     }
 
     def curtain(entry: Entry) -> str | None:
         return covers["/".join(Path(entry["image"]).parts[-2:])]
 
-    train, test = read("ve_train.json"), read("ve_test.json")
+    train, test = (read_json_list(data / f"ve_{split}.json") for split in ("train", "test"))
     rules: dict[str, Key] = {
         "majority": lambda entry: None,
         "text": lambda entry: entry["sentence"],
@@ -67,11 +69,12 @@ def entailment(data: Path, read: Callable[[str], Any]) -> dict[str, float]:
     return scores
 
 
-def questions(read: Callable[[str], Any]) -> dict[str, float]:
+def questions(data: Path) -> dict[str, float]:
     """Return the VQA accuracy of rules."""
+    from dataset.entries import read_json_list
     from evaluation.metrics import vqa_accuracy
 
-    train, test = read("vqa_train.json"), read("vqa_test.json")
+    train, test = (read_json_list(data / f"vqa_{split}.json") for split in ("train", "test"))
     rules: dict[str, Key] = {
         "majority": lambda entry: None,
         "text": lambda entry: entry["question"],
@@ -88,15 +91,17 @@ def questions(read: Callable[[str], Any]) -> dict[str, float]:
     return scores
 
 
-def objects(data: Path, read: Callable[[str], Any]) -> dict[str, float]:
+def objects(data: Path) -> dict[str, float]:
     """Return the grounding accuracy of a random detected box and of a random object."""
+    from dataset.entries import read_json_list
     from dataset.refer import load_detections, load_refer
     from evaluation.metrics import chance_grounding
 
     refer = load_refer(str(data))
-    ref_ids = [entry["ref_id"] for entry in read("grounding_test.json")]
+    ref_ids = [entry["ref_id"] for entry in read_json_list(data / "grounding_test.json")]
     candidates: dict[int, list] = {}
-    for annotation in read("refcoco+/instances.json")["annotations"]:
+    instances = json.loads((data / "refcoco+/instances.json").read_bytes())
+    for annotation in instances["annotations"]:
         candidates.setdefault(annotation["image_id"], []).append(annotation["bbox"])
     detected = load_detections(str(data / "refcoco+/dets.json"), refer)
     scores = {}
@@ -109,15 +114,8 @@ def objects(data: Path, read: Callable[[str], Any]) -> dict[str, float]:
 def main() -> None:
     """Write the scores of the rules to log.txt and print them."""
     args = parser.parse_args()
-
-    def read(name: str) -> Any:
-        try:
-            return json.loads(read_regular(args.data / name))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{args.data / name}: {error}") from None
-
-    make_output_dir(args.output_dir, flag="output_dir")
-    scores = entailment(args.data, read) | questions(read) | objects(args.data, read)
+    make_output_dir(args.output_dir)
+    scores = entailment(args.data) | questions(args.data) | objects(args.data)
     with atomic_write(args.output_dir / "log.txt", "w") as file:
         file.write(json.dumps({f"test_{name}": value for name, value in scores.items()}) + "\n")
     for name, value in scores.items():

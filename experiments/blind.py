@@ -13,7 +13,7 @@ from typing import Any
 
 from configs.cli import Parser
 from engine.launch import run_script
-from utils import InputError, atomic_write, read_regular
+from utils import atomic_write
 
 GRAY = (128, 128, 128)
 SIDE = 96  # pixels
@@ -44,15 +44,14 @@ def main() -> None:
     args = parser.parse_args()
     from PIL import Image
 
+    from dataset.entries import read_json_list
+
     args.output.mkdir(parents=True, exist_ok=True)
     picture = args.output.resolve() / "gray.jpg"
     if args.without == "image":
         Image.new("RGB", (SIDE, SIDE), GRAY).save(picture)
     for file in args.files:
-        try:
-            entries = json.loads(read_regular(file))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: {error}") from None
+        entries = read_json_list(file)
         has_suffix = Path(entries[0]["image"]).suffix
         name = str(picture if has_suffix else picture.with_suffix(""))
         with atomic_write(args.output / Path(file).name, "w") as copy:

@@ -12,19 +12,20 @@ The examples are not selected: a figure shows the first entry of each image. Fig
 wrong predictions.
 """
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.cli import Parser
 from engine.launch import run_script
-from utils import InputError, percent, read_regular
+from utils import percent
 
 if TYPE_CHECKING:
     from inference import Inference
     from visualize.draw import Panel
 
 IMAGES = 6
+COLUMNS = 3  # of Figures 2, 4 and 5
 WORDS = 8  # columns of Figure 6
 FILES = {2: "test.json", 4: "grounding_test.json", 5: "vqa_test.json", 6: "test.json"}
 
@@ -37,83 +38,72 @@ parser.add_argument("--data", type=Path, required=True, help="folder of a shapes
 parser.add_argument("--output", required=True, help="picture to write")
 
 
-def first_entries(data: Path, file: str) -> list[dict[str, Any]]:
+def first_entries(file: Path) -> list[dict[str, Any]]:
     """Return the first entry of each of the first images of a file. Raises InputError."""
-    try:
-        entries = json.loads(read_regular(data / file))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{data / file}: {error}") from None
+    from dataset.entries import read_json_list
+
     found: dict[str, dict[str, Any]] = {}
-    for entry in entries:
+    for entry in read_json_list(file):
         found.setdefault(entry["image"], entry)
     return list(found.values())[:IMAGES]
 
 
-def expected_words(model: "Inference", data: Path) -> "list[list[Panel]]":
-    """Return a panel for each image with the expected last words of its caption (Figure 2)."""
+def expected_words(model: "Inference", data: Path, entries: list[dict]) -> "Iterator[list[Panel]]":
+    """Yield a panel of each image with the expected last words of its caption (Figure 2)."""
     from dataset.images import load_image
     from visualize.draw import Panel
 
-    panels = []
-    for entry in first_entries(data, FILES[2]):
+    for entry in entries:
         path, caption = data / entry["image"], entry["caption"][0]
         word, candidates = model.fill_in(path, caption)[-1]
         before = caption.rsplit(" ", 1)[0]
         words = ", ".join(f"{found.text} {percent(found.score)}" for found in candidates[:3])
         picture = load_image(str(path)).permute(1, 2, 0).numpy()
         title = f"{before} [{word}]:\n{words}"
-        panels.append(Panel(picture, None, title, right=candidates[0].hit))
-    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+        yield [Panel(picture, None, title, right=candidates[0].hit)]
 
 
-def expressions(model: "Inference", data: Path) -> "list[list[Panel]]":
-    """Return a panel for each image with the box of an expression (Figure 4)."""
+def expressions(model: "Inference", data: Path, entries: list[dict]) -> "Iterator[list[Panel]]":
+    """Yield a panel of each image with the box of an expression (Figure 4)."""
     from dataset.refer import box_iou, load_detections, load_refer
     from evaluation.metrics.grounding import RIGHT_IOU
     from visualize.draw import Panel
 
     refer = load_refer(str(data))
     detected = load_detections(str(data / "refcoco+/dets.json"), refer)
-    panels = []
-    for entry in first_entries(data, FILES[4]):
+    for entry in entries:
         path, text, ref_id = data / entry["image"], entry["text"], entry["ref_id"]
         candidates = [box[:4] for box in detected[int(refer.refs[ref_id]["image_id"])]]
         best, _ = model.ground(path, text, candidates)[0]
-        right = box_iou(best, refer.boxes[ref_id]) >= RIGHT_IOU
-        heat = model.heat_map(path, text)
         boxes = [best, refer.boxes[ref_id]]
-        panels.append(Panel(heat.pictures[0], heat.whole, text, right=right, boxes=boxes))
-    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+        heat, right = model.heat_map(path, text), box_iou(*boxes) >= RIGHT_IOU
+        yield [Panel(heat.pictures[0], heat.whole, text, right=right, boxes=boxes)]
 
 
-def questions(model: "Inference", data: Path) -> "list[list[Panel]]":
-    """Return a panel for each image with the answer to a question (Figure 5)."""
+def questions(model: "Inference", data: Path, entries: list[dict]) -> "Iterator[list[Panel]]":
+    """Yield a panel of each image with the answer to a question (Figure 5)."""
     from experiments.baselines import usual_answer
     from visualize.draw import Panel
 
-    panels = []
-    for entry in first_entries(data, FILES[5]):
+    answers = str(data / "answer_list.json")
+    for entry in entries:
         path, question = data / entry["image"], entry["question"]
-        answers = str(data / "answer_list.json")
         answer, true = model.answer(path, question, answers)[0][0], usual_answer(entry)
         heat = model.heat_map(path, question, answers)
         title = f"{question} {answer}" + f" (true: {true})" * (answer != true)
-        panels.append(Panel(heat.pictures[0], heat.whole, title, right=answer == true))
-    return [panels[i : i + 3] for i in range(0, len(panels), 3)]
+        yield [Panel(heat.pictures[0], heat.whole, title, right=answer == true)]
 
 
-def words(model: "Inference", data: Path) -> "list[list[Panel]]":
-    """Return a row for each image with the heat maps of the words of its caption (Figure 6)."""
+def words(model: "Inference", data: Path, entries: list[dict]) -> "Iterator[list[Panel]]":
+    """Yield a row for each image with the heat maps of the words of its caption (Figure 6)."""
     from visualize.draw import Panel
 
-    rows = []
-    for entry in first_entries(data, FILES[6]):
+    for entry in entries:
         heat = model.heat_map(data / entry["image"], entry["caption"][0])
-        maps = zip(heat.words[:WORDS], heat.by_word, strict=False)
         (picture,), hottest = heat.pictures, heat.by_word.max()
-        row = [Panel(picture, maps, word, hottest=hottest) for word, maps in maps]
-        rows.append([Panel(picture, None, ""), *row])
-    return rows
+        maps = zip(heat.words[:WORDS], heat.by_word, strict=False)
+        panels = [Panel(picture, of_word, word, hottest=hottest) for word, of_word in maps]
+        yield [Panel(picture, None, ""), *panels]
 
 
 FIGURES = {2: expected_words, 4: expressions, 5: questions, 6: words}
@@ -125,8 +115,12 @@ def main() -> None:
     from inference import load_model
     from visualize.draw import draw_panels
 
-    model = load_model(args.checkpoint)
-    draw_panels(FIGURES[args.figure](model, args.data), args.output)
+    entries = first_entries(args.data / FILES[args.figure])
+    rows = list(FIGURES[args.figure](load_model(args.checkpoint), args.data, entries))
+    if args.figure != 6:  # one panel for an image
+        panels = [panel for row in rows for panel in row]
+        rows = [panels[i : i + COLUMNS] for i in range(0, len(panels), COLUMNS)]
+    draw_panels(rows, args.output)
     print(f"wrote {args.output}")
 
 

@@ -15,7 +15,7 @@ import msgspec
 from configs.cli import Parser, at_least
 from engine.launch import run_script
 from engine.output_dir import make_output_dir
-from utils import InputError, atomic_write, read_regular
+from utils import InputError, atomic_write
 
 parser = Parser(__doc__)
 parser.add_argument("--checkpoint", required=True, help="checkpoint of pre-training or retrieval")
@@ -33,11 +33,9 @@ def write_galleries(source: str, size: int, folder: Path) -> list[Path]:
     Raises:
         InputError: The file cannot be read, or has too few images for a gallery.
     """
-    try:
-        entries = json.loads(read_regular(source))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--test_file {source}: {error}") from None
-    files = []
+    from dataset.entries import read_json_list
+
+    entries, files = read_json_list(source), []
     for start in range(0, len(entries) - size + 1, size):
         gallery = [
             {"image": entry["image"], "caption": entry["caption"][:1]}
@@ -60,7 +58,7 @@ def main() -> None:
     from evaluation.retrieval import evaluate
     from inference import load_model
 
-    make_output_dir(args.output_dir, flag="output_dir")
+    make_output_dir(args.output_dir)
     root = Path(args.test_file).parent
     loaded = load_model(args.checkpoint, overrides=[f"image_root={root}"])
     results = []

@@ -17,9 +17,10 @@ from typing import Any
 
 from configs.cli import Parser
 from configs.config import Config
+from configs.load import load_config
 from configs.tasks import TASKS, find
 from engine.launch import run_script
-from experiments.rows import Experiments, Row, Rows, effective_config, expand, read_experiments
+from experiments.rows import Experiments, Row, Rows, expand, read_experiments
 from utils import InputError
 
 MISSING = "–"
@@ -70,13 +71,17 @@ def _chances(task: str, config: Config, split: str) -> Mapping[str, float]:
     return find(chance)(build_dataset(task, split, config)) if isinstance(chance, str) else chance
 
 
-def chance(row: Row, metric: str, rows: Rows) -> float | None:
-    """Return the metric of guessing in percent with a run's settings, None if it is unknown."""
+def chance(row: Row, metric: str) -> float | None:
+    """Return the metric of guessing in percent, None if it is unknown.
+
+    The metric depends on the configuration of the row. A row without the key `config` has none.
+    """
     task = row.keys.task
+    if not task or not row.keys.config:
+        return None
     split = "val" if metric.startswith("val") else "test"
     try:
-        config = effective_config(row, rows)
-        chances = _chances(task.name, config, split) if task and config else {}
+        chances = _chances(task.name, load_config(row.keys.config, row.keys.overrides), split)
     except InputError:  # the data is not there yet
         return None
     return next((number for name, number in chances.items() if metric.endswith(name)), None)
@@ -98,7 +103,7 @@ def print_tasks(experiments: Experiments, output: Path) -> None:
         spent[name] = sum(row.minutes for row in [row, *others])
         first, time = name, f"{spent[name]:.1f}"
         for label, metric in row.keys.metrics.items():
-            guess = chance(row, metric, rows)
+            guess = chance(row, metric)
             cells = [shown({} if guess is None else {None: guess})]
             cells += [shown(values(name, metric, some)) for some in (scratch, rows)]
             print(f"{first:11}{label:20}{cells[0]:>8}{cells[1]:>14}{cells[2]:>13}{time:>9}")

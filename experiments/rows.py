@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from configs.config import Config
 from configs.effects import refuse_unread
-from configs.load import load_config, override, parse_yaml
+from configs.load import load_config, parse_yaml
 from configs.tasks import TASKS, Task
 from utils import InputError, atomic_write, read_regular
 
@@ -105,6 +104,7 @@ class Row:
 
     Attributes:
         name: Name of the row, and of the seed if there are several.
+        group: Name of the row without the seed.
         keys: Keys of the row in the file.
         seed: Random seed, None for the script's default.
         folder: Folder of the result.
@@ -113,6 +113,7 @@ class Row:
     """
 
     name: str
+    group: str
     keys: RowKeys
     seed: int | None
     folder: Path
@@ -124,20 +125,10 @@ class Row:
         """The file with the output of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
-    @property
-    def group(self) -> str:
-        """The name of the row without the seed."""
-        return self.name.rpartition("/seed")[0] if self.seed is not None else self.name
-
     def read_record(self) -> dict[str, Any]:
-        """Return the driver's record of the run, {} before the start. Raises InputError."""
+        """Return the driver's record of the run, {} before the start."""
         path = self.folder / RECORD
-        try:
-            return json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError as error:
-            raise InputError(
-                f"{path}: not valid JSON ({error}): remove {self.folder} to run the row again"
-            ) from None
+        return json.loads(path.read_bytes()) if path.exists() else {}
 
     def write_record(self, record: dict[str, Any]) -> None:
         """Write the record of the run."""
@@ -256,16 +247,9 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
         source = str(output / needs[-1] / path.name)
     try:
         flags = [part.replace("{folder}", str(folder)) for part in shlex.split(keys.flags)]
-    except ValueError as error:
-        raise InputError(
-            f"row {name}: the key `flags` is {keys.flags!r}, not a command line: {error}"
-        ) from None
-    if "--set" in flags:
-        raise InputError(f"row {name}: the key `flags` has --set: use the key `set` instead")
-    try:
         if keys.task:
             refuse_unread(keys.task.name, keys.overrides)
-    except InputError as error:
+    except (InputError, ValueError) as error:  # ValueError: a quote in `flags` is not closed
         raise InputError(f"row {name}: {error}") from None
     module = not keys.script.endswith(".py")
     command = ["-m", keys.script] if module else [keys.script]
@@ -276,7 +260,7 @@ def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Pat
     command += ["--checkpoint", source] * bool(source)
     command += ["--seed", str(seed)] * (seed is not None and not module)
     command += [*flags, *["--set"] * bool(keys.set), *keys.overrides]
-    return Row(run, keys, seed, folder, needs, command)
+    return Row(run, name, keys, seed, folder, needs, command)
 
 
 def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None) -> str:
@@ -287,41 +271,17 @@ def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None)
     return f"{other}/seed{seed if seed in seeds else seeds[0]}" if seeds else other
 
 
-def with_needs(rows: Rows, names: Iterable[str]) -> Rows:
-    """Return the rows of these names and all that they need, in the order of `rows`."""
-    wanted, todo = set(), list(names)
+def select(rows: Rows, names: Collection[str]) -> Rows:
+    """Return the runs of these rows and all runs that they need. Raises InputError."""
+    missing = set(names) - {row.group for row in rows.values()}
+    if missing:
+        raise InputError(f"--rows: there is no row {missing.pop()}: --dry_run lists the rows")
+    todo, wanted = [row.name for row in rows.values() if row.group in names], set()
     while todo:
         name = todo.pop()
-        if name not in wanted:
-            wanted.add(name)
-            todo += rows[name].needs
+        wanted.add(name)
+        todo += rows[name].needs
     return {name: row for name, row in rows.items() if name in wanted}
-
-
-def select(rows: Rows, names: Iterable[str]) -> Rows:
-    """Return the runs of these rows and all runs that they need. Raises InputError."""
-    wanted = {name: [run.name for run in rows.values() if run.group == name] for name in names}
-    missing = [name for name, runs in wanted.items() if not runs]
-    if missing:
-        raise InputError(f"--rows: there is no row {missing[0]}: --dry_run lists the rows")
-    return with_needs(rows, [run for runs in wanted.values() for run in runs])
-
-
-def effective_config(row: Row, rows: Rows) -> Config | None:
-    """Return the configuration of a run, None if it is the default of the script.
-
-    A row without `config` has the configuration of the row that it starts from, if both have the
-    same script.
-
-    Raises:
-        InputError: The configuration is not accepted.
-    """
-    if row.keys.config:
-        return load_config(row.keys.config, row.keys.overrides)
-    config, source = None, rows[row.needs[-1]] if row.keys.has_source else row
-    if source is not row and source.keys.script == row.keys.script:
-        config = effective_config(source, rows)
-    return config and override(config, row.keys.overrides, f"row {row.name}")
 
 
 def settings(row: Row, rows: Rows) -> dict[str, Any]:
