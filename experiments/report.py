@@ -126,15 +126,8 @@ def main() -> None:
     """Report on an experiment file."""
     parser = Parser(__doc__)
     parser.add_argument("file", help="experiment file, such as experiments/paper.yaml")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results (default: the key output of the file)",
-    )
-    args = parser.parse_args()
-    experiments = read_experiments(args.file)
-    report(experiments, args.output or Path(experiments.output))
+    experiments = read_experiments(parser.parse_args().file)
+    report(experiments, Path(experiments.output))
 
 
 if __name__ == "__main__":

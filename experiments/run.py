@@ -206,12 +206,6 @@ def main() -> None:
         help="leave out pre-training, start from random weights, and write to OUTPUT-scratch",
     )
     parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="folder of the results (default: the key output of the file)",
-    )
-    parser.add_argument(
         "--jobs",
         type=at_least(1),
         help="number of parallel runs (default: number of GPUs, or of cores if there is no GPU)",
@@ -221,7 +215,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     experiments = read_experiments(args.file)
-    output = args.output or Path(experiments.output + "-scratch" * args.scratch)
+    output = Path(experiments.output + "-scratch" * args.scratch)
     rows = expand(experiments, output, scratch=args.scratch)
     if args.rows:
         rows = select(rows, args.rows)

@@ -35,7 +35,7 @@ def main() -> None:
         help="replace a data set that was made with other arguments",
     )
     args = flags.parse_args()
-    from .files import TASKS, vocabulary, write_dataset
+    from .files import vocabulary, write_dataset
 
     made = write_dataset(**vars(args))
     print(
@@ -43,8 +43,6 @@ def main() -> None:
         f" {args.captions} captions each, a vocabulary of {len(vocabulary())} word pieces"
         + ("" if made else " (already there)")
     )
-    for name, task in TASKS.items():
-        print(f"{name}: {', '.join(task.FILES)}")
 
 
 if __name__ == "__main__":

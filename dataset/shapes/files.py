@@ -13,22 +13,14 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.pool import in_processes, process_count
-from utils import InputError, atomic_write, read_regular
+from utils import InputError, atomic_write
 
 from . import attributes, captions, grounding, nlvr, relevance, ve, vqa
 from .scenes import BACKGROUNDS, SHAPES, SPLITS, Scene, Scenes, combination_of, draw_scene, render
 from .words import NUMBERS, TABLES, WORDS, plural
 
 VERSION = 7  # version of the generator; data of another version is replaced
-TASKS = {
-    "retrieval": captions,
-    "VQA": vqa,
-    "VE": ve,
-    "NLVR2": nlvr,
-    "grounding": grounding,
-    "attributes": attributes,
-    "relevance": relevance,
-}
+TASKS = (captions, vqa, ve, nlvr, grounding, attributes, relevance)
 RANGES = {"train": (2, 999_999), "noise": (0, 1), "image_size": (48, 1024), "captions": (1, 20)}
 SCENES = tuple(f"scenes_{split}.json" for split in SPLITS)
 
@@ -45,7 +37,7 @@ def vocabulary() -> list[str]:
         *WORDS.values(),
         nouns,
         NUMBERS,
-        *(task.TEXTS for task in TASKS.values()),
+        *(task.TEXTS for task in TASKS),
     ]
     words = {
         word
@@ -118,7 +110,7 @@ def save(path: Path, content: Any) -> None:
 
 def clear(output: Path) -> None:
     """Remove the files of an earlier call from the folder."""
-    for name in (*SCENES, *(name for task in TASKS.values() for name in task.FILES)):
+    for name in (*SCENES, *(name for task in TASKS for name in task.FILES)):
         (output / name).unlink(missing_ok=True)
     if (output / "images").exists():
         shutil.rmtree(output / "images")
@@ -129,12 +121,10 @@ def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bo
 
     Raises InputError if it holds other files, or another data set without `overwrite`.
     """
-    try:
-        made = json.loads(read_regular(output / "shapes.json"))
-    except (OSError, ValueError):
-        made = None
-    if not isinstance(made, dict) or "complete" not in made:
-        if output.is_dir() and any(output.iterdir()):
+    marker = output / "shapes.json"
+    made = json.loads(marker.read_bytes()) if marker.is_file() else {}
+    if "complete" not in made:
+        if any(output.glob("*")):
             raise InputError(
                 f"{output}: holds files but no data set of shapes; choose another --output"
             )
@@ -240,7 +230,7 @@ def _write(output: Path, arguments: dict[str, Any]) -> None:
     save(output / "vocab.txt", "\n".join(vocabulary()) + "\n")
     for name, content in zip(SCENES, scenes.values(), strict=True):
         save(output / name, content)
-    for task in TASKS.values():
+    for task in TASKS:
         for name, content in zip(task.FILES, task.annotations(scenes, seed), strict=True):
             save(output / name, content)
     save(marker, json.dumps({**arguments, "complete": True}))
