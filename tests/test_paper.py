@@ -5,12 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import exit_status
+from conftest import refusal
 from PIL import Image
 
 from dataset.build import build_dataset
 from evaluation.retrieval import evaluate
 from experiments.baselines import apply_rule
+from experiments.galleries import write_galleries
 from inference import load_model
 
 
@@ -46,13 +47,8 @@ def test_galleries_are_evaluated_as_lists_of_their_own(call, files, shapes, tmp_
     assert {"test_k2_r_mean", "test_r_mean", "test_itc_txt_r1"} <= found.keys()
 
 
-@pytest.mark.parametrize(("size", "name"), [(13, "12 images"), (5, "none.json")])
-def test_a_file_without_a_gallery_is_refused(call, files, shapes, tmp_path, capsys, size, name):
-    file = shapes / "test.json" if size == 13 else tmp_path / "none.json"
-    arguments = ("--checkpoint", files["retrieval"], "--test_file", file, "--size", size)
-    arguments += ("--output_dir", tmp_path / "out")
-    assert exit_status(lambda: call("experiments.galleries", *arguments)) == 2
-    assert name in capsys.readouterr().err
+def test_a_file_without_a_gallery_is_refused(shapes, tmp_path):
+    assert "12 images" in refusal(write_galleries, shapes / "test.json", 13, tmp_path)
 
 
 @pytest.mark.parametrize(("file", "key"), [("ve", "sentence"), ("vqa", "question")])

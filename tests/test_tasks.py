@@ -36,12 +36,13 @@ from models.weights import load_checkpoint
 @pytest.fixture
 def config_of(tiny_config, few_shapes):
     """The configuration of a script on its data."""
-    keys = {
-        "scheduler": {**tiny_config["scheduler"], "epochs": 2},
-        "batch_size_test": 5,
-        "max_skipped": 0.0,
-    }
-    return lambda script: {**tiny_config, **data_of(script, few_shapes), **keys}
+    keys = {"batch_size_test": 5, "max_skipped": 0.0}
+
+    def build(script, epochs=2):
+        scheduler = {**tiny_config["scheduler"], "epochs": epochs}
+        return {**tiny_config, **data_of(script, few_shapes), **keys, "scheduler": scheduler}
+
+    return build
 
 
 @pytest.fixture
@@ -82,14 +83,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(
     config_of, run, shapes, tmp_path, capsys
 ):
-    config = {**config_of("VQA"), "answer_list": None, "num_beams": 2, "val_file": None}
+    config = {**config_of("VQA", 1), "answer_list": None, "num_beams": 2, "val_file": None}
     tokenizer = build_tokenizer(config["tokenizer"])
     answer = "a red circle left of a blue star, a green square and a pink moon"
     entries = json.loads((shapes / "vqa_train.json").read_text())[:16]
     entries[3] |= {"answer": [answer, "red"], "dataset": "vqa"}
     (tmp_path / "train.json").write_text(json.dumps(entries))
     config["train_file"] = [str(tmp_path / "train.json")]
-    config["scheduler"]["epochs"] = 1
     length = len(tokenizer(answer + "[SEP]")["input_ids"]) - 1  # without [CLS]
     assert length > 11
     with mock.patch.object(VQA, "generate", autospec=True, side_effect=VQA.generate) as generate:
@@ -114,8 +114,7 @@ def test_generated_answers_may_be_as_long_as_the_longest_to_train_on(
 
 @pytest.mark.parametrize("script", METRICS)
 def test_two_processes_train_and_evaluate_as_one_evaluates(config_of, run, tmp_path, script):
-    config = {**config_of(script), "val_file": None}
-    config["scheduler"]["epochs"] = 1
+    config = {**config_of(script, 1), "val_file": None}
     command = command_line(config, tmp_path / "two", tmp_path)
     two = launch(f"{script}.py", *command, "--checkpoint", tmp_path / "pretrained.pth")
     assert two.returncode == 0, two.stderr
@@ -197,8 +196,7 @@ def test_a_run_says_where_it_stands_and_what_comes_next(config_of, run, call, tm
 def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
     config_of, run, tmp_path, capsys
 ):
-    config, folder = config_of("VQA"), tmp_path / "run"
-    config["scheduler"]["epochs"] = 1
+    config, folder = config_of("VQA", 1), tmp_path / "run"
     run("VQA", config, folder)
     before, results = contents(folder), folder / "evaluation"
     evaluate = functools.partial(run, "VQA", checkpoint=folder / "checkpoint_best.pth")
@@ -240,9 +238,7 @@ def test_the_configuration_is_that_of_the_flag_or_the_checkpoint_or_the_script(
 ):
     weights = torch.load("pretrained.pth")
     torch.save({**weights, "config": config_of("Pretrain_nlvr")}, "pretrained.pth")
-    config = config_of("VE")
-    config["scheduler"]["epochs"] = 1
-    run("VE", config, tmp_path / "mine")
+    run("VE", config_of("VE", 1), tmp_path / "mine")
     tested = [entry["test_acc"] for entry in log(tmp_path / "mine")]
     capsys.readouterr()
 
@@ -291,8 +287,7 @@ def test_the_default_folder_is_named_after_task_and_configuration():
 
 
 def test_vqa_results_are_what_the_official_server_takes(config_of, run, shapes, tmp_path, capsys):
-    config = {**config_of("VQA"), "val_file": None}
-    config["scheduler"]["epochs"] = 1
+    config = {**config_of("VQA", 1), "val_file": None}
     run("VQA", config, tmp_path / "run")
     assert "VQA accuracy overall" in capsys.readouterr().out
 
@@ -442,8 +437,7 @@ def test_accuracies_are_percent(config_of, run, tmp_path, monkeypatch, capsys, s
 def test_grounding_reads_its_splits_from_several_files_and_trains_without_refs(
     config_of, run, shapes, tmp_path
 ):
-    config = config_of("Grounding")
-    config["scheduler"]["epochs"] = 1
+    config = config_of("Grounding", 1)
     train, test = (
         json.loads((shapes / f"grounding_{split}.json").read_text()) for split in ("train", "test")
     )
