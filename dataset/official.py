@@ -25,13 +25,6 @@ _FOLDER = re.compile(r"(train|val|test)\d{4}")  # folders of COCO's images
 SPLITS = {"train": "train", "restval": "train", "val": "val", "dev": "val", "test": "test"}
 
 
-class Usage(NamedTuple):
-    """The file of an image under the image folder, and the names of the rows that use it."""
-
-    file: str
-    rows: list[str]
-
-
 class CaptionedFile(NamedTuple):
     """An image with its captions, before it becomes entries of a list."""
 
@@ -196,38 +189,32 @@ class ImageFinder:
     """Find images in a folder that may lack the publisher's subfolders.
 
     Attributes:
-        paths: Path under the folder by the publisher's path.
+        paths: Path in the lists by the publisher's path.
+        files: Path of the file under the folder by the path in the lists.
         missing: Paths of the images that do not exist.
-        usages: Usage of each image by the path of its entries.
     """
 
     def __init__(self, image_root: str) -> None:
-        self.image_root, self.paths, self.missing = image_root, {}, []
-        self.usages: dict[str, Usage] = {}
+        self.image_root, self.paths, self.files, self.missing = image_root, {}, {}, []
 
-    def __call__(self, path: str, row: str, suffix: str = "") -> str:
+    def __call__(self, path: str, suffix: str = "") -> str:
         """Return the longest tail of a path that is a file with this suffix, else the path.
 
         Args:
             path: The publisher's path, without the suffix.
-            row: Name of the row that uses the image.
             suffix: Suffix that the entries of the lists leave out.
         """
         if path not in self.paths:
             parts = path.split("/")
-            tails = ["/".join(parts[i:]) for i in range(len(parts))]
-            files = (
-                tail
-                for tail in tails
-                if os.path.isfile(os.path.join(self.image_root, tail + suffix))
-            )
-            self.paths[path] = next(files, None)
-            if self.paths[path] is None:
-                self.paths[path] = path
+            for tail in ("/".join(parts[i:]) for i in range(len(parts))):
+                if os.path.isfile(os.path.join(self.image_root, tail + suffix)):
+                    break
+            else:
+                tail = path
                 self.missing.append(path + suffix)
-        found = self.paths[path]
-        self.usages.setdefault(found, Usage(found + suffix, [])).rows.append(row)
-        return found
+            self.paths[path] = tail
+            self.files[tail] = tail + suffix
+        return self.paths[path]
 
 
 def convert(
@@ -268,10 +255,6 @@ def convert(
     else:
         held = ", ".join(f"{path} holds {form.title}" for path, form in forms.items())
         raise InputError(f"{held}: convert one kind at a time")
-    if not lists:
-        raise InputError(
-            f"{problems[0]} (first of {len(problems):,} problems; no entry can be used)"
-        )
     return dict(lists), problems
 
 
@@ -325,7 +308,7 @@ def _convert_coco(
         where = f"{path} image {image_id}"
         if usable := _usable(texts, where, problems):
             split = folder[1] if folder else "train"
-            image = find(f"{folder[0]}/{name}" if folder else name, where)
+            image = find(f"{folder[0]}/{name}" if folder else name)
             lists[split].append(CaptionedFile(image, usable, image_id))
 
 
@@ -337,7 +320,7 @@ def _convert_karpathy(
         if image.split not in SPLITS:
             problems.append(f"{where}: its split {image.split!r} is unknown")
         elif usable := _usable([sentence.raw for sentence in image.sentences], where, problems):
-            name = find("/".join(filter(None, (image.filepath, image.filename))), where)
+            name = find("/".join(filter(None, (image.filepath, image.filename))))
             image_id = next((key for key in (image.cocoid, image.imgid) if key is not None), number)
             lists[SPLITS[image.split]].append(CaptionedFile(name, usable, image_id))
 
@@ -371,7 +354,7 @@ def _convert_vqa(
         split = next((split for split in ("train", "val") if subtype.startswith(split)), "test")
         for question in content.questions:
             where = f"{path} question {question.question_id}"
-            image = find(f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg", where)
+            image = find(f"{folder}/COCO_{folder}_{question.image_id:012d}.jpg")
             entry = {
                 "image": image,
                 "question": question.question,
@@ -395,11 +378,11 @@ def _convert_vqa(
 def _convert_nlvr2(
     path: str, rows: list[tuple], find: ImageFinder, lists: Lists, problems: list[str]
 ) -> None:
-    for where, row in rows:
+    for _, row in rows:
         split = row.identifier.partition("-")[0]
         folder = f"images/train/{row.directory}" if split == "train" else split
         stem = row.identifier.rpartition("-")[0]
-        images = [find(f"{folder}/{stem}-img{number}.png", where) for number in (0, 1)]
+        images = [find(f"{folder}/{stem}-img{number}.png") for number in (0, 1)]
         entry = {"images": images, "sentence": row.sentence, "label": row.label}
         lists[SPLITS[split.rstrip("0123456789")]].append(entry)
 
@@ -411,7 +394,7 @@ def _convert_snli_ve(
     split = SPLITS[named[0]] if named else "train"
     for where, row in rows:
         if row.label in _LABELS:
-            image = find(row.image.removesuffix(".jpg"), where, ".jpg")
+            image = find(row.image.removesuffix(".jpg"), ".jpg")
             lists[split].append({"image": image, "sentence": row.sentence, "label": row.label})
         else:
             problems.append(f"{where}: its gold_label {row.label!r} is not a class")

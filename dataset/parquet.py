@@ -9,15 +9,15 @@ import importlib
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from dataset.images import FORMATS
-from dataset.official import SPLITS, CaptionedFile
-from dataset.tables import find_columns, nothing_usable, read_pair
+from dataset.official import SPLITS
+from dataset.tables import Captions, find_columns, read_pair
 from utils import InputError, TrainingStopped, atomic_write, hash_contents, open_regular
 
 NAMES = {**SPLITS, "validation": "val", "valid": "val"}  # splits by their names in data sets
@@ -45,77 +45,47 @@ class Columns(NamedTuple):
         return [self.image, *self.texts, *[SPLIT_COLUMN] * self.split]
 
 
-class ParquetCaptions(NamedTuple):
-    """The captions of Parquet tables.
-
-    Attributes:
-        lists: Images with their captions by split: train, val or test.
-        rows: Names of the rows of each image.
-        problems: Problems of unusable rows.
-        summaries: A description of each table.
-    """
-
-    lists: dict[str, list[CaptionedFile]]
-    rows: dict[str, list[str]]
-    problems: list[str]
-    summaries: list[str]
-
-
 def is_parquet(source: str) -> bool:
     """Return whether a source is a Parquet table by its name."""
     return source.lower().endswith(".parquet")
 
 
 def read_parquet(
-    sources: Sequence[str],
-    image_root: str,
+    source: str,
+    captions: Captions,
     folder: Path,
     *,
     image_column: str | None = None,
     text_column: str | None = None,
-) -> ParquetCaptions:
-    """Read Parquet tables and write the images that they hold.
+) -> None:
+    """Read a Parquet table and write the images that it holds.
 
     The split of a row is in the column `split`, else in the name of the file, as in
     `validation-00000-of-00002.parquet` or `test/0000.parquet`, else it is train.
 
     Args:
-        sources: Files of the tables.
-        image_root: Folder that the resulting paths and the paths in the tables start from.
+        source: File of the table.
+        captions: Collection that the captions are added to.
         folder: Folder of the written images, which are named by their content.
         image_column: Column of the images, by default recognized by its type or name.
         text_column: Column of the captions, by default recognized by its name. NAME reads
             NAME_0, NAME_1, ... if there is no such column.
 
     Raises:
-        InputError: A table cannot be read, or no row can be used.
+        InputError: The table cannot be read.
         TrainingStopped: An image cannot be written.
     """
-    captions, rows, problems, summaries = {}, {}, [], []
-    for source in sources:
-        with _open(source) as table:
-            columns = _find_columns(source, table.schema_arrow, image_column, text_column)
-            named = _split_of_name(source)
-            summaries.append(_describe(source, columns, named))
-            for number, row in enumerate(_rows(source, table, columns.names()), 1):
-                name = f"{source} row {number}"
-                try:
-                    split = _split_of_row(row, columns, named)
-                    image, texts = _pair(row, columns, image_root, folder)
-                except ValueError as error:
-                    problems.append(f"{name}: {error}")
-                    continue
-                # each text once
-                captions.setdefault(split, {}).setdefault(image, {}).update(dict.fromkeys(texts))
-                rows.setdefault(image, []).append(name)
-    if not captions:
-        raise nothing_usable(problems, sources)
-    lists = {
-        split: [CaptionedFile(image, list(texts)) for image, texts in captions[split].items()]
-        for split in dict.fromkeys(NAMES.values())
-        if split in captions
-    }
-    return ParquetCaptions(lists, rows, problems, summaries)
+    with _open(source) as table:
+        columns = _find_columns(source, table.schema_arrow, image_column, text_column)
+        named = _split_of_name(source)
+        captions.summaries.append(_describe(source, columns, named))
+        for number, row in enumerate(_rows(source, table, columns.names()), 1):
+            try:
+                split = _split_of_row(row, columns, named)
+                image, texts = _pair(row, columns, captions.image_root, folder)
+                captions.add(image, texts, split)
+            except ValueError as error:
+                captions.problems.append(f"{source} row {number}: {error}")
 
 
 @contextlib.contextmanager

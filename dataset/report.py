@@ -1,17 +1,13 @@
-"""Reports on annotation files: problems, repeated entries, lengths of texts, sizes of images."""
+"""Check of the data of a task: all entries of its files, and the images that they name."""
 
 import contextlib
 import functools
-import itertools
 import os
-import sys
 import warnings
-from array import array
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,9 +16,8 @@ from configs.tasks import find_task
 from dataset.attributes import Box, read_boxes
 from dataset.base import evenly
 from dataset.build import construct_dataset, find_form, split_keys
-from dataset.cache import locate
 from dataset.caption import Pair
-from dataset.entries import Entry, digest, read_entries, where
+from dataset.entries import Entry, read_entries, where
 from dataset.grounding import Expression
 from dataset.images import (
     Exif,
@@ -35,16 +30,35 @@ from dataset.images import (
 )
 from dataset.loading import check_length
 from dataset.pool import begin_worker
-from dataset.shards import Shards, expand, image_and_captions, read_sample
-from dataset.text import NOTABLE, count_words, is_blank, without_halves
+from dataset.shards import Position, Shards, expand, image_and_captions, read_sample
+from dataset.text import is_blank, without_halves
 from dataset.vqa import ROOTS, Question
 from evaluation.metrics import count_vqa_formulas
 from utils import InputError
 
-EXAMPLES, UNKNOWN_SHOWN = 3, 10  # repeated entries and unknown words in a report
-# bins of the shorter side in pixels, by their last values
-BINS = {63: "<64", 127: "64-127", 255: "128-255", 511: "256-511", 1023: "512-1023"}
-LAST_BIN = ">=1024"
+
+class Seen(NamedTuple):
+    """The result of decoding an image.
+
+    Attributes:
+        kind: The reason why the image cannot be used, in a few words, "" if it can be used.
+        problem: The reason in full.
+        turned: Whether the image has an EXIF orientation.
+    """
+
+    kind: str = ""
+    problem: str = ""
+    turned: bool = False
+
+
+class SeenSample(NamedTuple):
+    """The result of reading a sample of a shard: image and captions, or the error."""
+
+    path: str
+    key: str
+    image: Seen = Seen()
+    captions: tuple[str, ...] = ()
+    error: str = ""
 
 
 def name_entry(path: str | None, entry: int | str | None) -> str:
@@ -62,30 +76,31 @@ def begin() -> None:
     torch.set_num_threads(1)
 
 
-def decode(job: tuple, exif: Exif) -> dict[str, Any]:
-    """Decode an image of a list, or of a sample of a shard, as a run does.
+def decode(path: str, exif: Exif, data: bytes | None = None) -> Seen:
+    """Decode an image as a run does.
 
     Args:
-        job: Path of the image or shard, index, and Position of the sample in its shard, if any.
+        path: The file.
         exif: As in `decode_image`.
+        data: Content of the file, by default read from it.
     """
-    path, index, *position = job
-    seen: dict[str, Any] = {"index": index, "path": path}
     try:
-        if position:
-            sample = read_sample(*position)
-            seen["key"] = sample["__key__"]
-            data, seen["texts"] = image_and_captions(sample, name_entry(path, seen["key"]))
-            seen["digest"] = digest((data, seen["texts"]))
-        else:
-            data = read_image(path)
-        seen["side"] = min(decode_image(data, path, exif).shape[1:])
-        seen["exif"] = has_orientation(data)
-    except InputError as error:
-        seen["error"] = error
+        data = read_image(path) if data is None else data
+        decode_image(data, path, exif)
     except ImageError as error:
-        seen |= {"kind": error.kind, "problem": error.problem}
-    return seen
+        return Seen(error.kind, error.problem)
+    return Seen(turned=has_orientation(data))
+
+
+def decode_sample(position: Position, exif: Exif) -> SeenSample:
+    """Read a sample of a shard as a run does."""
+    sample = read_sample(position)
+    path, key = position.path, sample["__key__"]
+    try:
+        data, captions = image_and_captions(sample, name_entry(path, key))
+    except InputError as error:
+        return SeenSample(path, key, error=str(error))
+    return SeenSample(path, key, decode(path, exif, data), tuple(captions))
 
 
 class Check:
@@ -99,21 +114,12 @@ class Check:
 
     Attributes:
         problems: Problems of entries, files and keys, as {file, entry, problem}.
-        notes: Remarks that do not stop a run.
-        tokenizer: Tokenizer that counts word pieces, None to count none.
-        refer: Data set of REFER that expressions are compared with, if any.
     """
 
     def __init__(self, task: str, config: Config, images: int | None, run: Callable) -> None:
         self.task, self.config, self.images, self.run = find_task(task), config, images, run
-        self.problems, self.notes, self.trained_images = [], [], set()
-        self.tokenizer = self.refer = None
+        self.problems: list[dict[str, Any]] = []
         self.files = split_keys(self.task)
-        roots = ROOTS.values() if task == "vqa" else ["image_root"]
-        self.roots = {root: getattr(config, root) for root in roots}
-        self.missing_roots = {
-            root for root, folder in self.roots.items() if not os.path.isdir(folder or os.curdir)
-        }
 
     def add(
         self, problem: InputError | str, path: str | None = None, entry: int | str | None = None
@@ -132,10 +138,11 @@ class Check:
 
     def report_files(self) -> list[dict[str, Any]]:
         """Check the annotation files of all splits and return a report on each."""
+        roots = self._find_roots()
         reports = []
         # grounding validates and tests on one file
         for key, split in {key: split for split, key in self.files.items()}.items():
-            before, form, shards = len(self.problems), find_form(self.task, split), []
+            before, form, shards, of_key = len(self.problems), find_form(self.task, split), [], []
             for path in getattr(self.config, key) or ():
                 with self.noting(path):
                     found = expand([path])[1] if form is Pair else []
@@ -143,20 +150,32 @@ class Check:
                         with self.noting(shard):
                             shards += Shards([shard], 1).paths
                     if not found:
-                        reports.append(FileReport(self, key, path, form).read())
+                        of_key.append(FileReport(self, key, path, form).read(roots))
             if shards:
                 file = " ... ".join(dict.fromkeys((shards[0], shards[-1])))
-                shards = list(dict.fromkeys(shards))
-                reports.append(FileReport(self, key, file, form).read_shards(shards))
-            images = sum(sum(of["unusable"].values()) for of in reports if of["key"] == key)
+                report = FileReport(self, key, file, form)
+                of_key.append(report.read_shards(list(dict.fromkeys(shards))))
+            images = sum(report["unusable"].total() for report in of_key)
             if len(self.problems) == before + images and getattr(self.config, key):
                 self._construct([split for split in self.files if self.files[split] == key])
+            reports += of_key
         return reports
+
+    def _find_roots(self) -> dict[str, str]:
+        """Return the image folders by their keys. Missing folders are problems."""
+        keys = ROOTS.values() if self.task.name == "vqa" else ["image_root"]
+        folders = {key: getattr(self.config, key) for key in keys}
+        roots = {key: folder for key, folder in folders.items() if folder is not None}
+        for key, folder in list(roots.items()):
+            if not os.path.isdir(folder or os.curdir):
+                self.add(f"{key}: folder {folder} does not exist; set {key} to another folder")
+                del roots[key]
+        return roots
 
     def _construct(self, splits: list[str]) -> None:
         """Build data sets as a script does, which finds problems of whole lists."""
-        for split in splits:
-            with self.noting():
+        with self.noting():
+            for split in splits:
                 dataset = construct_dataset(self.task.name, split, self.config)
                 if split == "train":
                     check_length(len(dataset), self.config.train_batch_size, world_size=1)
@@ -174,210 +193,82 @@ class FileReport:
 
     def __init__(self, check: Check, key: str, file: str, form: type[Entry] | None) -> None:
         self.check, self.form, self.path = check, form, file
-        self.report: dict[str, Any] = {
-            "key": key,
-            "file": file,
-            "form": form.__name__ if form else "Box",
-        }
-        self.counts = defaultdict(Counter)
-        self.digests, self.indices = array("Q"), array("Q")  # of each usable entry
-        self.words, self.pieces = array("L"), array("L")  # of each text
-        self.all_words = self.small = self.turned = 0
+        self.report: dict[str, Any] = {"key": key, "file": file, "entries": 0, "wrong": 0}
+        self.report |= {"images": 0, "looked_at": 0, "unusable": Counter()}
+        self.report["with_exif_orientation"] = 0
 
-    def read(self) -> dict[str, Any]:
-        """Read a list or a file of boxes, and its images."""
+    def read(self, roots: dict[str, str]) -> dict[str, Any]:
+        """Read a list or a file of boxes, and its images in the folders `roots`."""
 
         def refuse(number: int, error: InputError) -> None:
-            self._refuse(error, self.path, number)
+            self._refuse(str(error), self.path, number)
 
         if self.form is None:
             entries = read_boxes(self.path)[1]
         else:
             entries = list(read_entries(self.path, self.form, refuse=refuse))
-        images, config = {}, self.check.config
+        images: dict[str, int] = {}  # the first entry of each image
         for index, entry in enumerate(entries):
-            try:
-                if isinstance(entry, Expression) and self.check.refer:
-                    entry.check_ref(self.check.refer)
-            except InputError as error:
-                entry = refuse(index, error)
             if entry is None:
                 continue
             if isinstance(entry, Box):
-                root, paths, texts, value = "image_root", [entry.image], (), entry[:3]
+                root, paths = "image_root", [entry.image]
             else:
-                root, paths, texts = entry.root, entry.images, entry.texts
-                value = paths, texts, getattr(entry, "label", 0), getattr(entry, "ref_id", 0)
-            self._add_entry(self.path, index, index, texts, digest(value))
-            if isinstance(entry, Question) and entry.answer is not None:
-                annotation = {"question_id": entry.question_id, "answer": entry.answer}
-                self.counts["vqa_formulas"].update(count_vqa_formulas([annotation]))
-            if root not in self.check.missing_roots and getattr(config, root) is not None:
+                root, paths = entry.root, entry.images
+                self._check_texts(entry.texts, self.path, index)
+            if root in roots:
                 for path in paths:
-                    images.setdefault(absolute(getattr(config, root), path), index)
+                    images.setdefault(absolute(roots[root], path), index)
         paths = list(images)
-        for seen in self._decode(len(paths), lambda i: (paths[i], images[paths[i]])):
-            self._add_image(self.path, seen["index"], f"image {seen['path']}", seen)
-        self.report["entries"] = self.report["entries_read"] = len(entries)
-        return self._finish(paths, f"{'entry' if self.form else 'box'} {{}}".format)
+        chosen = [paths[i] for i in evenly(len(paths), self.check.images)]
+        for path, seen in zip(chosen, self._decode(decode, chosen), strict=True):
+            self._add_image(seen, self.path, images[path], f"image {path}")
+        questions = (
+            {"question_id": entry.question_id, "answer": entry.answer}
+            for entry in entries
+            if isinstance(entry, Question) and entry.answer is not None
+        )
+        self.report |= {"entries": len(entries), "images": len(paths)}
+        self.report["vqa_formulas"] = count_vqa_formulas(questions)
+        return self.report
 
     def read_shards(self, paths: list[str]) -> dict[str, Any]:
         """Read the samples of shards."""
         shards = Shards(paths, 1)
-        ends = list(itertools.accumulate(shards.counts))
-        self.report["shards"] = dict(zip(paths, shards.counts, strict=True))
-        if any(shards.others):
-            self.report["files_in_no_sample"] = sum(shards.others)
-
-        def job(index: int) -> tuple:
-            position = shards.position(index)
-            return position.path, index, position
-
-        def name(index: int) -> str:
-            shard, number = locate(index, ends)
-            return f"sample {number} of {os.path.basename(paths[shard])}"
-
-        for seen in self._decode(len(shards), job):
-            path, key = seen["path"], seen.get("key")
-            if "error" in seen:
-                self._refuse(seen["error"], path, key)
+        chosen = map(shards.position, evenly(len(shards), self.check.images))
+        for path, key, image, captions, error in self._decode(decode_sample, chosen):
+            if error:
+                self._refuse(error, path, key)
             else:
-                self._add_entry(path, key, seen["index"], seen["texts"], seen["digest"])
-                self._add_image(path, key, "image", seen)
-        read = len(evenly(len(shards), self.check.images))
-        self.report |= {"entries": len(shards), "entries_read": read}
-        return self._finish(range(len(shards)), name)
-
-    def _decode(self, length: int, job: Callable[[int], tuple]) -> Iterator[dict[str, Any]]:
-        """Return an iterator of decode(job(i)) for indices below `length`, in worker processes."""
-        indices, name = evenly(length, self.check.images), os.path.basename(self.path)
-        bar = tqdm(indices, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
-        boxes, exif = self.form in (None, Expression), self.check.config.exif
-        run = functools.partial(decode, exif=exif_of_boxes(exif) if boxes else exif)
-        return self.check.run(run, map(job, bar))
-
-    def _refuse(self, error: InputError, path: str, entry: int | str | None) -> None:
-        """Count an entry that cannot be used."""
-        self.counts["wrong"][error.kind] += 1
-        self.check.add(error, path, entry)
-
-    def _add_entry(
-        self, path: str, entry: int | str | None, index: int, texts: Iterable[str], value: int
-    ) -> None:
-        """Count an entry and its texts. value: digest of the entry."""
-        self.digests.append(value)
-        self.indices.append(index)
-        if not all([self._add_text(text) for text in texts]):
-            problem = "a caption is empty after clean-up; correct or remove it"
-            self._refuse(InputError(problem, "empty text"), path, entry)
-
-    def _add_text(self, text: str) -> bool:
-        """Count a text. Return whether anything is left of it after clean-up."""
-        words = self.form.clean(text, sys.maxsize).split(" ")
-        limit = self.check.config.max_words or self.form.max_words
-        kept = without_halves(" ".join(words[:limit]))
-        usable = not is_blank(kept)
-        self.words.append(len(words) if usable else 0)
-        if tokenizer := self.check.tokenizer:
-            pieces, count, unknown = count_words(kept, tokenizer)
-            self.pieces.append(pieces)
-            self.all_words += count
-            self.counts["unknown"].update(unknown)  # words that the vocabulary cannot spell
-        return usable
-
-    def _add_image(
-        self, path: str, entry: int | str | None, name: str, seen: dict[str, Any]
-    ) -> None:
-        """Count an image that was decoded."""
-        if "kind" in seen:
-            self.counts["unusable"][seen["kind"]] += 1
-            self.check.add(f"{name}: {seen['problem']}", path, entry)
-            return
-        side = seen["side"]
-        bins = (name for last, name in BINS.items() if side <= last)
-        self.counts["shorter_side"][next(bins, LAST_BIN)] += 1
-        self.turned += seen["exif"]
-        self.small += side < (self.check.config.image_res or 0)
-
-    def _finish(self, images: Sequence, name: Callable[[int], str]) -> dict[str, Any]:
-        """Complete the report.
-
-        Args:
-            images: Paths of all images, or all samples.
-            name: Function that returns the name of an entry.
-
-        Returns:
-            The report.
-        """
-        _, first, which = np.unique(self.digests, return_index=True, return_inverse=True)
-        earlier = first[which]  # the first entry with the digest of each
-        later = np.flatnonzero(earlier < np.arange(len(earlier))).tolist()
-        pairs = [(self.indices[i], self.indices[earlier[i]]) for i in later[:EXAMPLES]]
-        self.report |= {
-            "wrong": dict(self.counts["wrong"].most_common()),
-            "duplicates": len(later),
-            "first_duplicates": [f"{name(i)} repeats {name(j)}" for i, j in pairs],
-            "texts": len(self.words),
-        }
-        self._report_texts()
-        self._report_images(images)
+                self._check_texts(captions, path, key)
+                self._add_image(image, path, key, "image")
+        self.report |= {"shards": len(paths), "entries": len(shards), "images": len(shards)}
         return self.report
 
-    def _report_texts(self) -> None:
-        config, form = self.check.config, self.form
-        if self.words:
-            limit = config.max_words or form.max_words
-            self.report["words"] = _describe_lengths(self.words, limit)
-        if self.pieces:
-            most = self.check.tokenizer.model_max_length
-            limit = min(config.max_tokens or form.max_tokens or most, most)
-            self.report["word_pieces"] = _describe_lengths(self.pieces, limit)
-            unknown = self.counts["unknown"]
-            share = unknown.total() / max(1, self.all_words)
-            self.report["unknown_words"] = {
-                "count": unknown.total(),
-                "share_of_words": share,
-                "share_of_word_pieces": unknown.total() / sum(self.pieces),
-                "most_frequent": dict(unknown.most_common(UNKNOWN_SHOWN)),
-            }
-            if share > NOTABLE:
-                self._note(
-                    f"the vocabulary lacks {share:.1%} of the words; to make a vocabulary from"
-                    " captions, run python -m tools.vocabulary"
-                )
+    def _decode(self, function: Callable, items: Iterable) -> Iterator:
+        """Return an iterator of function(item, exif) in worker processes."""
+        name = os.path.basename(self.path)
+        bar = tqdm(items, desc=name, unit="img", leave=False, disable=None, dynamic_ncols=True)
+        boxes, exif = self.form in (None, Expression), self.check.config.exif
+        run = functools.partial(function, exif=exif_of_boxes(exif) if boxes else exif)
+        return self.check.run(run, bar)
 
-    def _report_images(self, images: Sequence) -> None:
-        training = self.report["key"] == "train_file"
-        trained = self.check.trained_images
-        looked_at = self.counts["shorter_side"].total() + self.counts["unusable"].total()
-        self.report |= {
-            "vqa_formulas": dict(self.counts["vqa_formulas"]),
-            "images": len(images),
-            "looked_at": looked_at,
-            "unusable": dict(self.counts["unusable"].most_common()),
-            "images_also_trained_on": 0 if training else len(trained.intersection(images)),
-            "shorter_side": {
-                name: self.counts["shorter_side"][name] for name in (*BINS.values(), LAST_BIN)
-            },
-            "smaller_than_image_res": self.small,
-            "with_exif_orientation": self.turned,
-        }
-        if training:
-            trained.update(images)
-            share = self.counts["unusable"].total() / max(1, looked_at)
-            if share > self.check.config.max_skipped:
-                self._note(
-                    f"{share:.1%} of the images cannot be used, which is more than max_skipped"
-                )
+    def _refuse(self, error: str, path: str, entry: int | str) -> None:
+        """Count an entry that cannot be used."""
+        self.report["wrong"] += 1
+        self.check.add(error, path, entry)
 
-    def _note(self, text: str) -> None:
-        self.check.notes.append(f"{self.report['key']} {self.path}: {text}")
+    def _check_texts(self, texts: Iterable[str], path: str, entry: int | str) -> None:
+        """Refuse an entry if one of its texts is empty after clean-up."""
+        limit = self.check.config.max_words
+        if any(is_blank(without_halves(self.form.clean(text, limit))) for text in texts):
+            problem = "a caption is empty after clean-up; correct or remove it"
+            self._refuse(problem, path, entry)
 
-
-def _describe_lengths(lengths: array, limit: int) -> dict[str, float]:
-    """Return quantiles of the lengths of texts, and the share that exceeds the limit."""
-    values = np.frombuffer(lengths, lengths.typecode)
-    names = ("min", "median", "p95", "max")
-    quantiles = np.quantile(values, [0, 0.5, 0.95, 1], method="inverted_cdf").tolist()
-    cut = float((values > limit).mean())
-    return {**dict(zip(names, quantiles, strict=True)), "limit": limit, "cut": cut}
+    def _add_image(self, seen: Seen, path: str, entry: int | str, name: str) -> None:
+        """Count an image that was decoded."""
+        self.report["looked_at"] += 1
+        self.report["with_exif_orientation"] += seen.turned
+        if seen.problem:
+            self.report["unusable"][seen.kind] += 1
+            self.check.add(f"{name}: {seen.problem}", path, entry)

@@ -6,11 +6,11 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from dataset.entries import read_json_list
-from dataset.images import FORMATS, SUFFIXES
+from dataset.images import FORMATS, SUFFIXES, absolute
 from dataset.shards import CAPTION_SUFFIXES, image_and_captions
 from dataset.text import MAX_WORDS, is_blank, pre_caption, without_halves
 from utils import InputError, read_regular
@@ -44,22 +44,32 @@ TEXTS = (
     "title",
 )
 DELIMITERS = ",\t;|"
+SHOWN = 3  # lines that a summary names
 
 
-class Table(NamedTuple):
-    """The captions of a table or folder.
+class Captions:
+    """Captions of images, collected from tables and folders.
+
+    Args:
+        image_root: Folder that the image paths start from.
 
     Attributes:
-        captions: Captions by image path.
-        rows: Names of the rows or caption files of each image.
+        lists: Captions by split and image path. Each caption of an image is kept once.
         problems: Problems of unusable rows.
-        summary: Description of what was read.
+        summaries: Description of each source.
     """
 
-    captions: dict[str, list[str]]
-    rows: dict[str, list[str]]
-    problems: list[str]
-    summary: str
+    def __init__(self, image_root: str) -> None:
+        self.image_root = image_root
+        self.lists: dict[str, dict[str, dict[str, None]]] = {}
+        self.problems: list[str] = []
+        self.summaries: list[str] = []
+        self._spellings: dict[str, str] = {}
+
+    def add(self, image: str, texts: list[str], split: str = "train") -> None:
+        """Add captions of an image. The first spelling of its path names the image."""
+        image = self._spellings.setdefault(absolute(self.image_root, image), image)
+        self.lists.setdefault(split, {}).setdefault(image, {}).update(dict.fromkeys(texts))
 
 
 def decode(path: str, data: bytes, encoding: str | None = None) -> str:
@@ -194,72 +204,51 @@ def find_columns(
     return image_column, caption_column
 
 
-def nothing_usable(problems: Sequence[str], sources: Sequence[str]) -> InputError:
-    """Return the InputError for sources without a usable row."""
-    if problems:
-        return InputError(
-            f"{problems[0]} (first of {len(problems):,} problems; no row can be used)"
-        )
-    return InputError(f"{', '.join(sources)}: no rows")
-
-
 def read_table(
     path: str,
     data: bytes,
-    image_root: str,
+    captions: Captions,
     *,
     encoding: str | None = None,
-    path_column: str | None = None,
+    image_column: str | None = None,
     text_column: str | None = None,
-) -> Table:
+) -> None:
     """Read a table of image paths and captions.
 
     Args:
         path: File of the table, for messages.
         data: Content of the file.
-        image_root: Folder that the image paths start from.
+        captions: Collection that the captions are added to.
         encoding: Encoding of the file, by default UTF-8, or UTF-16 if it has a byte order mark.
-        path_column: Column of the image paths, by default recognized by its name.
+        image_column: Column of the image paths, by default recognized by its name.
         text_column: Column of the captions, by default recognized by its name.
 
     Raises:
         InputError: The file cannot be read.
     """
-    columns, notes, captions, rows, problems = None, [], {}, {}, []
+    columns, notes, root = None, [], captions.image_root
 
     def columns_of(row: dict) -> tuple[str, str]:
         nonlocal columns
-        columns = columns or find_columns(row, path_column, text_column, path)
+        columns = columns or find_columns(row, image_column, text_column, path)
         return columns
 
     def is_row(row: dict) -> bool:
         image = row[columns_of(row)[0]].strip()
         suffix = os.path.splitext(image)[1].lower()
-        return suffix in SUFFIXES or bool(image and _find(image, image_root))
+        return suffix in SUFFIXES or bool(image and _find(image, root))
 
     for name, row in _rows(path, decode(path, data, encoding), is_row, notes):
         try:
-            image, texts = read_pair(row, columns_of, image_root)
+            captions.add(*read_pair(row, columns_of, root))
         except ValueError as error:
-            problems.append(f"{path} {name}: {error}")
-        else:
-            captions.setdefault(image, {}).update(dict.fromkeys(texts))  # each text once
-            rows.setdefault(image, []).append(f"{path} {name}")
-    captions = {image: list(texts) for image, texts in captions.items()}
-    return Table(captions, rows, problems, _describe(columns, notes))
-
-
-def _describe(columns: tuple[str, str] | None, notes: list[str]) -> str:
-    """Return which columns of a table were read, and how. notes: see `read_csv`."""
-    summary = "no rows"
+            captions.problems.append(f"{path} {name}: {error}")
     if columns:
-        summary = "images from column {!r}, captions from column {!r}".format(*columns)
-    if notes:
-        summary += (
-            f"; rows in which double quotes are ordinary characters: {len(notes):,}, the first is"
-            f" {notes[0]}"
-        )
-    return summary
+        summary = "{}: images from column {!r}, captions from column {!r}".format(path, *columns)
+        if notes:
+            summary += f"; double quotes are ordinary characters in {', '.join(notes[:SHOWN])}"
+            summary += f" and {len(notes) - SHOWN:,} more lines" * (len(notes) > SHOWN)
+        captions.summaries.append(summary)
 
 
 def _rows(
@@ -317,33 +306,25 @@ def _clean(texts: list) -> list[str]:
     return [" ".join(without_halves(text).split()) for text in texts]
 
 
-def read_folder(folder: str, image_root: str) -> Table:
+def read_folder(folder: str, captions: Captions) -> None:
     """Read the images of a folder and its subfolders with the captions in files beside them.
 
     As in shards, captions are the .txt file of the image's name, else "caption" in the .json file.
 
     Args:
         folder: The folder.
-        image_root: Folder that the resulting paths start from.
+        captions: Collection that the captions are added to.
     """
-    captions, rows, problems = {}, {}, []
+    problems = captions.problems
     for parent, folders, names in os.walk(folder):
         folders.sort()
         there, stems = set(names), set()
         for name in sorted(names):
             stem, suffix = os.path.splitext(name)
-            path = os.path.join(parent, name)
-            if name.startswith(".") or suffix[1:] in CAPTION_SUFFIXES:
-                continue
-            if suffix.lower() not in SUFFIXES:
-                if not there.isdisjoint(f"{stem}.{kind}" for kind in CAPTION_SUFFIXES):
-                    stems.add(stem)
-                    problems.append(
-                        f"{path}: has a caption, but its format is none of"
-                        f" {', '.join(FORMATS)}; convert it"
-                    )
+            if suffix.lower() not in SUFFIXES or name.startswith("."):
                 continue
             stems.add(stem)
+            path = os.path.join(parent, name)
             try:
                 sample = {"__key__": stem, "jpg": b""}
                 for kind in CAPTION_SUFFIXES:
@@ -352,17 +333,17 @@ def read_folder(folder: str, image_root: str) -> Table:
                 texts = _clean(image_and_captions(sample, path)[1])
                 if not texts:
                     raise InputError(f"{path}: its caption is empty")
-                image = os.path.relpath(path, image_root or os.curdir)
-                captions[image], rows[image] = texts, [path]
+                captions.add(os.path.relpath(path, captions.image_root or os.curdir), texts)
             except OSError as error:
                 problems.append(f"{path}: its caption cannot be read ({error.strerror})")
             except InputError as error:
                 problems.append(str(error))
-        texts_alone = (
-            name for name in sorted(names) if name.endswith(".txt") and name[:-4] not in stems
-        )
         problems += [
-            f"{os.path.join(parent, name)}: no image has this name" for name in texts_alone
+            f"{os.path.join(parent, name)}: no image of this name has one of the formats"
+            f" {', '.join(FORMATS)}"
+            for name in sorted(names)
+            if name.endswith(".txt") and name[:-4] not in stems
         ]
-    summary = "captions from .txt and .json files that are named like the images"
-    return Table(captions, rows, problems, summary)
+    captions.summaries.append(
+        f"{folder}: captions from .txt and .json files that are named like the images"
+    )

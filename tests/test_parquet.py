@@ -121,6 +121,15 @@ def test_columns_may_be_named_and_paths_start_from_the_image_root(convert, tmp_p
     assert "/" not in lists["train"][0]["image"]
 
 
+def test_tables_of_both_kinds_may_be_joined(convert, run_main, tmp_path):
+    convert({"x.parquet": {"image": embedded(0), "text": ["one"]}})
+    (tmp_path / "a.jpg").write_bytes(PICTURES[1])
+    (tmp_path / "captions.csv").write_text("path,text\na.jpg,two\n")
+    assert run_main("tools.to_json", "x.parquet", "captions.csv", "--output", "both")[0] == 0
+    entries = json.loads(Path("both/train.json").read_text())
+    assert contents(entries) == [(PICTURES[0], ["one"]), (PICTURES[1], ["two"])]
+
+
 def test_the_names_of_files_are_splits_and_images_can_be_held_out(convert):
     def table(*numbers):
         return {"image": embedded(*numbers), "text": [f"a {i}" for i in numbers]}
@@ -170,13 +179,10 @@ def test_bad_input_is_one_line(convert, tmp_path, monkeypatch):
     assert "'id', 'text'" in refused({"data.parquet": {"id": [1], "text": ["a"]}})
     assert "--text" in refused({"data.parquet": {"image": embedded(0), "label": [3]}})
     assert "absent" in refused({"data.parquet": good}, "--path", "absent")
-    assert "--encoding" in refused({"data.parquet": good}, "--encoding", "cp1252")
     assert "first of 1 problems" in refused({"data.parquet": {"image": embedded(0), "text": [""]}})
     assert "no rows" in refused(
         {"data.parquet": {"image": embedded(), "text": pyarrow.array([], "string")}}
     )
-    (tmp_path / "captions.csv").write_text("path,text\na.jpg,a\n")
-    assert "captions.csv" in refused({"data.parquet": good}, "captions.csv")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1, not really" * 9)
     assert "bad.parquet" in refused({}, "bad.parquet")
     (tmp_path / "folder.parquet").mkdir()

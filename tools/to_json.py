@@ -23,7 +23,7 @@ from engine.launch import run_script
 from utils import InputError, cores, read_regular
 
 if TYPE_CHECKING:
-    from dataset.official import CaptionedFile, Usage
+    from dataset.official import CaptionedFile
 
 SHOWN = 5  # problems that are printed
 SKIPPED = "skipped.txt"
@@ -84,13 +84,15 @@ class Sources(NamedTuple):
 
     Attributes:
         lists: Entries of each split, CaptionedFile or a dict.
-        usages: Usage of each image by the path of its entries.
+        files: Path of each image under --image_root by its path in the entries.
         problems: Problems of entries that are left out.
+        summaries: Lines to print about the sources.
     """
 
     lists: dict[str, list]
-    usages: dict[str, "Usage"]
+    files: dict[str, str]
     problems: list[str]
+    summaries: list[str]
 
 
 def read_sources(args: argparse.Namespace) -> Sources:
@@ -101,85 +103,71 @@ def read_sources(args: argparse.Namespace) -> Sources:
     from dataset.official import recognize
     from dataset.parquet import is_parquet
 
-    if any(map(is_parquet, args.sources)):
-        return _read_parquet(args)
-    contents: dict[str, bytes | None] = {}  # None for a folder
+    contents: dict[str, bytes | None] = {}  # None for folders and Parquet files
     for source in args.sources:
         try:
-            contents[source] = None if os.path.isdir(source) else read_regular(source)
+            whole = not (os.path.isdir(source) or is_parquet(source))
+            contents[source] = read_regular(source) if whole else None
         except OSError as error:
             raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    files = {source: data for source, data in contents.items() if data}
-    forms = {source: form for source, data in files.items() if (form := recognize(data))}
-    if (args.path or args.text or args.encoding) and len(forms) == len(files):
+    forms = {
+        source: form for source, data in contents.items() if data and (form := recognize(data))
+    }
+    if len(forms) < len(contents):
+        if forms:
+            raise InputError(
+                f"{next(iter(forms))} is an official file; convert it in another call, without"
+                " tables and folders"
+            )
+        return _read_captions(contents, args)
+    if args.path or args.text or args.encoding:
         raise InputError(
             f"--path, --text and --encoding apply to tables, but {args.sources[0]} is not a table;"
             " leave these flags out"
         )
-    if len(forms) == len(contents):
-        return _read_official(files, forms, args.image_root)
-    if forms:
-        raise InputError(
-            f"{next(iter(forms))} is an official file; convert it in another call, without tables"
-            " and folders"
-        )
-    return _read_captions(contents, args)
+    return _read_official(contents, forms, args.image_root)
 
 
-def _read_official(contents: dict[str, bytes], forms: dict[str, Any], image_root: str) -> Sources:
+def _read_official(contents: dict[str, Any], forms: dict[str, Any], image_root: str) -> Sources:
     """Read official files."""
     from dataset.official import ImageFinder, convert
 
     find = ImageFinder(image_root)
     lists, problems = convert(contents, forms, find)
-    for source, form in forms.items():
-        print(f"{source}: {form.title}")
+    summaries = [f"{source}: {form.title}" for source, form in forms.items()]
     if find.missing:
-        print(
+        summaries.append(
             f"note: {len(find.missing):,} of {len(find.paths):,} images are not in --image_root"
             f" {image_root or os.curdir}, such as {find.missing[0]}"
         )
-    return Sources(lists, find.usages, problems)
+    return Sources(lists, find.files, problems, summaries)
 
 
 def _read_captions(contents: dict[str, bytes | None], args: argparse.Namespace) -> Sources:
-    """Read tables and folders, which may have captions of the same images."""
-    from dataset.images import absolute
-    from dataset.official import CaptionedFile, Usage
-    from dataset.tables import nothing_usable, read_folder, read_table
+    """Read tables and folders. Images in Parquet files become files in `--output`/images."""
+    from dataset.official import CaptionedFile
+    from dataset.parquet import is_parquet, read_parquet
+    from dataset.tables import Captions, read_folder, read_table
 
-    first, captions, usages, problems, summaries = {}, {}, {}, [], []
+    captions = Captions(args.image_root)
+    columns = {"image_column": args.path, "text_column": args.text}
     for source, data in contents.items():
-        if data is None:
-            table = read_folder(source, args.image_root)
+        if data is not None:
+            read_table(source, data, captions, encoding=args.encoding, **columns)
+        elif is_parquet(source):
+            read_parquet(source, captions, args.output / "images", **columns)
         else:
-            table = read_table(
-                source,
-                data,
-                args.image_root,
-                encoding=args.encoding,
-                path_column=args.path,
-                text_column=args.text,
-            )
-        summaries.append(f"{source}: {table.summary}")
-        problems += table.problems
-        for spelling, texts in table.captions.items():
-            # the first spelling of a path names the image
-            image = first.setdefault(absolute(args.image_root, spelling), spelling)
-            captions.setdefault(image, {}).update(dict.fromkeys(texts))
-            usages.setdefault(image, Usage(image, [])).rows.extend(table.rows[spelling])
-    if not captions:
-        raise nothing_usable(problems, args.sources)
-    print(*summaries, sep="\n")
-    images = [CaptionedFile(image, list(texts)) for image, texts in captions.items()]
-    return Sources({"train": images}, usages, problems)
+            read_folder(source, captions)
+    lists = {
+        split: [CaptionedFile(image, list(texts)) for image, texts in images.items()]
+        for split, images in captions.lists.items()
+    }
+    files = {image: image for images in captions.lists.values() for image in images}
+    return Sources(lists, files, captions.problems, captions.summaries)
 
 
 def leave_out_broken(sources: Sources, image_root: str, workers: int) -> Sources:
-    """Decode all images, and leave out the entries of images that cannot be used.
-
-    Raises InputError if no image can be used.
-    """
+    """Decode all images, and leave out the entries of images that cannot be used."""
     from tqdm import tqdm
 
     from dataset.official import CaptionedFile
@@ -189,27 +177,27 @@ def leave_out_broken(sources: Sources, image_root: str, workers: int) -> Sources
     def usable(item: Any) -> bool:
         if isinstance(item, CaptionedFile):
             return item.image not in broken
-        return broken.keys().isdisjoint(item.get("images") or [item["image"]])
+        return broken.isdisjoint(item.get("images") or [item["image"]])
 
-    usages = sources.usages
-    paths = {image: os.path.join(image_root, usage.file) for image, usage in usages.items()}
-    bar = tqdm(paths, desc="decoding", unit="img", leave=False, disable=None, dynamic_ncols=True)
+    files = {image: os.path.join(image_root, file) for image, file in sources.files.items()}
+    bar = tqdm(
+        files.values(), desc="decoding", unit="img", leave=False, disable=None, dynamic_ncols=True
+    )
+    broken, problems = set(), []
     with in_processes(workers, begin) as run:
-        seen = run(
-            functools.partial(decode, exif="stored"), ((paths[image], image) for image in bar)
-        )
-        broken = {of["index"]: of["problem"] for of in seen if "problem" in of}
-    problems = [
-        f"{row}: {problem}" if row == paths[image] else f"{row}: image {paths[image]}: {problem}"
-        for image, problem in broken.items()
-        for row in usages[image].rows
-    ]
+        results = run(functools.partial(decode, exif="stored"), bar)
+        for (image, file), seen in zip(files.items(), results, strict=True):
+            if seen.problem:
+                broken.add(image)
+                problems.append(f"image {file}: {seen.problem}")
     lists = {split: list(filter(usable, items)) for split, items in sources.lists.items()}
-    lists = {split: items for split, items in lists.items() if items}
-    if not lists:
-        raise InputError(f"{problems[0]} (none of the {len(paths):,} images can be used)")
-    print(f"images: {len(paths):,} decoded, {len(broken):,} of them broken")
-    return Sources(lists, usages, sources.problems + problems)
+    summary = f"images: {len(files):,} decoded, {len(broken):,} of them broken"
+    return Sources(
+        {split: items for split, items in lists.items() if items},
+        files,
+        sources.problems + problems,
+        [*sources.summaries, summary],
+    )
 
 
 def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[str, list]:
@@ -242,29 +230,6 @@ def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[
         parts[split] = [images[i] for i in sorted(drawn)]
         rest = [i for i in rest if i not in drawn]
     return {**lists, "train": [images[i] for i in rest], **parts}
-
-
-def _read_parquet(args: argparse.Namespace) -> Sources:
-    """Read Parquet tables, whose images become files in the folder images of --output."""
-    from dataset.official import Usage
-    from dataset.parquet import is_parquet, read_parquet
-
-    if others := [source for source in args.sources if not is_parquet(source)]:
-        raise InputError(
-            f"{others[0]}: not a Parquet file; convert it separately from Parquet files"
-        )
-    if args.encoding:
-        raise InputError("--encoding: Parquet files have no encoding; leave this flag out")
-    table = read_parquet(
-        args.sources,
-        args.image_root,
-        args.output / "images",
-        image_column=args.path,
-        text_column=args.text,
-    )
-    print(*table.summaries, sep="\n")
-    usages = {image: Usage(image, rows) for image, rows in table.rows.items()}
-    return Sources(table.lists, usages, table.problems)
 
 
 def entries_of(image: "CaptionedFile", split: str) -> list[dict[str, Any]]:
@@ -305,6 +270,10 @@ def main() -> None:
     if args.check:
         sources = leave_out_broken(sources, args.image_root, args.workers)
     lists, problems = sources.lists, sources.problems
+    if not lists:
+        first = f"{problems[0]} (first of {len(problems):,} problems)" if problems else "no rows"
+        raise InputError(f"{', '.join(args.sources)}: nothing can be used: {first}")
+    print(*sources.summaries, sep="\n")
     if held_out := {split: n for split in ("test", "val") if (n := getattr(args, split))}:
         lists = hold_out(lists, held_out, args.seed)
     texts, counts = format_lists(lists)
