@@ -28,14 +28,7 @@ class InputError(Exception):
     """A wrong input of the user: one line that names the file, key or line, and the remedy.
 
     Scripts print the line without a traceback and exit with code 2.
-
-    Attributes:
-        kind: Short name of the problem, to count wrong entries of a list.
     """
-
-    def __init__(self, message: str, kind: str = "other") -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class TrainingStopped(Exception):

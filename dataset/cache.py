@@ -18,7 +18,7 @@ from dataset.pool import in_processes, process_count
 from utils import TEMPORARY, InputError
 
 T = TypeVar("T")
-VERSION = 4  # version of the formats of cached files
+VERSION = 5  # version of the formats of cached files
 _INCOMPLETE = re.compile(rf"\.\w+-[0-9a-f]{{16}}-[0-9a-f]{{32}}\..*{re.escape(TEMPORARY)}")
 
 

@@ -65,9 +65,7 @@ class Entry(msgspec.Struct, gc=False):
         """
         for text in self.texts:
             if is_blank(self.clean(text)):
-                raise InputError(
-                    f"its text {reprlib.repr(text)} is empty after clean-up", "empty text"
-                )
+                raise InputError(f"its text {reprlib.repr(text)} is empty after clean-up")
 
 
 def check_entry(
@@ -94,26 +92,12 @@ def check_entry(
         return entry
     except msgspec.ValidationError as error:
         problem = _without_ticks(error).replace("'$.", "'")
-        kind = _kind(problem) if isinstance(value, dict) else "no object"
     except InputError as error:
-        problem, kind = str(error), error.kind
+        problem = str(error)
     shown = reprlib.repr(value)
     raise InputError(
-        f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry",
-        kind,
+        f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry"
     )
-
-
-def _kind(problem: str) -> str:
-    """Return the kind of a validation error, such as "no 'image'", from its message."""
-    field = re.search(r"'(\w+)((?:\[\d+\])?)'$", problem)
-    if not field:
-        return "no object"
-    if problem.startswith("Object missing"):
-        return f"no '{field[1]}'"
-    if "got 'null'" in problem and not field[2]:
-        return f"'{field[1]}' is null"
-    return f"wrong '{field[1]}'"
 
 
 def where(path: Path | str, number: int) -> str:

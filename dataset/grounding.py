@@ -54,9 +54,7 @@ class Expression(GroundingPair):
         Images are equal if one of the two paths ends with the other.
         """
         if self.ref_id not in refer.refs:
-            raise InputError(
-                f"ref_id {self.ref_id} is not among the refs of refcoco_data", "unknown 'ref_id'"
-            )
+            raise InputError(f"ref_id {self.ref_id} is not among the refs of refcoco_data")
         image = refer.images[refer.refs[self.ref_id]["image_id"]]["file_name"]
         parts, ref_parts = PurePath(self.image).parts, PurePath(image).parts
         common = min(len(parts), len(ref_parts))
@@ -64,8 +62,7 @@ class Expression(GroundingPair):
             raise InputError(
                 f"image is {self.image}, but the image of ref_id {self.ref_id} is {image}; correct"
                 " the entry, or set refcoco_data and refer_dataset to the data set that test_file"
-                " was made from",
-                "not the image of its 'ref_id'",
+                " was made from"
             )
 
 
@@ -119,7 +116,7 @@ class GroundingTestSet(EntryDataset):
             try:
                 entry.check_ref(refer)
             except InputError as error:
-                raise InputError(f"{entries.where(i)}: {error}", error.kind) from None
+                raise InputError(f"{entries.where(i)}: {error}") from None
             if refer.refs[entry.ref_id]["split"] in splits:
                 indices.append(i)
         super().__init__(entries, indices=indices, **options)

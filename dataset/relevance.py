@@ -47,9 +47,7 @@ class Ad(Labeled):
         """Raise InputError if the query or the words of the ad are blank."""
         for field, text in (("query", self.query), ("text", self.text)):
             if is_blank(pre_caption(text, MAX_AD_WORDS)):
-                raise InputError(
-                    f"its {field} {reprlib.repr(text)} is empty after clean-up", "empty text"
-                )
+                raise InputError(f"its {field} {reprlib.repr(text)} is empty after clean-up")
 
 
 FORMS = {"train": Ad, "val": Ad, "test": Ad}

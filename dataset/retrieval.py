@@ -37,7 +37,7 @@ class RetrievalPair(Captioned):
         super().check(first)
         if (self.image_id is None) != (first.image_id is None):
             has, others = ("no", "has one") if self.image_id is None else ("an", "has none")
-            raise InputError(f"it has {has} 'image_id', but entry 0 {others}", "wrong 'image_id'")
+            raise InputError(f"it has {has} 'image_id', but entry 0 {others}")
 
 
 class CaptionedImage(Entry):

@@ -17,6 +17,7 @@ import re
 import reprlib
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -30,14 +31,12 @@ from utils import InputError, TrainingStopped, atomic_write, hash_contents, open
 Sample = dict[str, Any]  # bytes by suffix, and the str __key__
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 CAPTION_SUFFIXES = ("txt", "json")
-SHOWN = 5  # suffixes that a message lists
 # shards that a process keeps open, because opening is slow on network file systems
 MAX_OPEN = 128
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|pipe:", re.IGNORECASE)
 # files that are in no sample, such as __meta__.json or __index__/0.txt
 _META = re.compile(r"__([^/]*__/|[^/.]*__\.)")
-_HEADER = 2  # numbers before the positions in the cached result of a scan
 
 
 def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
@@ -66,16 +65,12 @@ def expand(entries: Iterable[Path | str]) -> tuple[list[str], list[str]]:
             shards += _expand_pattern(entry)
         else:
             json_files.append(entry)
-    seen = {}
-    for path in shards:
-        real = os.path.realpath(path)
-        if real in seen:
-            same = "" if seen[real] == path else f" (as {seen[real]})"
+    for path, count in Counter(map(os.path.realpath, shards)).items():
+        if count > 1:
             raise InputError(
-                f"train_file: shard {path} is named twice{same}, so an epoch would have its samples"
-                " twice; name it once"
+                f"train_file: shard {path} is named {count} times, so an epoch would repeat its"
+                " samples; name it once"
             )
-        seen[real] = path
     return json_files, shards
 
 
@@ -125,7 +120,6 @@ class Shards:
 
     Attributes:
         counts: Number of samples of each shard.
-        others: Number of files of each shard that are in no sample, by their names.
 
     Raises:
         InputError: A file is not a complete tar file, has sparse members or names that cannot be
@@ -135,8 +129,7 @@ class Shards:
     def __init__(self, paths: list[str], processes: int | None = None) -> None:
         self.paths = paths
         self._kept = load_cached(paths, "shard", _scan, _load, processes=processes)
-        self.counts = [len(kept) - _HEADER - 1 for kept in self._kept]
-        self.others = [int(kept[1]) for kept in self._kept]
+        self.counts = [len(kept) - 2 for kept in self._kept]
         self._ends = list(itertools.accumulate(self.counts))
         if not len(self):
             others = ", nor does any other shard" if paths[1:] else ""
@@ -158,8 +151,8 @@ class Shards:
     def position(self, index: int) -> Position:
         """Return the Position of a sample."""
         shard, number = locate(index, self._ends)
-        kept = self._kept[shard]
-        return Position(self.paths[shard], *kept[_HEADER + number :][:2].tolist(), bool(kept[0]))
+        last_dot, *positions = self._kept[shard][[0, number + 1, number + 2]].tolist()
+        return Position(self.paths[shard], *positions, bool(last_dot))
 
     def prefetch(self, indices: Iterable[int]) -> None:
         """Ask the kernel to read several samples ahead."""
@@ -225,21 +218,16 @@ def image_and_captions(sample: Sample, where: str) -> tuple[bytes, list[str]]:
     """
     suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if suffix is None:
-        suffixes = [f".{name}" for name in sample if name != "__key__"]
-        held = ", ".join(suffixes[:SHOWN]) + f" and {len(suffixes) - SHOWN} others" * (
-            len(suffixes) > SHOWN
-        )
-        raise InputError(
-            f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}", "no image"
-        )
+        held = reprlib.repr([name for name in sample if name != "__key__"])
+        raise InputError(f"{where}: no image (.{', .'.join(IMAGE_SUFFIXES)}), only {held}")
     if "txt" in sample:
         return sample[suffix], [sample["txt"].decode("utf-8", "replace")]
     if "json" not in sample:
-        raise InputError(f"{where}: no caption (.txt or .json)", "no caption")
+        raise InputError(f"{where}: no caption (.txt or .json)")
     try:
         entry = json.loads(sample["json"])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: its .json is not valid: {error}", "wrong 'json'") from None
+        raise InputError(f"{where}: its .json is not valid: {error}") from None
     caption = entry.get("caption") if isinstance(entry, dict) else None
     captions = [caption] if isinstance(caption, str) else caption
     if not (
@@ -247,8 +235,7 @@ def image_and_captions(sample: Sample, where: str) -> tuple[bytes, list[str]]:
     ):
         raise InputError(
             f"{where}: 'caption' in its .json is {reprlib.repr(caption)}, not a string or a list of"
-            " strings",
-            "wrong 'caption'",
+            " strings"
         )
     return sample[suffix], captions
 
@@ -269,14 +256,14 @@ def _checksum(data: bytes) -> bytes:
 def _scan(job: tuple[str, str]) -> None:
     """Find the samples of a shard and write their positions to the cache.
 
-    The result holds whether names are cut at the last dot, the number of files in no sample, the
-    start of each sample and the end of the last one.
+    The result holds whether names are cut at the last dot, the start of each sample and the end of
+    the last one.
 
     Args:
         job: Path of the shard, and name in the cache folder.
     """
     path, name = job
-    files, others = [], 0  # (name, position) of each member of a sample
+    files = []  # (name, position) of each member of a sample
     with _errors_of(path, InputError), open_regular(path) as file, _archive(file) as archive:
         for member in _members(archive):
             if member.issparse():
@@ -286,8 +273,6 @@ def _scan(job: tuple[str, str]) -> None:
                 )
             if member.isreg() and _cut(member.name):
                 files.append((member.name, member.offset))
-            elif not member.isdir() and not _META.match(member.name):
-                others += 1
         # tarfile accepts any bytes after a whole member as the end
         archive.fileobj.seek(archive.offset)
         if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -295,7 +280,7 @@ def _scan(job: tuple[str, str]) -> None:
     last_dot = _cut_at_last_dot(path, [file for file, _ in files])
     runs = itertools.groupby(files, key=lambda file: _cut(file[0], last_dot)[0])
     starts = [next(members)[1] for _, members in runs]
-    data = np.array([last_dot, others, *starts, archive.offset], np.int64).tobytes()
+    data = np.array([last_dot, *starts, archive.offset], np.int64).tobytes()
     with atomic_write(f"{name}.index") as file:
         file.write(_checksum(data) + data)
 
@@ -305,13 +290,13 @@ def _cut_at_last_dot(path: str, names: list[str]) -> bool:
 
     Raises InputError if some files are images by the first dot and others by the last one.
     """
-    lost, image = None, False
+    lost, image, known = None, False, set(map(str.lower, names))
     for _, run in itertools.groupby(names, key=lambda name: _cut(name)[0]):
         run = list(run)
         if any(_cut(name)[1] in IMAGE_SUFFIXES for name in run):
             image = True
         else:
-            lost = lost or _image_by_last_dot(run)
+            lost = lost or next((name for name in run if _is_image_by_last_dot(name, known)), None)
     if lost and image:
         raise InputError(
             f"{path}: the suffix of a name starts at the first dot, so member"
@@ -321,14 +306,13 @@ def _cut_at_last_dot(path: str, names: list[str]) -> bool:
     return lost is not None
 
 
-def _image_by_last_dot(names: list[str]) -> str | None:
-    """Return the first image with a caption by names cut at the last dot, if any."""
-    for _, run in itertools.groupby(names, key=lambda name: _cut(name, last_dot=True)[0]):
-        by_suffix = {_cut(name, last_dot=True)[1]: name for name in run}
-        images = [by_suffix[suffix] for suffix in IMAGE_SUFFIXES if suffix in by_suffix]
-        if images and not by_suffix.keys().isdisjoint(CAPTION_SUFFIXES):
-            return images[0]
-    return None
+def _is_image_by_last_dot(name: str, names: set[str]) -> bool:
+    """Return whether a name cut at the last dot is an image with a caption in `names`.
+
+    The `names` are in lower case.
+    """
+    key, _, suffix = name.lower().rpartition(".")
+    return suffix in IMAGE_SUFFIXES and any(f"{key}.{kind}" in names for kind in CAPTION_SUFFIXES)
 
 
 @functools.lru_cache(MAX_OPEN)

@@ -62,8 +62,7 @@ class TrainingQuestion(Asked):
         super().check(first)
         if isinstance(self.answer, list) != (self.dataset == "vqa"):
             raise InputError(
-                f"'answer' is {reprlib.repr(self.answer)} although 'dataset' is {self.dataset!r}",
-                "wrong 'answer'",
+                f"'answer' is {reprlib.repr(self.answer)} although 'dataset' is {self.dataset!r}"
             )
 
 
@@ -85,13 +84,10 @@ class Question(Asked):
         super().check(first)
         if self.dataset == "vg" and self.answer is not None:
             raise InputError(
-                "an answer of Visual Genome has only one annotator, so it cannot be scored",
-                "wrong 'answer'",
+                "an answer of Visual Genome has only one annotator, so it cannot be scored"
             )
         if isinstance(self.answer, str):
-            raise InputError(
-                f"'answer' is {reprlib.repr(self.answer)}, not a list", "wrong 'answer'"
-            )
+            raise InputError(f"'answer' is {reprlib.repr(self.answer)}, not a list")
 
 
 FORMS = {"train": TrainingQuestion, "val": Question, "test": Question}

@@ -60,8 +60,7 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         key: Configuration key or flag, for messages.
 
     Raises:
-        InputError: The files cannot be downloaded. Its kind is "network" if the hub cannot be
-            reached, in which case the name may still be right.
+        InputError: The files cannot be downloaded.
     """
     name, _, revision = source.partition("@")
     revision, paths, choices = revision or "main", [], filenames[0]
@@ -82,9 +81,8 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         ) from None
     except (errors.LocalEntryNotFoundError, *NETWORK) as error:
         cause = error if isinstance(error, NETWORK) else problem or error.__cause__ or error
-        kind = "other" if _refuses(cause) else "network"
         raise InputError(
-            f"{wanted} {_explain(cause)}, or name a local copy of {' or '.join(choices)}", kind
+            f"{wanted} {_explain(cause)}, or name a local copy of {' or '.join(choices)}"
         ) from None
     if problem:
         print(

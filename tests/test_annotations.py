@@ -353,106 +353,89 @@ def test_files_that_are_no_list_are_refused(tmp_path, text, expected):
 
 
 @pytest.mark.parametrize(
-    "bad, form, words, kind",
+    "bad, form, words",
     [
-        (17, Pair, "Expected 'object', got 'int' in 17", "no object"),
-        (["b"], Pair, "Expected 'object', got 'array'", "no object"),
+        (17, Pair, "Expected 'object', got 'int' in 17"),
+        (["b"], Pair, "Expected 'object', got 'array'"),
         (
             {"caption": "a"},
             Pair,
             "missing required field 'image' in {'caption': 'a'}",
-            "no 'image'",
         ),
         (
             {"image": "a", "captions": ["a"]},
             Pair,
             "missing required field 'caption'",
-            "no 'caption'",
         ),
         (
             {"image": None, "caption": "a"},
             Pair,
             "Expected 'str', got 'null' - at 'image'",
-            "'image' is null",
         ),
         (
             {"image": ["a.jpg"], "caption": "a"},
             Pair,
             "Expected 'str', got 'array' - at 'image'",
-            "wrong 'image'",
         ),
-        ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'", "wrong 'caption'"),
+        ({"image": "a", "caption": []}, Pair, "of length >= 1 - at 'caption'"),
         (
             {"image": "a", "caption": ["a", None]},
             Pair,
             "got 'null' - at 'caption[1]'",
-            "wrong 'caption'",
         ),
         (
             {"image": "a", "caption": {"text": "line\nbreak"}},
             Pair,
             "Expected 'str | array', got 'object'",
-            "wrong 'caption'",
         ),
         (
             {"image": "a", "caption": ["a", 5]},
             RetrievalPair,
             "got 'int' - at 'caption[1]'",
-            "wrong 'caption'",
         ),
         (
             {"image": "a", "caption": "b", "image_id": [1]},
             RetrievalPair,
             "got 'array' - at 'image_id'",
-            "wrong 'image_id'",
         ),
         (
             {"image": "a", "caption": "?!", "image_id": 1},
             RetrievalPair,
             "'?!' is empty after clean-up",
-            "empty text",
         ),
         (
             {"image": "a", "caption": "b"},
             CaptionedImage,
             '"caption": list of texts} for each image',
-            "wrong 'caption'",
         ),
         (
             {"images": ["a"], "sentence": "b", "label": "True"},
             Statement,
             "of length >= 2 - at 'images'",
-            "wrong 'images'",
         ),
         (
             {"image": "a", "sentence": "b", "label": "a\nb"},
             Entailment,
             "contradiction or neutral or entailment",
-            "wrong 'label'",
         ),
         (
             {"image": "a", "question": "b", "question_id": 3.5},
             Question,
             "Expected 'int | str', got 'float'",
-            "wrong 'question_id'",
         ),
         (
             {"image": "a", "question": "b", "dataset": "vqa", "answer": "c"},
             TrainingQuestion,
             "'answer' is 'c'",
-            "wrong 'answer'",
         ),
         (
             {"image": "a", "question": "b", "dataset": "x", "answer": "c"},
             TrainingQuestion,
             "value 'x'",
-            "wrong 'dataset'",
         ),
     ],
 )
-def test_entries_of_another_form_are_refused_by_number_field_and_form(
-    tmp_path, bad, form, words, kind
-):
+def test_entries_of_another_form_are_refused_by_number_field_and_form(tmp_path, bad, form, words):
     with pytest.raises(InputError) as caught:
         check_entry(bad, form, "list.json", 5)
     message = str(caught.value)
@@ -461,7 +444,7 @@ def test_entries_of_another_form_are_refused_by_number_field_and_form(
         and words in message
         and form.wanted in message
     )
-    assert "\n" not in message and caught.value.kind == kind
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("odd", [1, 3, 4])
@@ -477,9 +460,7 @@ def test_all_entries_of_a_retrieval_list_have_an_image_id_or_none(tmp_path, odd,
     entries[odd] = {"image": "a.jpg", "caption": "c"} | ({} if with_id else {"image_id": 7})
     with pytest.raises(InputError) as caught:
         Entries([write(tmp_path / "mixed.json", entries)], RetrievalPair)
-    assert (
-        f"mixed.json: entry {odd} " in str(caught.value) and caught.value.kind == "wrong 'image_id'"
-    )
+    assert f"mixed.json: entry {odd} " in str(caught.value) and "'image_id'" in str(caught.value)
 
 
 def test_captions_of_one_path_are_of_one_group_without_ids(tmp_path):

@@ -92,11 +92,9 @@ def test_names_that_cannot_be_read_are_refused(tmp_path, monkeypatch):
     assert "x*.tar does not exist" in refusal(expand, ["x*.tar"])
     assert "none/0*.tar does not exist (1 of the 2" in refusal(expand, ["{.,none}/0*.tar"])
     assert "{00000..3.tar has an unmatched brace" in refusal(expand, ["{00000..3.tar"])
-    assert "00001.tar is named twice, so" in refusal(expand, ["00001.tar", "x.json", "00001.tar"])
-    assert f"{tmp_path}/00001.tar is named twice (as 00001.tar)" in refusal(
-        expand, ["00001.tar", tmp_path / "00001.tar"]
-    )
-    assert "alias.tar is named twice" in refusal(expand, ["*.tar"])
+    for twice in ["00001.tar", "x.json", "00001.tar"], ["00001.tar", tmp_path / "00001.tar"]:
+        assert f"{tmp_path}/00001.tar is named 2 times" in refusal(expand, twice)
+    assert f"{tmp_path}/00001.tar is named 2 times" in refusal(expand, ["*.tar"])
     for url in (
         "https://host/{0..9}.tar",
         "s3://bucket/x.tar",
@@ -179,7 +177,7 @@ def test_images_and_captions_of_samples():
     assert of(jpg=b"", json=b'{"caption": ["a", "b"], "width": 3}')[1] == ["a", "b"]
     for sample, reason in [
         ({"txt": b"a"}, "no image (.jpg, .jpeg"),
-        ({"npy": b"", "txt": b""}, "only .npy, .txt"),
+        ({"npy": b"", "txt": b""}, "only ['npy', 'txt']"),
         ({"jpg": b""}, "no caption"),
         ({"jpg": b"", "json": b'{"caption": '}, "its .json is not valid"),
         ({"jpg": b"", "json": b"\xff\xfe\xfd"}, "not valid"),
@@ -372,21 +370,9 @@ def test_names_are_otherwise_cut_at_the_first_dot(tmp_path, members, keys):
     assert [samples[i]["__key__"] for i in range(len(samples))] == keys
 
 
-def test_files_in_no_sample_are_counted_and_many_suffixes_are_not_named(tmp_path):
-    members = [
-        *pair("0", 0),
-        ("README", b"1"),
-        ("._0.jpg", b"2"),
-        special("1.jpg", tarfile.LNKTYPE, "0.jpg"),
-        special("folder", tarfile.DIRTYPE),
-        ("__meta__.json", b"3"),
-    ]
-    assert Shards([write_tar(tmp_path / "x.tar", members)]).others == [3]
-    with pytest.raises(InputError) as caught:
-        image_and_captions(
-            {"__key__": "k"} | {f"{i}.jpg": b"" for i in range(1000)}, "x.tar: sample k"
-        )
-    assert len(str(caught.value)) < 300 and "995" in str(caught.value)
+def test_many_suffixes_are_not_named():
+    sample = {"__key__": "k"} | {f"{i}.jpg": b"" for i in range(1000)}
+    assert len(refusal(image_and_captions, sample, "x.tar: sample k")) < 300
 
 
 def sparse_member(kind):
@@ -752,27 +738,24 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     root, out = tmp_path / "images", tmp_path / "out"
     to_shards.convert(lists, root, out, samples=10)
     before = contents(out)
-    assert "another value of samples" in refusal(
-        lambda: to_shards.convert(lists, root, out, samples=11)
-    )
-    for other in (lists[:1], lists[::-1]):
-        assert "another value of lists" in refusal(
-            lambda other=other: to_shards.convert(other, root, out, samples=10)
+
+    def refused(files=lists, folder=root, samples=10):
+        message = refusal(
+            lambda: to_shards.convert(files, folder, out, samples=samples),
         )
+        assert message.startswith(f"--output {out}: holds shards of other lists")
+
     (tmp_path / "other").symlink_to(root)
-    assert "another value of image_root" in refusal(
-        lambda: to_shards.convert(lists, tmp_path / "other", out, samples=10)
-    )
-    (tmp_path / "2.json").write_text(
-        json.dumps([{"image": "folder.0/0.JPG", "caption": "another"}])
-    )
-    message = refusal(lambda: to_shards.convert(lists, root, out, samples=10))
-    assert message.startswith(f"{out}/shards.json: ") and "name another --output" in message
+    refused(samples=11)
+    refused(files=lists[:1])
+    refused(files=lists[::-1])
+    refused(folder=tmp_path / "other")
+    entries = [{"image": "folder.0/0.JPG", "caption": "another"}]
+    (tmp_path / "2.json").write_text(json.dumps(entries))
+    refused()
     assert contents(out) == before
     (out / "shards.json").unlink()
-    assert "holds shards but no shards.json" in refusal(
-        lambda: to_shards.convert(lists, root, out, samples=10)
-    )
+    refused()
 
 
 def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys):

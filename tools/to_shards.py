@@ -185,27 +185,20 @@ def _check_images(annotations: "Entries", image_root: str) -> None:
 
 
 def _check_origin(output: Path, origin: dict[str, Any]) -> None:
-    """Write shards.json, or compare it with the present inputs.
+    """Write shards.json, which records the inputs of the shards.
 
     Raises InputError if the shards in `output` were made from other inputs.
     """
     from engine.output_dir import write_files
 
-    path = output / MADE_OF
-    remedy = f"name another --output, or remove {output} to make all shards again"
-    if not path.exists():
-        if any(output.glob("*.tar")):
-            raise InputError(
-                f"--output {output}: holds shards but no {MADE_OF}, which records their inputs;"
-                f" {remedy}"
-            )
-        write_files({path: json.dumps(origin, indent=1).encode()})
-    before = json.loads(path.read_bytes())
-    for key, value in origin.items():
-        if before.get(key) != value:
-            raise InputError(
-                f"{path}: the existing shards were made with another value of {key}; {remedy}"
-            )
+    path, content = output / MADE_OF, json.dumps(origin, indent=1).encode()
+    before = path.read_bytes() if path.exists() else None
+    if before != content and (before or any(output.glob("*.tar"))):
+        raise InputError(
+            f"--output {output}: holds shards of other lists, or of another --image_root or"
+            f" --samples; name another --output, or remove {output} to make all shards again"
+        )
+    write_files({path: content})
 
 
 def main() -> None:
