@@ -1,6 +1,5 @@
 """REFER's data sets RefCOCO, RefCOCO+ and RefCOCOg: refs, their boxes, and detected boxes."""
 
-import copyreg
 import os
 import pickle
 import reprlib
@@ -152,8 +151,6 @@ def load_detections(det_file: str, refer: Refer) -> dict[int, list[list[float]]]
         InputError: The content has another form, more than half of a box lies outside of its image,
             or an image of a tested ref has no box. The message names the file and the image.
     """
-    if not os.path.isfile(det_file):
-        raise InputError(f"det_file {det_file} does not exist; correct the key det_file")
     detections = {}
     for image_id, boxes in read_json(det_file, dict[str, object], _DETECTIONS_ARE).items():
         if not image_id.isdecimal():
@@ -200,7 +197,6 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _read_plain_pickle(path: str) -> Any:
     """Read a pickle of containers, strings and numbers. Raises InputError for other content."""
-    copyreg.clear_extension_cache()
     try:
         with open_regular(path) as file:
             return _PlainUnpickler(file, path).load()
