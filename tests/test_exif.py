@@ -5,26 +5,26 @@ import json
 import re
 import shutil
 import struct
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import exit_status, refusal
+from conftest import refusal
 from helpers.files import encoded, to_tensor
 from helpers.tasks import DATA, data_of
 from PIL import ExifTags, Image, ImageOps
-from ruamel.yaml import YAML
 
+from configs.config import as_config
 from dataset import images
 from dataset.build import build_dataset
 from dataset.images import decode_image, load_image, turn_upright
+from dataset.report import Check
 from inference import index as indexing
 from inference import load_model
-from tools import check, search
+from tools.demo_page import picture_of
 from tools.to_shards import convert
-from utils import InputError
+from visualize import draw
 
 TURNED = range(2, 9)
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>'
@@ -194,54 +194,21 @@ def test_shards_turn_images(folders, tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["grounding", "attributes"])
-def test_images_with_boxes_are_not_turned_but_refused(
-    folders, shapes, tiny_config, task, tmp_path, monkeypatch, capsys
-):
+def test_images_with_boxes_are_not_turned_but_refused(folders, shapes, tiny_config, task):
     flat, _ = folders
-    upright = {**tiny_config, **keys_of(task, flat), "exif": "upright"}
+    upright = {**tiny_config, **keys_of(task, flat), "exif": "upright", "batch_size": 1}
     message = refusal(build_dataset(task, "test", upright).__getitem__, 0)
     assert str(flat / "images") in message and "exif" in message
     stored = build_dataset(task, "test", {**upright, "exif": "stored"})
     plain = build_dataset(task, "test", {**upright, "image_root": str(shapes)})
     assert torch.equal(images_of(stored[0]), images_of(plain[0]))
-
-    def run_check(**keys):
-        YAML(typ="safe").dump({**upright, "batch_size": 1, **keys}, tmp_path / "config.yaml")
-        argv = ["check", task, tmp_path / "config.yaml", "--workers", 1]
-        argv += ["--output", tmp_path / "report.json", "--overwrite"]
-        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-        status = exit_status(check.main)
-        report = json.loads((tmp_path / "report.json").read_text())
-        return status, {of["key"]: of["unusable"] for of in report["files"]}
-
-    status, unusable = run_check()
-    assert status == 1 and unusable["test_file"].keys() == {"turned by EXIF"}
-    assert not unusable.get("train_file")
-    assert run_check(exif="stored")[0] == 0
-    capsys.readouterr()
-
-
-def test_check_reads_images_as_the_key_says(shapes, folders, tiny_config, monkeypatch, tmp_path):
-    seen = []
-    real = decode_image
-
-    def decode(data, name, exif):
-        seen.append(exif)
-        return real(data, name, exif)
-
-    monkeypatch.setattr("dataset.report.decode_image", decode)
-    from dataset.report import Check
-
-    for key in ("stored", "upright"):
-        config = build_config(tiny_config, exif=key)
-        Check("pretrain", config, 2, map).report_files()
-        assert set(seen) == {key}
-        seen.clear()
+    for key, kinds in (("upright", {"turned by EXIF"}), ("stored", set())):
+        reports = Check(task, as_config({**upright, "exif": key}), None, map).report_files()
+        unusable = {of["key"]: set(of["unusable"]) for of in reports}
+        assert unusable == {**dict.fromkeys(unusable, set()), "test_file": kinds}
 
 
 def test_check_counts_images_with_an_orientation(small, tiny_config, tmp_path):
-    from dataset.report import Check
-
     for number, orientation in enumerate((0, 1, 6, 3)):
         for suffix, format in (("jpg", "JPEG"), ("png", "PNG")):
             data = encoded(small, format, exif=exif(orientation))
@@ -252,15 +219,9 @@ def test_check_counts_images_with_an_orientation(small, tiny_config, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(entries))
     keys = {"image_root": str(tmp_path), "train_file": [str(tmp_path / "list.json")]}
     for key in ("stored", "upright"):
-        config = build_config(tiny_config, **keys, test_file=None, exif=key)
+        config = as_config({**tiny_config, **keys, "test_file": None, "exif": key})
         (report,) = Check("pretrain", config, None, map).report_files()
         assert (report["looked_at"], report["with_exif_orientation"]) == (10, 4)
-
-
-def build_config(values, **keys):
-    from configs.config import as_config
-
-    return as_config({**values, **keys})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,53 +271,39 @@ def test_weights_that_were_trained_with_another_value_are_noted(
         )
 
 
-def test_an_index_keeps_the_key_and_names_it(folders, files, tmp_path, monkeypatch, capsys, pair):
+def test_an_index_keeps_the_key_and_names_it(folders, files, tmp_path, run_main, pair):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["search", *map(str, arguments), "--device", "cpu"])
-        return SimpleNamespace(status=exit_status(search.main), **capsys.readouterr()._asdict())
+        return run_main("tools.search", *arguments, "--device", "cpu")
 
     flat, turned = (folder / "images/test" for folder in folders)
     checkpoint = ["--checkpoint", files["retrieval"]]
+    indexes = {}
     for name, folder, *flags in (
         ("upright", flat, "--set", "exif=upright"),
         ("turned", turned),
         ("stored", flat),
     ):
-        made = run("index", folder, *checkpoint, "--output", tmp_path / name, *flags)
-        assert made.status == 0 and f"exif: {'upright' if flags else 'stored'}" in made.out
-    indexes = {
-        name: indexing.read_index(tmp_path / name) for name in ("upright", "turned", "stored")
-    }
+        status, out, _ = run("index", folder, *checkpoint, "--output", tmp_path / name, *flags)
+        assert status == 0 and f"exif: {'upright' if flags else 'stored'}" in out
+        indexes[name] = indexing.read_index(tmp_path / name)
     assert np.array_equal(indexes["upright"].features, indexes["turned"].features)
     assert not np.array_equal(indexes["upright"].features, indexes["stored"].features)
     assert indexing.load_model_of(indexes["upright"], tmp_path / "upright").config.exif == "upright"
     # an example lies, too
-    asked = run("query", tmp_path / "upright", "--image", pair[0], "-k", 1, "--json")
-    assert json.loads(asked.out)["path"] == pair[0] and "exif: upright" in asked.err
-    refused = run("index", flat, *checkpoint, "--output", tmp_path / "upright")
-    assert refused.status == 2 and str(tmp_path / "upright") in refused.err
-    assert "exif=upright" in refused.err
+    _, out, err = run("query", tmp_path / "upright", "--image", pair[0], "-k", 1, "--json")
+    assert json.loads(out)["path"] == pair[0] and "exif: upright" in err
+    status, _, err = run("index", flat, *checkpoint, "--output", tmp_path / "upright")
+    assert status == 2 and str(tmp_path / "upright") in err and "exif=upright" in err
 
 
-def test_the_key_has_two_values(tiny_config):
-    with pytest.raises(InputError, match="exif"):
-        build_config(tiny_config, exif="turned")
-    assert build_config(tiny_config).exif == "stored"
-
-
-def test_pictures_for_people_are_upright(pair, files, tmp_path, monkeypatch):
-    from tools import visualize
-    from tools.demo_page import picture_of
-    from visualize import draw
-
+def test_pictures_for_people_are_upright(pair, files, tmp_path, monkeypatch, call):
     flat, turned = pair
     assert np.array_equal(np.array(picture_of(flat)), np.array(picture_of(turned)))
     shown = []
-    argv = ["visualize", "--checkpoint", files["pretrain"], "--pseudo_targets", "--device", "cpu"]
+    argv = ["--checkpoint", files["pretrain"], "--pseudo_targets", "--device", "cpu"]
     argv += ["--image", flat, "--text", "a red circle", "--output", tmp_path / "a.png"]
-    monkeypatch.setattr(sys, "argv", list(map(str, [*argv, "--set", "exif=upright"])))
     monkeypatch.setattr(draw, "draw_pseudo_targets", lambda image, *_: shown.append(image))
-    assert exit_status(visualize.main) == 0
+    call("tools.visualize", *argv, "--set", "exif=upright")
     assert np.array_equal(shown.pop(), np.array(Image.open(turned)))
     axis = SimpleNamespace(imshow=shown.append)
     draw._show_image(axis, pair[0])
