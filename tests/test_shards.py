@@ -8,7 +8,6 @@ import json
 import multiprocessing
 import os
 import random
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import exit_status, refusal
+from conftest import refusal
 from helpers.files import write_tar
 from PIL import Image
 
@@ -168,7 +167,7 @@ def test_images_and_captions_of_samples():
     def of(**sample):
         return image_and_captions({"__key__": "k", **sample}, "x.tar: sample k")
 
-    for suffix in ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"):
+    for suffix in shards.IMAGE_SUFFIXES:
         assert of(**{suffix: b"image", "txt": b"a", "json": b'{"caption": "b"}'}) == (
             b"image",
             ["a"],
@@ -375,44 +374,22 @@ def test_many_suffixes_are_not_named():
     assert len(refusal(image_and_captions, sample, "x.tar: sample k")) < 300
 
 
-def sparse_member(kind):
-    """Return a sparse member of 2 TB, stored in 512 bytes, as GNU tar --sparse writes it."""
-    info, size = tarfile.TarInfo("1.jpg"), 1 << 41
-    if kind == "GNU":
-        info.type, info.size = tarfile.GNUTYPE_SPARSE, 512
-        header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-        header[386:410], header[483:495] = (
-            b"%011o\0%011o\0" % (0, 512),
-            tarfile.itn(size, 12, tarfile.GNU_FORMAT),
-        )
-        header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
-        return bytes(header) + b"x" * 512
-    versions = {
-        "PAX 0.0": {"offset": "0", "numbytes": "512"},
-        "PAX 0.1": {"map": "0,512"},
-        "PAX wrong": {"map": "zero"},
-    }
-    keys = {
-        "size": str(size),
-        "numblocks": "1",
-        **versions.get(kind, {"major": "1", "minor": "0", "realsize": str(size)}),
-    }
-    data = b"1\n0\n512\n".ljust(512, b"\0") * (kind == "PAX 1.0") + b"x" * 512
-    info.size, info.pax_headers = (
-        len(data),
-        {f"GNU.sparse.{key}": value for key, value in keys.items()},
-    )
-    return info.tobuf(tarfile.PAX_FORMAT) + data
-
-
-@pytest.mark.parametrize("kind", ["GNU", "PAX 0.0", "PAX 0.1", "PAX 1.0", "PAX wrong"])
-def test_sparse_members_are_refused_by_shard_and_name(tmp_path, kind):
+@pytest.mark.parametrize("sparse_map", [None, "0,512", "zero"])
+def test_sparse_members_are_refused_by_shard_and_name(tmp_path, sparse_map):
+    """A sparse member of 2 TB, stored in 512 bytes, by GNU (None) or in PAX headers."""
+    info, form = tarfile.TarInfo("1.jpg"), tarfile.GNU_FORMAT
+    info.size = 512
+    if sparse_map is None:
+        info.type = tarfile.GNUTYPE_SPARSE
+    else:
+        form, keys = tarfile.PAX_FORMAT, {"size": str(1 << 41), "numblocks": "1", "map": sparse_map}
+        info.pax_headers = {f"GNU.sparse.{key}": value for key, value in keys.items()}
     path = write_shard(tmp_path / "x.tar", range(1))
-    content = (tmp_path / "x.tar").read_bytes()
-    end = Shards([path]).position(0).end
-    (tmp_path / "x.tar").write_bytes(content[:end] + sparse_member(kind) + content[end:])
+    content, end = (tmp_path / "x.tar").read_bytes(), Shards([path]).position(0).end
+    member = info.tobuf(form) + b"x" * 512
+    (tmp_path / "x.tar").write_bytes(content[:end] + member + content[end:])
     message = refusal(Shards, [path])
-    assert message.startswith(f"{path}: ") and ("1.jpg" in message or kind == "PAX wrong")
+    assert message.startswith(f"{path}: ") and ("1.jpg" in message or sparse_map == "zero")
 
 
 def test_a_shard_that_changes_during_the_run_is_named(tmp_path):
@@ -642,36 +619,20 @@ def lists(tmp_path):
     return [str(tmp_path / "1.json"), str(tmp_path / "2.json")]
 
 
-def run_to_shards(monkeypatch, capsys, *arguments):
-    """(exit status, what is printed) of the command."""
-    monkeypatch.setattr(sys, "argv", ["to_shards", *map(str, arguments)])
-    status = exit_status(to_shards.main)
-    return status, "".join(capsys.readouterr())
-
-
 def contents(folder):
     return {
         path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != ".lock"
     }
 
 
-def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monkeypatch, capsys):
+def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monkeypatch, run_main):
     monkeypatch.chdir(tmp_path)
-    status, printed = run_to_shards(
-        monkeypatch,
-        capsys,
-        *lists,
-        "--image_root",
-        "images",
-        "--output",
-        "out",
-        "--samples",
-        10,
-        "--workers",
-        2,
+    flags = ["--image_root", "images", "--output"]
+    status, out, _ = run_main(
+        "tools.to_shards", *lists, *flags, "out", "--samples", 10, "--workers", 2
     )
-    assert status == 0 and "2 entries were left out" in printed and "out/skipped.txt" in printed
-    assert printed.endswith("train_file: ['out/{00000..00002}.tar']\n")
+    assert status == 0 and "2 entries were left out" in out and "out/skipped.txt" in out
+    assert out.endswith("train_file: ['out/{00000..00002}.tar']\n")
     samples = Shards(expand(["out/{00000..00002}.tar"])[1])
     assert samples.counts == [9, 10, 6]
     entries = Entries(lists, Pair)
@@ -691,15 +652,11 @@ def test_converted_lists_give_the_same_images_and_captions(tmp_path, lists, monk
     lines = (tmp_path / "out/skipped.txt").read_text().splitlines()
     assert len(lines) == 2 and f"{lists[0]}: entry 5 " in lines[0] and "does not exist" in lines[0]
     assert f"{lists[1]}: entry 2 " in lines[1]
-    status, printed = run_to_shards(
-        monkeypatch, capsys, lists[1], "--image_root", "images", "--output", "one"
-    )
-    assert status == 0 and printed.endswith("train_file: ['one/00000.tar']\n")
+    status, out, _ = run_main("tools.to_shards", lists[1], *flags, "one")
+    assert status == 0 and out.endswith("train_file: ['one/00000.tar']\n")
 
 
-def test_interrupted_conversion_continues_and_twice_is_the_same(
-    tmp_path, lists, monkeypatch, capsys
-):
+def test_interrupted_conversion_continues_and_twice_is_the_same(tmp_path, lists, monkeypatch):
     root = tmp_path / "images"
     to_shards.convert(lists, root, tmp_path / "whole", samples=4)
     add, added = to_shards.add_member, []
@@ -758,7 +715,7 @@ def test_shards_of_something_else_are_not_mixed(tmp_path, lists):
     refused()
 
 
-def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys):
+def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, run_main):
     message = refusal(lambda: to_shards.convert(lists, tmp_path, tmp_path / "out", samples=10))
     assert message.startswith(f"--image_root {tmp_path}: none of 27 checked images exists")
     assert not (tmp_path / "out").exists()
@@ -766,14 +723,10 @@ def test_conversion_errors_name_the_remedy(tmp_path, lists, monkeypatch, capsys)
     assert "cannot write there" in refusal(
         lambda: to_shards.convert(lists, tmp_path / "images", tmp_path / "file", samples=10)
     )
-    status, printed = run_to_shards(
-        monkeypatch, capsys, tmp_path / "no.json", "--output", tmp_path / "out"
-    )
-    assert (
-        status == 2
-        and printed.startswith(f"error: {tmp_path / 'no.json'}: cannot read")
-        and len(printed.splitlines()) == 1
-    )
+    missing = tmp_path / "no.json"
+    status, out, err = run_main("tools.to_shards", missing, "--output", tmp_path / "out")
+    assert status == 2 and err.startswith(f"error: {missing}: cannot read")
+    assert len(err.splitlines()) == 1 and not out
 
     def full(tar, name, data):
         raise OSError(28, "No space left on device")
