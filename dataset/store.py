@@ -28,6 +28,7 @@ from utils import InputError, TrainingStopped, atomic_write, hash_contents
 _GROUP = 16  # entries with one checksum
 _BATCH = 64 * _GROUP  # entries that are written at a time; they fit the processor's cache
 _ENCODER = msgspec.json.Encoder()
+_INDEX = np.dtype([("start", np.uint64), ("checksum", np.uint32)])  # of a group
 
 
 class Entries(Sequence[E]):
@@ -111,8 +112,7 @@ class _Store:
         self.name = name  # path of the files in the cache folder, without suffix
         self.lines = np.memmap(f"{name}.jsonl", np.uint8, "r").view(np.ndarray)
         # (start, checksum) of each group, then the end of the last one and the number of lines
-        kind = _index_type(len(self.lines))
-        self.index = np.memmap(f"{name}.index", kind, "r").view(np.ndarray)
+        self.index = np.memmap(f"{name}.index", _INDEX, "r").view(np.ndarray)
         end, self._count = self.index[-1].tolist()
         if end != len(self.lines) or len(self.index) != -(-self._count // _GROUP) + 1:
             raise ValueError("the index does not match the lines")
@@ -162,11 +162,6 @@ def _open(name: str, *, whole: bool = False) -> _Store | None:
     return None if whole and None in map(store.read, range(0, len(store), _GROUP)) else store
 
 
-def _index_type(size: int) -> np.dtype:
-    """Return the dtype of the index of a store with `size` bytes."""
-    return np.dtype([("start", np.min_scalar_type(size)), ("checksum", np.uint32)])
-
-
 def _build(job: tuple[str, str], form: type[Entry]) -> None:
     """Check the entries of a list and write its store. job: path and name of the store."""
     path, name = job
@@ -180,8 +175,7 @@ def _build(job: tuple[str, str], form: type[Entry]) -> None:
             file.write(block)
             end += len(block)
             count += len(batch)
-    index = np.empty(len(starts) + 1, _index_type(end))
-    index["start"], index["checksum"] = [*starts, end], [*checksums, count]
+    index = np.array([*zip(starts, checksums, strict=True), (end, count)], _INDEX)
     with atomic_write(f"{name}.index") as file:  # last: a complete store has both files
         file.write(index.tobytes())
 
