@@ -11,28 +11,26 @@ from models.tokenizer import build_tokenizer
 from utils import InputError
 
 
-def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config):
-    tokenizer = build_tokenizer(tiny_config["tokenizer"])
-    batches = []
-    for workers in (0, 2):
-        dataset = build_dataset("pretrain", "train", tiny_config, seed=3)
-        loader = TrainBatches(
-            dataset,
-            tokenizer,
-            {**tiny_config, "num_workers": workers},
-            device=torch.device("cpu"),
-            seed=3,
-        )
-        loader.begin(1)
-        batches.append(list(loader))
-    for one, other in zip(*batches, strict=True):
+@pytest.mark.parametrize("form", ["lists", "shards"])
+def test_samples_depend_on_seed_epoch_and_index_alone(tiny_config, sharded, form):
+    config = {**tiny_config, **({"train_file": [sharded]} if form == "shards" else {})}
+    tokenizer = build_tokenizer(config["tokenizer"])
+
+    def load(workers, seen):
+        dataset = build_dataset("pretrain", "train", config, seed=3)
+        options = {**config, "num_workers": workers}
+        loader = TrainBatches(dataset, tokenizer, options, device=torch.device("cpu"), seed=3)
+        loader.begin(1, seen)
+        return list(loader)
+
+    batches, rest = load(0, 0), load(2, 16)
+    for one, other in zip(batches[2:], rest, strict=True):
         assert torch.equal(one.image, other.image) and torch.equal(one.text[0], other.text[0])
         assert one.files == other.files
-    assert batches[0][0].image.dtype == torch.uint8 and batches[0][0].image.shape == (8, 3, 32, 32)
-    dataset.epoch = 2
-    assert not torch.equal(
-        dataset[0].image, build_dataset("pretrain", "train", tiny_config, seed=3)[0].image
-    )
+    assert batches[0].image.dtype == torch.uint8 and batches[0].image.shape == (8, 3, 32, 32)
+    dataset = build_dataset("pretrain", "train", config, seed=3)
+    samples = [dataset[0] for dataset.epoch in (1, 2)]
+    assert not torch.equal(samples[0].image, samples[1].image)
 
 
 def test_processes_share_the_batches_of_one_process():

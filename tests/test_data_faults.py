@@ -230,30 +230,6 @@ def test_elsewhere_blank_texts_are_refused_before_the_start(tiny_config, folder,
     assert "list.json: entry 1" in message and "empty after clean-up" in message
 
 
-NO_TEXT = {"null": None, "number": 5, "empty list": [], "list with null": ["a", None]}
-
-
-@pytest.mark.parametrize("fault", [*NO_TEXT, "missing key"])
-@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_train", "retrieval_test"])
-def test_captions_that_are_no_text_are_refused_before_the_start(tiny_config, folder, name, fault):
-    good, bad = entries_of(name, ["good.jpg"] * 2)
-    bad = (
-        {"image": "good.jpg", "image_id": 1}
-        if fault == "missing key"
-        else {**bad, "caption": NO_TEXT[fault]}
-    )
-    message = refusal(build, name, tiny_config, folder, [good, bad])
-    assert "list.json: entry 1" in message and "'caption'" in message
-
-
-@pytest.mark.parametrize("name", ["pretrain_train", "retrieval_test", "ve_train"])
-def test_files_that_are_not_utf8_are_refused_before_the_start(tiny_config, folder, name):
-    text = json.dumps(entries_of(name, ["good.jpg"], "a café"), ensure_ascii=False)
-    assert "list.json: this annotation file is not UTF-8" in refusal(
-        build, name, tiny_config, folder, text.encode("latin-1")
-    )
-
-
 USED = {  # caption -> what is left of it
     "a" * 100_000: "a" * 100_000,
     "a " * 50_000: " ".join(["a"] * 30),

@@ -372,36 +372,19 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch, run)
 
 
 def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_path, run):
-    images = sorted(path.name for path in (shapes / "images/train").iterdir())[:8]
+    root = shapes / "images/train"
+    images = sorted(path.name for path in root.iterdir())[:8]
     rows = [f"{name},{text} circle\n" for name in images for text in ("a red", "the blue")]
     (tmp_path / "my.csv").write_text("".join(["path,text\n", *rows]))
-    root = str(shapes / "images/train")
-    assert (
-        run(
-            tmp_path / "my.csv",
-            "--image_root",
-            root,
-            "--output",
-            tmp_path,
-            "--test",
-            2,
-        )
-        == 0
-    )
-    config = {**tiny_config, "train_file": [str(tmp_path / "train.json")], "image_root": root}
+    assert run(tmp_path / "my.csv", "--image_root", root, "--output", tmp_path, "--test", 2) == 0
+    files = {f"{split}_file": [str(tmp_path / f"{split}.json")] for split in ("train", "test")}
+    config = {**tiny_config, **files, "image_root": str(root)}
     assert len(build_dataset("pretrain", "train", config)) == 6
     dataset = build_dataset("retrieval", "train", config)
     samples = [dataset[i] for i in range(6)]
     assert len({sample.image_id for sample in samples}) == 6
     assert {sample.caption for sample in samples} <= {"a red circle", "the blue circle"}
-    assert (
-        len(
-            build_dataset(
-                "retrieval", "test", {**config, "test_file": [str(tmp_path / "test.json")]}
-            )
-        )
-        == 2
-    )
+    assert len(build_dataset("retrieval", "test", config)) == 2
 
 
 # --------------------------------------------------------------------------------------------------

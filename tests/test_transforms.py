@@ -114,17 +114,6 @@ def test_whole_chain_equals_pillow(tmp_path, picture):
     assert np.mean(errors) < 0.015 and max(errors) < 0.08
 
 
-def test_seed_decides_the_result(picture):
-    transform = T.train_transform(32, 0.2)
-    image = to_tensor(picture)
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(transform(image))
-    assert torch.equal(results[0], results[1])
-    assert not torch.equal(results[0], results[2])
-
-
 @pytest.mark.parametrize("hflip, low, high", [(True, 0.3, 0.7), (False, 0, 0)])
 def test_share_of_flipped_images(hflip, low, high):
     torch.manual_seed(0)
@@ -146,12 +135,3 @@ def test_operations_are_drawn_uniformly_and_kept_half_the_time():
         directions = [direction for drawn, direction in draws if drawn == name]
         assert abs(len(directions) / len(draws) - 0.1) < 0.02
         assert abs(np.mean(directions)) < 0.2
-
-
-@pytest.mark.parametrize("height, width", [(1, 1), (2, 300), (300, 2), (31, 33)])
-def test_images_of_any_shape(height, width):
-    torch.manual_seed(0)
-    image = torch.randint(256, (3, height, width), dtype=torch.uint8)
-    for transform in (T.train_transform(32, 0.2), T.test_transform(32)):
-        result = transform(image)
-        assert result.shape == (3, 32, 32) and result.dtype == torch.uint8
