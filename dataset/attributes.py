@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.config import Config
 from dataset.base import EntryDataset, test_options
-from dataset.entries import by_id, digest, read_json
+from dataset.entries import BBox, ImageInfo, by_id, digest, read_json
 from dataset.images import ImageError, exif_of_boxes
 from dataset.transforms import test_transform
 from utils import InputError
@@ -46,22 +46,15 @@ class Attribute(msgspec.Struct):
         return self.name.partition(":")[2].split("/")
 
 
-class _Image(msgspec.Struct):
-    id: int
-    width: int
-    height: int
-    file_name: str
-
-
 class _Annotation(msgspec.Struct):
     image_id: int
-    bbox: Annotated[list[float], Meta(min_length=4, max_length=4)]
+    bbox: BBox
     area: float
     att_vec: list[Literal[-1, 0, 1]]
 
 
 class _Content(msgspec.Struct):
-    images: list[_Image]
+    images: list[ImageInfo]
     attributes: Annotated[list[Attribute], Meta(min_length=1)]
     annotations: list[_Annotation]
 
@@ -121,7 +114,7 @@ def read_boxes(path: str) -> tuple[list[Attribute], list[Box]]:
 
 
 def _check_annotation(
-    annotation: _Annotation, images: dict[int, _Image], attributes: int, where: str
+    annotation: _Annotation, images: dict[int, ImageInfo], attributes: int, where: str
 ) -> tuple[int, int, int, int]:
     """Check an annotation and return its box in whole pixels. Raises InputError."""
     image, labels = images.get(annotation.image_id), len(annotation.att_vec)

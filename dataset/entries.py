@@ -299,6 +299,18 @@ def as_form(value: Any, form: type[T] | Any, where: Path | str, remedy: str) -> 
         raise InputError(f"{where}: {_without_ticks(error)}; {remedy}") from None
 
 
+class ImageInfo(msgspec.Struct):
+    """An image in a file of objects, in the form of COCO."""
+
+    id: int
+    height: Annotated[int, msgspec.Meta(ge=1)]
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    file_name: str
+
+
+BBox = Annotated[list[float], msgspec.Meta(min_length=4, max_length=4)]  # x, y, w, h in pixels
+
+
 class Identified(Protocol):
     """A value with an id."""
 

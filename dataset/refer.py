@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from configs.config import REFER
-from dataset.entries import as_form, by_id, read_json
+from dataset.entries import BBox, ImageInfo, as_form, by_id, read_json
 from utils import InputError, open_regular
 
 _NOT_RELEASED = "this is not the released file of REFER; download it again"
@@ -41,21 +41,14 @@ class _Ref(msgspec.Struct):
     split: str
 
 
-class _Image(msgspec.Struct):
-    id: int
-    height: Annotated[int, Meta(ge=1)]
-    width: Annotated[int, Meta(ge=1)]
-    file_name: str
-
-
 class _Annotation(msgspec.Struct):
     id: int
     image_id: int
-    bbox: Annotated[list[float], Meta(min_length=4, max_length=4)]
+    bbox: BBox
 
 
 class _Instances(msgspec.Struct):
-    images: list[_Image]
+    images: list[ImageInfo]
     annotations: list[_Annotation]
 
 

@@ -51,16 +51,6 @@ class Seen(NamedTuple):
     turned: bool = False
 
 
-class SeenSample(NamedTuple):
-    """The result of reading a sample of a shard: image and captions, or the error."""
-
-    path: str
-    key: str
-    image: Seen = Seen()
-    captions: tuple[str, ...] = ()
-    error: str = ""
-
-
 def name_entry(path: str | None, entry: int | str | None) -> str:
     """Return the name of an entry of a list, a sample of a shard, or a file for messages."""
     path = path or ""
@@ -92,15 +82,20 @@ def decode(path: str, exif: Exif, data: bytes | None = None) -> Seen:
     return Seen(turned=has_orientation(data))
 
 
-def decode_sample(position: Position, exif: Exif) -> SeenSample:
-    """Read a sample of a shard as a run does."""
-    sample = read_sample(position)
-    path, key = position.path, sample["__key__"]
+def decode_sample(position: Position, exif: Exif) -> tuple[str, str, list[str], Seen]:
+    """Read a sample of a shard as a run does.
+
+    Returns:
+        The path of the shard, the key of the sample, its captions, and the result for its image.
+    """
+    sample, path = read_sample(position), position.path
+    key = sample["__key__"]
+    where = name_entry(path, key)
     try:
-        data, captions = image_and_captions(sample, name_entry(path, key))
+        data, captions = image_and_captions(sample, where)
     except InputError as error:
-        return SeenSample(path, key, error=str(error))
-    return SeenSample(path, key, decode(path, exif, data), tuple(captions))
+        return path, key, [], Seen("wrong sample", str(error).removeprefix(f"{where}: "))
+    return path, key, captions, decode(path, exif, data)
 
 
 class Check:
@@ -199,14 +194,10 @@ class FileReport:
 
     def read(self, roots: dict[str, str]) -> dict[str, Any]:
         """Read a list or a file of boxes, and its images in the folders `roots`."""
-
-        def refuse(number: int, error: InputError) -> None:
-            self._refuse(str(error), self.path, number)
-
         if self.form is None:
             entries = read_boxes(self.path)[1]
         else:
-            entries = list(read_entries(self.path, self.form, refuse=refuse))
+            entries = list(read_entries(self.path, self.form, refuse=self._refuse))
         images: dict[str, int] = {}  # the first entry of each image
         for index, entry in enumerate(entries):
             if entry is None:
@@ -222,7 +213,7 @@ class FileReport:
         paths = list(images)
         chosen = [paths[i] for i in evenly(len(paths), self.check.images)]
         for path, seen in zip(chosen, self._decode(decode, chosen), strict=True):
-            self._add_image(seen, self.path, images[path], f"image {path}")
+            self._add_image(seen, self.path, images[path], f"image {path}: ")
         questions = (
             {"question_id": entry.question_id, "answer": entry.answer}
             for entry in entries
@@ -236,12 +227,9 @@ class FileReport:
         """Read the samples of shards."""
         shards = Shards(paths, 1)
         chosen = map(shards.position, evenly(len(shards), self.check.images))
-        for path, key, image, captions, error in self._decode(decode_sample, chosen):
-            if error:
-                self._refuse(error, path, key)
-            else:
-                self._check_texts(captions, path, key)
-                self._add_image(image, path, key, "image")
+        for path, key, captions, seen in self._decode(decode_sample, chosen):
+            self._check_texts(captions, path, key)
+            self._add_image(seen, path, key)
         self.report |= {"shards": len(paths), "entries": len(shards), "images": len(shards)}
         return self.report
 
@@ -253,22 +241,21 @@ class FileReport:
         run = functools.partial(function, exif=exif_of_boxes(exif) if boxes else exif)
         return self.check.run(run, bar)
 
-    def _refuse(self, error: str, path: str, entry: int | str) -> None:
+    def _refuse(self, entry: int | str, error: InputError | str, path: str | None = None) -> None:
         """Count an entry that cannot be used."""
         self.report["wrong"] += 1
-        self.check.add(error, path, entry)
+        self.check.add(error, path or self.path, entry)
 
     def _check_texts(self, texts: Iterable[str], path: str, entry: int | str) -> None:
         """Refuse an entry if one of its texts is empty after clean-up."""
         limit = self.check.config.max_words
         if any(is_blank(without_halves(self.form.clean(text, limit))) for text in texts):
-            problem = "a caption is empty after clean-up; correct or remove it"
-            self._refuse(problem, path, entry)
+            self._refuse(entry, "a text is empty after clean-up; correct or remove it", path)
 
-    def _add_image(self, seen: Seen, path: str, entry: int | str, name: str) -> None:
-        """Count an image that was decoded."""
+    def _add_image(self, seen: Seen, path: str, entry: int | str, name: str = "") -> None:
+        """Count an image. name: Name of the image in the entry, for messages."""
         self.report["looked_at"] += 1
         self.report["with_exif_orientation"] += seen.turned
         if seen.problem:
             self.report["unusable"][seen.kind] += 1
-            self.check.add(f"{name}: {seen.problem}", path, entry)
+            self.check.add(f"{name}{seen.problem}", path, entry)

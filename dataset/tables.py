@@ -44,7 +44,6 @@ TEXTS = (
     "title",
 )
 DELIMITERS = ",\t;|"
-SHOWN = 3  # lines that a summary names
 
 
 class Captions:
@@ -246,8 +245,10 @@ def read_table(
     if columns:
         summary = "{}: images from column {!r}, captions from column {!r}".format(path, *columns)
         if notes:
-            summary += f"; double quotes are ordinary characters in {', '.join(notes[:SHOWN])}"
-            summary += f" and {len(notes) - SHOWN:,} more lines" * (len(notes) > SHOWN)
+            summary += (
+                f"; double quotes are ordinary characters in {len(notes):,} rows, the first is"
+                f" {notes[0]}"
+            )
         captions.summaries.append(summary)
 
 

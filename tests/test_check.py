@@ -376,11 +376,11 @@ def test_shards(run, tmp_path, shapes):
     assert "of pre-training" in run(task="retrieval", train_file=str(tmp_path / "0.tar"))[1]
     status, out, report = run(train_file=[str(tmp_path / "{1..2}.tar"), str(tmp_path / "0.tar")])
     assert status == 1 and "2.tar does not exist (1 of the 2" in out
-    assert report["files"][0]["looked_at"] == 4
+    assert report["files"][0]["looked_at"] == 6
     status, out, report = run(train_file=str(tmp_path / "*.tar"))
     of = report["files"][0]
-    assert status == 1 and (of["shards"], of["entries"], of["wrong"]) == (1, 6, 3)
-    assert of["looked_at"] == 4 and of["unusable"] == {"not an image": 1}
+    assert status == 1 and (of["shards"], of["entries"], of["wrong"]) == (1, 6, 1)
+    assert of["looked_at"] == 6 and of["unusable"] == {"not an image": 1, "wrong sample": 2}
     assert [entry for entry, _ in problems_of(report)] == [None, "c", "d", "e", "f"]
     assert "1.tar: not a complete tar file" in out and "0.tar: sample e: no image" in out
     (tmp_path / "1.tar").unlink()
