@@ -4,7 +4,6 @@ A row has an image, {bytes, path}, bytes or a path, and one or several captions.
 are written to files.
 """
 
-import contextlib
 import importlib
 import io
 import os
@@ -88,39 +87,25 @@ def read_parquet(
                 captions.problems.append(f"{source} row {number}: {error}")
 
 
-@contextlib.contextmanager
-def _open(source: str) -> Iterator[Any]:
-    """Open a table. Raises InputError."""
+def _open(source: str) -> Any:
+    """Open a table, a pyarrow.parquet.ParquetFile. Raises InputError."""
     try:
         parquet = importlib.import_module("pyarrow.parquet")  # an optional requirement
+        return parquet.ParquetFile(open_regular(source))
     except ImportError:
         raise InputError(f"{source}: Parquet files need pyarrow: pip install pyarrow") from None
-    try:
-        file = open_regular(source)
-    except OSError as error:
-        raise InputError(f"{source}: cannot be read ({error.strerror})") from None
-    with file:
-        try:
-            table = parquet.ParquetFile(file)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{source}: not a Parquet file ({error})") from None
-        yield table
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be read as a Parquet file ({error})") from None
 
 
 def _rows(source: str, table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table as {column: value}. Raises InputError."""
-    batches = table.iter_batches(ROWS, columns=names)
-    while True:
-        try:
-            rows = next(batches).to_pylist()
-        except StopIteration:
-            return
-        # a damaged page raises OSError, text that is not UTF-8 ValueError
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{source}: cannot be read ({error}); download the file again"
-            ) from None
-        yield from rows
+    try:
+        for batch in table.iter_batches(ROWS, columns=names):
+            yield from batch.to_pylist()
+    # a damaged page raises OSError, text that is not UTF-8 ValueError
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source}: cannot be read ({error}); download the file again") from None
 
 
 def _find_columns(

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -119,7 +120,7 @@ def read_csv(
     lines = list(io.StringIO(text, newline=""))
     first = next(number for number, line in enumerate(lines) if line.strip())
     delimiter = max(DELIMITERS, key=lines[first].count)
-    cells, read, _ = _read_record(lines[first:], delimiter, None)
+    cells, read, _ = _read_record(lines, first, delimiter, lambda line: False)
     if cells is None:
         cells = _split_plainly(lines[first], delimiter)
         notes.append(f"line {first + 1}")
@@ -132,7 +133,7 @@ def read_csv(
 
     while at < len(lines):
         row = f"line {at + 1}"
-        cells, read, problem = _read_record(lines[at:], delimiter, begins_row)
+        cells, read, problem = _read_record(lines, at, delimiter, begins_row)
         if cells is None or (read == 1 and any(cells) and len(cells) != width):
             cells = _split_plainly(lines[at], delimiter)
             if len(cells) == width:
@@ -149,25 +150,20 @@ def read_csv(
 
 
 def _read_record(
-    lines: list[str], delimiter: str, begins_row: Callable[[str], bool] | None
+    lines: list[str], at: int, delimiter: str, begins_row: Callable[[str], bool]
 ) -> tuple[list[str] | None, int, str]:
-    """Read the record at the first line, up to a line that begins another.
+    """Read the record that begins at line `at`, up to a line that begins another row.
 
     Return its cells, None if it is wrong, the number of its lines, and the problem.
     """
-    read = 0
-
-    def record() -> Iterator[str]:
-        nonlocal read
-        for line in lines:
-            if read and begins_row and begins_row(line):
-                return  # the reader misses the closing quote
-            read += 1
-            yield line
-
+    # if a line begins another row, the reader misses the closing quote
+    others = itertools.takewhile(
+        lambda line: not begins_row(line), map(lines.__getitem__, range(at + 1, len(lines)))
+    )
+    record = itertools.chain([lines[at]], others)
+    reader = csv.reader(record, delimiter=delimiter, skipinitialspace=True, strict=True)
     try:
-        reader = csv.reader(record(), delimiter=delimiter, skipinitialspace=True, strict=True)
-        return next(reader), read, ""
+        return next(reader), reader.line_num, ""
     except csv.Error as error:
         return None, 1, f" ({error})"
 
