@@ -12,16 +12,8 @@ from evaluation.distributed import iter_rank_share, merge_results
 from evaluation.metrics import chance_grounding, grounding_accuracy
 from evaluation.report import Report
 from models.contrastive import ContrastiveModel
-from models.gradcam import check_block, text_gradcam
+from models.gradcam import text_gradcam
 from models.tokenizer import Tokenizer
-
-
-def check_options(
-    model: ContrastiveModel, *, mode: str = "itm", block_num: int | None = None
-) -> None:
-    """Raise InputError if the model has no block `block_num`."""
-    if block_num is not None:
-        check_block(model, block_num, mode)
 
 
 def heat_maps(
@@ -89,18 +81,16 @@ def evaluate(
     """
     config = as_config(config)
     maps = heat_maps(model, dataset, tokenizer, config, device, mode=mode, block_num=block_num)
-    refer = dataset.refer
-    shares = grounding_accuracy(maps, *refer, dataset.detections)
+    shares = grounding_accuracy(maps, *dataset.refer, dataset.detections)
+    metrics = {name: 100 * share for name, share in shares.items()}
     if report:
-        ref_ids = [ref_id for ref_id, _ in maps]
-        chance = chance_grounding(refer.refs, refer.boxes, dataset.detections, ref_ids)
-        for name, share in shares.items():
-            split = name.removesuffix("_d")
+        chance = chance_metrics(dataset)
+        for name, value in metrics.items():
             print(
-                f"grounding, {report.title}: {split} {100 * share:.2f}% (a random box:"
-                f" {100 * chance[name]:.1f}%)"
+                f"grounding, {report.title}: {name.removesuffix('_d')} {value:.2f}% (a random box:"
+                f" {chance[name]:.1f}%)"
             )
-    return {name: 100 * share for name, share in shares.items()}
+    return metrics
 
 
 def chance_metrics(dataset: Any) -> dict[str, float]:

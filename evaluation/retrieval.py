@@ -1,7 +1,7 @@
 """Image-text retrieval (Section 5): encode, rank by ITC, re-rank by ITM, recall, rankings."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -23,7 +23,6 @@ from models.contrastive import (
     NO_CANDIDATE,
     ContrastiveModel,
     feature_similarity,
-    matched_with_prob,
     top_candidates,
 )
 from models.tokenizer import Tokenizer
@@ -205,10 +204,7 @@ def score_pairs(
         text_embeds, text_feat, mask = encode_texts(model, dataset.texts, tokenizer, config, device)
         sim = feature_similarity(image_feat, text_feat)
         pairs = top_candidates(sim, k) | top_candidates(sim.T, k).T
-        scores = model.itm_scores(
-            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=bar
-        )
-    logits, probs = scores.unbind(dim=2)
+        logits, probs = model.itm_scores(image_embeds, text_embeds, mask, pairs, progress=bar)
     return sim, logits, probs
 
 
@@ -245,7 +241,7 @@ def print_table(title: str, metrics: dict[int, dict[str, float]], dataset: Any) 
     print(f"{title}, {images} images and {texts} texts, recall in percent")
     print(f"{'':16}" + "".join(f"{name:>9}" for name in TABLE))
     reranked = {f"ITC + ITM, k {k}": values for k, values in metrics.items() if k}
-    chance = chance_recall(images, texts, dataset.img2txt)
+    chance = chance_metrics(dataset)
     for label, values in {"ITC": metrics[0], **reranked, "chance": chance}.items():
         print(f"{label:16}" + "".join(f"{values[name]:9.1f}" for name in TABLE))
 
@@ -263,64 +259,56 @@ def rankings(
         temp: Temperature; probabilities by ITC are a softmax over all candidates.
         dataset: The RetrievalTestSet.
     """
-    txt2img, images, texts = dataset.txt2img, dataset.images, dataset.texts
-
-    def rank_texts(scores: Tensor, probs: Tensor) -> list[list[dict[str, Any]]]:
-        return best_candidates(
-            scores, probs, "caption", texts, lambda image, text: txt2img[text] == image
-        )
-
-    def rank_images(scores: Tensor, probs: Tensor) -> list[list[dict[str, Any]]]:
-        return best_candidates(
-            scores, probs, "image", images, lambda text, image: txt2img[text] == image
-        )
-
-    by_itm, by_itc = rank_texts(i2t, probs), rank_texts(sim, (sim / temp).softmax(dim=1))
-    of_images = zip(images, by_itm, by_itc, strict=True)
-    by_itm, by_itc = rank_images(t2i, probs.T), rank_images(sim.T, (sim.T / temp).softmax(dim=1))
-    of_texts = zip(texts, by_itm, by_itc, strict=True)
+    images, texts = dataset.images, dataset.texts
+    owners = torch.tensor(dataset.txt2img, device=sim.device)
+    hits = owners == torch.arange(len(images), device=sim.device)[:, None]  # [NI, NT]
+    by_image = zip(
+        images,
+        best_candidates(i2t, probs, hits, "caption", texts),
+        best_candidates(sim, (sim / temp).softmax(dim=1), hits, "caption", texts),
+        strict=True,
+    )
+    by_text = zip(
+        texts,
+        best_candidates(t2i, probs.T, hits.T, "image", images),
+        best_candidates(sim.T, (sim.T / temp).softmax(dim=1), hits.T, "image", images),
+        strict=True,
+    )
     return {
         "image_root": dataset.roots["image_root"],
         "image_to_text": [
-            {"image": image, "results": itm, "itc_results": itc} for image, itm, itc in of_images
+            {"image": image, "results": itm, "itc_results": itc} for image, itm, itc in by_image
         ],
         "text_to_image": [
-            {"caption": text, "results": itm, "itc_results": itc} for text, itm, itc in of_texts
+            {"caption": text, "results": itm, "itc_results": itc} for text, itm, itc in by_text
         ],
     }
 
 
 def best_candidates(
-    scores: Tensor,
-    probs: Tensor,
-    key: str,
-    names: Sequence[str],
-    is_hit: Callable[[int, int], bool],
+    scores: Tensor, probs: Tensor, hits: Tensor, key: str, names: Sequence[str]
 ) -> list[list[dict[str, Any]]]:
     """Return the TOP candidates of each query, the best first.
 
     Args:
         scores: Scores [Q, N], NO_CANDIDATE for none.
         probs: Probabilities [Q, N].
+        hits: Whether query and candidate belong together, bool [Q, N].
         key: Key of the name of a candidate.
         names: Names of the candidates.
-        is_hit: Function (query, candidate) -> whether both belong together.
     """
     values, indices = scores.topk(min(TOP, scores.shape[1]), dim=1)
-    columns = indices.tolist(), values.tolist(), probs.gather(1, indices).tolist()
+    found = indices, values, probs.gather(1, indices), hits.gather(1, indices)
     return [
         [
-            {key: names[i], "score": round(value, 4), "probability": prob, "hit": is_hit(query, i)}
-            for i, value, prob in zip(*row, strict=True)
+            {key: names[i], "score": round(value, 4), "probability": prob, "hit": hit}
+            for i, value, prob, hit in zip(*row, strict=True)
             if value > NO_CANDIDATE
         ]
-        for query, row in enumerate(zip(*columns, strict=True))
+        for row in zip(*(part.tolist() for part in found), strict=True)
     ]
 
 
 def chance_metrics(dataset: Any) -> dict[str, float]:
-    """Return the expected recall of a random ranking of a RetrievalTestSet, with means."""
-    metrics = chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)
-    for side in ("txt", "img"):
-        metrics[f"{side}_r_mean"] = sum(metrics[f"{side}_r{k}"] for k in (1, 5, 10)) / 3
-    return metrics
+    """Return the expected recall of a random ranking of a RetrievalTestSet."""
+    return chance_recall(len(dataset.images), len(dataset.texts), dataset.img2txt)

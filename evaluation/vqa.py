@@ -124,9 +124,7 @@ def evaluate(
         path = report.write(f"{name}_epoch{report.epoch}.json", results)
         print(f"VQA, {report.title}: {len(results)} answers in {path}")
     if report and metrics:
-        names = {name: name.removeprefix("acc_").replace("acc", "overall") for name in metrics}
-        shown = [f"{names[name]} {value:.2f}%" for name, value in metrics.items()]
-        print(f"VQA accuracy {', '.join(shown)}")
+        print("VQA accuracy:", ", ".join(f"{name} {value:.2f}%" for name, value in metrics.items()))
         formulas = describe_vqa_formulas(count_vqa_formulas(annotations))
         print(f"VQA accuracy is computed {formulas}")
     return metrics

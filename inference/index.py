@@ -164,7 +164,7 @@ def _read_files(folder: Path, about: dict[str, Any]) -> Index:
         [image["hash"] for image in images],
         features,
         **{key: about[key] for key in ABOUT},
-        ranking=read_ranking(about, folder / INDEX),
+        ranking=read_ranking(about),
         left=about["left"],
     )
 

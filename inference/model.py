@@ -36,7 +36,7 @@ from inference.inputs import (
     read_image,
 )
 from models import build_model
-from models.contrastive import feature_similarity, matched_with_prob
+from models.contrastive import feature_similarity
 from models.gradcam import text_gradcam
 from models.tokenizer import load_tokenizer
 from models.weights import (
@@ -560,11 +560,10 @@ class Inference:
         image_embeds = ImageEmbeds(self.model, data, self._batch_config(), self.device, keep=False)
         text_embeds, _, mask = self._encode_texts(texts)
         pairs, progress = pairs.to(self.device), functools.partial(progress_bar, what="matching")
-        scores = self.model.itm_scores(
-            image_embeds, text_embeds, mask, pairs, score=matched_with_prob, progress=progress
+        logits, probs = self.model.itm_scores(
+            image_embeds, text_embeds, mask, pairs, progress=progress
         )
-        logits, probs = scores.cpu().unbind(dim=2)
-        return logits, probs
+        return logits.cpu(), probs.cpu()
 
     def _rerank(
         self, images: list, texts: list[str], candidates: Tensor, by_text: bool

@@ -3,6 +3,7 @@
 Parameters have the names of Hugging Face's BertModel and the released ALBEF checkpoints.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -214,18 +215,6 @@ class Attention(nn.Module):
         self.output = ResidualOutput(config, config.hidden_size)
 
 
-class Intermediate(nn.Module):
-    """First half of the feed-forward part: hidden [..., C] -> [..., intermediate_size]."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the dense layer and GELU."""
-        return F.gelu(self.dense(hidden))
-
-
 class Layer(nn.Module):
     """Self-attention, cross-attention in the multimodal layers, feed-forward (Figure 1)."""
 
@@ -234,7 +223,8 @@ class Layer(nn.Module):
         self.attention = Attention(config, SelfAttention(config))
         if cross_attention:
             self.crossattention = Attention(config, CrossAttention(config))
-        self.intermediate = Intermediate(config)
+        dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate = nn.Sequential(OrderedDict(dense=dense, gelu=nn.GELU()))
         self.output = ResidualOutput(config, config.intermediate_size)
 
     def forward(
@@ -403,27 +393,18 @@ class BertModel(nn.Module):
         return hidden.split([len(part.text_embeds) for part in parts])
 
 
-class PredictionTransform(nn.Module):
-    """Dense layer, GELU and LayerNorm before the vocabulary: hidden [..., C] -> [..., C]."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = Head(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Apply the three layers."""
-        return self.LayerNorm(F.gelu(self.dense(hidden)))
-
-
 class PredictionHead(nn.Module):
     """Vocabulary head, tied to the word embeddings: hidden [..., C] -> logits [..., V], float32."""
 
     def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(config.word_pieces))
-        self.transform = PredictionTransform(config)
-        self.decoder = Head(config.hidden_size, config.word_pieces)
+        width = config.hidden_size
+        norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.transform = nn.Sequential(
+            OrderedDict(dense=Head(width, width), gelu=nn.GELU(), LayerNorm=norm)
+        )
+        self.decoder = Head(width, config.word_pieces)
         self.transform.apply(lambda module: init_weights(module, config.initializer_range))
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias

@@ -1,7 +1,7 @@
 """Classification by the multimodal [CLS] under momentum distillation (Section 5)."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,8 @@ from models.momentum import update_momentum_
 from models.tokenizer import Tokenizer
 from utils import Text
 
-
-class ClassificationBatch(Protocol):
-    """Fields of a batch that `Classifier.forward` reads."""
-
-    image: tuple[Tensor, ...]  # the images [B, 3, H, W] of each sentence, one or two
-    text: Text  # [B, L]
-    targets: Tensor  # classes [B]
+if TYPE_CHECKING:
+    from dataset.classification import ClassificationBatch
 
 
 class Classifier(ALBEF):
@@ -70,7 +65,7 @@ class Classifier(ALBEF):
         return head(bert.fuse(text_embeds, text.attention_mask, keys_values, cls_only=True)[:, 0])
 
     def forward(
-        self, batch: ClassificationBatch, *, alpha: float, update_momentum: bool = True
+        self, batch: "ClassificationBatch", *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         options = {"alpha": alpha, "update_momentum": update_momentum}

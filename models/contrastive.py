@@ -36,16 +36,6 @@ class MatchOutput(NamedTuple):
     valid: Tensor | None = None
 
 
-def matched(logits: Tensor) -> Tensor:
-    """Return the score of re-ranking, the logit of "matched": itm_logits [B, 2] -> [B]."""
-    return logits[:, 1]
-
-
-def matched_with_prob(logits: Tensor) -> Tensor:
-    """Return the logit and the probability of "matched": itm_logits [B, 2] -> [B, 2]."""
-    return torch.stack([logits[:, 1], logits.softmax(dim=1)[:, 1]], dim=1)
-
-
 class ContrastiveModel(ALBEF):
     """ALBEF with projections, matching head, momentum encoders and queues of their features."""
 
@@ -283,7 +273,7 @@ class ContrastiveModel(ALBEF):
         sim = feature_similarity(image_feat, text_feat)
         i2t = top_candidates(sim, k)
         t2i = top_candidates(sim.T, k).T
-        scores = self.itm_scores(
+        scores, _ = self.itm_scores(
             image_embeds, text_embeds, attention_mask, i2t | t2i, progress=progress, rows=rows
         )
         return scores.masked_fill(~i2t, NO_CANDIDATE), scores.T.masked_fill(~t2i.T, NO_CANDIDATE)
@@ -296,10 +286,9 @@ class ContrastiveModel(ALBEF):
         attention_mask: Tensor,
         pairs: Tensor,
         *,
-        score: Callable[[Tensor], Tensor] = matched,
         progress: Callable[[range], Iterable[int]] = iter,
         rows: int = 256,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Score pairs of images and texts by matching.
 
         Image by image, so that an image's keys and values are computed once. Texts of similar
@@ -310,16 +299,15 @@ class ContrastiveModel(ALBEF):
             text_embeds: As in `rerank`.
             attention_mask: Mask of the tokens [NT, L].
             pairs: Pairs to score, bool [NI, NT].
-            score: Function of itm_logits [B, 2] that returns scores [B], or S of them [B, S].
             progress: Wrapper of the range of images, for a progress bar.
             rows: Maximum number of texts in a pass.
 
         Returns:
-            Scores [NI, NT], or [NI, NT, S], in float32, -100 for other pairs.
+            Logits of "matched", the scores of re-ranking, and probabilities of "matched", float32
+            [NI, NT] each, -100 for other pairs.
         """
         lengths, device = attention_mask.sum(dim=1).tolist(), pairs.device
-        kinds = score(torch.zeros(1, 2, device=device)).shape[1:]
-        scores = torch.zeros(*pairs.shape, *kinds, device=device)
+        scores = torch.zeros(*pairs.shape, 2, device=device)
         texts_of = pairs.cpu()
         for image in progress(range(rank(), len(pairs), world_size())):
             keys_values = self.bert.image_keys_values(image_embeds[image : image + 1].to(device))
@@ -330,11 +318,14 @@ class ContrastiveModel(ALBEF):
                 embeds = text_embeds[bucket, :length].to(device)
                 mask = attention_mask[bucket, :length].to(device)
                 fused = self.bert.fuse(embeds, mask, keys_values, cls_only=True)
-                scores[image, bucket.to(device)] = score(self.itm_logits(fused))
+                logits = self.itm_logits(fused)
+                matched = torch.stack([logits[:, 1], logits.softmax(dim=1)[:, 1]], dim=1)
+                scores[image, bucket.to(device)] = matched
         if is_distributed():
             # one rank has each score, so that the sum is exact; a maximum would drop NaN
             dist.all_reduce(scores)
-        return scores.masked_fill_(~pairs.reshape(*pairs.shape, *(1 for _ in kinds)), NO_CANDIDATE)
+        logits, probs = scores.masked_fill_(~pairs[..., None], NO_CANDIDATE).unbind(dim=2)
+        return logits, probs
 
 
 def feature_similarity(image_feat: Tensor, text_feat: Tensor) -> Tensor:

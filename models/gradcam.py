@@ -91,19 +91,19 @@ def default_block(model: ALBEF, mode: str = "itm", words: bool = False) -> int:
     return max(first, min(first + 2 * step, last - step * words))
 
 
-def check_block(model: ALBEF, block_num: int, mode: str = "itm") -> None:
+def check_block(model: ALBEF, block_num: int | None = None, mode: str = "itm") -> None:
     """Raise InputError unless a block has the attention that Grad-CAM reads.
 
     Args:
         model: The model.
-        block_num: Index of the block.
+        block_num: Index of the block, None for the default one.
         mode: "itm" for cross-attention, "itc" for the image encoder.
     """
     first, end, what = 0, len(model.visual_encoder.blocks), "the image encoder has the blocks"
     if mode == "itm":
         first, end = model.bert.fusion_layer, len(model.bert.encoder.layer)
         what = "cross-attention is in the blocks"
-    if not first <= block_num < end:
+    if block_num is not None and not first <= block_num < end:
         raise InputError(f"--block_num {block_num}: {what} {first} to {end - 1}, counted from 0")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 from utils import InputError, read_regular
@@ -22,25 +21,6 @@ def hash_record(path: Path | str) -> Path:
     return Path(f"{path}.sha256")
 
 
-def recorded_hash(path: Path | str) -> str | None:
-    """Return the recorded SHA-256 of a file in hexadecimal, None without a record.
-
-    Raises:
-        InputError: The record holds no SHA-256.
-        OSError: The record cannot be read.
-    """
-    record = hash_record(path)
-    if not record.exists():
-        return None
-    text = read_regular(record).decode("utf-8", "replace")
-    digest = re.search(r"^\\?([0-9a-fA-F]{64})\b", text, re.MULTILINE)
-    if not digest:
-        raise InputError(
-            f"{record}: holds no SHA-256: remove this file, or write it with sha256sum"
-        )
-    return digest[1].lower()
-
-
 def verify_hash(path: Path | str) -> bool:
     """Compare a file with its recorded SHA-256. The file is read once per process.
 
@@ -48,19 +28,15 @@ def verify_hash(path: Path | str) -> bool:
         Whether there is a record.
 
     Raises:
-        InputError: The hashes differ, or a file cannot be read.
+        InputError: The hashes differ.
+        OSError: A file cannot be read.
     """
-    try:
-        expected = recorded_hash(path)
-        if expected is None:
-            return False
-        stat = os.stat(path)
-        state = expected, stat.st_size, stat.st_mtime_ns
-        differs = _verified.get(str(path)) != state and hash_file(path) != expected
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from None
-    if differs:
-        record = hash_record(path)
+    record = hash_record(path)
+    if not record.exists():
+        return False
+    expected, stat = read_regular(record).split(b" ")[0].decode("ascii", "replace"), os.stat(path)
+    state = expected, stat.st_size, stat.st_mtime_ns
+    if _verified.get(str(path)) != state and hash_file(path) != expected:
         raise InputError(
             f"{path}: its SHA-256 is not the one in {record}, so the file was damaged or changed:"
             f" move it away and download it again, or remove {record} if you changed the file"

@@ -1,5 +1,7 @@
 """NLVR2, whether a sentence is true of two images, and text assignment, its pre-training."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from msgspec.structs import replace
@@ -11,9 +13,11 @@ from models.bert import BertModel, Head, KeysValues
 from models.classification import Classifier
 from models.contrastive import feature_similarity
 from models.losses import draw
-from models.pretrain import PretrainBatch
 from models.tokenizer import Tokenizer
 from utils import Text
+
+if TYPE_CHECKING:
+    from dataset.caption import CaptionBatch
 
 # divisor of the image-image similarities that negatives are drawn by; not the learned temp
 IMAGE_TEMP = 0.07
@@ -170,7 +174,7 @@ class TextAssignment(ALBEF):
         return first, torch.where(label == 1, itself, second), label
 
     def forward(
-        self, batch: PretrainBatch, *, alpha: float = 0.0, update_momentum: bool = True
+        self, batch: "CaptionBatch", *, alpha: float = 0.0, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch; text assignment has no distillation."""
         return self.losses(batch.image, batch.text)

@@ -1,6 +1,6 @@
 """ALBEF pre-training (Section 3): contrastive learning, matching and masked language modeling."""
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,8 @@ from models.losses import Features, MaskedText, itm_loss, mask_tokens, masked_te
 from models.tokenizer import Tokenizer
 from utils import Text
 
-
-class PretrainBatch(Protocol):
-    """Fields of a batch that `Pretrain.forward` reads."""
-
-    image: Tensor  # [B, 3, H, W]
-    text: Text  # [B, L]
-    masked: MaskedText | None
+if TYPE_CHECKING:
+    from dataset.caption import CaptionBatch
 
 
 class Pretrain(ContrastiveModel):
@@ -63,7 +58,7 @@ class Pretrain(ContrastiveModel):
         return {**metrics, "mi_bound": self.mi_bound} if metrics else {}
 
     def forward(
-        self, batch: PretrainBatch, *, alpha: float, update_momentum: bool = True
+        self, batch: "CaptionBatch", *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         return self.losses(

@@ -1,6 +1,6 @@
 """Image-text retrieval (Section 5): contrastive learning and matching with equal image ids."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,13 +12,8 @@ from models.losses import Features, itm_loss
 from models.tokenizer import Tokenizer
 from utils import Text
 
-
-class RetrievalBatch(Protocol):
-    """Fields of a batch that `Retrieval.forward` reads."""
-
-    image: Tensor  # [B, 3, H, W]
-    text: Text  # [B, L]
-    idx: Tensor  # image ids [B]
+if TYPE_CHECKING:
+    from dataset.caption import CaptionBatch
 
 
 class Retrieval(ContrastiveModel):
@@ -31,7 +26,7 @@ class Retrieval(ContrastiveModel):
         self.register_buffer("idx_queue", torch.full((1, config.queue_size), -100))
 
     def forward(
-        self, batch: RetrievalBatch, *, alpha: float, update_momentum: bool = True
+        self, batch: "CaptionBatch", *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         return self.losses(

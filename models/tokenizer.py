@@ -1,52 +1,45 @@
 """WordPiece tokenization of the released checkpoints: [CLS] and word pieces, no [SEP]."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from tokenizers import AddedToken, decoders, models, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers.normalizers import NFC, BertNormalizer, Normalizer, Sequence
+from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from configs.config import Config, as_config
 from models.hub import find_file
-from utils import InputError, is_main
+from utils import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VOCABULARY, PIECES, SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 FILES = (VOCABULARY, PIECES)  # the first one in a folder is used
-# the keys of SETTINGS that are read, with the values of uncased BERT; strip_accents None follows
-# do_lower_case
-UNCASED: dict[str, Any] = {
-    "do_lower_case": True,
-    "strip_accents": None,
-    "tokenize_chinese_chars": True,
-    "normalization": None,
-}
-# the settings of vocabularies that tools.vocabulary trains
-OWN = {
-    "tokenizer_class": "BertTokenizer",
-    "do_lower_case": True,
-    "strip_accents": False,
-    "normalization": "NFC",
-}
 # text that shows how a tokenizer treats case, accents, symbols and punctuation
 PROBE = "É E\u0301 İ パ ハ\u309a 漢字 don't"
-SPECIAL = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 REMEDY = "name a vocab.txt or tokenizer.json; python -m tools.vocabulary makes one from captions"
+
+
+class BertSettings(msgspec.Struct):
+    """The keys of tokenizer_config.json that are read, with the values of uncased BERT.
+
+    Attributes:
+        do_lower_case: Whether texts are converted to lower case.
+        strip_accents: Whether accents are removed. None follows do_lower_case.
+        tokenize_chinese_chars: Whether each Chinese sign is a word.
+    """
+
+    do_lower_case: bool = True
+    strip_accents: bool | None = None
+    tokenize_chinese_chars: bool = True
 
 
 class Encoding(dict):
@@ -74,9 +67,9 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend) -> None:
-        backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL.values()])
+        backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
         vocab = backend.get_vocab()
-        ids = [vocab[token] for token in SPECIAL.values()]
+        ids = [vocab[token] for token in SPECIAL]
         self.pad_token_id, self.unk_token_id, self.cls_token_id, self.sep_token_id, _ = ids
         self.mask_token_id, self.all_special_ids = ids[-1], ids
         backend.post_processor = processors.TemplateProcessing(
@@ -145,8 +138,7 @@ def build_tokenizer(source: Path | str) -> Tokenizer:
     Args:
         source: A vocab.txt, a tokenizer.json, a checkpoint with a vocabulary, a folder with one of
             FILES, or a hub name. A tokenizer.json defines everything. A vocab.txt is read as
-            uncased BERT's unless a tokenizer_config.json beside it has other values of the keys
-            in UNCASED.
+            uncased BERT's unless a tokenizer_config.json beside it has other BertSettings.
 
     Raises:
         InputError: There is no usable vocabulary, or the hub cannot be reached.
@@ -160,15 +152,12 @@ def build_tokenizer(source: Path | str) -> Tokenizer:
         elif path.suffix == ".json":
             backend = Backend.from_file(str(path))
         else:
-            vocab, settings = _read_vocab(path), _read_settings(source, path)
-            backend = word_pieces(vocab, settings)
-            if not settings and is_main():
-                _note_unused(path, vocab, backend.normalizer)
+            backend = word_pieces(_read_vocab(path), _read_settings(source, path))
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no other class
         raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {REMEDY}") from None
-    missing = [token for token in SPECIAL.values() if backend.token_to_id(token) is None]
+    missing = [token for token in SPECIAL if backend.token_to_id(token) is None]
     if missing:
         raise InputError(
             f"tokenizer: {path} is not a vocabulary, because it lacks {', '.join(missing)}:"
@@ -177,32 +166,17 @@ def build_tokenizer(source: Path | str) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def word_pieces(vocab: dict[str, int], settings: dict[str, Any]) -> Backend:
-    """Return BERT's tokenizer.
-
-    Args:
-        vocab: Id of each word piece.
-        settings: Keys of tokenizer_config.json. Default: uncased BERT's.
-    """
-    keys = UNCASED | settings
+def word_pieces(vocab: dict[str, int], settings: BertSettings) -> Backend:
+    """Return BERT's tokenizer with these word pieces, by their ids."""
     backend = Backend(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
-    bert = BertNormalizer(
-        lowercase=keys["do_lower_case"],
-        strip_accents=keys["strip_accents"],
-        handle_chinese_chars=keys["tokenize_chinese_chars"],
+    backend.normalizer = BertNormalizer(
+        lowercase=settings.do_lower_case,
+        strip_accents=settings.strip_accents,
+        handle_chinese_chars=settings.tokenize_chinese_chars,
     )
-    backend.normalizer = Sequence([NFC(), bert]) if keys["normalization"] == "NFC" else bert
     backend.pre_tokenizer = BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
     return backend
-
-
-def settings_file(vocab: Path) -> Path:
-    """Return the path of a vocab file's settings.
-
-    The name is tokenizer_config.json for vocab.txt, else STEM.tokenizer_config.json.
-    """
-    return vocab.with_name(SETTINGS if vocab.name == PIECES else f"{vocab.stem}.{SETTINGS}")
 
 
 def _read_vocab(path: Path) -> dict[str, int]:
@@ -221,8 +195,8 @@ def _read_vocab(path: Path) -> dict[str, int]:
     return pieces
 
 
-def _read_settings(source: Path | str, vocab: Path) -> dict[str, Any]:
-    """Return the settings of a vocab file, {} if they are missing.
+def _read_settings(source: Path | str, vocab: Path) -> BertSettings:
+    """Return the settings of a vocab file, uncased BERT's if they are missing.
 
     Args:
         source: Origin of the vocab file. If it is a hub name, the settings are downloaded.
@@ -231,33 +205,16 @@ def _read_settings(source: Path | str, vocab: Path) -> dict[str, Any]:
     Raises:
         ValueError: The settings cannot be used.
     """
-    path = settings_file(vocab)
+    path = vocab.with_name(SETTINGS)
     if not Path(source).exists():
         with suppress(InputError):  # the repository has none, or the hub is out of reach
             path = find_file(source, [SETTINGS], "tokenizer")
     try:
-        settings = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    for key, default in UNCASED.items():
-        if settings.get(key, default) not in (True, False, default, OWN.get(key)):
-            raise ValueError(f"{path}: {key} has the unsupported value {settings[key]!r}")
-    return settings
-
-
-def _note_unused(path: Path, vocab: dict[str, int], normalizer: Normalizer) -> None:
-    """Print a note if a vocab file without settings has pieces that uncased BERT never uses."""
-    words = [piece.removeprefix("##") for piece in vocab if piece not in SPECIAL.values()]
-    unused = [word for word in words if normalizer.normalize_str(word).strip() != word]
-    if unused:
-        print(
-            f"note: tokenizer {path} drops accents and upper case, so {len(unused)} of its pieces"
-            f" are never used, such as {unused[0]!r}: check whether {settings_file(path)} is"
-            " missing",
-            file=sys.stderr,
+        return msgspec.json.decode(
+            path.read_bytes() if path.is_file() else b"{}", type=BertSettings
         )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def difference(definition: str, other: str) -> str:
@@ -271,14 +228,13 @@ def difference(definition: str, other: str) -> str:
         return ""
     vocabs, words = [], []
     for backend in map(Backend.from_str, (definition, other)):
-        vocabs.append({number: piece for piece, number in backend.get_vocab().items()})
+        vocabs.append(backend.get_vocab().items())
         text = backend.normalizer.normalize_str(PROBE) if backend.normalizer else PROBE
         split = backend.pre_tokenizer
         words.append(split.pre_tokenize_str(text) if split else text)
-    for number in sorted(vocabs[0].keys() | vocabs[1].keys()):
-        first, second = (vocab.get(number, "not used") for vocab in vocabs)
-        if first != second:
-            return f"id {number} is {first!r} in one and {second!r} in the other"
+    if pieces := vocabs[0] ^ vocabs[1]:
+        piece, number = min(pieces, key=itemgetter(1))
+        return f"{piece!r} has the id {number} in only one of them"
     return "" if words[0] == words[1] else "case, accents or punctuation are treated differently"
 
 

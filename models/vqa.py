@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,19 +16,12 @@ from models.momentum import update_momentum_
 from models.tokenizer import Tokenizer
 from utils import InputError, Text
 
+if TYPE_CHECKING:
+    from dataset.vqa import VQABatch
+
 ANSWER_TOKENS = 10  # of a generated answer unless max_answer_tokens is set, as in the released code
 # candidates that are decoded together: 1 GB of vocabulary logits for answers of 4 tokens
 PASS_ROWS = 1024
-
-
-class VQABatch(Protocol):
-    """Fields of a batch that `VQA.forward` reads."""
-
-    image: Tensor  # [B, 3, H, W]
-    question: Text  # [B, L]
-    answer: Text  # [A, L'], the answers of all questions in order
-    n: list[int]  # number of answers of each question
-    weights: Tensor  # [A]
 
 
 class Question(NamedTuple):
@@ -133,7 +126,7 @@ class VQA(ALBEF):
         return decoder.cls.predictions(hidden)
 
     def forward(
-        self, batch: VQABatch, *, alpha: float, update_momentum: bool = True
+        self, batch: "VQABatch", *, alpha: float, update_momentum: bool = True
     ) -> dict[str, Tensor]:
         """Return `losses` of a batch."""
         return self.losses(

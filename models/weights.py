@@ -5,8 +5,8 @@ refused file leaves the model unchanged, unless its values are wrong.
 """
 
 import json
+import pickle
 import re
-import reprlib
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import IO, Any
 import msgspec
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -33,21 +33,15 @@ from models.conversions import (
 from models.hashes import verify_hash
 from models.hub import fetch, find_file
 from models.momentum import copy_to_momentum_
-from models.tokenizer import FILES, VOCABULARY, difference, vocabulary_of
+from models.tokenizer import VOCABULARY, difference, vocabulary_of
 from utils import InputError
 
 # loaded together or not at all; only fine-tuned files have the last one
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
-FINE_TUNED = "fine-tuned for this task"
-# modules that an evaluation needs beside the head, and the checkpoints that have them
-NEEDED = {
-    "text_decoder": FINE_TUNED,
-    **dict.fromkeys(("vision_proj", "text_proj"), "of pre-training, retrieval or grounding"),
-}
+NEEDED = {"text_decoder", "vision_proj", "text_proj"}  # by an evaluation, beside the head
 SUFFIXES = (".pth", ".bin", ".safetensors")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # names in a folder or a hub repository
-# files of a published export, with alternatives
-REPOSITORY = (("model.safetensors",), ("config.json",), FILES)
+REPOSITORY = (("model.safetensors",), ("config.json",), (VOCABULARY,))  # files of an export
 METADATA = ("config", "epoch", "tokenizer_json", "ranking")  # keys of a .safetensors file, in JSON
 
 
@@ -79,15 +73,14 @@ def load_checkpoint(
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     check_vocabulary(model, content, path)
-    model.ranking = read_ranking(content, path) if complete else None
+    model.ranking = read_ranking(content) if complete else None
     weights, names = named_tensors(content, path), model.state_dict()
     modules, in_file = ({name.split(".")[0] for name in state} for state in (names, weights))
     heads = fine_tuned_heads()
-    needed = dict.fromkeys(heads, FINE_TUNED) | NEEDED
-    for module in modules & needed.keys() - in_file if complete else ():
+    for module in modules & (heads | NEEDED) - in_file if complete else ():
         raise InputError(
             f"{path} has no {module}, which the evaluation of this task needs: name a checkpoint"
-            f" {needed[module]}"
+            " of a task that trains it"
         )
     names = task_names(model, weights)
     matched = {name.split(".")[0] for name, old in names.items() if old in weights}
@@ -122,14 +115,9 @@ def check_vocabulary(model: ALBEF, content: Mapping[str, Any], path: Path | str)
         )
 
 
-def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None:
-    """Return the ranking in a checkpoint, None if there is none. Raises InputError."""
-    try:
-        return msgspec.convert(content.get("ranking"), Ranking | None)
-    except msgspec.ValidationError as error:
-        raise InputError(
-            f"{path}: the entry 'ranking' does not have the form that a validation saves ({error})"
-        ) from None
+def read_ranking(content: Mapping[str, Any]) -> Ranking | None:
+    """Return the ranking in a checkpoint, None if there is none."""
+    return msgspec.convert(content.get("ranking"), Ranking | None)
 
 
 def load_encoders(model: ALBEF, config: Config) -> list["LoadReport"]:
@@ -301,8 +289,6 @@ def _match(
                 report.converted.append(f"{old} -> {name}")
             if value.shape != target.shape:
                 report.resized.append(name)
-            if value.dtype != target.dtype:
-                report.cast.append(f"{name} ({str(value.dtype).removeprefix('torch.')})")
         elif value is None and base in weights and (allow_missing or module not in in_file):
             plan[name] = base
             report.copied.append(name)
@@ -319,32 +305,22 @@ def _check_shapes(
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Raise InputError for tensors of another shape, dtype or layout than the model's."""
-    misfits = {}
+    """Raise InputError for tensors of another shape or kind of numbers than the model's."""
+    misfits = []
     for name in report.loaded:
         value, target = weights[plan[name]], targets[name]
-        if value.shape != target.shape and not can_interpolate(name, value, target):
-            shapes = f"{list(value.shape)} instead of {list(target.shape)}"
-            misfits[plan[name]] = f"has shape {shapes}"
-        elif value.is_floating_point() != target.is_floating_point() or (
-            value.layout != target.layout
-        ):
-            misfits[plan[name]] = (
-                f"is {value.layout} {value.dtype} instead of {target.layout} {target.dtype}"
+        fits = value.shape == target.shape or can_interpolate(name, value, target)
+        if not fits or value.is_floating_point() != target.is_floating_point():
+            misfits.append(
+                f"{plan[name]} has shape {list(value.shape)} ({value.dtype}) instead of"
+                f" {list(target.shape)} ({target.dtype})"
             )
-    if not misfits:
-        return
-    hint = (
-        "the file belongs to another task, or to a configuration with another value of image_res,"
-        " patch_size, vision_width, embed_dim or bert_config"
-    )
-    if all(_module(name) in fine_tuned_heads() for name in misfits):
-        hint = (
-            "the head belongs to another task; start from pre-trained weights, or name a checkpoint"
-            " of this task"
+    if misfits:
+        raise InputError(
+            f"{report.source}: {summarize_names(misfits, 3)}: the file belongs to another task,"
+            " or to a configuration with another value of image_res, patch_size, vision_width,"
+            " embed_dim or bert_config"
         )
-    shown = summarize_names([f"{name} {why}" for name, why in misfits.items()], 3)
-    raise InputError(f"{report.source}: {shown}: {hint}")
 
 
 def _check_complete(
@@ -385,9 +361,7 @@ def _copy(
         if value.shape != target.shape:
             value = interpolate_pos_embed(value, target.shape[1])
         twin = filled.setdefault(id(target), in_file)
-        if value.is_meta:
-            broken.append(in_file)
-        elif twin != in_file:
+        if twin != in_file:
             if not torch.equal(value.to(target), target):
                 untied.append(f"{in_file} and {twin}")
         else:
@@ -396,7 +370,7 @@ def _copy(
                 broken.append(in_file)
     if broken:
         raise InputError(
-            f"{source}: {len(broken)} tensors hold NaN or infinity, or have no values:"
+            f"{source}: {len(broken)} tensors hold NaN or infinity:"
             f" {summarize_names(broken)}; use another checkpoint"
         )
     if untied:
@@ -420,7 +394,6 @@ class LoadReport:
         loaded: Tensors of the model that come from the file under any name.
         converted: Loaded tensors with another name in the file, "name in file -> name in model".
         resized: Position embeddings that are interpolated to another image_res.
-        cast: Loaded tensors with another dtype in the file, "name (dtype)".
         copied: Momentum weights that are copied from the base.
         new: Tensors of the model that are left at their initialization.
         ignored: Tensors of the file that the model has no place for.
@@ -430,7 +403,6 @@ class LoadReport:
     loaded: list[str] = field(default_factory=list)
     converted: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
-    cast: list[str] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -438,7 +410,7 @@ class LoadReport:
     def __str__(self) -> str:
         tensors = len(self.loaded) + len(self.copied) + len(self.new)
         lines = [f"{self.source}: {len(self.loaded)} of {tensors} tensors loaded"]
-        for kind in ("converted", "resized", "cast", "copied", "new", "ignored"):
+        for kind in ("converted", "resized", "copied", "new", "ignored"):
             if names := getattr(self, kind):
                 most = 2 if kind == "converted" else 5  # each has two names
                 lines.append(f"  {kind}: {len(names)} ({summarize_names(names, most)})")
@@ -488,12 +460,8 @@ def find_checkpoint(source: Path | str) -> Path:
         by_name = {file.stem: file for file in files}
         return by_name.get("checkpoint_best") or by_name.get("checkpoint_last") or files[-1]
     if is_repository(source):
-        path = fetch(str(source), REPOSITORY, "checkpoint")[0]
-        if not config_beside(path):
-            raise InputError(
-                f"checkpoint {source}: its config.json was not written by tools.export"
-            )
-    elif not path.is_file():
+        return fetch(str(source), REPOSITORY, "checkpoint")[0]
+    if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist: check the path")
     return path
 
@@ -515,10 +483,10 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         InputError: The file cannot be read.
     """
     path = find_checkpoint(path)
-    verify_hash(path)
-    beside = config_beside(path) if path.name == WEIGHT_FILES[0] else {}
     try:
+        verify_hash(path)
         if path.suffix == ".safetensors":
+            beside = config_beside(path) if path.name == WEIGHT_FILES[0] else {}
             content = {**_read_safetensors(path), **beside}
         else:
             is_zip = zipfile.is_zipfile(path)
@@ -527,21 +495,14 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except InputError:
         raise
-    except (
-        RuntimeError,
-        SafetensorError,
-        EOFError,
-        OSError,
-        ValueError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise InputError(f"checkpoint {path} cannot be read and may be cut off: {reason}") from None
-    except Exception:  # pickle.UnpicklingError and other errors of broken pickles
+    except pickle.UnpicklingError:
         raise InputError(
             f"checkpoint {path} is not a checkpoint, or holds objects other than tensors, numbers"
             " and text; no code from the file was run"
         ) from None
+    except Exception as error:  # a damaged file may raise any class
+        reason = " ".join((str(error) or repr(error)).split())[:200]
+        raise InputError(f"checkpoint {path} cannot be read and may be cut off: {reason}") from None
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors")
     return content
@@ -568,7 +529,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def config_beside(path: Path | str) -> dict[str, Any]:
     """Return config and tokenizer_json from the files beside an export's weights.
 
-    Such a folder may come from anybody, so its configuration may name only files beside it.
+    Such a folder may come from anybody, so a file that its configuration names is not used.
 
     Args:
         path: The weights.
@@ -577,30 +538,22 @@ def config_beside(path: Path | str) -> dict[str, Any]:
         {} if config.json is missing or is not one of an export.
 
     Raises:
-        InputError: config.json cannot be read, or it names a file elsewhere.
+        ValueError: config.json is not JSON.
+        OSError: There is no vocabulary.
     """
-    file = Path(path).with_name("config.json")
-    try:
-        config = json.loads(file.read_bytes()) if file.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict) or "image_res" not in config:  # such as BERT's config.json
+    file, vocabulary = Path(path).with_name("config.json"), Path(path).with_name(VOCABULARY)
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    if "image_res" not in config:  # such as BERT's config.json
         return {}
-    for key in FILE_KEYS:
-        name = config.get(key)
-        if not name or (key == "bert_config" and isinstance(name, dict)):
-            continue
-        is_beside = isinstance(name, str) and Path(name).name == name
-        if not (is_beside and file.with_name(name).is_file()):
-            raise InputError(
-                f"{file}: {key} is {reprlib.repr(name)}, which is not a file in the same folder:"
-                " remove the key, and name the file with --set"
-            )
-        config[key] = str(file.with_name(name))
-    vocabulary = file.with_name(VOCABULARY)
-    if config.get("tokenizer") != str(vocabulary):
-        return {"config": config}
-    return {"config": config, "tokenizer_json": vocabulary.read_text(encoding="utf-8")}
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in FILE_KEYS or isinstance(value, dict)  # bert_config may be one
+    }
+    return {
+        "config": {**kept, "tokenizer": str(vocabulary)},
+        "tokenizer_json": vocabulary.read_text(encoding="utf-8"),
+    }
 
 
 def named_tensors(content: Mapping[str, Any], path: Path | str) -> dict[str, Tensor]:
@@ -656,9 +609,6 @@ def write_weights(
         torch.save({"model": tensors, **more}, file)
         return
     metadata = {"format": "pt", **{key: json.dumps(more[key]) for key in METADATA if key in more}}
-    untied, seen = {}, set()
-    for name, value in tensors.items():
-        memory = value.untyped_storage().data_ptr()
-        untied[name] = value.clone() if memory in seen else value.contiguous()
-        seen.add(memory)
-    file.write(save(untied, metadata))
+    # a copy, because the format refuses tensors that share memory
+    copies = {name: value.clone().contiguous() for name, value in tensors.items()}
+    file.write(save(copies, metadata))

@@ -221,8 +221,8 @@ MUTANTS = [
     ),
     Mutant(
         "models/bert.py",
-        "F.gelu(self.dense(hidden))\n\n\nclass Layer",
-        'F.gelu(self.dense(hidden), approximate="tanh")\n\n\nclass Layer',
+        "OrderedDict(dense=dense, gelu=nn.GELU())",
+        'OrderedDict(dense=dense, gelu=nn.GELU("tanh"))',
     ),
     Mutant("models/bert.py", "cross_attention=i >= config.fusion_layer", "cross_attention=True"),
     Mutant("models/bert.py", "[start : start + input_ids.shape[1]]", "[: input_ids.shape[1]]"),
@@ -290,13 +290,13 @@ MUTANTS = [
         "models/weights.py", "                _refuse_compressed(path)\n", "                pass\n"
     ),
     Mutant("models/weights.py", "weights_only=True, mmap", "weights_only=False, mmap"),
-    Mutant("models/weights.py", "    verify_hash(path)\n", ""),
+    Mutant("models/weights.py", "        verify_hash(path)\n", ""),
     Mutant("models/conversions.py", 'mode="bicubic"', 'mode="bilinear"'),
     Mutant("models/weights.py", " and (keep_queues or name not in QUEUES)", ""),
     Mutant("models/weights.py", "allow_missing or module not in in_file", "True"),
     Mutant("models/weights.py", "_is_optional(name) or may_be_new(name)", "may_be_new(name)"),
     Mutant("models/weights.py", "    if unused:\n", "    if False:\n"),
-    Mutant("models/weights.py", "elif twin != in_file:", "elif False:"),
+    Mutant("models/weights.py", "if twin != in_file:", "if False:"),
     Mutant(
         "models/weights.py",
         "if target.is_floating_point() and not target.isfinite().all():",

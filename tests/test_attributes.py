@@ -204,7 +204,7 @@ def test_a_checkpoint_without_projections_is_refused(evaluated, config, tmp_path
     torch.save({"model": build_model("vqa", config).state_dict()}, tmp_path / "vqa.pth")
     status, text = evaluated(tmp_path / "vqa.pth")
     assert status == 2 and "_proj, which the evaluation of this task needs" in text
-    assert "of pre-training, retrieval or grounding" in text
+    assert "of a task that trains it" in text
 
 
 # --------------------------------------------------------------------------------------------------

@@ -240,8 +240,7 @@ def test_a_fine_tuned_file_lacks_the_vocabulary_head_alone(model, golden, load):
     "change, message",
     [
         (lambda value: value[:4], r"has shape \[4, 16\].*\[8, 16\].*embed_dim"),
-        (torch.Tensor.int, "is torch.strided torch.int32 .* torch.float32"),
-        (torch.Tensor.to_sparse, "is torch.sparse_coo .* torch.strided"),
+        (torch.Tensor.int, "has shape .*torch.int32.*torch.float32"),
     ],
 )
 def test_tensors_of_another_shape_or_kind_are_named(model, state, load, change, message):
@@ -291,11 +290,10 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
 
 
 def test_a_report_counts_and_names_each_kind(build, state, load, tmp_path):
-    state["visual_encoder.cls_token"] = state["visual_encoder.cls_token"].half()
     report = load(build("ve"), state)
     first, *lines = str(report).splitlines()
     assert first == f"{tmp_path / 'file.pth'}: 240 of 248 tensors loaded"
-    counts = {"converted": 180, "cast": 1, "new": 8, "ignored": 28}
+    counts = {"converted": 180, "new": 8, "ignored": 28}
     assert [line.split(" (")[0] for line in lines] == [f"  {k}: {n}" for k, n in counts.items()]
     assert "temp, image_queue, text_queue, queue_ptr, " in lines[-1] and "and 23 more" in lines[-1]
     assert "text_encoder.bert.embeddings.word_embeddings.weight -> text_encoder." in lines[0]
@@ -385,7 +383,7 @@ def test_a_head_may_be_new_in_training_not_in_evaluation(build, state, load):
     model = build("ve")
     assert first_parts(load(model, {"model": state}).new) == {"cls_head", "cls_head_m"}
     for task, lacking in (
-        ("ve", "cls_head.*fine-tuned"),
+        ("ve", "cls_head, which the evaluation of this task needs"),
         ("vqa", "text_decoder, which the evaluation of this task needs"),
     ):
         with pytest.raises(InputError, match=f"file.pth has no {lacking}"):
@@ -408,10 +406,6 @@ def test_prefixes_precision_and_order_do_not_matter(model, state, tmp_path, suff
         write_weights(file, suffix, dict(reversed(halves.items())), {})
     report = load_checkpoint(model, tmp_path / f"half{suffix}")
     assert not report.new and not report.ignored and not report.converted
-    assert (
-        len(report.cast) == sum(value.is_floating_point() for value in state.values())
-        and "temp (float16)" in report.cast
-    )
     for name, value in model.state_dict().items():
         assert value.dtype == state[name].dtype and torch.equal(
             value, state[name].half().to(value.dtype)
@@ -465,24 +459,19 @@ def test_a_momentum_module_is_missing_as_a_whole_or_not_at_all(model, state, loa
     assert load(model, state, allow_missing=True).copied == [lost]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_no_training_gives_are_refused(model, state, load, value):
     name = "visual_encoder.blocks.1.attn.qkv.weight"
-    state[name] = (
-        state[name].to("meta")
-        if value is None
-        else state[name].index_fill(0, torch.tensor([3]), value)
-    )
-    assert f"file.pth: 1 tensors hold NaN or infinity, or have no values: {name}" in refusal(
-        load, model, {"model": state}
-    )
+    state[name] = state[name].index_fill(0, torch.tensor([3]), value)
+    message = refusal(load, model, {"model": state})
+    assert f"file.pth: 1 tensors hold NaN or infinity: {name}" in message
 
 
 @pytest.mark.parametrize("allow_missing", [False, True])
 def test_a_head_of_another_task_is_called_so(build, load, allow_missing):
     with pytest.raises(
         InputError,
-        match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*head belongs to another task",
+        match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*belongs to another task",
     ):
         load(build("nlvr"), build("ve").state_dict(), allow_missing=allow_missing)
 

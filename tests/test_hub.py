@@ -5,7 +5,6 @@ server (tests/helpers/hub.py).
 import hashlib
 import importlib
 import json
-import shutil
 import sys
 
 import pytest
@@ -325,30 +324,11 @@ def test_the_configuration_of_a_repository_opens_nothing_else(
     texts = {name for name, field in FIELDS.items() if field.accepts("any text")}
     assert texts <= {*FILE_KEYS, "eos", "optimizer.opt"}
     export(run_folder / "checkpoint_best.pth", "--output", f"{tmp_path}/out/", "--push", "lab/a")
+    published = outputs(load_model("lab/a", "cpu"), shapes)
     repository = hub.repositories["lab/a"]
     files = repository["commits"][repository["main"]]
     good = json.loads(files["config.json"])
-    (tmp_path / "bert.json").write_text(json.dumps(good["bert_config"]))
-    for key in FILE_KEYS:
-        for value in (
-            str(tmp_path / "bert.json"),
-            "/dev/zero",
-            "../tokenizer.json",
-            "absent.json",
-            [str(tmp_path)],
-            5,
-        ):
-            files["config.json"] = json.dumps({**good, key: value}).encode()
-            repository["commits"] = {
-                (commit := hashlib.sha1(files["config.json"]).hexdigest()): files
-            }
-            repository["main"] = commit
-            fetch.cache_clear()
-            assert f"config.json: {key} is " in refusal(load_model, "lab/a")
-    shutil.copytree(tmp_path / "out", tmp_path / "old")
-    (tmp_path / "old/config.json").write_text(json.dumps({**good, "test_file": str(tmp_path)}))
-    status, _, err = export(tmp_path / "old", "--push", "lab/b")
-    assert status == 2 and "config.json: test_file is " in err and "lab/b" not in hub.repositories
+    others = [key for key in FILE_KEYS if key != "bert_config"]
     content = {
         **read_checkpoint(tmp_path / "out/model.safetensors"),
         "config": {**good, "tokenizer": "/dev/zero"},
@@ -357,15 +337,20 @@ def test_the_configuration_of_a_repository_opens_nothing_else(
     with open(tmp_path / "model.safetensors", "wb") as file:
         write_weights(file, ".safetensors", content.pop("model"), content)
     files["model.safetensors"] = (tmp_path / "model.safetensors").read_bytes()
-    for config in (json.dumps(good).encode(), b"{", b"[]", b"{}", b"[" * 100_000):
+
+    def load(config):
         files["config.json"] = config
-        repository["commits"] = {(commit := hashlib.sha1(config + b"2").hexdigest()): files}
-        repository["main"] = commit
+        commit = hashlib.sha1(config).hexdigest()
+        repository.update(commits={commit: files}, main=commit)
         fetch.cache_clear()
-        if config.startswith(b'{"'):
-            assert commit in load_model("lab/a", "cpu").config.tokenizer
-        else:
-            assert "config.json" in refusal(load_model, "lab/a")
+        return load_model("lab/a", "cpu")
+
+    for value in ("/dev/zero", "../tokenizer.json", [str(tmp_path)], 5):
+        model = load(json.dumps({**good, **dict.fromkeys(others, value)}).encode())
+        assert repository["main"] in model.config.tokenizer and not model.config.test_file
+        assert same(outputs(model, shapes), published)
+    for config in (b"{", b"[" * 100_000):
+        assert "model.safetensors cannot be read" in refusal(load, config)
 
 
 def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(

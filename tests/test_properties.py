@@ -345,19 +345,6 @@ def test_any_file_is_read_as_by_json_or_refused_in_a_line(folder, content):
     assert repr(entries) == repr(expected)
 
 
-def test_a_list_cut_short_anywhere_is_refused_as_such(folder):
-    entries = [
-        {"image": "a.jpg", "caption": "Caf\xe9, \u732b \U0001f600", "score": -1.5e7},
-        {"image": "b"},
-    ]
-    content = as_bytes(entries, {"ensure_ascii": False})
-    for end in range(1, len(content)):
-        path = new_file(folder, content[:end])
-        with pytest.raises(InputError) as caught:
-            Entries([path], Pair)
-        assert "cut short" in one_line(caught.value, path)
-
-
 def as_pairs(entries):
     pairs = ((entry["image"], entry["caption"]) for entry in entries)
     return [(image, [caption] if isinstance(caption, str) else caption) for image, caption in pairs]

@@ -41,7 +41,7 @@ def test_a_run_takes_the_sizes_of_the_encoders_that_it_names(pretrain, encoders,
     keys = {**dict.fromkeys((*SIZES, "bert_config", "test_file")), "text_encoder": bert}
     scale = "optimizer.new_lr_scale=5"
     flags = ("--set", "scheduler.epochs=1", scale)
-    assert pretrain(*flags, vision_encoder=vit, **keys) == (0, "")
+    assert pretrain("--vision_encoder", vit, *flags, **keys) == (0, "")
     content = torch.load(tmp_path / "out" / LAST, weights_only=True)
     saved = content["config"]
     assert {key: saved[key] for key in SIZES} == SIZES
@@ -57,16 +57,6 @@ def test_a_run_takes_the_sizes_of_the_encoders_that_it_names(pretrain, encoders,
     status, notes = pretrain(*more, vision_encoder=vit, **keys)
     assert status == 0 and "configuration of the saved run: scheduler" in notes
     assert torch.load(tmp_path / "out" / LAST, weights_only=True)["epoch"] == 1
-
-
-def test_a_flag_names_an_encoder_and_its_sizes(pretrain, encoders, tmp_path):
-    keys = dict.fromkeys((*SIZES, "test_file"))
-    assert pretrain("--vision_encoder", encoders[1], "--set", "scheduler.epochs=1", **keys) == (
-        0,
-        "",
-    )
-    saved = torch.load(tmp_path / "out" / LAST, weights_only=True)["config"]
-    assert {key: saved[key] for key in SIZES} == SIZES
 
 
 def test_sizes_that_are_given_hold(encoders):

@@ -145,7 +145,6 @@ def test_the_choice_of_accents_is_compared_and_forms_of_a_file_are_not(own, tmp_
     for settings in (
         {"strip_accents": False},
         {"do_lower_case": False},
-        {"strip_accents": False, "normalization": "NFC"},
     ):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         other = build_tokenizer(folder).backend_tokenizer.to_str()

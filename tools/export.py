@@ -262,10 +262,8 @@ def model_card(
 def published_files(folder: Path) -> list[str]:
     """Return the names of the files to upload. Raises InputError if one is missing."""
     from models.tokenizer import VOCABULARY
-    from models.weights import config_beside
 
-    config = config_beside(folder / "model.safetensors").get("config", {})
-    names = [*PUBLISHED, Path(config.get("tokenizer") or VOCABULARY).name]
+    names = [*PUBLISHED, VOCABULARY]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(
             f"--push: {folder} lacks {', '.join(missing)}; add --output FOLDER/ to write them first"

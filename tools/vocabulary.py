@@ -4,28 +4,30 @@ The vocabulary is in lower case and keeps accents (NFC). Set the configuration k
 path of the vocabulary.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
 from utils import InputError
 
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 MIN_FREQUENCY = 2  # of a pair of pieces that the trainer merges
 
-parser = Parser(__doc__, "train.json --size 5000 --output vocab.txt")
+parser = Parser(__doc__, "train.json --size 5000 --output tokenizer.json")
 parser.add_argument("files", nargs="+", help="JSON lists of {image, caption}")
 parser.add_argument(
     "--output",
     required=True,
     type=Path,
-    help="vocab.txt or tokenizer.json to write. vocab.txt has one word piece per line, and a file"
-    " tokenizer_config.json is written beside it. tokenizer.json needs no other file",
+    help="tokenizer.json to write",
 )
-parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 parser.add_argument("--size", type=at_least(1), default=30522, help="maximum number of word pieces")
 
 
@@ -39,11 +41,20 @@ def captions_of(files: list[str]) -> Iterator[str]:
         yield from map(without_halves, entry.texts)
 
 
+def lower_case_tokenizer(vocab: dict[str, int]) -> "Tokenizer":
+    """Return BERT's tokenizer of these word pieces, in lower case and with accents in NFC."""
+    from tokenizers.normalizers import NFC, Sequence
+
+    from models.tokenizer import BertSettings, word_pieces
+
+    backend = word_pieces(vocab, BertSettings(strip_accents=False))
+    backend.normalizer = Sequence([NFC(), backend.normalizer])
+    return backend
+
+
 def frequencies(captions: Iterable[str]) -> Counter[str]:
     """Count the words of captions, after the tokenizer's normalization."""
-    from models.tokenizer import OWN, word_pieces
-
-    backend = word_pieces({}, OWN)
+    backend = lower_case_tokenizer({})
     normalize, split = backend.normalizer.normalize_str, backend.pre_tokenizer.pre_tokenize_str
     return Counter(word for caption in captions for word, _ in split(normalize(caption)))
 
@@ -64,9 +75,9 @@ def train_vocab(captions: Iterable[str], size: int) -> list[str]:
     """
     from tokenizers.trainers import WordPieceTrainer
 
-    from models.tokenizer import OWN, SPECIAL, word_pieces
+    from models.tokenizer import SPECIAL
 
-    backend, captions = word_pieces({}, OWN), list(captions)
+    backend, captions = lower_case_tokenizer({}), list(captions)
     words, counts = frequencies(captions), Counter()
     for word, count in words.items():
         counts.update(dict.fromkeys(word, count))
@@ -78,7 +89,7 @@ def train_vocab(captions: Iterable[str], size: int) -> list[str]:
         initial_alphabet=letters,
         limit_alphabet=len(letters),
         special_tokens=[
-            *SPECIAL.values(),
+            *SPECIAL,
             *(f"##{letter}" for letter in letters if letter in inner),
         ],
         show_progress=False,
@@ -103,23 +114,14 @@ def explain_size(captions: Iterable[str], size: int) -> str:
     )
 
 
-def vocabulary_files(pieces: list[str], output: Path) -> dict[Path, str]:
-    """Return the contents of the files of --output by path."""
-    from models.tokenizer import OWN, settings_file, word_pieces
-
-    if output.suffix == ".json":
-        vocab = {piece: number for number, piece in enumerate(pieces)}
-        return {output: word_pieces(vocab, OWN).to_str(pretty=True)}
-    lines = "".join(f"{piece}\n" for piece in pieces)
-    return {settings_file(output): json.dumps(OWN, indent=1), output: lines}
-
-
 def main() -> None:
     """Train a vocabulary from the command line."""
     args = parser.parse_args()
     from engine.output_dir import check_output, make_output_dir, write_files
     from models.tokenizer import SPECIAL
 
+    if args.output.suffix != ".json":
+        raise InputError(f"--output {args.output}: the name must end in .json")
     make_output_dir(args.output.parent, lock=False, flag="--output")
     captions = list(captions_of(args.files))
     pieces = train_vocab(captions, args.size)
@@ -127,12 +129,11 @@ def main() -> None:
         raise InputError(
             f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
         )
-    files = vocabulary_files(pieces, args.output)
-    for path in files:
-        check_output(path, overwrite=args.overwrite)
-    write_files({path: text.encode() for path, text in files.items()})
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    check_output(args.output, overwrite=args.overwrite)
+    write_files({args.output: lower_case_tokenizer(vocab).to_str(pretty=True).encode()})
     print(
-        f"{', '.join(map(str, files))}: {len(pieces)} word pieces; vocab_size in bert_config must"
+        f"{args.output}: {len(pieces)} word pieces; vocab_size in bert_config must"
         f" be {len(pieces)} or auto"
     )
     if len(pieces) < args.size:

@@ -56,7 +56,7 @@ def recall_at_k(
 
 
 def chance_recall(images: int, texts: int, img2txt: Iterable[Sequence[int]]) -> dict[str, float]:
-    """Return the expected recall of a random ranking in percent, as "txt_r1" and so on.
+    """Return the expected recall of a random ranking in percent, "txt_*" and "img_*" with means.
 
     Args:
         images: Number of images.
@@ -73,6 +73,8 @@ def chance_recall(images: int, texts: int, img2txt: Iterable[Sequence[int]]) -> 
         hits = [_hit_probability(k, count, texts - count) for count in counts]
         results[f"txt_r{k}"] = float(100 * np.mean(hits))
         results[f"img_r{k}"] = 100 * min(1, k / images)
+    for side in ("txt", "img"):
+        results[f"{side}_r_mean"] = sum(results[f"{side}_r{k}"] for k in KS) / len(KS)
     return results
 
 
