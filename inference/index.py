@@ -1,11 +1,12 @@
 """An index of images that is kept up to date with folders and searched by a text or an example.
 
 An index is a folder of three files. features.npy has the features, float16 [N, D]; images.jsonl
-has the path, size, time of change and hash of the image of each row; index.json has the digests of
-the model and its vocabulary, the configuration, the better ranking and the counts.
+has the path, size, time of change and hash of the image of each row; index.json has the digest of
+the model, its configuration and the number of missing images.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -29,47 +29,63 @@ from engine.output_dir import make_output_dir, writing
 from engine.precision import autocast, find_device
 from evaluation.distributed import iter_rank_share, progress_bar
 from inference.model import Inference, as_float, most_similar
-from models.albef import Ranking
 from models.contrastive import feature_similarity
-from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository, read_ranking
-from utils import InputError, alone, atomic_write, hash_contents, printable
+from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
+from utils import InputError, alone, atomic_write, hash_contents
 
-FORMAT = 2  # version of the files below
-INDEX, FEATURES, IMAGES, UNUSABLE = "index.json", "features.npy", "images.jsonl", "unusable.txt"
+INDEX, FEATURES, IMAGES = "index.json", "features.npy", "images.jsonl"
 SAVE_EVERY = 30  # seconds
-ABOUT = ("checkpoint", "weights", "vocabulary", "task", "config")  # keys of INDEX, see Index
+ABOUT = ("checkpoint", "digest", "task", "config", "left")  # keys of INDEX, see Index
 SIDE, WAVES = 32, 12  # of a hash: pixels, and waves that are kept, in each direction
 ROWS = 256  # images that near_copies compares at a time with all others
+
+
+class Row(NamedTuple):
+    """An image of an index.
+
+    Attributes:
+        path: Absolute path.
+        size: Size of the file in bytes.
+        mtime_ns: Time of change of the file in nanoseconds.
+        hash: Hash of the image, see `hash_picture`.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    hash: str
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Size and time of change, which differ if the file has changed."""
+        return self.size, self.mtime_ns
 
 
 class Index(NamedTuple):
     """Images sorted by path, their features, and the identity of the model.
 
     Attributes:
-        paths: Absolute paths.
-        states: Size of each file in bytes and its time of change in nanoseconds.
-        hashes: Hash of each image, see `hash_picture`.
+        rows: The images.
         features: Normalized features, float16 [N, D], memory-mapped if they are read from a file.
         checkpoint: Absolute path or hub repository of the model.
-        weights: Digest of the weights.
-        vocabulary: Digest of the vocabulary.
+        digest: Digest of the weights and the vocabulary.
         task: Task of the weights.
         config: Configuration of the model.
-        ranking: Ranking that a validation of the model measured to be better, None if none did.
         left: Number of images that an interrupted update has not indexed.
     """
 
-    paths: list[str]
-    states: list[tuple[int, int]]
-    hashes: list[str]
+    rows: list[Row]
     features: np.ndarray
     checkpoint: str
-    weights: str
-    vocabulary: str
+    digest: str
     task: str
     config: dict[str, Any]
-    ranking: Ranking | None
     left: int
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the images."""
+        return [row.path for row in self.rows]
 
 
 class Changes(NamedTuple):
@@ -146,27 +162,14 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 
 def _read_files(folder: Path, about: dict[str, Any]) -> Index:
-    if about["format"] != FORMAT:
-        raise InputError(
-            f"{folder / INDEX}: has format {about['format']}, but this version reads format"
-            f" {FORMAT}: remove the folder and index the images again"
-        )
     lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
     features = _read_file(
         folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
     )
-    images = [json.loads(line) for line in lines]
-    if not len(images) == len(features) == about["images"]:
+    if len(lines) != len(features):
         raise ValueError("its files do not belong together")
-    return Index(
-        [image["path"] for image in images],
-        [(image["size"], image["mtime_ns"]) for image in images],
-        [image["hash"] for image in images],
-        features,
-        **{key: about[key] for key in ABOUT},
-        ranking=read_ranking(about),
-        left=about["left"],
-    )
+    rows = [Row(**json.loads(line)) for line in lines]
+    return Index(rows, features, **{key: about[key] for key in ABOUT})
 
 
 def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
@@ -176,8 +179,8 @@ def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any])
     return read(folder / name)
 
 
-def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, str]]) -> None:
-    """Write an index and the list of unusable images.
+def write_index(folder: str | Path, index: Index) -> None:
+    """Write an index.
 
     The rename of index.json replaces the whole index: readers look for files with its token first.
     So an interrupted call leaves either the previous or the new index.
@@ -185,33 +188,21 @@ def write_index(folder: str | Path, index: Index, unusable: Sequence[tuple[str, 
     Args:
         folder: Folder of the index.
         index: The index.
-        unusable: Paths and problems of images.
 
     Raises:
         TrainingStopped: The disk is full or cannot be written.
     """
     folder, token = Path(folder), secrets.token_hex(4)
-    about: dict[str, Any] = {"format": FORMAT, "token": token, "images": len(index.paths)}
-    about |= {key: getattr(index, key) for key in ABOUT}
-    about |= {"ranking": msgspec.to_builtins(index.ranking), "left": index.left}
-    rows = zip(index.paths, index.states, index.hashes, strict=True)
-    images = [
-        json.dumps({"path": path, "size": size, "mtime_ns": date, "hash": value})
-        for path, (size, date), value in rows
-    ]
-    problems = [f"{printable(path)}: {problem}" for path, problem in sorted(unusable)]
+    about = {"token": token, **{key: getattr(index, key) for key in ABOUT}}
     with writing(folder / INDEX, "the previous index is untouched"):
         with atomic_write(folder / f".{token}.{FEATURES}") as file:
             header = np.lib.format.header_data_from_array_1_0(index.features)
             np.lib.format.write_array_header_1_0(file, header)
             file.write(np.ascontiguousarray(index.features))
-        for name, lines in (
-            (f".{token}.{IMAGES}", images),
-            (INDEX, [json.dumps(about, indent=2)]),
-            (UNUSABLE, problems),
-        ):
-            with atomic_write(folder / name) as file:
-                file.write("".join(f"{line}\n" for line in lines).encode())
+        with atomic_write(folder / f".{token}.{IMAGES}", "w") as file:
+            file.writelines(f"{json.dumps(row._asdict())}\n" for row in index.rows)
+        with atomic_write(folder / INDEX, "w") as file:
+            json.dump(about, file, indent=2)
         _finish(folder, token)
 
 
@@ -250,38 +241,31 @@ def open_index(folder: str | Path) -> Index | None:
 # the model
 
 
-def model_digests(model: Inference, index: Index | None, folder: str | Path) -> tuple[str, str]:
-    """Return the digests of a model's weights and vocabulary, equal for all formats of its file.
+def check_model(model: Inference, index: Index | None, folder: str | Path) -> str:
+    """Return the digest of a model, which is equal for all formats of its file.
 
     Raises:
-        InputError: The index in the folder was made with another model.
+        InputError: The index in the folder was made with other weights, another vocabulary or
+            another value of the key exif.
     """
-    weights = hash_contents(
+    weights = (
         content
         for name, value in sorted(model.model.state_dict().items())
         if not is_momentum(name)
         for content in (name.encode(), value.cpu().flatten().view(torch.uint8).numpy())
     )
-    digests = weights, hash_contents([model.model.vocabulary.encode()])
-    if index and digests != (index.weights, index.vocabulary):
-        part = "another vocabulary"
-        if weights != index.weights:
-            part = "other weights"
+    digest = hash_contents(itertools.chain([model.model.vocabulary.encode()], weights))
+    if index and digest != index.digest:
         raise InputError(
-            f"{folder}: the index was made with {part} than {model.source} has: name the checkpoint"
-            f" {index.checkpoint}, or make another index"
+            f"{folder}: the index was made with another model than {model.source}: name the"
+            f" checkpoint {index.checkpoint}, or make another index"
         )
-    return digests
-
-
-def check_exif(model: Inference, index: Index | None, folder: str | Path) -> None:
-    """Raise InputError if the images of the index were turned by another value of `exif`."""
-    exif = index.config["exif"] if index else model.config.exif
-    if exif != model.config.exif:
+    if index and index.config["exif"] != model.config.exif:
         raise InputError(
-            f"{folder}: the index was made with exif {exif}, not {model.config.exif}: add --set"
-            f" exif={exif}, or make another index"
+            f"{folder}: the index was made with another orientation of photos: add --set"
+            f" exif={index.config['exif']}, or make another index"
         )
+    return digest
 
 
 def load_model_of(
@@ -307,8 +291,7 @@ def load_model_of(
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
         config = {**config, "tokenizer": str(find_checkpoint(source))}
     model = Inference(index.task, config, source, find_device(device))
-    model_digests(model, index, folder)
-    model.ranking = model.ranking or index.ranking  # an export of equal weights may lack it
+    check_model(model, index, folder)
     return model
 
 
@@ -330,29 +313,31 @@ def find_images(
     Raises:
         InputError: A folder cannot be read or has no image.
     """
-    found, others, problems = {}, {}, {}
+    found, others, errors = {}, {}, []
     for root in folders:
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: not an existing folder: name a folder of images")
-        errors, images = [], 0
-        for path, real in _files_below(os.path.abspath(root), errors.append):
-            suffix = os.path.splitext(path)[1].lower()
-            if suffix not in IMAGE_SUFFIXES:
-                others[real] = suffix
-                continue
+        try:
+            os.listdir(root)
+        except OSError as error:
+            raise InputError(f"{root}: {error.strerror}: name a folder of images") from None
+        files = [
+            (path, real, os.path.splitext(path)[1].lower())
+            for path, real in _files_below(os.path.abspath(root), errors.append)
+        ]
+        images = [(path, real) for path, real, suffix in files if suffix in IMAGE_SUFFIXES]
+        if not images:
+            counts = count_suffixes(Counter(suffix for *_, suffix in files))
+            raise InputError(
+                f"{root}: no {', '.join(FORMATS)} image in this folder or below it (other files:"
+                f" {counts or 'none'})"
+            )
+        others |= {real: suffix for _, real, suffix in files if suffix not in IMAGE_SUFFIXES}
+        for path, real in images:
             try:
                 state = os.stat(path)
                 found.setdefault(real, (path, (state.st_size, state.st_mtime_ns)))
-                images += 1
             except OSError as error:
                 errors.append(error)
-        problems |= {error.filename: error.strerror for error in errors}
-        if not images:
-            reasons = [f"{error.filename}: {error.strerror}" for error in errors]
-            reasons.append(f"other files: {count_suffixes(Counter(others.values()))}")
-            raise InputError(
-                f"{root}: no {', '.join(FORMATS)} image in this folder or below it ({reasons[0]})"
-            )
+    problems = {error.filename: error.strerror for error in errors}
     return dict(sorted(found.values())), list(problems.items()), Counter(others.values())
 
 
@@ -361,17 +346,21 @@ def _files_below(root: str, onerror: Callable[[OSError], None]) -> Iterator[tupl
     seen = set()
     for folder, subfolders, names in os.walk(root, onerror=onerror, followlinks=True):
         real = os.path.realpath(folder)
-        subfolders[:] = [name for name in subfolders if name[0] != "." and real not in seen]
-        for name in names if real not in seen else ():
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = [name for name in subfolders if name[0] != "."]
+        for name in names:
             if name[0] != ".":
                 yield os.path.join(folder, name), os.path.join(real, name)
-        seen.add(real)
 
 
 def count_suffixes(others: Counter) -> str:
-    """Describe a count of suffixes."""
-    counts = [f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(8)]
-    return ", ".join([*counts, *["..."] * (len(others) > 8)]) or "none"
+    """Describe the eight largest counts of suffixes."""
+    return ", ".join(
+        f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(8)
+    )
 
 
 class _Files(Dataset):
@@ -419,7 +408,6 @@ def update_index(
     index: Index | None,
     model: Inference,
     images: dict[str, tuple[int, int]],
-    problems: Sequence[tuple[str, str]],
     *,
     prune: bool = False,
 ) -> Changes:
@@ -431,8 +419,7 @@ def update_index(
         folder: Folder of the index.
         index: From `open_index`.
         model: Model of the index.
-        images: From `find_images`.
-        problems: From `find_images`.
+        images: Size and time of change by path, from `find_images`.
         prune: Whether to remove indexed images that are not in `images`.
 
     Raises:
@@ -440,25 +427,29 @@ def update_index(
         TrainingStopped: The index cannot be written.
     """
     model.require("embed_images")
-    digests = model_digests(model, index, folder)
-    check_exif(model, index, folder)
+    digest = check_model(model, index, folder)
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
-    about = source, *digests, model.task, model.config.to_dict(), model.ranking
-    before = dict(zip(index.paths, index.states, strict=True)) if index else {}
-    images = images if prune else dict(sorted({**before, **images}.items()))
-    rows = _unchanged(index, images)
-    todo = [path for path in images if path not in rows]
-    kept, left, unusable, saved = len(rows), len(todo), list(problems), time.monotonic()
+    about = source, digest, model.task, model.config.to_dict()
+    before = {
+        row.path: (row, index.features[i]) for i, row in enumerate(index.rows if index else ())
+    }
+    if not prune:
+        images = dict(
+            sorted({**{path: row.state for path, (row, _) in before.items()}, **images}.items())
+        )
+    rows = {path: pair for path, pair in before.items() if images.get(path) == pair[0].state}
+    todo = {path: state for path, state in images.items() if path not in rows}
+    kept, left, unusable, saved = len(rows), len(todo), [], time.monotonic()
     try:
         for embedded, failures in _embed(model, todo):
             rows |= embedded
             unusable += failures
             left -= len(embedded) + len(failures)
             if time.monotonic() - saved > SAVE_EVERY:
-                _write(folder, images, rows, (*about, left), unusable)
+                _write(folder, rows, *about, left)
                 saved = time.monotonic()
     finally:
-        _write(folder, images, rows, (*about, left), unusable)
+        _write(folder, rows, *about, left)
     if not rows:
         raise InputError(
             f"none of {len(images)} images can be used, for example {': '.join(unusable[-1])}"
@@ -466,52 +457,30 @@ def update_index(
     return Changes(kept, len(rows) - kept, len(before.keys() - images.keys()), unusable)
 
 
-def _unchanged(
-    index: Index | None, images: dict[str, tuple[int, int]]
-) -> dict[str, tuple[np.ndarray, str]]:
-    """Return the features [D] and hash of the images that are as they were, by path."""
-    if index is None:
-        return {}
-    rows = zip(index.paths, index.states, index.features, index.hashes, strict=True)
-    return {
-        path: (features, value)
-        for path, state, features, value in rows
-        if images.get(path) == state
-    }
-
-
-def _write(
-    folder: str | Path,
-    images: dict[str, tuple[int, int]],
-    rows: dict[str, tuple[np.ndarray, str]],
-    about: tuple[Any, ...],
-    unusable: Sequence[tuple[str, str]],
-) -> None:
-    """Write the index of the images that have a row; about: the other attributes of Index."""
-    paths = [path for path in images if path in rows]
-    if paths:
-        states = [images[path] for path in paths]
-        features, hashes = zip(*(rows[path] for path in paths), strict=True)
-        index = Index(paths, states, list(hashes), np.stack(features), *about)
-        write_index(folder, index, unusable)
+def _write(folder: str | Path, rows: dict[str, tuple[Row, np.ndarray]], *about: Any) -> None:
+    """Write the index of rows and their features; `about` are the other attributes of Index."""
+    if rows:
+        images, features = zip(*(rows[path] for path in sorted(rows)), strict=True)
+        write_index(folder, Index(list(images), np.stack(features), *about))
 
 
 @torch.no_grad()
 def _embed(
-    model: Inference, paths: list[str]
-) -> Iterator[tuple[dict[str, tuple[np.ndarray, str]], list[tuple[str, str]]]]:
-    """Yield for each batch the features [D] and hashes by path, and the paths with problems."""
-    data = _Files(paths, model.transform, model.config.exif)
+    model: Inference, images: dict[str, tuple[int, int]]
+) -> Iterator[tuple[dict[str, tuple[Row, np.ndarray]], list[tuple[str, str]]]]:
+    """Yield for each batch the rows and features [D] by path, and the paths with problems."""
+    data = _Files([*images], model.transform, model.config.exif)
     with autocast(model.config, model.device):
         for part, (pixels, hashes, problems) in iter_rank_share(
             data, model.config, model.device, "images", _collate
         ):
-            named = list(zip((paths[i] for i in part), hashes, problems, strict=True))
-            usable = [(path, value) for path, value, problem in named if not problem]
+            named = list(zip((data.paths[i] for i in part), hashes, problems, strict=True))
+            usable = [
+                Row(path, *images[path], value) for path, value, problem in named if not problem
+            ]
             values = model.model.encode_image(pixels)[1].half().cpu().numpy() if usable else []
             embedded = {
-                path: (features, value)
-                for (path, value), features in zip(usable, values, strict=True)
+                row.path: (row, features) for row, features in zip(usable, values, strict=True)
             }
             yield embedded, [(path, problem) for path, _, problem in named if problem]
 
@@ -558,7 +527,7 @@ def search(
     sim, best = most_similar(query, index.features, max(k, rerank), model.device)
     probs = model.similarity_probs(sim, query, index.features)
     found = zip(best[0].tolist(), sim[0].tolist(), probs[0].tolist(), strict=True)
-    hits = [Hit(index.paths[i], *scores) for i, *scores in found]
+    hits = [Hit(index.rows[i].path, *scores) for i, *scores in found]
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
@@ -586,15 +555,14 @@ def describe_scores(model: Inference, hits: Sequence[Hit], total: int) -> list[s
         hits: Hits of a search.
         total: Number of images in the index.
     """
-    by_match, measured = any(hit.match is not None for hit in hits), model.ranking
+    by_match = any(hit.match is not None for hit in hits)
     lines = [f"ITC: probability by similarity, a softmax over all {total:,} images"]
     if by_match:
         lines.insert(0, "ITM: probability that image and text match")
     order = f"ranked by {'the logit of ITM, then images without ITM by ITC' if by_match else 'ITC'}"
-    if measured:
-        better, worse = max(measured.itc, measured.itm), min(measured.itc, measured.itm)
+    if measured := model.ranking:
         order += f"; in the validation after training {measured.by.upper()} ranked better, with a"
-        order += f" mean recall of {better:.1f}% against {worse:.1f}%"
+        order += f" mean recall of {measured.itc:.1f}% by ITC and {measured.itm:.1f}% by ITM"
     return [*lines, order]
 
 
@@ -611,8 +579,8 @@ def near_copies(index: Index, threshold: float, device: torch.device) -> list[li
     Returns:
         The images of each group; the likeness of the first one is 1.
     """
-    hashes = np.frombuffer(bytes.fromhex("".join(index.hashes)), np.uint8)
-    bits = np.unpackbits(hashes.reshape(len(index.hashes), -1), axis=1)
+    hashes = np.frombuffer(bytes.fromhex("".join(row.hash for row in index.rows)), np.uint8)
+    bits = np.unpackbits(hashes.reshape(len(index.rows), -1), axis=1)
     # the product of two rows of 1 and -1: number of equal bits minus number of different bits
     signs, roots, groups = as_float(bits).mul(2).sub(1).to(device), [], {}
     for start in progress_bar(range(0, len(signs), ROWS), "comparing"):
@@ -624,6 +592,6 @@ def near_copies(index: Index, threshold: float, device: torch.device) -> list[li
             number, close = len(roots), value >= threshold
             # an earlier image is already the root of its group
             roots.append(roots[nearest] if close else number)
-            copy = Copy(index.paths[number], value if close else 1.0)
+            copy = Copy(index.rows[number].path, value if close else 1.0)
             groups.setdefault(roots[number], []).append(copy)
     return [group for group in groups.values() if len(group) > 1]

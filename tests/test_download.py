@@ -197,12 +197,6 @@ def test_only_the_missing_bytes_are_continued(download, server, tmp_path, second
     assert_complete(tmp_path)
 
 
-def test_a_longer_part_is_not_of_this_file(download, server, tmp_path):
-    (tmp_path / f"{FILE}.part").write_bytes(CONTENT + b"x")
-    assert download("ALBEF_4M")[0] == 0 and server.ranges() == ["bytes=300001-", None]
-    assert_complete(tmp_path)
-
-
 @pytest.mark.parametrize(
     "answer",
     [

@@ -620,11 +620,6 @@ def test_texts_of_unknown_words_are_warned_of(models, photos):
             call("a 赤い circle")
 
 
-def test_a_file_of_200_megapixels_is_one_line(models, tmp_path):
-    HUGE.save(tmp_path / "huge.png")
-    assert "huge.png: too large" in refusal(models["retrieval"].embed_images, tmp_path / "huge.png")
-
-
 def test_without_a_momentum_model_there_are_no_pseudo_targets(files, photos, tmp_path):
     content = torch.load(files["pretrain"], weights_only=True)
     content["model"] = {

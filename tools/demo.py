@@ -71,13 +71,13 @@ def load_index(args: argparse.Namespace, models: dict[str, Any]) -> tuple[Any, s
     Returns:
         The index, None without the flag, and the name of its model.
     """
-    from inference.index import load_model_of, model_digests, read_index
+    from inference.index import check_model, load_model_of, read_index
 
     if not args.index:
         return None, ""
     index = read_index(args.index)
     for name, model in models.items():
-        if model_digests(model, None, args.index) == (index.weights, index.vocabulary):
+        if check_model(model, None, args.index) == index.digest:
             return index, name
     models[index.checkpoint] = load_model_of(index, args.index, args.device)
     return index, index.checkpoint

@@ -11,15 +11,12 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from configs.cli import Parser, at_least
 from engine.launch import interruptible, run_script
 from utils import InputError, percent, printable
-
-SHOWN = 5  # unusable images that are printed
 
 parser = Parser(__doc__, "index photos --checkpoint weights/flickr30k.pth --output output/photos")
 index = parser.add_command(
@@ -104,12 +101,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def print_results(lines: Iterable[str]) -> None:
-    """Print lines to standard output at once."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
-
-
 @contextlib.contextmanager
 def ending_in_silence() -> Iterator[None]:
     """End the block without a message if a reader such as head has closed the output."""
@@ -126,7 +117,7 @@ def ending_in_silence() -> Iterator[None]:
 def make_index(args: argparse.Namespace) -> None:
     """Create or update an index, and print the number of images."""
     from inference import load_model
-    from inference.index import UNUSABLE, count_suffixes, find_images, open_index, update_index
+    from inference.index import count_suffixes, find_images, open_index, update_index
 
     images, problems, others = find_images(args.folders)
     before = open_index(args.output)
@@ -134,19 +125,15 @@ def make_index(args: argparse.Namespace) -> None:
     with interruptible(
         f"{args.output} keeps the images embedded so far; repeat the command to continue"
     ):
-        changes = update_index(args.output, before, model, images, problems, prune=args.prune)
-    print_results(
-        [
-            f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} unchanged,"
-            f" {changes.embedded} embedded, {changes.removed} removed; exif: {model.config.exif}"
-        ]
-    )
+        changes = update_index(args.output, before, model, images, prune=args.prune)
     if others:
         note(f"left out: files without an image suffix: {count_suffixes(others)}")
-    for path, problem in changes.unusable[:SHOWN]:
+    for path, problem in sorted([*problems, *changes.unusable]):
         note(f"left out: {show(path)}: {problem}")
-    if (count := len(changes.unusable)) > SHOWN:
-        note(f"left out: {count} images in all, listed in {Path(args.output, UNUSABLE)}")
+    print(
+        f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} unchanged,"
+        f" {changes.embedded} embedded, {changes.removed} removed; exif: {model.config.exif}"
+    )
 
 
 def open_for_reading(folder: str) -> Any:
@@ -161,11 +148,8 @@ def open_for_reading(folder: str) -> Any:
 
 def read_queries(args: argparse.Namespace) -> list[str | None]:
     """Return the texts to search for, [None] for an example alone. Raises InputError."""
-    from dataset.images import SUFFIXES
     from utils import read_regular
 
-    if Path(args.text or "").suffix.lower() in SUFFIXES and os.path.isfile(args.text):
-        raise InputError(f"TEXT {args.text} is an image file; write --image {args.text}")
     if not args.queries:
         return [args.text]
     if args.text is not None or args.html:
@@ -182,14 +166,14 @@ def answer_queries(args: argparse.Namespace) -> None:
     from engine.output_dir import check_output
     from inference.index import describe_scores, load_model_of, search
     from inference.inputs import UnknownWords
-    from visualize.page import write_page
+    from visualize.page import Picture, write_page
 
     texts = read_queries(args)
     if args.html:
         check_output(args.html, "--html")
     index = open_for_reading(args.index)
     model = load_model_of(index, args.index, args.device, args.checkpoint)
-    note(f"{args.index}: {len(index.paths)} images, exif: {model.config.exif}")
+    note(f"{args.index}: {len(index.rows)} images, exif: {model.config.exif}")
     options = {"k": args.k, "rerank": args.rerank, "threshold": args.threshold}
     for number, text in enumerate(texts):
         with warnings.catch_warnings(record=True) as caught:
@@ -197,27 +181,34 @@ def answer_queries(args: argparse.Namespace) -> None:
             hits = search(index, model, text, args.image, **options)
         for warning in caught:
             note(f"note: {warning.message}")
-        about = describe_scores(model, hits, len(index.paths))
+        about = describe_scores(model, hits, len(index.rows))
         if args.html:
-            write_page(args.html, hits, about, text, args.image)
+            pictures = [Picture(hit.path, "ITM {}, ITC {}".format(*scores(hit))) for hit in hits]
+            rows = {f"{len(hits)} images": pictures}
+            write_page(args.html, text or show(args.image), about, rows, args.image)
             note(f"wrote {args.html}")
         if not (number or args.json):
             note("\n".join([*about, "     ITM       ITC  image"]))
-        print_results(format_hits(args, text, hits))
+        print_hits(args, text, hits)
 
 
-def format_hits(args: argparse.Namespace, text: str | None, hits: list) -> list[str]:
-    """Return the lines of the hits of a query."""
-    if args.json:
-        about = {"query": text, "image": args.image}
-        rows = [{**about, "rank": rank, **hit._asdict()} for rank, hit in enumerate(hits, 1)]
-        return list(map(json.dumps, rows))
-    lines = [
-        f"{'-' if hit.match is None else percent(hit.match):>8}{percent(hit.itc):>10}"
-        f"  {show(hit.path)}"
-        for hit in hits
-    ]
-    return [f"{printable(text)}:", *lines, ""] if text and args.queries else lines
+def scores(hit: Any) -> tuple[str, str]:
+    """Return the probabilities of a hit by ITM and by ITC; a dash if it was not re-ranked."""
+    return "-" if hit.match is None else percent(hit.match), percent(hit.itc)
+
+
+def print_hits(args: argparse.Namespace, text: str | None, hits: list) -> None:
+    """Print the hits of a query."""
+    if text and args.queries and not args.json:
+        print(f"{printable(text)}:")
+    for rank, hit in enumerate(hits, 1):
+        if args.json:
+            about = {"query": text, "image": args.image, "rank": rank}
+            print(json.dumps({**about, **hit._asdict()}))
+        else:
+            print("{:>8}{:>10}  {}".format(*scores(hit), show(hit.path)))
+    if text and args.queries and not args.json:
+        print()
 
 
 def list_copies(args: argparse.Namespace) -> None:
@@ -225,7 +216,7 @@ def list_copies(args: argparse.Namespace) -> None:
     from engine.output_dir import check_output
     from engine.precision import find_device
     from inference.index import near_copies
-    from visualize.page import write_groups
+    from visualize.page import Picture, write_page
 
     if not 0.5 < args.threshold <= 1:
         raise InputError(f"--threshold {args.threshold}: must be above 0.5 and at most 1")
@@ -233,16 +224,23 @@ def list_copies(args: argparse.Namespace) -> None:
         check_output(args.html, "--html")
     index = open_for_reading(args.index)
     groups = near_copies(index, args.threshold, find_device(args.device))
+    about = "equal: share of hash bits in which an image equals an earlier image of its group"
+    found = f"{len(groups)} groups of {sum(map(len, groups))} images"
     if args.html:
-        write_groups(args.html, groups, len(index.paths))
+        rows = {
+            f"Group {number}": [Picture(copy.path, f"{copy.likeness:.1%}") for copy in group]
+            for number, group in enumerate(groups, 1)
+        }
+        write_page(args.html, "Near-copies", [found, about], rows)
         note(f"wrote {args.html}")
     if not args.json:
-        note("equal: share of hash bits in which an image equals an earlier image of its group")
-        note("   equal  image")
+        note(f"{about}\n   equal  image")
     for group in groups:
-        lines = [*(f"{copy.likeness:8.1%}  {show(copy.path)}" for copy in group), ""]
-        print_results([json.dumps([copy._asdict() for copy in group])] if args.json else lines)
-    note(f"{len(groups)} groups of {sum(map(len, groups))} images")
+        if args.json:
+            print(json.dumps([copy._asdict() for copy in group]))
+        else:
+            print(*(f"{copy.likeness:8.1%}  {show(copy.path)}\n" for copy in group), sep="")
+    note(found)
 
 
 def main() -> None:
