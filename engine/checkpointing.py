@@ -66,7 +66,7 @@ class Progress:
         counted: Iterations of the epoch whose metrics are finite.
         skipped_steps: Iterations of the epoch whose metrics are not finite.
         skipped_steps_before: Skipped iterations of earlier epochs.
-        skipped: Reasons why entries of the epoch were unusable.
+        skipped: Number of unusable entries of the epoch.
         best: The best epoch, None before the first validation.
     """
 
@@ -77,14 +77,14 @@ class Progress:
     counted: int = 0
     skipped_steps: int = 0
     skipped_steps_before: int = 0
-    skipped: list[str] = field(default_factory=list)
+    skipped: int = 0
     best: Best | None = None
 
     def begin_next_epoch(self) -> None:
         """Set the progress to the beginning of the next epoch."""
         self.epoch, self.iteration, self.samples_seen = self.epoch + 1, 0, 0
         self.skipped_steps_before += self.skipped_steps
-        self.sums, self.counted, self.skipped_steps, self.skipped = {}, 0, 0, []
+        self.sums, self.counted, self.skipped_steps, self.skipped = {}, 0, 0, 0
 
 
 PROGRESS = [key.name for key in fields(Progress)]

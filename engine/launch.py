@@ -14,6 +14,8 @@ from types import FrameType
 
 from utils import SIGNALS, InputError, TrainingStopped, gather_lists, is_distributed, rank
 
+PACKAGES = ("configs", "dataset", "engine", "evaluation", "inference", "models", "tools")
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal ends the run. `run_script` prints the message and exits with 128 + signal."""
@@ -96,15 +98,9 @@ def configure_logging() -> None:
     if not any(isinstance(handler, _Stderr) for handler in root.handlers):
         handler = _Stderr(logging.INFO)
         handler.addFilter(lambda record: not launched_rank() or record.levelno >= logging.ERROR)
-        handler.addFilter(lambda record: record.levelno > logging.INFO or _is_ours(record))
         root.addHandler(handler)
-        root.setLevel(logging.INFO)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Return whether a record comes from this repository; libraries log only warnings."""
-    rooms = ("configs", "dataset", "engine", "evaluation", "inference", "models", "tools")
-    return record.name.partition(".")[0] in rooms
+        for package in PACKAGES:  # libraries log only warnings
+            logging.getLogger(package).setLevel(logging.INFO)
 
 
 def one_line(error: Exception) -> str:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from engine.checkpointing import Progress
     from engine.trainer import StepOutput, TrainState
 
-SKIPPED_IN_LOG = 100  # reasons that an epoch's entry in log.txt lists; skipped.txt has them all
 LINE_EVERY = 60  # seconds between lines of progress if stderr is not a terminal
 
 logger = logging.getLogger(__name__)
@@ -78,8 +77,7 @@ class MetricLogger:
     def begin_epoch(self, state: "TrainState", end: int) -> None:
         """Begin to record an epoch from `state.iteration` to `end`, exclusive."""
         self.end, self.pending = end, []
-        # the skipped entries of an interrupted epoch belong to no particular rank
-        self.skipped, self.new_skipped = list(state.skipped) if is_main() else [], []
+        self.skipped = []
         self._bar = tqdm(
             total=end,
             initial=state.iteration,
@@ -106,13 +104,13 @@ class MetricLogger:
         """Add the output of a step, before `state.iteration` is advanced."""
         values = {**output.losses, "grad_norm": output.grad_norm}
         self.pending.append(_Pending(state.iteration, values, output.files))
-        self.new_skipped += output.skipped
+        self.skipped += output.skipped
         self.lr = lr
         if len(self.pending) >= self.every or state.iteration + 1 == self.end:
             self.flush(state)
 
     def flush(self, state: "TrainState") -> None:
-        """Fetch pending values and average them over the ranks, which must all call it.
+        """Fetch pending values, so that `state` is up to date; every rank must call it.
 
         Raises:
             TrainingStopped: Too many steps are not finite, or too many entries are unusable.
@@ -124,7 +122,7 @@ class MetricLogger:
             torch.stack([p.values[name].detach().float() for name in names]) for p in self.pending
         ]
         local = torch.stack(rows)
-        skipped = torch.tensor([len(self.skipped) + len(self.new_skipped)], device=self.device)
+        skipped = torch.tensor(len(self.skipped), device=self.device)
         mean = local.clone()
         if is_distributed():
             dist.all_reduce(mean)
@@ -141,7 +139,8 @@ class MetricLogger:
                 state.counted += 1
             else:
                 self._note_nonfinite(state, step, values, dict(zip(names, local_row, strict=True)))
-        self._note_skipped(state, int(skipped))
+        state.skipped += int(skipped)
+        self._note_skipped(state)
         averages = {name: statistics.fmean(v[name] for v in finite) for name in names if finite}
         self._show(state, pending[-1].iteration + 1, averages, len(pending))
 
@@ -179,20 +178,18 @@ class MetricLogger:
                 f" --resume continues from the last checkpoint in {self.output_dir}; {listed}"
             )
 
-    def _note_skipped(self, state: "TrainState", count: int) -> None:
+    def _note_skipped(self, state: "TrainState") -> None:
         """Write newly skipped entries to skipped.txt, and stop the run if they are too many."""
         path = self.output_dir / "skipped.txt"
-        if self.new_skipped:
-            append(path, [f"epoch {state.epoch}: {reason}" for reason in self.new_skipped])
-            self.skipped += self.new_skipped
-            self.new_skipped = []
+        if self.skipped:
+            append(path, [f"epoch {state.epoch}: {reason}" for reason in self.skipped])
+            self.skipped = []
         samples = state.iterations * state.global_batch
-        if count > self.config.max_skipped * samples:
-            last = gather_lists(self.skipped)[-1]
+        if state.skipped > self.config.max_skipped * samples:
             raise TrainingStopped(
-                f"{count} entries could not be used, but max_skipped allows only"
+                f"{state.skipped} entries could not be used, but max_skipped allows only"
                 f" {self.config.max_skipped:.1%} of the {samples} samples of an epoch; {path} lists"
-                f" the unusable entries, such as {last}"
+                " the unusable entries"
             )
 
     def _show(
@@ -234,32 +231,9 @@ class MetricLogger:
                 self._writer.add_scalar(f"train/{name}", value, step)
 
     def end_epoch(self, state: "TrainState") -> None:
-        """Fetch pending values and collect the skipped entries of all ranks."""
-        self.sync(state)
-        self._bar.close()
-
-    def sync(self, state: "TrainState") -> None:
-        """Bring `state` up to date before it is saved; every rank must call it."""
+        """Fetch pending values and end the progress bar."""
         self.flush(state)
-        state.skipped = gather_lists(self.skipped)
-
-
-def read_curves(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Read the TensorBoard curves in a run's folder.
-
-    Returns:
-        By name without "train/": steps, values and seconds since 1970, arrays [N] each.
-    """
-    import numpy as np
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    curves = {}
-    for tag in accumulator.Tags()["scalars"]:
-        points = [(event.step, event.value, event.wall_time) for event in accumulator.Scalars(tag)]
-        curves[tag.removeprefix("train/")] = tuple(map(np.array, zip(*points, strict=True)))
-    return curves
+        self._bar.close()
 
 
 def summarize(progress: "Progress") -> dict[str, Any]:
@@ -267,11 +241,8 @@ def summarize(progress: "Progress") -> dict[str, Any]:
     means: dict[str, Any] = {
         f"train_{n}": total / max(1, progress.counted) for n, total in progress.sums.items()
     }
-    counts = {"skipped": len(progress.skipped), "skipped_steps": progress.skipped_steps}
-    means |= {f"train_{name}": count for name, count in counts.items() if count}
-    if progress.skipped:
-        means["train_skipped_entries"] = sorted(progress.skipped)[:SKIPPED_IN_LOG]
-    return means
+    counts = {"skipped": progress.skipped, "skipped_steps": progress.skipped_steps}
+    return means | {f"train_{name}": count for name, count in counts.items() if count}
 
 
 def append(path: Path, lines: Iterable[str]) -> None:

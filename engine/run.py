@@ -3,8 +3,6 @@
 import argparse
 import json
 import logging
-import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ import msgspec
 import torch
 
 from configs.config import Config
-from configs.effects import notes, refuse_unread
+from configs.effects import refuse_unread, unread_keys
 from configs.load import require, save_config
 from configs.tasks import Task, find, find_task
 from dataset.build import build_dataset
@@ -109,20 +107,11 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
         # needed only while the last one may be incomplete
         (output_dir / PREVIOUS).unlink(missing_ok=True)
         print(f"{which}: epoch {epoch}, {file}")
-        for line in next_steps(task, config, output_dir):
-            log.info("%s", line)
-
-
-def next_steps(task: Task, config: Config, output_dir: Path) -> list[str]:
-    """Return lines with the commands that try a model which can search, none for other models."""
-    if "rank" not in task.methods:
-        return []
-    run, index = shlex.quote(str(output_dir)), shlex.quote(str(output_dir / "index"))
-    folder = shlex.quote(config.image_root) if os.path.isdir(config.image_root) else "FOLDER"
-    return [
-        f"to search: python -m tools.search index {folder} --checkpoint {run} --output {index}",
-        f"to try it in a browser: python -m tools.demo {run} --index {index}",
-    ]
+        if "rank" in task.methods:
+            search = f"python -m tools.search index FOLDER --checkpoint {output_dir} --output INDEX"
+            log.info(
+                "to try it in a browser: python -m tools.demo %s; to search: %s", output_dir, search
+            )
 
 
 def set_up(
@@ -305,8 +294,8 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
     log.info(
         "configuration: %s%s", source, "" if args.config else " (to use another: --config FILE)"
     )
-    for line in notes(task.name, config, args.set, args.evaluate):
-        log.warning("%s", line)
+    if unread := unread_keys(task.name, config):
+        log.warning("task %s does not read %s", task.name, ", ".join(unread))
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
     return config, output_dir, resume_from
 

@@ -4,14 +4,12 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from configs.config import Config
 from dataset.base import EntryDataset, evenly
 from dataset.text import NOTABLE, count_words, without_halves
 from engine.metric_logger import summarize
 from models.tokenizer import Tokenizer
-from scheduler import WARMUP_STEP
 
 if TYPE_CHECKING:
     from engine.trainer import TrainState
@@ -22,6 +20,24 @@ EARLIEST = 100  # iterations; before, nothing can have been learned
 ALIKE = 0.99  # mean cosine of features that are nearly identical
 # the loss of a head that has learned only that one of three pairs matches, less 1% (Equation 4)
 GUESSING = 0.99 * (math.log(3) - 2 / 3 * math.log(2))
+# by metric: the largest value of a run that learns, and the sign of a larger one
+SIGNS = {
+    "train_image_cos": (
+        ALIKE,
+        "the features of different images are nearly identical: raise the learning rate, or start"
+        " from another vision_encoder",
+    ),
+    "train_text_cos": (
+        ALIKE,
+        "the features of different texts are nearly identical: raise the learning rate, or start"
+        " from another text_encoder",
+    ),
+    "train_loss_itm": (
+        GUESSING,
+        "matching (ITM) has not begun to learn: rank by ITC, and train for more epochs or on more"
+        " pairs",
+    ),
+}
 
 log = logging.getLogger(__name__)
 
@@ -71,40 +87,14 @@ def text_signs(train_set: EntryDataset, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def warn_of_training(state: "TrainState") -> None:
-    """Warn of signs in the metrics of a finished epoch that have not been named before."""
-    if not warmed_up(state):
+    """Warn of signs in the metrics of a finished epoch that have not been named before.
+
+    An epoch counts if it began after the warm-up and after EARLIEST iterations.
+    """
+    if state.epoch * state.iterations < max(state.schedule.warmup_iters or 0, EARLIEST):
         return
     means = summarize(state)
-    for name, line in training_signs(means, state.config):
-        if name not in state.warned:
-            log.warning("epoch %d: %s", state.epoch, line)
+    for name, (limit, sign) in SIGNS.items():
+        if means.get(name, 0) > limit and name not in state.warned:
+            log.warning("epoch %d: %s (%s is %.3f)", state.epoch, sign, name, means[name])
             state.warned.add(name)
-
-
-def warmed_up(state: "TrainState") -> bool:
-    """Return whether the warm-up and EARLIEST iterations were over in the middle of the epoch."""
-    schedule = state.schedule
-    warmup = schedule.warmup_iters
-    if warmup is None:  # it is within epoch 0
-        warmup = min(schedule.warmup_epochs * WARMUP_STEP, state.iterations / 2)
-    return (state.epoch + 0.5) * state.iterations >= max(warmup, EARLIEST)
-
-
-def training_signs(means: dict[str, Any], config: Config) -> Iterator[tuple[str, str]]:
-    """Yield a metric and a line for each sign in an epoch's means, keys train_*."""
-    for side, encoder in (("image", "vision_encoder"), ("text", "text_encoder")):
-        alike = means.get(f"train_{side}_cos", 0)
-        if alike > ALIKE:
-            other = "pre-trained" if getattr(config, encoder) == "random" else "different"
-            yield (
-                f"{side}_cos",
-                f"the features of different {side}s are nearly identical (mean cosine {alike:.3f}):"
-                f" raise the learning rate, or start from a {other} {encoder}",
-            )
-    loss = means.get("train_loss_itm", 0)
-    if loss > GUESSING:
-        yield (
-            "loss_itm",
-            f"matching (ITM) has not begun to learn: its loss {loss:.3f} is the loss of guessing;"
-            " rank by ITC, and train for more epochs or on more pairs",
-        )

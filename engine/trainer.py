@@ -295,7 +295,7 @@ def save_if_due(
         checkpointer.finish()
     if not (signum or late or checkpointer.is_due(state.iteration - 1)):
         return
-    logger.sync(state)
+    logger.flush(state)
     path = checkpointer.save(state, LAST, lr, optional=not signum)
     if signum:
         stop.leave_together(

@@ -14,11 +14,11 @@ from PIL import Image
 
 from configs.config import Config
 from configs.load import load_config
-from engine.metric_logger import read_curves
 from experiments.claims import LEVEL, Finding, find, paper_effect
 from experiments.report import MISSING, chance, runs_of, shown, value, values
 from experiments.rows import Claim, Experiments, Row, Rows, expand
 from utils import atomic_write
+from visualize.curves import read_curves
 from visualize.draw import Effect, draw_effects, draw_lines
 
 PAPER_CONFIG = "configs/Pretrain_4M.yaml"

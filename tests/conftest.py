@@ -1,7 +1,6 @@
 import functools
 import importlib
 import json
-import logging
 import os
 import re
 import sys
@@ -55,7 +54,7 @@ def assert_released_step(model, losses, data):
 
 INFO = re.compile(
     r"configuration: |model and tokenizer: |training set: |model: |global batch |epoch \d+: "
-    r"|resuming from |validation: |to search: |to try it in a browser: "
+    r"|resuming from |validation: |to try it in a browser: "
     r"|the run is complete|  \w+: \d+ \(|.* tensors loaded"
 )
 
@@ -273,7 +272,7 @@ def run_main(call, capsys):
 
 
 @pytest.fixture
-def run_script(call, tiny_config, tmp_path, capsys, caplog):
+def run_script(call, tiny_config, tmp_path, capsys):
     """Runs a script with changed keys of the tiny configuration; returns (exit status, errors and
     notes on stderr).
     """
@@ -281,9 +280,8 @@ def run_script(call, tiny_config, tmp_path, capsys, caplog):
 
     def run(script, *flags, **keys):
         arguments = command_line({**tiny_config, **keys}, tmp_path / "out", tmp_path)
-        with caplog.at_level(logging.WARNING):
-            status = exit_status(lambda: call(script, *arguments, *flags))
-        return status, capsys.readouterr().err
+        status = exit_status(lambda: call(script, *arguments, *flags))
+        return status, problems(capsys.readouterr().err)
 
     return run
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from transformers import BertConfig
 
 from configs.config import Config, OptimizerConfig, as_config, read_bert_config
-from configs.effects import notes
+from configs.effects import unread_keys
 from configs.load import load_config, override
 from configs.tasks import TASKS
 from inference import load_model
@@ -28,7 +28,7 @@ def test_every_config_loads_fits_its_bert_config_and_has_no_key_in_vain(path):
     config, names = load_config(path), sorted(TASKS, key=len, reverse=True)
     assert config.bert_config.encoder_width == config.vision_width
     task = next((name for name in names if path.stem.lower().startswith(name)), "pretrain")
-    assert notes(task, config, [], False) == []
+    assert unread_keys(task, config) == []
 
 
 def test_pretraining_config_is_the_papers_recipe():

@@ -142,7 +142,8 @@ def test_the_search_begins_with_the_ranking_that_was_measured_to_be_better(
     blocks = page.build_page({"r": model}, {}, read_index(index), "r").blocks.values()
     (box,) = (block for block in blocks if type(block).__name__ == "Checkbox")
     assert box.value == (by == "itm")
-    assert "30.0% by ITC and 20.0% by ITM" in page.find(read_index(index), model)(TEXT, None, False)[1]
+    note = page.find(read_index(index), model)(TEXT, None, False)[1]
+    assert "30.0% by ITC and 20.0% by ITM" in note
 
 
 def test_errors_are_notes_without_folders(page, models, photos, tmp_path, monkeypatch):

@@ -19,8 +19,7 @@ from configs.config import (
     SchedulerConfig,
     as_config,
 )
-from configs.effects import notes, refuse_unread, unread_keys
-from configs.load import override
+from configs.effects import refuse_unread, unread_keys
 from configs.tasks import TASKS
 from dataset.build import build_dataset
 from evaluation.retrieval import encode_texts
@@ -119,7 +118,7 @@ def test_the_table_says_which_task_reads_a_key(
         return chosen
 
     monkeypatch.setattr(engine.run, "choose_config", choose_config)
-    monkeypatch.setattr(engine.run, "notes", lambda *args: [])
+    monkeypatch.setattr(engine.run, "unread_keys", lambda *args: [])
     flags, keys = [], {}
     if task in ("pretrain", "nlvr_pretrain"):  # of lists and shards
         keys["train_file"] = [str(shapes / "pretrain.json"), sharded]
@@ -161,33 +160,6 @@ def test_keys_that_a_task_does_not_read_end_or_are_named_once_in_a_run(script, t
     keys = {"eval_ema": False, "coco_file": "a.json", "max_tokens": 20}
     status, message = script("ve", k_test=3, eos="[MASK]", **keys)
     assert (status, message) == (0, "note: task ve does not read k_test, eos\n")
-
-
-@pytest.mark.parametrize(
-    "task, flags, named",
-    [
-        ("pretrain", ["shuffle_buffer=9"], "shuffle_buffer"),
-        (
-            "pretrain",
-            ["scheduler.warmup_iters=2", "scheduler.warmup_epochs=9"],
-            "scheduler.warmup_epochs",
-        ),
-        ("pretrain", ["objectives=[itc, itm]", "mlm_probability=0.3"], "mlm_probability"),
-        ("ve", ["distill=false", "alpha=0.1"], "alpha"),
-        ("ve", ["keep_checkpoints=1"], "keep_checkpoints"),
-        ("vqa", ["num_beams=2"], "num_beams"),
-        ("vqa", ["max_answer_tokens=5"], "max_answer_tokens"),
-        ("vqa", ["answer_list=null", "k_test=3"], "k_test"),
-    ],
-)
-def test_settings_that_others_make_idle_are_named(tiny_config, task, flags, named):
-    data = {"val_file": ["val.json"], "answer_list": "a.json"}
-    config = read_alone(task, {**tiny_config, **data})
-    (line,) = notes(task, override(config, flags, "config"), flags, False)
-    assert f"{named}:" in line
-    flags = ["accumulate=2", "max_tokens=9"]
-    (line,) = notes(task, override(config, flags, "config"), flags, True)
-    assert "accumulate:" in line
 
 
 def test_evaluation_does_not_resume(script):

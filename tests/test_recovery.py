@@ -135,43 +135,9 @@ def test_killed_at_any_instant_of_a_checkpoint_write(tmp_path):
         return process.exitcode == 0
 
     instants = list(itertools.takewhile(lambda number: not survives(number, False), range(1, 100)))
-    assert len(instants) > 3  # two renames, two of fsync
+    assert len(instants) == 3  # of fsync and two renames
     sizes = list(itertools.takewhile(lambda size: not survives(size, True), range(0, 10_000, 200)))
     assert len(sizes) > 10
-
-
-def test_killed_at_random_while_a_thread_writes(tmp_path):
-    def save_without_end(folder, tell):
-        model = torch.nn.Linear(500, 500)
-        with Checkpointer(folder) as checkpointer:
-            for epoch in itertools.count():
-                torch.nn.init.constant_(model.weight, epoch)
-                name = f"checkpoint_{epoch:02d}.pth" if epoch % 3 else LAST
-                state = train_state(model, epoch=epoch, iteration=5)
-                checkpointer.save(state, name, 0.1, keep=2)
-                os.write(tell, b".")  # the one before is complete
-                torch.nn.init.constant_(model.weight, -1)  # training goes on
-
-    rng = random.Random(0)
-    for number in range(12):
-        (folder := tmp_path / f"{number}").mkdir()
-        done, tell = os.pipe()
-        process = multiprocessing.get_context("fork").Process(
-            target=save_without_end, args=(folder, tell)
-        )
-        process.start()
-        os.close(tell)  # a read ends if the process does
-        assert os.read(done, 1) and os.read(done, 1)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.join()
-        complete = len(os.read(done, 10_000)) + 1
-        os.close(done)
-        state = torch.load(newest_checkpoint(folder), weights_only=True)
-        assert state["resume"]["epoch"] in (complete - 1, complete)
-        assert (state["model"]["weight"] == state["resume"]["epoch"]).all()
-        for path in folder.glob("checkpoint_*.pth"):
-            read_checkpoint(path)
 
 
 def test_a_state_is_copied_as_it_is(tmp_path):

@@ -8,7 +8,7 @@ from conftest import refusal
 from safetensors.torch import save_file
 
 from configs.config import as_config
-from configs.effects import notes
+from configs.effects import unread_keys
 from configs.load import load_config
 from engine.checkpointing import LAST
 from models import build_model
@@ -71,7 +71,7 @@ def test_sizes_that_are_given_hold(encoders):
 def test_own_yaml_fits_the_encoders_that_it_names(encoders):
     config = load_config("configs/own.yaml", [f"text_encoder={encoders[0]}"])
     assert (config.bert.encoder_width, config.vision_depth) == (192, 12)
-    assert notes("pretrain", config, [], False) == []
+    assert unread_keys("pretrain", config) == []
     assert len(build_model("pretrain", config).visual_encoder.blocks) == 12
 
 

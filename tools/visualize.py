@@ -93,7 +93,7 @@ parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if
 
 def draw_run(folder: Path, output: Path, queries: int) -> None:
     """Draw curves.png, retrieval.png and attributes.png of a run, each if the run has its data."""
-    from engine.metric_logger import read_curves
+    from visualize.curves import read_curves
     from visualize.draw import TITLES, draw_attributes, draw_curves, draw_retrieval
 
     tensorboard = folder / "tensorboard"

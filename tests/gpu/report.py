@@ -23,8 +23,8 @@ import torch
 
 from configs.load import save_config
 from engine.launch import run_script
-from engine.metric_logger import read_curves
 from utils import InputError
+from visualize.curves import read_curves
 
 ROOT = Path(__file__).resolve().parents[2]
 
