@@ -56,6 +56,11 @@ from models.weights import (
 )
 from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
 
+NEXT = (
+    "to try it in a browser: python -m tools.demo %s; to search: python -m tools.search index"
+    " FOLDER --checkpoint %s --output INDEX"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -108,10 +113,7 @@ def run_task(name: str, args: argparse.Namespace, **options: Any) -> None:
         (output_dir / PREVIOUS).unlink(missing_ok=True)
         print(f"{which}: epoch {epoch}, {file}")
         if "rank" in task.methods:
-            search = f"python -m tools.search index FOLDER --checkpoint {output_dir} --output INDEX"
-            log.info(
-                "to try it in a browser: python -m tools.demo %s; to search: %s", output_dir, search
-            )
+            log.info(NEXT, output_dir, output_dir)
 
 
 def set_up(

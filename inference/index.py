@@ -430,13 +430,11 @@ def update_index(
     digest = check_model(model, index, folder)
     source = str(model.source) if is_repository(model.source) else os.path.abspath(model.source)
     about = source, digest, model.task, model.config.to_dict()
-    before = {
-        row.path: (row, index.features[i]) for i, row in enumerate(index.rows if index else ())
-    }
+    pairs = zip(index.rows, index.features, strict=True) if index else ()
+    before = {row.path: (row, feature) for row, feature in pairs}
     if not prune:
-        images = dict(
-            sorted({**{path: row.state for path, (row, _) in before.items()}, **images}.items())
-        )
+        indexed = {path: row.state for path, (row, _) in before.items()}
+        images = dict(sorted({**indexed, **images}.items()))
     rows = {path: pair for path, pair in before.items() if images.get(path) == pair[0].state}
     todo = {path: state for path, state in images.items() if path not in rows}
     kept, left, unusable, saved = len(rows), len(todo), [], time.monotonic()
