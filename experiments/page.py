@@ -432,15 +432,14 @@ def run_list(experiments: Experiments, rows: Rows) -> str:
     return file.getvalue()
 
 
-def write_page(experiments: Experiments, output: Path, path: Path) -> None:
+def write_page(experiments: Experiments, path: Path) -> None:
     """Write the page of an experiment file.
 
     Args:
         experiments: Content of the file.
-        output: Folder of the results.
         path: File of the page. Its pictures go to the folder of the same name beside it.
     """
-    rows = expand(experiments, output)
+    rows = expand(experiments)
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     findings = find(experiments.claims, rows)

@@ -20,7 +20,7 @@ from configs.config import Config
 from configs.load import load_config
 from configs.tasks import TASKS, find
 from engine.launch import run_script
-from experiments.rows import Experiments, Row, Rows, expand, read_experiments
+from experiments.rows import Experiments, Row, Rows, expand, read_experiments, without_pretraining
 from utils import InputError
 
 MISSING = "–"
@@ -87,13 +87,12 @@ def chance(row: Row, metric: str) -> float | None:
     return next((number for name, number in chances.items() if metric.endswith(name)), None)
 
 
-def print_tasks(experiments: Experiments, output: Path) -> None:
+def print_tasks(experiments: Experiments) -> None:
     """Print a line for each metric: chance, from random weights, pre-trained, minutes.
 
     The minutes include rows without metrics that a row needs, such as text assignment, except data.
     """
-    rows = expand(experiments, output)
-    scratch = expand(experiments, f"{output}-scratch", scratch=True)
+    rows, scratch = expand(experiments), expand(without_pretraining(experiments))
     tasks = {name: row for name, row in rows.items() if row.keys.metrics}
     spent = {}
     header = f"{'chance':>8}{'from scratch':>14}{'pre-trained':>13}{'minutes':>9}"
@@ -112,22 +111,21 @@ def print_tasks(experiments: Experiments, output: Path) -> None:
     print(f"all fine-tuning runs: {fine_tuning:.1f} minutes, each on one core")
 
 
-def report(experiments: Experiments, output: Path) -> None:
+def report(experiments: Experiments) -> None:
     """Print the table of tasks of an experiment file, or write its page, from complete rows."""
     if experiments.page:
         from experiments.page import write_page
 
-        write_page(experiments, output, Path(experiments.page))
+        write_page(experiments, Path(experiments.page))
     else:
-        print_tasks(experiments, output)
+        print_tasks(experiments)
 
 
 def main() -> None:
     """Report on an experiment file."""
     parser = Parser(__doc__)
     parser.add_argument("file", help="experiment file, such as experiments/paper.yaml")
-    experiments = read_experiments(parser.parse_args().file)
-    report(experiments, Path(experiments.output))
+    report(read_experiments(parser.parse_args().file))
 
 
 if __name__ == "__main__":

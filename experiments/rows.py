@@ -190,28 +190,21 @@ def parse_experiments(content: Any, where: str) -> Experiments:
     return msgspec.structs.replace(experiments, rows=rows)
 
 
-def expand(experiments: Experiments, output: Path | str, *, scratch: bool = False) -> Rows:
+def expand(experiments: Experiments) -> Rows:
     """Return the runs of an experiment file by name, first seeds first.
-
-    Args:
-        experiments: Content of the file.
-        output: Folder of all results.
-        scratch: Leave out pre-training and evaluations. Start from random weights instead of
-            pre-trained ones.
 
     Raises:
         InputError: The command line of a row is malformed, a row that it needs is missing, or rows
             need each other.
     """
-    given = _without_pretraining(experiments.rows) if scratch else experiments.rows
     runs = [
         (number, name, seed)
-        for name, keys in given.items()
+        for name, keys in experiments.rows.items()
         for number, seed in enumerate(keys.seeds or [None])
     ]
     rows = {}
     for _, name, seed in sorted(runs, key=lambda run: run[0]):
-        row = _make_row(given, name, seed, Path(output))
+        row = _make_row(experiments, name, seed)
         rows[row.name] = row
     try:
         TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
@@ -223,17 +216,21 @@ def expand(experiments: Experiments, output: Path | str, *, scratch: bool = Fals
     return rows
 
 
-def _without_pretraining(rows: dict[str, RowKeys]) -> dict[str, RowKeys]:
-    pretraining = {name for name, keys in rows.items() if keys.script == "Pretrain.py"}
-    return {
+def without_pretraining(experiments: Experiments) -> Experiments:
+    """Return the fine-tuning rows, from random weights, with OUTPUT-scratch as their output."""
+    pretraining = {name for name, keys in experiments.rows.items() if keys.script == "Pretrain.py"}
+    rows = {
         name: msgspec.structs.replace(keys, source="random") if keys.source in pretraining else keys
-        for name, keys in rows.items()
+        for name, keys in experiments.rows.items()
         if name not in pretraining and "--evaluate" not in keys.flags
     }
+    output = f"{experiments.output}-scratch"
+    return msgspec.structs.replace(experiments, rows=rows, output=output)
 
 
-def _make_row(rows: dict[str, RowKeys], name: str, seed: int | None, output: Path) -> Row:
+def _make_row(experiments: Experiments, name: str, seed: int | None) -> Row:
     """Return a run of a row. Raises InputError."""
+    rows, output = experiments.rows, Path(experiments.output)
     keys, run = rows[name], name if seed is None else f"{name}/seed{seed}"
     folder = output / run
     needs = [_find_run(rows, name, other, seed) for other in keys.needs]

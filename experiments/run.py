@@ -50,6 +50,7 @@ from experiments.rows import (
     read_experiments,
     select,
     settings,
+    without_pretraining,
 )
 from utils import TrainingStopped, cores
 
@@ -215,15 +216,15 @@ def main() -> None:
     )
     args = parser.parse_args()
     experiments = read_experiments(args.file)
-    output = Path(experiments.output + "-scratch" * args.scratch)
-    rows = expand(experiments, output, scratch=args.scratch)
+    chosen = without_pretraining(experiments) if args.scratch else experiments
+    rows = expand(chosen)
     if args.rows:
         rows = select(rows, args.rows)
     check_unchanged(rows)
     if args.dry_run:
         show(rows, args.jobs or 2)
         return
-    make_output_dir(output, flag="output")
+    make_output_dir(Path(chosen.output), flag="output")
     failed, left = [], []
     try:
         if not all(row.complete for row in rows.values()):
@@ -231,7 +232,7 @@ def main() -> None:
     finally:
         from experiments.report import report
 
-        report(experiments, output)
+        report(experiments)
     if failed:
         skipped = f"; not run, because they need a failed row: {', '.join(left)}" if left else ""
         raise TrainingStopped(f"rows that failed: {', '.join(failed)}{skipped}")

@@ -26,6 +26,7 @@ from experiments.rows import (
     parse_experiments,
     read_experiments,
     select,
+    without_pretraining,
 )
 from experiments.run import Place, run, show
 
@@ -60,7 +61,7 @@ def fake(tmp_path, monkeypatch):
 
 def rows_of(rows, output):
     """The Rows of the rows of a file."""
-    return expand(parse_experiments({"output": "out", "rows": rows}, "file"), output)
+    return expand(parse_experiments({"output": str(output), "rows": rows}, "file"))
 
 
 def starts(row):
@@ -102,7 +103,7 @@ from experiments.run import Place, run
 from engine.launch import run_script
 keys = {"script": "fake.py", "flags": "--to {folder}"}
 rows = {"a": keys, "b": {**keys, "flags": "--to {folder} --slow", "needs": ["a"]}}
-rows = expand(parse_experiments({"output": "out", "rows": rows}, "file"), "out")
+rows = expand(parse_experiments({"output": "out", "rows": rows}, "file"))
 run_script(lambda: run(rows, [Place("one core of a test", {}, None)]))
 """
 
@@ -201,7 +202,7 @@ def test_files_of_another_form_are_refused(tmp_path, content, words):
 def test_rows_have_valid_settings_and_flags(name, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     content = read_experiments(f"experiments/{name}.yaml")
-    rows = expand(content, "output/none")
+    rows = expand(msgspec.structs.replace(content, output="output/none"))
     check_unchanged(rows)  # reads every configuration
     for made in content.claims.values():
         assert effects(made, rows) == ({}, 5)
@@ -244,8 +245,9 @@ def paper(tmp_path, monkeypatch):
     """experiments/paper.yaml, its rows in a folder of the test, and its page there."""
     monkeypatch.chdir(ROOT)
     content = read_experiments("experiments/paper.yaml")
-    content = msgspec.structs.replace(content, page=str(tmp_path / "docs/results.md"))
-    return content, expand(content, tmp_path / "out"), tmp_path
+    places = {"output": str(tmp_path / "out"), "page": str(tmp_path / "docs/results.md")}
+    content = msgspec.structs.replace(content, **places)
+    return content, expand(content), tmp_path
 
 
 def test_a_page_has_claims_numbers_and_what_is_missing(paper):
@@ -261,7 +263,7 @@ def test_a_page_has_claims_numbers_and_what_is_missing(paper):
     complete(rows, "grounding/seed0", seconds=0, val_d=36.6)
     complete(rows, "figure4", seconds=0)
     Image.effect_noise((2000, 100), 50).save(rows["figure4"].folder / "figure.png")
-    report.report(content, folder / "out")
+    report.report(content)
     text = (folder / "docs/results.md").read_text()
     assert f"10 of {len(rows)} [runs](results/runs.csv) are complete." in text
     assert "They took 9 minutes in total, each on one core" in text
@@ -356,10 +358,9 @@ def test_of_pages_without_any_effect_at_most_five_percent_have_a_verdict():
 def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     content = read_experiments("experiments/shapes.yaml")
-    rows, scratch = (
-        expand(content, tmp_path / "out"),
-        expand(content, tmp_path / "out-scratch", scratch=True),
-    )
+    content = msgspec.structs.replace(content, output=str(tmp_path / "out"))
+    rows, scratch = expand(content), expand(without_pretraining(content))
+    assert str(scratch["VE"].folder) == str(tmp_path / "out-scratch/VE")
     assert (
         "Attributes" in rows
         and "Attributes" not in scratch
@@ -370,7 +371,7 @@ def test_the_table_of_tasks_has_chance_scratch_and_minutes(tmp_path, monkeypatch
     complete(rows, "NLVR_pretrain", seconds=600)
     complete(rows, "NLVR", test_acc=72, seconds=960)
     complete(scratch, "VE", test_acc=66.6)
-    report.report(content, tmp_path / "out")
+    report.report(content)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["VE", "accuracy", "33.3", "66.6", "76.7", "7.1"] in lines
     assert ["NLVR", "accuracy", "50.0", "–", "72.0", "26.0"] in lines
