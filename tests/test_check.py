@@ -354,6 +354,21 @@ def test_other_files_of_a_task_are_read(run, shapes, write, task, keys, problem)
     assert status == 1 and problem in str(report["problems"])
 
 
+@pytest.mark.parametrize(
+    "keys, problem",
+    [
+        ({"tokenizer": "absent.txt"}, "absent.txt"),
+        ({"tokenizer": None}, "tokenizer"),
+        ({"bert_config": None}, "bert_config"),
+        ({"max_tokens": 1000}, "max_position_embeddings"),
+    ],
+)
+def test_the_vocabulary_is_loaded(run, write, monkeypatch, keys, problem):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    status, _, report = run(train_file=write(pairs(2)), **keys)
+    assert status == 1 and report["count"] == 1 and problem in report["problems"][0]["problem"]
+
+
 SAMPLES = {  # of a shard: its captions and whether its image is good
     "a": (("txt", b"a red circle"), True),
     "b": (("json", b'{"caption": ["a \\u044f", "red"]}'), True),

@@ -1,8 +1,8 @@
 """Check all data that a task's configuration names, and report the problems.
 
 A run stops at the first wrong entry of a list, and replaces or refuses unusable samples
-(docs/troubleshooting.md). This command reads all entries and decodes every image once. If it finds
-no problem, it also builds the data sets as the script of the task does.
+(docs/troubleshooting.md). This command loads the vocabulary, reads all entries and decodes every
+image once. If it finds no problem, it also builds the data sets as the script of the task does.
 """
 
 import json
@@ -69,10 +69,11 @@ def main() -> None:
     """Check the data of a configuration. Exits with status 1 if there are problems."""
     args = parser.parse_args()
     from configs.effects import refuse_unread
-    from configs.load import load_config
+    from configs.load import load_config, require
     from dataset.pool import in_processes
     from dataset.report import Check, begin
     from engine.output_dir import check_output, write_files
+    from models.tokenizer import load_tokenizer
 
     refuse_unread(args.task, args.set)
     config = load_config(args.config, args.set)
@@ -86,6 +87,9 @@ def main() -> None:
                 f"{args.config} names no file that task {args.task} reads; set one of the keys"
                 f" {', '.join(keys)}"
             )
+        with check.noting():
+            require(config, "bert_config")
+            load_tokenizer(config)
         report = {"task": args.task, "config": args.config, "files": check.report_files()}
     report |= {"problems": check.problems, "count": len(check.problems)}
     if args.output:
