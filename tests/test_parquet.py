@@ -179,6 +179,7 @@ def test_bad_input_is_one_line(convert, tmp_path, monkeypatch):
     assert "'id', 'text'" in refused({"data.parquet": {"id": [1], "text": ["a"]}})
     assert "--text" in refused({"data.parquet": {"image": embedded(0), "label": [3]}})
     assert "absent" in refused({"data.parquet": good}, "--path", "absent")
+    assert "--encoding" in refused({"data.parquet": good}, "--encoding", "cp1252")
     assert "first of 1 problems" in refused({"data.parquet": {"image": embedded(0), "text": [""]}})
     assert "no rows" in refused(
         {"data.parquet": {"image": embedded(), "text": pyarrow.array([], "string")}}

@@ -369,6 +369,8 @@ def test_a_folder_of_images_with_text_files(convert, tmp_path, monkeypatch, run)
         ]
     for source in "configs", "photos/sub/e.txt", "/dev/zero":
         assert run(source, "--output", "none") == 2
+    for flag in "--path", "--text", "--encoding":
+        assert run("photos", flag, "utf-8", "--output", "none") == 2
 
 
 def test_own_captions_train_retrieval_and_pre_training(shapes, tiny_config, tmp_path, run):

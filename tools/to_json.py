@@ -113,19 +113,22 @@ def read_sources(args: argparse.Namespace) -> Sources:
     forms = {
         source: form for source, data in contents.items() if data and (form := recognize(data))
     }
-    if len(forms) < len(contents):
-        if forms:
-            raise InputError(
-                f"{next(iter(forms))} is an official file; convert it in another call, without"
-                " tables and folders"
-            )
-        return _read_captions(contents, args)
-    if args.path or args.text or args.encoding:
+    tables = [source for source in contents if source not in forms and not os.path.isdir(source)]
+    if ((args.path or args.text) and not tables) or (
+        args.encoding and all(map(is_parquet, tables))
+    ):
         raise InputError(
-            f"--path, --text and --encoding apply to tables, but {args.sources[0]} is not a table;"
-            " leave these flags out"
+            f"{args.sources[0]}: --path and --text apply to tables, and --encoding to CSV, TSV and"
+            " JSON tables; leave these flags out"
         )
-    return _read_official(contents, forms, args.image_root)
+    if len(forms) == len(contents):
+        return _read_official(contents, forms, args.image_root)
+    if forms:
+        raise InputError(
+            f"{next(iter(forms))} is an official file; convert it in another call, without tables"
+            " and folders"
+        )
+    return _read_captions(contents, args)
 
 
 def _read_official(contents: dict[str, Any], forms: dict[str, Any], image_root: str) -> Sources:
