@@ -233,8 +233,9 @@ def open_index(folder: str | Path) -> Index | None:
     make_output_dir(folder, flag="--output")
     if not exists:
         return None
+    index = read_index(folder)
     _finish(folder, _read_about(folder)["token"])
-    return read_index(folder)
+    return index
 
 
 # --------------------------------------------------------------------------------------------------

@@ -619,6 +619,10 @@ BAD = {
     "no index": ("query {}/photos star", "photos: no index there"),
     "index is a file": ("query {}/text.txt star", "text.txt: no index there"),
     "no JSON": ("query {}/nojson star", "index.json: cannot be read"),
+    "other JSON": (
+        "index {}/photos --output {}/otherjson",
+        "otherjson: the index is damaged .*remove it and index",
+    ),
     "damaged index": (
         "query {}/damaged star",
         "damaged: the index is damaged .*remove it and index",
@@ -673,12 +677,13 @@ def folder(checkpoints, photos, tmp_path_factory):
         find_images([folder / "photos"])[0],
     )
     gone = read_index(folder / "index")
-    for name in ("gone", "damaged", "nojson"):
+    for name in ("gone", "damaged", "nojson", "otherjson"):
         shutil.copytree(folder / "index", folder / name)
     rows = [row._replace(path=f"/nowhere{row.path}") for row in gone.rows]
     indexing.write_index(folder / "gone", gone._replace(rows=rows))
     (folder / "damaged" / FEATURES).write_bytes((folder / "index" / FEATURES).read_bytes()[:200])
     (folder / "nojson" / INDEX).write_text("{")
+    (folder / "otherjson" / INDEX).write_text("{}")
     return folder
 
 
