@@ -202,6 +202,13 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         name.unlink(missing_ok=True)
         raise
+    # the new name should also survive a power failure, if the file system can sync folders
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def hash_contents(contents: Iterable[Any]) -> str:

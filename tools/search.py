@@ -183,7 +183,7 @@ def answer_queries(args: argparse.Namespace) -> None:
             note(f"note: {warning.message}")
         about = describe_scores(model, hits, len(index.rows))
         if args.html:
-            pictures = [Picture(hit.path, "ITM {}, ITC {}".format(*scores(hit))) for hit in hits]
+            pictures = [Picture(hit.path, caption(hit)) for hit in hits]
             rows = {f"{len(hits)} images": pictures}
             write_page(args.html, text or show(args.image), about, rows, args.image)
             note(f"wrote {args.html}")
@@ -195,6 +195,12 @@ def answer_queries(args: argparse.Namespace) -> None:
 def scores(hit: Any) -> tuple[str, str]:
     """Return the probabilities of a hit by ITM and by ITC; a dash if it was not re-ranked."""
     return "-" if hit.match is None else percent(hit.match), percent(hit.itc)
+
+
+def caption(hit: Any) -> str:
+    """Return the caption of a hit on the page."""
+    match, itc = scores(hit)
+    return f"ITC {itc}" if hit.match is None else f"ITM {match}, ITC {itc}"
 
 
 def print_hits(args: argparse.Namespace, text: str | None, hits: list) -> None:

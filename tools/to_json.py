@@ -7,7 +7,7 @@ There are three kinds of sources:
 - official files of COCO's captions, Karpathy's splits, VQA v2, NLVR2 or SNLI-VE, which are
   recognized by their content
 
-Unusable rows and files are left out and listed in skipped.txt. --check also decodes every image.
+Unusable rows are left out and listed in skipped.txt. --check also decodes every image.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -35,7 +36,7 @@ figure a {{ display: flex; aspect-ratio: 4 / 3; align-items: center; justify-con
             background: light-dark(#f3f3f3, #1c1c1c); color: var(--dim); }}
 figure img {{ width: 100%; height: 100%; object-fit: contain; }}
 figcaption {{ padding: .5rem .75rem .6rem; }}
-figcaption > * {{ display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }}
+figcaption > * {{ display: block; overflow-wrap: anywhere; }}
 </style>
 <header>{example}<div><h1>{title}</h1><p>{summary}</p></div></header>
 {body}
@@ -74,10 +75,11 @@ def write_page(
     Raises:
         TrainingStopped: The file cannot be written.
     """
-    body = [
-        ROW.format(heading=escape(heading), figures="\n".join(map(_figure, pictures)))
-        for heading, pictures in rows.items()
-    ]
+    folders = [os.path.dirname(picture.path) for row in rows.values() for picture in row]
+    common, body = os.path.commonpath(folders or [os.sep]), []
+    for heading, pictures in rows.items():
+        figures = "\n".join(_figure(picture, common) for picture in pictures)
+        body.append(ROW.format(heading=escape(heading), figures=figures))
     page = PAGE.format(
         title=escape(title),
         example=_thumbnail(example) if example else "",
@@ -87,13 +89,13 @@ def write_page(
     write_files({Path(path): page.encode("utf-8", "replace")})
 
 
-def _figure(picture: Picture) -> str:
-    path = Path(picture.path)
+def _figure(picture: Picture, common: str) -> str:
+    """Return the <figure> of an image, named by its path in the common folder."""
     return FIGURE.format(
-        link=escape(path.as_uri()),
+        link=escape(Path(picture.path).as_uri()),
         picture=_thumbnail(picture.path),
         path=escape(printable(picture.path)),
-        name=escape(printable(path.name)),
+        name=escape(printable(os.path.relpath(picture.path, common))),
         caption=escape(picture.caption),
     )
 
