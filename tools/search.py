@@ -234,7 +234,7 @@ def list_copies(args: argparse.Namespace) -> None:
     found = f"{len(groups)} groups of {sum(map(len, groups))} images"
     if args.html:
         rows = {
-            f"Group {number}": [Picture(copy.path, f"{copy.likeness:.1%}") for copy in group]
+            f"Group {number}": [Picture(copy.path, f"equal {copy.likeness:.1%}") for copy in group]
             for number, group in enumerate(groups, 1)
         }
         write_page(args.html, "Near-copies", [found, about], rows)
