@@ -40,7 +40,7 @@ TESTS = {
     "models/bert.py": "head pretrain_model retrieval_model vqa_model classification_models loop compile",
     "models/vit.py": "pretrain_model sizes",
     "models/decoder.py": "vqa_model",
-    "models/vqa.py": "vqa_model loop",
+    "models/vqa.py": "vqa_model classification_models loop",
     "models/classification.py": "classification_models loop tasks",
     "models/nlvr.py": "classification_models loop",
     "models/gradcam.py": "gradcam",
