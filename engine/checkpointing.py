@@ -424,7 +424,7 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     for name in PROGRESS:
         setattr(state, name, saved[name])
     state.best = saved["best"] and Best(**saved["best"])
-    state.model.ranking = read_ranking(content)
+    state.model.ranking = read_ranking(content, path)
     _log_differences(saved, saved_config, config)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from utils import InputError, read_regular
@@ -28,13 +29,17 @@ def verify_hash(path: Path | str) -> bool:
         Whether there is a record.
 
     Raises:
-        InputError: The hashes differ.
+        InputError: The hashes differ, or the record holds no SHA-256.
         OSError: A file cannot be read.
     """
     record = hash_record(path)
     if not record.exists():
         return False
-    expected, stat = read_regular(record).split(b" ")[0].decode("ascii", "replace"), os.stat(path)
+    # sha256sum writes a backslash first if the name has an escaped sign
+    digest = re.match(rb"\\?([0-9a-fA-F]{64})\b", read_regular(record))
+    if not digest:
+        raise InputError(f"{record} holds no SHA-256: remove it, or write it with sha256sum")
+    expected, stat = digest[1].decode().lower(), os.stat(path)
     state = expected, stat.st_size, stat.st_mtime_ns
     if _verified.get(str(path)) != state and hash_file(path) != expected:
         raise InputError(

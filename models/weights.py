@@ -73,7 +73,7 @@ def load_checkpoint(
     path = find_checkpoint(path)
     content = read_checkpoint(path)
     check_vocabulary(model, content, path)
-    model.ranking = read_ranking(content) if complete else None
+    model.ranking = read_ranking(content, path) if complete else None
     weights, names = named_tensors(content, path), model.state_dict()
     modules, in_file = ({name.split(".")[0] for name in state} for state in (names, weights))
     heads = fine_tuned_heads()
@@ -115,9 +115,14 @@ def check_vocabulary(model: ALBEF, content: Mapping[str, Any], path: Path | str)
         )
 
 
-def read_ranking(content: Mapping[str, Any]) -> Ranking | None:
-    """Return the ranking in a checkpoint, None if there is none."""
-    return msgspec.convert(content.get("ranking"), Ranking | None)
+def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None:
+    """Return the ranking in a checkpoint, None if there is none. Raises InputError."""
+    try:
+        return msgspec.convert(content.get("ranking"), Ranking | None)
+    except msgspec.ValidationError as error:
+        raise InputError(
+            f"{path}: the entry 'ranking' is not one that a validation saves ({error})"
+        ) from None
 
 
 def load_encoders(model: ALBEF, config: Config) -> list["LoadReport"]:
@@ -305,10 +310,12 @@ def _check_shapes(
     targets: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
 ) -> None:
-    """Raise InputError for tensors of another shape or kind of numbers than the model's."""
+    """Raise InputError for sparse tensors, or another shape or kind of numbers than the model's."""
     misfits = []
     for name in report.loaded:
         value, target = weights[plan[name]], targets[name]
+        if value.layout != torch.strided:
+            raise InputError(f"{report.source}: {plan[name]} is sparse; save it as a dense tensor")
         fits = value.shape == target.shape or can_interpolate(name, value, target)
         if not fits or value.is_floating_point() != target.is_floating_point():
             misfits.append(
@@ -361,7 +368,9 @@ def _copy(
         if value.shape != target.shape:
             value = interpolate_pos_embed(value, target.shape[1])
         twin = filled.setdefault(id(target), in_file)
-        if twin != in_file:
+        if value.is_meta:
+            broken.append(in_file)
+        elif twin != in_file:
             if not torch.equal(value.to(target), target):
                 untied.append(f"{in_file} and {twin}")
         else:
@@ -370,7 +379,7 @@ def _copy(
                 broken.append(in_file)
     if broken:
         raise InputError(
-            f"{source}: {len(broken)} tensors hold NaN or infinity:"
+            f"{source}: {len(broken)} tensors hold NaN or infinity, or have no values:"
             f" {summarize_names(broken)}; use another checkpoint"
         )
     if untied:
@@ -538,11 +547,14 @@ def config_beside(path: Path | str) -> dict[str, Any]:
         {} if config.json is missing or is not one of an export.
 
     Raises:
-        ValueError: config.json is not JSON.
+        InputError: config.json is not a JSON object.
         OSError: There is no vocabulary.
     """
     file, vocabulary = Path(path).with_name("config.json"), Path(path).with_name(VOCABULARY)
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    try:
+        config = msgspec.json.decode(file.read_bytes() if file.is_file() else b"{}", type=dict)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{file}: not a JSON object ({error}); copy the file again") from None
     if "image_res" not in config:  # such as BERT's config.json
         return {}
     kept = {

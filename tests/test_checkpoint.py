@@ -241,6 +241,7 @@ def test_a_fine_tuned_file_lacks_the_vocabulary_head_alone(model, golden, load):
     [
         (lambda value: value[:4], r"has shape \[4, 16\].*\[8, 16\].*embed_dim"),
         (torch.Tensor.int, "has shape .*torch.int32.*torch.float32"),
+        (torch.Tensor.to_sparse, "is sparse"),
     ],
 )
 def test_tensors_of_another_shape_or_kind_are_named(model, state, load, change, message):
@@ -459,12 +460,13 @@ def test_a_momentum_module_is_missing_as_a_whole_or_not_at_all(model, state, loa
     assert load(model, state, allow_missing=True).copied == [lost]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_weights_that_no_training_gives_are_refused(model, state, load, value):
     name = "visual_encoder.blocks.1.attn.qkv.weight"
-    state[name] = state[name].index_fill(0, torch.tensor([3]), value)
+    weight, row = state[name], torch.tensor([3])
+    state[name] = weight.to("meta") if value is None else weight.index_fill(0, row, value)
     message = refusal(load, model, {"model": state})
-    assert f"file.pth: 1 tensors hold NaN or infinity: {name}" in message
+    assert f"file.pth: 1 tensors hold NaN or infinity, or have no values: {name}" in message
 
 
 @pytest.mark.parametrize("allow_missing", [False, True])

@@ -299,6 +299,8 @@ def test_a_file_must_fit_its_record(download, server, tmp_path, monkeypatch):
     path.unlink()
     server.files[FILE] = OTHER
     assert_error(download("ALBEF_4M"), FILE, record.name)
+    record.write_text("no hash\n")
+    assert_error(download("ALBEF_4M"), record.name, "no SHA-256")
     record.unlink()
     status, out, _ = download("ALBEF_4M")  # from elsewhere
     assert (

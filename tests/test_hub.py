@@ -349,8 +349,8 @@ def test_the_configuration_of_a_repository_opens_nothing_else(
         model = load(json.dumps({**good, **dict.fromkeys(others, value)}).encode())
         assert repository["main"] in model.config.tokenizer and not model.config.test_file
         assert same(outputs(model, shapes), published)
-    for config in (b"{", b"[" * 100_000):
-        assert "model.safetensors cannot be read" in refusal(load, config)
+    for config in (b"{", b"[]", b"5", b'"image_res"', b'{"a":' * 100_000):
+        assert "config.json: not a JSON object" in refusal(load, config)
 
 
 def test_only_the_named_files_are_uploaded_and_the_hub_is_asked_first(

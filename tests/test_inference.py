@@ -183,10 +183,11 @@ def test_what_a_validation_measured_to_be_better_ranks_unless_told_otherwise(
     files, photos, tmp_path, by
 ):
     ranking = {"by": by, "k": 3, "itc": 30.0, "itm": 20.0}
-    torch.save(
-        {**torch.load(files["retrieval"], weights_only=True), "ranking": ranking},
-        tmp_path / "model.pth",
-    )
+    content = torch.load(files["retrieval"], weights_only=True)
+    for broken in ({**ranking, "by": "luck"}, {"by": by}, by):
+        torch.save({**content, "ranking": broken}, tmp_path / "bad.pth")
+        assert "bad.pth: the entry 'ranking'" in refusal(load_model, tmp_path / "bad.pth", "cpu")
+    torch.save({**content, "ranking": ranking}, tmp_path / "model.pth")
     export_file(tmp_path / "model.pth", tmp_path / "model.safetensors")
     args = ["export", "--checkpoint", tmp_path / "model.pth", "--output", f"{tmp_path}/folder/"]
     with mock.patch("sys.argv", list(map(str, args))):
