@@ -106,6 +106,12 @@ def test_best_epoch_by_validation_is_kept_and_tested(
     results = retrieved(folder)
     assert len(results["image_to_text"]) == 12 and len(results["text_to_image"]) == 36
     assert all(len(query["results"]) == config["k_test"] for query in results["text_to_image"])
+    for text, query in enumerate(results["text_to_image"]):  # three texts an image
+        own = results["image_to_text"][text // 3]["image"]
+        assert all(
+            found["hit"] == (found["image"] == own)
+            for found in query["results"] + query["itc_results"]
+        )
     best_file = folder / "checkpoint_best.pth"
     run(config, folder, "--evaluate", "--split", "test", checkpoint=best_file)
     assert retrieved(folder / "evaluation") == results

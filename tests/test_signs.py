@@ -1,13 +1,14 @@
 """Signs of a run that does not learn: each is one line, once. test_learning has a run without."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from configs.config import as_config
 from dataset.build import build_dataset
 from engine.overview import describe_data, describe_weights
-from engine.signs import text_signs
+from engine.signs import text_signs, warn_of_training
 from models import build_model
 from models.tokenizer import load_tokenizer
 
@@ -23,6 +24,24 @@ def test_a_run_that_does_not_learn_says_so_once(pretrain, shapes, tmp_path):
     assert status == 0
     for what in ("different images are", "different texts are", "matching (ITM) has not begun"):
         assert notes.count(what) == 1
+
+
+@pytest.mark.parametrize(
+    ("warmup", "begin", "warns"), [(None, 90, False), (None, 120, True), (300, 270, False)]
+)
+def test_an_epoch_counts_if_it_began_after_the_warm_up_and_100_iterations(warmup, begin, warns):
+    state = SimpleNamespace(
+        epoch=3,
+        iterations=begin // 3,
+        schedule=SimpleNamespace(warmup_iters=warmup),
+        sums={"image_cos": 5.0},
+        counted=5,
+        skipped=0,
+        skipped_steps=0,
+        warned=set(),
+    )
+    warn_of_training(state)
+    assert state.warned == ({"train_image_cos"} if warns else set())
 
 
 @pytest.mark.parametrize(
