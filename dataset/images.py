@@ -81,6 +81,8 @@ def no_file(path: Path | str) -> str:
     """Return the problem of a path that is not a file, and the remedy."""
     if "://" in str(path):
         return "is a URL: download the image and name its local path"
+    if os.path.isdir(path):
+        return "is a folder: name an image file in it"
     exists = os.path.exists(path)
     return "is not a regular file: name one" if exists else "does not exist: check its path"
 
