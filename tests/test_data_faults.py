@@ -172,7 +172,7 @@ def test_missing_images_are_refused_before_the_start(tiny_config, folder, name):
     break_later(folder)
     for image, problem in (
         ("gone.jpg", "does not exist"),
-        ("photos", "is not a regular file"),
+        ("photos", "is a folder"),
         ("https://host/a.jpg", "is a URL"),
         ("fifo.jpg", "is not a regular file"),
         ("device.jpg", "is not a regular file"),

@@ -205,7 +205,7 @@ def test_unreadable_files_raise(tmp_path):
         text: "not an image",
         fake: "not an image",
         tmp_path / "missing.jpg": "does not exist",
-        tmp_path: "is not a regular file",
+        tmp_path: "is a folder",
         "https://host/a.jpg": "is a URL: download",
         "/dev/null": "unreadable: not a regular file",
     }
