@@ -220,7 +220,7 @@ def main():
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=200)
     parser.add_argument(
         "--longest", type=float, default=6, help="maximum seconds of training between two kills"
     )
