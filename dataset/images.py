@@ -24,7 +24,7 @@ SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if 
 # signal, it limits the time in every thread and process. Encoders write 10 scans; libtiff stops at
 # 100 too.
 MAX_SCANS = 100
-# what the EXIF orientation of an image does: nothing, it turns the image, or the image is refused
+# effect of the EXIF orientation: none, the image is turned, or the image is refused
 Exif = Literal["stored", "upright", "refused"]
 APP1, SOS = 0xE1, 0xDA  # markers of a JPEG: EXIF or XMP data, and the first scan
 

@@ -272,7 +272,7 @@ def copy_to_host(value: Any, copies: dict[tuple[Any, ...], torch.Tensor]) -> Any
             copies[memory] = value.to("cpu", non_blocking=True, copy=True)
         return copies[memory]
     if isinstance(value, dict):
-        copied = copy.copy(value)  # a state dict has attributes beside its items
+        copied = copy.copy(value)  # a state dict has attributes in addition to items
         copied.update({key: copy_to_host(item, copies) for key, item in value.items()})
         return copied
     if isinstance(value, (list, tuple)):

@@ -33,8 +33,8 @@ class PairBert(BertModel):
 
         Args:
             config: BERT configuration of the single-image model.
-            share: What the blocks of a pair share (Table 7): "cross_attention" for the projections
-                to keys and values, "all" or "none".
+            share: Weights that the blocks of a pair share (Table 7): "cross_attention" for the
+                projections to keys and values, "all" or "none".
         """
         fusion = config.fusion_layer
         depth = fusion + 2 * (config.num_hidden_layers - fusion)

@@ -56,7 +56,7 @@ def recall_at_k(
 
 
 def chance_recall(images: int, texts: int, img2txt: Iterable[Sequence[int]]) -> dict[str, float]:
-    """Return the expected recall of a random ranking in percent, "txt_*" and "img_*" with means.
+    """Return the expected recall of a random ranking in percent, by name such as "txt_r1".
 
     Args:
         images: Number of images.
