@@ -56,7 +56,7 @@ def effects(claim: Claim, rows: Rows) -> tuple[Numbers, int]:
             if not metric or not runs:
                 raise InputError(
                     f"claim {claim.text!r}: {number!r} does not have the form ROW METRIC, or the"
-                    " file lacks this row"
+                    " file lacks this row; correct the claim"
                 )
             seeds = runs if seeds is None else seeds & runs
             side.append(values(row, metric, rows))

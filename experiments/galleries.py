@@ -46,7 +46,7 @@ def write_galleries(source: str, size: int, folder: Path) -> list[Path]:
             json.dump(gallery, file)
     if not files:
         raise InputError(
-            f"--test_file {source} has only {len(entries)} images: lower --size {size}"
+            f"--test_file {source} has only {len(entries)} images; lower --size {size}"
         )
     return files
 

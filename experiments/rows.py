@@ -160,7 +160,7 @@ def read_experiments(path: Path | str) -> Experiments:
     try:
         content = parse_yaml(read_regular(path), path)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"{path}: {error.strerror}; name an experiment file") from None
     return parse_experiments(content, str(path))
 
 
@@ -210,7 +210,7 @@ def expand(experiments: Experiments) -> Rows:
         TopologicalSorter({name: row.needs for name, row in rows.items()}).prepare()
     except CycleError as error:
         raise InputError(
-            f"rows wait for each other in a circle ({', '.join(error.args[1])}): change the key"
+            f"rows wait for each other in a circle ({', '.join(error.args[1])}); change the key"
             " `from` or `needs` of one of these rows"
         ) from None
     return rows
@@ -263,7 +263,9 @@ def _make_row(experiments: Experiments, name: str, seed: int | None) -> Row:
 def _find_run(rows: dict[str, RowKeys], name: str, other: str, seed: int | None) -> str:
     """Return the run that a run needs from another row: with the same seed, else its first seed."""
     if other not in rows:
-        raise InputError(f"row {name}: it needs the row {other}, which is not in the file")
+        raise InputError(
+            f"row {name}: it needs the row {other}, which is not in the file; add this row"
+        )
     seeds = rows[other].seeds
     return f"{other}/seed{seed if seed in seeds else seeds[0]}" if seeds else other
 
@@ -272,7 +274,7 @@ def select(rows: Rows, names: Collection[str]) -> Rows:
     """Return the runs of these rows and all runs that they need. Raises InputError."""
     missing = set(names) - {row.group for row in rows.values()}
     if missing:
-        raise InputError(f"--rows: there is no row {missing.pop()}: --dry_run lists the rows")
+        raise InputError(f"--rows: there is no row {missing.pop()}; --dry_run lists the rows")
     todo, wanted = [row.name for row in rows.values() if row.group in names], set()
     while todo:
         name = todo.pop()
@@ -307,7 +309,7 @@ def check_unchanged(rows: Rows) -> None:
         changed = [key for key, value in now.items() if then.get(key, value) != value]
         if changed:
             raise InputError(
-                f"row {row.name} has changed since it was run: {changed[0]} was"
-                f" {then[changed[0]]}; to run it again, remove {row.folder} and the folders of the"
-                " rows that started from it; to keep the result, rename the changed row"
+                f"row {row.name} has changed since it was run ({changed[0]} was"
+                f" {then[changed[0]]}); to run it again, remove {row.folder} and the folders of the"
+                " rows that started from it, or rename the changed row to keep the result"
             )

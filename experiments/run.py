@@ -176,7 +176,7 @@ def run(rows: Rows, places: Iterable[Place]) -> tuple[list[str], list[str]]:
         for name, (process, _) in running.items():
             finish(rows[name], process.wait())
         raise Interrupted(
-            error.signum, "the running rows have saved their state: repeat the command to continue"
+            error.signum, "the running rows have saved their state; repeat the command to continue"
         ) from None
 
 
@@ -234,7 +234,7 @@ def main() -> None:
 
         report(experiments)
     if failed:
-        skipped = f"; not run, because they need a failed row: {', '.join(left)}" if left else ""
+        skipped = f". Rows that need a failed row were not run: {', '.join(left)}" if left else ""
         raise TrainingStopped(f"rows that failed: {', '.join(failed)}{skipped}")
 
 

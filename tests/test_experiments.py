@@ -145,11 +145,11 @@ def test_changed_settings_are_refused_also_in_what_a_row_starts_from(fake, tmp_p
     (tmp_path / "config.yaml").write_text("image_res: 64\nk_test: 128\n")  # what it was by default
     check_unchanged(rows())
     (tmp_path / "config.yaml").write_text("image_res: 32\n")
-    assert "row a has changed since it was run: image_res was 64" in refusal(
+    assert "row a has changed since it was run (image_res was 64)" in refusal(
         check_unchanged, rows()
     )
     (rows()["a"].folder / "experiment.json").unlink()
-    assert "row b has changed since it was run: a: image_res" in refusal(check_unchanged, rows())
+    assert "row b has changed since it was run (a: image_res" in refusal(check_unchanged, rows())
     keys["a"]["set"] = {"k_tset": 3}
     assert "did you mean k_test?" in refusal(check_unchanged, rows())
 
