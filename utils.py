@@ -111,7 +111,7 @@ def environment_number(name: str, default: int = 0) -> int:
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
         raise InputError(
-            f"environment variable {name}={text} is not a whole number: unset {name}, or start the"
+            f"environment variable {name}={text} is not a whole number; unset {name}, or start the"
             " script with torchrun or srun"
         )
     return int(text)

@@ -134,7 +134,7 @@ def at_least(low: float, kind: type = int) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         value = kind(text)
         if not low <= value <= sys.maxsize:
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be at least {low}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range (minimum {low})")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value"

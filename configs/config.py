@@ -678,15 +678,14 @@ def read_bert_config(
     where = f"{prefix}bert_config" if isinstance(value, Mapping) else f"{prefix}bert_config {value}"
     missing = [key for key in BERT_REQUIRED if bert.get(key) is None]
     if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}")
+        raise InputError(f"{where} lacks {', '.join(missing)}; add the missing keys")
     check_values(bert, BERT_FIELDS, where)
     config = msgspec.convert(bert, BertConfig)
     _check_multiple(config, "hidden_size", "num_attention_heads", where)
     if config.fusion_layer >= config.num_hidden_layers:
         raise InputError(
-            f"{where}: fusion_layer is {config.fusion_layer}, but it must be below "
-            f"num_hidden_layers {config.num_hidden_layers}; the layers from fusion_layer on fuse "
-            "text and image"
+            f"{where}: fusion_layer {config.fusion_layer} is not below num_hidden_layers "
+            f"{config.num_hidden_layers}, so no layer fuses text and image; lower fusion_layer"
         )
     return config
 
@@ -709,11 +708,17 @@ def read_bert_values(
     try:
         bert = json.loads(read_regular(find_file(value)))
     except OSError as error:
-        raise InputError(f"{prefix}bert_config: cannot read {value}: {error.strerror}") from None
+        raise InputError(
+            f"{prefix}bert_config: cannot read {value} ({error.strerror}); name a JSON file"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{prefix}bert_config: {value} is not valid JSON: {error}") from None
+        raise InputError(
+            f"{prefix}bert_config: {value} is not valid JSON ({error}); correct the file"
+        ) from None
     if not isinstance(bert, dict):
-        raise InputError(f"{prefix}bert_config: {value} is not a JSON object")
+        raise InputError(
+            f"{prefix}bert_config: {value} is not a JSON object; name a file of keys and values"
+        )
     misspelled = [key for key in bert if difflib.get_close_matches(key, BERT_FIELDS, 1, 0.9)]
     check_known(misspelled, BERT_FIELDS, f"{prefix}bert_config {value}")
     return {key: bert[key] for key in bert if key in BERT_FIELDS}

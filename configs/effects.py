@@ -17,13 +17,9 @@ def refuse_unread(task: str, overrides: list[str]) -> None:
         for key in values:
             readers = FIELDS[key].tasks if key in FIELDS else (task,)
             if task not in readers:
-                others = (
-                    f"the tasks that read it: {', '.join(readers)}"
-                    if readers
-                    else "no task reads it"
-                )
+                others = f"tasks {', '.join(readers)} do" if readers else "no task does"
                 raise InputError(
-                    f"{shown}: task {task} does not read {key}; leave it out ({others})"
+                    f"{shown}: task {task} does not read {key} ({others}); leave it out"
                 )
 
 

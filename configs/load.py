@@ -33,10 +33,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     try:
         content = read_regular(find_file(path))
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror}") from None
+        raise InputError(f"--config {path}: {error.strerror}; name a YAML file") from None
     config = parse_yaml(content, path)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: the configuration must be a mapping of keys to values")
+        raise InputError(f"{path}: not a mapping of keys to values; write lines such as epochs: 3")
     if "tokenizer" in config:
         config["tokenizer"] = beside(path, config["tokenizer"])
     return override(config, overrides, path)
@@ -82,7 +82,7 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     shown = f"--set {' '.join(text.split())}"
     path, separator, value = text.partition("=")
     if not separator:
-        raise InputError(f"{shown}: write it as key=value")
+        raise InputError(f"{shown}: the value is missing; write key=value")
     value = parse_yaml(value, shown)
     section, _, name = path.rpartition(".")
     if section == "bert_config":
@@ -105,7 +105,7 @@ def require(config: Config, *keys: str) -> None:
     for key in keys:
         if getattr(config, key) is None:
             raise InputError(
-                f"the configuration lacks the key {key}: add it to the file or pass --set {key}=..."
+                f"the configuration lacks the key {key}; add it to the file or pass --set {key}=..."
             )
 
 
@@ -135,7 +135,8 @@ def parse_yaml(content: str | bytes, where: str | Path) -> Any:
         line = f" line {mark.line + 1}" if mark else ""
         parts = (getattr(error, name, None) for name in ("context", "problem"))
         problem = ", ".join(filter(None, parts)) or str(error)
-        raise InputError(f"{where}{line}: not valid YAML: {' '.join(problem.split())}") from None
+        problem = " ".join(problem.split())
+        raise InputError(f"{where}{line}: not valid YAML ({problem}); correct it") from None
 
 
 def save_config(config: Config | dict, output_dir: str | Path) -> None:

@@ -256,6 +256,6 @@ def detect_task(state: Mapping[str, Any]) -> str:
             return task.name
     heads = dict.fromkeys(task.head for task in TASKS.values() if task.head)
     raise InputError(
-        "cannot tell the task of the checkpoint: it has none of the modules text_decoder,"
-        f" {', '.join(heads)}"
+        "cannot tell the task of the checkpoint, because it has none of the modules text_decoder,"
+        f" {', '.join(heads)}; name a checkpoint of a task"
     )

@@ -182,7 +182,8 @@ class AttributeTestSet(EntryDataset):
                 file,
                 "wrong size",
                 f"{self.where(index)} belongs to an image of {width} x {height} pixels, but this "
-                f"image has {image.shape[2]} x {image.shape[1]}; correct the path of the image",
+                f"image has {image.shape[2]} x {image.shape[1]}",
+                "correct the path of the image",
             )
         return self.transform(image[:, y : y + h, x : x + w])
 

@@ -92,7 +92,7 @@ class EntryDataset(Dataset):
         if is_blank(cleaned):
             raise InputError(
                 f"{self.where(index)}: its text is empty after clean-up and truncation to"
-                f" max_words {self.limits.words}"
+                f" max_words {self.limits.words}; raise max_words"
             )
         return cleaned
 
@@ -106,8 +106,7 @@ class EntryDataset(Dataset):
                 return self.read(index)
             except ImageError as error:
                 raise InputError(
-                    f"cannot read a test image: {error}; an evaluation needs every image of the"
-                    " test file"
+                    f"cannot read a test image, but an evaluation needs all of them: {error}"
                 ) from None
         # torch.manual_seed would format a stack trace for every unused kind of device
         torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
@@ -118,7 +117,7 @@ class EntryDataset(Dataset):
             except (ImageError, InputError) as error:
                 skipped.append(str(error))
             index = int(torch.randint(len(self), ()))
-        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries; the last error: {skipped[-1]}")
+        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last error: {skipped[-1]}")
 
 
 def train_options(
@@ -186,7 +185,7 @@ def check_images(dataset: EntryDataset, *, sample: int | None = None) -> None:
         i, path = min(missing)
         share = len(missing) / len(checked)
         roots = ", ".join(f"{key} ({root or 'not set'})" for key, root in dataset.roots.items())
-        problem, remedy = no_file(path).split(": ")
+        problem, remedy = no_file(path).split("; ")
         raise InputError(
             f"{dataset.where(i)}: image {path} {problem} ({len(missing)} of {len(checked)}"
             f" checked images are missing, {share:.1%}); {remedy}, correct {roots}, or remove"

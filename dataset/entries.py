@@ -96,7 +96,7 @@ def check_entry(
         problem = str(error)
     shown = reprlib.repr(value)
     raise InputError(
-        f"{where(path, number)}: {problem} in {shown}; {form.wanted}: correct or remove the entry"
+        f"{where(path, number)}: {problem} in {shown}; correct or remove the entry ({form.wanted})"
     )
 
 
@@ -207,8 +207,8 @@ def _decode_list(data: bytes, path: Path | str) -> list:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         cut_short = error.reason == "unexpected end of data"
-        remedy = "it seems cut short: copy it again" if cut_short else "save it as UTF-8 JSON"
-        raise InputError(f"{path}: this annotation file is not UTF-8 text; {remedy}") from None
+        remedy = " and seems cut short; copy it again" if cut_short else "; save it as UTF-8 JSON"
+        raise InputError(f"{path}: this annotation file is not UTF-8 text{remedy}") from None
     start = text.lstrip(_SPACE)[:1]
     values = []
     if start == "[":
@@ -216,10 +216,12 @@ def _decode_list(data: bytes, path: Path | str) -> list:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             cut_short = not text.rstrip(_SPACE).endswith("]")
-            remedy = "the file seems cut short: copy it again" if cut_short else "correct it there"
+            remedy = (
+                ", the file seems cut short; copy it again" if cut_short else "; correct it there"
+            )
             raise InputError(
-                f"{path}: invalid JSON at line {error.lineno} column {error.colno} ({error.msg});"
-                f" {remedy}"
+                f"{path}: invalid JSON at line {error.lineno} column {error.colno} ({error.msg})"
+                f"{remedy}"
             ) from None
         # nested too deeply, or a number of thousands of digits
         except (RecursionError, ValueError) as error:
@@ -234,13 +236,13 @@ def _refuse_content(path: Path | str, start: str) -> None:
     if start == "{":
         lines = (
             "holds a JSON object, not a list of entries; if it has one JSON object per line,"
-            f" convert it: jq -s . {path} > list.json"
+            f" convert it with jq -s . {path} > list.json"
         )
         raise InputError(f"{path}: {advice(path) or lines}")
     problem = {"": "is empty", "[": "is an empty list"}.get(start, "is not a JSON list")
     raise InputError(
-        f'{path}: {problem}; an annotation file is a list of entries: [{{"image": ..., ...}}, ...].'
-        " To convert tables, folders or official files, run python -m tools.to_json"
+        f'{path}: {problem}, but an annotation file is a list of entries [{{"image": ..., ...}},'
+        " ...]; to convert tables, folders or official files, run python -m tools.to_json"
     )
 
 

@@ -54,7 +54,10 @@ class Expression(GroundingPair):
         Images are equal if one of the two paths ends with the other.
         """
         if self.ref_id not in refer.refs:
-            raise InputError(f"ref_id {self.ref_id} is not among the refs of refcoco_data")
+            raise InputError(
+                f"ref_id {self.ref_id} is not among the refs of refcoco_data; correct ref_id, or"
+                " set refcoco_data and refer_dataset to the data set that test_file was made from"
+            )
         image = refer.images[refer.refs[self.ref_id]["image_id"]]["file_name"]
         parts, ref_parts = PurePath(self.image).parts, PurePath(image).parts
         common = min(len(parts), len(ref_parts))

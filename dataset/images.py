@@ -34,13 +34,20 @@ class ImageError(OSError):
 
     Attributes:
         kind: The reason in a few words, for counts.
-        problem: The reason in full, by default "kind: detail".
+        problem: The reason in full and the remedy, by default "kind (detail); remedy".
     """
 
     def __init__(
-        self, name: Path | str, kind: str, detail: str | None = "", *, problem: str = ""
+        self,
+        name: Path | str,
+        kind: str,
+        detail: str | None = "",
+        remedy: str = "",
+        *,
+        problem: str = "",
     ) -> None:
-        self.kind, self.problem = kind, problem or ": ".join(filter(None, (kind, detail)))
+        full = f"{kind} ({detail})" if detail else kind
+        self.kind, self.problem = kind, problem or "; ".join(filter(None, (full, remedy)))
         super().__init__(f"{name}: {self.problem}")
 
 
@@ -80,11 +87,11 @@ def absolute(root: str | None, image: str) -> str:
 def no_file(path: Path | str) -> str:
     """Return the problem of a path that is not a file, and the remedy."""
     if "://" in str(path):
-        return "is a URL: download the image and name its local path"
+        return "is a URL; download the image and name its local path"
     if os.path.isdir(path):
-        return "is a folder: name an image file in it"
+        return "is a folder; name an image file in it"
     exists = os.path.exists(path)
-    return "is not a regular file: name one" if exists else "does not exist: check its path"
+    return "is not a regular file; name one" if exists else "does not exist; check its path"
 
 
 def decode_image(data: bytes, name: Path | str, exif: Exif = "stored") -> Tensor:
@@ -220,8 +227,8 @@ def _orientation_to_apply(source: Image.Image | bytes, name: Path | str, exif: E
         raise ImageError(
             name,
             "turned by EXIF",
-            "its boxes may refer to the stored or to the turned pixels; save the image without an"
-            " EXIF orientation, or set exif: stored",
+            "its boxes may refer to the stored or to the turned pixels",
+            "save the image without an EXIF orientation, or set exif: stored",
         )
     return orientation
 
@@ -240,7 +247,8 @@ def _check_scans(data: bytes, name: Path | str) -> None:
         raise ImageError(
             name,
             "too slow to decode",
-            f"{scans} scans exceed the limit of {MAX_SCANS}; save the image again",
+            f"{scans} scans exceed the limit of {MAX_SCANS}",
+            "save the image again",
         )
 
 
@@ -252,7 +260,7 @@ def _check_size(width: int, height: int, name: Path | str) -> None:
         raise ImageError(
             name,
             "too large",
-            f"{width} x {height} pixels exceed the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS)",
+            f"{width} x {height} pixels exceed the limit PIL.Image.MAX_IMAGE_PIXELS, {limit}",
         )
 
 
@@ -265,7 +273,8 @@ def _to_8_bits(image: Image.Image, name: Path | str) -> Image.Image:
         raise ImageError(
             name,
             "unknown range of gray",
-            "the value of white in a 32-bit float image is unknown; save the image with 8 bits",
+            "the value of white in a 32-bit float image is unknown",
+            "save the image with 8 bits",
         )
     if image.mode.startswith("I"):
         values = np.asarray(image)
@@ -274,7 +283,8 @@ def _to_8_bits(image: Image.Image, name: Path | str) -> Image.Image:
             raise ImageError(
                 name,
                 "unknown range of gray",
-                f"32-bit values range from {low} to {high}; save the image with 8 bits",
+                f"32-bit values range from {low} to {high}",
+                "save the image with 8 bits",
             )
         # mode I holds 16-bit values (PGM) or 8-bit values (TIFF)
         if image.mode != "I" or high > 255:

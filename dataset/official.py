@@ -180,7 +180,7 @@ def advice(path: Path | str) -> str:
         VqaAnnotations: f"QUESTIONS.json {path}",
     }.get(form, path)
     return (
-        f"holds {form.title}; convert it: python -m tools.to_json {names} --image_root DIR"
+        f"holds {form.title}; convert it with python -m tools.to_json {names} --image_root DIR"
         " --output DIR"
     )
 
@@ -254,7 +254,7 @@ def convert(
             steps[forms[path]](path, content, find, lists, problems)
     else:
         held = ", ".join(f"{path} holds {form.title}" for path, form in forms.items())
-        raise InputError(f"{held}: convert one kind at a time")
+        raise InputError(f"{held}; convert one kind at a time")
     return dict(lists), problems
 
 

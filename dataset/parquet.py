@@ -93,9 +93,11 @@ def _open(source: str) -> Any:
         parquet = importlib.import_module("pyarrow.parquet")  # an optional requirement
         return parquet.ParquetFile(open_regular(source))
     except ImportError:
-        raise InputError(f"{source}: Parquet files need pyarrow: pip install pyarrow") from None
+        raise InputError(f"{source}: Parquet files need pyarrow; run pip install pyarrow") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{source}: cannot be read as a Parquet file ({error})") from None
+        raise InputError(
+            f"{source}: cannot be read as a Parquet file ({error}); name an undamaged file"
+        ) from None
 
 
 def _rows(source: str, table: Any, names: list[str]) -> Iterator[dict[str, Any]]:
@@ -139,7 +141,7 @@ def _split_of_name(source: str) -> str | None:
 def _describe(source: str, columns: Columns, named: str | None) -> str:
     """Return a line with the columns and the split of a table."""
     texts = f"column{'s' * (len(columns.texts) > 1)} {', '.join(map(repr, columns.texts))}"
-    split = f"; split from the name of the file: {named}" if named else ""
+    split = f"; split {named} from the name of the file" if named else ""
     split = f"; splits from column {SPLIT_COLUMN!r}" if columns.split else split
     return f"{source}: images from column {columns.image!r}, captions from {texts}{split}"
 

@@ -20,8 +20,8 @@ class RetrievalPair(Captioned):
     """An image with one or several captions. Each epoch draws one of them."""
 
     wanted = (
-        'retrieval trains on entries {"image": path, "caption": text or list of texts};'
-        ' either all entries or none have "image_id": text or number'
+        'retrieval trains on entries {"image": path, "caption": text or list of texts},'
+        ' and "image_id": text or number in all entries or in none'
     )
     max_tokens = MAX_TOKENS
     image: str

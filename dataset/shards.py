@@ -227,7 +227,7 @@ def image_and_captions(sample: Sample, where: str) -> tuple[bytes, list[str]]:
     try:
         entry = json.loads(sample["json"])
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: its .json is not valid: {error}") from None
+        raise InputError(f"{where}: its .json is not valid ({error})") from None
     caption = entry.get("caption") if isinstance(entry, dict) else None
     captions = [caption] if isinstance(caption, str) else caption
     if not (

@@ -81,7 +81,7 @@ def decode(path: str, data: bytes, encoding: str | None = None) -> str:
         utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return data.decode(encoding or ("utf-16" if utf16 else "utf-8-sig"))
     except LookupError as error:
-        raise InputError(f"--encoding: {error}") from None
+        raise InputError(f"--encoding: {error}; name one such as cp1252") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(

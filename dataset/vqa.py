@@ -70,8 +70,8 @@ class Question(Asked):
     """A question for testing, with or without the answers of the annotators."""
 
     wanted = (
-        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number};'
-        ' optional are "dataset": "vqa" or "vg", and with "vqa" also "answer": list of texts'
+        'a VQA test needs entries {"image": path, "question": text, "question_id": text or number}'
+        ' and may have "dataset": "vqa" or "vg", and with "vqa" also "answer": list of texts'
     )
     max_words: ClassVar[int] = MAX_QUESTION_WORDS
     question_id: str | int
@@ -183,7 +183,7 @@ class VQADataset(EntryDataset):
             if entry.question_id in ids:
                 raise InputError(
                     f"{self.where(i)}: an earlier entry has the same question_id"
-                    f" {entry.question_id!r}"
+                    f" {entry.question_id!r}; remove one of the two"
                 )
             ids.add(entry.question_id)
             if entry.answer is None:

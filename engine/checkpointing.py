@@ -219,7 +219,7 @@ class Checkpointer:
                 raise
             # a full disk may be emptied before the next save; stopping would lose the progress
             every = f"{self.minutes:g} minutes" if self.minutes else f"{self.iterations} iterations"
-            logger.warning("%s; training goes on, and the next save follows after %s", error, every)
+            logger.warning("%s, training goes on, and the next save follows after %s", error, every)
 
     def _wait(self) -> str:
         """Wait for the pending write of this process. Return why it failed, "" if it did not."""
@@ -311,14 +311,14 @@ def find_resume_file(output_dir: Path | str, checkpoint: str, resume: bool) -> P
         newest = gather_lists([newest_checkpoint(output_dir) if is_main() else None])[0]
         if newest is None:
             raise InputError(
-                f"--resume: {files[0]} is damaged, and {output_dir} has no undamaged checkpoint:"
+                f"--resume: {files[0]} is damaged, and {output_dir} has no undamaged checkpoint;"
                 " remove the damaged files to start a new run"
             )
         return newest
     if files:
         remedy = "leave out --checkpoint" if resume else "add --resume"
         raise InputError(
-            f"--output_dir {output_dir} holds a run already ({files[0].name}): {remedy} to continue"
+            f"--output_dir {output_dir} holds a run already ({files[0].name}); {remedy} to continue"
             " that run, name another folder, or remove this folder"
         )
     if resume and checkpoint:
@@ -346,7 +346,7 @@ def newest_checkpoint(folder: Path | str) -> Path | None:
     for path in sorted(run_files(folder), key=_progress, reverse=True):
         if is_whole(path):
             return path
-        logger.warning("checkpoint %s is damaged: its checksums do not match", path)
+        logger.warning("checkpoint %s is damaged, because its checksums do not match", path)
     return None
 
 
@@ -404,13 +404,13 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
     is_other = saved_config["optimizer"]["opt"].lower() != config.optimizer.opt.lower()
     if is_other or params != [group["params"] for group in optimizer["param_groups"]]:
         raise InputError(
-            f"--resume: {path} was saved with another optimizer or other parameters: restore the"
+            f"--resume: {path} was saved with another optimizer or other parameters; restore the"
             " keys optimizer, objectives, distill and the keys of the model, or start a new run"
             f" from its weights with --checkpoint {path} --output_dir OTHER"
         )
     if saved["seed"] != state.seed:
         raise InputError(
-            f"--resume: {path} was trained with --seed {saved['seed']}, not {state.seed}: give"
+            f"--resume: {path} was trained with --seed {saved['seed']}, not {state.seed}; give"
             f" --seed {saved['seed']}, or name another --output_dir"
         )
     if saved["samples_seen"]:
@@ -432,7 +432,7 @@ def _check_same_epoch(path: Path, what: str, then: Any, now: Any) -> None:
     """Raise InputError if the rest of the epoch cannot be located."""
     if then != now:
         raise InputError(
-            f"--resume: {path} was saved within an epoch, and {what} changed from {then} to {now}:"
+            f"--resume: {path} was saved within an epoch, and {what} changed from {then} to {now};"
             " undo the change until the epoch is complete"
         )
 
@@ -440,7 +440,7 @@ def _check_same_epoch(path: Path, what: str, then: Any, now: Any) -> None:
 def _log_differences(saved: dict[str, Any], saved_config: dict[str, Any], config: Config) -> None:
     if saved["world_size"] != world_size():
         logger.warning(
-            "the run was saved by %d processes and continues with %d: every sample of the epoch is"
+            "the run was saved by %d processes and continues with %d; every sample of the epoch is"
             " still seen once, in another order",
             saved["world_size"],
             world_size(),

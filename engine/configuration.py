@@ -97,7 +97,7 @@ def warn_of_exif(config: Config, checkpoint: str) -> None:
     exif = _saved_config(checkpoint)[1].get("exif", config.exif)
     if exif != config.exif:
         log.warning(
-            "exif is %s, but %s was trained with exif %s: add --set exif=%s to turn images as in"
+            "exif is %s, but %s was trained with exif %s; add --set exif=%s to turn images as in"
             " that training",
             config.exif,
             checkpoint,

@@ -86,7 +86,7 @@ def _gpu_of_rank() -> torch.device:
         number = 0  # srun may show each task only its own GPU; torchrun shows all
     if number >= count:
         raise InputError(
-            f"local rank {number} has no GPU, because torch finds only {count} on this machine:"
+            f"local rank {number} has no GPU, because torch finds only {count} on this machine;"
             f" start one process per GPU (torchrun --nproc_per_node={count}), or use --device cpu"
         )
     device = torch.device("cuda", number)
@@ -124,7 +124,7 @@ def check_agreement(
         for name in first | other:
             if first.get(name) != other.get(name):
                 raise InputError(
-                    f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {number}:"
+                    f"{name} is {first.get(name)} on rank 0 and {other.get(name)} on rank {number};"
                     " give all ranks the same files and flags"
                 )
 

@@ -114,8 +114,8 @@ def add_memory_hint(error: Exception) -> None:
     torch = sys.modules.get("torch")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
         error.add_note(
-            "out of memory: in training, lower batch_size but keep it above 1, set precision to"
-            " bf16, or set gradient_checkpointing to true; in an evaluation, lower batch_size_test"
+            "out of memory; lower batch_size but keep it above 1, set precision to bf16, or set"
+            " gradient_checkpointing to true. In an evaluation, lower batch_size_test"
         )
 
 

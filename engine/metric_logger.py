@@ -163,10 +163,10 @@ class MetricLogger:
             if math.isfinite(values["grad_norm"])
             else "was skipped"
         )
-        listed = f"files of this step: {', '.join(files)}"
+        listed = f"Files of this step: {', '.join(files)}"
         if is_main():
             path = self.output_dir / "bad_steps.txt"
-            append(path, [f"{what}: the step {done}; {listed}"])
+            append(path, [f"{what}: the step {done}. {listed}"])
             logger.warning("%s: the step %s; %s lists its files", what, done, path)
         skipped, limit = (
             state.skipped_steps_before + state.skipped_steps,
@@ -174,8 +174,8 @@ class MetricLogger:
         )
         if skipped > limit:
             raise TrainingStopped(
-                f"{what}; {skipped} steps were not finite, and max_skipped_steps is {limit};"
-                f" --resume continues from the last checkpoint in {self.output_dir}; {listed}"
+                f"{what}: {skipped} steps were not finite, and max_skipped_steps is {limit};"
+                f" --resume continues from the last checkpoint in {self.output_dir}. {listed}"
             )
 
     def _note_skipped(self, state: "TrainState") -> None:

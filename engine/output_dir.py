@@ -34,7 +34,7 @@ def make_output_dir(path: Path | str, *, lock: bool = True, flag: str = "--outpu
             pass
     except OSError as error:
         raise InputError(
-            f"{flag} {path}: cannot write there ({error.strerror}): name another folder"
+            f"{flag} {path}: cannot write there ({error.strerror}); name another folder"
         ) from None
     if lock and is_main():
         _hold(path, flag)
@@ -52,7 +52,7 @@ def _hold(folder: Path, flag: str) -> None:
             lock.acquire(timeout=LOCK_TIMEOUT)
     except Timeout:
         raise InputError(
-            f"{flag} {folder}: another process is writing there: name another folder, or end"
+            f"{flag} {folder}: another process is writing there; name another folder, or end"
             " that process"
         ) from None
     except OSError:  # a file system without locks
@@ -86,9 +86,9 @@ def check_output(path: Path | str, flag: str = "--output", *, overwrite: bool = 
     """Raise InputError if a file cannot be written there, or exists and must stay."""
     path = Path(path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{flag} {path}: cannot write there: name a file in an existing folder")
+        raise InputError(f"{flag} {path}: cannot write there; name a file in an existing folder")
     if path.exists() and not overwrite:
-        raise InputError(f"{flag} {path} exists already: name another file or add --overwrite")
+        raise InputError(f"{flag} {path} exists already; name another file or add --overwrite")
 
 
 def write_files(files: Mapping[Path, bytes]) -> None:

@@ -45,11 +45,11 @@ def find_device(name: str | None) -> torch.device:
     gpus = torch.cuda.device_count()
     name = str(name or ("cuda" if gpus else "cpu"))
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name} is not supported: use cuda or cpu")
+        raise InputError(f"--device {name} is not supported; use cuda or cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= gpus:
-        remedy = f"the last one is cuda:{gpus - 1}" if gpus else "use --device cpu"
-        raise InputError(f"--device {name}: torch finds {gpus} GPUs here: {remedy}")
+        remedy = f"name at most cuda:{gpus - 1}" if gpus else "use --device cpu"
+        raise InputError(f"--device {name}: torch finds {gpus} GPUs here; {remedy}")
     return device
 
 
@@ -104,15 +104,11 @@ def compiles(config: Config, device: torch.device) -> bool:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a compiler can raise any exception, and it may be missing
         reason = " ".join(str(getattr(error, "inner_exception", error)).split())
-        problem = (
-            f"torch.compile does not work here ({reason:.200}): it needs Triton, a C compiler and"
-            " Python's header files"
-        )
+        problem = f"torch.compile does not work here ({reason:.200})"
+        remedy = "install Triton, a C compiler and Python's header files"
         if not automatic:
-            raise InputError(
-                f"compile: {problem}; install them, or add --set compile=auto"
-            ) from None
-        logger.warning("%s; training goes on without torch.compile", problem)
+            raise InputError(f"compile: {problem}; {remedy}, or add --set compile=auto") from None
+        logger.warning("%s, so training goes on without it; %s", problem, remedy)
         return False
     # a layer that the compiler does not support runs uncompiled
     torch._dynamo.config.suppress_errors = automatic

@@ -50,7 +50,7 @@ class Rendezvous:
         for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise InputError(
-                    f"WORLD_SIZE is {world_size} in the environment, but {name} is missing: start"
+                    f"WORLD_SIZE is {world_size} in the environment, but {name} is missing; start"
                     " the script with torchrun or srun, or unset WORLD_SIZE"
                 )
         self.rank, self.host = environment_number("RANK"), os.environ["MASTER_ADDR"]

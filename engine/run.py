@@ -193,7 +193,7 @@ class Evaluator:
         except NotFinite as error:
             files = ", ".join(getattr(self.config, self.task.files[split]))
             raise TrainingStopped(
-                f"{split} {files}: {error}; no metric is reported: evaluate another checkpoint"
+                f"{split} {files}: {error}, so no metric is reported; evaluate another checkpoint"
             ) from None
         return {prefixed(split, name): value for name, value in metrics.items()}
 
@@ -240,17 +240,17 @@ def prefixed(split: str, name: str) -> str:
 def check_flags(task: Task, args: argparse.Namespace) -> None:
     """Raise InputError if flags contradict each other or the task."""
     if args.evaluate and args.checkpoint in ("", "random"):
-        raise InputError("--evaluate needs --checkpoint: name the weights to evaluate")
+        raise InputError("--evaluate needs --checkpoint; name the weights to evaluate")
     if args.resume and args.evaluate:
         raise InputError(
-            "--resume continues a training, and --evaluate does not train: leave out one of them"
+            "--resume continues a training, and --evaluate does not train; leave out one of them"
         )
     if args.split and not args.evaluate:
-        raise InputError(f"--split {args.split} has an effect only with --evaluate: add --evaluate")
+        raise InputError(f"--split {args.split} has an effect only with --evaluate; add --evaluate")
     if args.evaluate and args.split not in (None, *task.files) or args.evaluate and not task.files:
         raise InputError(
             f"--evaluate{' --split ' * bool(args.split)}{args.split or ''}: this task has nothing"
-            " to evaluate"
+            " to evaluate; leave out --evaluate"
         )
     refuse_unread(task.name, args.set)
 
@@ -285,17 +285,15 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
         if found != task.name:
             raise InputError(
                 f"--resume: {resume_from} is a checkpoint of task {found}, but this script trains"
-                f" task {task.name}: name another --output_dir"
+                f" task {task.name}; name another --output_dir"
             )
         config, source = choose_config(task.name, str(resume_from), **choose)
     elif not (args.checkpoint or task.initialize):
         raise InputError(
-            "--checkpoint is missing: name the pre-trained or fine-tuned weights to start from, or"
+            "--checkpoint is missing; name the pre-trained or fine-tuned weights to start from, or"
             " give --checkpoint random"
         )
-    log.info(
-        "configuration: %s%s", source, "" if args.config else " (to use another: --config FILE)"
-    )
+    log.info("configuration: %s%s", source, "" if args.config else " (--config FILE names another)")
     if unread := unread_keys(task.name, config):
         log.warning("task %s does not read %s", task.name, ", ".join(unread))
     require(config, "bert_config", "image_res", *([] if args.evaluate else ["batch_size"]))
@@ -312,7 +310,7 @@ def build_datasets(task: Task, args: argparse.Namespace, config: Config) -> dict
     given = [split for split in splits if getattr(config, task.files[split])]
     if args.evaluate and not given:
         keys = " or ".join(dict.fromkeys(task.files[split] for split in splits))
-        raise InputError(f"--evaluate has no data: set the key {keys} of the configuration")
+        raise InputError(f"--evaluate has no data; set the key {keys} of the configuration")
     if not args.evaluate:
         given = ["train", *given]
     return {split: build_dataset(task.name, split, config, seed=args.seed) for split in given}

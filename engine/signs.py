@@ -24,17 +24,17 @@ GUESSING = 0.99 * (math.log(3) - 2 / 3 * math.log(2))
 SIGNS = {
     "train_image_cos": (
         ALIKE,
-        "the features of different images are nearly identical: raise the learning rate, or start"
+        "the features of different images are nearly identical; raise the learning rate, or start"
         " from another vision_encoder",
     ),
     "train_text_cos": (
         ALIKE,
-        "the features of different texts are nearly identical: raise the learning rate, or start"
+        "the features of different texts are nearly identical; raise the learning rate, or start"
         " from another text_encoder",
     ),
     "train_loss_itm": (
         GUESSING,
-        "matching (ITM) has not begun to learn: rank by ITC, and train for more epochs or on more"
+        "matching (ITM) has not begun to learn; rank by ITC, and train for more epochs or on more"
         " pairs",
     ),
 }
@@ -48,7 +48,7 @@ def warn_without_negatives(model: "ALBEF") -> None:
     if model.config.batch_size == 1 and (is_pairs or "itm" in getattr(model, "objectives", ())):
         what = "text assignment" if is_pairs else "matching (ITM)"
         log.warning(
-            "%s is not trained, because no batch has a negative: set batch_size to 2 or more", what
+            "%s is not trained, because no batch has a negative; set batch_size to 2 or more", what
         )
 
 
@@ -79,11 +79,11 @@ def text_signs(train_set: EntryDataset, tokenizer: Tokenizer) -> Iterator[str]:
     if len(unknown) > NOTABLE * words:
         yield (
             f"{len(unknown) / words:.0%} of the words are unknown to the vocabulary, such as"
-            f" {unknown[0]!r}: make a vocabulary from the captions (python -m tools.vocabulary)"
+            f" {unknown[0]!r}; make a vocabulary from the captions (python -m tools.vocabulary)"
         )
     for key, number in cut.items():
         if number > NOTABLE * texts:
-            yield f"{number / texts:.0%} of the texts are cut by {key} {limits[key]}: raise {key}"
+            yield f"{number / texts:.0%} of the texts are cut by {key} {limits[key]}; raise {key}"
 
 
 def warn_of_training(state: "TrainState") -> None:

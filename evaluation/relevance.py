@@ -55,7 +55,7 @@ def roc_auc(labels: list[int], scores: np.ndarray) -> float:
     require_finite(scores, "pair {} (counting from 0)".format)
     if len(set(labels)) < 2:
         raise InputError(
-            "all labels are equal, so the ROC AUC is not defined: give pairs of both labels"
+            "all labels are equal, so the ROC AUC is not defined; give pairs of both labels"
         )
     return 100 * float(roc_auc_score(labels, scores))
 

@@ -144,7 +144,7 @@ def read_index(folder: str | Path) -> Index:
         except (OSError, ValueError, LookupError, TypeError) as error:
             if about == _read_about(folder):  # otherwise an update has just replaced the files
                 raise InputError(
-                    f"{folder}: the index is damaged ({error}): remove it and index the images"
+                    f"{folder}: the index is damaged ({error}); remove it and index the images"
                     " again"
                 ) from None
 
@@ -155,10 +155,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
         return json.loads((folder / INDEX).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{folder}: no index there, {INDEX} is missing: make one with tools.search index"
+            f"{folder}: no index there, {INDEX} is missing; make one with tools.search index"
         ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / INDEX}: cannot be read ({error})") from None
+        raise InputError(
+            f"{folder / INDEX}: cannot be read ({error}); name the folder of an index"
+        ) from None
 
 
 def _read_files(folder: Path, about: dict[str, Any]) -> Index:
@@ -229,7 +231,7 @@ def open_index(folder: str | Path) -> Index | None:
     folder = Path(folder)
     exists = (folder / INDEX).is_file()
     if not exists and folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
-        raise InputError(f"--output {folder}: has files but no index: name an empty or new folder")
+        raise InputError(f"--output {folder}: has files but no index; name an empty or new folder")
     make_output_dir(folder, flag="--output")
     if not exists:
         return None
@@ -258,12 +260,12 @@ def check_model(model: Inference, index: Index | None, folder: str | Path) -> st
     digest = hash_contents(itertools.chain([model.model.vocabulary.encode()], weights))
     if index and digest != index.digest:
         raise InputError(
-            f"{folder}: the index was made with another model than {model.source}: name the"
+            f"{folder}: the index was made with another model than {model.source}; name the"
             f" checkpoint {index.checkpoint}, or make another index"
         )
     if index and index.config["exif"] != model.config.exif:
         raise InputError(
-            f"{folder}: the index was made with another orientation of photos: add --set"
+            f"{folder}: the index was made with another orientation of photos; add --set"
             f" exif={index.config['exif']}, or make another index"
         )
     return digest
@@ -286,7 +288,7 @@ def load_model_of(
     source = checkpoint or index.checkpoint
     if not (checkpoint or os.path.exists(source) or is_repository(source)):
         raise InputError(
-            f"{folder}: its checkpoint {source} does not exist: give its path with --checkpoint"
+            f"{folder}: its checkpoint {source} does not exist; give its path with --checkpoint"
         )
     config = index.config
     if Path(config["tokenizer"] or "").suffix in SUFFIXES:  # the checkpoint has the vocabulary
@@ -319,7 +321,7 @@ def find_images(
         try:
             os.listdir(root)
         except OSError as error:
-            raise InputError(f"{root}: {error.strerror}: name a folder of images") from None
+            raise InputError(f"{root}: {error.strerror}; name a folder of images") from None
         files = [
             (path, real, os.path.splitext(path)[1].lower())
             for path, real in _files_below(os.path.abspath(root), errors.append)
@@ -329,7 +331,7 @@ def find_images(
             counts = count_suffixes(Counter(suffix for *_, suffix in files))
             raise InputError(
                 f"{root}: no {', '.join(FORMATS)} image in this folder or below it (other files:"
-                f" {counts or 'none'})"
+                f" {counts or 'none'}); name a folder of images"
             )
         others |= {real: suffix for _, real, suffix in files if suffix not in IMAGE_SUFFIXES}
         for path, real in images:
@@ -517,7 +519,7 @@ def search(
         InputError: There is nothing to search for, or all images are gone.
     """
     if text is None and image is None:
-        raise InputError("nothing to search for: give a text, an image or both")
+        raise InputError("nothing to search for; give a text, an image or both")
     features = [] if text is None else [model.embed_texts(text)]
     features += [] if image is None else [model.embed_images(image)]
     rerank = model.default_rerank if rerank is None else rerank
@@ -530,7 +532,7 @@ def search(
     existing = [hit for hit in hits if os.path.isfile(hit.path)]
     if not existing:
         raise InputError(
-            f"the images of all hits are missing, such as {hits[0].path}: index the images again"
+            f"the images of all hits are missing, such as {hits[0].path}; index the images again"
         )
     if text is not None and rerank:
         existing = _rerank(model, existing[:rerank], text) + existing[rerank:]

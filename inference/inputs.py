@@ -37,7 +37,8 @@ def check_box(box: Any) -> None:
     are_numbers = len(values) == 4 and values.dtype.kind in "iuf" and np.isfinite(values).all()
     if not (are_numbers and values[2:].min() > 0):
         raise InputError(
-            f"box {reprlib.repr(box)} is not [x, y, width, height] with a positive width and height"
+            f"box {reprlib.repr(box)} is not a box; give [x, y, width, height] with a positive"
+            " width and height"
         )
 
 
@@ -45,7 +46,7 @@ def as_list(values: Any, what: str) -> Any:
     """Return values as a list, an array unchanged. Raises InputError if there are none."""
     values = values if is_array(values) else list(values)
     if len(values) == 0:
-        raise InputError(f"no {what} given: give one or a list of them")
+        raise InputError(f"no {what} given; give one or a list of them")
     return values
 
 
@@ -78,19 +79,19 @@ def as_texts(
     for text in [texts] if one else as_list(texts, "texts"):
         if not isinstance(text, str):
             raise InputError(
-                f"{reprlib.repr(text)} is not a text: give a string or a list of strings"
+                f"{reprlib.repr(text)} is not a text; give a string or a list of strings"
             )
         cleaned.append(clean(text))
         if is_blank(cleaned[-1]):
             raise InputError(
-                f"text {reprlib.repr(text)}: nothing is left of it after clean-up: give a text with"
+                f"text {reprlib.repr(text)}: nothing is left of it after clean-up; give a text with"
                 " words"
             )
     if unknown := unknown_texts(cleaned, tokenizer):
         others = f" and {len(unknown) - 1} more" * (len(unknown) > 1)
         warnings.warn(
             f"text {reprlib.repr(unknown[0])}{others}: the vocabulary has none of its words, so the"
-            " model cannot distinguish it from other unknown texts",
+            " model cannot distinguish it from other unknown texts; use other words",
             UnknownWords,
             stacklevel=2,
         )
@@ -131,12 +132,12 @@ def read_image(image: Any, name: str = "image", exif: Exif = "stored") -> Tensor
         raise InputError(str(error)) from None
     # Pillow raises many kinds if the picture is closed or its file is damaged
     except Exception as error:
-        raise InputError(f"{name}: cannot be read: {error}") from None
+        raise InputError(f"{name}: cannot be read ({error}); give another image") from None
     tensor = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3
     if tensor and len(image) == 3 and image.numel():
         return image.cpu()
     raise InputError(
-        f"{name}: {image.dtype} {list(image.shape)} is not an image: give a uint8 array [H, W, 3]"
+        f"{name}: {image.dtype} {list(image.shape)} is not an image; give a uint8 array [H, W, 3]"
         " or [H, W], or a uint8 tensor [3, H, W]"
     )
 

@@ -206,7 +206,7 @@ class Inference:
             others = [task.name for task in TASKS.values() if method in task.methods]
             raise InputError(
                 f"{method}: {self.source} is a checkpoint of task {self.task}, which lacks this"
-                f" method: load a checkpoint of {' or '.join(others)}"
+                f" method; load a checkpoint of {' or '.join(others)}"
             )
 
     @property
@@ -305,10 +305,10 @@ class Inference:
             A list [(index, score), ...] for each query, the best first.
         """
         if of not in ("images", "texts"):
-            raise InputError(f"rank: of={of!r}, but it must be 'images' or 'texts'")
+            raise InputError(f"rank: of is {of!r}; it must be 'images' or 'texts'")
         rerank = self.default_rerank if rerank is None else rerank
         if rerank and (images is None or texts is None):
-            raise InputError("rank: re-ranking needs images and texts: give both, or set rerank=0")
+            raise InputError("rank: re-ranking needs images and texts; give both, or set rerank=0")
         images, image_feat, one_image = _rankable(
             "image", images, image_features, as_images, self.embed_images
         )
@@ -468,7 +468,9 @@ class Inference:
         """
         _check_mode(mode)
         if mode == "itc" and not self.can("similarity"):
-            raise InputError(f"heat_map: mode itc needs a similarity, which task {self.task} lacks")
+            raise InputError(
+                f"heat_map: mode itc needs a similarity, which task {self.task} lacks; use mode itm"
+            )
         answers = _answer_list(answers)
         items, texts, one = self._pairs(images, texts)
         found = []
@@ -516,7 +518,7 @@ class Inference:
         """
         if any(name.startswith("text_encoder_m.") for name in self.report.copied):
             raise InputError(
-                f"fill_in: {self.source} has no momentum model (text_encoder_m.*): load the"
+                f"fill_in: {self.source} has no momentum model (text_encoder_m.*); load the"
                 " checkpoint of the run or an export with --momentum"
             )
         items, texts, one = self._pairs(images, texts)
@@ -594,7 +596,7 @@ class Inference:
             items = [images] if one else as_list(images, "pairs of images")
             if any(not isinstance(item, list | tuple) or len(item) != 2 for item in items):
                 raise InputError(
-                    f"task {self.task} takes two images for each text: give a list of two"
+                    f"task {self.task} takes two images for each text; give a list of two"
                     " images, or for several texts a list of such lists"
                 )
         else:
@@ -605,7 +607,7 @@ class Inference:
         texts = texts * count if len(texts) == 1 else texts
         if len(items) != len(texts):
             raise InputError(
-                f"{len(items)} images and {len(texts)} texts are not pairs: give equally many,"
+                f"{len(items)} images and {len(texts)} texts are not pairs; give equally many,"
                 " or a single image or text"
             )
         return items, texts, one
@@ -733,7 +735,7 @@ def _rankable(
     found = _matrix(embed(values) if features is None else features)
     if values is not None and len(values) != len(found):
         raise InputError(
-            f"rank: {len(values)} {what}s and {len(found)} features: give one feature for each"
+            f"rank: {len(values)} {what}s have {len(found)} features; give one feature for each"
             f" {what}"
         )
     return values, found, one
@@ -742,13 +744,13 @@ def _rankable(
 def _check_finite(similarities: Tensor) -> Tensor:
     """Return similarities. Raises InputError if features are NaN or infinite."""
     if not similarities.isfinite().all():
-        raise InputError("features of images or texts are not finite: embed them again")
+        raise InputError("features of images or texts are not finite; embed them again")
     return similarities
 
 
 def _check_mode(mode: str) -> None:
     if mode not in ("itm", "itc"):
-        raise InputError(f"mode is {mode!r}, but must be itm or itc")
+        raise InputError(f"mode is {mode!r}; it must be itm or itc")
 
 
 def _box_lists(boxes: Any, count: int, one: bool) -> Any:
@@ -756,7 +758,7 @@ def _box_lists(boxes: Any, count: int, one: bool) -> Any:
     boxes = [boxes] * count if one or boxes is None else boxes
     if len(boxes) != count:
         raise InputError(
-            f"ground: {len(boxes)} lists of boxes for {count} pairs of image and text: give one"
+            f"ground: {len(boxes)} lists of boxes for {count} pairs of image and text; give one"
             " list for each pair"
         )
     for box in (box for given in boxes if given is not None for box in given):

@@ -45,9 +45,9 @@ def check_objectives(key: str, named: bool | Sequence[str], known: Sequence[str]
     """Raise InputError if the configuration key names an objective that the task does not have."""
     unknown = [] if isinstance(named, bool) else [name for name in named if name not in known]
     if unknown:
-        remedy = "this task has only one loss: set true or false"
+        remedy = "this task has only one loss; set true or false"
         if known:
-            remedy = f"this task has only the objectives {', '.join(known)}"
+            remedy = f"this task has only {', '.join(known)}; remove the other names"
         raise InputError(f"{key} names {', '.join(unknown)}, but {remedy}")
 
 
@@ -94,7 +94,7 @@ class ALBEF(nn.Module):
         if encoder_width != vision_width:
             raise InputError(
                 f"vision_width {vision_width} differs from encoder_width {encoder_width} of "
-                "bert_config: both are the width of the image embeddings, so make them equal"
+                "bert_config; make them equal, because both are the width of the image embeddings"
             )
         self.special_ids, self.vocabulary = SpecialIds(), None
         if tokenizer is not None:

@@ -99,12 +99,14 @@ def check_block(model: ALBEF, block_num: int | None = None, mode: str = "itm") -
         block_num: Index of the block, None for the default one.
         mode: "itm" for cross-attention, "itc" for the image encoder.
     """
-    first, end, what = 0, len(model.visual_encoder.blocks), "the image encoder has the blocks"
+    first, end, what = 0, len(model.visual_encoder.blocks), "block of the image encoder"
     if mode == "itm":
         first, end = model.bert.fusion_layer, len(model.bert.encoder.layer)
-        what = "cross-attention is in the blocks"
+        what = "block with cross-attention"
     if block_num is not None and not first <= block_num < end:
-        raise InputError(f"--block_num {block_num}: {what} {first} to {end - 1}, counted from 0")
+        raise InputError(
+            f"--block_num {block_num}: no {what} has this index; name one from {first} to {end - 1}"
+        )
 
 
 def text_gradcam(

@@ -38,12 +38,12 @@ def verify_hash(path: Path | str) -> bool:
     # sha256sum writes a backslash first if the name has an escaped sign
     digest = re.match(rb"\\?([0-9a-fA-F]{64})\b", read_regular(record))
     if not digest:
-        raise InputError(f"{record} holds no SHA-256: remove it, or write it with sha256sum")
+        raise InputError(f"{record} holds no SHA-256; remove it, or write it with sha256sum")
     expected, stat = digest[1].decode().lower(), os.stat(path)
     state = expected, stat.st_size, stat.st_mtime_ns
     if _verified.get(str(path)) != state and hash_file(path) != expected:
         raise InputError(
-            f"{path}: its SHA-256 is not the one in {record}, so the file was damaged or changed:"
+            f"{path}: its SHA-256 is not the one in {record}, so the file was damaged or changed;"
             f" move it away and download it again, or remove {record} if you changed the file"
         )
     _verified[str(path)] = state

@@ -45,7 +45,7 @@ def find_file(source: Path | str, filenames: Iterable[str], key: str) -> Path:
     for filename in filenames:
         if (path / filename).is_file():
             return path / filename
-    raise InputError(f"{key}: folder {source} has no {' or '.join(filenames)}")
+    raise InputError(f"{key}: folder {source} has no {' or '.join(filenames)}; check the path")
 
 
 @functools.cache  # a process uses one commit, even if a newer one is pushed meanwhile
@@ -73,10 +73,10 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
             revision = paths[-1].parent.name  # the other files are of the same commit
     except errors.HFValidationError:
         hint = "download it first and name the file" if "://" in source else "check the path"
-        raise InputError(f"{wanted} not a valid hub name: {hint}") from None
+        raise InputError(f"{wanted} not a valid hub name; {hint}") from None
     except errors.RemoteEntryNotFoundError:
         raise InputError(
-            f"{wanted} the hub repository of this name has no {' or '.join(choices)}: check the"
+            f"{wanted} the hub repository of this name has no {' or '.join(choices)}; check the"
             " name"
         ) from None
     except (errors.LocalEntryNotFoundError, *NETWORK) as error:
@@ -86,7 +86,8 @@ def fetch(source: str, filenames: tuple[tuple[str, ...], ...], key: str) -> list
         ) from None
     if problem:
         print(
-            f"note: {_explain(problem)}; using commit {revision[:8]} of {name} from the cache",
+            f"note: using commit {revision[:8]} of {name} from the cache, because"
+            f" {_explain(problem)}",
             file=sys.stderr,
         )
     return paths
@@ -137,7 +138,7 @@ def _check_headers(response: Any) -> None:
         if not re.fullmatch(r'(W/)?"?[\w-]{1,200}"?', value):
             raise InputError(
                 f"the hub at {response.url.host} sends the header {header}: {ascii(value)[:200]},"
-                " which cannot be a file name in the cache: check HF_ENDPOINT"
+                " which cannot be a file name in the cache; check HF_ENDPOINT"
             )
 
 
@@ -148,7 +149,7 @@ def _pushing(name: str) -> Iterator[HfApi]:
         yield HfApi()
     except errors.HFValidationError:
         raise InputError(
-            f"--push {name}: not a valid name of a repository: write USER/NAME"
+            f"--push {name}: not a valid name of a repository; write USER/NAME"
         ) from None
     except NETWORK as error:
         raise InputError(f"--push {name}: {_explain(error)}") from None
@@ -160,7 +161,7 @@ def check_repository(name: str) -> None:
         files = set(api.list_repo_files(name)) - {".gitattributes"} if api.repo_exists(name) else ()
     if files:
         raise InputError(
-            f"--push {name}: the repository exists already and has {len(files)} files: choose"
+            f"--push {name}: the repository exists already and has {len(files)} files; choose"
             " another name, or add --overwrite"
         )
 
@@ -198,13 +199,13 @@ def _refuses(error: BaseException) -> TypeGuard[errors.HfHubHTTPError]:
 def _explain(error: BaseException) -> str:
     """Return the message of an error of the hub's client, with the remedy."""
     if isinstance(error, errors.OfflineModeIsEnabled):
-        return "the hub cannot be reached in offline mode: unset HF_HUB_OFFLINE"
+        return "the hub cannot be reached in offline mode; unset HF_HUB_OFFLINE"
     text = printable((str(error).strip().splitlines() or [type(error).__name__])[0])
     if not _refuses(error):
         return (
-            f"the hub cannot be reached ({text}): check the connection to {constants.ENDPOINT} and"
+            f"the hub cannot be reached ({text}); check the connection to {constants.ENDPOINT} and"
             " the proxy variables"
         )
     login = "log in (hf auth login) or set HF_TOKEN, and "
     login *= error.response.status_code in (401, 403)
-    return f"the hub refuses the request ({text}): {login}check the name"
+    return f"the hub refuses the request ({text}); {login}check the name"

@@ -28,7 +28,9 @@ def vit_sizes(source: str) -> dict[str, int]:
         with torch.device("meta"):  # no memory, no weights
             vit = timm.create_model(source)
         if type(vit) is not VisionTransformer:
-            raise InputError(f"vision_encoder: the timm model {source} is not a plain ViT")
+            raise InputError(
+                f"vision_encoder: the timm model {source} is not a plain ViT; name another model"
+            )
         # timm types a list of modules as one module
         attention: Any = vit.blocks[0].attn
         patch = vit.patch_embed.patch_size[0]
@@ -41,7 +43,7 @@ def vit_sizes(source: str) -> dict[str, int]:
     if patches is None or patches.ndim != 4 or not depth:
         raise InputError(
             f"vision_encoder: {path} has no ViT weights as timm and DeiT name them"
-            " (patch_embed.proj.weight, blocks.0, ...)"
+            " (patch_embed.proj.weight, blocks.0, ...); name another file"
         )
     width, _, patch, _ = patches.shape
     sizes = width, depth, max(1, width // HEAD_WIDTH), patch
@@ -65,5 +67,7 @@ def bert_sizes(source: str, encoder_width: int) -> dict[str, Any]:
     bert = read_bert_values(path)
     layers = bert.get("num_hidden_layers")
     if not isinstance(layers, int):
-        raise InputError(f"text_encoder: {path} is not the configuration of a BERT model")
+        raise InputError(
+            f"text_encoder: {path} is not the configuration of a BERT model; name another encoder"
+        )
     return {**bert, "fusion_layer": layers // 2, "encoder_width": encoder_width}

@@ -25,7 +25,9 @@ FILES = (VOCABULARY, PIECES)  # the first one in a folder is used
 # text that shows how a tokenizer treats case, accents, symbols and punctuation
 PROBE = "É E\u0301 İ パ ハ\u309a 漢字 don't"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-REMEDY = "name a vocab.txt or tokenizer.json; python -m tools.vocabulary makes one from captions"
+REMEDY = (
+    "name a vocab.txt or tokenizer.json, or make one from captions with python -m tools.vocabulary"
+)
 
 
 class BertSettings(msgspec.Struct):
@@ -156,11 +158,11 @@ def build_tokenizer(source: Path | str) -> Tokenizer:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises no other class
-        raise InputError(f"tokenizer: {path} is not a vocabulary ({error}): {REMEDY}") from None
+        raise InputError(f"tokenizer: {path} is not a vocabulary ({error}); {REMEDY}") from None
     missing = [token for token in SPECIAL if backend.token_to_id(token) is None]
     if missing:
         raise InputError(
-            f"tokenizer: {path} is not a vocabulary, because it lacks {', '.join(missing)}:"
+            f"tokenizer: {path} is not a vocabulary, because it lacks {', '.join(missing)};"
             f" {REMEDY}"
         )
     return Tokenizer(backend)
@@ -249,8 +251,8 @@ def vocabulary_of(config: Config) -> str:
         return config.tokenizer
     if source == "random":
         raise InputError(
-            "text_encoder is random, so the key tokenizer must be a vocab file, a folder or a hub"
-            " name"
+            "text_encoder is random, so no vocabulary is known; set the key tokenizer to a"
+            " vocabulary file, a folder or a hub name"
         )
     return str(Path(source).parent) if Path(source).is_file() else source
 
@@ -274,14 +276,14 @@ def load_tokenizer(config: Config | Mapping[str, Any]) -> tuple[Tokenizer, Confi
     if bert.vocab_size not in ("auto", size):
         raise InputError(
             f"tokenizer {source} has {size} word pieces, but bert_config has vocab_size"
-            f" {bert.vocab_size}: name the tokenizer that belongs to bert_config, or set vocab_size"
+            f" {bert.vocab_size}; name the tokenizer that belongs to bert_config, or set vocab_size"
             f" to {size}"
         )
     most = bert.max_position_embeddings
     if (config.max_tokens or 0) > most:
         raise InputError(
             f"max_tokens is {config.max_tokens}, but max_position_embeddings of bert_config is"
-            f" {most}: lower max_tokens"
+            f" {most}; lower max_tokens"
         )
     tokenizer.model_max_length = most  # unless the task has a smaller limit
     bert = msgspec.structs.replace(bert, vocab_size=size)

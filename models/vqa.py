@@ -70,7 +70,7 @@ class VQA(ALBEF):
             eos = tokenizer.convert_tokens_to_ids(config.eos)
             if eos == tokenizer.unk_token_id:
                 raise InputError(
-                    f"eos is {config.eos!r}, which is not a token of the vocabulary: set"
+                    f"eos is {config.eos!r}, which is not a token of the vocabulary; set"
                     " another token, usually [SEP]"
                 )
             self.special_ids = self.special_ids._replace(eos=eos)
@@ -81,7 +81,7 @@ class VQA(ALBEF):
         if self.max_answer_tokens > longest:
             raise InputError(
                 f"max_answer_tokens is {self.max_answer_tokens}, but max_position_embeddings of"
-                f" bert_config allows only {longest}: lower max_answer_tokens"
+                f" bert_config allows only {longest}; lower max_answer_tokens"
             )
         if config.distill:
             check_objectives("distill", config.distill, [])

@@ -79,7 +79,7 @@ def load_checkpoint(
     heads = fine_tuned_heads()
     for module in modules & (heads | NEEDED) - in_file if complete else ():
         raise InputError(
-            f"{path} has no {module}, which the evaluation of this task needs: name a checkpoint"
+            f"{path} has no {module}, which the evaluation of this task needs; name a checkpoint"
             " of a task that trains it"
         )
     names = task_names(model, weights)
@@ -110,8 +110,8 @@ def check_vocabulary(model: ALBEF, content: Mapping[str, Any], path: Path | str)
     saved = content.get("tokenizer_json")
     if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
         raise InputError(
-            f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}:"
-            f" {where}; use the checkpoint's own: --set tokenizer={path}"
+            f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}"
+            f" ({where}); add --set tokenizer={path} to use the vocabulary of the checkpoint"
         )
 
 
@@ -121,7 +121,7 @@ def read_ranking(content: Mapping[str, Any], path: Path | str) -> Ranking | None
         return msgspec.convert(content.get("ranking"), Ranking | None)
     except msgspec.ValidationError as error:
         raise InputError(
-            f"{path}: the entry 'ranking' is not one that a validation saves ({error})"
+            f"{path}: the entry 'ranking' is malformed ({error}); use another checkpoint"
         ) from None
 
 
@@ -181,7 +181,9 @@ def load_vision_encoder(model: ALBEF, source: Path | str) -> "LoadReport":
     if not Path(source).exists() and timm.is_model(str(source)):
         pretrained = timm.get_pretrained_cfg(str(source))
         if pretrained is None or not pretrained.hf_hub_id:
-            raise InputError(f"vision_encoder: timm has no pre-trained weights named {source}")
+            raise InputError(
+                f"vision_encoder: timm has no pre-trained weights named {source}; check the name"
+            )
         source = pretrained.hf_hub_id
     path = find_file(source, WEIGHT_FILES, "vision_encoder")
     weights = read_weights(path)
@@ -324,9 +326,8 @@ def _check_shapes(
             )
     if misfits:
         raise InputError(
-            f"{report.source}: {summarize_names(misfits, 3)}: the file belongs to another task,"
-            " or to a configuration with another value of image_res, patch_size, vision_width,"
-            " embed_dim or bert_config"
+            f"{report.source}: {summarize_names(misfits, 3)}; name a file of this task, or set"
+            " image_res, patch_size, vision_width, embed_dim and bert_config as in its training"
         )
 
 
@@ -336,10 +337,10 @@ def _check_complete(
     """Raise InputError for missing and unused tensors. has_flag: the user has --allow_missing."""
     hint = ", or add --allow_missing to load it nevertheless" if has_flag else ""
     if missing:
-        instead = f"it has {summarize_names(unused, 2)} instead; " if unused else ""
+        instead = f" (it has {summarize_names(unused, 2)} instead)" if unused else ""
         raise InputError(
-            f"{source} lacks {len(missing)} tensors of the model: {summarize_names(missing)};"
-            f" {instead}check that this is the right file{hint}"
+            f"{source} lacks {len(missing)} tensors of the model: {summarize_names(missing)}"
+            f"{instead}; check that this is the right file{hint}"
         )
     if unused:
         raise InputError(
@@ -379,13 +380,13 @@ def _copy(
                 broken.append(in_file)
     if broken:
         raise InputError(
-            f"{source}: {len(broken)} tensors hold NaN or infinity, or have no values:"
-            f" {summarize_names(broken)}; use another checkpoint"
+            f"{source}: {len(broken)} tensors ({summarize_names(broken)}) hold NaN or infinity, or"
+            " have no values; use another checkpoint"
         )
     if untied:
         raise InputError(
             f"{source}: the tensors {untied[0]} differ, but the model shares them as one parameter"
-            f" ({len(untied)} such pairs): check whether the file is from a model with another"
+            f" ({len(untied)} such pairs); check whether the file is from a model with another"
             " value of the key share"
         )
 
@@ -457,13 +458,13 @@ def find_checkpoint(source: Path | str) -> Path:
         InputError: The source is missing, is a URL, or has no checkpoint.
     """
     if str(source).startswith(("http://", "https://")):
-        raise InputError(f"checkpoint {source} is a URL: download it first and name the file")
+        raise InputError(f"checkpoint {source} is a URL; download it first and name the file")
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
         if not files:
             raise InputError(
-                f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}): check"
+                f"checkpoint {path}: the folder has no weight file ({', '.join(SUFFIXES)}); check"
                 " the path"
             )
         by_name = {file.stem: file for file in files}
@@ -471,7 +472,7 @@ def find_checkpoint(source: Path | str) -> Path:
     if is_repository(source):
         return fetch(str(source), REPOSITORY, "checkpoint")[0]
     if not path.is_file():
-        raise InputError(f"checkpoint {path} does not exist: check the path")
+        raise InputError(f"checkpoint {path} does not exist; check the path")
     return path
 
 
@@ -507,13 +508,15 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise InputError(
             f"checkpoint {path} is not a checkpoint, or holds objects other than tensors, numbers"
-            " and text; no code from the file was run"
+            " and text (no code from the file was run); save its tensors alone"
         ) from None
     except Exception as error:  # a damaged file may raise any class
         reason = " ".join((str(error) or repr(error)).split())[:200]
-        raise InputError(f"checkpoint {path} cannot be read and may be cut off: {reason}") from None
+        raise InputError(
+            f"checkpoint {path} cannot be read and may be cut off ({reason}); copy it again"
+        ) from None
     if not isinstance(content, dict):
-        raise InputError(f"checkpoint {path} holds no named tensors")
+        raise InputError(f"checkpoint {path} holds no named tensors; name another file")
     return content
 
 
@@ -524,7 +527,7 @@ def _refuse_compressed(path: Path) -> None:
             if record.compress_type != zipfile.ZIP_STORED:
                 raise InputError(
                     f"checkpoint {path} has compressed records ({record.filename}), which"
-                    " torch.save does not write: save it again with torch.save"
+                    " torch.save does not write; save it again with torch.save"
                 )
 
 
@@ -587,7 +590,7 @@ def named_tensors(content: Mapping[str, Any], path: Path | str) -> dict[str, Ten
         if isinstance(value, Tensor)
     }
     if not tensors:
-        raise InputError(f"checkpoint {path} holds no named tensors")
+        raise InputError(f"checkpoint {path} holds no named tensors; name another file")
     return tensors
 
 

@@ -68,14 +68,14 @@ def create_optimizer(
         return torch.optim.AdamW(groups, lr=config.lr, fused=True, **options)
     if name not in list_optimizers():
         raise InputError(
-            f"optimizer: opt is {config.opt!r}, neither adamW nor an optimizer of timm"
+            f"optimizer: opt {config.opt!r} is unknown; name adamW or an optimizer of timm"
         )
     optimizer = create_optimizer_v2(
         groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **options
     )
     for option in options.keys() - optimizer.defaults.keys():
         raise InputError(
-            f"optimizer: {config.opt} has no option {option}: remove the key opt_{option}"
+            f"optimizer: {config.opt} has no option {option}; remove the key opt_{option}"
         )
     return optimizer
 

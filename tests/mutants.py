@@ -508,7 +508,7 @@ def applied(mutant):
     text = (ROOT / mutant.file).read_text()
     if text.count(mutant.old) != 1:
         sys.exit(
-            f"error: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times, it must be once: correct tests/mutants.py"
+            f"error: {mutant.file} has {mutant.old!r} {text.count(mutant.old)} times, it must be once; correct tests/mutants.py"
         )
     return text.replace(mutant.old, mutant.new)
 

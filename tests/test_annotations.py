@@ -310,16 +310,16 @@ def test_shards_in_the_place_of_lists_are_named(tmp_path):
         ),
         (
             '[{"image": "a"},\n {"image": "b',
-            "line 2 column 12 (Unterminated string starting at); the file seems cut short",
+            "line 2 column 12 (Unterminated string starting at), the file seems cut short",
         ),
         (
             '[{"image": "a"}, {"image": "b"',
-            "column 31 (Expecting ',' delimiter); the file seems cut short",
+            "column 31 (Expecting ',' delimiter), the file seems cut short",
         ),
         ('[{"image": "a"}, ', "the file seems cut short"),
         (
             '[{"image": "a"}\n',
-            "line 2 column 1 (Expecting ',' delimiter); the file seems cut short",
+            "line 2 column 1 (Expecting ',' delimiter), the file seems cut short",
         ),
         ("[", "the file seems cut short"),
     ],

@@ -286,8 +286,8 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
         (run / name).touch()
         assert find_checkpoint(f"{run}/") == run / name
     address = "https://example.org/ALBEF.pth"
-    assert "is a URL: download it first" in refusal(read_weights, address)
-    assert "does not exist: check the path" in refusal(read_weights, "ALBEF.pth")
+    assert "is a URL" in refusal(read_weights, address)
+    assert "does not exist" in refusal(read_weights, "ALBEF.pth")
 
 
 def test_a_report_counts_and_names_each_kind(build, state, load, tmp_path):
@@ -466,14 +466,14 @@ def test_weights_that_no_training_gives_are_refused(model, state, load, value):
     weight, row = state[name], torch.tensor([3])
     state[name] = weight.to("meta") if value is None else weight.index_fill(0, row, value)
     message = refusal(load, model, {"model": state})
-    assert f"file.pth: 1 tensors hold NaN or infinity, or have no values: {name}" in message
+    assert f"file.pth: 1 tensors ({name}) hold NaN or infinity" in message
 
 
 @pytest.mark.parametrize("allow_missing", [False, True])
 def test_a_head_of_another_task_is_called_so(build, load, allow_missing):
     with pytest.raises(
         InputError,
-        match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*belongs to another task",
+        match=r"cls_head.2.weight has shape \[3, 16\] .* \[2, 16\].*image_res.*bert_config",
     ):
         load(build("nlvr"), build("ve").state_dict(), allow_missing=allow_missing)
 

@@ -215,7 +215,7 @@ def test_without_gradio_there_is_one_line_at_once():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert done.returncode == 2 and "torch" not in done.stderr
-    assert lines == ["error: Gradio is missing: pip install -r requirements-demo.txt"]
+    assert lines == ["error: Gradio is missing; run pip install -r requirements-demo.txt"]
 
 
 def test_it_serves_this_machine_alone_asks_no_other_and_leaves_nothing(

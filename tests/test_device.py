@@ -181,7 +181,7 @@ def test_processes_of_a_machine_without_a_gpu_join_by_gloo(joined):
 
 def test_one_process_uses_the_gpu_it_is_told(joined):
     assert joined(2, "cuda:1")[0] == torch.device("cuda:1") and joined(2)[0] == CUDA
-    assert "--device cuda:2: torch finds 2 GPUs here: the last one is cuda:1" in refusal(
+    assert "--device cuda:2: torch finds 2 GPUs here; name at most cuda:1" in refusal(
         joined, 2, "cuda:2"
     )
 

@@ -71,7 +71,7 @@ def test_upright_is_what_pillow_makes_of_a_file(small, mode, format, orientation
     assert torch.equal(upright, expected(data)) and stored.shape == (3, 43, 61)
     assert torch.equal(stored, upright) == (orientation not in TURNED)
     if orientation in TURNED:
-        with pytest.raises(images.ImageError, match="^a: turned by EXIF: "):
+        with pytest.raises(images.ImageError, match="^a: turned by EXIF "):
             decode_image(data, "a", "refused")
     else:
         assert torch.equal(decode_image(data, "a", "refused"), stored)

@@ -154,8 +154,8 @@ def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path,
     before = sorted(tmp_path.iterdir())
     for source, target, message in (
         (tmp_path / "absent.pth", "model.pth", "absent.pth does not exist"),
-        (path, "model.onnx", "model.onnx: a weight file ends in .safetensors or .pth"),
-        (path, "model", "ends in .safetensors or .pth"),
+        (path, "model.onnx", "model.onnx names no weight file"),
+        (path, "model", "end a weight file in .safetensors or .pth"),
         (tmp_path / "empty.pth", "model.pth", "empty.pth holds no named tensors"),
         (path, "absent/model.pth", "absent/model.pth: cannot write there"),
         (path, "folder.pth", "folder.pth: cannot write there"),

@@ -100,9 +100,9 @@ def test_a_pair_of_blocks_has_a_map_for_each_image(released):
 
 def test_blocks_out_of_range_are_named(retrieval):
     data, model, text = retrieval
-    message = "--block_num 1: cross-attention is in the blocks 2 to 3"
-    assert message in refusal(itm_gradcam, model, data["image"], text, 1)
-    message = "--block_num 2: the image encoder has the blocks 0 to 1"
-    assert message in refusal(itc_gradcam, model, data["image"], text, 2)
+    message = refusal(itm_gradcam, model, data["image"], text, 1)
+    assert message.startswith("--block_num 1: ") and message.endswith(" from 2 to 3")
+    message = refusal(itc_gradcam, model, data["image"], text, 2)
+    assert message.startswith("--block_num 2: ") and message.endswith(" from 0 to 1")
     assert default_block(model) == 3 and default_block(model, words=True) == 2
     assert default_block(model, "itc") == 1

@@ -210,11 +210,11 @@ def test_offline_and_without_a_network_the_cache_serves(
         hub.requests.clear()
         assert same(outputs(load_model("lab/a", "cpu"), shapes), before) and not hub.requests
         assert "offline mode" in capsys.readouterr().err
-        assert "in offline mode: unset HF_HUB_OFFLINE" in refusal(load_model, "lab/b")
+        assert "unset HF_HUB_OFFLINE" in refusal(load_model, "lab/b")
     place(monkeypatch, "http://127.0.0.1:9")
     fetch.cache_clear()
     assert same(outputs(load_model("lab/a", "cpu"), shapes), before)
-    assert capsys.readouterr().err.count(" from the cache\n") == 1
+    assert capsys.readouterr().err.count(" from the cache") == 1
     message = refusal(load_model, "lab/b")
     assert "the hub cannot be reached" in message and "http://127.0.0.1:9" in message
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between attempts
@@ -232,9 +232,7 @@ def test_what_the_hub_lacks_is_one_line(hub, export, run_folder, tmp_path):
     assert "the hub repository of this name has no model.safetensors" in refusal(
         load_model, "lab/other"
     )
-    assert "weights/ALBEF.pth does not exist: check the path" in refusal(
-        load_model, "weights/ALBEF.pth"
-    )
+    assert "weights/ALBEF.pth does not exist" in refusal(load_model, "weights/ALBEF.pth")
     checkpoint = run_folder / "checkpoint_best.pth"
     for flags, words in (
         (["--push", "lab/a"], "add --output FOLDER/"),

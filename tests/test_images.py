@@ -72,7 +72,7 @@ def test_other_plug_ins_are_not_asked(monkeypatch, picture, format):
         raise AssertionError("Ghostscript was called")
 
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", ghostscript)
-    with pytest.raises(OSError, match="^photo.jpg: not an image: its format is none of JPEG, PNG"):
+    with pytest.raises(OSError, match="^photo.jpg: not an image .*none of JPEG, PNG"):
         decode_image(encoded(picture.crop((0, 0, 61, 43)), format), "photo.jpg")
 
 
@@ -92,7 +92,7 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch, mode)
     assert torch.equal(decode_image(usual + video, "a"), decode_image(usual, "a"))
     monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    with pytest.raises(OSError, match="^slow.jpg: too slow to decode: 3000 scans"):
+    with pytest.raises(OSError, match="^slow.jpg: too slow to decode .3000 scans"):
         decode_image(hostile, "slow.jpg")
 
 
@@ -192,7 +192,7 @@ def test_too_many_pixels_are_refused_by_the_header(monkeypatch, format, side):
 
     monkeypatch.setattr("simplejpeg.decode_jpeg", decode)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    with pytest.raises(OSError, match="bomb: too large: .* pixels"):
+    with pytest.raises(OSError, match="bomb: too large .* pixels"):
         decode_image(declares(side, side, format), "bomb")
 
 
@@ -206,12 +206,12 @@ def test_unreadable_files_raise(tmp_path):
         fake: "not an image",
         tmp_path / "missing.jpg": "does not exist",
         tmp_path: "is a folder",
-        "https://host/a.jpg": "is a URL: download",
-        "/dev/null": "unreadable: not a regular file",
+        "https://host/a.jpg": "is a URL",
+        "/dev/null": r"unreadable \(not a regular file",
     }
     fifo = tmp_path / "fifo.jpg"  # open() would wait for a writer
     os.mkfifo(fifo)
-    reasons[fifo] = "unreadable: not a regular file"
+    reasons[fifo] = r"unreadable \(not a regular file"
     for path, reason in reasons.items():
         with pytest.raises(OSError, match=f"^{path}: {reason}"):
             load_image(path)

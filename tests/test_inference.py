@@ -483,7 +483,7 @@ BAD = {
     ),
     "device": (
         lambda m, f: load_model(f["ve"], device="tpu9"),
-        "is not supported: use cuda or cpu",
+        "is not supported",
     ),
     "precision": (
         lambda m, f: load_model(f["ve"], precision="fp8"),
@@ -513,7 +513,7 @@ BAD = {
     ),
     "200 megapixels": (
         lambda m, f: m["retrieval"].embed_images(HUGE),
-        "image 0: too large: 20000 x 10000 pixels",
+        "image 0: too large .20000 x 10000 pixels",
     ),
     "one image": (lambda m, f: m["nlvr"].true_of("a.jpg", "a"), "takes two images"),
     "pairs": (
@@ -526,16 +526,16 @@ BAD = {
     ),
     "of": (
         lambda m, f: m["retrieval"].rank(["a.jpg"], ["a"], of="text"),
-        "but it must be 'images' or 'texts'",
+        "of is 'text'; .* 'images' or 'texts'",
     ),
     "answers": (lambda m, f: m["vqa"].answer("a.jpg", "a", "no.json"), "no.json"),
     "features of others": (
         lambda m, f: m["retrieval"].rank(["a.jpg"] * 2, "a", image_features=np.zeros((3, 8))),
-        "2 images and 3 features",
+        "2 images have 3 features",
     ),
     "mode": (
         lambda m, f: m["retrieval"].ground("a.jpg", "a", mode="gradcam"),
-        "mode is 'gradcam', but must be itm or itc",
+        "mode is 'gradcam'; .* itm or itc",
     ),
     "configuration": (
         lambda m, f: load_model(f["ve"], config="/dev/null"),

@@ -373,11 +373,11 @@ def test_what_cannot_be_used_is_named_and_tried_again(index, photos, checkpoints
     out = index(folder)
     assert (
         "20 images, 0 unchanged, 20 embedded" in out
-        and out.count("left out:") == 7
+        and out.count("left out ") == 7
         and "1 .txt" in out
     )
     expected = {
-        "huge.png": "too large: Image size (200000000 pixels)",
+        "huge.png": "too large (Image size (200000000 pixels)",
         "empty.jpg": "empty file",
         "text.gif": "not an image",
         "cut.jpg": "broken image",
@@ -485,7 +485,7 @@ def test_an_exported_checkpoint_is_the_same_one_and_another_precision_too(
     assert (
         status == 2
         and "its checkpoint" in err
-        and "does not exist: give its path with --checkpoint" in err
+        and "does not exist; give its path with --checkpoint" in err
     )
     assert (
         run("query", tmp_path / "index", "a star", "--checkpoint", checkpoints / "retrieval.pth")[0]
@@ -587,8 +587,8 @@ def test_the_page_opens_from_disk_whatever_the_paths(run, index, photos, tmp_pat
 
 HUGE = Image.new("1", (20000, 10000))
 BAD = {
-    "no such folder": ("index {}/nowhere", "nowhere: No such file or directory: name a folder"),
-    "a file": ("index {}/text.txt", "text.txt: Not a directory: name a folder"),
+    "no such folder": ("index {}/nowhere", "nowhere: No such file or directory"),
+    "a file": ("index {}/text.txt", "text.txt: Not a directory"),
     "an empty folder": (
         "index {}/photos {}/empty",
         "empty: no .* image in this folder or below it",
@@ -604,7 +604,7 @@ BAD = {
     ),
     "another checkpoint": (
         "index {}/photos --checkpoint {}/pretrain.pth",
-        "the index was made with another model than .*pretrain.pth: .*retrieval.pth",
+        "the index was made with another model than .*pretrain.pth; .*retrieval.pth",
     ),
     "another folder": ("index {}/photos --output {}/photos", "photos: has files but no index"),
     "unwritable": (
@@ -634,17 +634,17 @@ BAD = {
     "text as example": ("query {}/index --image {}/text.txt", "text.txt: not an image"),
     "200 megapixels": (
         "query {}/index --image {}/huge.png",
-        "huge.png: too large: Image size .200000000 pixels",
+        "huge.png: too large .Image size .200000000 pixels",
     ),
     "other weights": (
         "query {}/index star --checkpoint {}/pretrain.pth",
         "the index was made with another model",
     ),
-    "k": ("query {}/index star -k 0", "argument -k: 0 is out of range; it must be at least 1"),
+    "k": ("query {}/index star -k 0", "argument -k: 0 is out of range"),
     "page": ("query {}/index star --html {}/nowhere/page.html", "page.html: cannot write there"),
     "threshold": (
         "duplicates {}/index --threshold 2",
-        "--threshold 2.0: must be above 0.5 and at most 1",
+        "--threshold 2.0 is out of range",
     ),
     "all gone": ("query {}/gone star", "the images of all hits are missing"),
     "none usable": (
@@ -712,7 +712,7 @@ def test_a_folder_without_permission_is_one_line(photos):
         found, problems, _ = find_images([folder / "photos"])
         assert len(found) == 10 and problems == [(str(folder / "photos/0"), "Permission denied")]
         message = refusal(find_images, [folder / "photos/0"])
-        assert message.endswith("photos/0: Permission denied: name a folder of images")
+        assert "photos/0: Permission denied" in message
     finally:
         if os.getuid() == 0:
             os.seteuid(0)

@@ -215,7 +215,7 @@ def test_evaluation_leaves_a_run_as_it_is_and_evaluates_what_it_is_asked_for(
     assert "--split val has an effect only with --evaluate" in message
     config["val_file"] = None
     message = refusal(evaluate, config, tmp_path / "new", "--evaluate", "--split", "val")
-    assert "--evaluate has no data: set the key val_file" in message
+    assert "--evaluate has no data; set the key val_file" in message
 
 
 @pytest.fixture
@@ -667,7 +667,7 @@ BAD_INPUT = {
         [{"image": IMAGE, "text": " ", "ref_id": 1}],
         "text ' ' is empty",
     ),
-    "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* blocks 2 to 3"),
+    "block out of range": ("Grounding", "--block_num", "1", "--block_num 1: .* 2 to 3"),
     "evaluation of pre-trained weights": (
         "VE",
         "--evaluate",

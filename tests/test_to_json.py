@@ -109,7 +109,7 @@ def test_held_out_images_are_drawn_once_and_have_lists_of_captions(convert):
     assert convert(table, "--test", 2)[2:4] == (train, test)
     assert any(convert(table, "--test", 2, "--seed", seed)[3] != test for seed in range(1, 6))
     status, printed, *_ = convert(table, "--test", 4)
-    assert status == 2 and "--test 4: the sources have 4 images" in printed
+    assert status == 2 and "--test 4: the sources have only 4 images" in printed
 
 
 def test_val_and_test_have_images_of_their_own(convert, tmp_path):

@@ -204,7 +204,7 @@ def test_bad_settings_are_named(tmp_path, content):
             "train.json/v.json",
             "--output train.json: cannot write there",
         ),
-        ("[]", "vocab.txt", "--output vocab.txt: the name must end in .json"),
+        ("[]", "vocab.txt", "--output vocab.txt: not a .json file"),
     ],
 )
 def test_captions_without_a_vocabulary_in_them_and_nowhere_to_write_are_one_line(

@@ -37,9 +37,9 @@ parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if
 def check_environment(args: argparse.Namespace) -> None:
     """Raise InputError if Gradio is missing or the port is not free, before slow imports."""
     if importlib.util.find_spec("gradio") is None:
-        raise InputError("Gradio is missing: pip install -r requirements-demo.txt")
+        raise InputError("Gradio is missing; run pip install -r requirements-demo.txt")
     if not (args.checkpoint or args.index):
-        raise InputError("nothing to serve: name a checkpoint or pass --index")
+        raise InputError("nothing to serve; name a checkpoint or pass --index")
     try:
         socket.create_server((HOST, args.port)).close()
     except (OSError, OverflowError) as error:

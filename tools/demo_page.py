@@ -213,7 +213,10 @@ def check_pictures(*paths: str | None) -> None:
     """Raise InputError if a file is not on this page or is not an image."""
     for path in (path for path in paths if path is not None):
         if not is_uploaded(path):
-            raise InputError("the image was not uploaded to this page, or its upload has expired")
+            raise InputError(
+                "the image was not uploaded to this page, or its upload has expired; upload the"
+                " image again"
+            )
         try:
             Image.open(path, formats=FORMATS).close()
         except UnidentifiedImageError:

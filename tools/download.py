@@ -76,7 +76,7 @@ def receive(url: str, part: Path) -> None:
             raise InputError(f"{url}: the server answers {error.code}; try a --mirror") from None
         raise
     except (InvalidURL, ValueError) as error:
-        raise InputError(f"{url}: not a valid address ({error})") from None
+        raise InputError(f"{url}: not a valid address ({error}); correct --mirror") from None
     with response:
         if response.length is None or response.headers.get_content_type() == "text/html":
             raise InputError(
@@ -162,7 +162,9 @@ def main() -> None:
     """Download the files on the command line."""
     args = parser.parse_args()
     if not args.mirror.startswith(("http://", "https://")):
-        raise InputError(f"--mirror {args.mirror}: write an address with http:// or https://")
+        raise InputError(
+            f"--mirror {args.mirror}: not an address; write one with http:// or https://"
+        )
     for name in FILES if "all" in args.names else args.names:
         file = FILES[name][0]
         unpacking = not args.no_unpack and not file.endswith(".pth")

@@ -140,7 +140,8 @@ def export_file(
     target = Path(target)
     if target.suffix not in SUFFIXES:
         raise InputError(
-            f"--output {target}: a weight file ends in {' or '.join(SUFFIXES)}, a folder in /"
+            f"--output {target} names no weight file or folder; end a weight file in"
+            f" {' or '.join(SUFFIXES)}, and a folder in /"
         )
     check_output(target, overwrite=overwrite)
     content, tensors, left_out = read_weights(str(source), momentum)
@@ -276,13 +277,13 @@ def main() -> None:
     args = parser.parse_args()
     to_folder = bool(args.output) and args.output.endswith("/")
     if not (args.push or args.output):
-        raise InputError("--output is missing: name the file or the FOLDER/ to write")
+        raise InputError("--output is missing; name the file or the FOLDER/ to write")
     if args.push and args.output and not to_folder:
-        raise InputError(f"--push needs a folder: end --output {args.output} with a slash")
+        raise InputError(f"--push needs a folder; end --output {args.output} with a slash")
     if (args.config or args.set) and not to_folder:
-        raise InputError("--config and --set have an effect only with --output FOLDER/")
+        raise InputError("--config and --set have an effect only with --output FOLDER/; add it")
     if args.public and not args.push:
-        raise InputError("--public has an effect only with --push")
+        raise InputError("--public has an effect only with --push; add it")
     from models.hub import check_repository, upload
 
     folder = Path(args.output or args.checkpoint)

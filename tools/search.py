@@ -127,9 +127,9 @@ def make_index(args: argparse.Namespace) -> None:
     ):
         changes = update_index(args.output, before, model, images, prune=args.prune)
     if others:
-        note(f"left out: files without an image suffix: {count_suffixes(others)}")
+        note(f"left out files without an image suffix: {count_suffixes(others)}")
     for path, problem in sorted([*problems, *changes.unusable]):
-        note(f"left out: {show(path)}: {problem}")
+        note(f"left out {show(path)}: {problem}")
     print(
         f"{args.output}: {changes.kept + changes.embedded} images, {changes.kept} unchanged,"
         f" {changes.embedded} embedded, {changes.removed} removed; exif: {model.config.exif}"
@@ -153,11 +153,13 @@ def read_queries(args: argparse.Namespace) -> list[str | None]:
     if not args.queries:
         return [args.text]
     if args.text is not None or args.html:
-        raise InputError("--queries: takes neither TEXT nor --html")
+        raise InputError("--queries takes neither TEXT nor --html; leave them out")
     try:
         lines = read_regular(args.queries).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--queries {args.queries}: cannot be read ({error})") from None
+        raise InputError(
+            f"--queries {args.queries}: cannot be read ({error}); name a text file"
+        ) from None
     return [line for line in lines if line.strip()]
 
 
@@ -225,7 +227,9 @@ def list_copies(args: argparse.Namespace) -> None:
     from visualize.page import Picture, write_page
 
     if not 0.5 < args.threshold <= 1:
-        raise InputError(f"--threshold {args.threshold}: must be above 0.5 and at most 1")
+        raise InputError(
+            f"--threshold {args.threshold} is out of range; it must be above 0.5 and at most 1"
+        )
     if args.html:
         check_output(args.html, "--html")
     index = open_for_reading(args.index)

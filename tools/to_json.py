@@ -109,7 +109,9 @@ def read_sources(args: argparse.Namespace) -> Sources:
             whole = not (os.path.isdir(source) or is_parquet(source))
             contents[source] = read_regular(source) if whole else None
         except OSError as error:
-            raise InputError(f"{source}: cannot be read ({error.strerror})") from None
+            raise InputError(
+                f"{source}: cannot be read ({error.strerror}); check the path"
+            ) from None
     forms = {
         source: form for source, data in contents.items() if data and (form := recognize(data))
     }
@@ -225,7 +227,7 @@ def hold_out(lists: dict[str, list], counts: dict[str, int], seed: int) -> dict[
         )
     if sum(counts.values()) >= len(images):
         raise InputError(
-            f"{flags}: the sources have {len(images)} images, and some must remain for training"
+            f"{flags}: the sources have only {len(images)} images; leave some for training"
         )
     rest, rng, parts = list(range(len(images))), random.Random(seed), {}
     for split, count in counts.items():
@@ -297,7 +299,7 @@ def main() -> None:
     others = {"train.json", "val.json", "test.json", SKIPPED} - files.keys()
     stale = sorted(str(args.output / name) for name in others if (args.output / name).exists())
     if args.overwrite and stale:
-        print(f"note: kept from an earlier conversion: {', '.join(stale)}")
+        print(f"note: kept {', '.join(stale)} from an earlier conversion")
     if problems:
         print(f"left out: {len(problems):,} items ({args.output / SKIPPED} lists all)")
         print(*(f"  {problem}" for problem in problems[:SHOWN]), sep="\n")

@@ -59,7 +59,7 @@ def write_shard(job: tuple[Path, Sequence[int]], annotations: "Entries", image_r
 
     shard, indices = job
     list_of_skipped, skipped = shard.with_name(f"{shard.stem}_skipped.txt"), []
-    remedy = "make room and repeat the command; complete shards are kept"
+    remedy = "make room and repeat the command, which keeps complete shards"
     with (
         writing(shard, remedy),
         atomic_write(shard) as file,

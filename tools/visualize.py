@@ -102,8 +102,8 @@ def draw_run(folder: Path, output: Path, queries: int) -> None:
     results = {path: draw for path, draw in results.items() if path.exists()}
     if not (tensorboard.is_dir() or results):
         raise InputError(
-            f"--run {folder}: not the folder of a run; it has neither tensorboard/ nor a result"
-            " to draw"
+            f"--run {folder}: the folder has neither tensorboard/ nor a result to draw; name the"
+            " folder of a run"
         )
     if tensorboard.is_dir():
         curves = read_curves(tensorboard)
@@ -144,7 +144,9 @@ def draw_result(result: Path, picture: Path, draw: Any, queries: int) -> None:
         raise InputError(f"{result}: image {error}") from None
     except (OSError, ValueError, LookupError, TypeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise InputError(f"{result}: not the result of an evaluation ({what})") from None
+        raise InputError(
+            f"{result}: not the result of an evaluation ({what}); evaluate again"
+        ) from None
     print(f"wrote {picture}")
 
 
@@ -161,7 +163,9 @@ def read_texts(path: str | Path, max_words: int) -> list[str]:
         try:
             texts = read_regular(path).decode().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--texts {path}: cannot be read as text: {error}") from None
+            raise InputError(
+                f"--texts {path}: cannot be read as text ({error}); name a text file"
+            ) from None
     return [text for text in dict.fromkeys(pre_caption(text, max_words) for text in texts) if text]
 
 
@@ -188,7 +192,7 @@ def draw_pseudo_targets(args: argparse.Namespace, model: Any) -> None:
             _, image_feat = model.model.encode_image(image, momentum=True)
         best = text_targets(model.model, image_feat, texts, caption, model.tokenizer)
     elif args.texts:
-        raise InputError(f"--texts {args.texts}: the file has no text")
+        raise InputError(f"--texts {args.texts}: the file has no text; name another file")
     else:
         print(
             "note: test_file is missing, so no texts are ranked; add --texts FILE to choose texts",
@@ -217,7 +221,9 @@ def draw_heat_map(args: argparse.Namespace, model: Any) -> None:
                 file=sys.stderr,
             )
     elif answers:
-        raise InputError(f"--answer: task {model.task} has no answers; only VQA has answers")
+        raise InputError(
+            f"--answer: task {model.task} has no answers, only VQA has them; leave it out"
+        )
     images = args.image if len(args.image) == 2 else args.image[0]
     options = {"mode": args.gradcam_mode, "block_num": args.block_num}
     model.heat_map(images, args.text, answers, **options).draw(args.output)
@@ -230,10 +236,12 @@ def draw_model(args: argparse.Namespace) -> None:
     name = "pseudo_targets.png" if args.pseudo_targets else "heatmap.png"
     args.output = args.output or Path(name)
     if args.output.suffix not in (".png", ".jpg", ".pdf", ".svg"):
-        raise InputError(f"--output {args.output}: a picture ends in .png, .jpg, .pdf or .svg")
+        raise InputError(
+            f"--output {args.output}: not a picture; end the name in .png, .jpg, .pdf or .svg"
+        )
     check_output(args.output)
     if not args.image or args.text is None:
-        raise InputError("--image or --text is missing: name an image and a text")
+        raise InputError("--image or --text is missing; name an image and a text")
     from configs.tasks import find_task
     from inference import load_model
 

@@ -121,13 +121,14 @@ def main() -> None:
     from models.tokenizer import SPECIAL
 
     if args.output.suffix != ".json":
-        raise InputError(f"--output {args.output}: the name must end in .json")
+        raise InputError(f"--output {args.output}: not a .json file; end the name in .json")
     make_output_dir(args.output.parent, lock=False, flag="--output")
     captions = list(captions_of(args.files))
     pieces = train_vocab(captions, args.size)
     if len(pieces) == len(SPECIAL):
         raise InputError(
-            f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary"
+            f"{', '.join(args.files)}: no caption has a word, so there is no vocabulary;"
+            " name lists with captions"
         )
     vocab = {piece: number for number, piece in enumerate(pieces)}
     check_output(args.output, overwrite=args.overwrite)

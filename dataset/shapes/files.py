@@ -193,7 +193,9 @@ def write_dataset(
     for name, value in arguments.items():
         low, high = RANGES.get(name, RANGES["train"])
         if not low <= value <= high:
-            raise InputError(f"--{name} {value}: must lie between {low} and {high}")
+            raise InputError(
+                f"--{name} {value} is out of range; it must lie between {low} and {high}"
+            )
     arguments.update(seed=seed, version=VERSION)
     try:
         if _is_complete(Path(output), arguments, overwrite):

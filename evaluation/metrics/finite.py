@@ -28,6 +28,6 @@ def require_finite(scores: ArrayLike, name: Callable[[int], str]) -> None:
     bad = np.flatnonzero(~finite.all(axis=tuple(range(1, finite.ndim))))
     if len(bad):
         raise NotFinite(
-            f"the scores of {len(bad)} of {len(finite)} samples are not finite, the first is"
-            f" {name(int(bad[0]))}"
+            f"the scores of {len(bad)} of {len(finite)} samples are not finite (the first is"
+            f" {name(int(bad[0]))})"
         )

@@ -129,7 +129,7 @@ def _by_id(mapping: Mapping[Id, Any]) -> dict[int, Any]:
 def _find_ref(refs: Mapping[int, Any], ref_id: int) -> Mapping[str, Any]:
     if ref_id not in refs:
         raise InputError(
-            f"ref_id {ref_id} of test_file is not among the RefCOCO+ refs: correct test_file,"
+            f"ref_id {ref_id} of test_file is not among the RefCOCO+ refs; correct test_file,"
             " refcoco_data or refer_dataset"
         )
     return refs[ref_id]
@@ -140,8 +140,8 @@ def _candidates(detections: Mapping[int, Any], ref: Mapping[str, Any], ref_id: i
     image_id = int(ref["image_id"])
     if not detections.get(image_id):
         raise InputError(
-            f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']}): it"
-            " must hold detections for every image outside of the split train"
+            f"det_file has no box for image {image_id} (ref_id {ref_id}, split {ref['split']});"
+            " add detections for every image outside of the split train"
         )
     return detections[image_id]
 

@@ -81,7 +81,7 @@ def chance_recall(images: int, texts: int, img2txt: Iterable[Sequence[int]]) -> 
 def _require_queries(count: int) -> None:
     if not count:
         raise InputError(
-            "no image has a text, so recall is not defined: give pairs of images and texts"
+            "no image has a text, so recall is not defined; give pairs of images and texts"
         )
 
 

@@ -83,11 +83,11 @@ def vqa_accuracy(
             lacking = "prediction" if question_id in annotated else "annotation"
             raise InputError(
                 f"question {question_id} has no {lacking} ({len(predicted)} predictions,"
-                f" {len(annotated)} annotated questions): give predictions and annotations of"
+                f" {len(annotated)} annotated questions); give predictions and annotations of"
                 " the same questions"
             )
     if not annotated:
-        raise InputError("there are no predictions and no annotations to score")
+        raise InputError("there are no predictions and no annotations to score; give both")
     per_question, by_type = {}, defaultdict(list)
     for question_id, annotation in annotated.items():
         answer = _normalized(predicted[question_id]["answer"])
@@ -176,7 +176,7 @@ def _by_question(entries: Iterable[Mapping[str, Any]], kind: str) -> dict[Any, M
     questions: dict[Any, Mapping[str, Any]] = {}
     for entry in entries:
         if entry["question_id"] in questions:
-            raise InputError(f"question {entry['question_id']} has more than one {kind}: keep one")
+            raise InputError(f"question {entry['question_id']} has more than one {kind}; keep one")
         questions[entry["question_id"]] = entry
     return questions
 
@@ -189,7 +189,7 @@ def _human_answers(annotation: Mapping[str, Any]) -> list[str]:
     if not given or not all(isinstance(answer, str) for answer in given):
         raise InputError(
             f"question {annotation['question_id']}: its annotation lacks the annotators'"
-            ' answers: give "answer": ["yes", ...] or "answers": [{"answer": "yes"}, ...]'
+            ' answers; give "answer": ["yes", ...] or "answers": [{"answer": "yes"}, ...]'
         )
     if len(given) != OFFICIAL_ANSWERS:
         return [_normalized(answer) for answer in given]

@@ -178,7 +178,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=ROOT / "output/gpu")
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        raise InputError("torch finds no GPU on this machine: run `make gpu` on one that has some")
+        raise InputError("torch finds no GPU on this machine; run `make gpu` on one that has some")
     size = Size(
         config=lambda *keys: bench.full_size_config("Pretrain", *keys),
         batches=(32, 64, 128),
