@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Semaphore
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from utils import InputError, TrainingStopped, cores, environment_number, rank, 
 log = logging.getLogger(__name__)
 
 MAX_WORKER_DEATHS = 3  # deaths in a row, without a batch in between
+MAX_STARTS = 3  # attempts to start the data workers of a loader
+START_TIMEOUT = 30  # seconds in which a forked data worker begins, usually milliseconds
 MAX_WORKERS = 8  # largest default of num_workers
 
 # --------------------------------------------------------------------------------------------------
@@ -276,15 +279,40 @@ class Loader(DataLoader):
             collate_fn=collate,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            worker_init_fn=begin_worker,
             **batching,
+        )
+
+    def _start(self) -> tuple[Iterator[Any], list]:
+        """Start the data workers. Return the batches and the workers.
+
+        A forked worker may hang before it begins: CPython before 3.11.10 has a deadlock if a thread
+        of gloo enters Python during the fork (python/cpython#112275). Then all are started again.
+
+        Raises:
+            WorkerDied: A worker did not begin in MAX_STARTS attempts.
+        """
+        forks = multiprocessing.get_start_method() == "fork"
+        for _ in range(MAX_STARTS):
+            begun = multiprocessing.Semaphore(0)
+            self.worker_init_fn = functools.partial(_begin, begun)
+            with _starting_workers() as started:
+                batches = super().__iter__()
+            if not forks or all(begun.acquire(timeout=START_TIMEOUT) for _ in started):
+                return batches, started
+            log.warning(
+                "a data worker did not begin in %g s; starting the workers again", START_TIMEOUT
+            )
+            for worker in started:
+                worker.kill()
+            del batches  # waits for the workers
+        raise WorkerDied(
+            f"a data worker did not begin in {MAX_STARTS} attempts; set num_workers to 0"
         )
 
     # the base class promises an iterator of its own class
     def __iter__(self) -> Iterator[Any]:  # ty: ignore[incompatible-method-override]
+        batches, started = self._start()
         try:
-            with _starting_workers() as started:
-                batches = super().__iter__()
             for batch in batches:
                 if isinstance(batch, _Failure):
                     break
@@ -309,6 +337,12 @@ class Loader(DataLoader):
         if isinstance(batch.error, ExceptionWrapper):
             batch.error.reraise()
         raise batch.error
+
+
+def _begin(begun: Semaphore, _: int) -> None:
+    """Initialize a data worker and tell its parent."""
+    begin_worker()
+    begun.release()
 
 
 class _Failure(NamedTuple):

@@ -11,14 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 from utils import SIGNALS, TrainingStopped, cores
 
 MAX_PROCESSES = 8  # more would wait for the disk
 
 
-def begin_worker(_: Any = None) -> None:
+def begin_worker() -> None:
     """Initialize a worker process: ignore SIGINT and SIGTERM, and exit when the parent exits.
 
     Ctrl-C, torchrun and Slurm signal the whole process group, but a run that saves before it exits

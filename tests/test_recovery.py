@@ -32,6 +32,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 import engine.trainer
 from configs.config import as_config
+from dataset import loading
 from dataset.build import build_dataset
 from dataset.loading import EpochBatches, TrainBatches
 from engine.checkpointing import (
@@ -713,6 +714,46 @@ def test_data_workers_that_die_without_end_stop_the_run(tiny_config, tmp_path, i
         TrainingStopped, match="4 failures in a row: a data worker died.*num_workers.*--shm-size"
     ):
         list(batches_of(config, dataset))
+
+
+@pytest.fixture
+def hanging(monkeypatch, tmp_path):
+    """Makes data workers hang before they begin, the given number of them, and gives up soon."""
+    notes = tmp_path / "hanging"
+    notes.mkdir()
+    begin = loading.begin_worker
+
+    def hang(times):
+        def begin_or_hang():
+            if len(list(notes.iterdir())) < times:
+                (notes / f"{os.getpid()}").write_text("")
+                time.sleep(3600)
+            begin()
+
+        monkeypatch.setattr(loading, "begin_worker", begin_or_hang)
+        monkeypatch.setattr(loading, "START_TIMEOUT", 0.5)
+
+    return hang
+
+
+def test_data_workers_that_hang_before_they_begin_are_started_again(
+    tiny_config, hanging, monkeypatch, caplog
+):
+    config = {**tiny_config, "num_workers": 2}
+    dataset = build_dataset("pretrain", "train", config, seed=1)
+    whole = [batch.files for batch in batches_of(config, dataset)]
+    hanging(times=1)
+    monkeypatch.setattr(loading, "MAX_STARTS", 100)  # a slow machine needs more than two
+    assert [batch.files for batch in batches_of(config, dataset)] == whole
+    assert "did not begin" in caplog.text
+
+
+def test_data_workers_that_never_begin_stop_the_run(tiny_config, hanging):
+    config = {**tiny_config, "num_workers": 1}
+    dataset = build_dataset("pretrain", "train", config, seed=1)
+    hanging(times=1000)
+    with pytest.raises(loading.WorkerDied, match="num_workers"):
+        list(loading.test_loader(dataset, config, device=CPU))
 
 
 def test_three_processes_resume_exactly(tiny_config, tmp_path):
