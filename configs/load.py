@@ -36,7 +36,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         raise InputError(f"--config {path}: {error.strerror}; name a YAML file") from None
     config = parse_yaml(content, path)
     if not isinstance(config, dict):
-        raise InputError(f"{path}: not a mapping of keys to values; write lines such as batch_size: 8")
+        raise InputError(
+            f"{path}: not a mapping of keys to values; write lines such as batch_size: 8"
+        )
     if "tokenizer" in config:
         config["tokenizer"] = beside(path, config["tokenizer"])
     return override(config, overrides, path)
