@@ -17,7 +17,9 @@ def main() -> None:
     args = parser.parse_args()
     from engine.run import run_task
 
-    TASKS["pretrain"] = replace(TASKS["pretrain"], model="examples.tcl_model:TCL")
+    TASKS["pretrain"] = replace(
+        TASKS["pretrain"], model="examples.tcl_model:TCL", config="examples/tcl.yaml"
+    )
     run_task("pretrain", args)
 
 

@@ -2,6 +2,7 @@
 says.
 """
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -12,13 +13,16 @@ from ruamel.yaml import YAML
 
 from configs.config import as_config
 from configs.tasks import TASKS
+from engine import run
+from engine.configuration import choose_config
+from examples import tcl
 from models import build_model
 from models.weights import load_checkpoint
 
 
 def test_tcl_averages_the_four_contrasts(released, monkeypatch):
-    tcl = replace(TASKS["pretrain"], model="examples.tcl_model:TCL")
-    monkeypatch.setitem(TASKS, "pretrain", tcl)
+    row = replace(TASKS["pretrain"], model="examples.tcl_model:TCL")
+    monkeypatch.setitem(TASKS, "pretrain", row)
     data, model, text = released("pretrain", distill=False)
     seen, encode = [], model.encode_image
     monkeypatch.setattr(
@@ -65,6 +69,15 @@ def test_tcl_trains_as_a_program_and_leaves_a_model_that_every_task_loads(tiny_c
     assert "last epoch: epoch 0, " in output.read_text()
     assert all(entry["train_intra"] > 0 for entry in log(tmp_path / "out"))
     load_checkpoint(build_model("retrieval", tiny_config), tmp_path / "out/checkpoint_last.pth")
+
+
+def test_tcl_reads_its_own_configuration(monkeypatch):
+    monkeypatch.setitem(TASKS, "pretrain", TASKS["pretrain"])  # restores the row that main replaces
+    monkeypatch.setattr(sys, "argv", ["tcl.py"])
+    monkeypatch.setattr(run, "run_task", lambda task, _: found.append(choose_config(task, "")[1]))
+    found = []
+    tcl.main()
+    assert found == ["examples/tcl.yaml"]
 
 
 def test_the_configuration_is_the_quickstarts():
