@@ -143,6 +143,14 @@ def test_pictures_of_pseudo_targets(visualize, tmp_path):
     assert Image.open(tmp_path / "pseudo_targets.png").height < with_texts[1]
 
 
+def test_titles_are_cut_only_if_they_do_not_fit():
+    long = "x" * 80
+    assert draw._fit(long, 12, 12) == (long, 12)
+    cut, size = draw._fit(long, 2, 12)
+    assert cut == "x" * 35 + "…" and size == pytest.approx(2 * 72 / 0.6 / 36)
+    assert draw._fit("dog", 2, 12) == ("dog", 12)
+
+
 def test_texts_are_lines_or_captions(tmp_path):
     (tmp_path / "texts.txt").write_text("A red dog!\n\n ?\na red dog\ntwo cats\n")
     assert tool.read_texts(tmp_path / "texts.txt", 30) == ["a red dog", "two cats"]

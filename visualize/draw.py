@@ -290,10 +290,14 @@ def _small(image: np.ndarray) -> np.ndarray:
 
 
 def _fit(text: str, inches: float, size: float) -> tuple[str, float]:
-    """Return a text of at most 36 characters and the font size up to `size` at which it fits."""
-    text = text if len(text) <= 36 else f"{text[:35]}…"
-    # a wide letter takes 0.6 of the font size
-    return text, min(size, inches * 72 / (0.6 * len(text)))
+    """Return a text and the font size up to `size` at which it fits.
+
+    A text is cut to 36 characters, or to the number that fits at `size` if that is more.
+    """
+    room = inches * 72 / 0.6  # a wide letter takes 0.6 of the font size
+    limit = max(36, int(room / size))
+    text = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return text, min(size, room / len(text))
 
 
 def _show_heat(axis: Axes, image: np.ndarray, heat: np.ndarray, scale: PowerNorm) -> AxesImage:
