@@ -24,7 +24,6 @@ from visualize.draw import Effect, draw_effects, draw_lines
 PAPER_CONFIG = "configs/Pretrain_4M.yaml"
 NOT_RUN = "Not run yet."
 PICTURE_WIDTH = 1000  # pixels of the figures beside the page
-COLORS = 128  # of the figures
 FIGURES = {
     "figure2": "Figure 2: the words that the momentum model expects in place of the last word of a"
     " caption. The last word of the caption is in brackets.",
@@ -410,7 +409,9 @@ def figures(rows: Rows, folder: Path) -> Iterator[str]:
         with Image.open(rows[name].folder / "figure.png") as image:
             copy = image.convert("RGB")
         copy.thumbnail((PICTURE_WIDTH, copy.height))
-        copy.quantize(COLORS).save(folder / f"{name}.png", optimize=True)
+        # the default method, median cut, turns the colors of small objects into gray
+        copy = copy.quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+        copy.save(folder / f"{name}.png", optimize=True)
         yield from [f"![{text}]({folder.name}/{name}.png)", "", text, ""]
 
 
