@@ -16,8 +16,9 @@ parser.add_argument(
 parser.add_argument(
     "--block_num",
     type=int,
-    help="index of the layer to explain, from 0. Default for itm: the third multimodal layer, or"
-    " the last if there are fewer. Default for itc: the last layer of the ViT",
+    help="number of the layer to explain, from 0. itm: of a multimodal layer of BERT, 6 to 11 in"
+    " the released models (default: the third, or the last if there are fewer). itc: of a layer of"
+    " the ViT (default: the last)",
 )
 
 

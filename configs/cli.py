@@ -188,6 +188,15 @@ def task_parser(description: str | None, config: str, example: str, trains: bool
 def _add_sources(parser: Parser, config: str, trains: bool) -> None:
     """Add the flags of files and folders: configuration, output, weights and vocabulary."""
     start = "weights to start from" if trains else "weights to evaluate"
+    folder = (
+        f"folder for {'checkpoints, log' if trains else 'log'} and results. Default: output/NAME,"
+        " where NAME is made from the path of the configuration file"
+    )
+    if trains:
+        folder += (
+            ". Default with --evaluate, if --checkpoint names a run: evaluation/ in the folder of"
+            " this run"
+        )
     texts = {
         "--config": (
             "FILE",
@@ -195,9 +204,7 @@ def _add_sources(parser: Parser, config: str, trains: bool) -> None:
         ),
         "--output_dir": (
             "DIR",
-            "folder for checkpoints, log and results. Default: output/NAME, where NAME is"
-            " made from the path of the configuration file. Default with --evaluate, if"
-            " --checkpoint names a run: evaluation/ in the folder of this run",
+            folder,
         ),
         "--checkpoint": ("FILE", f"{start}: {CHECKPOINT_HELP}"),
         "--text_encoder": (

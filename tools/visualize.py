@@ -60,8 +60,9 @@ parser.add_argument(
 parser.add_argument(
     "--block_num",
     type=int,
-    help="index of the layer, from 0. Default for itm: the third layer with cross-attention, or the"
-    " last but one of at most three. Default for itc: the last layer",
+    help="number of the layer, from 0. itm: of a multimodal layer of BERT, 6 to 11 in the released"
+    " models (default: the third, or the last but one of at most three). itc: of a layer of the ViT"
+    " (default: the last)",
 )
 parser.add_argument(
     "--pseudo_targets", action="store_true", help="draw the proposals of the momentum model"
