@@ -55,7 +55,7 @@ def _average(values: np.ndarray) -> np.ndarray:
 
 
 def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: str | Path) -> None:
-    """Draw a panel for each scalar in TITLES: raw values and their moving average.
+    """Draw a panel for each scalar in TITLES: raw values and, except for lr, their moving average.
 
     Args:
         curves: Steps and values [N] by name; one of the names is in TITLES.
@@ -68,7 +68,8 @@ def draw_curves(curves: Mapping[str, Sequence[np.ndarray]], path: str | Path) ->
         steps, values, *_ = curves[name]
         axis = figure.add_subplot(rows, 3, place, title=TITLES[name], xlabel="iteration")
         axis.plot(steps, values, color="#9db8d9", linewidth=0.8)
-        axis.plot(steps, _average(values), color="#1f4e8c", linewidth=1.8)
+        smooth = values if name == "lr" else _average(values)  # the schedule has no noise
+        axis.plot(steps, smooth, color="#1f4e8c", linewidth=1.8)
         axis.grid(alpha=0.3)
         settled = values[len(values) // 50 :]  # the first steps would squeeze the rest into a line
         margin = 0.05 * (settled.max() - settled.min() or abs(settled.max()) or 1)
