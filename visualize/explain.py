@@ -266,7 +266,7 @@ def text_targets(
 ) -> list[Candidate]:
     """Return the TOP texts that are most similar to an image for the momentum model.
 
-    Their scores are the pseudo-targets of ITC, a softmax over all texts (Equation 5).
+    Their scores are the pseudo-targets of ITC: Equation 1 with momentum features (Section 3.3).
 
     Args:
         model: Model of pre-training in eval mode.
