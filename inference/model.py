@@ -289,8 +289,8 @@ class Inference:
         """Return the k best images for each text, or the k best texts for each image.
 
         As in the evaluation (Section 5), the `rerank` most similar candidates are ranked by their
-        ITM logit, and the others follow by similarity. A score is a probability: of a match (ITM)
-        if the candidate was re-ranked, else that of `similarity_probs` (ITC).
+        ITM logit, and the others follow by similarity. The score is the probability of a match
+        (ITM) if the candidate was re-ranked, else its value in `similarity_probs` (ITC).
 
         Args:
             images: Images; None if `image_features` are given and `rerank` is 0.
