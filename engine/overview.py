@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 def log_overview(model: "ALBEF", train_set: EntryDataset, device: torch.device) -> None:
     """Log the device, the size of the training set, and which weights are pre-trained."""
-    name = f"a CPU with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = f"a CPU with {threads} thread{'s' * (threads > 1)}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     log.info("training set: %s", describe_data(train_set))

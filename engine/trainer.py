@@ -374,7 +374,7 @@ def log_start(state: TrainState) -> None:
     if reference:
         rule = f"{lr:.3g} x sqrt({state.global_batch} / reference_batch {reference})"
     log.info(
-        "global batch %d: %d processes x batch_size %d x accumulate %d; learning rate %.3g, %s",
+        "global batch %d: world size %d x batch_size %d x accumulate %d; learning rate %.3g, %s",
         state.global_batch,
         world_size(),
         config.batch_size,

@@ -97,7 +97,7 @@ def undisturbed(config, tmp_path_factory):
     arguments = ["--config", config, "--output_dir", folder, "--device", "cpu"]
     result = launch("Pretrain.py", *arguments, launcher=as_srun)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("global batch 8: 2 processes x batch_size 4") == 1, result.stderr
+    assert result.stderr.count("global batch 8: world size 2 x batch_size 4") == 1, result.stderr
     return folder
 
 

@@ -979,7 +979,7 @@ def test_the_learning_rate_follows_the_rule_for_another_global_batch(tiny_config
     ):
         run({**config, "reference_batch": reference}, tmp_path / name)
         assert (
-            f"global batch 8: 1 processes x batch_size 8 x accumulate 1; {said}"
+            f"global batch 8: world size 1 x batch_size 8 x accumulate 1; {said}"
             in capsys.readouterr().err
         )
     rates = [entry["train_lr"] for name in ("plain", "scaled") for entry in log(tmp_path / name)]

@@ -46,9 +46,8 @@ def print_report(report: dict[str, Any]) -> None:
     for of in report["files"]:
         lines += [*(f"{key}: {shown}" for key, value in of.items() if (shown := _shown(value))), ""]
     problems = report["problems"]
-    lines.append(
-        f"{len(problems)} problems; see docs/troubleshooting.md" if problems else "No problems."
-    )
+    found = f"{len(problems)} problem{'s' * (len(problems) > 1)}; see docs/troubleshooting.md"
+    lines.append(found if problems else "No problems.")
     for of in problems[:SHOWN]:
         where = name_entry(of["file"], of["entry"])
         lines.append(f"{where}: {of['problem']}".removeprefix(": "))
