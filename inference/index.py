@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from scipy.fft import dctn
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from configs.config import as_config
 from dataset.images import FORMATS, Exif, ImageError, load_image
 from dataset.images import SUFFIXES as IMAGE_SUFFIXES
 from engine.output_dir import make_output_dir, writing
@@ -35,7 +37,6 @@ from utils import InputError, alone, atomic_write, hash_contents
 
 INDEX, FEATURES, IMAGES = "index.json", "features.npy", "images.jsonl"
 SAVE_EVERY = 30  # seconds
-ABOUT = ("checkpoint", "digest", "task", "config", "left")  # keys of INDEX, see Index
 SIDE, WAVES = 32, 12  # of a hash: pixels, and waves that are kept, in each direction
 ROWS = 256  # images that near_copies compares at a time with all others
 
@@ -53,12 +54,23 @@ class Row(NamedTuple):
     path: str
     size: int
     mtime_ns: int
-    hash: str
+    hash: Annotated[str, msgspec.Meta(pattern=f"^[0-9a-f]{{{WAVES**2 // 4}}}$")]
 
     @property
     def state(self) -> tuple[int, int]:
         """Size and time of change, which differ if the file has changed."""
         return self.size, self.mtime_ns
+
+
+class About(msgspec.Struct):
+    """The content of INDEX: the token of the other files, and attributes of Index."""
+
+    token: str
+    checkpoint: str
+    digest: str
+    task: str
+    config: dict[str, Any]
+    left: int
 
 
 class Index(NamedTuple):
@@ -141,7 +153,7 @@ def read_index(folder: str | Path) -> Index:
         about = _read_about(folder)
         try:
             return _read_files(folder, about)
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             if about == _read_about(folder):  # otherwise an update has just replaced the files
                 raise InputError(
                     f"{folder}: the index is damaged ({error}); remove it and index the images"
@@ -149,29 +161,37 @@ def read_index(folder: str | Path) -> Index:
                 ) from None
 
 
-def _read_about(folder: Path) -> dict[str, Any]:
+def _read_about(folder: Path) -> About:
     """Return the content of index.json. Raises InputError."""
     try:
-        return json.loads((folder / INDEX).read_bytes())
+        # json, because msgspec refuses paths that are not UTF-8
+        about = msgspec.convert(json.loads((folder / INDEX).read_bytes()), About)
+        about.config = as_config(about.config, f"{folder / INDEX}: config").to_dict()
+        return about
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder}: no index there, {INDEX} is missing; make one with tools.search index"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
+        raise InputError(
+            f"{folder / INDEX}: not the file of an index ({error}); remove {folder} and index the"
+            " images again"
+        ) from None
+    except OSError as error:
         raise InputError(
             f"{folder / INDEX}: cannot be read ({error}); name the folder of an index"
         ) from None
 
 
-def _read_files(folder: Path, about: dict[str, Any]) -> Index:
-    lines = _read_file(folder, IMAGES, about["token"], Path.read_text).splitlines()
-    features = _read_file(
-        folder, FEATURES, about["token"], lambda path: np.load(path, mmap_mode="r")
-    )
-    if len(lines) != len(features):
+def _read_files(folder: Path, about: About) -> Index:
+    lines = _read_file(folder, IMAGES, about.token, Path.read_text).splitlines()
+    features = _read_file(folder, FEATURES, about.token, lambda path: np.load(path, mmap_mode="r"))
+    rows = msgspec.convert([[*Row(**json.loads(line))] for line in lines], list[Row])
+    shape = len(rows), about.config["embed_dim"]
+    if not rows or features.shape != shape or features.dtype != np.float16:
         raise ValueError("its files do not belong together")
-    rows = [Row(**json.loads(line)) for line in lines]
-    return Index(rows, features, **{key: about[key] for key in ABOUT})
+    about_model = about.checkpoint, about.digest, about.task, about.config, about.left
+    return Index(rows, features, *about_model)
 
 
 def _read_file(folder: Path, name: str, token: str, read: Callable[[Path], Any]) -> Any:
@@ -195,7 +215,7 @@ def write_index(folder: str | Path, index: Index) -> None:
         TrainingStopped: The disk is full or cannot be written.
     """
     folder, token = Path(folder), secrets.token_hex(4)
-    about = {"token": token, **{key: getattr(index, key) for key in ABOUT}}
+    about = About(token, index.checkpoint, index.digest, index.task, index.config, index.left)
     with writing(folder / INDEX, "the previous index is untouched"):
         with atomic_write(folder / f".{token}.{FEATURES}") as file:
             header = np.lib.format.header_data_from_array_1_0(index.features)
@@ -204,7 +224,7 @@ def write_index(folder: str | Path, index: Index) -> None:
         with atomic_write(folder / f".{token}.{IMAGES}", "w") as file:
             file.writelines(f"{json.dumps(row._asdict())}\n" for row in index.rows)
         with atomic_write(folder / INDEX, "w") as file:
-            json.dump(about, file, indent=2)
+            json.dump(msgspec.structs.asdict(about), file, indent=2)
         _finish(folder, token)
 
 
@@ -236,7 +256,7 @@ def open_index(folder: str | Path) -> Index | None:
     if not exists:
         return None
     index = read_index(folder)
-    _finish(folder, _read_about(folder)["token"])
+    _finish(folder, _read_about(folder).token)
     return index
 
 

@@ -618,10 +618,27 @@ BAD = {
     "a text and queries": ("query {}/index star --queries {}/text.txt", "neither TEXT nor"),
     "no index": ("query {}/photos star", "photos: no index there"),
     "index is a file": ("query {}/text.txt star", "text.txt: no index there"),
-    "no JSON": ("query {}/nojson star", "index.json: cannot be read"),
+    "no JSON": ("query {}/nojson star", "nojson/index.json: .*remove .*nojson and index"),
     "other JSON": (
         "index {}/photos --output {}/otherjson",
-        "otherjson: the index is damaged .*remove it and index",
+        "otherjson/index.json: .*remove .*otherjson and index",
+    ),
+    "other type": ("query {}/othertype star", "othertype/index.json: .*checkpoint"),
+    "other configuration": (
+        "index {}/photos --output {}/otherconfig",
+        "otherconfig/index.json: config: exif",
+    ),
+    "other path": (
+        "index {}/photos --output {}/otherpath",
+        "otherpath: the index is damaged .*remove it and index",
+    ),
+    "other hash": (
+        "duplicates {}/otherhash",
+        "otherhash: the index is damaged .*remove it and index",
+    ),
+    "other features": (
+        "query {}/otherfeatures star",
+        "otherfeatures: the index is damaged .*remove it and index",
     ),
     "damaged index": (
         "query {}/damaged star",
@@ -684,6 +701,16 @@ def folder(checkpoints, photos, tmp_path_factory):
     (folder / "damaged" / FEATURES).write_bytes((folder / "index" / FEATURES).read_bytes()[:200])
     (folder / "nojson" / INDEX).write_text("{")
     (folder / "otherjson" / INDEX).write_text("{}")
+    config = {**gone.config, "exif": 5}
+    for name, index in {
+        "othertype": gone._replace(checkpoint=5),
+        "otherconfig": gone._replace(config=config),
+        "otherpath": gone._replace(rows=[row._replace(path=5) for row in gone.rows]),
+        "otherhash": gone._replace(rows=[row._replace(hash="ab") for row in gone.rows]),
+        "otherfeatures": gone._replace(features=gone.features[:, :4]),
+    }.items():
+        (folder / name).mkdir()
+        indexing.write_index(folder / name, index)
     return folder
 
 
