@@ -86,7 +86,7 @@ def parse_override(text: str) -> tuple[str, dict[str, Any]]:
     if not separator:
         raise InputError(f"{shown}: the value is missing; write key=value")
     value = parse_yaml(value, shown)
-    section, _, name = path.rpartition(".")
+    section, _, name = path.partition(".")
     if section == "bert_config":
         return shown, {"bert_config": {name: value}}
     return shown, flatten({path: value}, shown)

@@ -90,7 +90,8 @@ def check_entry(
         entry = msgspec.convert(value, form)
         entry.check(first or entry)
         return entry
-    except msgspec.ValidationError as error:
+    # msgspec raises the latter if a value that it refuses has half a surrogate pair
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         problem = _without_ticks(error).replace("'$.", "'")
     except InputError as error:
         problem = str(error)

@@ -7,15 +7,16 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import torch
 
-from configs.config import Config
+from configs.config import Config, as_config
 from configs.load import save_interval
 from engine.launch import Interrupted
 from engine.output_dir import writing
@@ -44,6 +45,7 @@ FAILURES = (OSError, RuntimeError)  # of torch.save if a file cannot be written
 KEPT = "earlier checkpoints are untouched"
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -88,6 +90,38 @@ class Progress:
 
 
 PROGRESS = [key.name for key in fields(Progress)]
+
+
+@dataclass(kw_only=True)
+class SavedRun(Progress):
+    """The entry `resume` of a checkpoint.
+
+    Attributes:
+        seed: Random seed of the run.
+        world_size: Number of ranks.
+        entries: Number of entries of the training set.
+        pretrained: Parameters that the run began with weights for.
+        task: Name of the task.
+    """
+
+    seed: int
+    world_size: int
+    entries: int | None
+    pretrained: list[str]
+    task: str
+
+
+class SavedGroup(msgspec.Struct):
+    """Numbers of the parameters of a group in the state of an optimizer."""
+
+    params: list[int]
+
+
+class SavedOptimizer(msgspec.Struct):
+    """The entry `optimizer` of a checkpoint."""
+
+    state: dict[int, dict[str, Any]]
+    param_groups: list[SavedGroup]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,13 +202,14 @@ class Checkpointer:
         return path
 
     def _state_dict(self, state: "TrainState", lr: float) -> dict[str, Any]:
-        progress = asdict(Progress(**{name: getattr(state, name) for name in PROGRESS}))
-        more = {
-            "seed": state.seed,
-            "world_size": world_size(),
-            "entries": self.entries,
-            "pretrained": list(state.model.pretrained),
-        }
+        saved = SavedRun(
+            **{name: getattr(state, name) for name in PROGRESS},
+            seed=state.seed,
+            world_size=world_size(),
+            entries=self.entries,
+            pretrained=list(state.model.pretrained),
+            task=state.model.task,
+        )
         content = {
             "model": state.model.state_dict(),
             "optimizer": state.optimizer.state_dict(),
@@ -182,7 +217,7 @@ class Checkpointer:
             "config": state.config.to_dict(),
             # the last epoch that has begun
             "epoch": state.epoch - 1 if state.iteration == 0 else state.epoch,
-            "resume": {**progress, **more, "task": state.model.task},
+            "resume": asdict(saved),
         }
         if state.model.vocabulary:
             content["tokenizer_json"] = state.model.vocabulary
@@ -353,9 +388,9 @@ def newest_checkpoint(folder: Path | str) -> Path | None:
 def _progress(path: Path) -> tuple[float, int]:
     """Return the epoch and its samples seen, infinity for a file that is damaged or not a run's."""
     try:
-        saved = read_checkpoint(path)["resume"]
-        return saved["epoch"], saved["samples_seen"]
-    except (InputError, KeyError, TypeError):
+        saved = _read_entry(read_checkpoint(path), "resume", SavedRun, path)
+        return saved.epoch, saved.samples_seen
+    except InputError:
         return math.inf, 0
 
 
@@ -375,7 +410,20 @@ def is_whole(path: Path) -> bool:
 
 def saved_pretrained(path: Path) -> list[str]:
     """Return the parameters that a saved run began with weights for, which its optimizer groups."""
-    return (read_checkpoint(path).get("resume") or {}).get("pretrained", [])
+    return _read_entry(read_checkpoint(path), "resume", SavedRun, path).pretrained
+
+
+def _read_entry(content: Mapping[str, Any], key: str, kind: type[T], path: Path) -> T:
+    """Return an entry of a checkpoint as an object of a type. Raises InputError."""
+    try:
+        return msgspec.convert(content.get(key), kind)
+    # msgspec 0.22 raises the latter for a tensor in place of a dict
+    except (msgspec.ValidationError, AttributeError) as error:
+        raise InputError(
+            f"--resume: {path}: the entry {key!r} is not one that a run saves ({error}), so its run"
+            f" cannot be continued; to start a new run from its weights, add --checkpoint {path}"
+            " --output_dir OTHER"
+        ) from None
 
 
 def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
@@ -392,38 +440,34 @@ def resume(path: Path, state: "TrainState", entries: int | None = None) -> None:
         InputError: The checkpoint does not fit the run.
     """
     content, config = read_checkpoint(path), state.config
-    for key in ("optimizer", "resume", "config"):
-        if not isinstance(content.get(key), dict):
-            raise InputError(
-                f"--resume: {path} has no {key}, so its run cannot be continued; to start a new run"
-                f" from its weights, add --checkpoint {path} --output_dir OTHER"
-            )
-    saved, saved_config, optimizer = content["resume"], content["config"], content["optimizer"]
+    saved = _read_entry(content, "resume", SavedRun, path)
+    optimizer = _read_entry(content, "optimizer", SavedOptimizer, path)
+    values = _read_entry(content, "config", dict[str, Any], path)
+    saved_config = as_config(values, f"configuration of {path}")
     groups = state.optimizer.state_dict()["param_groups"]
     params = [group["params"] for group in groups]
-    is_other = saved_config["optimizer"]["opt"].lower() != config.optimizer.opt.lower()
-    if is_other or params != [group["params"] for group in optimizer["param_groups"]]:
+    is_other = saved_config.optimizer.opt.lower() != config.optimizer.opt.lower()
+    if is_other or params != [group.params for group in optimizer.param_groups]:
         raise InputError(
             f"--resume: {path} was saved with another optimizer or other parameters; restore the"
             " keys optimizer, objectives, distill and the keys of the model, or start a new run"
             f" from its weights with --checkpoint {path} --output_dir OTHER"
         )
-    if saved["seed"] != state.seed:
+    if saved.seed != state.seed:
         raise InputError(
-            f"--resume: {path} was trained with --seed {saved['seed']}, not {state.seed}; give"
-            f" --seed {saved['seed']}, or name another --output_dir"
+            f"--resume: {path} was trained with --seed {saved.seed}, not {state.seed}; give"
+            f" --seed {saved.seed}, or name another --output_dir"
         )
-    if saved["samples_seen"]:
-        _check_same_epoch(path, "the number of entries of train_file", saved["entries"], entries)
+    if saved.samples_seen:
+        _check_same_epoch(path, "the number of entries of train_file", saved.entries, entries)
         if any(name.endswith(".tar") for name in config.train_file or ()):
-            buffer = saved_config.get("shuffle_buffer")
+            buffer = saved_config.shuffle_buffer
             _check_same_epoch(path, "shuffle_buffer", buffer, config.shuffle_buffer)
     check_vocabulary(state.model, content, path)
     load_weights(state.model, named_tensors(content, path), path)
-    state.optimizer.load_state_dict({"state": optimizer["state"], "param_groups": groups})
+    state.optimizer.load_state_dict({"state": optimizer.state, "param_groups": groups})
     for name in PROGRESS:
-        setattr(state, name, saved[name])
-    state.best = saved["best"] and Best(**saved["best"])
+        setattr(state, name, getattr(saved, name))
     state.model.ranking = read_ranking(content, path)
     _log_differences(saved, saved_config, config)
 
@@ -437,17 +481,17 @@ def _check_same_epoch(path: Path, what: str, then: Any, now: Any) -> None:
         )
 
 
-def _log_differences(saved: dict[str, Any], saved_config: dict[str, Any], config: Config) -> None:
-    if saved["world_size"] != world_size():
+def _log_differences(saved: SavedRun, saved_config: Config, config: Config) -> None:
+    if saved.world_size != world_size():
         logger.warning(
             "the run was saved by %d processes and continues with %d; every sample of the epoch is"
             " still seen once, in another order",
-            saved["world_size"],
+            saved.world_size,
             world_size(),
         )
     # the vocabulary was compared above
-    now = config.to_dict()
-    changed = [key for key in now if key != "tokenizer" and saved_config.get(key) != now[key]]
+    then, now = saved_config.to_dict(), config.to_dict()
+    changed = [key for key in now if key != "tokenizer" and then[key] != now[key]]
     if changed:
         logger.warning(
             "keys that differ from the configuration of the saved run: %s", ", ".join(changed)

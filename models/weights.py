@@ -108,7 +108,16 @@ def fine_tuned_heads() -> set[str]:
 def check_vocabulary(model: ALBEF, content: Mapping[str, Any], path: Path | str) -> None:
     """Raise InputError if a checkpoint and the model have different vocabularies."""
     saved = content.get("tokenizer_json")
-    if model.vocabulary and saved and (where := difference(saved, model.vocabulary)):
+    if not (model.vocabulary and saved):
+        return
+    try:
+        where = difference(saved, model.vocabulary)
+    except Exception as error:  # tokenizers raises no other class
+        raise InputError(
+            f"checkpoint {path}: the entry 'tokenizer_json' is not a vocabulary ({error}); use"
+            " another checkpoint"
+        ) from None
+    if where:
         raise InputError(
             f"{path} was trained with another vocabulary than {vocabulary_of(model.config)}"
             f" ({where}); add --set tokenizer={path} to use the vocabulary of the checkpoint"
@@ -517,6 +526,10 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {path} holds no named tensors; name another file")
+    if not isinstance(content.get("tokenizer_json"), str | None):
+        raise InputError(
+            f"checkpoint {path}: the entry 'tokenizer_json' is not text; export the run again"
+        )
     return content
 
 

@@ -402,8 +402,8 @@ MUTANTS = [
     Mutant("engine/metric_logger.py", "total / max(1, progress.counted)", "total"),
     Mutant(
         "engine/checkpointing.py",
-        '    state.best = saved["best"] and Best(**saved["best"])\n',
-        "    state.best = None\n",
+        "        setattr(state, name, getattr(saved, name))\n",
+        "        setattr(state, name, None if name == 'best' else getattr(saved, name))\n",
     ),
     Mutant(
         "engine/checkpointing.py",
@@ -414,7 +414,7 @@ MUTANTS = [
     Mutant(
         "engine/checkpointing.py",
         '"param_groups": groups}',
-        '"param_groups": optimizer["param_groups"]}',
+        '"param_groups": content["optimizer"]["param_groups"]}',
     ),
     Mutant("engine/checkpointing.py", "['epoch'] - keep:02d", "['epoch'] - keep - 1:02d"),
     Mutant("engine/checkpointing.py", "key=_progress, reverse=True", "key=_progress"),
@@ -432,10 +432,10 @@ MUTANTS = [
     Mutant("engine/trainer.py", "    if failed:\n        checkpointer.finish()\n", ""),
     Mutant(
         "engine/checkpointing.py",
-        "        if not isinstance(content.get(key), dict):\n",
-        "        if False:\n",
+        "return msgspec.convert(content.get(key), kind)",
+        "return content[key]",
     ),
-    Mutant("engine/checkpointing.py", '    if saved["seed"] != state.seed:\n', "    if False:\n"),
+    Mutant("engine/checkpointing.py", "    if saved.seed != state.seed:\n", "    if False:\n"),
     Mutant("engine/checkpointing.py", "return file.testzip() is None", "return True"),
     Mutant("engine/run.py", "        load_checkpoint(model, file, complete=True)\n", ""),
     Mutant("engine/run.py", "        if found != task.name:\n", "        if False:\n"),

@@ -17,7 +17,7 @@ from configs.load import load_config
 from engine.checkpointing import resume
 from models import build_model
 from models.conversions import interpolate_pos_embed, task_names
-from models.tokenizer import build_tokenizer
+from models.tokenizer import build_tokenizer, load_tokenizer
 from models.weights import (
     checkpoint_epoch,
     find_checkpoint,
@@ -288,6 +288,16 @@ def test_a_folder_and_an_address_are_told_from_a_missing_file(tmp_path):
     address = "https://example.org/ALBEF.pth"
     assert "is a URL" in refusal(read_weights, address)
     assert "does not exist" in refusal(read_weights, "ALBEF.pth")
+
+
+@pytest.mark.parametrize("value", ["x", 5, [1], {}, torch.zeros(2)], ids=str)
+def test_a_vocabulary_that_is_none_is_named(tiny_config, tmp_path, value):
+    tokenizer, config = load_tokenizer(tiny_config)
+    model, path = build_model("pretrain", config, tokenizer), tmp_path / "file.pth"
+    torch.save({"model": model.state_dict(), "tokenizer_json": value}, path)
+    messages = refusal(load_checkpoint, model, path), refusal(build_tokenizer, path)
+    for message in messages:
+        assert str(path) in message and re.search("vocabulary|tokenizer_json", message)
 
 
 def test_a_report_counts_and_names_each_kind(build, state, load, tmp_path):

@@ -204,6 +204,7 @@ def test_the_size_of_the_vocabulary_is_the_tokenizers_where_it_is_auto(
         ("hiden_dropout_prob", 0.9, "did you mean hidden_dropout_prob?"),
         ("hidden_dropout", 0.9, ""),
         ("depth", 3, ""),
+        (".depth", 3, ""),
         ("intermediate_size", "many", "'many'"),
         ("vocab_size", 0, "0"),
         ("hidden_size", 2**40, ""),

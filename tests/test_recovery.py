@@ -242,6 +242,15 @@ def test_a_run_of_another_seed_is_not_continued(tiny_config, begun):
     assert "--seed" in refusal(run, tiny_config, begun, True)
 
 
+@pytest.mark.parametrize("entry", ["resume", "optimizer", "config"])
+@pytest.mark.parametrize("value", [None, 5, [1], {"a": 1}, torch.zeros(2)], ids=str)
+def test_an_entry_of_another_form_is_named(tiny_config, begun, entry, value):
+    state = torch.load(begun / LAST, weights_only=True)
+    torch.save({**state, entry: value}, begun / LAST)
+    message = refusal(run, tiny_config, begun, True)
+    assert f"{begun / LAST}" in message and entry[:6] in message
+
+
 def test_without_an_undamaged_checkpoint_nothing_is_overwritten(tmp_path):
     (tmp_path / LAST).write_bytes(b"PK\x03\x04 half a file")
     assert "remove the damaged files to start a new run" in refusal(
