@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import errno
 import hashlib
+import json
 import os
 import random
 import secrets
@@ -178,6 +179,32 @@ def read_regular(path: Path | str) -> bytes:
     """Return the bytes of a regular file. Raises OSError as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
+
+
+def read_log(path: Path | str) -> list[dict[str, Any]]:
+    """Return the objects of a run's log.txt, [] if it is missing.
+
+    Raises:
+        InputError: The file cannot be read, or a line is not a JSON object.
+    """
+    import msgspec
+
+    entries: list[dict[str, Any]] = []
+    try:
+        content = read_regular(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): move it away") from None
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            entries.append(msgspec.convert(json.loads(line), dict[str, Any]))
+        except ValueError as error:
+            raise InputError(
+                f"{path} line {number}: not a JSON object ({error}): correct the line, or move the"
+                " file away"
+            ) from None
+    return entries
 
 
 @contextlib.contextmanager

@@ -21,12 +21,13 @@ from configs.config import Config
 from engine.output_dir import writing
 from engine.precision import device_peak
 from utils import (
+    InputError,
     TrainingStopped,
     atomic_write,
     gather_lists,
     is_distributed,
     is_main,
-    read_regular,
+    read_log,
     world_size,
 )
 
@@ -260,14 +261,13 @@ def write_log(output_dir: Path | str, epoch: int | None, **values: Any) -> None:
         values: Metrics by name.
 
     Raises:
-        TrainingStopped: log.txt cannot be written, or is not JSON lines.
+        TrainingStopped: log.txt cannot be written, or is not that of a run.
     """
     if not is_main():
         return
     path = Path(output_dir) / "log.txt"
-    with writing(path, "earlier lines are untouched", (OSError, ValueError)):
-        text = read_regular(path) if path.exists() else b""
-        lines = [json.loads(line) for line in text.splitlines()]
+    with writing(path, "earlier lines are untouched", (OSError, InputError)):
+        lines = read_log(path)
         entry = next((line for line in lines if line.get("epoch") == epoch), None)
         if entry is None or epoch is None:
             lines.append(entry := {})

@@ -54,7 +54,7 @@ from models.weights import (
     load_checkpoint,
     read_checkpoint,
 )
-from utils import InputError, TrainingStopped, atomic_write, is_main, seed_everything
+from utils import InputError, TrainingStopped, atomic_write, is_main, read_log, seed_everything
 
 NEXT = (
     "to try it in a browser: python -m tools.demo %s; to search: python -m tools.search index"
@@ -275,6 +275,7 @@ def find_run(task: Task, args: argparse.Namespace) -> tuple[Config, Path, Path |
             output_dir,
         )
     make_output_dir(output_dir, lock=not args.evaluate)
+    read_log(output_dir / "log.txt")  # a wrong line would stop the run at the end of an epoch
     resume_from = None
     if not args.evaluate:
         # --resume --checkpoint continues another run only if the task can start without weights

@@ -9,11 +9,9 @@ chance levels from the data. experiments/page.py explains the tables of a page.
 """
 
 import functools
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from configs.cli import Parser
 from configs.config import Config
@@ -21,17 +19,11 @@ from configs.load import load_config
 from configs.tasks import TASKS, find
 from engine.launch import run_script
 from experiments.rows import Experiments, Row, Rows, expand, read_experiments, without_pretraining
-from utils import InputError
+from utils import InputError, read_log
 
 MISSING = "–"
 
 Numbers = dict[int | None, float]  # by seed, None for a row without seeds
-
-
-def read_log(row: Row) -> list[dict[str, Any]]:
-    """Return the entries of a run's log.txt."""
-    log = row.folder / "log.txt"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
 def value(row: Row, metric: str) -> float | None:
@@ -39,7 +31,8 @@ def value(row: Row, metric: str) -> float | None:
 
     It is from the last tested epoch, else from the last epoch with the metric.
     """
-    found = [entry for entry in read_log(row) if metric in entry] if row.complete else []
+    entries = read_log(row.folder / "log.txt") if row.complete else []
+    found = [entry for entry in entries if metric in entry]
     tested = [entry for entry in found if any(name.startswith("test") for name in entry)]
     return (tested or found)[-1][metric] if found else None
 

@@ -413,6 +413,11 @@ def test_files_that_are_no_list_are_refused(tmp_path, text, expected):
             TrainingQuestion,
             "value 'x'",
         ),
+        (
+            {"image": "a", "question": "b", "dataset": "\ud800", "answer": ["c"]},
+            TrainingQuestion,
+            "surrogates not allowed",
+        ),
     ],
 )
 def test_entries_of_another_form_are_refused_by_number_field_and_form(tmp_path, bad, form, words):

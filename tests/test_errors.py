@@ -19,6 +19,7 @@ from experiments.run import read_experiments
 from models import build_model
 from models.hashes import verify_hash
 from tools import visualize
+from tools.export import read_metrics
 from utils import InputError, TrainingStopped
 
 
@@ -265,6 +266,18 @@ def test_only_regular_files_are_read(read, tmp_path):
         (tmp_path / name).symlink_to("/dev/null")
     with pytest.raises((OSError, InputError, TrainingStopped), match="not a regular file"):
         read(tmp_path / "null")
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[]", "a text", '{"epoch"'])
+def test_a_line_of_another_log_is_named_before_the_run(pretrain, tmp_path, line):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/log.txt").write_text(f'{{"epoch": 0}}\n{line}\n')
+    status, message = pretrain()
+    assert status == 2 and "log.txt line 2" in message
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["log.txt"]
+    with pytest.raises(TrainingStopped, match="log.txt line 2"):
+        write_log(tmp_path / "out", 1, loss=1.0)
+    assert read_metrics(tmp_path / "out/log.txt", 0) == {}
 
 
 def test_files_of_the_repository_are_found_from_any_folder(pretrain, tmp_path, monkeypatch):

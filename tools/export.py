@@ -213,11 +213,11 @@ def export_folder(args: argparse.Namespace) -> str:
 
 def read_metrics(log: Path, epoch: int | None) -> dict[str, float]:
     """Return the validation and test metrics of an epoch from a run's log.txt, by name."""
-    from utils import read_regular
+    from utils import read_log
 
     try:
-        entries = [json.loads(line) for line in read_regular(log).splitlines()]
-    except (OSError, ValueError):
+        entries = read_log(log)
+    except InputError:  # of another program
         return {}
     return {
         key: value
