@@ -181,6 +181,21 @@ def read_regular(path: Path | str) -> bytes:
         return file.read()
 
 
+@contextlib.contextmanager
+def permitted() -> Iterator[None]:
+    """Context and decorator that looks up paths of the user.
+
+    Raises:
+        InputError: A permission is missing.
+    """
+    try:
+        yield
+    except PermissionError as error:  # from Path.exists and others too, until Python 3.14
+        raise InputError(
+            f"{error.filename}: {error.strerror}: change its permissions, or name another path"
+        ) from None
+
+
 def read_log(path: Path | str) -> list[dict[str, Any]]:
     """Return the objects of a run's log.txt, [] if it is missing.
 

@@ -34,6 +34,7 @@ from utils import (
     environment_number,
     gather_lists,
     is_main,
+    permitted,
     world_size,
 )
 
@@ -364,6 +365,7 @@ def find_resume_file(output_dir: Path | str, checkpoint: str, resume: bool) -> P
     return None
 
 
+@permitted()
 def run_files(folder: Path | str) -> list[Path]:
     """Return the checkpoints in a run's folder, checkpoint_last.pth first."""
     folder = Path(folder)

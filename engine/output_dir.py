@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, is_main
+from utils import TEMPORARY, InputError, TrainingStopped, atomic_write, is_main, permitted
 
 LOCK_TIMEOUT = 10  # seconds that an earlier process may take to end
 
@@ -82,6 +82,7 @@ def writing(
         raise TrainingStopped(f"cannot write {path}: {reason}{kept and '; '}{kept}") from None
 
 
+@permitted()
 def check_output(path: Path | str, flag: str = "--output", *, overwrite: bool = True) -> None:
     """Raise InputError if a file cannot be written there, or exists and must stay."""
     path = Path(path)

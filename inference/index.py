@@ -33,7 +33,7 @@ from evaluation.distributed import iter_rank_share, progress_bar
 from inference.model import Inference, as_float, most_similar
 from models.contrastive import feature_similarity
 from models.weights import SUFFIXES, find_checkpoint, is_momentum, is_repository
-from utils import InputError, alone, atomic_write, hash_contents
+from utils import InputError, alone, atomic_write, hash_contents, permitted
 
 INDEX, FEATURES, IMAGES = "index.json", "features.npy", "images.jsonl"
 SAVE_EVERY = 30  # seconds
@@ -238,6 +238,7 @@ def _finish(folder: Path, token: str) -> None:
                 path.unlink()
 
 
+@permitted()
 def open_index(folder: str | Path) -> Index | None:
     """Create the folder of an index and lock it until this process ends.
 

@@ -18,7 +18,7 @@ from huggingface_hub import (
     hf_hub_url,
 )
 
-from utils import InputError, printable
+from utils import InputError, permitted, printable
 
 # huggingface_hub uses these headers as file names
 FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
@@ -26,6 +26,7 @@ FILE_NAMES = ("ETag", "X-Linked-ETag", "X-Repo-Commit", "X-Xet-Hash")
 NETWORK = (errors.HTTPError, errors.OfflineModeIsEnabled)
 
 
+@permitted()
 def find_file(source: Path | str, filenames: Iterable[str], key: str) -> Path:
     """Return the path of a local file, or of a file in a local folder or a hub repository.
 

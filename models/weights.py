@@ -34,7 +34,7 @@ from models.hashes import verify_hash
 from models.hub import fetch, find_file
 from models.momentum import copy_to_momentum_
 from models.tokenizer import VOCABULARY, difference, vocabulary_of
-from utils import InputError
+from utils import InputError, permitted
 
 # loaded together or not at all; only fine-tuned files have the last one
 QUEUES = ("image_queue", "text_queue", "queue_ptr", "idx_queue")
@@ -177,6 +177,7 @@ def load_text_encoder(model: ALBEF, source: Path | str) -> "LoadReport":
     return report
 
 
+@permitted()
 def load_vision_encoder(model: ALBEF, source: Path | str) -> "LoadReport":
     """Load a DeiT or timm ViT into a model's image encoder.
 
@@ -455,6 +456,7 @@ def is_repository(source: Path | str) -> bool:
     return bool(named) and Path(source).suffix not in SUFFIXES and not Path(source).exists()
 
 
+@permitted()
 def find_checkpoint(source: Path | str) -> Path:
     """Return the path of a checkpoint file.
 

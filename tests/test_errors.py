@@ -1,25 +1,35 @@
 """What Pretrain.py says about bad input: one line, exit status 2, nothing written is lost."""
 
+import argparse
 import errno
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, contents, exit_status, log
+from conftest import ROOT, contents, exit_status, log, refusal
 from PIL import Image
 
+from engine.checkpointing import find_resume_file
 from engine.metric_logger import write_log
+from engine.output_dir import check_output
 from experiments.run import read_experiments
+from inference.index import open_index
 from models import build_model
 from models.hashes import verify_hash
+from models.hub import find_file
+from models.weights import find_checkpoint, load_vision_encoder
 from tools import visualize
-from tools.export import read_metrics
+from tools.export import export_folder, read_metrics
+from tools.visualize import draw_run
 from utils import InputError, TrainingStopped
 
 
@@ -266,6 +276,34 @@ def test_only_regular_files_are_read(read, tmp_path):
         (tmp_path / name).symlink_to("/dev/null")
     with pytest.raises((OSError, InputError, TrainingStopped), match="not a regular file"):
         read(tmp_path / "null")
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        find_checkpoint,
+        lambda path: find_checkpoint(path / "a.pth"),
+        lambda path: find_file(path, ["vocab.txt"], "tokenizer"),
+        lambda path: find_file(path / "vocab.txt", ["vocab.txt"], "tokenizer"),
+        lambda path: load_vision_encoder(None, path / "vit.pth"),
+        lambda path: find_resume_file(path, "", True),
+        lambda path: check_output(path / "a.html"),
+        lambda path: open_index(path / "index"),
+        lambda path: draw_run(path, path, 1),
+        lambda path: export_folder(argparse.Namespace(output=path / "a")),
+    ],
+)
+def test_a_path_without_permission_is_named(look_up):
+    folder = Path(tempfile.mkdtemp())  # below that of pytest only its owner can look
+    folder.chmod(0)
+    try:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        assert str(folder) in refusal(look_up, folder)
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        folder.rmdir()
 
 
 @pytest.mark.parametrize("line", ["5", "null", "[]", "a text", '{"epoch"'])

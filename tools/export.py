@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from configs.cli import Parser
 from engine.launch import run_script
-from utils import InputError
+from utils import InputError, permitted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,7 @@ def published_config(config: "Config") -> dict[str, Any]:
     return {**kept, "bert_config": values["bert_config"], "tokenizer": VOCABULARY}
 
 
+@permitted()
 def export_folder(args: argparse.Namespace) -> str:
     """Write the files of a hub repository and return a description. Raises InputError.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from configs.cli import Parser, at_least
 from engine.launch import run_script
-from utils import InputError
+from utils import InputError, permitted
 
 parser = Parser(
     __doc__, '--checkpoint weights/refcoco.pth --image photo.jpg --text "a man with a hat"'
@@ -92,6 +92,7 @@ parser.add_argument(
 parser.add_argument("--device", help="cuda, cuda:1, ... or cpu (default: cuda if available)")
 
 
+@permitted()
 def draw_run(folder: Path, output: Path, queries: int) -> None:
     """Draw curves.png, retrieval.png and attributes.png of a run, each if the run has its data."""
     from visualize.curves import read_curves
