@@ -1,6 +1,7 @@
 """A trained model as one object: features, ranking, answers, heat maps, pseudo-targets."""
 
 import functools
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -307,6 +308,10 @@ class Inference:
         if of not in ("images", "texts"):
             raise InputError(f"rank: of is {of!r}; it must be 'images' or 'texts'")
         rerank = self.default_rerank if rerank is None else rerank
+        if k < 1 or rerank < 0:
+            raise InputError(
+                f"rank: k={k} and rerank={rerank}: k must be positive, rerank not negative"
+            )
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking needs images and texts; give both, or set rerank=0")
         images, image_feat, one_image = _rankable(
@@ -776,4 +781,8 @@ def _unwrap(matrix: Tensor, one_row: bool, one_column: bool) -> Tensor | float:
 def _answer_list(answers: Any) -> list[str]:
     if isinstance(answers, str | Path):
         return load_answer_list(answers)
-    return list(answers or ())
+    values: list[Any] = list(answers or ())
+    for answer in values:
+        if not isinstance(answer, str):
+            raise InputError(f"answer {reprlib.repr(answer)} is not a text: give a list of strings")
+    return values

@@ -633,12 +633,20 @@ def write_weights(
         more: Any keys of METADATA, which are JSON in a .safetensors file.
 
     Raises:
-        TypeError: JSON cannot hold the config.
+        InputError: JSON cannot hold a value of `more`.
     """
     if suffix != ".safetensors":
         torch.save({"model": tensors, **more}, file)
         return
-    metadata = {"format": "pt", **{key: json.dumps(more[key]) for key in METADATA if key in more}}
+    metadata = {"format": "pt"}
+    for key in (key for key in METADATA if key in more):
+        try:
+            metadata[key] = json.dumps(more[key])
+        except TypeError as error:
+            raise InputError(
+                f"the checkpoint's entry {key!r} cannot be in a .safetensors file ({error}): write"
+                " a .pth file"
+            ) from None
     # a copy, because the format refuses tensors that share memory
     copies = {name: value.clone().contiguous() for name, value in tensors.items()}
     file.write(save(copies, metadata))

@@ -150,6 +150,8 @@ def test_an_existing_file_stays_without_overwrite(checkpoint, run, tmp_path):
 def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path, monkeypatch):
     _, path = checkpoint
     torch.save({"config": CONFIG, "epoch": 7}, tmp_path / "empty.pth")
+    content = {"model": {"weight": torch.zeros(2)}, "epoch": torch.tensor(7)}
+    torch.save(content, tmp_path / "other.pth")
     (tmp_path / "folder.pth").mkdir()
     before = sorted(tmp_path.iterdir())
     for source, target, message in (
@@ -159,6 +161,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(checkpoint, run, tmp_path,
         (tmp_path / "empty.pth", "model.pth", "empty.pth holds no named tensors"),
         (path, "absent/model.pth", "absent/model.pth: cannot write there"),
         (path, "folder.pth", "folder.pth: cannot write there"),
+        (tmp_path / "other.pth", "model.safetensors", "'epoch'"),
     ):
         status, out, err = run(source, tmp_path / target)
         assert status == 2 and message in err and err.count("\n") == 1 and not out

@@ -589,6 +589,20 @@ BAD["boxes for another number of pairs"] = (
     lambda m, f: m["retrieval"].ground(["a.jpg"] * 2, "a", []),
     "0 lists of boxes for 2",
 )
+BAD |= {
+    f"rank {numbers}": (
+        lambda m, f, numbers=numbers: m["retrieval"].rank("a.jpg", "a", **numbers),
+        "k=.* rerank=",
+    )
+    for numbers in ({"k": 0}, {"k": -1}, {"rerank": -1})
+}
+BAD |= {
+    f"answers {answers}": (
+        lambda m, f, answers=answers: m["vqa"].answer("a.jpg", "what?", answers),
+        "answer .* is not a text",
+    )
+    for answers in (["a", 5], [1, 2], [None])
+}
 for name, values in {"NaN": np.full((2, 8), NAN), "infinite": np.full((2, 8), -np.inf)}.items():
     BAD[f"features to rank: {name}"] = (
         lambda m, f, values=values: m["retrieval"].rank(None, "a", rerank=0, image_features=values),
