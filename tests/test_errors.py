@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import json
 import os
 import re
@@ -294,6 +295,8 @@ def test_only_regular_files_are_read(read, tmp_path):
     ],
 )
 def test_a_path_without_permission_is_named(look_up):
+    for module in ("visualize.curves", "visualize.draw"):
+        importlib.import_module(module)  # as the user who may read the environment
     folder = Path(tempfile.mkdtemp())  # below that of pytest only its owner can look
     folder.chmod(0)
     try:
