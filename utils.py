@@ -192,7 +192,7 @@ def permitted() -> Iterator[None]:
         yield
     except PermissionError as error:  # from Path.exists and others too, until Python 3.14
         raise InputError(
-            f"{error.filename}: {error.strerror}: change its permissions, or name another path"
+            f"{error.filename}: {error.strerror}; change its permissions, or name another path"
         ) from None
 
 
@@ -210,13 +210,13 @@ def read_log(path: Path | str) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}): move it away") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); move it away") from None
     for number, line in enumerate(content.splitlines(), 1):
         try:
             entries.append(msgspec.convert(json.loads(line), dict[str, Any]))
         except ValueError as error:
             raise InputError(
-                f"{path} line {number}: not a JSON object ({error}): correct the line, or move the"
+                f"{path} line {number}: not a JSON object ({error}); correct the line, or move the"
                 " file away"
             ) from None
     return entries

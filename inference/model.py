@@ -310,7 +310,7 @@ class Inference:
         rerank = self.default_rerank if rerank is None else rerank
         if k < 1 or rerank < 0:
             raise InputError(
-                f"rank: k={k} and rerank={rerank}: k must be positive, rerank not negative"
+                f"rank: k={k} and rerank={rerank}; k must be positive, rerank not negative"
             )
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking needs images and texts; give both, or set rerank=0")
@@ -784,5 +784,5 @@ def _answer_list(answers: Any) -> list[str]:
     values: list[Any] = list(answers or ())
     for answer in values:
         if not isinstance(answer, str):
-            raise InputError(f"answer {reprlib.repr(answer)} is not a text: give a list of strings")
+            raise InputError(f"answer {reprlib.repr(answer)} is not a text; give a list of strings")
     return values

@@ -644,7 +644,7 @@ def write_weights(
             metadata[key] = json.dumps(more[key])
         except TypeError as error:
             raise InputError(
-                f"the checkpoint's entry {key!r} cannot be in a .safetensors file ({error}): write"
+                f"the checkpoint's entry {key!r} cannot be in a .safetensors file ({error}); write"
                 " a .pth file"
             ) from None
     # a copy, because the format refuses tensors that share memory
