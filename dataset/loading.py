@@ -289,7 +289,7 @@ class Loader(DataLoader):
         of gloo enters Python during the fork (python/cpython#112275). Then all are started again.
 
         Raises:
-            WorkerDied: A worker did not begin in MAX_STARTS attempts.
+            TrainingStopped: A worker did not begin in MAX_STARTS attempts.
         """
         forks = multiprocessing.get_start_method() == "fork"
         for _ in range(MAX_STARTS):
@@ -305,7 +305,8 @@ class Loader(DataLoader):
             for worker in started:
                 worker.kill()
             del batches  # waits for the workers
-        raise WorkerDied(
+        # not WorkerDied, after which the loaders of training would try again
+        raise TrainingStopped(
             f"a data worker did not begin in {MAX_STARTS} attempts; set num_workers to 0"
         )
 

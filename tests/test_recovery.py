@@ -757,12 +757,16 @@ def test_data_workers_that_hang_before_they_begin_are_started_again(
     assert "did not begin" in caplog.text
 
 
-def test_data_workers_that_never_begin_stop_the_run(tiny_config, hanging):
+@pytest.mark.parametrize(
+    "load", [batches_of, lambda config, data: loading.test_loader(data, config, device=CPU)]
+)
+def test_data_workers_that_never_begin_stop_the_run(tiny_config, hanging, caplog, load):
     config = {**tiny_config, "num_workers": 1}
     dataset = build_dataset("pretrain", "train", config, seed=1)
     hanging(times=1000)
-    with pytest.raises(loading.WorkerDied, match="num_workers"):
-        list(loading.test_loader(dataset, config, device=CPU))
+    with pytest.raises(TrainingStopped, match="3 attempts.*num_workers"):
+        list(load(config, dataset))
+    assert caplog.text.count("starting the workers again") == loading.MAX_STARTS
 
 
 def test_three_processes_resume_exactly(tiny_config, tmp_path):
