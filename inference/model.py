@@ -305,13 +305,8 @@ class Inference:
         Returns:
             A list [(index, score), ...] for each query, the best first.
         """
-        if of not in ("images", "texts"):
-            raise InputError(f"rank: of is {of!r}; it must be 'images' or 'texts'")
         rerank = self.default_rerank if rerank is None else rerank
-        if k < 1 or rerank < 0:
-            raise InputError(
-                f"rank: k={k} and rerank={rerank}; k must be positive, rerank not negative"
-            )
+        _check_rank(k, rerank, of)
         if rerank and (images is None or texts is None):
             raise InputError("rank: re-ranking needs images and texts; give both, or set rerank=0")
         images, image_feat, one_image = _rankable(
@@ -751,6 +746,15 @@ def _check_finite(similarities: Tensor) -> Tensor:
     if not similarities.isfinite().all():
         raise InputError("features of images or texts are not finite; embed them again")
     return similarities
+
+
+def _check_rank(k: int, rerank: int, of: str) -> None:
+    if of not in ("images", "texts"):
+        raise InputError(f"rank: of is {of!r}; it must be 'images' or 'texts'")
+    if k < 1 or rerank < 0:
+        raise InputError(
+            f"rank: k={k} and rerank={rerank}; give a positive k, and rerank from 0 on"
+        )
 
 
 def _check_mode(mode: str) -> None:

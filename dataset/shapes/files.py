@@ -116,6 +116,16 @@ def clear(output: Path) -> None:
         shutil.rmtree(output / "images")
 
 
+def _check_ranges(arguments: dict[str, Any]) -> None:
+    """Raise InputError if an argument is out of range."""
+    for name, value in arguments.items():
+        low, high = RANGES.get(name, RANGES["train"])
+        if not low <= value <= high:
+            raise InputError(
+                f"--{name} {value} is out of range; it must lie between {low} and {high}"
+            )
+
+
 def _is_complete(output: Path, arguments: dict[str, Any], overwrite: bool) -> bool:
     """Return whether a folder holds the data set made with these arguments.
 
@@ -190,12 +200,7 @@ def write_dataset(
     """
     counts = {"train": train, "val": val, "test": test}
     arguments = {**counts, "noise": noise, "image_size": image_size, "captions": captions}
-    for name, value in arguments.items():
-        low, high = RANGES.get(name, RANGES["train"])
-        if not low <= value <= high:
-            raise InputError(
-                f"--{name} {value} is out of range; it must lie between {low} and {high}"
-            )
+    _check_ranges(arguments)
     arguments.update(seed=seed, version=VERSION)
     try:
         if _is_complete(Path(output), arguments, overwrite):
