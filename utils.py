@@ -183,11 +183,7 @@ def read_regular(path: Path | str) -> bytes:
 
 @contextlib.contextmanager
 def permitted() -> Iterator[None]:
-    """Context and decorator that looks up paths of the user.
-
-    Raises:
-        InputError: A permission is missing.
-    """
+    """Turn PermissionError into InputError: a context or decorator for look-ups of user paths."""
     try:
         yield
     except PermissionError as error:  # from Path.exists and others too, until Python 3.14

@@ -117,7 +117,7 @@ class EntryDataset(Dataset):
             except (ImageError, InputError) as error:
                 skipped.append(str(error))
             index = int(torch.randint(len(self), ()))
-        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries, the last error: {skipped[-1]}")
+        raise InputError(f"no usable entry in {MAX_ATTEMPTS} tries (last error: {skipped[-1]})")
 
 
 def train_options(

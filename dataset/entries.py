@@ -90,7 +90,7 @@ def check_entry(
         entry = msgspec.convert(value, form)
         entry.check(first or entry)
         return entry
-    # msgspec raises the latter if a value that it refuses has half a surrogate pair
+    # UnicodeEncodeError if a refused value has half of a surrogate pair
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         problem = _without_ticks(error).replace("'$.", "'")
     except InputError as error:

@@ -261,7 +261,7 @@ def write_log(output_dir: Path | str, epoch: int | None, **values: Any) -> None:
         values: Metrics by name.
 
     Raises:
-        TrainingStopped: log.txt cannot be written, or is not that of a run.
+        TrainingStopped: log.txt cannot be written, or one of its lines is not a JSON object.
     """
     if not is_main():
         return

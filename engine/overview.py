@@ -1,4 +1,4 @@
-"""What a training run starts with, as its first lines in the log: device, data, model, weights."""
+"""The first lines in the log of a training run: device, data, model, weights."""
 
 import logging
 from typing import TYPE_CHECKING

@@ -530,7 +530,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         raise InputError(f"checkpoint {path} holds no named tensors; name another file")
     if not isinstance(content.get("tokenizer_json"), str | None):
         raise InputError(
-            f"checkpoint {path}: the entry 'tokenizer_json' is not text; export the run again"
+            f"checkpoint {path}: the entry 'tokenizer_json' is not text; use another checkpoint"
         )
     return content
 

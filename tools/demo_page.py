@@ -23,8 +23,8 @@ from inference.model import HeatMap, Inference
 from utils import InputError, percent
 from visualize.explain import unknown_words
 
-# Gradio passes the file of an image unchanged, and the framework's decoder reports what is wrong
-# with it. If this were a subclass, Gradio would write a stub file beside this module.
+# Gradio passes the file of an image unchanged, and the framework's decoder reports its faults.
+# If this were a subclass, Gradio would write a stub file beside this module.
 gr.Image.preprocess = lambda self, given: given and given.path  # ty: ignore[invalid-assignment]
 # the browser refuses all requests of Gradio to other hosts (fonts, scripts)
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
